@@ -1,0 +1,21 @@
+"""LLaVA-format files of the user's own: a JSON list of conversations and an image folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prism_deco.data.base import SOURCES, Source
+
+
+@SOURCES.register("llava")
+def llava(json: str | None, image_root: str | None, val_json: str | None = None) -> Source:
+    """Takes the files as they are; `ValueError` names one that is missing."""
+    if json is None or image_root is None:
+        raise ValueError("data=llava needs data.json=FILE and data.image_root=FOLDER.")
+    source = Source(Path(json), Path(image_root), Path(val_json) if val_json else None)
+    for key, path in (("json", source.train), ("val_json", source.val)):
+        if path is not None and not path.is_file():
+            raise ValueError(f"data.{key}={path}: there is no such file.")
+    if not source.image_root.is_dir():
+        raise ValueError(f"data.image_root={source.image_root}: there is no such folder.")
+    return source

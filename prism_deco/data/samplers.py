@@ -1,0 +1,157 @@
+"""The order of the records: each epoch's global batches as a pure function of (seed, epoch).
+
+A sampler returns the epoch's global batches; rank r of W takes every W-th entry of a batch from r on.
+Nothing is remembered between batches, so that a resumed run needs no sampler state, and the order
+does not depend on loader processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from prism_deco.registry import Registry
+
+
+@dataclass(frozen=True)
+class Population:
+    """What samplers know of the records.
+
+    Attributes:
+        words: int[n], length of each record in whitespace-separated words.
+        has_image: bool[n].
+    """
+
+    words: np.ndarray
+    has_image: np.ndarray
+
+
+EpochSampler = Callable[[Population, int, int, int], list[np.ndarray]]
+"""(population, global batch size, generator seed, world size) -> global batches, int64[<= G] each."""
+
+SAMPLERS: Registry[EpochSampler] = Registry("sampler")
+
+
+@SAMPLERS.register("shuffled")
+def shuffled(population: Population, batch_size: int, seed: int, world_size: int) -> list[np.ndarray]:
+    """A plain permutation; the last batch may be smaller."""
+    order = np.random.default_rng(seed).permutation(len(population.words))
+    return _chunks(order, batch_size)
+
+
+@SAMPLERS.register("grouped")
+def grouped(population: Population, batch_size: int, seed: int, world_size: int) -> list[np.ndarray]:
+    """Batches of one modality and of similar length, in random order; each record exactly once.
+
+    Lengths are sorted within windows of 32 batches, which keeps the order random at large. What
+    does not fill a batch of its modality goes, together, into mixed last batches.
+    """
+    rng = np.random.default_rng(seed)
+    window = 32 * batch_size
+    batches: list[np.ndarray] = []
+    rest: list[np.ndarray] = []
+    for modality in (True, False):
+        members = rng.permutation(np.flatnonzero(population.has_image == modality))
+        full = len(members) // batch_size * batch_size
+        rest.append(members[full:])
+        for members_window in _chunks(members[:full], window):
+            by_length = members_window[np.argsort(-population.words[members_window], kind="stable")]
+            batches += _chunks(by_length, batch_size)
+    order = rng.permutation(len(batches))
+    return [batches[i] for i in order] + _chunks(rng.permutation(np.concatenate(rest)), batch_size)
+
+
+@SAMPLERS.register("prismatic")
+def prismatic(population: Population, batch_size: int, seed: int, world_size: int) -> list[np.ndarray]:
+    """The split-modality, length-balanced order of prismatic-vlms (`SplitModalitySampler`), its
+    quirks included: a last batch is filled up from the modality's first, and the batch with the
+    longest record (an image counted as 24 x 24) is swapped to the front.
+
+    Raises:
+        ValueError: the batch size is not a multiple of the world size.
+    """
+    if batch_size % world_size:
+        raise ValueError(f"recipe.global_batch_size={batch_size} is not divisible by {world_size} processes.")
+    generator = torch.Generator().manual_seed(seed)
+    permuted = {}
+    for modality in (True, False):
+        members = np.flatnonzero(population.has_image == modality)
+        permuted[modality] = members[torch.randperm(len(members), generator=generator).numpy()]
+    batches: list[np.ndarray] = []
+    for members in permuted.values():
+        chunks = _chunks(members, batch_size)
+        if chunks and len(chunks[-1]) < batch_size:
+            chunks[-1] = np.concatenate([chunks[-1], chunks[0][: batch_size - len(chunks[-1])]])
+        batches += [_balance(chunk, population.words, world_size) for chunk in chunks]
+    batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    lengths = population.words + np.where(population.has_image, 24 * 24, 0)
+    longest = int(np.argmax([lengths[batch].max() for batch in batches]))
+    batches[0], batches[longest] = batches[longest], batches[0]
+    return batches
+
+
+def _balance(batch: np.ndarray, words: np.ndarray, world_size: int) -> np.ndarray:
+    """Deals a batch, longest first, to the rank with the fewest words and room left; interleaved so
+    that rank r's share is every `world_size`-th entry from r on."""
+    capacity = math.ceil(len(batch) / world_size)
+    buckets: list[list[int]] = [[] for _ in range(world_size)]
+    totals = [0.0] * world_size
+    for index in sorted(batch.tolist(), key=lambda i: words[i], reverse=True):
+        rank = totals.index(min(totals))
+        buckets[rank].append(index)
+        totals[rank] = math.inf if len(buckets[rank]) == capacity else totals[rank] + float(words[index])
+    depth = max(len(bucket) for bucket in buckets)
+    return np.array([bucket[i] for i in range(depth) for bucket in buckets if i < len(bucket)], dtype=np.int64)
+
+
+def _chunks(order: np.ndarray, size: int) -> list[np.ndarray]:
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+class StepSampler:
+    """Batch sampler of one rank: yields the indices of its records, one list per optimizer step.
+
+    Args:
+        sampler: registered name of the order.
+        global_batch_size: records per optimizer step over all ranks.
+        start_step: optimizer steps already taken; the iteration starts behind them.
+    """
+
+    def __init__(
+        self,
+        sampler: str,
+        population: Population,
+        *,
+        global_batch_size: int,
+        epochs: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+    ):
+        self._order = SAMPLERS.get(sampler)
+        self._population = population
+        self._batch_size = global_batch_size
+        self._epochs = epochs
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+        self._start = start_step
+        self.steps_per_epoch = len(self._epoch(0))
+
+    def _epoch(self, epoch: int) -> list[np.ndarray]:
+        return self._order(self._population, self._batch_size, self._seed + epoch, self._world_size)
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self._epochs - self._start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first, skip = divmod(self._start, self.steps_per_epoch)
+        for epoch in range(first, self._epochs):
+            for batch in self._epoch(epoch)[skip:]:
+                yield batch[self._rank :: self._world_size].tolist()
+            skip = 0

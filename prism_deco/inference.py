@@ -1,0 +1,86 @@
+"""Asking a composed model: questions and visual tokens in, text and probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prism_deco.llms import Encoded, LanguageModel
+from prism_deco.sequence import Batch, build_batch
+from prism_deco.vlm import VLM
+
+
+@torch.no_grad()
+def answer(
+    vlm: VLM, llm: LanguageModel, visual: Sequence[Sequence[Tensor]], prompts: Sequence[str], *, max_new_tokens: int
+) -> list[str]:
+    """Greedy answers to a batch of questions.
+
+    Args:
+        visual: per question its images' visual tokens, float[M, E] each; empty for a text-only one.
+        prompts: raw questions; the LLM's chat template is applied.
+    """
+    batch = _prompt_batch(vlm, llm, [_prompt(llm, p, len(v)) for p, v in zip(prompts, visual, strict=True)])
+    room = llm.max_positions - batch.input_ids.shape[1]
+    if room < 1:
+        raise ValueError(
+            f"A prompt of {batch.input_ids.shape[1]} positions, image included, leaves no room for an answer in the "
+            f"LLM's {llm.max_positions}: shorten it."
+        )
+    ids = vlm.generate(
+        batch,
+        _stack(visual, vlm),
+        max_new_tokens=min(max_new_tokens, room),
+        eos_ids=list(llm.eos_ids),
+        pad_id=int(llm.tokenizer.pad_token_id),
+    )
+    return [llm.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+
+
+@torch.no_grad()
+def first_token_probabilities(
+    vlm: VLM, llm: LanguageModel, visual: Sequence[Sequence[Tensor]], prompts: Sequence[str], choices: Sequence[str]
+) -> Tensor:
+    """float[questions, choices]: softmax of the first answer token restricted to the choices.
+
+    The choices' token ids are read off the context they continue: the conversation is encoded with the
+    choice as its answer, so that a leading space or its absence is as in training.
+
+    Raises:
+        ValueError: two choices begin with the same token.
+    """
+    prompt_ids = [_prompt(llm, p, len(v)) for p, v in zip(prompts, visual, strict=True)]
+    candidates = torch.tensor([_first_ids(llm, p, e, choices) for p, e in zip(prompts, prompt_ids, strict=True)])
+    batch = _prompt_batch(vlm, llm, prompt_ids)
+    hidden = vlm.hidden_states(batch, _stack(visual, vlm))[:, -1]
+    logits = vlm.logits(hidden).float().gather(1, candidates.to(hidden.device))
+    return logits.softmax(dim=1).cpu()
+
+
+def _prompt(llm: LanguageModel, prompt: str, images: int) -> Encoded:
+    messages = [{"role": "user", "content": prompt}]
+    return llm.encode(messages, num_images=images, add_generation_prompt=True)
+
+
+def _first_ids(llm: LanguageModel, prompt: str, encoded: Encoded, choices: Sequence[str]) -> list[int]:
+    ids = []
+    for choice in choices:
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": choice}]
+        whole = llm.encode(messages, num_images=len(encoded.image_slots)).input_ids
+        ids.append(whole[len(encoded.input_ids)])
+    if len(set(ids)) < len(choices):
+        raise ValueError(f"The choices {', '.join(choices)} do not begin with different tokens of this tokenizer.")
+    return ids
+
+
+def _prompt_batch(vlm: VLM, llm: LanguageModel, encoded: Sequence[Encoded]) -> Batch:
+    device = vlm.lm.get_input_embeddings().weight.device
+    return build_batch(encoded, vlm.projector.num_tokens, left_pad=True).to(device)  # type: ignore[arg-type]
+
+
+def _stack(visual: Sequence[Sequence[Tensor]], vlm: VLM) -> Tensor | None:
+    device = vlm.lm.get_input_embeddings().weight.device
+    tokens = [image for images in visual for image in images]
+    return torch.stack(tokens).to(device) if tokens else None  # type: ignore[arg-type]

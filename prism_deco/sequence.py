@@ -1,0 +1,123 @@
+"""Where text and visual tokens meet: the layout of one batch of sequences.
+
+The number of visual tokens per image enters here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from prism_deco.llms import IGNORE, Encoded
+
+
+@dataclass
+class Batch:
+    """One forward pass of B sequences of at most L positions.
+
+    Attributes:
+        input_ids: int64[B, L]; 0 at visual positions and padding.
+        labels: int64[B, L]; the token itself where it is supervised, -100 elsewhere.
+        visual: bool[B, L]; True where visual tokens go, in row-major order of the images.
+        attention_mask: bool[B, L]; False at padding.
+        position_ids: int64[B, L].
+        rounds: int64[B, L]; conversation round of each position, 0 for what all rounds share.
+        pixels: per tower float[I, 3, S, S], the batch's I images; None in an all-text batch.
+        ids: names of the records, for error messages.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    visual: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    rounds: Tensor
+    pixels: dict[str, Tensor] | None = None
+    ids: tuple[str, ...] = ()
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+        move = {k: v.to(device, non_blocking=non_blocking) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        pixels = self.pixels and {k: v.to(device, non_blocking=non_blocking) for k, v in self.pixels.items()}
+        return replace(self, **move, pixels=pixels)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (the DataLoader calls this)."""
+        move = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **move, pixels=self.pixels and {k: v.pin_memory() for k, v in self.pixels.items()})
+
+    @property
+    def num_targets(self) -> int:
+        """Supervised positions that have a position before them to predict from."""
+        return int((self.labels[:, 1:] != IGNORE).sum())
+
+
+def sequence_length(encoded: Encoded, tokens_per_image: int) -> int:
+    """Positions that a conversation takes, its images included."""
+    return len(encoded.input_ids) + len(encoded.image_slots) * tokens_per_image
+
+
+def build_batch(
+    encoded: Sequence[Encoded],
+    tokens_per_image: int,
+    *,
+    pixels: dict[str, Tensor] | None = None,
+    restart_rounds: bool = False,
+    left_pad: bool = False,
+    ids: Sequence[str] = (),
+) -> Batch:
+    """Lays out conversations and the visual tokens of their images.
+
+    Args:
+        encoded: the tokenised conversations.
+        tokens_per_image: visual tokens M that the projector makes of one image.
+        pixels: the images, in the order of the conversations and of their slots.
+        restart_rounds: number the positions of every round from the end of the shared prefix, for
+            `turn_mask=block`, where a round does not see the rounds before it.
+        left_pad: pad on the left (generation) instead of the right (training).
+    """
+    length = max(sequence_length(e, tokens_per_image) for e in encoded)
+    shape = (len(encoded), length)
+    input_ids = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORE)
+    visual = torch.zeros(shape, dtype=torch.bool)
+    attention_mask = torch.zeros(shape, dtype=torch.bool)
+    position_ids = torch.zeros(shape, dtype=torch.long)
+    rounds = torch.zeros(shape, dtype=torch.long)
+    for row, example in enumerate(encoded):
+        text = _text_positions(example, tokens_per_image)
+        n = sequence_length(example, tokens_per_image)
+        start = length - n if left_pad else 0
+        at = text + start
+        input_ids[row, at] = torch.tensor(example.input_ids)
+        labels[row, at] = torch.tensor(example.labels)
+        visual[row, start : start + n] = True
+        visual[row, at] = False
+        attention_mask[row, start : start + n] = True
+        # A visual token belongs to the round of the text before it (0 right after BOS).
+        text_rounds = torch.tensor(example.rounds)
+        before = (torch.searchsorted(text, torch.arange(n), right=True) - 1).clamp(min=0)
+        rounds[row, start : start + n] = text_rounds[before]
+        position_ids[row, start : start + n] = _positions(rounds[row, start : start + n], restart_rounds)
+    return Batch(input_ids, labels, visual, attention_mask, position_ids, rounds, pixels, tuple(ids))
+
+
+def _text_positions(encoded: Encoded, tokens_per_image: int) -> Tensor:
+    """int64[len(input_ids)]: where each text token stands once the visual tokens are in."""
+    index = torch.arange(len(encoded.input_ids))
+    slots = torch.tensor(encoded.image_slots, dtype=torch.long)
+    images_before = (slots[None, :] <= index[:, None]).sum(dim=1)
+    return index + images_before * tokens_per_image
+
+
+def _positions(rounds: Tensor, restart: bool) -> Tensor:
+    """int64[n]: position ids of one sequence whose rounds are int64[n]."""
+    positions = torch.arange(len(rounds))
+    if not restart:
+        return positions
+    shared = int((rounds == 0).sum())
+    first = torch.searchsorted(rounds, rounds)  # rounds never decrease: index of a round's first token
+    return torch.where(rounds == 0, positions, positions - first + shared)

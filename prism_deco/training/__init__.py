@@ -1,0 +1,1 @@
+"""Training: the configuration becomes a model, the model a run folder."""

@@ -1,0 +1,72 @@
+"""What a run shows while it trains: a progress bar, and the model's own answers."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, RichProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from prism_deco.data.images import open_image, resolve_image
+from prism_deco.data.loader import stack_pixels
+from prism_deco.data.records import IMAGE_TAG
+from prism_deco.inference import answer
+from prism_deco.llms import LanguageModel
+from prism_deco.training.datamodule import Conversations
+from prism_deco.training.module import TrainingModule
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar over optimizer steps, with time left; all epochs are one pass here."""
+
+    def __init__(self) -> None:
+        super().__init__(leave=True)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training"
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+
+class SampleAnswers(Callback):
+    """Logs, after each validation, a few held-out images with the question, the model's answer and the
+    reference answer (TensorBoard: images and text).
+
+    Args:
+        count: number of validation records shown; records with an image come first in the file's order.
+    """
+
+    def __init__(self, llm: LanguageModel, count: int, max_new_tokens: int = 32):
+        self._llm = llm
+        self._count = count
+        self._max_new_tokens = max_new_tokens
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger):
+            return
+        vlm = cast(TrainingModule, pl_module).vlm
+        data = cast(Conversations, trainer.datamodule)  # type: ignore[attr-defined]  # set by Trainer.fit
+        board = trainer.logger.experiment
+        chosen = np.flatnonzero(data.val_records.has_image)[: self._count]
+        for row, index in enumerate(chosen.tolist()):
+            record = data.val_records[index]
+            pixels = stack_pixels(data.val_examples[index].pixels)
+            assert pixels is not None
+            pixels = {tower: images.to(pl_module.device) for tower, images in pixels.items()}
+            question, reference = record.messages[0]["content"], record.messages[1]["content"]
+            [text] = answer(
+                vlm, self._llm, [list(vlm.visual_tokens(pixels))], [question], max_new_tokens=self._max_new_tokens
+            )
+            image = open_image(resolve_image(data.val_examples.image_root, record.images[0]))
+            board.add_image(f"samples/{row}", np.asarray(image), trainer.global_step, dataformats="HWC")
+            shown = question.replace(IMAGE_TAG, "").strip()
+            board.add_text(
+                f"samples/{row}",
+                f"**question** {shown}\n\n**answer** {text}\n\n**reference** {reference}",
+                trainer.global_step,
+            )

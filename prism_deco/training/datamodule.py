@@ -1,0 +1,127 @@
+"""The records of a run as Lightning's loaders."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from prism_deco.data import Source
+from prism_deco.data.base import cache_dir
+from prism_deco.data.images import missing_images
+from prism_deco.data.loader import Collate, Examples, Step, build_loader, stack_pixels
+from prism_deco.data.records import Records, open_records
+from prism_deco.data.samplers import Population, StepSampler
+from prism_deco.data.split import Subset, first, hold_out
+from prism_deco.llms import LanguageModel
+from prism_deco.vlm import VLM
+
+log = logging.getLogger(__name__)
+
+
+class Conversations(pl.LightningDataModule):
+    """Training and validation loaders whose items are optimizer steps.
+
+    Raises:
+        ValueError: records are malformed, or images are missing and `data.on_bad_image` is "fail".
+    """
+
+    def __init__(self, source: Source, config: DictConfig, vlm: VLM, llm: LanguageModel):
+        super().__init__()
+        self._config = config
+        records = open_records(source.train, cache_dir())
+        self.data_hash = records.data_hash
+        if source.val is not None:
+            train, val = first(records, None), first(open_records(source.val, cache_dir()), None)
+        else:
+            train, val = hold_out(records, config.data.val_fraction)
+        self.train_records, self.val_records = first(train, config.data.limit), val
+        if len(self.train_records) == 0:
+            raise ValueError(f"{source.train} has no record left to train on: lower data.val_fraction.")
+        self._check_images(source.image_root)
+        self.train_examples = self._examples(self.train_records, source.image_root, vlm, llm)
+        self.val_examples = self._examples(self.val_records, source.image_root, vlm, llm)
+        self.collate = Collate(
+            vlm.projector.num_tokens, config.recipe.micro_batch_size, restart_rounds=vlm.turn_mask == "block"
+        )
+        self.population = Population(self.train_records.words, self.train_records.has_image)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        steps = len(self._sampler())
+        return min(steps, self._config.recipe.max_steps or steps)
+
+    def train_dataloader(self) -> DataLoader[Step]:
+        trainer = self.trainer
+        assert trainer is not None
+        sampler = self._sampler(trainer.global_rank, trainer.world_size, trainer.global_step)
+        return build_loader(self.train_examples, self.collate, sampler, num_workers=self._config.data.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Step]:
+        trainer = self.trainer
+        assert trainer is not None
+        mine = np.arange(len(self.val_records))[trainer.global_rank :: trainer.world_size]
+        size = self.collate.micro_batch_size
+        batches = [mine[i : i + size].tolist() for i in range(0, len(mine), size)]
+        return build_loader(self.val_examples, self.collate, batches, num_workers=self._config.data.num_workers)
+
+    def transfer_batch_to_device(self, batch: Step, device: torch.device, dataloader_idx: int) -> Step:
+        batch.batches = [b.to(device, non_blocking=True) for b in batch.batches]
+        return batch
+
+    def sample_pixels(self, count: int) -> dict[str, Tensor]:
+        """Per tower float[I, 3, S, S]: images of up to `count` training records, evenly spread."""
+        with_image = np.flatnonzero(self.train_records.has_image)
+        if len(with_image) == 0:
+            raise ValueError("recipe.standardise_features needs training records with images; there are none.")
+        spread = with_image[np.linspace(0, len(with_image) - 1, min(count, len(with_image))).astype(int)]
+        pixels = stack_pixels([p for i in spread.tolist() for p in self.train_examples[i].pixels])
+        assert pixels is not None
+        return pixels
+
+    def _sampler(self, rank: int = 0, world_size: int = 1, start_step: int = 0) -> StepSampler:
+        recipe = self._config.recipe
+        return StepSampler(
+            recipe.sampler,
+            self.population,
+            global_batch_size=recipe.global_batch_size,
+            epochs=recipe.epochs,
+            seed=self._config.seed,
+            rank=rank,
+            world_size=world_size,
+            start_step=start_step,
+        )
+
+    def _examples(self, records: Records | Subset, image_root: Path, vlm: VLM, llm: LanguageModel) -> Examples:
+        return Examples(
+            records,
+            image_root,
+            llm,
+            vlm.backbone.transform,
+            max_text_tokens=min(self._config.recipe.max_text_tokens, llm.max_positions - vlm.projector.num_tokens),
+            on_bad_image=self._config.data.on_bad_image,
+        )
+
+    def _check_images(self, root: Path) -> None:
+        if self._config.data.on_bad_image != "fail":
+            return
+        log.info("Looking for the images of %d records", len(self.train_records) + len(self.val_records))
+        owners = {
+            image: record.id
+            for records in (self.train_records, self.val_records)
+            for record in records
+            for image in record.images
+        }
+        missing = missing_images(root, owners)
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(owners)} images are missing under {root}; the first is {missing[0]} (record "
+                f"{owners[missing[0]]}). Mend data.image_root, or go on without them: data.on_bad_image=skip"
+            )

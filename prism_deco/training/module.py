@@ -1,0 +1,144 @@
+"""The LightningModule: optimizer steps over a plain `VLM`, and what TensorBoard shows of them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.optim import AdamW
+
+from prism_deco.data.loader import Step
+from prism_deco.registry import unknown
+from prism_deco.training.optim import clip_grad_norm, parameter_groups, warmup_cosine
+from prism_deco.vlm import VLM, Loss
+
+LOSSES = ("token_mean", "micro_batch_mean")
+
+
+class TrainingModule(pl.LightningModule):
+    """Trains projector and LLM of a `VLM`.
+
+    One item of the loader is one optimizer step (`data.loader.Step`); its forward passes are looped
+    over here. Lightning's own accumulation averages the passes' means, which weights a token by how
+    few supervised tokens its pass happens to have.
+
+    Args:
+        recipe: the `recipe` group of the configuration.
+        total_steps: optimizer steps of the whole run, for the schedule.
+    """
+
+    def __init__(self, vlm: VLM, recipe: DictConfig, total_steps: int, log_every: int = 10):
+        super().__init__()
+        if recipe.loss not in LOSSES:
+            raise unknown("recipe.loss", recipe.loss, LOSSES)
+        self.automatic_optimization = False
+        self.vlm = vlm
+        self.recipe = recipe
+        self.total_steps = total_steps
+        self.log_every = log_every
+        self.tokens_cut = 0
+        self.bad_images = 0
+        self._window = _Window()
+
+    def configure_optimizers(self) -> Any:
+        recipe = self.recipe
+        groups = parameter_groups(
+            self.vlm.projector,
+            self.vlm.lm,
+            lr=recipe.lr,
+            projector_lr=recipe.projector_lr,
+            weight_decay=recipe.weight_decay,
+        )
+        optimizer = AdamW(groups, betas=tuple(recipe.betas), eps=recipe.eps)
+        return [optimizer], [warmup_cosine(optimizer, self.total_steps, recipe.warmup_ratio)]
+
+    def training_step(self, batch: Step, batch_idx: int) -> None:
+        step = batch
+        optimizer = cast(Any, self.optimizers())
+        scheduler = cast(Any, self.lr_schedulers())
+        optimizer.zero_grad()
+        targets = self.all_reduce_sum(torch.tensor(float(step.num_targets), device=self.device))
+        total = torch.zeros((), device=self.device)
+        for micro_batch in step.batches:
+            result = self.vlm(micro_batch)
+            loss = self._scaled(result, targets, len(step.batches))
+            self.manual_backward(loss)
+            total += loss.detach()
+        norms = {
+            part: clip_grad_norm(module.parameters(), 0)
+            for part, module in (("projector", self.vlm.projector), ("lm", self.vlm.lm))
+        }
+        norm = clip_grad_norm(self.vlm.parameters(), self.recipe.grad_clip)
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        optimizer.step()
+        scheduler.step()
+        self.tokens_cut += step.tokens_cut
+        self.bad_images += step.bad_images
+        self._window.add(step.records, float(targets))
+        # Ranks' scaled losses average to the global one, as their gradients do.
+        self._log_step(self.all_reduce_sum(total) / self.trainer.world_size, norm, norms, rates)
+
+    def _scaled(self, loss: Loss, targets: Tensor, passes: int) -> Tensor:
+        """This pass's share of the step's loss. Gradients are averaged over ranks afterwards."""
+        if self.recipe.loss == "micro_batch_mean":
+            return loss.total / loss.count.clamp(min=1) / passes
+        return loss.total * self.trainer.world_size / targets.clamp(min=1)
+
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks."""
+        return cast(Tensor, self.trainer.strategy.reduce(value, reduce_op="sum"))
+
+    def _log_step(self, loss: Tensor, norm: Tensor, norms: dict[str, Tensor], rates: dict[str, float]) -> None:
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/grad_norm", norm)
+        for part, value in norms.items():
+            self.log(f"train/grad_norm_{part}", value)
+        for name in {name.partition("/")[0] for name in rates}:
+            rate = next(value for group, value in rates.items() if group.startswith(f"{name}/"))
+            self.log(f"train/lr_{name}", rate)
+        self.log("data/bad_images", float(self.bad_images))
+        self.log("data/text_tokens_cut", float(self.tokens_cut))
+        if self.trainer.global_step % self.log_every == 0:
+            seconds, records, targets = self._window.close()
+            self.log("speed/samples_per_s", records * self.trainer.world_size / seconds)
+            self.log("speed/supervised_tokens_per_s", targets / seconds)
+
+    def validation_step(self, batch: Step, batch_idx: int) -> None:
+        for micro_batch in batch.batches:
+            loss = self.vlm(micro_batch)
+            if loss.count > 0:
+                self.log(
+                    "val/loss",
+                    loss.total / loss.count,
+                    batch_size=int(loss.count),
+                    on_epoch=True,
+                    prog_bar=True,
+                    sync_dist=True,
+                )
+
+    def on_validation_end(self) -> None:
+        # Validation time is not training time.
+        self._window = _Window()
+
+
+class _Window:
+    """Counts records and tokens since the last log entry."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._records = 0
+        self._targets = 0.0
+
+    def add(self, records: int, targets: float) -> None:
+        self._records += records
+        self._targets += targets
+
+    def close(self) -> tuple[float, int, float]:
+        """Seconds, records and supervised tokens of the window; starts the next one."""
+        result = (max(time.perf_counter() - self._start, 1e-9), self._records, self._targets)
+        self.__init__()
+        return result

@@ -1,0 +1,58 @@
+"""Optimizer and learning-rate schedule of PRISM (paper Table 5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def parameter_groups(
+    projector: nn.Module, lm: nn.Module, *, lr: float, projector_lr: float | None, weight_decay: float
+) -> list[dict]:
+    """AdamW groups of the trained parameters: matrices decay, vectors and biases do not.
+
+    The rule is prismatic-vlms' (`ndim <= 1` or a name ending in `.bias`), applied to whole parameters.
+    Call it before sharding: prismatic applies it to FSDP's one-dimensional views, which silently turns
+    the decay off.
+    """
+    groups = []
+    seen: set[int] = set()
+    for part, module, rate in (("projector", projector, projector_lr or lr), ("lm", lm, lr)):
+        decayed, plain = [], []
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            (plain if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
+        groups += [
+            {"name": f"{part}/decay", "params": decayed, "lr": rate, "weight_decay": weight_decay},
+            {"name": f"{part}/no_decay", "params": plain, "lr": rate, "weight_decay": 0.0},
+        ]
+    return [group for group in groups if group["params"]]
+
+
+def warmup_cosine(optimizer: AdamW, total_steps: int, warmup_ratio: float) -> LambdaLR:
+    """Linear warm-up from 0 over floor(ratio * steps) steps, then a cosine to 0 (paper Table 5)."""
+    warmup = math.floor(warmup_ratio * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        progress = (step - warmup) / max(1, total_steps - warmup)
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+    return LambdaLR(optimizer, factor)
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scales gradients down to the global norm `max_norm` (0: leaves them) and returns the norm before."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

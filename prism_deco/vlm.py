@@ -1,0 +1,187 @@
+"""The vision-language model: backbone -> projector -> splice -> LLM (PRISM; DeCo Section 3).
+
+A plain `nn.Module`; it knows nothing of trainers, configurations or files.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from prism_deco.backbones import VisionBackbone
+from prism_deco.llms import IGNORE
+from prism_deco.projectors import Projector
+from prism_deco.sequence import Batch
+
+
+class Loss(NamedTuple):
+    """Summed cross-entropy of the supervised positions of one forward pass.
+
+    Attributes:
+        total: float[], the sum in nats; divide by a token count of your choice.
+        count: int64[], supervised positions.
+    """
+
+    total: Tensor
+    count: Tensor
+
+
+class VLM(nn.Module):
+    """A frozen vision backbone, a projector and a causal LM, composed through `inputs_embeds`.
+
+    Args:
+        backbone: frozen; runs without gradients.
+        projector: its `in_grid` and `in_dim` must be the backbone's, its `out_dim` the LLM's.
+        lm: a causal LM of transformers.
+        standardise_features: normalise feature channels by statistics set through `fit_features`.
+        token_scale: multiplies the projector's output; None is off.
+        turn_mask: "causal", or "block": a round sees the shared prefix (BOS, image) and itself.
+        blind: zero the visual tokens (the image-blind baseline).
+    """
+
+    def __init__(
+        self,
+        backbone: VisionBackbone,
+        projector: Projector,
+        lm: PreTrainedModel,
+        *,
+        standardise_features: bool = False,
+        token_scale: float | None = None,
+        turn_mask: str = "causal",
+        blind: bool = False,
+    ):
+        super().__init__()
+        if turn_mask not in ("causal", "block"):
+            raise ValueError(f"turn_mask={turn_mask!r} is unknown; choices: causal, block.")
+        if (projector.in_grid, projector.in_dim) != (backbone.grid, backbone.embed_dim):
+            raise ValueError(
+                f"The projector was built for grid {projector.in_grid} of {projector.in_dim} channels, the backbone "
+                f"gives grid {backbone.grid} of {backbone.embed_dim}."
+            )
+        self.backbone = backbone
+        self.projector = projector
+        self.lm = lm
+        self.token_scale = token_scale
+        self.turn_mask = turn_mask
+        self.blind = blind
+        self.feature_mean: Tensor | None
+        self.feature_std: Tensor | None
+        stats = (lambda value: torch.full((backbone.embed_dim,), value)) if standardise_features else lambda value: None
+        self.register_buffer("feature_mean", stats(0.0))
+        self.register_buffer("feature_std", stats(1.0))
+
+    def train(self, mode: bool = True) -> VLM:
+        """The frozen backbone stays in eval mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    @torch.no_grad()
+    def features(self, pixels: dict[str, Tensor]) -> Tensor:
+        """Per tower float[I, 3, S, S] -> patch features float[I, N, D], standardised if asked for."""
+        features = self.backbone(pixels)
+        if self.feature_mean is not None and self.feature_std is not None:
+            features = (features - self.feature_mean) / self.feature_std
+        return features
+
+    @torch.no_grad()
+    def fit_features(self, pixels: dict[str, Tensor]) -> None:
+        """Sets the statistics of `standardise_features` from per tower float[I, 3, S, S]."""
+        if self.feature_mean is None or self.feature_std is None:
+            raise ValueError("The model was built without standardise_features.")
+        features = self.backbone(pixels).float()
+        self.feature_mean.copy_(features.mean(dim=(0, 1)))
+        self.feature_std.copy_(features.std(dim=(0, 1)).clamp(min=1e-6))
+
+    def visual_tokens(self, pixels: dict[str, Tensor]) -> Tensor:
+        """Per tower float[I, 3, S, S] -> visual tokens float[I, M, E]."""
+        return self.project(self.features(pixels))
+
+    def project(self, features: Tensor) -> Tensor:
+        """float[I, N, D] -> float[I, M, E]: the projector, and the options on its output."""
+        tokens = self.projector(features)
+        if self.token_scale is not None:
+            tokens = tokens * self.token_scale
+        return tokens * 0.0 if self.blind else tokens
+
+    def embed(self, batch: Batch, visual: Tensor | None = None) -> Tensor:
+        """The sequence of input embeddings float[B, L, E].
+
+        Args:
+            visual: float[I, M, E], ready visual tokens; None computes them from `batch.pixels`.
+        """
+        embeddings = self.lm.get_input_embeddings()(batch.input_ids)
+        if visual is None and batch.pixels is not None:
+            visual = self.visual_tokens(batch.pixels)
+        if visual is None:
+            return self._touch_projector(embeddings) if self.training else embeddings
+        return embeddings.masked_scatter(batch.visual[..., None], visual.to(embeddings.dtype))
+
+    def hidden_states(self, batch: Batch, visual: Tensor | None = None) -> Tensor:
+        """The LLM's last hidden states float[B, L, E]."""
+        decoder = cast(nn.Module, self.lm.base_model)
+        output = decoder(
+            inputs_embeds=self.embed(batch, visual),
+            attention_mask=self._attention_mask(batch),
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+        return output.last_hidden_state
+
+    def forward(self, batch: Batch) -> Loss:
+        """The loss of one batch. Logits exist at the supervised positions only: over a vocabulary of
+        150 000 words they would otherwise be the largest tensor of the step."""
+        hidden = self.hidden_states(batch)
+        supervised = batch.labels[:, 1:] != IGNORE
+        logits = self.logits(hidden[:, :-1][supervised])
+        total = F.cross_entropy(logits.float(), batch.labels[:, 1:][supervised], reduction="sum")
+        return Loss(total, supervised.sum())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float[..., E] -> float[..., V] through the LLM's output head."""
+        return cast(nn.Module, self.lm.get_output_embeddings())(hidden)
+
+    @torch.no_grad()
+    def generate(
+        self, batch: Batch, visual: Tensor | None, *, max_new_tokens: int, eos_ids: list[int], pad_id: int
+    ) -> list[list[int]]:
+        """Greedy continuation of left-padded prompts; the new token ids without the end token."""
+        output = self.lm.generate(
+            inputs_embeds=self.embed(batch, visual),
+            attention_mask=batch.attention_mask.long(),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=eos_ids,
+            pad_token_id=pad_id,
+        )
+        stop = set(eos_ids)
+        answers = []
+        for row in cast(Tensor, output).tolist():
+            end = next((i for i, token in enumerate(row) if token in stop), len(row))
+            answers.append(row[:end])
+        return answers
+
+    def _touch_projector(self, embeddings: Tensor) -> Tensor:
+        # In an all-text batch the projector must still take part in the graph: gradient
+        # synchronisation waits for every trained parameter on every rank.
+        height, width = self.projector.in_grid
+        weight = next(self.projector.parameters(), None)
+        zeros = embeddings.new_zeros(1, height * width, self.projector.in_dim)
+        return embeddings if weight is None else embeddings + 0.0 * self.project(zeros).sum().to(embeddings.dtype)
+
+    def _attention_mask(self, batch: Batch) -> Tensor:
+        """bool[B, L] of real positions, or bool[B, 1, L, L] of allowed pairs for `turn_mask=block`."""
+        if self.turn_mask == "causal":
+            return batch.attention_mask
+        length = batch.input_ids.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=batch.rounds.device).tril()
+        key_round, query_round = batch.rounds[:, None, :], batch.rounds[:, :, None]
+        same = (key_round == 0) | (key_round == query_round)
+        allowed = causal & same & batch.attention_mask[:, None, :]
+        # Padding queries must attend to something, or their softmax is NaN.
+        return (allowed | torch.eye(length, dtype=torch.bool, device=allowed.device))[:, None]

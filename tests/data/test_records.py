@@ -1,0 +1,116 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from prism_deco.data.images import missing_images, open_image, resolve_image
+from prism_deco.data.records import open_records
+from prism_deco.data.split import first, hold_out
+
+
+def _turns(*values):
+    return [{"from": "human" if i % 2 == 0 else "gpt", "value": value} for i, value in enumerate(values)]
+
+
+def _write(path, entries):
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    return path
+
+
+def test_records_come_back_as_written(tmp_path):
+    entries = [
+        {"id": "a", "image": "x/1.png", "conversations": _turns("<image>\nWhat is it?", "Ein Käfer 🐞")},
+        {"id": 7, "conversations": _turns("Hi", "Hello", "Bye", "See you")},
+        {
+            "id": "c",
+            "image": "1.png",
+            "conversations": [{"from": "gpt", "value": "skipped"}, *_turns("q <image>", "a")],
+        },
+        {"id": "d", "image": ["1.png", "2.png"], "conversations": _turns("<image> or <image>?", "both")},
+    ]
+    records = open_records(_write(tmp_path / "train.json", entries), tmp_path / "cache")
+    assert len(records) == 4
+    assert records[0].images == ("x/1.png",)
+    assert records[0].messages[1] == {"role": "assistant", "content": "Ein Käfer 🐞"}
+    assert (records[1].id, records[1].images, len(records[1].messages)) == ("7", (), 4)
+    assert [m["content"] for m in records[2].messages] == ["q <image>", "a"]
+    assert records[3].images == ("1.png", "2.png")
+    assert records.words.tolist() == [4 + 3, 1 + 1 + 1 + 2, 2 + 1, 3 + 1]
+    assert records.has_image.tolist() == [True, False, True, True]
+    assert [r.id for r in pickle.loads(pickle.dumps(records))] == ["a", "7", "c", "d"]
+
+
+def test_the_index_is_built_once_and_follows_the_content(tmp_path):
+    path = _write(tmp_path / "train.json", [{"id": "a", "conversations": _turns("q", "a")}])
+    hash_before = open_records(path, tmp_path).data_hash
+    stamp = next((tmp_path / "records").rglob("index.json")).stat().st_mtime_ns
+    open_records(path, tmp_path)
+    assert next((tmp_path / "records").rglob("index.json")).stat().st_mtime_ns == stamp
+    _write(path, [{"id": "b", "conversations": _turns("q", "a")}])
+    again = open_records(path, tmp_path)
+    assert again[0].id == "b" and again.data_hash != hash_before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[{", "not valid JSON.*download complete"),
+        ("{}", "non-empty JSON list"),
+        ("[]", "non-empty JSON list"),
+        ('[{"id": "a"}]', "record 0: expected an object with a list `conversations`"),
+        ('[{"id": "a", "conversations": [{"from": "user", "value": "x"}]}]', r"record 0 \(id a\): a turn must be"),
+        ('[{"id": "a", "conversations": [{"from": "human", "value": "x"}]}]', "must alternate and end with gpt"),
+        ('[{"id": "a", "conversations": []}]', "must alternate"),
+        ('[{"id": "a", "image": 3, "conversations": []}]', "`image` must be a path"),
+    ],
+)
+def test_a_malformed_file_names_the_record(tmp_path, content, message):
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        open_records(path, tmp_path / "cache")
+    assert str(path) in str(error.value)
+    assert not list((tmp_path / "cache").rglob("index.json"))
+
+
+def test_image_tags_must_have_files(tmp_path):
+    path = _write(tmp_path / "bad.json", [{"id": "a", "conversations": _turns("<image>\nq", "a")}])
+    with pytest.raises(ValueError, match="1 <image> tags but 0 image files"):
+        open_records(path, tmp_path)
+
+
+def test_the_split_holds_out_images_not_records(tmp_path):
+    entries = [
+        {"id": f"{image}-{copy}", "image": f"{image}.png", "conversations": _turns("q", "a")}
+        for copy in range(3)
+        for image in range(400)
+    ]
+    records = open_records(_write(tmp_path / "t.json", entries), tmp_path)
+    train, val = hold_out(records, 0.2)
+    assert len(train) + len(val) == len(records)
+    assert 0.13 < len(val) / len(records) < 0.27
+    assert not {r.images for r in train} & {r.images for r in val}
+    assert len(val) % 3 == 0  # all copies of an image lie on one side
+    fewer, _ = hold_out(open_records(_write(tmp_path / "u.json", entries[::-1]), tmp_path), 0.2)
+    assert {r.id for r in fewer} == {r.id for r in train}
+    assert [r.id for r in first(train, 5)] == [r.id for r in train[:5]]
+    assert len(first(train, None)) == len(train)
+    assert np.array_equal(train.words, np.full(len(train), 2))
+
+
+def test_image_paths_stay_inside_the_root(tmp_path):
+    assert resolve_image(tmp_path, "a/b.png") == tmp_path / "a/b.png"
+    for name in ("../secret.png", "a/../../secret.png", "/etc/passwd"):
+        with pytest.raises(ValueError, match="leaves the image root"):
+            resolve_image(tmp_path, name)
+
+
+def test_missing_and_broken_images_are_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "there.png").write_bytes(b"not an image")
+    assert missing_images(tmp_path, ["a/there.png", "a/gone.png", "b/gone.png"]) == ["a/gone.png", "b/gone.png"]
+    with pytest.raises(OSError, match=r"there\.png cannot be decoded"):
+        open_image(tmp_path / "a" / "there.png")
+    with pytest.raises(FileNotFoundError):
+        open_image(tmp_path / "a" / "gone.png")

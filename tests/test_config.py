@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from prism_deco.config import CONF_DIR, GROUPS, choices, load_choice, load_config, read_config, save_config
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"), [(group, choice) for group in GROUPS for choice in choices(group)], ids=lambda value: value
+)
+def test_every_shipped_yaml_fits_the_schema(group, choice):
+    config = load_config([f"{group}={choice}"])
+    assert config[group].name == choice
+    for key, value in load_choice(group, choice).items():
+        if not (isinstance(value, str) and "${" in value):
+            assert OmegaConf.to_container(OmegaConf.create({key: config[group][key]}))[key] == value, key
+
+
+def test_every_group_folder_is_a_key_of_the_configuration():
+    folders = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
+    assert set(GROUPS) <= folders
+    assert folders - set(GROUPS) <= {"benchmark", "sweep"}
+
+
+def test_overrides_replace_choices_and_keys():
+    config = load_config(["recipe=prism", "recipe.lr=1e-4", "seed=3", "projector=maxpool", "backbone.image_size=96"])
+    assert (config.recipe.name, config.recipe.lr, config.seed) == ("prism", 1e-4, 3)
+    assert (config.projector.name, config.backbone.image_size) == ("maxpool", 96)
+
+
+def test_the_projector_takes_its_token_count_from_the_recipe_unless_told():
+    assert load_config(["recipe=prism", "projector=avgpool"]).projector.num_tokens == 144
+    assert load_config(["projector=avgpool", "recipe.num_tokens=9"]).projector.num_tokens == 9
+    assert load_config(["projector=avgpool", "projector.num_tokens=4"]).projector.num_tokens == 4
+    assert load_config(["projector=linear"]).projector.num_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("projector=avgpol", r"Unknown projector 'avgpol'\. Did you mean 'avgpool'"),
+        ("recipe.learning_rate=1", r"Unknown key recipe\.learning_rate\."),
+        ("recipe.epoch=1", r"Did you mean recipe\.epochs"),
+        ("data.lr=1", r"Unknown key data\.lr\. Did you mean recipe\.lr"),
+        ("modle=1", r"Unknown key modle"),
+        ("recipe.lr=fast", r"recipe\.lr=fast: .*'fast'.*[Ff]loat"),
+        ("projector.mlp_depth=deep", r"projector\.mlp_depth=deep: .*'deep'.*[Ii]nteger"),
+        ("seed", r"'seed' is not an override: write key=value"),
+        ("data=./mine.yaml", r"data=\./mine\.yaml: there is no such file"),
+        ("recipe.lr=[1", r"recipe\.lr=\[1: the value of recipe\.lr is not valid YAML"),
+    ],
+)
+def test_mistakes_name_the_key_and_what_was_expected(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config([override])
+
+
+def test_a_yaml_of_the_users_own_is_a_choice(tmp_path):
+    path = tmp_path / "gentle.yaml"
+    path.write_text("lr: 1e-6\nepochs: 2\n")
+    recipe = load_config([f"recipe={path}"]).recipe
+    assert (recipe.name, recipe.lr, recipe.epochs, recipe.global_batch_size) == ("gentle", 1e-6, 2, 128)
+
+
+def test_a_saved_configuration_is_read_back_equal(tmp_path: Path):
+    config = load_config(["recipe=prism", "projector=avgpool", "seed=11"])
+    save_config(config, tmp_path / "config.yaml")
+    again = read_config(tmp_path / "config.yaml")
+    assert OmegaConf.to_container(again) == OmegaConf.to_container(config, resolve=True)
+    assert "${" not in (tmp_path / "config.yaml").read_text()

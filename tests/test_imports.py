@@ -1,0 +1,64 @@
+"""The architecture, checked: imports point one way, and light commands stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "prism_deco"
+
+# A room may import rooms of lower rank only, and itself.
+RANKS = {
+    "config": 1,
+    "registry": 0,
+    "backbones": 2,
+    "projectors": 2,
+    "llms": 2,
+    "sequence": 3,
+    "vlm": 4,
+    "data": 4,
+    "inference": 5,
+    "training": 6,
+    "evaluation": 6,
+    "explain": 6,
+    "bench": 7,
+    "sweep": 7,
+    "report": 7,
+    "api": 7,
+    "cli": 8,
+}
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+            if node.module == "prism_deco":
+                names = [f"prism_deco.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("prism_deco.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    relative = path.relative_to(PACKAGE)
+    if relative == Path("__init__.py"):
+        return  # re-exports the facade, lazily
+    room = relative.parts[0].removesuffix(".py")
+    assert room in RANKS, f"give {room} a rank"
+    wrong = {other for other in _imports(path) if other != room and RANKS.get(other, 99) >= RANKS[room]}
+    assert not wrong, f"{relative} (rank {RANKS[room]}) imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("code", ["import prism_deco.cli", "from prism_deco.config import load_config; load_config()"])
+def test_light_paths_do_not_import_torch(code):
+    check = (
+        f"{code}; import sys; heavy = {{'torch', 'transformers', 'timm'}} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=PACKAGE.parent)

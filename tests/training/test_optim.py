@@ -1,0 +1,47 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from prism_deco.training.optim import clip_grad_norm, parameter_groups, warmup_cosine
+
+
+def test_matrices_decay_and_tied_or_frozen_parameters_are_not_repeated():
+    projector = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    lm = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7), "frozen": nn.Linear(2, 2)})
+    lm["head"].weight = lm["embed"].weight
+    lm["frozen"].requires_grad_(False)
+    groups = {g["name"]: g for g in parameter_groups(projector, lm, lr=1e-3, projector_lr=2e-3, weight_decay=0.1)}
+    assert {name: (len(g["params"]), g["lr"], g["weight_decay"]) for name, g in groups.items()} == {
+        "projector/decay": (1, 2e-3, 0.1),
+        "projector/no_decay": (3, 2e-3, 0.0),
+        "lm/decay": (1, 1e-3, 0.1),
+        "lm/no_decay": (1, 1e-3, 0.0),
+    }
+
+
+def test_the_schedule_of_the_paper():
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=2e-5)
+    schedule = warmup_cosine(optimizer, total_steps=5198, warmup_ratio=0.03)
+    rates = []
+    for _ in range(5198):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == 0.0
+    assert rates[155] == pytest.approx(2e-5)  # floor(0.03 * 5198) = 155 warm-up steps
+    assert rates[78] == pytest.approx(2e-5 * 78 / 155)
+    assert rates[155 + 1000] == pytest.approx(1e-5 * (1 + math.cos(math.pi * 1000 / 5043)))
+    assert schedule.get_last_lr()[0] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_clipping_by_the_global_norm():
+    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+    a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    assert clip_grad_norm([a, b], 0).item() == pytest.approx(5.0)
+    assert a.grad.tolist() == [3.0, 0.0]  # 0 only measures
+    assert clip_grad_norm([a, b], 1.0).item() == pytest.approx(5.0)
+    assert a.grad.tolist() == pytest.approx([0.6, 0.0], abs=1e-5) and b.grad.item() == pytest.approx(0.8, abs=1e-5)
+    assert clip_grad_norm([a, b], 1.0).item() == pytest.approx(1.0, abs=1e-5)
