@@ -1,0 +1,1 @@
+"""Measurements of single components: time, memory and arithmetic."""

@@ -1,0 +1,91 @@
+"""What every projector promises: visual features of a fixed grid in, visual tokens for the LLM out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from prism_deco.registry import Registry
+
+
+class Projector(nn.Module):
+    """Base class: fixes and checks the contract, subclasses implement `project`.
+
+    Args:
+        in_dim: channels D of a patch feature.
+        out_dim: embedding size of the LLM.
+        in_grid: patch grid (height, width); patches come in row-major order.
+        out_grid: grid of the visual tokens (height, width), row-major.
+    """
+
+    compresses: ClassVar[bool] = True
+    """Whether the number of visual tokens is free; False where every patch becomes one (`linear`)."""
+
+    def __init__(self, in_dim: int, out_dim: int, in_grid: tuple[int, int], out_grid: tuple[int, int]):
+        super().__init__()
+        self.in_dim = in_dim
+        self.out_dim = out_dim
+        self.in_grid = in_grid
+        self.out_grid = out_grid
+
+    @property
+    def num_tokens(self) -> int:
+        """Number M of visual tokens handed to the LLM."""
+        return self.out_grid[0] * self.out_grid[1]
+
+    def project(self, features: Tensor) -> Tensor:
+        """float[B, N, in_dim] -> float[B, M, out_dim]."""
+        raise NotImplementedError
+
+    def forward(self, features: Tensor) -> Tensor:
+        """float[B, N, in_dim] -> float[B, M, out_dim]; `ValueError` on features of another size."""
+        height, width = self.in_grid
+        if features.ndim != 3 or features.shape[1:] != (height * width, self.in_dim):
+            raise ValueError(
+                f"{type(self).__name__} was built for features [batch, {height * width}, {self.in_dim}] "
+                f"(grid {height}x{width}) and got {list(features.shape)}. Use the backbone's grid and embed_dim."
+            )
+        return self.project(features)
+
+    def query_to_patch(self) -> Tensor | None:
+        """float[M, N], rows summing to 1, where the geometry alone fixes which patches a visual
+        token comes from; None where it depends on the input."""
+        return None
+
+
+def square_grid(num_tokens: int | None, in_grid: tuple[int, int]) -> tuple[int, int]:
+    """The square output grid of `num_tokens` visual tokens; `ValueError` where `in_grid` has none."""
+    if num_tokens is None:
+        raise ValueError("num_tokens=None keeps every patch, as only `linear` does: set it to a square such as 144.")
+    side = math.isqrt(max(num_tokens, 0))
+    height, width = in_grid
+    if num_tokens < 1 or side * side != num_tokens:
+        raise ValueError(
+            f"num_tokens={num_tokens} is not a square number; near it are {max(side, 1) ** 2} and {(side + 1) ** 2}."
+        )
+    if side > min(height, width):
+        raise ValueError(
+            f"num_tokens={num_tokens} ({side}x{side}) does not fit the patch grid {height}x{width}: "
+            f"choose at most {min(height, width) ** 2}."
+        )
+    return side, side
+
+
+PROJECTORS: Registry[type[Projector]] = Registry("projector", package="prism_deco.projectors")
+
+
+def build_projector(
+    name: str, in_dim: int, out_dim: int, in_grid: tuple[int, int], num_tokens: int | None = None, **options: Any
+) -> Projector:
+    """Builds the projector registered as `name`.
+
+    Args:
+        num_tokens: number of visual tokens, a square; None keeps every patch (`linear` only).
+        options: the projector's own arguments; their names and defaults stand in its YAML.
+    """
+    in_grid = (int(in_grid[0]), int(in_grid[1]))
+    projector = cast("Callable[..., Projector]", PROJECTORS.get(name))  # subclasses have arguments of their own
+    return projector(in_dim=in_dim, out_dim=out_dim, in_grid=in_grid, num_tokens=num_tokens, **options)

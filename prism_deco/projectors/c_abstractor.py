@@ -1,0 +1,64 @@
+"""C-Abstractor (Honeybee, arXiv 2312.06742, section 3.2): convolutions around an average pooling."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from timm.layers.norm import LayerNorm2d
+from timm.models.regnet import RegStage
+from torch import Tensor, nn
+
+from prism_deco.projectors.base import PROJECTORS, Projector, square_grid
+from prism_deco.projectors.layers import build_mlp, init_normal
+from prism_deco.projectors.windows import average_pool
+
+
+def _stage(depth: int, in_dim: int, out_dim: int) -> RegStage:
+    """RegNet bottlenecks (timm's defaults: depthwise 3x3, squeeze-excitation 0.25) with channel LayerNorm and SiLU."""
+    return RegStage(depth, in_dim, out_dim, stride=1, dilation=1, act_layer=nn.SiLU, norm_layer=LayerNorm2d)
+
+
+@PROJECTORS.register("c_abstractor")
+class CAbstractor(Projector):
+    """Position table -> RegNet stage -> average pooling -> RegNet stage -> MLP with SiLU.
+
+    Args:
+        num_tokens: number of visual tokens, a square.
+        depth: RegNet blocks in each of the two stages.
+        hidden_dim: channels inside.
+        readout_depth: linear layers of the MLP behind the second stage.
+        position_embedding: add a learned position table to the features.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        in_grid: tuple[int, int],
+        num_tokens: int | None,
+        *,
+        depth: int = 3,
+        hidden_dim: int = 1024,
+        readout_depth: int = 2,
+        position_embedding: bool = True,
+    ):
+        super().__init__(in_dim, out_dim, in_grid, square_grid(num_tokens, in_grid))
+        if depth < 1:
+            raise ValueError(f"c_abstractor with depth={depth} has no convolutions: choose 1 or more, or avgpool.")
+        self.stage1 = _stage(depth, in_dim, hidden_dim)
+        self.stage2 = _stage(depth, hidden_dim, hidden_dim)
+        self.readout = build_mlp(hidden_dim, out_dim, readout_depth, activation=nn.SiLU)
+        self.apply(init_normal)
+        self.position: nn.Parameter | None = None
+        if position_embedding:
+            self.position = nn.Parameter(torch.empty(1, in_grid[0] * in_grid[1], in_dim))
+            nn.init.trunc_normal_(self.position, std=0.02)
+
+    def project(self, features: Tensor) -> Tensor:
+        """float[B, N, in_dim] -> float[B, M, out_dim]."""
+        if self.position is not None:
+            features = features + self.position
+        x = self.stage1(rearrange(features, "b (h w) d -> b d h w", h=self.in_grid[0]))
+        x = average_pool(rearrange(x, "b d h w -> b h w d"), self.out_grid)
+        x = self.stage2(rearrange(x, "b i j d -> b d i j"))
+        return self.readout(rearrange(x, "b d i j -> b (i j) d"))

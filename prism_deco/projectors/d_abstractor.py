@@ -1,0 +1,117 @@
+"""D-Abstractor (Honeybee, arXiv 2312.06742, section 3.2): a decoder with deformable attention, one query per cell."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from prism_deco.projectors.attention import DeformableAttention, SelfAttention
+from prism_deco.projectors.base import PROJECTORS, Projector, square_grid
+from prism_deco.projectors.layers import init_normal, without_autocast
+from prism_deco.projectors.windows import average_pool
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, deformable attention, feed-forward; each with dropout, a shortcut and a norm behind it.
+
+    Its submodules `self_attention` and `cross_attention` return what relevance maps need.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, points: int, ffn_dim: int, dropout: float, grid: tuple[int, int], directional: bool
+    ):
+        super().__init__()
+        self.self_attention = SelfAttention(dim, heads)
+        self.self_norm = nn.LayerNorm(dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
+        self.ffn_norm = nn.LayerNorm(dim)
+        self.apply(init_normal)
+        self.cross_attention = DeformableAttention(dim, heads, points, grid, directional)
+        self.cross_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, position: Tensor, memory: Tensor, reference: Tensor) -> Tensor:
+        """float[B, M, D], position float[B, M, D], memory float[B, N, D], reference float[1, M, 2] -> the new x."""
+        attended, _ = self.self_attention(x, position)
+        x = self.self_norm(x + self.dropout(attended))
+        attended, _ = self.cross_attention(x + position, memory, reference)
+        x = self.cross_norm(x + self.dropout(attended))
+        return self.ffn_norm(x + self.dropout(self.ffn(x)))
+
+
+def reference_points(out_grid: tuple[int, int], in_grid: tuple[int, int]) -> Tensor:
+    """float[1, M, 2]: where the queries look at first, (x, y), from the first patch's centre to the last's.
+
+    These are not the centres of the output cells: Honeybee spreads the points over linspace(0.5, n - 0.5)/n.
+    """
+    y, x = (torch.linspace(0.5, size - 0.5, out) / size for size, out in zip(in_grid, out_grid, strict=True))
+    return rearrange(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1), "i j xy -> 1 (i j) xy")
+
+
+@PROJECTORS.register("d_abstractor")
+class DAbstractor(Projector):
+    """Queries that start from the pooled features and gather details by deformable attention.
+
+    Runs in the dtype of its weights, also under autocast (as the reference, which keeps it in float32);
+    sampling is in float32 at least. The result has the features' dtype.
+
+    Args:
+        num_tokens: number of visual tokens, a square.
+        depth: decoder layers. DeCo uses 2, Honeybee 6.
+        hidden_dim: channels D inside.
+        heads: attention heads.
+        points: places that each head of a query reads.
+        ffn_dim: hidden width of the feed-forward layers.
+        dropout: share of dropped activations in training.
+        query_mode: what the pooled features are. `query`: the queries' position embedding, while a learned
+            table is their content; `tgt`: the other way round.
+        directional_offsets: start with offsets in the compass directions, see `DeformableAttention`.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        in_grid: tuple[int, int],
+        num_tokens: int | None,
+        *,
+        depth: int = 2,
+        hidden_dim: int = 1024,
+        heads: int = 8,
+        points: int = 4,
+        ffn_dim: int = 1024,
+        dropout: float = 0.1,
+        query_mode: str = "query",
+        directional_offsets: bool = True,
+    ):
+        super().__init__(in_dim, out_dim, in_grid, square_grid(num_tokens, in_grid))
+        if query_mode not in ("query", "tgt"):
+            raise ValueError(f"query_mode={query_mode!r} is unknown: choose query or tgt.")
+        if depth < 1:
+            raise ValueError(f"d_abstractor with depth={depth} has no layers: choose 1 or more.")
+        self.pooled_is_content = query_mode == "tgt"
+        # No projection between equal widths, here and at the end, as in the reference.
+        self.input = nn.Linear(in_dim, hidden_dim) if in_dim != hidden_dim else nn.Identity()
+        self.output = nn.Linear(hidden_dim, out_dim) if hidden_dim != out_dim else nn.Identity()
+        self.queries = nn.Embedding(self.num_tokens, hidden_dim)
+        self.apply(init_normal)
+        self.layers = nn.ModuleList(
+            DecoderLayer(hidden_dim, heads, points, ffn_dim, dropout, in_grid, directional_offsets)
+            for _ in range(depth)
+        )
+        self.position = nn.Parameter(torch.empty(1, in_grid[0] * in_grid[1], hidden_dim))
+        nn.init.trunc_normal_(self.position, std=0.02)
+        self.reference = nn.Parameter(reference_points(self.out_grid, in_grid))
+
+    def project(self, features: Tensor) -> Tensor:
+        """float[B, N, in_dim] -> float[B, M, out_dim]."""
+        with without_autocast(features.device):
+            memory = self.input(features.to(self.position.dtype)) + self.position
+            pooled = average_pool(rearrange(memory, "b (h w) d -> b h w d", h=self.in_grid[0]), self.out_grid)
+            pooled = rearrange(pooled, "b i j d -> b (i j) d")
+            learned = self.queries.weight.expand_as(pooled)
+            x, position = (pooled, learned) if self.pooled_is_content else (learned, pooled)
+            for layer in self.layers:
+                x = layer(x, position, memory, self.reference)
+            return self.output(x).to(features.dtype)

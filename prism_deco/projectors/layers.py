@@ -1,0 +1,59 @@
+"""Small parts that several projectors share."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+
+def build_mlp(
+    in_dim: int,
+    out_dim: int,
+    depth: int,
+    *,
+    ratio: float | None = None,
+    activation: type[nn.Module] = nn.GELU,
+) -> nn.Sequential:
+    """`depth` linear layers with biases, an activation between each two; GELU is the exact (erf) one.
+
+    Args:
+        in_dim: width of the input.
+        out_dim: width of the output, and of every hidden layer but for what `ratio` says.
+        depth: number of linear layers. 2 is the MLP of LLaVA-1.5 and DeCo.
+        ratio: width of the first hidden layer as a multiple of `in_dim`; None takes `out_dim`.
+            `depth=3, ratio=4` is prismatic's fused MLP.
+
+    Raises:
+        ValueError: no layers, or a hidden width without a hidden layer.
+    """
+    if depth < 1:
+        raise ValueError(f"An MLP of depth {depth} has no layers: choose a depth of at least 1.")
+    if ratio is not None and depth < 2:
+        raise ValueError(f"mlp_ratio={ratio} sets a hidden width, which an MLP of depth 1 has not: use depth 2 or 3.")
+    widths = [in_dim] + [out_dim] * depth
+    if ratio is not None:
+        widths[1] = round(ratio * in_dim)
+    layers: list[nn.Module] = [nn.Linear(widths[0], widths[1])]
+    for before, after in pairwise(widths[1:]):
+        layers += [activation(), nn.Linear(before, after)]
+    return nn.Sequential(*layers)
+
+
+def init_normal(module: nn.Module, std: float = 0.02) -> None:
+    """Honeybee's initialisation, for `Module.apply`: weights of linear layers, convolutions and
+    embeddings from N(0, std), biases zero; norms keep their ones and zeros."""
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+        nn.init.normal_(module.weight, std=std)
+    if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A region whose dtypes are what the code says, also inside `torch.autocast`."""
+    # Devices that autocast does not know (meta) refuse even to have it switched off.
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

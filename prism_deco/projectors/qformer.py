@@ -1,0 +1,102 @@
+"""Q-Former (BLIP-2, arXiv 2301.12597, section 3.1) cut to its first layers, as DeCo compares with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+from prism_deco.projectors.base import PROJECTORS, Projector, square_grid
+from prism_deco.projectors.layers import build_mlp
+from prism_deco.projectors.qformer_weights import LoadReport, load_qformer
+
+log = logging.getLogger(__name__)
+
+
+@PROJECTORS.register("qformer")
+class QFormer(Projector):
+    """Learned queries that attend to each other and, in every second layer, to the patches.
+
+    Layers are post-norm BERT: self-attention, cross-attention (layers 0, 2, ..), feed-forward. The two
+    layers of the default hold a single cross-attention.
+
+    Args:
+        num_tokens: number of visual tokens (queries), a square.
+        depth: layers.
+        hidden_dim: width of the queries.
+        heads: attention heads.
+        ffn_dim: hidden width of the feed-forward layers.
+        dropout: share of dropped activations and attention probabilities in training.
+        readout_depth: linear layers between the queries and the LLM.
+        weights: a BLIP-2 checkpoint of LAVIS or transformers (file or folder) to start from. Its
+            layer norm on the patches (`ln_vision`) is then part of this module as `input_norm`. On the
+            meta device the file is not touched.
+
+    Attributes:
+        load_report: what `weights` gave and what it did not; None without.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        in_grid: tuple[int, int],
+        num_tokens: int | None,
+        *,
+        depth: int = 2,
+        hidden_dim: int = 768,
+        heads: int = 12,
+        ffn_dim: int = 3072,
+        dropout: float = 0.1,
+        readout_depth: int = 1,
+        weights: str | None = None,
+    ):
+        super().__init__(in_dim, out_dim, in_grid, square_grid(num_tokens, in_grid))
+        if depth < 1:
+            raise ValueError(f"qformer with depth={depth} has no layers: choose 1 or more.")
+        self.queries = nn.Parameter(torch.empty(1, self.num_tokens, hidden_dim))
+        nn.init.normal_(self.queries, std=0.02)
+        self.input_norm = nn.LayerNorm(in_dim) if weights else nn.Identity()
+        self.body = Blip2QFormerModel(
+            Blip2QFormerConfig(
+                hidden_size=hidden_dim,
+                num_hidden_layers=depth,
+                num_attention_heads=heads,
+                intermediate_size=ffn_dim,
+                hidden_dropout_prob=dropout,
+                attention_probs_dropout_prob=dropout,
+                cross_attention_frequency=2,
+                encoder_hidden_size=in_dim,
+            )
+        )
+        self.readout = build_mlp(hidden_dim, out_dim, readout_depth)
+        self.load_report: LoadReport | None = None
+        if weights and not self.queries.is_meta:
+            self.load_report = load_qformer(self, Path(weights))
+            log.info("%s", self.load_report)
+
+    def project(self, features: Tensor) -> Tensor:
+        """float[B, N, in_dim] -> float[B, M, out_dim]."""
+        patches = self.input_norm(features)
+        queries = self.queries.expand(len(features), -1, -1)
+        return self.readout(self.body(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state)
+
+    def expose_attention(self) -> list[tuple[str, nn.Module]]:
+        """Makes the attention probabilities reachable by forward hooks, from now on.
+
+        Returns:
+            ("self" | "cross", module) in the order of computation. Each module's forward returns
+            (mixed values, probabilities float[B, heads, M, M or N]), both parts of the autograd graph.
+        """
+        self.body.set_attn_implementation("eager")  # the fused kernels return no probabilities
+        modules: list[tuple[str, nn.Module]] = []
+        for layer in cast("Iterable[Any]", self.body.encoder.layer):
+            modules.append(("self", layer.attention.attention))
+            if layer.has_cross_attention:
+                modules.append(("cross", layer.crossattention.attention))
+        return modules

@@ -1,0 +1,90 @@
+"""Adaptive pooling of patch grids, written so that its gradient is deterministic on every device.
+
+The windows are those of `torch.nn.AdaptiveAvgPool2d`: along a side of `size` patches, output i of `out`
+covers the patches floor(i·size/out) up to, but not including, ceil((i+1)·size/out). Neighbours overlap
+where `out` does not divide `size` (27 -> 12). Torch's own CUDA kernels add up overlapping gradients in
+an order that changes between runs; here averages are products with a fixed matrix.
+
+Nothing is stored in buffers: the windows follow from the two sizes, so a module built on the meta
+device is complete once its parameters are loaded.
+
+Shapes: B images, h x w patches, i x j visual tokens, D channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from prism_deco.projectors.layers import without_autocast
+
+
+def window_bounds(size: int, out: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """First patch of each window and the one after its last: two int64[out]."""
+    index = torch.arange(out, device=device)
+    return index * size // out, -(-(index + 1) * size // out)
+
+
+def average_matrix(
+    size: int, out: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """dtype[out, size]: the share of each patch in each window's average; rows sum to 1."""
+    start, end = window_bounds(size, out, device)
+    patch = torch.arange(size, device=device)
+    inside = ((patch >= start[:, None]) & (patch < end[:, None])).to(dtype)
+    return inside / inside.sum(dim=1, keepdim=True)
+
+
+def average_pool(features: Tensor, out_grid: tuple[int, int]) -> Tensor:
+    """float[B, h, w, D] -> float[B, i, j, D]: the mean over each window.
+
+    Sums are taken in float32 at least, and rounded to the input's dtype once, at the end.
+    """
+    (_, h, w, _), (i, j), device = features.shape, out_grid, features.device
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    with without_autocast(device):
+        pooled = average_matrix(w, j, device, dtype) @ features.to(dtype)
+        pooled = average_matrix(h, i, device, dtype) @ rearrange(pooled, "b h j d -> b h (j d)")
+    return rearrange(pooled, "b i (j d) -> b i j d", j=j).to(features.dtype)
+
+
+def window_patches(size: int, out: int, device: torch.device | None = None) -> Tensor:
+    """int64[out, K]: the patches of each window, K being the largest window's size; smaller windows
+    repeat their last patch."""
+    start, end = window_bounds(size, out, device)
+    largest = max(-(-(index + 1) * size // out) - index * size // out for index in range(out))
+    return torch.minimum(start[:, None] + torch.arange(largest, device=device), end[:, None] - 1)
+
+
+def max_pool(features: Tensor, out_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """float[B, h, w, D] -> the maxima float[B, i, j, D] and the patches that hold them int64[B, i, j, D].
+
+    Patches count row-major. The first of several equal maxima wins, and it alone receives the gradient
+    (the rule of `AdaptiveMaxPool2d`).
+    """
+    (_, h, w, _), (i, j) = features.shape, out_grid
+    rows, columns = window_patches(h, i, features.device), window_patches(w, j, features.device)
+    # Along one side at a time: the first row with the maximum, and in it the first column, is also
+    # the first maximum in row-major order. A patch lies in two windows of a side at most, and the sum
+    # of two numbers does not depend on their order: the gradient is deterministic.
+    values, offset = features[:, :, columns].max(dim=3)  # [b, h, j, K, d] over K
+    column = columns[:, 0, None] + offset
+    values, offset = values[:, rows].max(dim=2)  # [b, i, K, j, d] over K
+    row = rows[:, 0, None, None] + offset
+    return values, row * w + column.gather(1, row)
+
+
+class GridMaxPool(nn.Module):
+    """`max_pool` as a module, so that a forward hook can read which patches won."""
+
+    def __init__(self, in_grid: tuple[int, int], out_grid: tuple[int, int]):
+        super().__init__()
+        self.in_grid = in_grid
+        self.out_grid = out_grid
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """float[B, N, D] -> maxima float[B, M, D], their patches int64[B, M, D] in 0 .. N-1."""
+        grid = rearrange(features, "b (h w) d -> b h w d", h=self.in_grid[0])
+        values, winners = max_pool(grid, self.out_grid)
+        return rearrange(values, "b i j d -> b (i j) d"), rearrange(winners, "b i j d -> b (i j) d")
