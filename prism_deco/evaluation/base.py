@@ -1,0 +1,227 @@
+"""What a benchmark promises, what it asks of a model, and the registry of benchmarks."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from PIL import Image
+from torch import Tensor
+
+from prism_deco.data.images import resolve_image
+from prism_deco.evaluation.items import Item, Prediction, Question, Variant, cut, mean_score, most_common
+from prism_deco.evaluation.metrics.bootstrap import Combine
+from prism_deco.registry import Registry, unknown
+
+ON_BAD_IMAGE = ("fail", "count_wrong")
+SHORT = "{question}\nAnswer the question using a single word or phrase."  # LLaVA-1.5's short-answer prompt
+
+
+class Model(Protocol):
+    """A model under evaluation."""
+
+    def generate(self, images: list[Image.Image | Path | Tensor], prompts: list[str], max_new_tokens: int) -> list[str]:
+        """Greedy answers to raw questions; a tensor is an image's visual tokens from `encode_images`."""
+        ...
+
+    def encode_images(self, images: list[Path]) -> list[Tensor]:
+        """Visual tokens float[M, D] of each image."""
+        ...
+
+    def choice_probabilities(
+        self, images: list[Image.Image | Path | Tensor], prompts: list[str], choices: list[str]
+    ) -> Tensor:
+        """float[prompts, choices]: softmax over the choices at the first answer token."""
+        ...
+
+
+class Benchmark(ABC):
+    """Reads a benchmark's official files, asks its questions, reads the answers, scores them.
+
+    Subclasses implement `read` and `parse`, and override what differs from the mean of exact matches.
+    Item scores lie in 0..1; metrics are in the paper's unit: per cent, or MME's sums.
+
+    Args:
+        name: the choice (its YAML's file name).
+        root: folder that all other paths are relative to.
+        variants: the ways to ask, of those in `VARIANTS`. The first one's metrics are plain ("accuracy"), the
+            others' are prefixed ("generate/accuracy").
+        image: pattern of an image's path; its fields are those of the annotations, and `{split}`. Empty where
+            the annotation file holds the images.
+        split: what `{split}` stands for in paths.
+        max_new_tokens: length limit of an answer in tokens.
+        on_bad_image: a missing or unreadable image: fail | count_wrong.
+        limit: ask only that many questions, spread over subsets; None asks all.
+    """
+
+    VARIANTS: ClassVar[Mapping[str, Variant]]
+    primary: ClassVar[str] = "accuracy"
+    """The metric that stands in the paper's column."""
+    combine: ClassVar[Combine] = "mean"
+    """How the primary follows from the means of the `strata`."""
+    choices: Sequence[str] = ()
+    """The answers that a likelihood variant compares."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        root: str | Path | None,
+        variants: Sequence[str],
+        image: str = "",
+        split: str = "",
+        max_new_tokens: int = 128,
+        on_bad_image: str = "fail",
+        limit: int | None = None,
+    ):
+        for variant in variants:
+            if variant not in self.VARIANTS:
+                raise unknown(f"variant of {name}", variant, self.VARIANTS)
+        if not variants or len(set(variants)) < len(variants):
+            raise ValueError(f"{name}: variants must name one or more of {', '.join(self.VARIANTS)}, each once.")
+        if on_bad_image not in ON_BAD_IMAGE:
+            raise unknown("on_bad_image", on_bad_image, ON_BAD_IMAGE)
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name}: limit={limit} asks nothing; null asks all questions.")
+        self.name = name
+        self.root = Path(root).expanduser() if root is not None else None
+        self.image = image
+        self.split = split
+        self.variants = tuple(variants)
+        self.max_new_tokens = max_new_tokens
+        self.on_bad_image = on_bad_image
+        self.limit = limit
+
+    @abstractmethod
+    def read(self) -> list[Question]:
+        """All questions, in the files' order.
+
+        Raises:
+            ValueError: a file is missing, damaged or of another benchmark; names it and the first bad record.
+        """
+
+    @abstractmethod
+    def parse(self, text: str, target: Mapping[str, Any]) -> Any:
+        """The answer (JSON) that a stripped output means; None where it cannot be read."""
+
+    def score(self, answer: Any, text: str, target: Mapping[str, Any]) -> float:
+        """Score 0..1 of an answer that could be read; by default whether it is the target's."""
+        return float(answer == target["answer"])
+
+    def is_invalid(self, prediction: Prediction) -> bool:
+        """Whether the output could not be read as an answer, or is empty."""
+        return prediction.answer is None or prediction.answer == ""
+
+    def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        """All metrics of one variant's graded predictions."""
+        return {"accuracy": mean_score(predictions)}
+
+    def strata(self, predictions: Sequence[Prediction]) -> dict[str, list[float]]:
+        """Values, in the primary's unit, of the units that an interval resamples, by stratum."""
+        return {"all": [100 * prediction.score for prediction in predictions]}
+
+    def constants(self, targets: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Outputs among which the best image-blind constant answer is sought."""
+        return most_common(str(target["answer"]) for target in targets)
+
+    def grade(self, prediction: Prediction) -> Prediction:
+        """The prediction with `answer` and `score` made from its output; no output scores 0."""
+        if prediction.output is None:
+            return replace(prediction, answer=None, score=0.0)
+        text = prediction.text
+        if self.VARIANTS[self.variant_of(prediction)].likelihood:
+            text = _most_likely(prediction)
+        answer = self.parse(text, prediction.target)
+        score = 0.0 if answer is None else self.score(answer, text, prediction.target)
+        return replace(prediction, answer=answer, score=score)
+
+    def variant_of(self, prediction: Prediction) -> str:
+        """The variant that a prediction belongs to."""
+        name = prediction.target.get("variant", self.variants[0])
+        if name not in self.VARIANTS:
+            raise unknown(f"variant of {self.name}", str(name), self.VARIANTS)
+        return name
+
+    def items(self, limit: int | None = None) -> list[Item]:
+        """What to ask, variant after variant, in canonical order; `limit` overrides the YAML's."""
+        questions = self.read()
+        if not questions:
+            raise ValueError(f"{self.name}: there are no questions of split {self.split!r} in {self.root}.")
+        questions = cut(questions, limit if limit is not None else self.limit)
+        items = [self._ask(question, name) for name in self.variants for question in questions]
+        seen: set[str] = set()
+        for item in items:
+            if item.question_id in seen:
+                raise ValueError(f"{self.name}: the question id {item.question_id} occurs twice in {self.root}.")
+            seen.add(item.question_id)
+        return items
+
+    def path(self, pattern: str, **fields: Any) -> Path:
+        """The file that a pattern means below the root; `ValueError` where that is outside of it."""
+        if self.root is None:
+            raise ValueError(f"{self.name} needs the folder of its files: set root=<folder>.")
+        try:
+            name = pattern.format(split=self.split, **fields)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"{self.name}: the path pattern {pattern!r} does not fit the fields {', '.join(fields) or 'split'} "
+                f"({type(error).__name__}: {error})."
+            ) from error
+        return resolve_image(self.root, name)
+
+    def question(
+        self,
+        where: str,
+        question_id: Any,
+        fields: Mapping[str, str],
+        target: dict[str, Any],
+        *,
+        stratum: str = "",
+        group: str = "",
+        **image: Any,
+    ) -> Question:
+        """Builds a question whose image file follows from the pattern.
+
+        Args:
+            where: the annotation file and the record, for errors.
+            fields: what the prompt templates are filled with.
+            image: the fields of the image pattern.
+        """
+        try:
+            path = self.path(self.image, **image)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        assert self.root is not None
+        name = path.relative_to(self.root).as_posix()
+        return Question(str(question_id), name, path, fields, target, stratum=stratum, group=group)
+
+    def _ask(self, question: Question, name: str) -> Item:
+        variant = self.VARIANTS[name]
+        several = len(self.variants) > 1
+        return Item(
+            question_id=f"{question.question_id}/{name}" if several else question.question_id,
+            image=question.image,
+            path=question.path,
+            prompt=variant.template.format(**question.fields),
+            target=question.target | ({"variant": name} if several else {}),
+            choices=tuple(self.choices) if variant.likelihood else (),
+        )
+
+
+def _most_likely(prediction: Prediction) -> str:
+    """The choice of the highest probability; the first of equals, like argmax."""
+    try:
+        probabilities = json.loads(prediction.text)
+        return max(probabilities, key=probabilities.__getitem__)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"Prediction {prediction.question_id}: the output of a likelihood question is a JSON object of "
+            f"probabilities by choice, not {prediction.text!r}."
+        ) from error
+
+
+BENCHMARKS: Registry[type[Benchmark]] = Registry("benchmark family", package="prism_deco.evaluation")

@@ -1,0 +1,107 @@
+"""What travels through an evaluation: questions as read, items as asked, predictions as written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to ask a benchmark's questions."""
+
+    template: str
+    """The prompt; its fields are those of `Question.fields`."""
+    likelihood: bool = False
+    """Compare the probabilities of the possible answers instead of letting the model write."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a benchmark's files."""
+
+    question_id: str
+    image: str
+    """The image's path below the root, as predictions record it."""
+    path: Path
+    """The image file."""
+    fields: Mapping[str, str]
+    """What the prompt templates are filled with."""
+    target: dict[str, Any]
+    """What scoring needs, as JSON."""
+    stratum: str = ""
+    """Part of the benchmark that a limit must not leave out (a subset, a task)."""
+    group: str = ""
+    """Questions of one group are scored together: a limit must not tear them apart. Empty is alone."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question as one variant asks it."""
+
+    question_id: str
+    image: str
+    path: Path
+    prompt: str
+    target: dict[str, Any]
+    choices: tuple[str, ...] = ()
+    """The answers whose probabilities are compared; empty lets the model write."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A line of `predictions.jsonl`."""
+
+    question_id: str
+    image: str
+    prompt: str
+    output: str | None
+    """What the model wrote, or a JSON object of its choice probabilities; None: its image was unreadable."""
+    answer: Any
+    """The output as the benchmark reads it (JSON); None where it cannot be read."""
+    target: dict[str, Any]
+    score: float
+    """0..1."""
+
+    @property
+    def text(self) -> str:
+        """The output without spaces at its ends: all reference harnesses strip what they decode."""
+        return (self.output or "").strip()
+
+
+def cut(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """At least `limit` questions (groups stay whole), taken in turn from the strata, in the given order."""
+    if limit is None or limit >= len(questions):
+        return list(questions)
+    strata: dict[str, dict[str, list[int]]] = {}
+    for index, question in enumerate(questions):
+        groups = strata.setdefault(question.stratum, {})
+        groups.setdefault(question.group or f"#{index}", []).append(index)
+    queues = [list(groups.values())[::-1] for groups in strata.values()]
+    chosen: list[int] = []
+    while len(chosen) < limit:
+        for queue in queues:
+            if queue and len(chosen) < limit:
+                chosen += queue.pop()
+    return [questions[index] for index in sorted(chosen)]
+
+
+def most_common(values: Iterable[str], count: int = 5) -> list[str]:
+    """The most frequent values, most frequent first; ties in order of appearance."""
+    return [value for value, _ in Counter(values).most_common(count)]
+
+
+def mean_score(predictions: Sequence[Prediction]) -> float:
+    """Mean item score in per cent."""
+    return 100 * sum(prediction.score for prediction in predictions) / len(predictions)
+
+
+def by_part(predictions: Iterable[Prediction], key: str) -> dict[str, list[Prediction]]:
+    """Predictions by the value of a key of their target, in order of appearance."""
+    parts: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        parts.setdefault(str(prediction.target[key]), []).append(prediction)
+    return parts

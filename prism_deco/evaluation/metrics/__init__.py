@@ -1,0 +1,1 @@
+"""Benchmark metrics as pure functions of answers and annotations."""

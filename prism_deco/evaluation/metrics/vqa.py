@@ -1,0 +1,52 @@
+"""VQA accuracy: agreement with ten annotators, averaged over leaving each of them out.
+
+The conventions differ in what they rewrite before comparing; all take the raw prediction and the raw
+answers of the annotators and return a score in 0..1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from prism_deco.evaluation.metrics.vqa_text import (
+    flatten,
+    process,
+    process_evalai,
+    process_vizwiz,
+    strip_punctuation,
+)
+
+VQAScore = Callable[[str, Sequence[str]], float]
+
+
+def agreement(prediction: str, answers: Sequence[str]) -> float:
+    """Mean over annotators of min(1, matches among the others / 3), strings compared as they are.
+
+    Among ten annotators 1, 2, 3, 4 matches give .3, .6, .9, 1.
+    """
+    matches = sum(answer == prediction for answer in answers)
+    left_out = (matches - (answer == prediction) for answer in answers)
+    return sum(min(1.0, others / 3) for others in left_out) / len(answers)
+
+
+def official(prediction: str, answers: Sequence[str]) -> float:
+    """The VQA challenge's script: nothing is processed where all annotators wrote the same."""
+    prediction, answers = flatten(prediction), [flatten(answer) for answer in answers]
+    if len(set(answers)) > 1:
+        prediction, answers = process(prediction), [process(answer) for answer in answers]
+    return agreement(prediction, answers)
+
+
+def evalai(prediction: str, answers: Sequence[str]) -> float:
+    """The EvalAI server, which also scores TextVQA: both sides always processed."""
+    return agreement(process_evalai(prediction), [process_evalai(answer) for answer in answers])
+
+
+def prism_vqav2(prediction: str, answers: Sequence[str]) -> float:
+    """The PRISM harness on VQAv2: answers only lose their punctuation, always (no case, digits, articles)."""
+    return agreement(process(prediction), [strip_punctuation(answer) for answer in answers])
+
+
+def prism_vizwiz(prediction: str, answers: Sequence[str]) -> float:
+    """The PRISM harness on VizWiz: answers are compared as the annotators wrote them."""
+    return agreement(process_vizwiz(prediction), answers)

@@ -1,0 +1,119 @@
+"""MMBench: multiple choice with the options rotated; a question counts if every rotation is right."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+from prism_deco.evaluation.base import BENCHMARKS, Benchmark
+from prism_deco.evaluation.items import Prediction, Question, Variant, by_part, mean_score
+from prism_deco.evaluation.metrics.choice import infer_option
+from prism_deco.evaluation.seed import LETTER
+
+_COLUMNS = ("index", "question", "hint", "A", "B", "answer", "category", "image")
+_ROTATION = 1_000_000  # the rotations of question i have the indices i + k * 1,000,000
+_LARGEST_CELL = 1 << 28  # bytes; an image is one cell, and csv's own limit is 128 KiB
+
+
+@BENCHMARKS.register("mmbench")
+class MMBench(Benchmark):
+    """The TSV with images in base64.
+
+    `accuracy` is circular (all rotations right), `accuracy_vanilla` looks at the unrotated questions only.
+    Outputs that neither hold a lone letter nor the text of a single option count as wrong: the official
+    script asks a language model about them, which an offline harness cannot.
+
+    Args:
+        annotations: the TSV.
+    """
+
+    VARIANTS: ClassVar = {"letter": Variant("{hint}" + LETTER)}
+
+    def __init__(self, *, annotations: str, **common: Any):
+        super().__init__(**common)
+        self.annotations = annotations
+        self._images: TemporaryDirectory[str] | None = None
+
+    def read(self) -> list[Question]:
+        path = self.path(self.annotations)
+        # The model reads images from files; the folder goes with this object.
+        self._images = TemporaryDirectory(prefix="mmbench-")
+        folder = Path(self._images.name)
+        return [_question(record, f"{path}, record {k}", folder) for k, record in enumerate(_read_rows(path), start=1)]
+
+    def parse(self, text: str, target: Mapping[str, Any]) -> str | None:
+        return infer_option(text, target["options"])
+
+    def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        unrotated = [p for p in predictions if p.target["rotation"] == 0]
+        metrics = {"accuracy": _circular(predictions)}
+        if unrotated:
+            metrics["accuracy_vanilla"] = mean_score(unrotated)
+        parts = by_part(predictions, "category")
+        return metrics | {f"accuracy/{category}": _circular(part) for category, part in parts.items()}
+
+    def strata(self, predictions: Sequence[Prediction]) -> dict[str, list[float]]:
+        return {"all": [100.0 * right for right in _all_right(predictions)]}
+
+    def constants(self, targets: Sequence[Mapping[str, Any]]) -> list[str]:
+        return list("ABCD")
+
+
+def _all_right(predictions: Sequence[Prediction]) -> list[bool]:
+    return [all(p.score == 1 for p in rotations) for rotations in by_part(predictions, "question").values()]
+
+
+def _circular(predictions: Sequence[Prediction]) -> float:
+    right = _all_right(predictions)
+    return 100 * sum(right) / len(right)
+
+
+def _question(record: Mapping[str, str], where: str, folder: Path) -> Question:
+    options = {letter: record[letter] for letter in "ABCD" if record.get(letter)}
+    if not record["index"].isdecimal() or record["answer"] not in options:
+        raise ValueError(f"{where} is not an MMBench record: its index or answer is unknown.")
+    rotation, number = divmod(int(record["index"]), _ROTATION)
+    image = folder / f"{number}.jpg"
+    if not image.exists():
+        try:
+            image.write_bytes(base64.b64decode(record["image"], validate=True))
+        except binascii.Error as error:
+            raise ValueError(f"{where}: the image is not base64 ({error}).") from error
+    fields = {
+        "hint": f"{record['hint']}\n" if record["hint"] else "",
+        "question": record["question"],
+        "options": "\n".join(f"{letter}. {text}" for letter, text in options.items()),
+    }
+    target = {
+        "answer": record["answer"],
+        "options": options,
+        "category": record["category"],
+        "question": number,
+        "rotation": rotation,
+    }
+    return Question(record["index"], image.name, image, fields, target, stratum=record["category"], group=str(number))
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    limit = csv.field_size_limit(_LARGEST_CELL)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist: is root right?") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a table with tabs ({error}).") from error
+    finally:
+        csv.field_size_limit(limit)
+    if not rows:
+        raise ValueError(f"{path} holds no rows: download it again.")
+    for number, row in enumerate(rows, start=1):
+        missing = [column for column in _COLUMNS if row.get(column) is None]
+        if missing:
+            raise ValueError(f"{path}, record {number} is not an MMBench record: it has no {', '.join(missing)}.")
+    return rows

@@ -1,0 +1,114 @@
+"""MME: pairs of yes/no questions, one of each to be answered yes and one no."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from prism_deco.evaluation.base import BENCHMARKS, SHORT, Benchmark
+from prism_deco.evaluation.items import Prediction, Question, Variant, by_part, mean_score
+from prism_deco.evaluation.metrics.yesno import mme_pairs, mme_score, parse_mme
+
+_SUFFIX = "Please answer yes or no."
+_IMAGES = (".jpg", ".jpeg", ".png")
+
+
+@BENCHMARKS.register("mme")
+class MME(Benchmark):
+    """The release's folder per task, with a text file of two lines `question <tab> Yes|No` per image.
+
+    Text files lie beside the images, or (in five of the tasks) in `questions_answers_YN/`, the images then in
+    `images/`. A task scores 100 accuracy + 100 accuracy+ (both questions of an image right), the benchmark the
+    sum of its tasks: at most 2000 for the ten perception tasks.
+
+    Args:
+        annotations: pattern of a task's folder, with the field `{task}`.
+        tasks: names of the tasks.
+    """
+
+    VARIANTS: ClassVar = {"short": Variant(SHORT)}
+    primary = "score"
+    combine = "sum"
+
+    def __init__(self, *, annotations: str, tasks: Sequence[str], **common: Any):
+        super().__init__(**common)
+        self.annotations = annotations
+        self.tasks = tuple(tasks)
+
+    def read(self) -> list[Question]:
+        return [question for task in self.tasks for question in self._read_task(task)]
+
+    def _read_task(self, task: str) -> list[Question]:
+        folder = self.path(self.annotations, task=task)
+        texts = folder / "questions_answers_YN" if (folder / "questions_answers_YN").is_dir() else folder
+        files = sorted(texts.glob("*.txt"))
+        if not files:
+            raise ValueError(f"{texts} holds no question files of the MME task {task}: is root right?")
+        inner = "images/" if texts != folder else ""
+        questions = []
+        for file in files:
+            name = inner + _image_name(folder / inner, file.stem)
+            for number, (question, answer) in enumerate(_read_pair(file)):
+                questions.append(
+                    self.question(
+                        str(file),
+                        f"{task}/{file.stem}/{number}",
+                        {"question": question},
+                        {"answer": answer, "task": task},
+                        stratum=task,
+                        group=f"{task}/{file.stem}",
+                        task=task,
+                        name=name,
+                    )
+                )
+        return questions
+
+    def parse(self, text: str, target: Mapping[str, Any]) -> str | None:
+        return parse_mme(text)
+
+    def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        metrics = {"score": 0.0, "accuracy": mean_score(predictions)}
+        for task, part in by_part(predictions, "task").items():
+            accuracy, plus = mme_score(*_correct(part))
+            metrics |= {f"accuracy/{task}": 100 * accuracy, f"accuracy_plus/{task}": 100 * plus}
+            metrics[f"score/{task}"] = 100 * accuracy + 100 * plus
+            metrics["score"] += metrics[f"score/{task}"]
+        return metrics
+
+    def strata(self, predictions: Sequence[Prediction]) -> dict[str, list[float]]:
+        strata = {}
+        for task, part in by_part(predictions, "task").items():
+            pairs = mme_pairs(*_correct(part))
+            # Scaled so that the mean over images is the accuracy over questions.
+            share = 100 * len(pairs) / len(part)
+            strata[task] = [share * right + 100 * both for right, both in pairs]
+        return strata
+
+    def constants(self, targets: Sequence[Mapping[str, Any]]) -> list[str]:
+        return ["Yes", "No"]
+
+
+def _correct(predictions: Sequence[Prediction]) -> tuple[list[bool], list[str]]:
+    return [p.score == 1 for p in predictions], [p.image for p in predictions]
+
+
+def _image_name(folder: Path, stem: str) -> str:
+    """The image that belongs to a text file; a name that does not exist where there is none."""
+    return next((stem + suffix for suffix in _IMAGES if (folder / (stem + suffix)).is_file()), stem + _IMAGES[0])
+
+
+def _read_pair(file: Path) -> list[tuple[str, str]]:
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a text file ({error}).") from error
+    if len(lines) != 2:
+        raise ValueError(f"{file} holds {len(lines)} questions; MME pairs two with each image.")
+    pairs = []
+    for line in lines:
+        question, _, answer = line.rpartition("\t")
+        if not question or answer.strip().lower() not in ("yes", "no"):
+            raise ValueError(f"{file}: {line!r} is not an MME line `question <tab> Yes|No`.")
+        pairs.append((question.strip().removesuffix(_SUFFIX).strip(), answer.strip().lower()))
+    return pairs

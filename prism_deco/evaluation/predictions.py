@@ -1,0 +1,134 @@
+"""`predictions.jsonl`: written as answers come, resumed after a crash, put in order at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from prism_deco.evaluation.items import Item, Prediction
+
+FILE = "predictions.jsonl"
+_FIELDS = frozenset(field.name for field in fields(Prediction))
+
+
+def load_predictions(path: str | Path) -> list[Prediction]:
+    """The predictions of a file.
+
+    Raises:
+        ValueError: it is missing or empty, a line is damaged, or a question occurs twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist.")
+    predictions, _ = _read(path, drop_torn=False)
+    if not predictions:
+        raise ValueError(f"{path} holds no predictions.")
+    seen: set[str] = set()
+    for prediction in predictions:
+        if prediction.question_id in seen:
+            raise ValueError(f"{path}: question {prediction.question_id} occurs twice.")
+        seen.add(prediction.question_id)
+    return predictions
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file in one step: a crash leaves the old content or the new, never a part."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class PredictionStore:
+    """The predictions of one evaluation while it runs, one file per rank.
+
+    Args:
+        folder: where they are written; those that an interrupted evaluation left there are taken over.
+        items: what is asked, in canonical order.
+        decoding: how answers are produced. Kept in `decoding.json`: answers of different settings are not mixed.
+        rank, world: this process among those that share the work; one process writes the final file directly.
+    """
+
+    def __init__(self, folder: Path, items: Sequence[Item], decoding: Mapping[str, Any], rank: int = 0, world: int = 1):
+        self.folder = folder
+        self.items = {item.question_id: item for item in items}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._check_decoding(dict(decoding), write=rank == 0)
+        self._own = folder / (FILE if world == 1 else f"predictions.rank{rank}.jsonl")
+        self.done: dict[str, Prediction] = {}
+        for path in sorted(folder.glob("predictions*.jsonl")):
+            predictions, length = _read(path, drop_torn=True)
+            for prediction in predictions:
+                self._check(prediction, path)
+                self.done[prediction.question_id] = prediction
+            if path == self._own:
+                os.truncate(path, length)
+
+    def append(self, predictions: Iterable[Prediction]) -> None:
+        """Writes predictions at once, so that a kill loses no finished batch."""
+        with self._own.open("a", encoding="utf-8") as file:
+            for prediction in predictions:
+                file.write(_line(prediction))
+                self.done[prediction.question_id] = prediction
+
+    def merge(self) -> list[Prediction]:
+        """All predictions in canonical order, written to the final file; the ranks' files are removed."""
+        shards = [path for path in self.folder.glob("predictions*.jsonl") if path.name != FILE]
+        for path in shards:
+            self.done |= {p.question_id: p for p in _read(path, drop_torn=True)[0]}
+        ordered = [self.done[question_id] for question_id in self.items]
+        write_atomically(self.folder / FILE, "".join(map(_line, ordered)))
+        for path in shards:
+            path.unlink()
+        return ordered
+
+    def _check_decoding(self, decoding: dict[str, Any], write: bool) -> None:
+        path = self.folder / "decoding.json"
+        if any(self.folder.glob("predictions*.jsonl")) and path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if before != decoding:
+                raise ValueError(
+                    f"{self.folder} holds answers decoded with {before}, not with {decoding}: "
+                    "choose another folder, or remove it."
+                )
+        if write:
+            write_atomically(path, json.dumps(decoding, indent=2))
+
+    def _check(self, prediction: Prediction, path: Path) -> None:
+        item = self.items.get(prediction.question_id)
+        asked = (prediction.image, prediction.prompt, prediction.target)
+        if item is None or asked != (item.image, item.prompt, item.target):
+            raise ValueError(
+                f"{path}: question {prediction.question_id} is not one that this evaluation asks (another benchmark, "
+                "split, prompt or limit): choose another folder, or remove the file."
+            )
+
+
+def _line(prediction: Prediction) -> str:
+    return json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
+
+
+def _read(path: Path, drop_torn: bool) -> tuple[list[Prediction], int]:
+    """The predictions, and the length in bytes of the complete lines.
+
+    A line without its newline was being written when the process died; `drop_torn` leaves it out.
+    """
+    content = path.read_bytes()
+    length = content.rfind(b"\n") + 1 if drop_torn else len(content)
+    predictions = []
+    for number, line in enumerate(content[:length].split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is damaged ({error}): remove the line.") from error
+        if not isinstance(record, dict) or _FIELDS - record.keys() or not isinstance(record["target"], dict):
+            raise ValueError(f"{path}, line {number} is no prediction: it needs {', '.join(sorted(_FIELDS))}.")
+        if not isinstance(record["output"], str | None):
+            raise ValueError(f"{path}, line {number}: `output` must be text or null.")
+        predictions.append(Prediction(**{name: record[name] for name in _FIELDS}))
+    return predictions, length

@@ -1,0 +1,121 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg: the box of the region that an expression describes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
+from typing import Any, ClassVar
+
+from prism_deco.evaluation.annotations import ID, checked, checked_list, index_unique, read_json
+from prism_deco.evaluation.base import BENCHMARKS, Benchmark
+from prism_deco.evaluation.items import Prediction, Question, Variant, mean_score
+from prism_deco.evaluation.metrics.boxes import Box, iou, normalise_box, parse_lenient, parse_strict, unpad
+from prism_deco.evaluation.safe_pickle import load_data_pickle
+
+_ASK = "Please provide the bounding box coordinate of the region this sentence describes: "
+_REF = {"ref_id": ID, "ann_id": ID, "image_id": ID, "split": str, "sentences": list}
+_NUMBER = (int, float)
+
+
+@BENCHMARKS.register("refcoco")
+class RefCOCO(Benchmark):
+    """REFER's files: a pickle of expressions and COCO's `instances.json`. One question per sentence.
+
+    Acc@0.5: the share of boxes that overlap the true one with an IoU of at least 0.5. `accuracy` is the PRISM
+    harness's number: the output must be a well-formed list, and its frame is taken for the image's (raw).
+    A model trained on images padded to squares answers in the padded frame; `accuracy_pad_corrected` undoes
+    that. The `_lenient` pair takes the first four bracketed numbers of the output (lmms-eval).
+
+    Variants: `quoted` is the harness's prompt, `trained` the wording of LLaVA's training conversations.
+
+    Args:
+        annotations: the pickle.
+        instances: COCO boxes and image sizes.
+    """
+
+    VARIANTS: ClassVar = {"quoted": Variant(_ASK + '"{expression}"'), "trained": Variant(_ASK + "{expression}.")}
+
+    def __init__(self, *, annotations: str, instances: str, **common: Any):
+        super().__init__(**common)
+        self.annotations = annotations
+        self.instances = instances
+
+    def read(self) -> list[Question]:
+        path = self.path(self.annotations)
+        boxes, images = self._read_instances()
+        questions = []
+        for number, ref in enumerate(checked_list(load_data_pickle(path), _REF, path, "RefCOCO"), start=1):
+            if ref["split"] != self.split:
+                continue
+            where = f"{path}, record {number}"
+            box, image = boxes.get(ref["ann_id"]), images.get(ref["image_id"])
+            if box is None or image is None:
+                raise ValueError(
+                    f"{where}: annotation {ref['ann_id']} or image {ref['image_id']} is not in {self.instances}."
+                )
+            width, height = image["width"], image["height"]
+            target = {"box": list(normalise_box(box["bbox"], width, height)), "width": width, "height": height}
+            for sentence in ref["sentences"]:
+                sentence = checked(sentence, {"sent": str, "sent_id": ID}, f"{where}, sentences", "RefCOCO")
+                questions.append(
+                    self.question(
+                        where,
+                        f"{ref['ref_id']}-{sentence['sent_id']}",
+                        {"expression": sentence["sent"]},
+                        target,
+                        image_id=ref["image_id"],
+                        file_name=image["file_name"],
+                    )
+                )
+        return questions
+
+    def _read_instances(self) -> tuple[dict[Any, dict[str, Any]], dict[Any, dict[str, Any]]]:
+        path = self.path(self.instances)
+        content = checked(read_json(path), {"annotations": list, "images": list}, str(path), "COCO instances")
+        annotations = checked_list(content["annotations"], {"id": ID, "bbox": list}, path, "COCO annotation")
+        sizes = {"id": ID, "width": int, "height": int, "file_name": str}
+        images = checked_list(content["images"], sizes, path, "COCO image")
+        for number, record in enumerate(annotations, start=1):
+            box = record["bbox"]
+            if len(box) != 4 or not all(isinstance(n, _NUMBER) for n in box) or box[2] <= 0 or box[3] <= 0:
+                raise ValueError(f"{path}, annotation {number}: {box} is not a box [x, y, width, height].")
+        return index_unique(annotations, "id", path), index_unique(images, "id", path)
+
+    def parse(self, text: str, target: Mapping[str, Any]) -> list[float] | None:
+        box = parse_strict(text)
+        return list(box) if box is not None else None
+
+    def score(self, answer: Any, text: str, target: Mapping[str, Any]) -> float:
+        return float(iou(_box(answer), _box(target["box"])) >= 0.5)
+
+    def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        strict = [_box(p.answer) if p.answer is not None else None for p in predictions]
+        lenient = [parse_lenient(p.text) for p in predictions]
+        return {
+            "accuracy": mean_score(predictions),
+            "accuracy_pad_corrected": _accuracy(predictions, strict, corrected=True),
+            "accuracy_lenient": _accuracy(predictions, lenient, corrected=False),
+            "accuracy_lenient_pad_corrected": _accuracy(predictions, lenient, corrected=True),
+        }
+
+    def constants(self, targets: Sequence[Mapping[str, Any]]) -> list[str]:
+        corners = list(zip(*(target["box"] for target in targets), strict=True))
+        mean, middle = ([round(pick(corner), 2) for corner in corners] for pick in (fmean, median))
+        return [json.dumps(box) for box in (mean, middle, [0.0, 0.0, 1.0, 1.0])]
+
+
+def _accuracy(predictions: Sequence[Prediction], boxes: Sequence[Box | None], corrected: bool) -> float:
+    hits = 0
+    for prediction, box in zip(predictions, boxes, strict=True):
+        if box is None:
+            continue
+        target = prediction.target
+        box = unpad(box, target["width"], target["height"]) if corrected else box
+        hits += iou(box, _box(target["box"])) >= 0.5
+    return 100 * hits / len(predictions)
+
+
+def _box(numbers: Sequence[float]) -> Box:
+    x1, y1, x2, y2 = numbers
+    return (x1, y1, x2, y2)

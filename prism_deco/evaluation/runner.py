@@ -1,0 +1,158 @@
+"""Asks a model a benchmark's questions: each image encoded once, answers kept as they come."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from prism_deco.evaluation.annotations import bad_images
+from prism_deco.evaluation.base import Benchmark, Model
+from prism_deco.evaluation.items import Item, Prediction
+from prism_deco.evaluation.predictions import PredictionStore, write_atomically
+from prism_deco.evaluation.scoring import predict, summarise
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    model: Model,
+    benchmark: Benchmark,
+    out_dir: str | Path,
+    *,
+    batch_size: int = 16,
+    limit: int | None = None,
+    image_cache: int = 128,
+    model_id: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Answers and scores a benchmark; writes `predictions.jsonl` and `metrics.json` into `out_dir`.
+
+    A killed evaluation goes on where it stopped, with the same batches as an uninterrupted one (their composition
+    can change an answer in low precision). Where torch.distributed is initialised, the ranks share the images and
+    rank 0 merges; `out_dir` must then be a folder that all of them see.
+
+    Args:
+        batch_size: questions per generation, images per encoding.
+        limit: ask only that many questions, spread over subsets; None asks what the benchmark's YAML says.
+        image_cache: images whose visual tokens are held at a time.
+        model_id: tells models apart (a hash of the weights, say): answers of two are never mixed in a folder.
+        seed: of the bootstrap.
+
+    Returns:
+        The content of `metrics.json` (see `summarise`).
+
+    Raises:
+        ValueError: before any question is asked, for damaged files, bad images, or a folder with other answers.
+    """
+    out_dir = Path(out_dir)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    items = benchmark.items(limit)
+    decoding = {"strategy": "greedy", "max_new_tokens": benchmark.max_new_tokens, "model": model_id}
+    store = PredictionStore(out_dir, items, decoding, rank, world)
+    _barrier()  # nobody writes before all have read what is there
+    mine = _shard(items, rank, world)
+    todo = [item for item in mine if item.question_id not in store.done]
+    bad = bad_images(todo, benchmark.on_bad_image)
+    _barrier()  # nobody generates before all images are known to be sound
+    store.append(benchmark.grade(predict(item, None)) for item in todo if item.image in bad)
+    without = bad | {p.image for p in store.done.values() if p.output is None}
+    log.info("%s: %d questions, %d of them already answered", benchmark.name, len(mine), len(mine) - len(todo))
+    with _bar(enabled=progress and rank == 0) as bar:
+        task = bar.add_task(benchmark.name, total=len(mine), completed=len(mine) - len(todo))
+        usable = [item for item in mine if item.image not in without]
+        for predictions in _answers(model, benchmark, usable, store, batch_size, image_cache):
+            store.append(predictions)
+            bar.advance(task, len(predictions))
+        bar.update(task, completed=len(mine))
+    _barrier()
+    if rank == 0:
+        summary = summarise(benchmark, store.merge(), decoding, seed=seed)
+        write_atomically(out_dir / "metrics.json", json.dumps(summary, indent=2))
+    _barrier()
+    return json.loads((out_dir / "metrics.json").read_text(encoding="utf-8"))
+
+
+def _shard(items: Sequence[Item], rank: int, world: int) -> list[Item]:
+    """The rank's items, ordered by image: every world-th image, so that one image is encoded on one rank."""
+    by_image: dict[str, list[Item]] = {}
+    for item in items:
+        by_image.setdefault(item.image, []).append(item)
+    return [item for image in list(by_image)[rank::world] for item in by_image[image]]
+
+
+def _windows(items: Sequence[Item], batch_size: int, image_cache: int) -> Iterator[list[list[Item]]]:
+    """Batches by window of at most `image_cache` images: prompts of similar length, longest first."""
+    images = list(dict.fromkeys(item.image for item in items))
+    place = {image: k // image_cache for k, image in enumerate(images)}
+    members: dict[int, list[Item]] = {}
+    for item in items:
+        members.setdefault(place[item.image], []).append(item)
+    for window in members.values():
+        batches = []
+        for choices in dict.fromkeys(item.choices for item in window):
+            alike = sorted((i for i in window if i.choices == choices), key=lambda i: len(i.prompt), reverse=True)
+            batches += [alike[k : k + batch_size] for k in range(0, len(alike), batch_size)]
+        yield batches
+
+
+def _answers(
+    model: Model, benchmark: Benchmark, items: Sequence[Item], store: PredictionStore, batch_size: int, image_cache: int
+) -> Iterator[list[Prediction]]:
+    """Graded predictions of the items that are not done, batch by batch.
+
+    Batches are formed of all items, done or not: those that remain are the same as without the interruption.
+    """
+    done = set(store.done)
+    for window in _windows(items, batch_size, image_cache):
+        batches = [[item for item in batch if item.question_id not in done] for batch in window]
+        batches = [batch for batch in batches if batch]
+        paths = {item.image: item.path for batch in batches for item in batch}
+        names = list(paths)
+        tokens: dict[str, Any] = {}
+        for k in range(0, len(names), batch_size):
+            chunk = names[k : k + batch_size]
+            tokens |= zip(chunk, model.encode_images([paths[name] for name in chunk]), strict=True)
+        for batch in batches:
+            outputs = _ask(model, [tokens[item.image] for item in batch], batch, benchmark.max_new_tokens)
+            yield [benchmark.grade(predict(item, output)) for item, output in zip(batch, outputs, strict=True)]
+
+
+def _ask(model: Model, images: list[Any], batch: Sequence[Item], max_new_tokens: int) -> list[str]:
+    prompts, choices = [item.prompt for item in batch], list(batch[0].choices)
+    if not choices:
+        return model.generate(images, prompts, max_new_tokens=max_new_tokens)
+    rows = model.choice_probabilities(images, prompts, choices).tolist()
+    return [json.dumps(dict(zip(choices, row, strict=True))) for row in rows]
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class _Rate(ProgressColumn):
+    """Questions per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+
+def _bar(enabled: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    return Progress(*columns, disable=not enabled)

@@ -1,0 +1,112 @@
+"""From predictions to `metrics.json`: needs neither a model nor the benchmark's files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prism_deco.evaluation.base import Benchmark
+from prism_deco.evaluation.items import Item, Prediction
+from prism_deco.evaluation.metrics.bootstrap import bootstrap_interval, combine_strata
+from prism_deco.evaluation.predictions import load_predictions
+
+
+def summarise(
+    benchmark: Benchmark, predictions: Sequence[Prediction], decoding: Mapping[str, Any] | None, *, seed: int = 0
+) -> dict[str, Any]:
+    """The content of `metrics.json`.
+
+    Args:
+        predictions: graded, in canonical order.
+        decoding: how the answers were produced; None where that is unknown.
+        seed: of the bootstrap.
+
+    Returns:
+        benchmark, metrics{name: value} in the paper's unit (per cent, or MME's sum), primary (the name of the
+        paper's metric), n (questions), invalid_rate (share 0..1 of the written answers that could not be read),
+        interval95 of the primary, decoding, prompt_hash, data_hash.
+    """
+    variants: dict[str, list[Prediction]] = {name: [] for name in benchmark.variants}
+    for prediction in predictions:
+        variants.setdefault(benchmark.variant_of(prediction), []).append(prediction)
+    variants = {name: members for name, members in variants.items() if members}
+    first = next(iter(variants))
+    metrics: dict[str, float] = {}
+    for name, members in variants.items():
+        own = benchmark.metrics(members) | {"invalid_rate": _invalid_rate(benchmark, members)}
+        metrics |= own if name == first else {f"{name}/{metric}": value for metric, value in own.items()}
+    written = [p for p in predictions if not benchmark.VARIANTS[benchmark.variant_of(p)].likelihood]
+    return {
+        "benchmark": benchmark.name,
+        "metrics": metrics,
+        "primary": benchmark.primary,
+        "n": len(variants[first]),
+        "invalid_rate": _invalid_rate(benchmark, written or predictions),
+        "interval95": list(bootstrap_interval(benchmark.strata(variants[first]), benchmark.combine, seed=seed)),
+        "decoding": dict(decoding) if decoding is not None else None,
+        "prompt_hash": _hash([p.question_id, p.prompt] for p in predictions),
+        "data_hash": _hash([p.question_id, p.image, p.target] for p in predictions),
+    }
+
+
+def score_file(path: str | Path, benchmark: Benchmark, *, seed: int = 0) -> dict[str, Any]:
+    """Scores a predictions file anew, from its outputs and targets alone; returns what `summarise` does.
+
+    Raises:
+        ValueError: the file is damaged, or its targets are those of another benchmark.
+    """
+    path = Path(path)
+    try:
+        graded = [benchmark.grade(prediction) for prediction in load_predictions(path)]
+        return summarise(benchmark, graded, read_decoding(path.parent), seed=seed)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} cannot be scored as {benchmark.name}: its targets are not this benchmark's "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
+
+def read_decoding(folder: Path) -> dict[str, Any] | None:
+    """How the answers in a folder were produced; None where it does not say."""
+    path = folder / "decoding.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def chance(benchmark: Benchmark, limit: int | None = None) -> float:
+    """The primary metric of the best constant answer, which needs no image.
+
+    The candidates (both words, all letters, the most frequent answers, the mean and the median box) are scored by
+    the benchmark itself.
+    """
+    first = benchmark.variants[0]
+    items = [item for item in benchmark.items(limit) if item.target.get("variant", first) == first]
+    outputs = benchmark.constants([item.target for item in items])
+    return max(_constant_score(benchmark, items, output) for output in outputs)
+
+
+def _constant_score(benchmark: Benchmark, items: Sequence[Item], output: str) -> float:
+    graded = [benchmark.grade(predict(item, _as_choice(item, output) if item.choices else output)) for item in items]
+    return combine_strata(benchmark.strata(graded), benchmark.combine)
+
+
+def predict(item: Item, output: str | None) -> Prediction:
+    """The ungraded prediction of an output."""
+    return Prediction(item.question_id, item.image, item.prompt, output, None, item.target, 0.0)
+
+
+def _as_choice(item: Item, output: str) -> str:
+    return json.dumps({choice: float(choice == output) for choice in item.choices})
+
+
+def _invalid_rate(benchmark: Benchmark, predictions: Sequence[Prediction]) -> float:
+    return sum(p.output is None or benchmark.is_invalid(p) for p in predictions) / len(predictions)
+
+
+def _hash(rows: Any) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,55 @@
+"""VizWiz: questions of blind people about their photos; many cannot be answered."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from prism_deco.evaluation.annotations import checked_list, read_json, ten_answers
+from prism_deco.evaluation.annotators import AnnotatorBenchmark
+from prism_deco.evaluation.base import BENCHMARKS
+from prism_deco.evaluation.items import Question, Variant
+from prism_deco.evaluation.metrics import vqa, vqa_text
+
+
+@BENCHMARKS.register("vizwiz")
+class VizWiz(AnnotatorBenchmark):
+    """A JSON list {image, question, answers, answerable}; a question's id is its place in the list.
+
+    `accuracy` is scored as the PRISM harness does, `accuracy_official` as the VQA challenge's script does, and
+    `accuracy_evalai` as LLaVA's pre-processing for the server does.
+
+    Args:
+        annotations: the annotation file.
+    """
+
+    VARIANTS: ClassVar = {
+        "short": Variant(
+            "{question}\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+            "\nAnswer the question using a single word or phrase."
+        )
+    }
+    process = staticmethod(vqa_text.process_vizwiz)
+    conventions: ClassVar = {
+        "accuracy": vqa.prism_vizwiz,
+        "accuracy_official": vqa.official,
+        "accuracy_evalai": vqa.evalai,
+    }
+
+    def __init__(self, *, annotations: str, **common: Any):
+        super().__init__(**common)
+        self.annotations = annotations
+
+    def read(self) -> list[Question]:
+        path = self.path(self.annotations)
+        fields = {"image": str, "question": str, "answers": list, "answerable": int}
+        questions = []
+        for index, record in enumerate(checked_list(read_json(path), fields, path, "VizWiz")):
+            where = f"{path}, record {index + 1}"
+            target = {
+                "answers": ten_answers(record["answers"], where),
+                "type": "answerable" if record["answerable"] else "unanswerable",
+            }
+            questions.append(
+                self.question(where, index, {"question": record["question"]}, target, image=record["image"])
+            )
+        return questions

@@ -1,0 +1,65 @@
+"""VQAv2: open questions about COCO images."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from prism_deco.evaluation.annotations import ID, checked, checked_list, index_unique, read_json, ten_answers
+from prism_deco.evaluation.annotators import AnnotatorBenchmark
+from prism_deco.evaluation.base import BENCHMARKS, SHORT
+from prism_deco.evaluation.items import Question, Variant
+from prism_deco.evaluation.metrics import vqa, vqa_text
+
+_QUESTION = {"question_id": ID, "image_id": ID, "question": str}
+_ANNOTATION = {"question_id": ID, "image_id": ID, "answer_type": str, "answers": list}
+
+
+@BENCHMARKS.register("vqav2")
+class VQAv2(AnnotatorBenchmark):
+    """The questions file and the annotations file of a split with public answers.
+
+    `accuracy` is scored as the PRISM harness does, `accuracy_official` as the challenge's script does, and
+    `accuracy_evalai` as LLaVA's pre-processing for the server does.
+
+    Args:
+        questions: the questions file.
+        annotations: the annotations file.
+    """
+
+    VARIANTS: ClassVar = {"short": Variant(SHORT)}
+    process = staticmethod(vqa_text.process)
+    conventions: ClassVar = {
+        "accuracy": vqa.prism_vqav2,
+        "accuracy_official": vqa.official,
+        "accuracy_evalai": vqa.evalai,
+    }
+
+    def __init__(self, *, questions: str, annotations: str, **common: Any):
+        super().__init__(**common)
+        self.questions = questions
+        self.annotations = annotations
+
+    def read(self) -> list[Question]:
+        path, answers_path = self.path(self.questions), self.path(self.annotations)
+        content = checked(read_json(path), {"questions": list}, str(path), "VQAv2 questions")
+        records = checked_list(content["questions"], _QUESTION, path, "VQAv2 questions")
+        content = checked(read_json(answers_path), {"annotations": list}, str(answers_path), "VQAv2 annotations")
+        annotations = index_unique(
+            checked_list(content["annotations"], _ANNOTATION, answers_path, "VQAv2 annotations"),
+            "question_id",
+            answers_path,
+        )
+        questions = []
+        for number, record in enumerate(records, start=1):
+            where = f"{path}, record {number}"
+            annotation = annotations.get(record["question_id"])
+            if annotation is None or annotation["image_id"] != record["image_id"]:
+                raise ValueError(
+                    f"{where}: question {record['question_id']} about image {record['image_id']} is not in "
+                    f"{answers_path}: are both files of the same split?"
+                )
+            answers = ten_answers(annotation["answers"], f"{answers_path}, question {record['question_id']}")
+            target = {"answers": answers, "type": annotation["answer_type"]}
+            fields = {"question": record["question"]}
+            questions.append(self.question(where, record["question_id"], fields, target, image_id=record["image_id"]))
+        return questions

@@ -1,0 +1,107 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from prism_deco.config import choices
+from prism_deco.evaluation import BENCHMARKS, build_benchmark, resolve, table
+
+MINI = [f"mini_{n}" for n in ("pope", "refcoco", "refcocoplus", "refcocog", "vizwiz", "vqav2", "gqa", "textvqa")]
+
+
+@pytest.mark.parametrize("name", choices("benchmark"))
+def test_every_shipped_choice_builds(name):
+    for member in resolve(name):
+        benchmark = build_benchmark(member)
+        assert benchmark.name == member and set(benchmark.variants) <= set(benchmark.VARIANTS)
+
+
+def test_families():
+    assert BENCHMARKS.names() == ["gqa", "mmbench", "mme", "pope", "refcoco", "seed", "textvqa", "vizwiz", "vqav2"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("mini", MINI),
+        ("pope, mini_pope", ["pope", "mini_pope"]),
+        (["pope", "table2", "pope"], ["pope", "mme", "mmbench", "seed"]),
+        ("mini_gqa,mini", ["mini_gqa", *[name for name in MINI if name != "mini_gqa"]]),
+        ("table3", [name.removeprefix("mini_") for name in MINI]),
+        ([], []),
+    ],
+)
+def test_groups_are_expanded(names, expected):
+    assert resolve(names) == expected
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="Did you mean 'pope'"):
+        resolve("popo")
+
+
+def test_groups_that_contain_each_other(tmp_path):
+    path = tmp_path / "loop.yaml"
+    path.write_text(f"members: ['{path}']\n")
+    with pytest.raises(ValueError, match="contain each other"):
+        resolve([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"imagee": "x"}, "Unknown key imagee .*Did you mean image"),
+        ({"variants": ["shrt"]}, "Did you mean 'short'"),
+        ({"variants": []}, "one or more"),
+        ({"variants": ["short", "short"]}, "each once"),
+        ({"on_bad_image": "skip"}, "fail"),
+        ({"limit": 0}, "limit=0"),
+        ({"family": "gqaa"}, "Did you mean 'gqa'"),
+        ({"family": "vqav2"}, "lacks the key questions"),
+        ({"members": ["pope"]}, "is a group"),
+        ({"image": "images/{name}.png"}, "does not fit the fields imageId"),
+    ],
+)
+def test_mistakes_in_a_choice(files, changes, message):
+    with pytest.raises(ValueError, match=message):
+        build_benchmark(files.gqa() | changes).items()
+
+
+def test_variants_need_their_files(files):
+    with pytest.raises(ValueError, match="needs the key ocr"):
+        build_benchmark(files.textvqa(ocr=None))
+    assert len(build_benchmark(files.textvqa(ocr=None, variants=["plain"])).items()) == 2
+    with pytest.raises(ValueError, match="words for yes and no"):
+        build_benchmark(files.pope(choices=["Yes"]))
+
+
+def test_overrides_replace_keys(files):
+    keys = files.gqa()
+    assert build_benchmark(keys | {"root": None}, root=files.path).root == files.path
+    assert build_benchmark("mini_pope", split="test", root="world").path("{split}").as_posix() == "world/test"
+
+
+RESULT = {
+    "benchmark": "pope",
+    "metrics": {"accuracy": 86.96, "f1": 85.0},
+    "primary": "accuracy",
+    "n": 8910,
+    "invalid_rate": 0.0123,
+    "interval95": [86.04, 87.88],
+    "decoding": None,
+}
+
+
+def rendered(*args):
+    console = Console(width=120, file=io.StringIO())
+    console.print(table(*args))
+    return console.file.getvalue()
+
+
+def test_table_without_and_with_a_blind_column():
+    text = rendered([RESULT], {"pope": 50.0})
+    for cell in ("pope", "accuracy", "8910", "87.0", "86.0 to 87.9", "50.0", "1.2%"):
+        assert cell in text
+    assert "blind" not in text
+    text = rendered([RESULT], None, {"pope": 61.25})
+    assert "blind" in text and "61.2" in text and " - " in text

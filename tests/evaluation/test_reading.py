@@ -1,0 +1,325 @@
+import base64
+import json
+import pickle
+
+import pytest
+from PIL import Image
+
+from prism_deco.evaluation import build_benchmark
+from prism_deco.evaluation.annotations import bad_images
+from prism_deco.evaluation.textvqa import read_ocr
+
+KINDS = ("pope", "refcoco", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "seed", "mmbench")
+
+
+def items(files, kind, **keys):
+    return build_benchmark(getattr(files, kind)(**keys)).items()
+
+
+def test_pope_questions_of_all_subsets_in_both_variants(files):
+    asked = items(files, "pope")
+    assert [item.question_id for item in asked[:5]] == [
+        *(f"random/{k}/likelihood" for k in range(4)),
+        "popular/0/likelihood",
+    ]
+    assert [item.question_id for item in asked[8:10]] == ["random/0/generate", "random/1/generate"]
+    assert asked[0].prompt == ("Is there a thing 0 in the image?\nAnswer the question using a single word or phrase.")
+    assert asked[0].choices == ("Yes", "No") and asked[8].choices == ()
+    assert asked[3].target == {"answer": "no", "subset": "random", "variant": "likelihood"}
+    assert asked[3].image == "images/1.png" and asked[3].path == files.path / "images/1.png"
+
+
+def test_refcoco_asks_once_per_sentence_of_the_split(files):
+    asked = items(files, "refcoco")
+    assert [item.question_id for item in asked] == ["0-0", "0-1", "1-2", "1-3"]
+    assert asked[3].prompt == (
+        'Please provide the bounding box coordinate of the region this sentence describes: "thing 1 1"'
+    )
+    assert asked[3].target == {"box": [0.1, 0.0, 0.6, 1.0], "width": 100, "height": 50}
+    trained = items(files, "refcoco", variants=["trained"], split="train")
+    assert [item.question_id for item in trained] == ["2-4", "2-5"]
+    assert trained[0].prompt.endswith("describes: thing 2 0.")
+
+
+def test_line_separators_inside_json_strings(files):
+    keys = files.pope(subsets=["random"], variants=["generate"])
+    path = files.path / "coco_pope_random.json"
+    path.write_text(path.read_text().replace("thing 0", "thing\u2028 0"))
+    assert len(build_benchmark(keys).items()) == 4
+
+
+def test_vqav2_joins_questions_and_annotations(files):
+    asked = items(files, "vqav2")
+    assert [item.image for item in asked] == ["images/000.png", "images/001.png", "images/002.png"]
+    assert asked[2].target == {"answers": ["2"] * 10, "type": "other"}
+
+
+def test_vizwiz_ids_are_places_in_the_list(files):
+    first, second = items(files, "vizwiz")
+    assert (first.question_id, second.question_id) == ("0", "1")
+    assert first.prompt == (
+        "What is this 0?\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+        "\nAnswer the question using a single word or phrase."
+    )
+    assert (first.target["type"], second.target["type"]) == ("unanswerable", "answerable")
+
+
+def test_textvqa_with_and_without_ocr_tokens(files):
+    asked = items(files, "textvqa")
+    assert asked[1].prompt == (
+        "what does images/im1.png say?\nReference OCR token: A, word1"
+        "\nAnswer the question using a single word or phrase."
+    )
+    assert asked[3].prompt == ("what does images/im1.png say?\nAnswer the question using a single word or phrase.")
+
+
+def test_ocr_tokens_from_llavas_prompts(tmp_path):
+    path = tmp_path / "ocr.jsonl"
+    text = "what?\nReference OCR token: NO, EXIT\nAnswer the question using a single word or phrase."
+    path.write_text(json.dumps({"question_id": "im0", "image": "im0.jpg", "text": text}) + "\n")
+    assert read_ocr(path) == {"im0": "NO, EXIT"}
+
+
+def test_gqa_ids_are_the_keys(files):
+    assert [(i.question_id, i.target["answer"]) for i in items(files, "gqa")] == [
+        ("200", "yes"),
+        ("201", "yes"),
+        ("202", "t-shirt"),
+    ]
+
+
+def test_mme_reads_both_folder_layouts(files):
+    asked = items(files, "mme")
+    assert [(i.question_id, i.image) for i in asked] == [
+        ("count/a/0", "mme/count/a.png"),
+        ("count/a/1", "mme/count/a.png"),
+        ("count/b/0", "mme/count/b.png"),
+        ("count/b/1", "mme/count/b.png"),
+        ("scene/c/0", "mme/scene/images/c.jpg"),
+        ("scene/c/1", "mme/scene/images/c.jpg"),
+    ]
+    assert asked[4].prompt == "Is it a bar?\nAnswer the question using a single word or phrase."
+    assert [i.target["answer"] for i in asked[4:]] == ["yes", "no"]
+
+
+def test_seed_leaves_videos_out(files):
+    asked = items(files, "seed")
+    assert [i.question_id for i in asked] == ["0", "1", "2"]
+    assert asked[1].target == {"answer": "B", "type": "Spatial Relation"}
+    assert asked[0].prompt == (
+        "Where is it 0?\nA. left\nB. right\nC. 3\nD. below\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+
+
+def test_mmbench_unpacks_its_images(files):
+    benchmark = build_benchmark(files.mmbench())
+    asked = benchmark.items()
+    assert [i.question_id for i in asked] == ["5", "1000005", "6", "1000006"]
+    assert asked[0].prompt == "Which?\nA. cat\nB. dog\nAnswer with the option's letter from the given choices directly."
+    assert asked[2].prompt.startswith("Think.\nWhich?\n")
+    assert asked[1].target == {
+        "answer": "B",
+        "options": {"A": "dog", "B": "cat"},
+        "category": "spatial_relationship",
+        "question": 5,
+        "rotation": 1,
+    }
+    assert asked[0].path == asked[1].path != asked[2].path
+    with Image.open(asked[0].path) as image:
+        assert image.size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "ids"),
+    [
+        ("gqa", 2, ["200", "201"]),
+        ("pope", 2, ["random/0", "popular/0"]),
+        ("pope", 3, ["random/0", "random/1", "popular/0"]),
+        ("mme", 1, ["count/a/0", "count/a/1"]),  # pairs stay together
+        ("mme", 3, ["count/a/0", "count/a/1", "scene/c/0", "scene/c/1"]),
+        ("mmbench", 1, ["5", "1000005"]),
+        ("seed", 2, ["0", "1"]),
+        ("gqa", 99, ["200", "201", "202"]),
+    ],
+)
+def test_a_limit_is_spread_over_subsets_and_keeps_groups_whole(files, kind, limit, ids):
+    keys = {"variants": ["generate"]} if kind == "pope" else {}
+    assert [item.question_id for item in items(files, kind, limit=limit, **keys)] == ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_missing_file(files, kind):
+    keys = getattr(files, kind)()
+    keys["root"] = str(files.path / "elsewhere")
+    with pytest.raises(ValueError, match="elsewhere"):
+        build_benchmark(keys).items()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_root_is_needed(files, kind):
+    with pytest.raises(ValueError, match="root"):
+        build_benchmark(getattr(files, kind)(root=None)).items()
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        ("pope", "coco_pope_popular.json"),
+        ("refcoco", "instances.json"),
+        ("refcoco", "refs(unc).p"),
+        ("vqav2", "annotations.json"),
+        ("vqav2", "questions.json"),
+        ("vizwiz", "val.json"),
+        ("textvqa", "text.json"),
+        ("textvqa", "ocr.json"),
+        ("gqa", "gqa.json"),
+        ("seed", "seed.json"),
+        ("mmbench", "mmb.tsv"),
+    ],
+)
+def test_truncated_files_are_named(files, kind, file):
+    keys = getattr(files, kind)()
+    path = files.path / file
+    content = path.read_bytes()
+    cut = content.rindex(b"\t") if file.endswith("tsv") else len(content) * 2 // 3
+    path.write_bytes(content[:cut])
+    with pytest.raises(ValueError) as error:
+        build_benchmark(keys).items()
+    assert file in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "other", "file"),
+    [
+        ("pope", "annotations", "gqa", "gqa.json"),
+        ("pope", "annotations", "vizwiz", "val.json"),
+        ("gqa", "annotations", "vizwiz", "val.json"),
+        ("gqa", "annotations", "seed", "seed.json"),
+        ("vizwiz", "annotations", "gqa", "gqa.json"),
+        ("vqav2", "questions", "seed", "seed.json"),
+        ("vqav2", "annotations", "textvqa", "text.json"),
+        ("textvqa", "annotations", "vqav2", "questions.json"),
+        ("seed", "annotations", "vqav2", "questions.json"),
+        ("refcoco", "instances", "vqav2", "annotations.json"),
+    ],
+)
+def test_a_file_of_another_benchmark_is_refused(files, kind, key, other, file):
+    keys = getattr(files, kind)()
+    getattr(files, other)()
+    with pytest.raises(ValueError) as error:
+        build_benchmark(keys | {key: file}).items()
+    assert file in str(error.value)
+
+
+def test_the_first_bad_record_is_named(files):
+    keys = files.vizwiz()
+    records = json.loads((files.path / "val.json").read_text())
+    del records[1]["answers"]
+    files.json("val.json", records)
+    with pytest.raises(ValueError, match=r"val\.json, record 2 is not a VizWiz record: it has no 'answers'"):
+        build_benchmark(keys).items()
+
+
+def test_ten_annotators_are_needed(files):
+    keys = files.textvqa()
+    content = json.loads((files.path / "text.json").read_text())
+    content["data"][1]["answers"].pop()
+    files.json("text.json", content)
+    with pytest.raises(ValueError, match="record 2: VQA accuracy needs the answers of ten"):
+        build_benchmark(keys).items()
+
+
+def test_duplicated_ids(files):
+    keys = files.pope()
+    path = files.path / "coco_pope_random.json"
+    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match="random/0/likelihood occurs twice"):
+        build_benchmark(keys).items()
+    keys = files.vqav2()
+    content = json.loads((files.path / "annotations.json").read_text())
+    content["annotations"].append(content["annotations"][0])
+    files.json("annotations.json", content)
+    with pytest.raises(ValueError, match=r"annotations\.json, record 4: question_id 0 occurs a second time"):
+        build_benchmark(keys).items()
+
+
+def test_questions_without_annotation(files):
+    keys = files.vqav2()
+    content = json.loads((files.path / "annotations.json").read_text())
+    del content["annotations"][1]
+    files.json("annotations.json", content)
+    with pytest.raises(ValueError, match=r"questions\.json, record 2: question 1 .* same split"):
+        build_benchmark(keys).items()
+
+
+def test_a_box_without_area(files):
+    keys = files.refcoco()
+    content = json.loads((files.path / "instances.json").read_text())
+    content["annotations"][1]["bbox"] = [0, 0, 0, 5]
+    files.json("instances.json", content)
+    with pytest.raises(ValueError, match=r"instances\.json, annotation 2"):
+        build_benchmark(keys).items()
+
+
+def test_an_mme_question_without_its_twin(files):
+    keys = files.mme()
+    (files.path / "mme/count/b.txt").write_text("Is there one?\tYes\n")
+    with pytest.raises(ValueError, match=r"b\.txt holds 1 questions; MME pairs two"):
+        build_benchmark(keys).items()
+
+
+def test_an_unknown_label(files):
+    keys = files.pope()
+    path = files.path / "coco_pope_random.json"
+    path.write_text(path.read_text().replace('"no"', '"maybe"', 1))
+    with pytest.raises(ValueError, match=r"coco_pope_random\.json, record 3 .*'maybe'"):
+        build_benchmark(keys).items()
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../secret.png"])
+def test_image_paths_stay_below_the_root(files, name):
+    keys = files.vizwiz()
+    records = json.loads((files.path / "val.json").read_text())
+    records[0]["image"] = name
+    files.json("val.json", records)
+    keys["image"] = "{image}"
+    with pytest.raises(ValueError, match=r"val\.json, record 1"):
+        build_benchmark(keys).items()
+
+
+def test_missing_and_truncated_images(files):
+    asked = items(files, "gqa")
+    (files.path / "images/n1.png").unlink()
+    content = (files.path / "images/n2.png").read_bytes()
+    (files.path / "images/n2.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"Question 201: the image .*n1\.png"):
+        bad_images(asked, "fail")
+    assert bad_images(asked, "count_wrong") == {"images/n1.png", "images/n2.png"}
+
+
+def test_an_mmbench_image_that_is_no_base64(files):
+    keys = files.mmbench()
+    path = files.path / "mmb.tsv"
+    good = base64.b64encode((files.path / "x.jpg").read_bytes()).decode()
+    path.write_text(path.read_text().replace(good, "%%%", 1))
+    with pytest.raises(ValueError, match=r"mmb\.tsv, record 1: the image is not base64"):
+        build_benchmark(keys).items()
+
+
+def test_a_split_without_questions(files):
+    with pytest.raises(ValueError, match="no questions of split 'testA'"):
+        items(files, "refcoco", split="testA")
+
+
+def test_annotations_are_not_unpickled_blindly(files, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "opened"), "w"))
+
+    keys = files.refcoco()
+    with (files.path / "refs(unc).p").open("wb") as file:
+        pickle.dump([Evil()], file)
+    with pytest.raises(ValueError, match="not a pickle of plain data"):
+        build_benchmark(keys).items()
+    assert not (tmp_path / "opened").exists()

@@ -1,0 +1,131 @@
+import pytest
+
+from prism_deco.evaluation.metrics import vqa
+from prism_deco.evaluation.metrics.vqa_text import process, process_evalai, process_vizwiz, strip_punctuation
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Yes", "yes"),
+        ("", ""),
+        ("The Red Car", "red car"),
+        ("a", ""),
+        ("an apple", "apple"),
+        ("none", "0"),
+        ("Ten", "10"),
+        ("eleven", "eleven"),
+        ("1,000", "1000"),
+        ("What?", "what"),
+        ("dog's", "dog 's"),
+        ("let's go", "let 's go"),
+        ("dont know", "don't know"),
+        ("y'allll", "y'all'll"),
+        ("couldnt've", "couldn't've"),
+        ("somebody'd", "somebodyd"),
+        ("im", "im"),  # the table has "Im", which lower-cased words never meet
+        ("U.S.A.", "usa"),
+        ("3.14", "3.14"),
+        ("3.5.", "3.5"),
+        ("red/blue", "red blue"),
+        ("red / blue", "red blue"),
+        ("well-known", "well known"),
+        ("well-known - yes", "wellknown yes"),  # one mark beside a space makes all of its kind go
+        ("yes!\nsure\tthing", "yes sure thing"),
+        ("12:30", "12:30"),  # a colon is no punctuation here
+        ("." * 40, "." * 8),  # only 32 periods are ever removed
+    ],
+)
+def test_evalai_processing(text, expected):
+    assert process_evalai(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("YES", "yes"),
+        ("1,000", "1000"),
+        ("1,000 red-blue", "1000 redblue"),  # a comma between digits makes every mark go
+        ("1, 000 red-blue", "1 000 red blue"),
+        ("red,blue", "red blue"),
+        ("red, blue", "red blue"),
+        ("dog's", "dog's"),
+        ("What?", "what"),
+        ("Dont", "don't"),
+        ("hes", "he's"),
+        ("twas", "'twas"),
+        ("'ow'sat", "'ow's'at"),
+        ("None", "0"),
+        ("the two of them", "2 of them"),
+        ("$5.00", "$5.00"),
+        ("a.m.", "am"),
+        (" \n ", ""),
+    ],
+)
+def test_official_processing(text, expected):
+    assert process(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Unanswerable", "unanswerable"),
+        ("dont", "don`t"),
+        ("cant", "can't"),
+        ("whove", "who've"),
+        ("twas", "`twas"),
+        ("couldn'tve", "couldn`t`ve"),
+        ("couldnt've", "couldnt've"),
+        ("somebody'd", "somebody'd"),
+        ("dog's", "dog's"),
+        ("The one", "1"),
+    ],
+)
+def test_vizwiz_processing(text, expected):
+    assert process_vizwiz(text) == expected
+
+
+def test_stripping_punctuation_keeps_case_and_words():
+    assert strip_punctuation("The U.S. flag (red)") == "The US flag red "  # ")" has no space beside it
+
+
+@pytest.mark.parametrize(
+    ("matches", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (5, 1.0), (9, 1.0), (10, 1.0)]
+)
+def test_agreement_leaves_each_annotator_out(matches, score):
+    answers = ["x"] * matches + [f"other {k}" for k in range(10 - matches)]
+    assert vqa.agreement("x", answers) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "official", "evalai", "prism_vqav2", "prism_vizwiz"),
+    [
+        # all ten the same: the official script processes nothing
+        ("yes", ["yes"] * 10, 1, 1, 1, 1),
+        ("Yes", ["yes"] * 10, 0, 1, 1, 1),
+        ("yes", ["Yes"] * 10, 0, 1, 0, 0),
+        ("two", ["2"] * 10, 0, 1, 1, 1),
+        ("two", ["two"] * 10, 1, 1, 0, 0),  # the harness turns the prediction into 2, not the answers
+        ("2", ["two"] * 10, 0, 1, 0, 0),
+        ("the dog", ["the dog"] * 10, 1, 1, 0, 0),
+        ("red/blue", ["red/blue"] * 10, 1, 1, 1, 0),
+        ("dont know", ["don't know"] * 10, 0, 1, 1, 0),  # VizWiz's table says don`t
+        ("dog's", ["dog's"] * 10, 1, 1, 1, 1),
+        ("", ["yes"] * 10, 0, 0, 0, 0),
+        ("none", ["0"] * 10, 0, 1, 1, 1),
+        # one differs: the official script processes both sides
+        ("Yes", ["Yes"] * 9 + ["no"], 1, 1, 0, 0),
+        ("NO", ["yes"] * 9 + ["no"], 0.3, 0.3, 0.3, 0.3),
+        ("1,000", ["1000"] * 3 + ["many"] * 7, 0.9, 0.9, 0.9, 0.9),
+        ("a cat", ["cat"] * 2 + ["dog"] * 8, 0.6, 0.6, 0.6, 0.6),
+        ("two", ["2", "two", "Two"] + ["3"] * 7, 0.9, 0.9, 0.3, 0.3),
+        ("cat.", ["cat."] * 2 + ["cat"] * 2 + ["dog"] * 6, 1, 1, 1, 0.6),
+        (" yes\n", ["yes", "yes "] + ["no"] * 8, 0.6, 0.6, 0.3, 0.3),
+        ("dog's", ["dog 's"] * 4 + ["dog"] * 6, 0, 1, 0, 0),
+    ],
+)
+def test_conventions(prediction, answers, official, evalai, prism_vqav2, prism_vizwiz):
+    assert vqa.official(prediction, answers) == pytest.approx(official)
+    assert vqa.evalai(prediction, answers) == pytest.approx(evalai)
+    assert vqa.prism_vqav2(prediction, answers) == pytest.approx(prism_vqav2)
+    assert vqa.prism_vizwiz(prediction, answers) == pytest.approx(prism_vizwiz)
