@@ -1,0 +1,115 @@
+"""A language model: a causal LM of transformers, its tokenizer and its chat format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import cast
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prism_deco.llms.encoding import Encoded, encode_segments, prompt_of
+from prism_deco.llms.prompts import Message, PromptFormat, Segment
+from prism_deco.llms.spec import LLMSpec
+from prism_deco.llms.tokenizers import load_tokenizer
+
+# Any answer that begins with a letter.
+_STAND_IN = {"role": "assistant", "content": "A"}
+
+
+@dataclass
+class LanguageModel:
+    """A causal LM of transformers with the tokenizer and the chat format that belong to it.
+
+    Attributes:
+        model: the causal LM; its embedding tables fit the tokenizer.
+        spec: what it was built from.
+    """
+
+    model: PreTrainedModel = field(repr=False)
+    spec: LLMSpec
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; loaded when first used, so that planning a model needs no files.
+
+        Raises:
+            ValueError: it cannot be found, or has more tokens than the model has embeddings.
+        """
+        tokenizer = load_tokenizer(self.spec.tokenizer, self.spec.weights, self.spec.hub, self.spec.revision)
+        _add_special_tokens(tokenizer, self.spec)
+        tokenizer.chat_template = self.spec.chat_template
+        rows = self.embedding_rows
+        if len(tokenizer) > rows:
+            raise ValueError(
+                f"The tokenizer of {self.spec.name} has {len(tokenizer)} tokens, the model only {rows} embeddings: "
+                f"set llm.tokenizer_size={len(tokenizer)}, or use the tokenizer that belongs to the weights."
+            )
+        return tokenizer
+
+    @property
+    def embed_dim(self) -> int:
+        """Size E of the input embeddings."""
+        return cast(nn.Embedding, self.model.get_input_embeddings()).embedding_dim
+
+    @property
+    def embedding_rows(self) -> int:
+        """Rows of the embedding table: the tokenizer's size, or somewhat more."""
+        return cast(nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence the model was made for, in tokens."""
+        return int(self.model.config.max_position_embeddings)
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that end an answer."""
+        tokens = self.spec.stop_tokens or [self.spec.special_tokens["eos_token"]]
+        known = self.tokenizer.get_vocab()
+        for token in tokens:
+            if token not in known:
+                raise ValueError(f"The tokenizer of {self.spec.name} does not know the stop token {token!r}.")
+        return tuple(known[token] for token in tokens)
+
+    @cached_property
+    def prompt_format(self) -> PromptFormat:
+        """The chat format."""
+        spec = self.spec
+        return PromptFormat(spec.chat_template, spec.special_tokens, spec.tokenize, spec.image_slot)
+
+    def render(
+        self, messages: Sequence[Message], num_images: int = 0, add_generation_prompt: bool = False
+    ) -> list[Segment]:
+        """The segments of a conversation; see `PromptFormat.render`. It needs no tokenizer.
+
+        Args:
+            add_generation_prompt: the conversation ends with a question; the segments end where its
+                answer begins.
+        """
+        if not add_generation_prompt:
+            return self.prompt_format.render(messages, num_images)
+        segments = self.prompt_format.render([*messages, _STAND_IN], num_images)
+        last = max(index for index, segment in enumerate(segments) if segment.supervised)
+        return segments[:last]
+
+    def encode(self, messages: Sequence[Message], num_images: int = 0, add_generation_prompt: bool = False) -> Encoded:
+        """The tokens of a conversation.
+
+        With `add_generation_prompt` these are the very tokens that stand before the answer in training,
+        since they are cut from a conversation with an answer: tokenised by itself, a prompt's end
+        ("ASSISTANT: ") may become other tokens.
+        """
+        if add_generation_prompt:
+            return prompt_of(self.encode([*messages, _STAND_IN], num_images))
+        return encode_segments(self.render(messages, num_images), self.tokenizer, self.spec.tokenize)
+
+
+def _add_special_tokens(tokenizer: PreTrainedTokenizerBase, spec: LLMSpec) -> None:
+    known = tokenizer.get_vocab()
+    for role, token in spec.special_tokens.items():
+        if token not in known and role != "pad_token":
+            raise ValueError(f"The tokenizer of {spec.name} does not know the {role} {token!r}: is it the right one?")
+    tokenizer.add_special_tokens(dict(spec.special_tokens))

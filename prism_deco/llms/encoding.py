@@ -1,0 +1,123 @@
+"""From segments to token ids and labels, and their truncation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from transformers import PreTrainedTokenizerBase
+
+from prism_deco.llms.prompts import Segment
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenised conversation, before visual tokens are inserted.
+
+    Attributes:
+        input_ids: token ids.
+        labels: the token itself where it is supervised, -100 elsewhere.
+        rounds: `Segment.round` of each token.
+        image_slots: for each image the index in `input_ids` before which its visual tokens go.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    rounds: list[int]
+    image_slots: list[int]
+
+
+def encode_segments(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, tokenize: str) -> Encoded:
+    """Tokenises a rendered conversation.
+
+    Args:
+        tokenize: "per_turn" tokenises each segment by itself (PRISM), "whole" everything between two
+            image slots at once (LLaVA); a token then belongs to the segment of its last character.
+    """
+    encoded = Encoded([], [], [], [])
+    for chunk in _chunks(segments, tokenize):
+        if chunk[0].image:
+            encoded.image_slots.append(len(encoded.input_ids))
+            continue
+        for token, segment in _tokens(chunk, tokenizer):
+            encoded.input_ids.append(token)
+            encoded.labels.append(token if segment.supervised else IGNORE)
+            encoded.rounds.append(segment.round)
+    return encoded
+
+
+def truncate(encoded: Encoded, max_text_tokens: int) -> tuple[Encoded, int]:
+    """Cuts a conversation to `max_text_tokens`, and says how many tokens went.
+
+    The end is cut, as in PRISM. Where that would leave nothing to learn from, the middle of the first
+    question goes instead, and the end of its answer if that alone fills half of the room.
+
+    Raises:
+        ValueError: fewer than two tokens are allowed.
+    """
+    if max_text_tokens < 2:
+        raise ValueError(f"max_text_tokens={max_text_tokens} has no room for a question and an answer.")
+    length = len(encoded.input_ids)
+    if length <= max_text_tokens:
+        return encoded, 0
+    first = next((i for i, label in enumerate(encoded.labels) if label != IGNORE), length)
+    if first < max_text_tokens or first == length:
+        return _keep(encoded, range(max_text_tokens)), length - max_text_tokens
+    last = next((i for i in range(first, length) if encoded.labels[i] == IGNORE), length)
+    answer = min(last - first, max_text_tokens // 2)
+    prompt = max_text_tokens - answer
+    tail = prompt // 2  # ends with what announces the answer
+    kept = [*range(prompt - tail), *range(first - tail, first + answer)]
+    return _keep(encoded, kept), length - max_text_tokens
+
+
+def prompt_of(encoded: Encoded) -> Encoded:
+    """What precedes the last answer: the prompt to generate it from."""
+    labels = encoded.labels
+    start = len(labels)
+    while start and labels[start - 1] == IGNORE:
+        start -= 1
+    last = encoded.rounds[start - 1] if start else 0
+    while start and labels[start - 1] != IGNORE and encoded.rounds[start - 1] == last:
+        start -= 1
+    kept = _keep(encoded, range(start))
+    return Encoded(kept.input_ids, [IGNORE] * start, kept.rounds, kept.image_slots)
+
+
+def _chunks(segments: Sequence[Segment], tokenize: str) -> Iterator[list[Segment]]:
+    """Groups of segments that are tokenised together: one image slot, or some text."""
+    if tokenize == "per_turn":
+        yield from ([segment] for segment in segments)
+        return
+    # Round 0 is the BOS token, which stays by itself (see `PromptFormat`).
+    for (image, _), group in groupby(segments, key=lambda s: (s.image, s.round == 0)):
+        chunk = list(group)
+        yield from ([segment] for segment in chunk) if image else [chunk]
+
+
+def _tokens(chunk: Sequence[Segment], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, Segment]]:
+    """The token ids of one chunk, each with the segment that it belongs to."""
+    text = "".join(s.text for s in chunk)
+    # The template has written the special tokens; `verbose` would warn of long texts, which are cut later.
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=len(chunk) > 1, verbose=False)
+    if len(chunk) == 1:
+        yield from ((token, chunk[0]) for token in tokens["input_ids"])
+        return
+    owners = [segment for segment in chunk for _ in segment.text]
+    for token, (begin, end) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        yield token, owners[max(end - 1, begin)]
+
+
+def _keep(encoded: Encoded, kept: Sequence[int]) -> Encoded:
+    position = {index: new for new, index in enumerate(kept)}
+    # A slot whose text is gone moves to where that text was; images themselves are never cut.
+    slots = [sum(index < slot for index in position) for slot in encoded.image_slots]
+    return Encoded(
+        [encoded.input_ids[i] for i in kept],
+        [encoded.labels[i] for i in kept],
+        [encoded.rounds[i] for i in kept],
+        slots,
+    )

@@ -1,0 +1,183 @@
+"""From messages to segments of text: which tokens a conversation is made of is the chat template's decision.
+
+A template is Jinja, in the LLM's YAML, and rendered by transformers. It writes every special token itself, puts
+supervised text between `{% generation %}` and `{% endgeneration %}`, and is given, besides `messages` and
+the special tokens by name:
+
+- `image`: stands where the visual tokens go (right after the BOS token); empty when images go in place;
+- `tokenize`: "per_turn" or "whole", for templates whose spaces depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from prism_deco.registry import unknown
+
+IMAGE_TAG = "<image>"
+"""What marks an image in a user's message (the convention of LLaVA's data)."""
+
+IMAGE_SLOTS = ("after_bos", "in_place")
+TOKENIZE = ("per_turn", "whole")
+
+# Marks the image slot in rendered text. A noncharacter: Unicode keeps it for internal use.
+_SENTINEL = "\ufdd0"
+_REPLACEMENT = "\ufffd"
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a rendered conversation.
+
+    Attributes:
+        text: as it is tokenised; empty for an image slot.
+        supervised: whether the loss covers it (the answers with their end token).
+        image: the place of one image's visual tokens.
+        round: 0 for the BOS token and an image slot right after it, which all rounds share; else the
+            question-and-answer round, from 1. What precedes the first question belongs to round 1.
+    """
+
+    text: str
+    supervised: bool
+    image: bool = False
+    round: int = 0
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """A chat format.
+
+    Special tokens that a message spells out are tokenised as such, as in PRISM and LLaVA.
+
+    Args:
+        template: Jinja source.
+        special_tokens: `bos_token`, `eos_token`, `pad_token`: the names templates know them by.
+        tokenize: passed to the template.
+        image_slot: "after_bos" (PRISM: `<image>` is deleted, messages are stripped) or "in_place"
+            (LLaVA: `<image>` moves to the start of its message, a newline follows).
+    """
+
+    template: str
+    special_tokens: Mapping[str, str]
+    tokenize: str = "per_turn"
+    image_slot: str = "after_bos"
+
+    def __post_init__(self):
+        if self.image_slot not in IMAGE_SLOTS:
+            raise unknown("image_slot", self.image_slot, IMAGE_SLOTS)
+        if self.tokenize not in TOKENIZE:
+            raise unknown("way to tokenize", self.tokenize, TOKENIZE)
+
+    def render(self, messages: Sequence[Message], num_images: int = 0) -> list[Segment]:
+        """The segments of a conversation that ends with an answer.
+
+        Args:
+            messages: `{"role": "user" | "assistant" | "system", "content": text}`: questions and answers
+                alternate; a system message may come first.
+            num_images: images of the conversation.
+
+        Raises:
+            ValueError: roles out of order, no answer, images and `<image>` tags that do not match, or
+                a message that the format has no place for.
+        """
+        check_roles(messages)
+        after_bos = self.image_slot == "after_bos"
+        variables: dict[str, Any] = dict(self.special_tokens)
+        variables |= {"image": _SENTINEL * num_images if after_bos else "", "tokenize": self.tokenize}
+        place = _delete_tags if after_bos else _tags_first
+        try:
+            rendered: Any = render_jinja_template(
+                [place(messages, num_images)],
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **variables,
+            )
+        except TemplateError as error:
+            raise ValueError(f"The chat template cannot render the conversation: {error}") from error
+        (text,), (spans,) = rendered
+        segments = list(self._segments(text, spans))
+        if sum(s.image for s in segments) != num_images:
+            raise ValueError(
+                f"The chat template does not place {num_images} images: it must write {{{{ image }}}} once."
+            )
+        if not any(s.supervised for s in segments):
+            raise ValueError("No text is supervised: answers stand between {% generation %} and {% endgeneration %}.")
+        return segments
+
+    def _segments(self, text: str, spans: Sequence[tuple[int, int]]) -> Iterator[Segment]:
+        bos = self.special_tokens.get("bos_token", "")
+        at = 0
+        if bos and text.startswith(bos):
+            # On its own, since SentencePiece tokenizers put their dummy space at the start of what follows.
+            yield Segment(bos, supervised=False)
+            at = len(bos)
+            while text.startswith(_SENTINEL, at):
+                yield Segment("", supervised=False, image=True)
+                at += len(_SENTINEL)
+        for number, (start, end) in enumerate(spans, start=1):
+            yield from _split_images(text[at:start], number)
+            if end > start:
+                yield Segment(text[start:end], supervised=True, round=number)
+            at = end
+        yield from _split_images(text[at:], len(spans))
+
+
+def check_roles(messages: Sequence[Message]) -> None:
+    """`ValueError` unless the messages are [system,] user, assistant, user, assistant ..."""
+    for message in messages:
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise ValueError(f'A message is {{"role": ..., "content": text}}, not {message!r}.')
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns:
+        raise ValueError("The conversation is empty: it needs a user's message and an answer.")
+    for number, role in enumerate(turns):
+        expected = ("user", "assistant")[number % 2]
+        if role != expected:
+            raise ValueError(
+                f"Message {number + 1} of the conversation is from {role!r} where {expected!r} is expected: "
+                "messages alternate, the user's first (a system message may precede them)."
+            )
+    if len(turns) % 2:
+        raise ValueError("The conversation ends without an answer: nothing in it would be supervised.")
+
+
+def _split_images(text: str, number: int) -> Iterator[Segment]:
+    for index, part in enumerate(text.split(_SENTINEL)):
+        if index:
+            yield Segment("", supervised=False, image=True, round=number)
+        if part:
+            yield Segment(part, supervised=False, round=number)
+
+
+def _delete_tags(messages: Sequence[Message], num_images: int) -> list[dict[str, str]]:
+    # PRISM does this to answers as well.
+    return [{"role": m["role"], "content": _neutral(m["content"]).replace(IMAGE_TAG, "").strip()} for m in messages]
+
+
+def _tags_first(messages: Sequence[Message], num_images: int) -> list[dict[str, str]]:
+    tags = [m["content"].count(IMAGE_TAG) if m["role"] == "user" else 0 for m in messages]
+    if not any(tags) and num_images:
+        # Plain questions about images: as if the first one began with the tags.
+        tags[[m["role"] for m in messages].index("user")] = num_images
+    if sum(tags) != num_images:
+        raise ValueError(f"The conversation has {sum(tags)} {IMAGE_TAG} tags and {num_images} images: they must match.")
+    placed = []
+    for message, count in zip(messages, tags, strict=True):
+        text = _neutral(message["content"])
+        if count:
+            text = f"{_SENTINEL * count}\n{text.replace(IMAGE_TAG, '').strip()}".strip()
+        placed.append({"role": message["role"], "content": text})
+    return placed
+
+
+def _neutral(text: str) -> str:
+    """Text that cannot be taken for an image slot."""
+    return text.replace(_SENTINEL, _REPLACEMENT)

@@ -1,0 +1,60 @@
+"""Where a tokenizer comes from."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from prism_deco.llms.hub import has_tokenizer, tokenizer_folder
+
+log = logging.getLogger(__name__)
+
+ASSETS = Path(__file__).parent.parent / "assets" / "tokenizers"
+_ASSET = "asset:"
+
+
+def load_tokenizer(
+    name: str | None, weights: str | None, hub: str | None, revision: str | None
+) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer.
+
+    Args:
+        name: `asset:<folder of the package>`, a local folder, or a repository; None looks beside the
+            weights and then in `hub`.
+        weights: local weights; a GGUF file brings its own tokenizer.
+        hub: repository of the model.
+        revision: commit of `hub`.
+    """
+    if name is None and weights is not None:
+        path = Path(weights).expanduser()
+        if path.suffix == ".gguf":
+            return _load(path.parent, gguf_file=path.name)
+        beside = path if path.is_dir() else path.parent
+        if has_tokenizer(beside):
+            return _load(beside)
+    if name is None and hub is None:
+        raise ValueError("The LLM names no tokenizer: set llm.tokenizer to a folder or a repository.")
+    if name is None:
+        return _from_hub(str(hub), revision)
+    folder = ASSETS / name.removeprefix(_ASSET) if name.startswith(_ASSET) else Path(name).expanduser()
+    if folder.is_dir():
+        return _load(folder)
+    if name.startswith(_ASSET):
+        shipped = ", ".join(sorted(p.name for p in ASSETS.iterdir()))
+        raise ValueError(f"llm.tokenizer={name}: the package ships {shipped}.")
+    return _from_hub(name, None)
+
+
+def _from_hub(repo: str, revision: str | None) -> PreTrainedTokenizerBase:
+    hint = (
+        f"The tokenizer of {repo} is neither in the local Hugging Face cache nor could it be downloaded (a few MB). "
+        "Copy its files here and point to their folder: llm.tokenizer=PATH."
+    )
+    return _load(tokenizer_folder(repo, revision, hint))
+
+
+def _load(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)

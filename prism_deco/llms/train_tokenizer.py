@@ -1,0 +1,116 @@
+"""The small tokenizers of the miniature LLMs, trained on the miniature world's conversations.
+
+They mirror the types of the real ones: byte-level BPE with ChatML tokens (Qwen), byte-level BPE with one
+`<|endoftext|>` (Phi), and BPE with a dummy space in front and byte fallback (Llama's SentencePiece).
+All split numbers into digits, as Qwen and Llama do. Two things are one token that would be many: a coordinate of a
+box, and an instruction that all questions of a kind share. Both make sequences, and so training on a laptop, shorter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from string import ascii_uppercase
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+COORDINATES = tuple(f"{k / 32:.2f}" for k in range(33))
+"""The coordinates of boxes on a grid of 32 bins."""
+
+ANSWERS = ("Yes", "No", "True", "False", *ascii_uppercase)
+"""Answers whose first token is compared with others': one token each, as in the real tokenizers."""
+
+INSTRUCTIONS = (
+    "\nAnswer the question using a single word or phrase.",
+    "\nAnswer with the option's letter from the given choices directly.",
+    "\nWhen the provided information is insufficient, respond with 'Unanswerable'.",
+    "Please provide the bounding box coordinate of the region this sentence describes:",
+    "Please provide a short description for this region:",
+    "Provide a one-sentence caption for the provided image.",
+)
+"""What LLaVA's data asks in these very words, over and over: one token each."""
+
+_EMPHASIS = 1_000
+"""How often texts that must become tokens are added to the corpus, which may not contain them."""
+
+# Digits one by one, words with the space before them, and the separator of coordinates in one piece.
+_BYTE_LEVEL = r"\d|, (?=\d|$)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s"
+_METASPACE = r"\d|,▁(?=\d|$)|▁?\p{L}+|▁?[^▁\s\p{L}\p{N}]+|▁|\s"
+
+
+def train_tokenizers(corpus: Iterable[str], folder: Path) -> None:
+    """Trains the three tokenizers and writes them to `folder`/{qwen2,phi,llama}/.
+
+    The result depends on the corpus only.
+
+    Args:
+        corpus: the texts of conversations (questions and answers).
+    """
+    whole = [*COORDINATES, *INSTRUCTIONS]
+    # Line by line, as tokenizers of the Llama type set the first word of a text apart.
+    lines = [line for text in corpus for line in text.split("\n")] + [*ANSWERS] * _EMPHASIS
+    endoftext = "<|endoftext|>"
+    frame = ["user\n", "assistant\n"] * _EMPHASIS
+    qwen2 = _byte_level(lines + frame, 600, [endoftext, "<|im_start|>", "<|im_end|>"], whole)
+    _save(qwen2, folder / "qwen2", eos_token="<|im_end|>")
+    frame = ["Q: ", "A: "] * _EMPHASIS
+    phi = _byte_level(lines + frame, 600, [endoftext], whole)
+    _save(phi, folder / "phi", bos_token=endoftext, eos_token=endoftext, unk_token=endoftext)
+    llama = _metaspace(lines + frame, 700, whole)
+    _save(llama, folder / "llama", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def _byte_level(texts: list[str], size: int, special: list[str], whole: Sequence[str]) -> Tokenizer:
+    """Byte-level BPE of at most `size` tokens, those that are never split included."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_BYTE_LEVEL), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    _train(tokenizer, texts, size, special, alphabet, whole)
+    return tokenizer
+
+
+def _metaspace(texts: list[str], size: int, whole: Sequence[str]) -> Tokenizer:
+    """BPE of at most `size` tokens, with `▁` for spaces, one of them in front, and bytes for unknown characters."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+            pre_tokenizers.Split(Regex(_METASPACE), behavior="isolated"),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    )
+    special = ["<unk>", "<s>", "</s>"]
+    # Tokenizers of this type list the bytes after the three special tokens.
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    alphabet = ["▁", "\n", *map(chr, range(33, 127))]
+    _train(tokenizer, texts, size, special + bytes_, alphabet, whole)
+    # The byte tokens are special for the trainer only: text that reads "<0x0A>" is text.
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in bytes_]
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _train(
+    tokenizer: Tokenizer, texts: list[str], size: int, special: list[str], alphabet: list[str], whole: Sequence[str]
+) -> None:
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - len(whole), special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
+
+
+def _save(tokenizer: Tokenizer, folder: Path, **special: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

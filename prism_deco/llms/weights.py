@@ -1,0 +1,123 @@
+"""Loading pretrained weights: safetensors, GGUF through transformers, or pickles restricted to tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from prism_deco.llms.hub import bin_shards, has_safetensors, has_weights
+
+log = logging.getLogger(__name__)
+
+
+def load_model(path: Path, config: PretrainedConfig | None, **options: Any) -> PreTrainedModel:
+    """A causal LM with the weights of a local folder or file.
+
+    Args:
+        path: folder in the hub's layout, or a .safetensors, .gguf or .bin file.
+        config: the architecture; needed for .safetensors and .bin files, which do not tell theirs.
+        options: `dtype`, `attn_implementation`.
+
+    Raises:
+        ValueError: nothing usable is there, or it does not fit the architecture.
+    """
+    if not path.exists():
+        raise ValueError(f"llm.weights={path}: there is no such file or folder.")
+    log.info("Loading the language model's weights from %s", path)
+    if path.suffix == ".gguf":
+        return _from_pretrained(path, AutoModelForCausalLM, path.parent, gguf_file=path.name, **options)
+    if path.is_file():
+        if config is None:
+            raise ValueError(
+                f"{path} does not tell its architecture: give llm.architecture, or a folder with config.json."
+            )
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return _from_pretrained(path, model_class, None, config=config, state_dict=read_tensors(path), **options)
+    if not has_weights(path):
+        raise ValueError(
+            f"llm.weights={path}: expected config.json and all of model*.safetensors (or pytorch_model*.bin) there."
+        )
+    folder = path if has_safetensors(path) else convert_pickles(path)
+    return _from_pretrained(
+        path,
+        AutoModelForCausalLM,
+        folder,
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
+        **options,
+    )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a pickle that holds tensors and nothing else."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is no safetensors file, and as a pickle it holds more than tensors, so it is not read."
+        ) from error
+
+
+def convert_pickles(folder: Path) -> Path:
+    """A folder with the safetensors of `folder`'s .bin shards; made once, shard by shard, and cached."""
+    shards = bin_shards(folder)
+    key = json.dumps([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in shards] + [str(folder.resolve())])
+    target = _cache_dir() / "converted" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if target.is_dir():
+        return target
+    log.info("Converting %d pickled shards of %s to safetensors in %s", len(shards), folder, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building-"))
+    try:
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards, start=1):
+            # Copies, since safetensors refuses tensors that share storage.
+            tensors = {k: v.clone().contiguous() for k, v in read_tensors(shard).items()}
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            save_file(tensors, building / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, name)
+        index = {"metadata": {}, "weight_map": weight_map}
+        (building / "model.safetensors.index.json").write_text(json.dumps(index))
+        for file in folder.glob("*config.json"):
+            shutil.copy(file, building / file.name)
+        try:
+            os.replace(building, target)
+        except OSError:
+            # Another process finished the same conversion first.
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return target
+
+
+def _from_pretrained(source: Path, loader: Any, folder: Path | None, **options: Any) -> PreTrainedModel:
+    try:
+        model, report = loader.from_pretrained(folder, output_loading_info=True, **options)
+    except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{source} cannot be loaded as a language model: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers fills gaps with random numbers.
+        raise ValueError(f"{source} lacks {len(missing)} weights of the architecture, for example {missing[0]}.")
+    return model
+
+
+def _cache_dir() -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prism_deco"
+    return Path(os.environ.get("PRISM_DECO_CACHE", default))

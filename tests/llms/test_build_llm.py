@@ -1,0 +1,174 @@
+"""Architectures against the parameter counts of the published models, and everything else `build_llm` promises."""
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from prism_deco.config import choices, load_choice
+from prism_deco.llms import build_llm, hub
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """A machine without the hub and with an empty cache."""
+
+    def refuse(*args, **kwargs):
+        raise LocalEntryNotFoundError("no network\nand more advice")
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+
+
+@pytest.mark.parametrize(
+    ("choice", "rows", "count", "embed_dim", "positions"),
+    [
+        # Published counts; after the resizing that PRISM does for Vicuna (32064 rows) and Phi-2 (50304).
+        ("qwen1_5_0_5b_chat", 151936, 463_987_712, 1024, 32768),
+        ("phi2", 50304, 2_775_095_424, 2560, 2048),
+        ("vicuna_7b_v1_5", 32064, 6_738_939_904, 4096, 4096),
+        ("smollm2_135m_instruct", 49152, 134_515_008, 576, 8192),
+    ],
+)
+def test_published_models(offline, choice, rows, count, embed_dim, positions):
+    llm = build_llm(choice, pretrained=False, device="meta")
+    assert next(llm.model.parameters()).device.type == "meta"
+    assert sum(p.numel() for p in llm.model.parameters()) == count
+    assert llm.embedding_rows == rows
+    assert llm.model.get_output_embeddings().weight.shape == (rows, embed_dim)
+    assert (llm.embed_dim, llm.max_positions) == (embed_dim, positions)
+    assert {p.dtype for p in llm.model.parameters()} == {torch.float32}
+    assert llm.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("choice", "count"), [("phi2", 2_779_683_840), ("vicuna_7b_v1_5", 6_738_415_616)])
+def test_published_models_before_resizing(choice, count):
+    llm = build_llm(choice, pretrained=False, device="meta", tokenizer_size=None, pad_to_multiple_of=None)
+    assert sum(p.numel() for p in llm.model.parameters()) == count
+
+
+@pytest.mark.parametrize("choice", choices("llm"))
+def test_every_yaml_builds_and_renders_without_files(offline, choice):
+    llm = build_llm(choice, pretrained=False, device="meta")
+    conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    assert sum(s.image for s in llm.render(conversation, num_images=1)) == 1
+    assert llm.model.config.vocab_size == llm.embedding_rows
+
+
+@pytest.mark.parametrize(
+    ("choice", "eos", "added_pad", "rows"),
+    [("mini_qwen2", (2, 0), False, 576), ("mini_phi", (0,), True, 576), ("mini_llama", (2,), True, 704)],
+)
+def test_minis(choice, eos, added_pad, rows):
+    llm = build_llm(choice)
+    assert (llm.eos_ids, llm.embedding_rows, llm.embed_dim) == (eos, rows, 128)
+    assert rows - 64 < len(llm.tokenizer) <= rows
+    assert llm.tokenizer.pad_token_id == (len(llm.tokenizer) - 1 if added_pad else 0)
+    ids = torch.tensor([llm.encode([{"role": "user", "content": "Hi"}], add_generation_prompt=True).input_ids])
+    output = llm.model(ids, labels=ids)
+    output.loss.backward()
+    assert output.logits.shape == (1, ids.shape[1], rows)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in llm.model.parameters())
+
+
+def test_grouped_queries():
+    attention = build_llm("mini_llama").model.model.layers[0].self_attn
+    assert (attention.q_proj.out_features, attention.k_proj.out_features) == (128, 64)
+
+
+@pytest.mark.parametrize(("choice", "tied"), [("mini_qwen2", True), ("mini_phi", False), ("mini_llama", False)])
+def test_tied_embeddings_stay_tied(choice, tied):
+    for options in ({}, {"pad_to_multiple_of": 100, "tokenizer_size": 645}):
+        model = build_llm(choice, **options).model
+        same = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+        assert same is tied
+    assert model.get_input_embeddings().weight.shape[0] == 700
+
+
+def test_random_weights_follow_the_global_seed():
+    def draw(seed):
+        torch.manual_seed(seed)
+        return build_llm("mini_phi").model.state_dict()
+
+    first, again, other = draw(0), draw(0), draw(1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_options_replace_keys_of_the_yaml():
+    llm = build_llm("mini_qwen2", dtype="bfloat16", attention="eager", stop_tokens=["<|im_start|>"])
+    assert llm.model.dtype == torch.bfloat16
+    assert llm.model.config._attn_implementation == "eager"
+    assert llm.eos_ids == (1,)
+
+
+def test_own_yaml(tmp_path):
+    # Any causal LM of transformers, by its own numbers.
+    (tmp_path / "mine.yaml").write_text(
+        "pretrained: false\ntokenizer: asset:phi\n"
+        "architecture: {model_type: gpt2, vocab_size: 600, n_embd: 16, n_layer: 1, n_head: 2, n_positions: 64}\n"
+        "special_tokens: {bos_token: <|endoftext|>, eos_token: <|endoftext|>, pad_token: <|endoftext|>}\n"
+        'chat_template: \'{{ bos_token }}{{ image }}{% for m in messages %}{% if m.role == "user" %}{{ m.content }}'
+        "{% else %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}'\n"
+    )
+    llm = build_llm(str(tmp_path / "mine.yaml"))
+    assert (llm.spec.name, llm.embed_dim, llm.max_positions, llm.eos_ids) == ("mine", 16, 64, (0,))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"tokenise": "whole"}, "Did you mean 'tokenize'"),
+        ({"dtype": "float23"}, "float23"),
+        ({"chat_template": ""}, "no `chat_template`"),
+        ({"architecture": None}, "no `architecture`"),
+        ({"architecture": {"hidden_size": 8}}, "no model_type"),
+    ],
+)
+def test_wrong_specs(change, reason):
+    with pytest.raises(ValueError, match=reason):
+        build_llm("mini_qwen2", **change)
+
+
+def test_unknown_choice():
+    with pytest.raises(ValueError, match="Did you mean 'phi2'"):
+        build_llm("phi3")
+
+
+def test_missing_weights_are_one_clear_error(offline):
+    with pytest.raises(ValueError) as error:
+        build_llm("phi2")
+    for part in ("phi2", "microsoft/phi-2", "5.6 GB", "llm.weights=PATH", "no network"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mini_has_no_weights_to_download(offline):
+    with pytest.raises(ValueError, match="llm.weights=PATH"):
+        build_llm("mini_qwen2", pretrained=True)
+
+
+def test_missing_tokenizer_is_one_clear_error(offline):
+    llm = build_llm("phi2", pretrained=False, device="meta")
+    with pytest.raises(ValueError, match=r"tokenizer of microsoft/phi-2 .* llm.tokenizer=PATH"):
+        _ = llm.tokenizer
+    with pytest.raises(ValueError, match="asset:typo: the package ships llama, phi, qwen2"):
+        _ = build_llm("mini_phi", tokenizer="asset:typo").tokenizer
+
+
+def test_tokenizers_that_do_not_belong_to_the_model():
+    with pytest.raises(ValueError, match="does not know the bos_token '<s>'"):
+        _ = build_llm("mini_llama", tokenizer="asset:phi").tokenizer
+    with pytest.raises(ValueError, match=r"has (\d+) tokens, the model only 512 embeddings: set llm.tokenizer_size=\1"):
+        _ = build_llm("mini_phi", tokenizer_size=512).tokenizer
+    with pytest.raises(ValueError, match="stop token '<stop>'"):
+        _ = build_llm("mini_phi", stop_tokens=["<stop>"]).eos_ids
+
+
+def test_the_tokenizer_is_asked_for_its_size(real_format):
+    # Without tokenizer_size: 402 tokens of the fixture's Phi tokenizer, rounded up.
+    assert real_format("phi2").embedding_rows == 448
+
+
+def test_yamls_list_the_keys_to_override():
+    # The command line accepts the keys that a YAML holds.
+    for choice in choices("llm"):
+        assert {"tokenizer", "tokenize", "dtype", "attention", "chat_template"} <= set(load_choice("llm", choice))
