@@ -1,0 +1,1 @@
+"""Reports: tables that stand beside references."""
