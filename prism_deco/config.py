@@ -167,10 +167,12 @@ class EvaluateConfig:
 
     benchmarks: str | None = None
     """Names under `conf/benchmark`, separated by commas, or a group of them; None scores nothing."""
+    split: str | None = None
+    """Split of the benchmarks; None takes each YAML's own."""
     limit: int | None = None
-    """Score only the first items of each benchmark; None scores all."""
+    """Ask only that many questions of each benchmark; None asks all."""
     batch_size: int = 64
-    """Items per generation batch."""
+    """Questions per generation batch."""
 
 
 @dataclass

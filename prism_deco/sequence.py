@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prism_deco.llms import IGNORE, Encoded
+from prism_deco.llms.encoding import IGNORE, Encoded
 
 
 @dataclass

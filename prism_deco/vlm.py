@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from prism_deco.backbones import VisionBackbone
-from prism_deco.llms import IGNORE
+from prism_deco.llms.encoding import IGNORE
 from prism_deco.projectors import Projector
 from prism_deco.sequence import Batch
 
@@ -83,10 +83,13 @@ class VLM(nn.Module):
     @torch.no_grad()
     def features(self, pixels: dict[str, Tensor]) -> Tensor:
         """Per tower float[I, 3, S, S] -> patch features float[I, N, D], standardised if asked for."""
-        features = self.backbone(pixels)
-        if self.feature_mean is not None and self.feature_std is not None:
-            features = (features - self.feature_mean) / self.feature_std
-        return features
+        return self.standardise(self.backbone(pixels))
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """float[I, N, D] -> the same by the statistics of `fit_features`; unchanged without them."""
+        if self.feature_mean is None or self.feature_std is None:
+            return features
+        return (features - self.feature_mean) / self.feature_std
 
     @torch.no_grad()
     def fit_features(self, pixels: dict[str, Tensor]) -> None:

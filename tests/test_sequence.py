@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from prism_deco.llms import IGNORE, Encoded
+from prism_deco.llms.encoding import IGNORE, Encoded
 from prism_deco.sequence import build_batch, sequence_length
 
 

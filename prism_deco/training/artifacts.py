@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from prism_deco.backbones import state_sha256
 from prism_deco.config import read_config, save_config
 from prism_deco.llms import LanguageModel
 from prism_deco.training.compose import build_model
@@ -29,7 +28,7 @@ def save_model(folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel) -
     save_config(config, folder / CONFIG)
     save_file(_unique({k: v for k, v in vlm.state_dict().items() if not k.startswith("backbone.")}), folder / WEIGHTS)
     llm.tokenizer.save_pretrained(folder / "tokenizer")
-    record = {"name": config.backbone.name, "sha256": state_sha256(vlm.backbone)}
+    record = {"name": config.backbone.name, "sha256": vlm.backbone.sha256()}
     (folder / TOWER_RECORD).write_text(json.dumps(record, indent=2) + "\n")
     if not config.backbone.pretrained:
         save_file(_unique(vlm.backbone.state_dict()), folder / TOWER)
@@ -48,13 +47,14 @@ def load_model(folder: Path) -> tuple[VLM, LanguageModel, DictConfig]:
             raise ValueError(f"{folder / name} is missing: the run has not finished, or its folder is incomplete.")
     # The weights follow below: nothing needs to be fetched, drawn or read twice.
     config.llm.pretrained = False
+    config.llm.tokenizer = str(folder / "tokenizer")
     with torch.random.fork_rng(devices=[]):
         vlm, llm = build_model(config)
     load_strict(vlm, load_file(folder / WEIGHTS), str(folder / WEIGHTS), ignore="backbone.")
     if not config.backbone.pretrained:
         load_strict(vlm.backbone, load_file(folder / TOWER), str(folder / TOWER))
     wanted = json.loads((folder / TOWER_RECORD).read_text())["sha256"]
-    if state_sha256(vlm.backbone) != wanted:
+    if vlm.backbone.sha256() != wanted:
         raise ValueError(
             f"{folder}: the model was trained with backbone weights of SHA-256 {wanted[:12]}…, those of "
             f"{config.backbone.name} found here differ. Point backbone.weights at the original file."

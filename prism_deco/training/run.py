@@ -18,11 +18,11 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from prism_deco.config import save_config
 from prism_deco.data import Source, build_source
 from prism_deco.llms import LanguageModel
-from prism_deco.training.artifacts import save_model
+from prism_deco.training.artifacts import WEIGHTS, save_model
 from prism_deco.training.callbacks import ProgressBar, SampleAnswers
 from prism_deco.training.compose import build_model, group
 from prism_deco.training.datamodule import Conversations
-from prism_deco.training.manifest import build_manifest, write_json
+from prism_deco.training.manifest import build_manifest, file_sha256, write_json
 from prism_deco.training.module import TrainingModule
 from prism_deco.vlm import VLM
 
@@ -155,6 +155,7 @@ def _save(
         samples=min(data.total_steps * config.recipe.global_batch_size, len(data.train_records) * config.recipe.epochs),
         bad_images=module.bad_images,
         text_tokens_cut=module.tokens_cut,
+        model_sha256=file_sha256(folder / "model" / WEIGHTS),
         benchmarks=str(source.benchmarks) if source.benchmarks else None,
     )
     write_json(folder / "manifest.json", manifest)

@@ -1,0 +1,58 @@
+"""Small worlds for the tests: a few images and conversations on disk, and tiny real models."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from prism_deco.backbones import build_backbone
+from prism_deco.llms import build_llm
+from prism_deco.projectors import build_projector
+from prism_deco.vlm import VLM
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Tests neither read nor leave anything in the user's cache."""
+    monkeypatch.setenv("PRISM_DECO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
+
+
+@pytest.fixture(scope="session")
+def colors(tmp_path_factory) -> Path:
+    """A LLaVA data set: `train.json` and `images/`, eight plain images of two sizes and a text-only record."""
+    root = tmp_path_factory.mktemp("colors")
+    (root / "images").mkdir()
+    records = []
+    for name, rgb in COLORS.items():
+        for width in (40, 90):
+            image = f"{name}{width}.png"
+            Image.new("RGB", (width, 60), rgb).save(root / "images" / image)
+            turns = ["<image>\nWhat color is it?", name, "Is it red?", "Yes" if name == "red" else "No"]
+            records.append({"id": f"{name}{width}", "image": image, "conversations": llava_turns(*turns)})
+    records.append({"id": "text", "conversations": llava_turns("Which colors are there?", ", ".join(COLORS))})
+    (root / "train.json").write_text(json.dumps(records))
+    return root
+
+
+def llava_turns(*texts: str) -> list[dict[str, str]]:
+    """Alternating turns in LLaVA's format."""
+    return [{"from": "human" if i % 2 == 0 else "gpt", "value": text} for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def tiny():
+    """(llm choice, VLM options) -> (VLM, LanguageModel) with random weights in float64, seeded."""
+
+    def build(llm: str = "mini_qwen2", projector: str = "avgpool", tokens: int | None = 4, **options):
+        torch.manual_seed(0)
+        backbone = build_backbone("mini_siglip", pretrained=False)
+        language = build_llm(llm, pretrained=False)
+        project = build_projector(projector, backbone.embed_dim, language.embed_dim, backbone.grid, tokens)
+        return VLM(backbone, project, language.model, **options).double(), language
+
+    return build

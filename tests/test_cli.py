@@ -1,0 +1,52 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from prism_deco.cli import main
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in ("train", "evaluate", "pretrain-mini", "bench"))
+
+
+def test_the_module_runs_as_the_script_does():
+    done = subprocess.run([sys.executable, "-m", "prism_deco.cli", "train", "modle=1"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("prism-deco: error: Unknown key modle.")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_predictions_file_is_scored_without_a_model(tmp_path, capsys):
+    path = tmp_path / "predictions.jsonl"
+    rows = [
+        {"question_id": f"random/{i}", "image": "x.png", "prompt": "?", "output": output, "answer": None,
+         "target": {"answer": label, "subset": "random", "variant": "generate"}, "score": 0.0}
+        for i, (output, label) in enumerate([("Yes", "yes"), ("No.", "no"), ("yes", "no"), ("maybe", "yes")])
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["evaluate", "--score-only", str(path), "benchmark=mini_pope"]) == 0
+    shown = capsys.readouterr().out
+    assert "mini_pope" in shown and "75.0" in shown  # LLaVA's parser reads "maybe" as yes
+    assert main(["evaluate", "--score-only", str(path)]) == 2
+    assert "Name the benchmark" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate"], "Name the one run to score"),
+        (["evaluate", "no/such/run", "benchmark=mini"], "is not a folder: give a run folder"),
+        (["evaluate", "no/such/run", "another"], "Name the one run to score"),
+        (["pretrain-mini", "mini_clp", "--out", "x"], "Did you mean 'mini_clip'"),
+        (["bench", "projectors", "conv"], "Unknown projector 'conv'"),
+    ],
+)
+def test_wrong_arguments_end_with_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
