@@ -1,0 +1,113 @@
+"""What every vision backbone promises, and how one is built from its YAML."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prism_deco.backbones.transforms import BackboneTransform
+from prism_deco.config import load_choice
+from prism_deco.registry import Registry
+
+
+class VisionBackbone(nn.Module):
+    """Frozen vision tower(s): pixels in, patch features out.
+
+    Attributes:
+        towers: names of the towers, the keys of the pixel dictionaries.
+        image_size: side of the square input in pixels (of the first tower).
+        patch_size: side of a patch in those pixels.
+        grid: patch grid (height, width); features come in row-major order.
+        embed_dim: channels D of a patch feature.
+        transform: PIL image -> dict[tower, float32[3, S, S]]; `transform.frame(size)` maps coordinates.
+        blocks: the transformer blocks in order of execution, the units to shard or to checkpoint.
+    """
+
+    towers: tuple[str, ...]
+    image_size: int
+    patch_size: int
+    grid: tuple[int, int]
+    embed_dim: int
+    transform: BackboneTransform
+
+    @property
+    def num_patches(self) -> int:
+        """Number N of patch features per image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        raise NotImplementedError
+
+    def features(self, pixels: Mapping[str, Tensor]) -> Tensor:
+        """dict[tower, float[B, 3, S, S]] -> float[B, N, D]."""
+        raise NotImplementedError
+
+    def forward(self, pixels: Mapping[str, Tensor]) -> Tensor:
+        """dict[tower, float[B, 3, S, S]] -> float[B, N, D], in the dtype of the weights.
+
+        Raises:
+            ValueError: the pixels of a tower are missing.
+        """
+        missing = [name for name in self.towers if name not in pixels]
+        if missing:
+            raise ValueError(
+                f"No pixels for the towers {', '.join(missing)} (there are: {', '.join(pixels) or 'none'}). "
+                "Prepare images with the backbone's own transform."
+            )
+        return self.features(pixels)
+
+    def train(self, mode: bool = True) -> VisionBackbone:
+        """Stays in evaluation mode: a frozen tower must not change with the model around it."""
+        return super().train(False)
+
+    def freeze(self) -> None:
+        """No gradients for the weights, evaluation mode for good."""
+        self.requires_grad_(False)
+        self.eval()
+
+    def sha256(self) -> str:
+        """Hash of the weights as they are now: names, dtypes, shapes and bytes, in order of name."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            tensor = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+BACKBONES: Registry[type[VisionBackbone]] = Registry("backbone family", package="prism_deco.backbones")
+
+
+def build_backbone(
+    choice: str | Mapping[str, Any],
+    *,
+    pretrained: bool = True,
+    device: str | torch.device | None = None,
+    image_size: int | None = None,
+    **options: Any,
+) -> VisionBackbone:
+    """Builds a frozen backbone.
+
+    Args:
+        choice: name of a YAML in `conf/backbone`, or the mapping it holds. Its `family` picks the class.
+        pretrained: load weights; a choice that says `pretrained: false` itself stays random.
+        device: where the weights live; "meta" (with `pretrained=False`) builds shapes only.
+        image_size: side of the input in pixels instead of the choice's; position tables are resampled.
+        options: replace keys of the choice (`weights`, `layer`, `resize` or the family's own).
+
+    Raises:
+        ValueError: unknown names, weights that are not there or do not fit.
+    """
+    content = dict(load_choice("backbone", choice) if isinstance(choice, str) else choice) | options
+    family = content.pop("family")
+    content["pretrained"] = pretrained and content.get("pretrained", True)
+    if image_size is not None:
+        content["image_size"] = image_size
+    if content["pretrained"] and device is not None and torch.device(device).type == "meta":
+        raise ValueError("Weights cannot be loaded on the meta device: build with pretrained=False.")
+    return BACKBONES.get(family)(device=device, **content)

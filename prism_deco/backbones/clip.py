@@ -1,0 +1,51 @@
+"""CLIP (arXiv 2103.00020): the vision tower of an open_clip model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import open_clip
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.model import _build_vision_tower
+from open_clip.timm_model import TimmModel
+
+import prism_deco.backbones.tiny  # noqa: F401  (registers the miniature architectures)
+from prism_deco.backbones.base import BACKBONES
+from prism_deco.backbones.tower import Tower
+from prism_deco.backbones.trunks import OpenClipTrunk, Trunk, check_image_size, timm_trunk
+from prism_deco.registry import unknown
+
+
+@BACKBONES.register("clip")
+class ClipBackbone(Tower):
+    """`model` is an open_clip model name; the text tower is never built.
+
+    OpenAI's weights need QuickGELU, x * sigmoid(1.702 x), which open_clip's configs with the suffix
+    `-quickgelu` build in.
+    """
+
+    mean = OPENAI_DATASET_MEAN
+    std = OPENAI_DATASET_STD
+
+    @classmethod
+    def build_trunk(cls, model: str, image_size: int | None, layer: int) -> Trunk:
+        config = _config(model)
+        vision = config["vision_cfg"] | {"image_size": image_size or cls.native_size(model)}
+        if "patch_size" in vision:
+            check_image_size(vision["image_size"], vision["patch_size"])
+        visual = _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
+        if isinstance(visual, TimmModel):
+            # open_clip builds timm's trunks at their own size, whatever image_size says.
+            return timm_trunk(visual.trunk, vision["image_size"], layer)
+        return OpenClipTrunk(visual, layer)
+
+    @classmethod
+    def native_size(cls, model: str) -> int:
+        return _config(model)["vision_cfg"]["image_size"]
+
+
+def _config(model: str) -> dict[str, Any]:
+    config = open_clip.get_model_config(model)
+    if config is None:
+        raise unknown("open_clip model", model, open_clip.list_models())
+    return config

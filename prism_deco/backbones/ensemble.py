@@ -1,0 +1,94 @@
+"""Several towers side by side, channels concatenated (prismatic's fused DINOv2 + SigLIP)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from prism_deco.backbones.base import BACKBONES, VisionBackbone, build_backbone
+from prism_deco.backbones.transforms import BackboneTransform
+from prism_deco.backbones.weights import SUFFIXES
+
+
+@BACKBONES.register("ensemble")
+class Ensemble(VisionBackbone):
+    """Towers of equal patch grids; each sees the image through its own transform.
+
+    Args:
+        name: the choice's name.
+        towers: names of other choices, in the order of their channels.
+        weights: folder that holds `<tower>.safetensors` (or .bin, .pt, .pth, or a folder `<tower>`) per tower;
+            None leaves each tower to its own YAML.
+        image_size: side of the input in pixels, for all towers; None keeps what each YAML says.
+        pretrained, layer, resize, device: as for one tower, for all of them.
+
+    Raises:
+        ValueError: the grids differ, or `weights` lacks a tower.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        towers: Iterable[str],
+        *,
+        pretrained: bool = True,
+        weights: str | None = None,
+        image_size: int | None = None,
+        layer: int = -2,
+        resize: str = "letterbox",
+        device: str | torch.device | None = None,
+    ):
+        super().__init__()
+        members = [
+            build_backbone(
+                tower,
+                pretrained=pretrained,
+                device=device,
+                image_size=image_size,
+                layer=layer,
+                resize=resize,
+                **({"weights": _weights_of(tower, weights)} if weights and pretrained else {}),
+            )
+            for tower in towers
+        ]
+        if not members:
+            raise ValueError(f"The ensemble {name} has no towers: list at least one under `towers`.")
+        self.members = nn.ModuleList(members)
+        self.towers = tuple(tower for member in members for tower in member.towers)
+        if len(set(self.towers)) < len(self.towers):
+            raise ValueError(f"The ensemble {name} lists a tower twice: {', '.join(self.towers)}.")
+        if len({member.grid for member in members}) > 1:
+            grids = ", ".join(f"{member.towers[0]} {member.grid[0]}x{member.grid[1]}" for member in members)
+            raise ValueError(
+                f"The towers of the ensemble {name} have different patch grids ({grids}), so their features cannot be "
+                "concatenated: choose towers of one grid, or an image_size that gives them one."
+            )
+        self.image_size, self.patch_size, self.grid = members[0].image_size, members[0].patch_size, members[0].grid
+        self.embed_dim = sum(member.embed_dim for member in members)
+        self.transform = BackboneTransform(
+            {tower: transform for member in members for tower, transform in member.transform.towers.items()}
+        )
+        self.freeze()
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [block for member in self._backbones() for block in member.blocks]
+
+    def features(self, pixels: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([member(pixels) for member in self._backbones()], dim=-1)
+
+    def _backbones(self) -> list[VisionBackbone]:
+        return [member for member in self.members if isinstance(member, VisionBackbone)]
+
+
+def _weights_of(tower: str, folder: str) -> str:
+    found = [path for end in ("", *SUFFIXES) if (path := Path(folder) / f"{tower}{end}").exists()]
+    if not found:
+        raise ValueError(
+            f"weights={folder} holds nothing for the tower {tower}: an ensemble takes a folder with "
+            f"{tower}.safetensors (or a folder {tower}/) and the like for its other towers."
+        )
+    return str(found[0])

@@ -1,0 +1,94 @@
+"""A backbone of one tower: what CLIP, SigLIP and DINOv2 have in common."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from prism_deco.backbones.base import VisionBackbone
+from prism_deco.backbones.transforms import BackboneTransform, TowerTransform
+from prism_deco.backbones.trunks import Trunk
+from prism_deco.backbones.weights import load_trunk, locate
+
+log = logging.getLogger(__name__)
+
+
+class Tower(VisionBackbone):
+    """One frozen vision transformer; a family says how its trunk is built and how pixels are normalised.
+
+    Args:
+        name: the choice's name, under which its pixels are handed over.
+        model: architecture, as the family's library names it.
+        pretrained: load weights; False leaves random ones (from torch's global generator).
+        weights: file or folder with the weights, `asset:NAME` for a shipped one, None for the hub's.
+        hub, file, file_gb: hub repository of the weights, the file in it, its size in GB.
+        image_size: side of the input in pixels; None keeps the architecture's own.
+        layer: block whose output is used; negative counts from the end.
+        resize: one of `transforms.STRATEGIES`.
+        device: where the weights live; None is the CPU.
+    """
+
+    mean: ClassVar[tuple[float, float, float]]
+    std: ClassVar[tuple[float, float, float]]
+
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        *,
+        pretrained: bool = True,
+        weights: str | None = None,
+        hub: str | None = None,
+        file: str | None = None,
+        file_gb: float | None = None,
+        image_size: int | None = None,
+        layer: int = -2,
+        resize: str = "letterbox",
+        device: str | torch.device | None = None,
+    ):
+        super().__init__()
+        device = torch.device(device or "cpu")
+        path = locate(name, weights, hub, file, file_gb) if pretrained else None
+        # Shapes first, where weights will be read: neither random values nor unused blocks take memory then.
+        with torch.device("meta" if path else device):
+            self.trunk = self.build_trunk(model, image_size, layer)
+        self.towers = (name,)
+        self.image_size = image_size or self.native_size(model)
+        self.grid, self.patch_size, self.embed_dim = self.trunk.grid, self.trunk.patch_size, self.trunk.embed_dim
+        self.transform = BackboneTransform({name: TowerTransform(self.image_size, resize, self.mean, self.std)})
+        unread = self.image_size - self.grid[0] * self.patch_size
+        if unread:
+            log.info(
+                "%s: %d px are no multiple of its %d px patches, so the grid is %dx%d and the last %d px are not read.",
+                *(name, self.image_size, self.patch_size, *self.grid, unread),
+            )
+        if path:
+            load_trunk(self.trunk, path, name, device)
+        self.freeze()
+
+    @classmethod
+    def build_trunk(cls, model: str, image_size: int | None, layer: int) -> Trunk:
+        """The architecture without weights, on the current default device."""
+        raise NotImplementedError
+
+    @classmethod
+    def native_size(cls, model: str) -> int:
+        """Side in pixels of the input that the architecture was made for."""
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return self.trunk.blocks
+
+    def features(self, pixels: Mapping[str, Tensor]) -> Tensor:
+        images = pixels[self.towers[0]]
+        if images.ndim != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(
+                f"{self.towers[0]} was built for images [batch, 3, {self.image_size}, {self.image_size}] and got "
+                f"{list(images.shape)}: prepare them with the backbone's transform, or build it with that image_size."
+            )
+        return self.trunk(images.to(next(self.trunk.parameters()).dtype))

@@ -1,0 +1,167 @@
+"""How an image becomes the square input of a tower: geometry, resampling, normalisation.
+
+The geometry is computed once, as a `Frame`, and both the pixels and the coordinates (boxes, heat
+maps) go through that same object, so they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from prism_deco.registry import unknown
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The way from the pixels of an image to the S x S pixels that a tower sees.
+
+    Sizes are (width, height) and positions (x, y), in pixels. The image is pasted at `paste` on a
+    canvas, the canvas is resized, and S x S pixels are cut out of it at `crop`.
+    """
+
+    image_size: tuple[int, int]
+    canvas: tuple[int, int]
+    paste: tuple[int, int]
+    resized: tuple[int, int]
+    crop: tuple[int, int]
+    side: int
+
+    def to_model(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Pixel coordinates of the image (numbers or arrays) -> those of the tower's input."""
+        return (
+            (x + self.paste[0]) * (self.resized[0] / self.canvas[0]) - self.crop[0],
+            (y + self.paste[1]) * (self.resized[1] / self.canvas[1]) - self.crop[1],
+        )
+
+    def to_image(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Pixel coordinates of the tower's input -> those of the image; the inverse of `to_model`.
+
+        Results outside the image belong to the padding.
+        """
+        return (
+            (x + self.crop[0]) * (self.canvas[0] / self.resized[0]) - self.paste[0],
+            (y + self.crop[1]) * (self.canvas[1] / self.resized[1]) - self.paste[1],
+        )
+
+    def apply(self, image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
+        """The S x S image that the tower sees, `fill` where there is padding."""
+        if self.canvas != self.image_size:
+            canvas = Image.new("RGB", self.canvas, fill)
+            canvas.paste(image, self.paste)
+            image = canvas
+        if self.resized != image.size:
+            image = image.resize(self.resized, Image.Resampling.BICUBIC)
+        left, top = self.crop
+        return image.crop((left, top, left + self.side, top + self.side))
+
+
+def _crop_to_square(size: tuple[int, int], canvas: tuple[int, int], paste: tuple[int, int], side: int) -> Frame:
+    """Shorter side of the canvas to `side`, then a central square (torchvision's Resize and CenterCrop)."""
+    short = min(canvas)
+    resized = (int(side * canvas[0] / short), int(side * canvas[1] / short))
+    crop = (round((resized[0] - side) / 2), round((resized[1] - side) / 2))
+    return Frame(size, canvas, paste, resized, crop, side)
+
+
+def letterbox(size: tuple[int, int], side: int) -> Frame:
+    """Prismatic's letterbox: both sides are padded by int(difference / 2).
+
+    An odd difference therefore leaves a canvas that is 1 px short of a square.
+    """
+    longest = max(size)
+    paste = ((longest - size[0]) // 2, (longest - size[1]) // 2)
+    return _crop_to_square(size, (size[0] + 2 * paste[0], size[1] + 2 * paste[1]), paste, side)
+
+
+def pad(size: tuple[int, int], side: int) -> Frame:
+    """LLaVA-1.5's padding (`expand2square`): always an exact square."""
+    longest = max(size)
+    return _crop_to_square(size, (longest, longest), ((longest - size[0]) // 2, (longest - size[1]) // 2), side)
+
+
+def resize_naive(size: tuple[int, int], side: int) -> Frame:
+    """Width and height are scaled to the square independently (prismatic)."""
+    return Frame(size, size, (0, 0), (side, side), (0, 0), side)
+
+
+def resize_crop(size: tuple[int, int], side: int) -> Frame:
+    """The shorter side is scaled, the ends of the longer one are cut off (CLIP)."""
+    return _crop_to_square(size, size, (0, 0), side)
+
+
+STRATEGIES: Mapping[str, Callable[[tuple[int, int], int], Frame]] = {
+    "letterbox": letterbox,
+    "pad": pad,
+    "resize-naive": resize_naive,
+    "resize-crop": resize_crop,
+}
+
+
+def frame(size: tuple[int, int], side: int, resize: str) -> Frame:
+    """The geometry of an image of `size` (width, height) for an input of `side` pixels.
+
+    Raises:
+        ValueError: `resize` is not one of `STRATEGIES`.
+    """
+    if resize not in STRATEGIES:
+        raise unknown("resize", resize, STRATEGIES)
+    return STRATEGIES[resize](size, side)
+
+
+@dataclass(frozen=True)
+class TowerTransform:
+    """Image -> input of one tower.
+
+    Args:
+        image_size: side S of the input in pixels. It is also what images are resized to: the crop
+            margin of timm's evaluation transforms (crop_pct 0.9 for SigLIP) is not used here.
+        resize: one of `STRATEGIES`.
+        mean, std: normalisation per RGB channel, for values in 0..1.
+    """
+
+    image_size: int
+    resize: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        frame((1, 1), self.image_size, self.resize)
+
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """RGB colour of the padding: the mean colour, rounded down as the references do."""
+        red, green, blue = (int(255 * value) for value in self.mean)
+        return red, green, blue
+
+    def frame(self, size: tuple[int, int]) -> Frame:
+        """The geometry for an image of `size` (width, height)."""
+        return frame(size, self.image_size, self.resize)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """PIL image of any mode -> float32[3, S, S]."""
+        rgb = image.convert("RGB")
+        square = self.frame(rgb.size).apply(rgb, self.fill)
+        values = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
+        return (values - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+
+@dataclass(frozen=True)
+class BackboneTransform:
+    """Image -> inputs of all towers of a backbone. Small and picklable: loader processes take it along."""
+
+    towers: dict[str, TowerTransform]
+
+    def __call__(self, image: Image.Image) -> dict[str, Tensor]:
+        """PIL image -> float32[3, S, S] per tower name."""
+        return {name: transform(image) for name, transform in self.towers.items()}
+
+    def frame(self, size: tuple[int, int]) -> Frame:
+        """The geometry of the first tower; that of the others differs by a scale at most."""
+        return next(iter(self.towers.values())).frame(size)

@@ -1,0 +1,112 @@
+"""The two vision transformers in use, timm's and open_clip's, behind one face."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import open_clip.transformer
+import timm.models.vision_transformer
+from torch import Tensor, nn
+
+
+class Trunk(nn.Module):
+    """A vision transformer cut off after the block whose output is wanted.
+
+    Attributes:
+        vit: the library's own module.
+        depth: number of blocks before the cut.
+        tap: 0-based index of the block whose output is used; the last one left.
+        grid: patch grid (height, width).
+        patch_size: side of a patch in pixels.
+        embed_dim: channels of a token.
+        class_position: whether the position table has a row for the class token.
+    """
+
+    vit: Any
+    grid: tuple[int, int]
+    patch_size: int
+    embed_dim: int
+    class_position: bool
+
+    def __init__(self, vit: nn.Module, layer: int):
+        super().__init__()
+        self.vit = vit
+        self.depth = len(self.blocks)
+        if not -self.depth <= layer < self.depth:
+            raise ValueError(
+                f"layer={layer} is outside this tower of {self.depth} blocks: "
+                f"choose {-self.depth} to {self.depth - 1} (-2 is the second-to-last)."
+            )
+        self.tap = layer % self.depth
+        # Final norm, pooling, head and the blocks after the tap go: never run, never in memory.
+        self.vit.prune_intermediate_layers([self.tap], prune_norm=True, prune_head=True)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        raise NotImplementedError
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """float[B, 3, S, S] -> float[B, N, D]: patch tokens after the tapped block, before any norm."""
+        raise NotImplementedError
+
+
+class TimmTrunk(Trunk):
+    """timm's VisionTransformer (SigLIP, DINOv2)."""
+
+    vit: timm.models.vision_transformer.VisionTransformer
+
+    def __init__(self, vit: nn.Module, layer: int):
+        super().__init__(vit, layer)
+        embed = cast(Any, self.vit.patch_embed)
+        self.grid = embed.grid_size
+        self.patch_size = embed.feat_ratio()
+        self.embed_dim = self.vit.embed_dim
+        self.class_position = self.vit.has_class_token and not self.vit.no_embed_class
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.vit.blocks)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """float[B, 3, S, S] -> float[B, N, D]."""
+        taken = self.vit.forward_intermediates(
+            pixels, indices=[self.tap], stop_early=True, output_fmt="NLC", intermediates_only=True
+        )
+        return cast(list[Tensor], taken)[0]
+
+
+class OpenClipTrunk(Trunk):
+    """open_clip's VisionTransformer (CLIP)."""
+
+    vit: open_clip.transformer.VisionTransformer
+
+    def __init__(self, vit: nn.Module, layer: int):
+        super().__init__(vit, layer)
+        self.grid = self.vit.grid_size
+        self.patch_size = cast(tuple[int, int], self.vit.patch_size)[0]
+        self.embed_dim = self.vit.class_embedding.shape[0]
+        self.class_position = True
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.vit.transformer.resblocks)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """float[B, 3, S, S] -> float[B, N, D]."""
+        taken = self.vit.forward_intermediates(
+            pixels, indices=[self.tap], stop_early=True, output_fmt="NLC", intermediates_only=True
+        )
+        return cast(list[Tensor], taken["image_intermediates"])[0]
+
+
+def timm_trunk(vit: Any, image_size: int, layer: int) -> TimmTrunk:
+    """timm's VisionTransformer brought to another input size and cut off after its tap."""
+    check_image_size(image_size, vit.patch_embed.feat_ratio())
+    vit.set_input_size((image_size, image_size))
+    return TimmTrunk(vit, layer)
+
+
+def check_image_size(image_size: int, patch_size: int) -> None:
+    """`ValueError` for an input that holds no patch."""
+    if image_size < patch_size:
+        raise ValueError(f"image_size={image_size} is smaller than one patch of {patch_size} px.")

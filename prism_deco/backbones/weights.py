@@ -1,0 +1,176 @@
+"""Where a tower's weights come from, and how they get into it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import pickle
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+from timm.layers.pos_embed import resample_abs_pos_embed
+from torch import Tensor
+
+from prism_deco.backbones.layouts import recognise, split_vision, to_open_clip, to_timm
+from prism_deco.backbones.trunks import OpenClipTrunk, Trunk
+
+log = logging.getLogger(__name__)
+
+ASSETS = Path(__file__).parents[1] / "assets" / "towers"
+ASSET = "asset:"
+"""What `weights` begins with where it names a file of `ASSETS`."""
+_TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+SUFFIXES = (".safetensors", *_TORCH_SUFFIXES)
+"""Files that weights are read from."""
+
+
+def locate(name: str, weights: str | None, hub: str | None, file: str | None, file_gb: float | None) -> Path:
+    """The file or folder with a tower's weights.
+
+    Args:
+        name: the tower, for messages.
+        weights: a local path, or `asset:NAME` for a shipped tower; None takes the hub's.
+        hub, file, file_gb: hub repository, file in it, and that file's size in GB.
+
+    Raises:
+        ValueError: it is not there and cannot be fetched; says what is wanted and how to go on.
+    """
+    way_out = (
+        "Point at a local file or folder with backbone.weights=PATH (open_clip, timm and Hugging Face layouts are "
+        "read), or start from random weights with backbone.pretrained=false."
+    )
+    if weights is not None:
+        path = ASSETS / f"{weights.removeprefix(ASSET)}.safetensors" if weights.startswith(ASSET) else Path(weights)
+        if not path.exists():
+            raise ValueError(f"The weights of {name} are not at {path}. {way_out}")
+        return path
+    if hub is None or file is None:
+        raise ValueError(f"The choice {name} names neither `weights` nor a `hub` repository with a `file`. {way_out}")
+    cached = try_to_load_from_cache(hub, file)
+    if isinstance(cached, str):
+        return Path(cached)
+    size = f" (about {file_gb:g} GB)" if file_gb else ""
+    log.info("%s: fetching %s%s from https://huggingface.co/%s", name, file, size, hub)
+    try:
+        return Path(hf_hub_download(hub, file))
+    except (OSError, HfHubHTTPError) as error:
+        raise ValueError(
+            f"{name} needs the file {file}{size} of https://huggingface.co/{hub}: it is not in the local cache and "
+            f"could not be fetched ({type(error).__name__}). {way_out}"
+        ) from error
+
+
+def load_trunk(trunk: Trunk, path: Path, name: str, device: torch.device) -> None:
+    """Fills a trunk (built on the meta device) with weights as float32, whatever layout they come in.
+
+    The position table is resampled from its own grid to the trunk's (bicubic, antialiased).
+
+    Raises:
+        ValueError: unreadable file, unknown layout, keys missing or left over, wrong shapes.
+    """
+    files = _files(path)
+    where = {key: file for file in files for key in _keys(file)}
+    vision, stray = split_vision(where)
+    layout = recognise(vision)
+    if layout is None:
+        raise ValueError(
+            f"{path}: the keys are those of no known vision tower (open_clip, timm, Hugging Face CLIP, SigLIP or "
+            f"DINOv2). The first are: {', '.join(sorted(where)[:5])}."
+        )
+    log.info("%s: reading %s weights from %s", name, layout.name, path)
+    state: dict[str, Tensor] = {}
+    for file in files:
+        wanted = {key: source for key, source in vision.items() if where[source] == file}
+        state |= _read(file, wanted)
+    state = {key: value.float() for key, value in to_timm(state, layout, trunk.tap, trunk.depth).items()}
+    if "pos_embed" in state and ("cls_token" in state or not trunk.class_position):
+        _fit_positions(state, trunk, path)
+    if isinstance(trunk, OpenClipTrunk):
+        state = to_open_clip(state)
+    _check(state, trunk, stray, f"{path} ({layout.name} layout) does not fit the tower {name}")
+    trunk.vit.load_state_dict({key: value.to(device) for key, value in state.items()}, assign=True)
+
+
+def _fit_positions(state: dict[str, Tensor], trunk: Trunk, path: Path) -> None:
+    table = state["pos_embed"]
+    prefix = int(trunk.class_position)
+    if not trunk.class_position and "cls_token" in state and math.isqrt(table.shape[1] - 1) ** 2 == table.shape[1] - 1:
+        # DINOv2's release and the Hugging Face port give the class token a position; timm has it added already.
+        state["cls_token"] = state["cls_token"] + table[:, :1]
+        table = table[:, 1:]
+    side = math.isqrt(table.shape[1] - prefix)
+    if side * side != table.shape[1] - prefix:
+        raise ValueError(f"{path}: the position table of {table.shape[1]} rows belongs to no square patch grid.")
+    if (side, side) != trunk.grid:
+        log.info("resampling the position table from %dx%d to %dx%d", side, side, *trunk.grid)
+        table = resample_abs_pos_embed(
+            table, new_size=list(trunk.grid), old_size=[side, side], num_prefix_tokens=prefix, antialias=True
+        )
+    state["pos_embed"] = table.contiguous()
+
+
+def _check(state: dict[str, Tensor], trunk: Trunk, stray: list[str], message: str) -> None:
+    own = trunk.vit.state_dict()
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own] + stray,
+        "of another shape": [
+            f"{key} {list(state[key].shape)} instead of {list(value.shape)}"
+            for key, value in own.items()
+            if key in state and state[key].shape != value.shape
+        ],
+    }
+    found = [f"{kind}: {', '.join(names[:8])}{' ...' * (len(names) > 8)}" for kind, names in problems.items() if names]
+    if found:
+        raise ValueError(f"{message}. Weights {'; '.join(found)}. Is it the file of another model?")
+
+
+def _files(path: Path) -> list[Path]:
+    """The weight files behind a path: one file, or the shards of a folder."""
+    if path.is_file():
+        return [path]
+    for index in sorted(path.glob("*.index.json")):
+        return sorted({path / file for file in json.loads(index.read_text())["weight_map"].values()})
+    found = sorted(path.glob("*.safetensors")) or sorted(p for p in path.iterdir() if p.suffix in _TORCH_SUFFIXES)
+    if len(found) != 1:
+        names = ", ".join(p.name for p in found) or "none"
+        raise ValueError(f"{path}: expected one weight file in the folder and found {names}. Name the file itself.")
+    return found
+
+
+def _keys(file: Path) -> list[str]:
+    if file.suffix in _TORCH_SUFFIXES:
+        return list(_load_torch(file))
+    try:
+        with safe_open(file, "pt") as tensors:
+            return list(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read as safetensors ({error}).") from error
+
+
+def _read(file: Path, wanted: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors of a file under new names: {new name: name in the file}."""
+    if file.suffix in _TORCH_SUFFIXES:
+        state = _load_torch(file)
+        return {key: state[source] for key, source in wanted.items()}
+    with safe_open(file, "pt") as tensors:
+        return {key: tensors.get_tensor(source) for key, source in wanted.items()}
+
+
+def _load_torch(file: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{file} is no plain file of tensors, and nothing else is unpickled ({type(error).__name__}). "
+            "Use a safetensors file, or save its state dict with torch.save."
+        ) from error
+    for wrapper in ("state_dict", "model"):
+        state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} holds no state dict but a {type(state).__name__}.")
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
