@@ -23,7 +23,7 @@ OVERRIDES = "choices and settings, for example: projector=linear recipe.epochs=2
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code (0 done, 2 wrong input, 130 interrupted)."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     _configure_logging(debug=args.debug)
     try:
         args.command(args)
@@ -38,6 +38,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes the key=value arguments in one piece only; people put options between them.
+    if rest and (not hasattr(args, "arguments") or any(argument.startswith("-") for argument in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.arguments += rest
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="prism-deco", description=__doc__)
     common = argparse.ArgumentParser(add_help=False)
@@ -45,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", parents=[common], help="compose and train a model, then score it")
-    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    train.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     train.add_argument("--overwrite", action="store_true", help="replace the run folder if it exists")
     train.set_defaults(command=_train)
 
@@ -85,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
-    config = load_config(args.overrides)
+    config = load_config(args.arguments)
     from prism_deco.training.run import prepare_run, set_status, train
 
     if config.evaluate.benchmarks:

@@ -50,3 +50,11 @@ def test_a_predictions_file_is_scored_without_a_model(tmp_path, capsys):
 def test_wrong_arguments_end_with_one_line(arguments, message, capsys):
     assert main(arguments) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_options_may_stand_between_settings(capsys):
+    assert main(["train", "seed=1", "--overwrite", "modle=1"]) == 2
+    assert "Unknown key modle" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "seed=1", "--overwite", "seed=2"])
+    assert "unrecognized arguments: --overwite" in capsys.readouterr().err

@@ -48,7 +48,9 @@ def test_loss_and_gradients_equal_transformers_own(tiny, llm):
     for name, parameter in vlm.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(got[name], parameter.grad, atol=1e-7, rtol=1e-5)
-    assert {n for n in got if n.startswith("projector.")} == {f"projector.{n}" for n, _ in vlm.projector.named_parameters()}
+    assert {n for n in got if n.startswith("projector.")} == {
+        f"projector.{n}" for n, _ in vlm.projector.named_parameters()
+    }
     assert not any(name.startswith("backbone.") for name in got)
 
 

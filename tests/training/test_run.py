@@ -11,9 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import prism_deco
 from prism_deco.cli import main
+from prism_deco.config import load_config
 
 FAST = ["data.val_fraction=0", "data.num_workers=0", "evaluate.benchmarks=null", "recipe.global_batch_size=4",
-        "recipe.micro_batch_size=2", "trainer.log_every=1", "trainer.threads=1", "backbone.pretrained=false"]  # fmt: skip
+        "recipe.micro_batch_size=2", "trainer.log_every=1", "trainer.threads=1",
+        "backbone.pretrained=false"]  # fmt: skip
 
 
 def _train(colors: Path, runs: Path, *overrides: str) -> int:
@@ -56,7 +58,7 @@ def test_tensorboard_holds_what_a_user_watches(runs):
     assert any(tag.startswith("samples/") for tag in board.Tags()["images"])
     assert any(tag.startswith("samples/") for tag in board.Tags()["tensors"])
     rates = _scalars(runs / "a", "train/lr_lm")
-    assert rates[0] == pytest.approx(2e-3) and rates[-1] < rates[0]
+    assert rates[0] == pytest.approx(load_config().recipe.lr) and rates[-1] < rates[0]
 
 
 def test_the_run_folder_describes_itself(runs, colors):
