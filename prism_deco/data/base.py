@@ -1,4 +1,4 @@
-"""Where training data comes from: every source ends in LLaVA-format files on disk."""
+"""Where training data comes from: every source ends in files on disk with the fields of LLaVA's JSON."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prism_deco.config import DataConfig, load_choice
+from prism_deco.data.images import ImageFolder, ImageSource
 from prism_deco.registry import Registry
+
+if TYPE_CHECKING:  # reading records needs the LLM libraries; naming a source does not
+    from prism_deco.data.records import Records
 
 
 @dataclass(frozen=True)
@@ -17,16 +21,24 @@ class Source:
     """Files of a data set.
 
     Attributes:
-        train: LLaVA JSON with the training conversations.
-        image_root: folder that the records' image paths are relative to.
-        val: LLaVA JSON of held-out conversations; None holds out a share of `train`.
+        train: the training conversations: LLaVA JSON, or Parquet or Arrow files with embedded images.
+        image_root: folder that the records' image paths are relative to; None where images are embedded.
+        val: held-out conversations, in the same format; None holds out a share of `train`.
         benchmarks: root folder of the benchmarks that belong to this source, if any.
     """
 
     train: Path
-    image_root: Path
+    image_root: Path | None
     val: Path | None = None
     benchmarks: Path | None = None
+
+    def images(self, records: Records) -> ImageSource:
+        """Where the images of some of its records are."""
+        if records.embedded is not None:
+            return records.embedded
+        if self.image_root is None:
+            raise ValueError(f"{self.train} has no embedded images: give the folder of its image files.")
+        return ImageFolder(self.image_root)
 
 
 SOURCES: Registry[Callable[..., Source]] = Registry("data family", package="prism_deco.data")

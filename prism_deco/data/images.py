@@ -1,35 +1,140 @@
-"""Images on disk: found before training starts, opened safely, never replaced in silence."""
+"""Images: found before training starts, opened safely, never replaced in silence.
+
+Records name their images; an `ImageSource` knows where the bytes of a name are: in a folder, or packed
+together as they came out of Parquet files.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from prism_deco.data.partial import PartialReader
+
+
+class ImageSource(Protocol):
+    """Where images are read from; `str` names the place. Picklable: loader processes take it along."""
+
+    def read(self, name: str) -> bytes:
+        """The encoded image (JPEG, PNG ...); `OSError` where there is none."""
+        ...
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """The names that lead to no image."""
+        ...
+
+    def location(self, name: str) -> str:
+        """Where the image is, for messages."""
+        ...
+
+    def contains(self, name: str) -> bool:
+        """Whether the image lies inside the source once links are followed."""
+        ...
+
+
+class ImageFolder:
+    """Image files under a root folder; names are paths relative to it."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def read(self, name: str) -> bytes:
+        return resolve_image(self.root, name).read_bytes()
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        return missing_images(self.root, names)
+
+    def location(self, name: str) -> str:
+        return str(self.root / name)
+
+    def contains(self, name: str) -> bool:
+        return Path(os.path.realpath(self.root / name)).is_relative_to(os.path.realpath(self.root))
+
+
+class PackedImages:
+    """Images in one file; names are the first 16 hexadecimal digits of the SHA-256 of
+    the encoded image, so that equal images are stored once and share a name."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._names: np.ndarray = np.load(folder / "image_names.npy", mmap_mode="r")
+        self._spans: np.ndarray = np.load(folder / "image_spans.npy", mmap_mode="r")
+        self._data = PartialReader(folder / "images.bin")
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def read(self, name: str) -> bytes:
+        row = self._row(name)
+        if row is None:
+            raise FileNotFoundError(f"{self.location(name)} does not exist.")
+        start, end = self._spans[row].tolist()
+        return self._data.read(start, end)
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if self._row(name) is None]
+
+    def location(self, name: str) -> str:
+        return f"embedded image {name} ({self.folder})"
+
+    def contains(self, name: str) -> bool:
+        return True
+
+    def _row(self, name: str) -> int | None:
+        key = np.uint64(int(name, 16))
+        row = int(np.searchsorted(self._names, key))
+        return row if row < len(self._names) and self._names[row] == key else None
+
+
+def leaves_root(name: str) -> bool:
+    """Whether an image path is absolute or climbs with `..`, on any system."""
+    return os.path.isabs(name) or name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/")
 
 
 def resolve_image(root: Path, name: str) -> Path:
     """The file that `name` means under `root`; `ValueError` where it points outside (`..`, absolute)."""
-    if os.path.isabs(name) or ".." in Path(name).parts:
+    if leaves_root(name):
         raise ValueError(f"The image path {name!r} leaves the image root {root}: image paths must be relative to it.")
     return root / name
 
 
 def open_image(path: Path) -> Image.Image:
+    """Decodes an image file as RGB; see `decode_image`."""
+    return decode_image(path.read_bytes(), str(path))
+
+
+def load_image(source: ImageSource, name: str) -> Image.Image:
+    """Decodes an image of a source as RGB; see `decode_image`."""
+    return decode_image(source.read(name), source.location(name))
+
+
+def decode_image(data: bytes, location: str) -> Image.Image:
     """Decodes an image as RGB.
 
     Raises:
-        OSError: it is missing, truncated or no image at all; the message names the file.
+        OSError: it is truncated, too large to be meant, or no image at all; the message names the `location`.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(data)) as image:
             return image.convert("RGB")
-    except FileNotFoundError:
-        raise
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        raise OSError(f"{path} cannot be decoded as an image ({error}).") from error
+        raise OSError(f"{location} cannot be decoded as an image ({decoding_problem(error)}).") from error
+
+
+def decoding_problem(error: Exception) -> str:
+    """What Pillow's error says about an image that was read from memory."""
+    # Here it names the buffer, which says nothing.
+    return "it is of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def missing_images(root: Path, names: Iterable[str]) -> list[str]:

@@ -12,10 +12,11 @@ def llava(json: str | None, image_root: str | None, val_json: str | None = None)
     """Takes the files as they are; `ValueError` names one that is missing."""
     if json is None or image_root is None:
         raise ValueError("data=llava needs data.json=FILE and data.image_root=FOLDER.")
-    source = Source(Path(json), Path(image_root), Path(val_json) if val_json else None)
+    root = Path(image_root)
+    source = Source(Path(json), root, Path(val_json) if val_json else None)
     for key, path in (("json", source.train), ("val_json", source.val)):
         if path is not None and not path.is_file():
             raise ValueError(f"data.{key}={path}: there is no such file.")
-    if not source.image_root.is_dir():
-        raise ValueError(f"data.image_root={source.image_root}: there is no such folder.")
+    if not root.is_dir():
+        raise ValueError(f"data.image_root={root}: there is no such folder.")
     return source

@@ -1,8 +1,9 @@
 """The order of the records: each epoch's global batches as a pure function of (seed, epoch).
 
-A sampler returns the epoch's global batches; rank r of W takes every W-th entry of a batch from r on.
-Nothing is remembered between batches, so that a resumed run needs no sampler state, and the order
-does not depend on loader processes.
+A sampler returns the epoch's global batches; rank r of W takes every W-th entry of a batch from r on,
+and a filler where that leaves it one short: ranks must run the same number of forward passes, or they
+wait for each other forever. Nothing is remembered between batches, so that a resumed run needs no
+sampler state, and the order does not depend on loader processes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,16 @@ class Population:
     words: np.ndarray
     has_image: np.ndarray
 
+
+@dataclass(frozen=True)
+class Filler:
+    """Stands where a rank has no record left: the record `index` without anything to learn from."""
+
+    index: int
+
+
+Share = list[int | Filler]
+"""What one rank loads for one optimizer step: indices of records, and fillers behind them."""
 
 EpochSampler = Callable[[Population, int, int, int], list[np.ndarray]]
 """(population, global batch size, generator seed, world size) -> global batches, int64[<= G] each."""
@@ -85,7 +96,8 @@ def prismatic(population: Population, batch_size: int, seed: int, world_size: in
     for members in permuted.values():
         chunks = _chunks(members, batch_size)
         if chunks and len(chunks[-1]) < batch_size:
-            chunks[-1] = np.concatenate([chunks[-1], chunks[0][: batch_size - len(chunks[-1])]])
+            # Repeated where the modality is smaller than the gap; the original stops there.
+            chunks[-1] = np.concatenate([chunks[-1], np.resize(chunks[0], batch_size - len(chunks[-1]))])
         batches += [_balance(chunk, population.words, world_size) for chunk in chunks]
     batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
     lengths = population.words + np.where(population.has_image, 24 * 24, 0)
@@ -112,8 +124,22 @@ def _chunks(order: np.ndarray, size: int) -> list[np.ndarray]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
+def rank_share(batch: np.ndarray, rank: int, world_size: int) -> Share:
+    """The part of a global batch that one rank takes: as many entries as every other rank."""
+    share: Share = batch[rank::world_size].tolist()
+    missing = math.ceil(len(batch) / world_size) - len(share)
+    return share + [Filler(int(batch[0]))] * missing
+
+
+def in_order(count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[Share]:
+    """Batches of one rank through `count` records in their order, for validation: all ranks have the
+    same number of batches of the same sizes."""
+    share = rank_share(np.arange(count), rank, world_size) if count else []
+    return [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
+
+
 class StepSampler:
-    """Batch sampler of one rank: yields the indices of its records, one list per optimizer step.
+    """Batch sampler of one rank: yields what it loads, one list per optimizer step.
 
     Args:
         sampler: registered name of the order.
@@ -149,9 +175,9 @@ class StepSampler:
     def __len__(self) -> int:
         return self.steps_per_epoch * self._epochs - self._start
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Share]:
         first, skip = divmod(self._start, self.steps_per_epoch)
         for epoch in range(first, self._epochs):
             for batch in self._epoch(epoch)[skip:]:
-                yield batch[self._rank :: self._world_size].tolist()
+                yield rank_share(batch, self._rank, self._world_size)
             skip = 0

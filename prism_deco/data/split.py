@@ -13,7 +13,7 @@ from prism_deco.data.records import Record, Records
 class Subset(Sequence[Record]):
     """Some records of a file, in the given order; stands wherever `Records` does."""
 
-    def __init__(self, records: Records, indices: np.ndarray):
+    def __init__(self, records: Records | Subset, indices: np.ndarray):
         self._records = records
         self._indices = indices
         self.data_hash = records.data_hash
@@ -41,7 +41,7 @@ def hold_out(records: Records, fraction: float) -> tuple[Subset, Subset]:
     return Subset(records, np.flatnonzero(~held)), Subset(records, np.flatnonzero(held))
 
 
-def first(records: Records, limit: int | None) -> Subset:
+def first(records: Records | Subset, limit: int | None) -> Subset:
     """The first `limit` records; all of them for None."""
     if limit is not None and limit < 1:
         raise ValueError(f"data.limit={limit} must be at least 1.")

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from prism_deco.data.images import open_image, resolve_image
+from prism_deco.data.images import load_image
 from prism_deco.data.loader import stack_pixels
 from prism_deco.data.records import IMAGE_TAG
 from prism_deco.inference import answer
@@ -62,7 +62,7 @@ class SampleAnswers(Callback):
             [text] = answer(
                 vlm, self._llm, [list(vlm.visual_tokens(pixels))], [question], max_new_tokens=self._max_new_tokens
             )
-            image = open_image(resolve_image(data.val_examples.image_root, record.images[0]))
+            image = load_image(data.val_examples.images, record.images[0])
             board.add_image(f"samples/{row}", np.asarray(image), trainer.global_step, dataformats="HWC")
             shown = question.replace(IMAGE_TAG, "").strip()
             board.add_text(

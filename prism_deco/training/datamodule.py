@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
@@ -14,10 +13,10 @@ from torch.utils.data import DataLoader
 
 from prism_deco.data import Source
 from prism_deco.data.base import cache_dir
-from prism_deco.data.images import missing_images
+from prism_deco.data.images import ImageSource
 from prism_deco.data.loader import Collate, Examples, Step, build_loader, stack_pixels
-from prism_deco.data.records import Records, open_records
-from prism_deco.data.samplers import Population, StepSampler
+from prism_deco.data.records import open_records
+from prism_deco.data.samplers import Population, StepSampler, in_order
 from prism_deco.data.split import Subset, first, hold_out
 from prism_deco.llms import LanguageModel
 from prism_deco.vlm import VLM
@@ -38,15 +37,19 @@ class Conversations(pl.LightningDataModule):
         records = open_records(source.train, cache_dir())
         self.data_hash = records.data_hash
         if source.val is not None:
-            train, val = first(records, None), first(open_records(source.val, cache_dir()), None)
+            val_records = open_records(source.val, cache_dir())
+            train, val = first(records, None), first(val_records, None)
         else:
+            val_records = records
             train, val = hold_out(records, config.data.val_fraction)
         self.train_records, self.val_records = first(train, config.data.limit), val
         if len(self.train_records) == 0:
             raise ValueError(f"{source.train} has no record left to train on: lower data.val_fraction.")
-        self._check_images(source.image_root)
-        self.train_examples = self._examples(self.train_records, source.image_root, vlm, llm)
-        self.val_examples = self._examples(self.val_records, source.image_root, vlm, llm)
+        self.train_examples = self._examples(self.train_records, source.images(records), vlm, llm)
+        self.val_examples = self._examples(self.val_records, source.images(val_records), vlm, llm)
+        if config.data.on_bad_image == "fail":
+            for examples in (self.train_examples, self.val_examples):
+                _check_images(examples)
         self.collate = Collate(
             vlm.projector.num_tokens, config.recipe.micro_batch_size, restart_rounds=vlm.turn_mask == "block"
         )
@@ -67,9 +70,9 @@ class Conversations(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Step]:
         trainer = self.trainer
         assert trainer is not None
-        mine = np.arange(len(self.val_records))[trainer.global_rank :: trainer.world_size]
-        size = self.collate.micro_batch_size
-        batches = [mine[i : i + size].tolist() for i in range(0, len(mine), size)]
+        batches = in_order(
+            len(self.val_records), self.collate.micro_batch_size, trainer.global_rank, trainer.world_size
+        )
         return build_loader(self.val_examples, self.collate, batches, num_workers=self._config.data.num_workers)
 
     def transfer_batch_to_device(self, batch: Step, device: torch.device, dataloader_idx: int) -> Step:
@@ -99,29 +102,26 @@ class Conversations(pl.LightningDataModule):
             start_step=start_step,
         )
 
-    def _examples(self, records: Records | Subset, image_root: Path, vlm: VLM, llm: LanguageModel) -> Examples:
+    def _examples(self, records: Subset, images: ImageSource, vlm: VLM, llm: LanguageModel) -> Examples:
         return Examples(
             records,
-            image_root,
+            images,
             llm,
             vlm.backbone.transform,
-            max_text_tokens=min(self._config.recipe.max_text_tokens, llm.max_positions - vlm.projector.num_tokens),
+            max_text_tokens=self._config.recipe.max_text_tokens,
+            max_positions=llm.max_positions,
+            tokens_per_image=vlm.projector.num_tokens,
             on_bad_image=self._config.data.on_bad_image,
         )
 
-    def _check_images(self, root: Path) -> None:
-        if self._config.data.on_bad_image != "fail":
-            return
-        log.info("Looking for the images of %d records", len(self.train_records) + len(self.val_records))
-        owners = {
-            image: record.id
-            for records in (self.train_records, self.val_records)
-            for record in records
-            for image in record.images
-        }
-        missing = missing_images(root, owners)
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of {len(owners)} images are missing under {root}; the first is {missing[0]} (record "
-                f"{owners[missing[0]]}). Mend data.image_root, or go on without them: data.on_bad_image=skip"
-            )
+
+def _check_images(examples: Examples) -> None:
+    """`ValueError` names the first image that is missing: it must not end the run after hours."""
+    log.info("Looking for the images of %d records", len(examples))
+    owners = {image: record.id for record in examples.records for image in record.images}
+    missing = examples.images.missing(owners)
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(owners)} images are missing under {examples.images}; the first is {missing[0]} "
+            f"(record {owners[missing[0]]}). Mend data.image_root, or go on without them: data.on_bad_image=skip"
+        )

@@ -4,6 +4,7 @@ import pickle
 import numpy as np
 import pytest
 
+from prism_deco.data import entries
 from prism_deco.data.images import missing_images, open_image, resolve_image
 from prism_deco.data.records import open_records
 from prism_deco.data.split import first, hold_out
@@ -44,9 +45,9 @@ def test_records_come_back_as_written(tmp_path):
 def test_the_index_is_built_once_and_follows_the_content(tmp_path):
     path = _write(tmp_path / "train.json", [{"id": "a", "conversations": _turns("q", "a")}])
     hash_before = open_records(path, tmp_path).data_hash
-    stamp = next((tmp_path / "records").rglob("index.json")).stat().st_mtime_ns
+    stamp = next((tmp_path / "index").rglob("index.json")).stat().st_mtime_ns
     open_records(path, tmp_path)
-    assert next((tmp_path / "records").rglob("index.json")).stat().st_mtime_ns == stamp
+    assert next((tmp_path / "index").rglob("index.json")).stat().st_mtime_ns == stamp
     _write(path, [{"id": "b", "conversations": _turns("q", "a")}])
     again = open_records(path, tmp_path)
     assert again[0].id == "b" and again.data_hash != hash_before
@@ -56,6 +57,11 @@ def test_the_index_is_built_once_and_follows_the_content(tmp_path):
     ("content", "message"),
     [
         ("[{", "not valid JSON.*download complete"),
+        ('[{"id": "a"} {"id": "b"}]', "not valid JSON.*Expecting ',' delimiter"),
+        ('[{"id": "a"},]', "not valid JSON"),
+        ('[{"id": "a"}] []', "not valid JSON.*Extra data"),
+        ('[{"id": "\xff"}]'.encode("latin-1"), "not valid JSON.*can't decode"),
+        ("", "not valid JSON"),
         ("{}", "non-empty JSON list"),
         ("[]", "non-empty JSON list"),
         ('[{"id": "a"}]', "record 0: expected an object with a list `conversations`"),
@@ -67,11 +73,36 @@ def test_the_index_is_built_once_and_follows_the_content(tmp_path):
 )
 def test_a_malformed_file_names_the_record(tmp_path, content, message):
     path = tmp_path / "bad.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message) as error:
-        open_records(path, tmp_path / "cache")
-    assert str(path) in str(error.value)
-    assert not list((tmp_path / "cache").rglob("index.json"))
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for _ in range(2):  # an index that exists already is no excuse
+        with pytest.raises(ValueError, match=message) as error:
+            open_records(path, tmp_path / "cache")
+        assert str(path) in str(error.value)
+
+
+def test_faulty_records_can_be_left_out_by_name(tmp_path):
+    good = {"id": "a", "image": "1.png", "conversations": _turns("q", "a")}
+    raw = [good, 3, good | {"id": "b"}, good | {"image": "../1.png"}, good | {"id": "c", "image": None}]
+    path = _write(tmp_path / "t.json", raw)
+    with pytest.raises(ValueError, match="record 1: expected an object.*So are 1 more: `prism-deco data check`"):
+        open_records(path, tmp_path)
+    records = open_records(path, tmp_path, allow_faults=True)
+    assert [(r.id, r.images) for r in records] == [("a", ("1.png",)), ("b", ("1.png",)), ("c", ())]
+    assert records.entries.tolist() == [0, 2, 4]
+    assert [(f["entry"], f["kind"], f["id"]) for f in records.faults] == [
+        (1, "malformed", "record 1"),
+        (3, "outside_root", "a"),
+    ]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 10_000])
+def test_the_list_is_read_in_pieces_of_any_size(tmp_path, monkeypatch, chunk):
+    values = [{"a": ']},[{\\" ü🐞'}, 12345, "x" * 300, [], [1, [2, {}]], None, -1.5e3, {"b": {"c": [True]}}]
+    for indent in (None, 1):
+        path = tmp_path / "list.json"
+        path.write_text(json.dumps(values, indent=indent, ensure_ascii=bool(indent)) + "\n", encoding="utf-8")
+        monkeypatch.setattr(entries, "_CHUNK", chunk)
+        assert list(entries.read_json_list(path)) == values
 
 
 def test_image_tags_must_have_files(tmp_path):
@@ -99,9 +130,23 @@ def test_the_split_holds_out_images_not_records(tmp_path):
     assert np.array_equal(train.words, np.full(len(train), 2))
 
 
+def test_images_that_occur_together_stay_on_one_side(tmp_path):
+    def entry(i, *images):
+        return {"id": str(i), "image": list(images), "conversations": _turns("<image>" * len(images), "a")}
+
+    singles = [entry(i, f"{i}.png") for i in range(200)]
+    chains = [entry(1000 + i, f"{i}.png", f"{i + 1}.png") for i in range(199) if i % 4]  # 0-1 ... joins in fours
+    records = open_records(_write(tmp_path / "t.json", singles + chains), tmp_path)
+    train, val = hold_out(records, 0.3)
+    assert not {i for r in train for i in r.images} & {i for r in val for i in r.images}
+    assert 0.15 < len(val) / len(records) < 0.45
+    shuffled = open_records(_write(tmp_path / "u.json", chains[::-1] + singles[::-1]), tmp_path)
+    assert {r.id for r in hold_out(shuffled, 0.3)[1]} == {r.id for r in val}
+
+
 def test_image_paths_stay_inside_the_root(tmp_path):
     assert resolve_image(tmp_path, "a/b.png") == tmp_path / "a/b.png"
-    for name in ("../secret.png", "a/../../secret.png", "/etc/passwd"):
+    for name in ("../secret.png", "a/../../secret.png", "/etc/passwd", "..\\secret.png"):
         with pytest.raises(ValueError, match="leaves the image root"):
             resolve_image(tmp_path, name)
 

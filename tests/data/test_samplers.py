@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from prism_deco.data.samplers import SAMPLERS, Population, StepSampler
 
@@ -62,6 +63,54 @@ def test_prismatic_fills_balances_and_puts_the_longest_first(world_size):
         assert got == [sorted(population.words[e]) for e in expected]
 
 
+def _split_modality_order(words, has_image, global_batch, world_size, seed):
+    """The reference's order, written out slowly: per step and rank the records it trains on."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for modality in (True, False):
+        members = [i for i in range(len(words)) if has_image[i] == modality]
+        members = [members[k] for k in torch.randperm(len(members), generator=generator)]
+        chunks = [members[i : i + global_batch] for i in range(0, len(members), global_batch)]
+        first = list(chunks[0])
+        while len(chunks[-1]) < global_batch:
+            chunks[-1].append(first.pop(0))
+        batches += chunks
+    steps = []
+    for batch in batches:
+        buckets = [[] for _ in range(world_size)]
+        for index in sorted(batch, key=lambda i: -words[i]):
+            free = [b for b in buckets if len(b) < global_batch // world_size]
+            min(free, key=lambda b: sum(words[i] for i in b)).append(index)
+        steps.append(buckets)
+    steps = [steps[k] for k in torch.randperm(len(steps), generator=generator)]
+    longest = [max(words[i] + 576 * has_image[i] for bucket in step for i in bucket) for step in steps]
+    at = longest.index(max(longest))
+    steps[0], steps[at] = steps[at], steps[0]
+    return steps
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("seed", [7, 8])
+def test_prismatic_is_the_reference_order_to_the_record(world_size, seed):
+    population = _population(70, 21)
+    ranks = [
+        list(
+            StepSampler(
+                "prismatic", population, global_batch_size=8, epochs=1, seed=seed, rank=rank, world_size=world_size
+            )
+        )
+        for rank in range(world_size)
+    ]
+    expected = _split_modality_order(population.words.tolist(), population.has_image.tolist(), 8, world_size, seed)
+    assert [list(step) for step in zip(*ranks, strict=True)] == expected
+
+
+def test_prismatic_fills_a_modality_that_is_smaller_than_its_gap():
+    batches = SAMPLERS.get("prismatic")(_population(16, 2), 8, 0, 2)
+    assert [len(b) for b in batches] == [8, 8, 8]
+    assert set(np.concatenate(batches).tolist()) == set(range(18))
+
+
 def test_prismatic_refuses_a_batch_that_ranks_do_not_divide():
     with pytest.raises(ValueError, match="global_batch_size=6 is not divisible by 4"):
         SAMPLERS.get("prismatic")(_population(12, 0), 6, 0, 4)
@@ -85,7 +134,9 @@ def test_ranks_divide_the_same_global_batches(name):
             )
             for rank in range(world_size)
         ]
-        return [sorted(i for share in step for i in share) for step in zip(*ranks, strict=True)]
+        steps = list(zip(*ranks, strict=True))
+        assert all(len({len(share) for share in step}) == 1 for step in steps)  # fillers make up for what is missing
+        return [sorted(i for share in step for i in share if isinstance(i, int)) for step in steps]
 
     alone = steps(1)
     assert len(alone) == 3 * 8

@@ -1,0 +1,136 @@
+"""Rows of Parquet or Arrow files with embedded images, and the packing of those images into one file.
+
+Parquet is compressed in groups of rows, and a training order jumps: so the images are unpacked once. Only
+that step needs pyarrow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".parquet", ".arrow")
+COLUMNS = ("id", "image", "conversations")
+
+
+def table_files(path: Path) -> list[Path]:
+    """The Parquet or Arrow files of a data set, sorted: one file, those that a pattern such as
+    `data/train-*.parquet` matches, or all under a folder (of `save_to_disk`, or a clone of a hub repository)."""
+    if path.is_file():
+        files = [path]
+    elif "*" in path.name:
+        files = sorted(path.parent.glob(path.name))
+    else:
+        files = sorted(path.rglob("*"))
+    # `datasets` leaves intermediate results beside its own files.
+    return [file for file in files if file.suffix in SUFFIXES and not file.name.startswith("cache-")]
+
+
+def read_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
+    """The rows as LLaVA entries {id, image, conversations}; images as `{"bytes", "path"}`, or lists of such.
+
+    Raises:
+        ValueError: pyarrow is missing, or a file has other columns.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ValueError("Reading Parquet and Arrow files needs pyarrow: pip install 'prism-deco[parquet]'") from error
+    for file in files:
+        try:
+            if file.suffix == ".parquet":
+                table = pq.ParquetFile(file, memory_map=True)
+                columns = _columns(file, table.schema_arrow.names)
+                batches = table.iter_batches(batch_size=64, columns=columns)
+            else:
+                reader = _open_arrow(pa, pa.memory_map(str(file)))
+                columns = _columns(file, reader.schema.names)
+                batches = (batch.select(columns) for batch in reader)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{file} cannot be read ({error}). Is the download complete?") from error
+        for batch in batches:
+            for row in batch.to_pylist():
+                yield _entry(row)
+
+
+def _open_arrow(pa: Any, source: Any) -> Any:
+    """The record batches of an Arrow file in either of its formats; `datasets` writes streams."""
+    try:
+        return pa.ipc.open_stream(source)
+    except pa.ArrowInvalid:
+        source.seek(0)
+        reader = pa.ipc.open_file(source)
+        return pa.RecordBatchReader.from_batches(
+            reader.schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
+        )
+
+
+def _columns(file: Path, names: list[str]) -> list[str]:
+    if "conversations" not in names:
+        raise ValueError(
+            f"{file} has the columns {', '.join(names)}; needed are conversations, image and id (optional)."
+        )
+    return [name for name in COLUMNS if name in names]
+
+
+def _entry(row: dict[str, Any]) -> dict[str, Any]:
+    # A column has a value in every row; in LLaVA's format an absent one is left out.
+    return {key: value for key, value in row.items() if value is not None}
+
+
+class ImagePacker:
+    """Writes what `PackedImages` reads: a context manager around the rows of a data set."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._file = (folder / "images.bin").open("wb")
+        self._spans: dict[int, tuple[int, int]] = {}
+
+    def __enter__(self) -> ImagePacker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._file.close()
+        if kind is None:
+            names = np.array(sorted(self._spans), dtype=np.uint64)
+            np.save(self._folder / "image_names.npy", names)
+            spans = np.array([self._spans[name] for name in names.tolist()], dtype=np.int64).reshape(-1, 2)
+            np.save(self._folder / "image_spans.npy", spans)
+
+    def pack(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """The entry with the names of its images in place of their bytes."""
+        images = entry.get("image", [])
+        images = images if isinstance(images, list) else [images]
+        return entry | {"image": [self._add(image) for image in images]}
+
+    def _add(self, image: Any) -> str:
+        data = image.get("bytes") if isinstance(image, dict) else image
+        if not isinstance(data, bytes):
+            return ""  # refused with the record
+        name = hashlib.sha256(data).digest()[:8]
+        key = int.from_bytes(name)
+        if key not in self._spans:
+            start = self._file.tell()
+            self._spans[key] = (start, start + self._file.write(data))
+        return name.hex()
+
+
+def check_space(files: list[Path], folder: Path) -> None:
+    """`ValueError` where the unpacked images would not fit on the disk of `folder`."""
+    needed, free = sum(file.stat().st_size for file in files), shutil.disk_usage(folder).free
+    log.info("Unpacking images into %s: about %.1f GB, %.1f GB are free", folder, needed / 1e9, free / 1e9)
+    if needed > free:
+        raise ValueError(
+            f"{folder} has {free / 1e9:.1f} GB free; the unpacked images need about {needed / 1e9:.1f} GB. "
+            "Choose another disk with the environment variable PRISM_DECO_CACHE."
+        )

@@ -1,0 +1,215 @@
+"""Downloads a published data set and lays its folders out as the records expect them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, hf_hub_url
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from prism_deco.config import load_choice
+from prism_deco.data.archives import extract
+from prism_deco.data.base import cache_dir
+from prism_deco.data.download import download, look_up
+from prism_deco.data.images import missing_images
+from prism_deco.data.records import open_records
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A ZIP archive of images.
+
+    Attributes:
+        url: its address.
+        into: folder, relative to the data set's, that its images belong to.
+        gigabytes: size of the archive; the server's word counts more.
+        sha256: of the archive, where it is published.
+    """
+
+    url: str
+    into: str
+    gigabytes: float
+    sha256: str | None = None
+
+    @property
+    def name(self) -> str:
+        """File name while it is on disk."""
+        return f"{self.into.replace('/', '-')}-{self.url.rpartition('/')[2]}"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set that can be downloaded (`conf/data`, family `published`).
+
+    Attributes:
+        repo: data set repository on the Hugging Face hub that has the records.
+        revision: its commit, branch or tag.
+        json: the records' file in the repository.
+        json_gigabytes: its size.
+        image_root: folder of the images relative to the data set's.
+        archives: where the images come from.
+        endpoint: address of a mirror of the hub; None is the hub, or what HF_ENDPOINT says.
+    """
+
+    name: str
+    repo: str
+    json: str
+    json_gigabytes: float
+    image_root: str
+    archives: tuple[Archive, ...]
+    revision: str = "main"
+    endpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, and the disk space it takes.
+
+    Attributes:
+        downloads: what is missing, and its bytes.
+        needed: bytes on disk at most: archives are removed once their images are out.
+        free: bytes that are free.
+    """
+
+    root: Path
+    downloads: dict[str, int]
+    needed: int
+    free: int
+
+    def render(self) -> Table:
+        """The plan as a table of rich."""
+        table = Table(title=f"To download into {self.root}", show_footer=True)
+        total = sum(self.downloads.values())
+        table.add_column("file", f"disk space needed: {_gb(self.needed)}, free: {_gb(self.free)}")
+        table.add_column("size", _gb(total), justify="right")
+        for name, size in self.downloads.items():
+            table.add_row(name, _gb(size))
+        return table
+
+
+def read_dataset(name: str) -> Dataset:
+    """The data set of a YAML under `conf/data`; `ValueError` where that names nothing to download."""
+    content = load_choice("data", name)
+    if "archives" not in content:
+        raise ValueError(f"data={name} has nothing to download: it is made of files of your own, or rendered.")
+    archives = tuple(Archive(**archive) for archive in content["archives"])
+    keys = ("repo", "json", "json_gigabytes", "image_root", "revision", "endpoint")
+    return Dataset(name, **{key: content[key] for key in keys if key in content}, archives=archives)
+
+
+def plan(dataset: Dataset, root: Path) -> Plan:
+    """What `prepare` would download now. As long as the records are missing, that is every archive."""
+    downloads = {}
+    if not (root / dataset.json).is_file():
+        downloads[dataset.json] = round(dataset.json_gigabytes * 1e9)
+    missing = _missing(dataset, root)
+    for archive in dataset.archives:
+        if missing is None or missing[archive.into]:
+            downloads[archive.url] = _size(archive)
+    archives = [size for name, size in downloads.items() if name != dataset.json]
+    # Photographs hardly shrink in an archive: out of it they take as much as within.
+    needed = sum(downloads.values()) + max(archives, default=0)
+    for archive in dataset.archives:
+        for file in (root / archive.name, root / f"{archive.name}.part"):
+            needed -= file.stat().st_size if archive.url in downloads and file.is_file() else 0
+    existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    return Plan(root, downloads, needed, shutil.disk_usage(existing).free)
+
+
+def prepare(dataset: Dataset, root: Path) -> None:
+    """Downloads what is missing of a data set: an archive only if images of its folder are missing.
+
+    It can be interrupted at any time and goes on where it was.
+
+    Raises:
+        ValueError: the disk is too small.
+        OSError: a download fails for good, or the archives lack images that the records show.
+    """
+    todo = plan(dataset, root)
+    log.info("%s needs %s on disk, %s are free", dataset.name, _gb(todo.needed), _gb(todo.free))
+    if todo.needed > todo.free:
+        raise ValueError(f"{root} has {_gb(todo.free)} free, {dataset.name} needs {_gb(todo.needed)}: choose another.")
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / dataset.json).is_file():
+        _download_json(dataset, root)
+    missing = _missing(dataset, root)
+    assert missing is not None
+    for archive in dataset.archives:
+        if missing[archive.into]:
+            _fetch_images(archive, root, root / dataset.image_root, missing[archive.into])
+    missing = _missing(dataset, root)
+    assert missing is not None
+    lost = [name for names in missing.values() for name in names]
+    if lost:
+        raise OSError(
+            f"{len(lost)} images are in none of the archives, for example {lost[0]}. Put them under "
+            f"{root / dataset.image_root}, or train without them: data.on_bad_image=skip"
+        )
+    log.info("%s is complete: data=%s data.root=%s", dataset.name, dataset.name, root)
+
+
+def _download_json(dataset: Dataset, root: Path) -> None:
+    log.info("Downloading %s from %s", dataset.json, dataset.repo)
+    place = {"repo_type": "dataset", "revision": dataset.revision, "endpoint": dataset.endpoint}
+    try:
+        hf_hub_download(dataset.repo, dataset.json, local_dir=root, **place)
+    except Exception as error:  # the hub's client passes on whatever its HTTP library raises
+        raise OSError(f"{hf_hub_url(dataset.repo, dataset.json, **place)} cannot be downloaded ({error}).") from error
+
+
+def _fetch_images(archive: Archive, root: Path, image_root: Path, names: list[str]) -> None:
+    file = root / archive.name
+    if not file.is_file():
+        with _download_bar(archive) as progress:
+            download(archive.url, file, sha256=archive.sha256, progress=progress)
+    log.info("Taking %d images out of %s", len(names), file)
+    prefix = f"{archive.into}/" if archive.into != "." else ""
+    found = extract(file, image_root / archive.into, [name.removeprefix(prefix) for name in names])
+    log.info("%d of %d images of %s are there", found, len(names), archive.into)
+    file.unlink()
+
+
+def _missing(dataset: Dataset, root: Path) -> dict[str, list[str]] | None:
+    """Images without a file by the folder of the archive they are in; None while the records are missing."""
+    if not (root / dataset.json).is_file():
+        return None
+    records = open_records(root / dataset.json, cache_dir(), allow_faults=True)
+    names = dict.fromkeys(name for record in records for name in record.images)
+    missing: dict[str, list[str]] = {archive.into: [] for archive in dataset.archives}
+    for name in missing_images(root / dataset.image_root, names):
+        folder = next((into for into in missing if into == "." or name.startswith(f"{into}/")), None)
+        if folder is None:
+            raise OSError(f"No archive of {dataset.name} is for the image {name}: its records are of another version.")
+        missing[folder].append(name)
+    return missing
+
+
+def _size(archive: Archive) -> int:
+    try:
+        size = look_up(archive.url).size
+    except OSError as error:
+        log.warning("%s; its size is taken from the configuration", error)
+        size = None
+    return round(archive.gigabytes * 1e9) if size is None else size
+
+
+@contextmanager
+def _download_bar(archive: Archive) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(archive.into)
+        yield lambda done, size: bar.update(task, completed=done, total=size)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,300 @@
+"""A data set with a hundred planted faults of twelve kinds: all are found, none is invented."""
+
+import hashlib
+import io
+import json
+import random
+import struct
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prism_deco.data import check as check_module
+from prism_deco.data.base import Source
+from prism_deco.data.check import check
+from prism_deco.data.examples import Encoder
+from prism_deco.llms import build_llm
+
+PLANTED = {
+    "malformed": 9, "turn_order": 9, "image_tags": 8, "outside_root": 9, "duplicate_id": 8, "empty_turn": 8,
+    "control_token": 8, "missing": 9, "outside_link": 8, "unreadable": 9, "wrong_type": 8, "huge": 7,
+}  # fmt: skip
+CLEAN = 300
+
+
+def llava_turns(*texts: str) -> list[dict[str, str]]:
+    return [{"from": "human" if i % 2 == 0 else "gpt", "value": text} for i, text in enumerate(texts)]
+
+
+def _jpeg(seed: int, kind: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(seed).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def _png_header(width: int, height: int) -> bytes:
+    """A PNG file that claims a size and holds one row."""
+
+    def part(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", zlib.compress(b"\0" * 100)) + part(b"IEND", b"")
+
+
+@dataclass
+class World:
+    """Builds the records and images, and remembers what it planted."""
+
+    root: object
+    records: list = field(default_factory=list)
+    planted: set = field(default_factory=set)
+
+    def image(self, content: bytes | None, suffix: str = "jpg") -> str:
+        name = f"{len(self.records) % 7}/{len(self.records)}.{suffix}"
+        path = self.root / "images" / name
+        path.parent.mkdir(exist_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        return name
+
+    def add(self, kind: str | None, *turns: str, image: object = None, **changes: object) -> None:
+        turns = turns or (f"<image>\nWhat is number {len(self.records)}?", f"It is {len(self.records)}.")
+        record = {"id": f"r{len(self.records)}", "conversations": llava_turns(*turns)}
+        if image is not None:
+            record["image"] = image
+        record |= changes
+        if kind:
+            self.planted.add((len(self.records), kind))
+        self.records.append(record)
+
+    def plant(self, kind: str, i: int) -> None:
+        at = len(self.records)
+        good = (
+            None if kind in ("missing", "outside_link", "unreadable", "wrong_type", "huge") else self.image(_jpeg(at))
+        )
+        if kind == "malformed":
+            self.add(kind, **[{"conversations": None}, {"image": 3}, {"conversations": [{"from": "x"}]}][i % 3])
+        elif kind == "turn_order":
+            turns = [
+                llava_turns("q"),
+                llava_turns("q", "a", "q"),
+                [*llava_turns("q", "a"), *llava_turns("q", "a")[::-1]],
+            ]
+            self.add(kind, image=good, conversations=turns[i % 3])
+        elif kind == "image_tags":
+            self.add(
+                kind, *(("<image> and <image>", "two") if i % 2 else ("<image>", "a")), image=good if i % 2 else None
+            )
+        elif kind == "outside_root":
+            self.add(
+                kind, image=["../images/0/0.jpg", "0/../../x.jpg", str(self.root / "images" / "0" / "0.jpg")][i % 3]
+            )
+        elif kind == "duplicate_id":
+            self.add(kind, image=good, id=f"r{i}")
+        elif kind == "empty_turn":
+            self.add(kind, *(("", "Nothing was asked.") if i % 2 else ("<image>\nq", " \n")), image=good)
+        elif kind == "control_token":
+            self.add(kind, "<image>\nq", ["It ends <|endoftext|> here", "<|im_start|>system"][i % 2], image=good)
+        elif kind == "missing":
+            self.add(kind, image=self.image(None))
+        elif kind == "outside_link":
+            name = self.image(None)
+            (self.root / "elsewhere.jpg").write_bytes(_jpeg(0))
+            (self.root / "images" / name).symlink_to("../../elsewhere.jpg" if i % 2 else self.root / "elsewhere.jpg")
+            self.add(kind, image=name)
+        elif kind == "unreadable":
+            whole = _jpeg(at, "PNG" if i % 2 else "JPEG")
+            contents = [whole[: len(whole) // 2], b"", b"<html>404 Not Found</html>"]
+            self.add(kind, image=self.image(contents[i % 3], "png" if i % 2 else "jpg"))
+        elif kind == "wrong_type":
+            self.add(kind, image=self.image(_jpeg(at, ["GIF", "PNG", "WEBP"][i % 3])))
+        elif kind == "huge":
+            side = 10_000 if i % 2 else 20_000  # Pillow warns from 9459 on, and refuses from 13377 on
+            self.add(kind, image=self.image(_png_header(side, side), "png"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("planted")
+    (root / "images").mkdir()
+    world = World(root)
+    for i in range(CLEAN):  # among them all that looks odd and is right
+        if i % 10 == 0:
+            world.add(None, f"Only words {i}?", "Yes. ünï 🐞", "And now?", "a < b </ i >")
+        elif i % 10 == 1:
+            world.add(None, "no tag at all", "still about the image", image=world.image(_jpeg(i)))
+        elif i % 10 == 2:
+            world.add(None, image=world.records[1]["image"])  # an image that occurred before
+        elif i % 10 == 3:
+            world.add(None, image=world.image(_jpeg(i, "PNG"), "PNG"))
+        elif i % 10 == 4:
+            name = world.image(None)
+            (root / "images" / name).symlink_to(root / "images" / world.records[1]["image"])
+            world.add(None, image=name)  # a link that stays inside
+        elif i % 10 == 5:
+            world.add(None, image=world.image(_jpeg(i)))
+            world.records[-1]["conversations"].insert(0, {"from": "gpt", "value": "skipped, as LLaVA does"})
+        elif i % 10 == 6:
+            two = [world.image(_jpeg(i)), world.records[1]["image"]]
+            world.add(None, "<image> and <image>?", "alike", image=two)
+        else:
+            world.add(None, image=world.image(_jpeg(i)))
+    kinds = [kind for kind, number in PLANTED.items() for _ in range(number)]
+    random.Random(0).shuffle(kinds)
+    for i, kind in enumerate(kinds):
+        world.plant(kind, i)
+    (root / "train.json").write_text(json.dumps(world.records))
+    return world
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return Encoder(build_llm("mini_qwen2", pretrained=False, device="meta"), max_text_tokens=2048)
+
+
+def _check(world, encoder, out, **options):
+    return check(Source(world.root / "train.json", world.root / "images"), encoder, out, **options)
+
+
+def _found(out) -> list[tuple[int, str]]:
+    lines = [json.loads(line) for line in (out / "bad.jsonl").read_text().splitlines()]
+    return [(line["entry"], line["kind"]) for line in lines]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_all_planted_faults_are_found_and_none_is_invented(world, encoder, tmp_path, workers):
+    assert len(world.planted) == 100 == sum(PLANTED.values()) and len(PLANTED) == 12
+    report = _check(world, encoder, tmp_path, workers=workers, chunk_size=64)
+    assert report.exit_status == 1
+    assert report.counts == PLANTED
+    assert sorted(_found(tmp_path)) == sorted(world.planted)
+    unusable = sum(PLANTED[kind] for kind in ("malformed", "turn_order", "image_tags", "outside_root"))
+    assert report.totals.records == CLEAN + 100 - unusable
+    assert report.data_hash == hashlib.sha256((world.root / "train.json").read_bytes()).hexdigest()
+    assert not (tmp_path / "progress.jsonl").exists()
+
+
+def test_a_clean_set_ends_with_zero_and_is_counted(tmp_path, encoder, colors):
+    source = Source(colors / "train.json", colors / "images")
+    report = check(source, encoder, tmp_path, workers=1)
+    assert (report.exit_status, report.faults) == (0, [])
+    assert (tmp_path / "bad.jsonl").read_text() == ""
+    totals = report.totals
+    files = sorted((colors / "images").iterdir())
+    assert (totals.records, totals.with_image, totals.images, dict(totals.formats)) == (9, 8, 8, {"PNG": 8})
+    assert totals.image_bytes == sum(file.stat().st_size for file in files)
+    assert totals.image_hash == sum(int(hashlib.sha256(f.read_bytes()).hexdigest(), 16) for f in files) % 2**256
+
+
+def test_lengths_supervision_and_cuts_are_those_of_the_tokens(tmp_path, colors):
+    llm = build_llm("mini_qwen2", pretrained=False, device="meta")
+    records = json.loads((colors / "train.json").read_text())
+    encoded = [
+        llm.encode(
+            [{"role": ("user", "assistant")[i % 2], "content": t["value"]} for i, t in enumerate(r["conversations"])],
+            num_images="image" in r,
+        )
+        for r in records
+    ]
+    lengths = [len(e.input_ids) for e in encoded]
+    room = max(lengths) - 4
+    report = check(
+        Source(colors / "train.json", colors / "images"), Encoder(llm, max_text_tokens=room), tmp_path, workers=1
+    )
+    totals = report.totals
+    assert totals.tokens == sum(lengths) and totals.longest == max(lengths)
+    assert totals.supervised == sum(label != -100 for e in encoded for label in e.labels)
+    assert totals.records_cut == sum(n > room for n in lengths) > 0
+    assert totals.tokens_cut == sum(max(0, n - room) for n in lengths)
+    assert totals.supervised_cut > 0
+    assert totals.lengths == Counter(int(np.ceil(np.log2(n))) for n in lengths)
+
+
+def test_an_image_fault_is_reported_with_every_record_that_shows_it(tmp_path, encoder, colors):
+    records = json.loads((colors / "train.json").read_text())
+    for i in (1, 4, 6):
+        records[i]["image"] = "gone.png"
+    (tmp_path / "t.json").write_text(json.dumps(records))
+    report = check(Source(tmp_path / "t.json", colors / "images"), encoder, tmp_path / "out", workers=1, chunk_size=2)
+    assert [(f.entry, f.id, f.image) for f in report.faults] == [(i, records[i]["id"], "gone.png") for i in (1, 4, 6)]
+    assert report.totals.images == 6  # five that are there, and one that is not
+    allowed = check(
+        Source(tmp_path / "t.json", colors / "images"), encoder, tmp_path / "out", workers=1, allow=["missing"]
+    )
+    assert (allowed.exit_status, allowed.counts) == (0, {"missing": 3})
+
+
+def test_a_conversation_with_nothing_to_learn_from_is_a_fault(tmp_path, colors):
+    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}{{ image }}"  # noqa: E501
+    llm = build_llm("mini_qwen2", pretrained=False, device="meta", chat_template=template)
+    records = json.loads((colors / "train.json").read_text())[-1:]
+    records[0]["conversations"][1]["value"] = ""
+    (tmp_path / "t.json").write_text(json.dumps(records))
+    report = check(Source(tmp_path / "t.json", colors), Encoder(llm, max_text_tokens=99), tmp_path / "out", workers=1)
+    assert report.counts == {"empty_turn": 1, "unrenderable": 1}
+
+
+def test_an_interrupted_check_goes_on_where_it_stopped(world, encoder, tmp_path, monkeypatch):
+    whole = _check(world, encoder, tmp_path / "whole", workers=1, chunk_size=16)
+    inspected = []
+    inspect = check_module.inspect_image
+
+    def stop_late(images, name):
+        if len(inspected) == 200:
+            raise KeyboardInterrupt
+        inspected.append(name)
+        return inspect(images, name)
+
+    monkeypatch.setattr(check_module, "inspect_image", stop_late)
+    with pytest.raises(KeyboardInterrupt):
+        _check(world, encoder, tmp_path / "out", workers=1, chunk_size=16)
+    assert not (tmp_path / "out" / "bad.jsonl").exists()
+    with (tmp_path / "out" / "progress.jsonl").open("a") as file:
+        file.write('{"start": 9')  # killed in the middle of a line
+    before = list(inspected)
+    inspected.clear()
+    monkeypatch.setattr(check_module, "inspect_image", lambda *a: inspected.append(a[1]) or inspect(*a))
+    resumed = _check(world, encoder, tmp_path / "out", workers=1, chunk_size=16)
+    assert len(set(before) - set(inspected)) > 150  # not looked at again
+    assert (resumed.to_json(), resumed.faults) == (whole.to_json(), whole.faults)
+    again = _check(world, encoder, tmp_path / "out", workers=1, chunk_size=16)
+    assert again.to_json() == whole.to_json()
+
+
+def test_another_setting_does_not_use_the_old_results(world, tmp_path, monkeypatch, encoder):
+    monkeypatch.setattr(check_module, "_run", lambda chunks, inspector, workers: _interrupt(chunks, inspector))
+    with pytest.raises(KeyboardInterrupt):
+        _check(world, encoder, tmp_path, workers=1, chunk_size=16)
+    done = len((tmp_path / "progress.jsonl").read_text().splitlines())
+    assert done > 2
+    monkeypatch.undo()
+    shorter = Encoder(build_llm("mini_qwen2", pretrained=False, device="meta"), max_text_tokens=8)
+    assert _check(world, shorter, tmp_path, workers=1, chunk_size=16).totals.records_cut > 200
+
+
+def _interrupt(chunks, inspector):
+    yield from ((chunk, inspector(chunk)) for chunk in chunks[:4])
+    raise KeyboardInterrupt
+
+
+def test_the_report_can_be_read(world, encoder, tmp_path):
+    from rich.console import Console
+
+    report = _check(world, encoder, tmp_path, workers=1)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(report.render())
+    text = console.export_text()
+    for kind, number in PLANTED.items():
+        assert any(kind in line and f" {number} " in line for line in text.splitlines())
+    assert str(report.totals.records) in text and report.data_hash in text
+
+
+def test_an_unknown_kind_lists_the_known_ones(world, encoder, tmp_path):
+    with pytest.raises(ValueError, match=r"Unknown kind of fault 'mising'. Did you mean 'missing'"):
+        _check(world, encoder, tmp_path, allow=["mising"])
