@@ -22,11 +22,11 @@ OVERRIDES = "choices and settings, for example: projector=linear recipe.epochs=2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code (0 done, 2 wrong input, 130 interrupted)."""
+    """Runs one command; returns the exit code (0 done, 1 faults found, 2 wrong input, 130 interrupted)."""
     args = _parse(argv)
     _configure_logging(debug=args.debug)
     try:
-        args.command(args)
+        return args.command(args) or 0
     except (ValueError, OSError) as error:
         if args.debug:
             raise
@@ -35,7 +35,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("prism-deco: interrupted\n")
         return 130
-    return 0
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -68,12 +67,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(command=_evaluate)
 
+    data = commands.add_parser("data", help="check and fetch training data")
+    data_commands = data.add_subparsers(required=True, metavar="WHAT")
+    check = data_commands.add_parser("check", parents=[common], help="walk a data set and report every fault")
+    check.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="as for train: data=llava data.json=FILE ...")
+    check.add_argument("--out", type=Path, help="folder for bad.jsonl and report.json (runs/data_check/NAME)")
+    check.add_argument("--workers", type=int, default=2, help="processes")
+    check.add_argument("--allow", nargs="+", default=[], metavar="KIND", help="kinds of faults to put up with")
+    check.set_defaults(command=_data_check)
+    prepare = data_commands.add_parser("prepare", parents=[common], help="download and lay out a published data set")
+    prepare.add_argument("name", help="a choice of conf/data, for example llava_v1_5_mix665k")
+    prepare.add_argument("--root", type=Path, required=True, help="folder to lay it out in")
+    prepare.add_argument("--plan", action="store_true", help="only say what is missing and how large it is")
+    prepare.set_defaults(command=_data_prepare)
+
     blind = commands.add_parser("record-blind", parents=[common], help="keep a blind run's scores as the reference")
     blind.add_argument("run", type=Path, help="run folder, trained with recipe.blind=true and scored")
     blind.add_argument("--out", type=Path, help="reference file; the package's own by default")
     blind.set_defaults(command=_record_blind)
 
-    pretrain = commands.add_parser("pretrain-mini", parents=[common], help="remake the towers and tokenizers of the miniature")
+    pretrain = commands.add_parser(
+        "pretrain-mini", parents=[common], help="remake the towers and tokenizers of the miniature"
+    )
     pretrain.add_argument("names", nargs="*", help=f"{', '.join(MINIATURE_PARTS)}; all by default")
     pretrain.add_argument("--out", type=Path, required=True, help="folder to write to")
     pretrain.add_argument("--seed", type=int, default=0)
@@ -92,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     projectors.add_argument("--device", default="cpu", help="cpu | cuda")
     projectors.add_argument("--repeats", type=int, default=10, help="timed passes per projector")
     projectors.set_defaults(command=_bench_projectors)
+    loading = benches.add_parser("data", parents=[common], help="images per second beside PIL and torchvision")
+    loading.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="as for train: backbone=NAME llm=NAME")
+    loading.set_defaults(command=_bench_data)
     return parser
 
 
@@ -163,6 +181,36 @@ def _trained_with(run: Path) -> str:
     return benchmarks
 
 
+def _data_check(args: argparse.Namespace) -> int:
+    config = load_config(args.arguments)
+    from prism_deco.data import build_source
+    from prism_deco.data.check import check
+    from prism_deco.data.examples import Encoder
+    from prism_deco.llms import build_llm
+    from prism_deco.training.compose import group
+
+    llm = build_llm(group(config, "llm"), pretrained=False, device="meta", image_slot=config.recipe.image_slot)
+    encoder = Encoder(
+        llm,
+        max_text_tokens=config.recipe.max_text_tokens,
+        max_positions=llm.max_positions,
+        tokens_per_image=config.projector.num_tokens or config.recipe.num_tokens,
+    )
+    out = args.out or Path(config.runs_dir) / "data_check" / config.data.name
+    report = check(build_source(group(config, "data")), encoder, out, workers=args.workers, allow=args.allow)
+    _print(report.render())
+    return report.exit_status
+
+
+def _data_prepare(args: argparse.Namespace) -> None:
+    from prism_deco.data.prepare import plan, prepare, read_dataset
+
+    dataset = read_dataset(args.name)
+    _print(plan(dataset, args.root).render())
+    if not args.plan:
+        prepare(dataset, args.root)
+
+
 def _record_blind(args: argparse.Namespace) -> None:
     from prism_deco.report.blind import REFERENCE, record
 
@@ -191,6 +239,23 @@ def _bench_projectors(args: argparse.Namespace) -> None:
     sizes = Sizes(args.in_dim, args.out_dim, tuple(args.in_grid), args.num_tokens, args.batch_size)
     rows = bench_projectors(args.names, sizes, dtypes=args.dtypes, device=args.device, repeats=args.repeats)
     _print(render(rows, sizes, args.device))
+
+
+def _bench_data(args: argparse.Namespace) -> None:
+    config = load_config(args.arguments)
+    import tempfile
+
+    from prism_deco.backbones import build_backbone
+    from prism_deco.bench.data import bench_data, photographs, render
+    from prism_deco.llms import build_llm
+    from prism_deco.training.compose import group
+
+    backbone = build_backbone(group(config, "backbone"), pretrained=False, device="meta")
+    llm = build_llm(group(config, "llm"), pretrained=False, device="meta")
+    with tempfile.TemporaryDirectory() as folder:
+        source = photographs(Path(folder))
+        rows = bench_data(source, llm, backbone.transform, side=backbone.image_size)
+    _print(render(rows, config.backbone.name))
 
 
 def _parse_options(overrides: list[str]) -> dict[str, Any]:

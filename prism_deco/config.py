@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import II, MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from prism_deco.registry import unknown
@@ -79,7 +79,7 @@ class DataConfig:
     """The registered source (`prism_deco/data/<family>.py`)."""
     limit: int | None = None
     """Use only the first records; None uses all."""
-    val_fraction: float = 0.005
+    val_fraction: float = II("recipe.val_fraction")
     """Share of the images held out for `val/loss`; ignored where the source brings a validation file."""
     on_bad_image: str = "fail"
     """An image that is missing or unreadable: fail | skip (drop the record) | blank (mean-coloured image)."""
@@ -105,6 +105,8 @@ class RecipeConfig:
     """What a turn attends to: causal (all before it) | block (image and itself only; not part of PRISM)."""
     blind: bool = False
     """Zero the visual tokens: the trained image-blind baseline."""
+    val_fraction: float = 0.005
+    """Share of the images held out for validation, where the data brings none (`data.val_fraction` refers to it)."""
     epochs: int = 1
     """Passes over the training records."""
     max_steps: int | None = None

@@ -58,3 +58,10 @@ def test_options_may_stand_between_settings(capsys):
     with pytest.raises(SystemExit):
         main(["train", "seed=1", "--overwite", "seed=2"])
     assert "unrecognized arguments: --overwite" in capsys.readouterr().err
+
+
+def test_the_parts_of_the_miniature_are_its_towers_and_tokenizers():
+    from prism_deco.cli import MINIATURE_PARTS
+    from prism_deco.training.pretrain_mini import mini_towers
+
+    assert {*mini_towers(), "tokenizers"} == set(MINIATURE_PARTS)

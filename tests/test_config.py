@@ -14,7 +14,9 @@ def test_every_shipped_yaml_fits_the_schema(group, choice):
     assert config[group].name == choice
     for key, value in load_choice(group, choice).items():
         if not (isinstance(value, str) and "${" in value):
-            assert OmegaConf.to_container(OmegaConf.create({key: config[group][key]}))[key] == value, key
+            found = config[group][key]
+            found = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+            assert found == (tuple(value) if isinstance(found, tuple) else value), key
 
 
 def test_every_group_folder_is_a_key_of_the_configuration():
@@ -54,6 +56,12 @@ def test_the_projector_takes_its_token_count_from_the_recipe_unless_told():
 def test_mistakes_name_the_key_and_what_was_expected(override, message):
     with pytest.raises(ValueError, match=message):
         load_config([override])
+
+
+def test_the_strict_recipe_holds_nothing_out_unless_told():
+    assert load_config(["recipe=prism", "data=llava"]).data.val_fraction == 0
+    assert load_config(["recipe=prism", "data=llava", "data.val_fraction=0.1"]).data.val_fraction == 0.1
+    assert load_config(["data=llava"]).data.val_fraction == 0.005
 
 
 def test_a_yaml_of_the_users_own_is_a_choice(tmp_path):

@@ -43,6 +43,7 @@ class TrainingModule(pl.LightningModule):
         self.tokens_cut = 0
         self.bad_images = 0
         self._window = _Window()
+        self._validation = torch.zeros(2, dtype=torch.float64)
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
@@ -61,7 +62,9 @@ class TrainingModule(pl.LightningModule):
         optimizer = cast(Any, self.optimizers())
         scheduler = cast(Any, self.lr_schedulers())
         optimizer.zero_grad()
-        targets = self.all_reduce_sum(torch.tensor(float(step.num_targets), device=self.device))
+        counts = [step.num_targets, step.records, step.tokens_cut, step.bad_images]
+        totals = self.all_reduce_sum(torch.tensor(counts, dtype=torch.float64, device=self.device))
+        targets = totals[0].float()
         total = torch.zeros((), device=self.device)
         for micro_batch in step.batches:
             result = self.vlm(micro_batch)
@@ -76,9 +79,10 @@ class TrainingModule(pl.LightningModule):
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         optimizer.step()
         scheduler.step()
-        self.tokens_cut += step.tokens_cut
-        self.bad_images += step.bad_images
-        self._window.add(step.records, float(targets))
+        _, records, tokens_cut, bad_images = (int(value) for value in totals)
+        self.tokens_cut += tokens_cut
+        self.bad_images += bad_images
+        self._window.add(records, float(targets))
         # Ranks' scaled losses average to the global one, as their gradients do.
         self._log_step(self.all_reduce_sum(total) / self.trainer.world_size, norm, norms, rates)
 
@@ -104,21 +108,21 @@ class TrainingModule(pl.LightningModule):
         self.log("data/text_tokens_cut", float(self.tokens_cut))
         if self.trainer.global_step % self.log_every == 0:
             seconds, records, targets = self._window.close()
-            self.log("speed/samples_per_s", records * self.trainer.world_size / seconds)
+            self.log("speed/samples_per_s", records / seconds)
             self.log("speed/supervised_tokens_per_s", targets / seconds)
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Step, batch_idx: int) -> None:
         for micro_batch in batch.batches:
             loss = self.vlm(micro_batch)
-            if loss.count > 0:
-                self.log(
-                    "val/loss",
-                    loss.total / loss.count,
-                    batch_size=int(loss.count),
-                    on_epoch=True,
-                    prog_bar=True,
-                    sync_dist=True,
-                )
+            self._validation += torch.stack([loss.total.double(), loss.count.double()])
+
+    def on_validation_epoch_end(self) -> None:
+        # Every rank logs, also one that held fillers only: the mean is over the tokens of all ranks.
+        total, count = self.all_reduce_sum(self._validation)
+        self.log("val/loss", (total / count.clamp(min=1)).float(), prog_bar=True)
 
     def on_validation_end(self) -> None:
         # Validation time is not training time.
