@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).parent.parent / "prism_deco"
 
 # A room may import rooms of lower rank only, and itself.
 RANKS = {
-    "config": 1,
     "registry": 0,
+    "schema": 0,
+    "config": 1,
     "backbones": 2,
     "projectors": 2,
     "llms": 2,
@@ -27,7 +28,8 @@ RANKS = {
     "sweep": 7,
     "report": 7,
     "api": 7,
-    "cli": 8,
+    "commands": 8,
+    "cli": 9,
 }
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prism_deco.config import DataConfig, load_choice
+from prism_deco.config import load_choice
 from prism_deco.data.images import ImageFolder, ImageSource
 from prism_deco.registry import Registry
+from prism_deco.schema import DataConfig
 
 if TYPE_CHECKING:  # reading records needs the LLM libraries; naming a source does not
     from prism_deco.data.records import Records

@@ -1,0 +1,191 @@
+"""What the commands of `prism-deco` do: the configuration meets the rooms of the package here.
+
+Heavy imports stand inside the functions, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from prism_deco.config import load_config
+
+log = logging.getLogger(__name__)
+
+MINIATURE_PARTS = ("mini_clip", "mini_siglip", "mini_dinov2", "tokenizers")
+"""What `pretrain-mini` makes."""
+
+TOKENIZER_TEXTS = 500
+"""Conversations that the miniature's tokenizers are trained on."""
+
+
+def train(args: argparse.Namespace) -> None:
+    """Composes, trains and scores a model."""
+    config = load_config(args.arguments)
+    from prism_deco.training import run
+
+    if config.evaluate.benchmarks:
+        from prism_deco.evaluation import resolve
+
+        resolve(config.evaluate.benchmarks)  # a wrong name must not wait for the end of training
+    folder = run.train(config, run.prepare_run(config, overwrite=args.overwrite))
+    if config.evaluate.benchmarks:
+        _score(folder, OmegaConf.to_container(config.evaluate))  # type: ignore[arg-type]
+    run.set_status(folder, "done")
+    log.info("The run is in %s; watch it with: tensorboard --logdir %s", folder, config.runs_dir)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Scores a finished run, or a predictions file."""
+    folders = [argument for argument in args.arguments if "=" not in argument]
+    options = _parse_options([argument for argument in args.arguments if "=" in argument])
+    if args.score_only is None:
+        if len(folders) != 1:
+            raise ValueError("Name the one run to score, for example: prism-deco evaluate runs/RUN_ID benchmark=mini")
+        run = Path(folders[0])
+        options["benchmarks"] = options.pop("benchmark", None) or _trained_with(run)
+        _score(run, options)
+        return
+    from prism_deco.evaluation import build_benchmark, score_file, table
+
+    if "benchmark" not in options:
+        raise ValueError("Name the benchmark of the predictions, for example: benchmark=pope")
+    _print(table([score_file(args.score_only, build_benchmark(options.pop("benchmark"), **options))]))
+
+
+def _score(folder: Path, options: dict[str, Any]) -> None:
+    """Scores a run on benchmarks and prints them beside chance and, where it is known, blindness.
+
+    Args:
+        options: `benchmarks` (names), `batch_size`, and keys of the benchmarks' YAMLs (split, limit, root).
+    """
+    from prism_deco.api import load
+    from prism_deco.evaluation import build_benchmark, chance, evaluate, resolve, table
+    from prism_deco.report.blind import blind_scores
+
+    names, batch_size = resolve(options.pop("benchmarks")), options.pop("batch_size", 64)
+    options = {key: value for key, value in options.items() if value is not None}
+    model = load(folder)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    results, floors = [], {}
+    for name in names:
+        benchmark = build_benchmark(name, **options)
+        if benchmark.root is None and manifest["benchmarks"]:
+            # Benchmarks that come with the training data lie beside it.
+            benchmark.root = Path(manifest["benchmarks"])
+        own_split = build_benchmark(name).split == benchmark.split
+        out = folder / "eval" / (name if own_split else f"{name}-{benchmark.split}")
+        results.append(evaluate(model, benchmark, out, batch_size=batch_size, model_id=manifest["model_sha256"]))
+        floors[name] = chance(benchmark)
+    _print(table(results, floors, blind_scores(model.config, options.get("split"))))
+
+
+def _trained_with(run: Path) -> str:
+    from prism_deco.config import read_config
+
+    benchmarks = read_config(run / "config.yaml").evaluate.benchmarks
+    if not benchmarks:
+        raise ValueError(f"{run} names no benchmarks of its own: choose some, for example benchmark=table3")
+    return benchmarks
+
+
+def data_check(args: argparse.Namespace) -> int:
+    """Walks a data set; 1 where there are faults."""
+    config = load_config(args.arguments)
+    from prism_deco.data import build_source
+    from prism_deco.data.check import check
+    from prism_deco.data.examples import Encoder
+    from prism_deco.llms import build_llm
+    from prism_deco.training.compose import group
+
+    llm = build_llm(group(config, "llm"), pretrained=False, device="meta", image_slot=config.recipe.image_slot)
+    encoder = Encoder(
+        llm,
+        max_text_tokens=config.recipe.max_text_tokens,
+        max_positions=llm.max_positions,
+        tokens_per_image=config.projector.num_tokens or config.recipe.num_tokens,
+    )
+    out = args.out or Path(config.runs_dir) / "data_check" / config.data.name
+    report = check(build_source(group(config, "data")), encoder, out, workers=args.workers, allow=args.allow)
+    _print(report.render())
+    return report.exit_status
+
+
+def data_prepare(args: argparse.Namespace) -> None:
+    """Downloads and lays out a published data set."""
+    from prism_deco.data.prepare import plan, prepare, read_dataset
+
+    dataset = read_dataset(args.name)
+    _print(plan(dataset, args.root).render())
+    if not args.plan:
+        prepare(dataset, args.root)
+
+
+def record_blind(args: argparse.Namespace) -> None:
+    """Keeps a blind run's scores as the reference."""
+    from prism_deco.report.blind import REFERENCE, record
+
+    record(args.run, args.out or REFERENCE)
+
+
+def pretrain_mini(args: argparse.Namespace) -> None:
+    """Makes the miniature's towers and tokenizers."""
+    from prism_deco.data.shapes import corpus
+    from prism_deco.llms.train_tokenizer import train_tokenizers
+    from prism_deco.registry import unknown
+    from prism_deco.training.pretrain_mini import pretrain_tower
+
+    for name in args.names:
+        if name not in MINIATURE_PARTS:
+            raise unknown("part of the miniature", name, MINIATURE_PARTS)
+    for name in args.names or MINIATURE_PARTS:
+        if name == "tokenizers":
+            train_tokenizers(corpus(args.seed, TOKENIZER_TEXTS), args.out / "tokenizers")
+        else:
+            pretrain_tower(name, args.out / "towers", args.seed)
+
+
+def bench_projectors(args: argparse.Namespace) -> None:
+    """Compares the projectors."""
+    from prism_deco.bench.projectors import Sizes, bench_projectors, render
+
+    sizes = Sizes(args.in_dim, args.out_dim, tuple(args.in_grid), args.num_tokens, args.batch_size)
+    rows = bench_projectors(args.names, sizes, dtypes=args.dtypes, device=args.device, repeats=args.repeats)
+    _print(render(rows, sizes, args.device))
+
+
+def bench_data(args: argparse.Namespace) -> None:
+    """Compares the input pipeline with a plain one."""
+    config = load_config(args.arguments)
+    import tempfile
+
+    from prism_deco.backbones import build_backbone
+    from prism_deco.bench.data import bench_data, photographs, render
+    from prism_deco.llms import build_llm
+    from prism_deco.training.compose import group
+
+    backbone = build_backbone(group(config, "backbone"), pretrained=False, device="meta")
+    llm = build_llm(group(config, "llm"), pretrained=False, device="meta")
+    with tempfile.TemporaryDirectory() as folder:
+        source = photographs(Path(folder))
+        rows = bench_data(source, llm, backbone.transform, side=backbone.image_size)
+    _print(render(rows, config.backbone.name))
+
+
+def _parse_options(overrides: list[str]) -> dict[str, Any]:
+    options = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
+    assert isinstance(options, dict)
+    return {str(key): value for key, value in options.items()}
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    # A file or a pipe has no width of its own, and 80 columns would break the tables.
+    Console(width=None if sys.stdout.isatty() else 120).print(renderable)
