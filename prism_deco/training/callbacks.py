@@ -12,6 +12,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from prism_deco.data.images import load_image
 from prism_deco.data.loader import stack_pixels
 from prism_deco.data.records import IMAGE_TAG
+from prism_deco.data.split import Subset
 from prism_deco.inference import answer
 from prism_deco.llms import LanguageModel
 from prism_deco.training.datamodule import Conversations
@@ -38,7 +39,7 @@ class SampleAnswers(Callback):
     reference answer (TensorBoard: images and text).
 
     Args:
-        count: number of validation records shown; records with an image come first in the file's order.
+        count: number of validation images shown, the first of the file; of each its first record.
     """
 
     def __init__(self, llm: LanguageModel, count: int, max_new_tokens: int = 32):
@@ -52,8 +53,7 @@ class SampleAnswers(Callback):
         vlm = cast(TrainingModule, pl_module).vlm
         data = cast(Conversations, trainer.datamodule)  # type: ignore[attr-defined]  # set by Trainer.fit
         board = trainer.logger.experiment
-        chosen = np.flatnonzero(data.val_records.has_image)[: self._count]
-        for row, index in enumerate(chosen.tolist()):
+        for row, index in enumerate(_distinct_images(data.val_records, self._count)):
             record = data.val_records[index]
             pixels = stack_pixels(data.val_examples[index].pixels)
             assert pixels is not None
@@ -70,3 +70,13 @@ class SampleAnswers(Callback):
                 f"**question** {shown}\n\n**answer** {text}\n\n**reference** {reference}",
                 trainer.global_step,
             )
+
+
+def _distinct_images(records: Subset, count: int) -> list[int]:
+    """The first records of the first `count` images."""
+    chosen: dict[tuple[str, ...], int] = {}
+    for index in np.flatnonzero(records.has_image).tolist():
+        chosen.setdefault(records[index].images, index)
+        if len(chosen) >= count:
+            break
+    return list(chosen.values())[:count]
