@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from prism_deco.data.images import open_image
 from prism_deco.data.loader import stack_pixels
+from prism_deco.explain import Relevance, relevance
 from prism_deco.inference import answer, first_token_probabilities
 from prism_deco.llms import LanguageModel
 from prism_deco.training.artifacts import load_model
@@ -64,6 +66,18 @@ class Model:
         pixels = stack_pixels([self.vlm.backbone.transform(image.convert("RGB")) for image in opened])
         assert pixels is not None
         return list(self.vlm.visual_tokens({tower: p.to(self.device) for tower, p in pixels.items()}))
+
+    def relevance(
+        self, image: Image.Image | str | Path, prompt: str, answer: str | None = None, **options: Any
+    ) -> Relevance:
+        """R-GAE: where in the image the model looked for each token of an answer (DeCo, section 3.1).
+
+        Args:
+            prompt: the raw question.
+            answer: the text to explain; None takes the model's own answer.
+            options: see `prism_deco.explain.relevance` (method, chunk, through_backbone, max_new_tokens).
+        """
+        return relevance(self.vlm, self.llm, image, prompt, answer, **options)
 
     def _visual(self, images: Sequence[ImageLike], prompts: Sequence[str]) -> list[list[Tensor]]:
         """Visual tokens per question; images that are no tensors yet are encoded in one batch."""

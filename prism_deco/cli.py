@@ -61,6 +61,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(command=commands.evaluate)
 
+    explain = subparsers.add_parser("explain", parents=[common], help="show where each generated word looked (R-GAE)")
+    explain.add_argument("arguments", nargs="*", metavar="RUN KEY=VALUE", help="run folders; benchmark=NAME limit=N")
+    explain.add_argument("--image", type=Path, help="explain an answer about this image")
+    explain.add_argument("--prompt", help="the question about it")
+    explain.add_argument("--answer", help="the text to explain; the model's own answer by default")
+    explain.add_argument("--out", type=Path, help="folder for pictures, numbers and pages (RUN/explain)")
+    explain.add_argument("--dtype", choices=["float32", "bfloat16"], help="compute in this type; the run's by default")
+    explain.add_argument("--device", default="cpu", help="cpu | cuda")
+    explain.add_argument("--chunk", type=int, help="answer tokens per backward pass; what memory allows by default")
+    explain.add_argument("--through-backbone", action="store_true", help="continue to the pixels' patches")
+    explain.set_defaults(command=commands.explain)
+
     data = subparsers.add_parser("data", help="check and fetch training data")
     data_commands = data.add_subparsers(required=True, metavar="WHAT")
     check = data_commands.add_parser("check", parents=[common], help="walk a data set and report every fault")

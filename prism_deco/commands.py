@@ -76,14 +76,18 @@ def _score(folder: Path, options: dict[str, Any]) -> None:
     results, floors = [], {}
     for name in names:
         benchmark = build_benchmark(name, **options)
-        if benchmark.root is None and manifest["benchmarks"]:
-            # Benchmarks that come with the training data lie beside it.
-            benchmark.root = Path(manifest["benchmarks"])
+        benchmark.root = benchmark.root or _own_benchmarks(folder)
         own_split = build_benchmark(name).split == benchmark.split
         out = folder / "eval" / (name if own_split else f"{name}-{benchmark.split}")
         results.append(evaluate(model, benchmark, out, batch_size=batch_size, model_id=manifest["model_sha256"]))
         floors[name] = chance(benchmark)
     _print(table(results, floors, blind_scores(model.config, options.get("split"))))
+
+
+def _own_benchmarks(run: Path) -> Path | None:
+    """The folder of the benchmarks that came with the training data, if any did."""
+    place = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["benchmarks"]
+    return Path(place) if place else None
 
 
 def _trained_with(run: Path) -> str:
@@ -93,6 +97,60 @@ def _trained_with(run: Path) -> str:
     if not benchmarks:
         raise ValueError(f"{run} names no benchmarks of its own: choose some, for example benchmark=table3")
     return benchmarks
+
+
+def explain(args: argparse.Namespace) -> None:
+    """Explains one answer, or measures the maps of a benchmark's questions, for one or more runs."""
+    runs = [Path(argument) for argument in args.arguments if "=" not in argument]
+    options = _parse_options([argument for argument in args.arguments if "=" in argument])
+    one = args.image is not None and args.prompt is not None
+    if not runs or one == ("benchmark" in options):
+        raise ValueError(
+            "Name runs and either one question or a benchmark, for example: prism-deco explain runs/RUN_ID --image "
+            'cat.jpg --prompt "What is it?"  or  prism-deco explain runs/RUN_ID benchmark=mini_refcoco limit=100'
+        )
+    import torch
+
+    from prism_deco.api import load
+    from prism_deco.explain import Example, explain_image, explain_set, side_by_side, table, write_page
+
+    results, sections = [], []
+    for run in runs:
+        model = load(run, device=args.device, dtype=getattr(torch, args.dtype) if args.dtype else None)
+        out = (args.out / run.name if len(runs) > 1 else args.out) if args.out else run / "explain"
+        if one:
+            example = Example(args.image, args.prompt, args.answer)
+            more = {"chunk": args.chunk, "through_backbone": args.through_backbone}
+            sections.append([explain_image(model.vlm, model.llm, example, out, run=run.name, **more)])
+            continue
+        name, about = options["benchmark"], {"benchmark": options["benchmark"]}
+        examples = _examples(run, name, {key: value for key, value in options.items() if key != "benchmark"})
+        result, pages = explain_set(model.vlm, model.llm, examples, out, run=run.name, about=about, chunk=args.chunk)
+        results.append(result)
+        sections.append(pages)
+    if results:
+        _print(table(results))
+    if len(runs) > 1:
+        page = (args.out or runs[0].parent) / "explain.html"
+        write_page(page, " and ".join(run.name for run in runs), side_by_side(sections))
+        log.info("The runs stand side by side in %s", page)
+
+
+def _examples(run: Path, name: str, options: dict[str, Any]) -> list[Any]:
+    """A benchmark's questions as examples to explain; a box that is asked for is also the answer."""
+    from prism_deco.evaluation import build_benchmark
+    from prism_deco.explain import Example
+
+    benchmark = build_benchmark(name, **options)
+    benchmark.root = benchmark.root or _own_benchmarks(run)
+    first = benchmark.variants[0]
+    examples = []
+    for item in benchmark.items():
+        if item.target.get("variant", first) == first:
+            box = item.target.get("box")
+            answer = f"[{', '.join(f'{edge:.2f}' for edge in box)}]" if box else None
+            examples.append(Example(item.path, item.prompt, answer, tuple(box) if box else None, item.question_id))
+    return examples
 
 
 def data_check(args: argparse.Namespace) -> int:
