@@ -103,8 +103,8 @@ def explain(args: argparse.Namespace) -> None:
     """Explains one answer, or measures the maps of a benchmark's questions, for one or more runs."""
     runs = [Path(argument) for argument in args.arguments if "=" not in argument]
     options = _parse_options([argument for argument in args.arguments if "=" in argument])
-    one = args.image is not None and args.prompt is not None
-    if not runs or one == ("benchmark" in options):
+    asked = args.image is not None and args.prompt is not None
+    if not runs or asked == ("benchmark" in options):
         raise ValueError(
             "Name runs and either one question or a benchmark, for example: prism-deco explain runs/RUN_ID --image "
             'cat.jpg --prompt "What is it?"  or  prism-deco explain runs/RUN_ID benchmark=mini_refcoco limit=100'
@@ -114,17 +114,18 @@ def explain(args: argparse.Namespace) -> None:
     from prism_deco.api import load
     from prism_deco.explain import Example, explain_image, explain_set, side_by_side, table, write_page
 
+    example = Example(args.image, args.prompt, args.answer) if args.image is not None and args.prompt else None
     results, sections = [], []
     for run in runs:
         model = load(run, device=args.device, dtype=getattr(torch, args.dtype) if args.dtype else None)
         out = (args.out / run.name if len(runs) > 1 else args.out) if args.out else run / "explain"
-        if one:
-            example = Example(args.image, args.prompt, args.answer)
+        if example is not None:
             more = {"chunk": args.chunk, "through_backbone": args.through_backbone}
             sections.append([explain_image(model.vlm, model.llm, example, out, run=run.name, **more)])
             continue
-        name, about = options["benchmark"], {"benchmark": options["benchmark"]}
+        name = options["benchmark"]
         examples = _examples(run, name, {key: value for key, value in options.items() if key != "benchmark"})
+        about = {"benchmark": name}
         result, pages = explain_set(model.vlm, model.llm, examples, out, run=run.name, about=about, chunk=args.chunk)
         results.append(result)
         sections.append(pages)

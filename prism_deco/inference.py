@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -34,9 +35,9 @@ def answer(
         _stack(visual, vlm),
         max_new_tokens=min(max_new_tokens, room),
         eos_ids=list(llm.eos_ids),
-        pad_id=int(llm.tokenizer.pad_token_id),
+        pad_id=cast(int, llm.tokenizer.pad_token_id),
     )
-    return [llm.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+    return [cast(str, llm.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in ids]
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ A plain `nn.Module`; it knows nothing of trainers, configurations or files.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,7 @@ class VLM(nn.Module):
         self, batch: Batch, visual: Tensor | None, *, max_new_tokens: int, eos_ids: list[int], pad_id: int
     ) -> list[list[int]]:
         """Greedy continuation of left-padded prompts; the new token ids without the end token."""
-        output = self.lm.generate(
+        output = cast(Any, self.lm).generate(
             inputs_embeds=self.embed(batch, visual),
             attention_mask=batch.attention_mask.long(),
             max_new_tokens=max_new_tokens,
@@ -164,7 +164,7 @@ class VLM(nn.Module):
         )
         stop = set(eos_ids)
         answers = []
-        for row in cast(Tensor, output).tolist():
+        for row in output.tolist():
             end = next((i for i, token in enumerate(row) if token in stop), len(row))
             answers.append(row[:end])
         return answers
