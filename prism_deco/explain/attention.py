@@ -1,0 +1,116 @@
+"""One teacher-forced pass of a language model that keeps its attention probabilities, and their gradients.
+
+Shapes: L layers, H query heads (grouped keys are repeated), n positions, E embedding size, T targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prism_deco.llms.encoding import IGNORE
+from prism_deco.sequence import Batch
+from prism_deco.vlm import VLM
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients for the weights, for as long as the context lasts."""
+    training = [part for part in module.modules() if part.training]
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module.eval()
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Plain matrix attention for as long as the context lasts: fused kernels return no probabilities."""
+    before = cast(str, model.config._attn_implementation)
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A forward pass, as nodes of one autograd graph.
+
+    Attributes:
+        inputs: float[1, n, E], the input embeddings; the leaf of the graph.
+        hidden: L tensors float[1, n, E]: what each layer takes in; the first is not used.
+        attentions: L tensors float[1, H, n, n]: probabilities, rows are queries.
+        logits: float[T], the logit of each target at the position that predicts it.
+        positions: int64[T], those positions.
+        tokens: int64[T], token ids of the targets.
+    """
+
+    inputs: Tensor
+    hidden: tuple[Tensor, ...]
+    attentions: tuple[Tensor, ...]
+    logits: Tensor
+    positions: Tensor
+    tokens: Tensor
+
+    def layers_top_down(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What each layer takes in, float[1, n, E], and its attention float[1, H, n, n]; the last layer first."""
+        return zip((self.inputs, *self.hidden[1:])[::-1], self.attentions[::-1], strict=True)
+
+
+def record(vlm: VLM, batch: Batch, visual: Tensor, targets: int | None = None) -> Recording:
+    """Runs a batch of one sequence; the model must be `frozen` and have `eager_attention`.
+
+    Args:
+        visual: float[1, M, E], the image's visual tokens.
+        targets: how many of the supervised tokens are targets, from the first; None: all of them.
+    """
+    assert len(batch.input_ids) == 1
+    positions = (batch.labels[0, 1:] != IGNORE).nonzero()[:targets, 0]
+    tokens = batch.labels[0, positions + 1]
+    inputs = vlm.embed(batch, visual).detach().requires_grad_()
+    decoder = cast(nn.Module, vlm.lm.base_model)
+    with torch.enable_grad():
+        # One sequence of one round without padding: `turn_mask` makes no difference here.
+        output = decoder(
+            inputs_embeds=inputs,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            output_attentions=True,
+            output_hidden_states=True,
+        )
+        logits = vlm.logits(output.last_hidden_state[0, positions]).gather(1, tokens[:, None])[:, 0]
+    layers = len(output.attentions)
+    return Recording(inputs, tuple(output.hidden_states[:layers]), output.attentions, logits, positions, tokens)
+
+
+def batched_gradients(outputs: Tensor, inputs: Sequence[Tensor], gradients: Tensor) -> tuple[Tensor, ...]:
+    """Vector-Jacobian products for T vectors at once.
+
+    Args:
+        outputs: float[...], a node of a graph.
+        inputs: nodes that it was computed from.
+        gradients: float[T, ...], the vectors.
+
+    Returns:
+        float[T, ...] for each input; zeros where the outputs do not depend on it.
+    """
+    taken: Any = torch.autograd.grad(
+        outputs, list(inputs), gradients, retain_graph=True, is_grads_batched=True, allow_unused=True
+    )
+    empty = (len(gradients),)
+    return tuple(i.new_zeros(empty + i.shape) if g is None else g for g, i in zip(taken, inputs, strict=True))

@@ -1,0 +1,168 @@
+"""R-GAE (DeCo, arXiv 2405.20985, section 3.1): where in the image a model looked for each token of an answer.
+
+Text-to-Query: from an answer token to the visual tokens, through the language model.
+Query-to-Patch: from the visual tokens to the patches, through the projector.
+Text-to-Patch: the product of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from prism_deco.data.images import open_image
+from prism_deco.explain.attention import Recording, eager_attention, frozen, record
+from prism_deco.explain.geometry import PatchFrame
+from prism_deco.explain.memory import plan
+from prism_deco.explain.query_maps import QueryMaps, trace
+from prism_deco.explain.text_to_query import attention_rows, propagated_rows
+from prism_deco.explain.towers import through_towers
+from prism_deco.explain.words import Word, encode_answer, merge_words, token_texts
+from prism_deco.inference import answer as generate_answer
+from prism_deco.llms import LanguageModel
+from prism_deco.registry import unknown
+from prism_deco.sequence import build_batch
+from prism_deco.vlm import VLM
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """Maps of one answer about one image; T answer tokens, M visual tokens, N patches. All on the CPU.
+
+    Attributes:
+        method: one of `METHODS`.
+        prompt, answer: the texts.
+        tokens: text of each of the T tokens; the token that ends an answer is not among them.
+        words: the tokens merged into words.
+        text_to_query: float[T, M].
+        query_to_patch: float[M, N], or float[T, M, N] where it depends on the token.
+        text_to_patch: float[T, N].
+        query_grid: (height, width) of the visual tokens.
+        patches: the patch grid, and where it lies on the image.
+    """
+
+    method: str
+    prompt: str
+    answer: str
+    tokens: list[str]
+    words: list[Word]
+    text_to_query: Tensor
+    query_to_patch: Tensor
+    text_to_patch: Tensor
+    query_grid: tuple[int, int]
+    patches: PatchFrame
+
+    @property
+    def sentence_text_to_query(self) -> Tensor:
+        """float[M]: the mean over the tokens."""
+        return self.text_to_query.mean(dim=0)
+
+    @property
+    def sentence_query_to_patch(self) -> Tensor:
+        """float[M, N]: the mean over the tokens."""
+        return self.query_to_patch.mean(dim=0) if self.query_to_patch.ndim == 3 else self.query_to_patch
+
+    @property
+    def sentence_text_to_patch(self) -> Tensor:
+        """float[N]: the mean over the tokens (not the product of the other two means)."""
+        return self.text_to_patch.mean(dim=0)
+
+    def by_word(self, values: Tensor) -> Tensor:
+        """float[T, ...] -> float[words, ...]: the mean over each word's tokens."""
+        return torch.stack([values[list(word.tokens)].mean(dim=0) for word in self.words])
+
+
+def relevance(
+    vlm: VLM,
+    llm: LanguageModel,
+    image: Image.Image | str | Path,
+    prompt: str,
+    answer: str | None = None,
+    *,
+    method: str = "r-gae",
+    chunk: int | None = None,
+    through_backbone: bool = False,
+    max_new_tokens: int = 128,
+) -> Relevance:
+    """Explains an answer about an image; the model is left as it was found.
+
+    The answer is read by the model once (teacher-forced), and the logit of each of its tokens, at the
+    position that predicts it, is traced back.
+
+    Args:
+        prompt: the raw question; the chat template is applied.
+        answer: the text to explain; None takes the model's own greedy answer.
+        method: "r-gae", or "attention": raw attention, averaged over heads and layers, for comparison.
+        chunk: answer tokens in one batched backward pass; None takes as many as memory allows.
+        through_backbone: continue through the vision towers, from patch features to the patches of the
+            image (not part of R-GAE; "r-gae" only).
+        max_new_tokens: length limit of the model's own answer.
+
+    Raises:
+        ValueError: an empty answer, too long a text, an unknown method, too little memory.
+    """
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    if through_backbone and method != DEFAULT_METHOD:
+        raise ValueError("through_backbone=true continues the relevance rules: it needs method=r-gae.")
+    opened = image if isinstance(image, Image.Image) else open_image(Path(image))
+    pixels = image_pixels(vlm, opened)
+    device = next(vlm.lm.parameters()).device
+    patches = PatchFrame(vlm.backbone.transform.frame(opened.size), vlm.backbone.grid, vlm.backbone.patch_size)
+    with frozen(vlm):
+        maps = trace(vlm.projector, vlm.project, vlm.features(pixels))
+        if answer is None:
+            visual = [list(maps.tokens.detach())]
+            answer = generate_answer(vlm, llm, visual, [prompt], max_new_tokens=max_new_tokens)[0]
+        encoded, ids = encode_answer(llm, prompt, answer, vlm.projector.num_tokens)
+        batch = build_batch([encoded], vlm.projector.num_tokens).to(device)
+        dtype = maps.tokens.dtype
+        size = plan(vlm.lm.config, batch.input_ids.shape[1], len(ids), dtype, device, chunk).chunk
+        with eager_attention(vlm.lm):
+            recording = record(vlm, batch, maps.tokens.detach(), targets=len(ids))
+        text_to_query, query_to_patch, by_token = METHODS[method](recording, batch.visual[0], maps, size)
+        query_to_patch = query_to_patch.to(text_to_query.dtype)
+        product = "tm,tmn->tn" if query_to_patch.ndim == 3 else "tm,mn->tn"
+        text_to_patch = torch.einsum(product, text_to_query, query_to_patch)
+        if through_backbone and by_token is not None:
+            text_to_patch = through_towers(vlm, pixels, text_to_patch, by_token)
+    texts = token_texts(ids, llm.tokenizer)
+    return Relevance(
+        method=method,
+        prompt=prompt,
+        answer=answer,
+        tokens=texts,
+        words=merge_words(texts),
+        text_to_query=text_to_query.cpu(),
+        query_to_patch=query_to_patch.cpu(),
+        text_to_patch=text_to_patch.cpu(),
+        query_grid=vlm.projector.out_grid,
+        patches=patches,
+    )
+
+
+def image_pixels(vlm: VLM, image: Image.Image) -> dict[str, Tensor]:
+    """Per tower float[1, 3, S, S], on the model's device."""
+    device = next(vlm.lm.parameters()).device
+    return {tower: values[None].to(device) for tower, values in vlm.backbone.transform(image.convert("RGB")).items()}
+
+
+def _gae(recording: Recording, visual: Tensor, maps: QueryMaps, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    text_to_query, by_token = propagated_rows(recording, visual, chunk)
+    return text_to_query, maps.relevance(by_token), by_token
+
+
+def _raw(recording: Recording, visual: Tensor, maps: QueryMaps, chunk: int) -> tuple[Tensor, Tensor, None]:
+    return attention_rows(recording, visual), maps.attention(), None
+
+
+DEFAULT_METHOD = "r-gae"
+METHODS: Mapping[str, Callable[[Recording, Tensor, QueryMaps, int], tuple[Tensor, Tensor, Tensor | None]]] = {
+    DEFAULT_METHOD: _gae,
+    "attention": _raw,
+}

@@ -1,0 +1,132 @@
+"""One HTML file that shows the maps of several runs side by side; it needs no network and no server."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from prism_deco.explain.gae import Relevance
+from prism_deco.explain.geometry import Box
+from prism_deco.explain.render import COLORS, scaled
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+_LONGEST = 640  # pixels of an image's longer side on the page
+_LABELS = {"r-gae": "R-GAE", "attention": "Raw attention"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One run's explanation of an image.
+
+    Attributes:
+        run: its name.
+        projector: the name of its projector.
+        maps: by method; all of the same answer.
+    """
+
+    run: str
+    projector: str
+    maps: dict[str, Relevance]
+
+
+@dataclass(frozen=True)
+class Section:
+    """An image, a question, and what one or more runs made of it.
+
+    Attributes:
+        box: what the question is about, in shares of the image's sides; None: not known.
+    """
+
+    image: Image.Image
+    prompt: str
+    panels: list[Panel]
+    box: Box | None = None
+
+
+def side_by_side(runs: Sequence[Sequence[Section]]) -> list[Section]:
+    """Sections of several runs joined where image and question are the same; others stay alone, in order."""
+    joined: dict[tuple[str, bytes], Section] = {}
+    for section in (section for sections in runs for section in sections):
+        key = (section.prompt, section.image.tobytes())
+        panels = joined[key].panels if key in joined else []
+        joined[key] = Section(section.image, section.prompt, [*panels, *section.panels], section.box)
+    return list(joined.values())
+
+
+def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
+    """Writes the page; every text in it is escaped."""
+    data = {"colors": COLORS, "labels": _LABELS, "sections": [_section(section) for section in sections]}
+    # No text of the data may end the script element that holds it, or begin a comment in it.
+    text = json.dumps(data).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    page = _TEMPLATE.read_text(encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    filling = {"%TITLE%": html.escape(title), "%DATA%": text}
+    # In one pass: a title may contain "%DATA%".
+    path.write_text(re.sub("%TITLE%|%DATA%", lambda found: filling[found.group()], page), encoding="utf-8")
+
+
+def _section(section: Section) -> dict[str, Any]:
+    return {
+        "image": _data_uri(section.image),
+        "size": section.image.size,
+        "prompt": section.prompt,
+        "box": section.box,
+        "panels": [_panel(panel) for panel in section.panels],
+    }
+
+
+def _panel(panel: Panel) -> dict[str, Any]:
+    first = next(iter(panel.maps.values()))
+    return {
+        "run": panel.run,
+        "projector": panel.projector,
+        "words": [word.text for word in first.words],
+        "grid": first.patches.grid,
+        "queryGrid": first.query_grid,
+        "rect": first.patches.rect,
+        "methods": {method: _maps(result) for method, result in panel.maps.items()},
+    }
+
+
+def _maps(result: Relevance) -> dict[str, str]:
+    """Maps as bytes: for display each by its own minimum and maximum."""
+    words = result.by_word(result.text_to_patch)
+    # Which word looked at a patch most: words differ in strength, so each map counts by its shares.
+    shares = words / words.sum(dim=1, keepdim=True).clamp(min=torch.finfo(words.dtype).tiny)
+    return {
+        "sentence": _bytes(result.sentence_text_to_patch[None]),
+        "words": _bytes(words),
+        "shares": _encode(shares / shares.max().clamp(min=torch.finfo(words.dtype).tiny)),
+        "sentenceQueries": _bytes(result.sentence_text_to_query[None]),
+        "wordQueries": _bytes(result.by_word(result.text_to_query)),
+        "queries": _bytes(result.sentence_query_to_patch),
+    }
+
+
+def _bytes(rows: Tensor) -> str:
+    return _encode(torch.stack([scaled(row) for row in rows]))
+
+
+def _encode(values: Tensor) -> str:
+    """float[...] in 0..1 -> base64 of one byte each."""
+    return base64.b64encode((values.clamp(0, 1) * 255).round().to(torch.uint8).numpy().tobytes()).decode()
+
+
+def _data_uri(image: Image.Image) -> str:
+    shown = image.convert("RGB")
+    shown.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    shown.save(buffer, "PNG" if max(shown.size) <= 256 else "JPEG", quality=88)
+    kind = "png" if max(shown.size) <= 256 else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

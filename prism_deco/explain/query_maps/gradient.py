@@ -1,0 +1,108 @@
+"""Input x gradient through the projector, for those without attention (C-Abstractor) or of unknown make.
+
+s[t, m, n] = relu( sum_d x[n, d] d<v_m, g_tm>/dx[n, d] ), rows scaled to sum to one: how much of the
+target's first-order dependence on visual token v_m (g_tm being the gradient of target t by it) comes
+through patch n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import singledispatch
+from typing import cast
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor, nn
+
+from prism_deco.explain.propagate import normalise_rows
+from prism_deco.explain.query_maps.maps import FLOATS, QueryMaps
+from prism_deco.projectors import Projector
+from prism_deco.projectors.c_abstractor import CAbstractor
+from prism_deco.projectors.windows import average_matrix
+
+
+class InputGradient(QueryMaps):
+    """Forward-mode derivatives: one per patch, for all targets and visual tokens together.
+
+    The derivative of all visual tokens along x_n (the features of patch n, zero elsewhere) is
+    u[m, n] = sum_d x[n, d] dv_m/dx[n, d], so that s[t, m, n] = relu(<u[m, n], g_tm>). Backwards it would
+    take a pass per target and visual token.
+    """
+
+    def __init__(self, projector: Projector, project: Callable[[Tensor], Tensor], features: Tensor):
+        with torch.no_grad():
+            self.tokens = project(features)
+        self.projector = projector
+        self.project = project
+        self.features = features.detach()
+
+    def relevance(self, gradients: Tensor) -> Tensor:
+        dtype = torch.promote_types(gradients.dtype, torch.float32)
+        try:
+            products = self._forwards(gradients)
+        except NotImplementedError:  # an operation without forward derivatives, such as bilinear sampling
+            products = self._backwards(gradients)
+        return normalise_rows(products.to(dtype).relu())
+
+    def _forwards(self, gradients: Tensor) -> Tensor:
+        """float[T, M, E] -> float[T, M, N], before clamping."""
+        patches, channels = self.features.shape[1:]
+        chunk = max(1, FLOATS // (patches * channels * 8 + self.tokens.numel()))
+        own = torch.eye(patches, dtype=self.features.dtype, device=self.features.device)
+        parts = []
+        for chosen in own.split(chunk):
+            along = torch.func.vmap(self._along)(chosen[:, None, :, None] * self.features)
+            parts.append(einsum(along[:, 0], gradients, "n m e, t m e -> t m n"))
+        return torch.cat(parts, dim=-1)
+
+    def _backwards(self, gradients: Tensor) -> Tensor:
+        """float[T, M, E] -> float[T, M, N], before clamping: one pass per target and visual token."""
+        leaf = self.features.clone().requires_grad_()
+        with torch.enable_grad():
+            tokens = self.project(leaf)[0]
+        rows = []
+        for target in gradients:
+            for m, gradient in enumerate(target):
+                (slope,) = torch.autograd.grad(tokens[m], leaf, gradient, retain_graph=True)
+                rows.append((slope[0] * self.features[0]).sum(dim=-1))
+        return rearrange(torch.stack(rows), "(t m) n -> t m n", t=len(gradients))
+
+    def attention(self) -> Tensor:
+        return normalise_rows(structural_bound(self.projector).to(self.features))
+
+    def _along(self, tangent: Tensor) -> Tensor:
+        """float[1, N, D] -> float[1, M, E]: the derivative of the visual tokens in that direction."""
+        return cast(Tensor, torch.func.jvp(self.project, (self.features,), (tangent,))[1])
+
+
+@singledispatch
+def structural_bound(projector: Projector) -> Tensor:
+    """float[M, N] of ones where a patch can reach a visual token by the geometry, zeros elsewhere.
+
+    All ones for a projector that is not known to be local.
+    """
+    return torch.ones(projector.num_tokens, projector.in_grid[0] * projector.in_grid[1])
+
+
+@structural_bound.register
+def _(projector: CAbstractor) -> Tensor:
+    """Pooling windows, widened by one cell per 3x3 convolution behind the pooling and by one patch per
+    convolution before it. Squeeze-and-excitation reaches further, but as one scale per channel."""
+    before, behind = (
+        sum(isinstance(part, nn.Conv2d) and part.kernel_size == (3, 3) for part in stage.modules())
+        for stage in (cast(nn.Module, projector.stage1), cast(nn.Module, projector.stage2))
+    )
+    rows, columns = (
+        _reach(size, out, before, behind) for size, out in zip(projector.in_grid, projector.out_grid, strict=True)
+    )
+    return rearrange(einsum(rows, columns, "i h, j w -> i j h w"), "i j h w -> (i j) (h w)")
+
+
+def _reach(size: int, out: int, before: int, behind: int) -> Tensor:
+    """float[out, size]: 1 for the patches along one side that reach each cell."""
+    cells, patches = (
+        ((torch.arange(n)[:, None] - torch.arange(n)).abs() <= steps).float()
+        for n, steps in ((out, behind), (size, before))
+    )
+    return (cells @ average_matrix(size, out) @ patches > 0).float()

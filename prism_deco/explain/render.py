@@ -1,0 +1,90 @@
+"""Pictures: maps laid over the original image, and the mosaic of all visual tokens' maps."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from prism_deco.explain.geometry import PatchFrame
+
+# Anchors of matplotlib's "inferno" (CC0), equally spaced: dark is little, bright is much, also in grey.
+COLORS = (
+    (0, 0, 4),
+    (31, 12, 72),
+    (85, 15, 109),
+    (136, 34, 106),
+    (186, 54, 85),
+    (227, 89, 51),
+    (249, 140, 10),
+    (249, 201, 50),
+    (252, 255, 164),
+)
+
+
+def scaled(values: Tensor) -> Tensor:
+    """Values brought to 0..1 by their minimum and maximum; zeros where all are equal."""
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else torch.zeros_like(values)
+
+
+def colored(values: Tensor) -> np.ndarray:
+    """float[..., ] in 0..1 -> uint8[..., 3]."""
+    places = np.linspace(0, 1, len(COLORS))
+    table = np.array(COLORS, dtype=np.float64)
+    at = values.clamp(0, 1).double().numpy()
+    return np.stack([np.interp(at, places, table[:, c]) for c in range(3)], axis=-1).round().astype(np.uint8)
+
+
+def overlay(image: Image.Image, values: Tensor, patches: PatchFrame, *, max_side: int = 768) -> Image.Image:
+    """A map over the original image, in its own aspect ratio.
+
+    The image is greyed and dimmed where the map is low: its own colours would be read as the map's.
+
+    Args:
+        values: float[N].
+        max_side: the longer side of the result in pixels; small images are enlarged to it.
+    """
+    width, height = image.size
+    scale = max_side / max(width, height)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    heat = patches.upsample(scaled(values), size)
+    grey = np.asarray(image.convert("L").resize(size, Image.Resampling.BICUBIC), dtype=np.float64)
+    weight = (0.25 + 0.6 * heat.double().numpy())[..., None]
+    mixed = (1 - weight) * grey[..., None] * 0.85 + weight * colored(heat)
+    return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
+
+
+def mosaic(
+    image: Image.Image,
+    query_to_patch: Tensor,
+    query_grid: tuple[int, int],
+    patches: PatchFrame,
+    *,
+    most: int = 8,
+    side: int = 112,
+) -> Image.Image:
+    """One small overlay per visual token, in the order of their grid (DeCo, figures 1, 3 and 10).
+
+    Args:
+        query_to_patch: float[M, N].
+        most: rows and columns at most; of a larger grid evenly spaced visual tokens are shown.
+        side: the longer side of one picture in pixels.
+    """
+    rows, columns = (_spaced(size, most) for size in query_grid)
+    gap = 4
+    tiles = [
+        [overlay(image, query_to_patch[i * query_grid[1] + j], patches, max_side=side) for j in columns] for i in rows
+    ]
+    width, height = tiles[0][0].size
+    sheet = Image.new("RGB", (len(columns) * (width + gap) - gap, len(rows) * (height + gap) - gap), "white")
+    for i, row in enumerate(tiles):
+        for j, tile in enumerate(row):
+            sheet.paste(tile, (j * (width + gap), i * (height + gap)))
+    return sheet
+
+
+def _spaced(size: int, most: int) -> list[int]:
+    count = min(size, most)
+    return [int((k + 0.5) * size / count) for k in range(count)]

@@ -1,0 +1,230 @@
+"""What `prism-deco explain` does: one image with pictures and a page, or a set of examples with numbers."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prism_deco.data.images import open_image
+from prism_deco.explain.diversity import redundancy, spread
+from prism_deco.explain.faithfulness import area, curves
+from prism_deco.explain.gae import DEFAULT_METHOD, METHODS, Relevance, image_pixels, relevance
+from prism_deco.explain.geometry import Box
+from prism_deco.explain.localisation import energy_in_box, pointing_hit
+from prism_deco.explain.memory import quietly
+from prism_deco.explain.page import Panel, Section, write_page
+from prism_deco.explain.render import mosaic, overlay
+from prism_deco.explain.statistics import mean_interval
+from prism_deco.explain.words import encode_answer
+from prism_deco.inference import answer as generate_answer
+from prism_deco.llms import LanguageModel
+from prism_deco.projectors import PROJECTORS
+from prism_deco.vlm import VLM
+
+log = logging.getLogger(__name__)
+
+RANDOM = "random"
+"""The map of random numbers that every method must beat."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question about an image.
+
+    Attributes:
+        answer: the text to explain; None takes the model's own.
+        box: what the question is about, in shares of the image's width and height; None: not known.
+        id: its name in `examples.jsonl`.
+    """
+
+    image: Path
+    prompt: str
+    answer: str | None = None
+    box: Box | None = None
+    id: str = ""
+
+
+def explain_image(
+    vlm: VLM,
+    llm: LanguageModel,
+    example: Example,
+    out_dir: Path,
+    *,
+    run: str,
+    chunk: int | None = None,
+    through_backbone: bool = False,
+    max_new_tokens: int = 128,
+) -> Section:
+    """Explains one answer by every method and writes what there is to see.
+
+    Per method a folder with `sentence.png`, `word_NN.png`, `queries.png` (the mosaic), `maps.safetensors`
+    (text_to_query, query_to_patch, text_to_patch) and `words.json`; beside them the page `index.html`.
+
+    Args:
+        run: the model's name on the page.
+        chunk, through_backbone, max_new_tokens: see `relevance`.
+
+    Returns:
+        The page's section, to be set beside those of other runs (`write_page`).
+    """
+    image = open_image(example.image)
+    maps: dict[str, Relevance] = {}
+    answer = example.answer
+    for method in METHODS:
+        deeper = through_backbone and method == DEFAULT_METHOD
+        options: dict[str, Any] = {"chunk": chunk, "through_backbone": deeper, "max_new_tokens": max_new_tokens}
+        maps[method] = relevance(vlm, llm, image, example.prompt, answer, method=method, **options)
+        answer = maps[method].answer
+        _write_maps(out_dir / method, image, maps[method])
+    section = Section(image, example.prompt, [Panel(run, _projector(vlm), maps)], example.box)
+    write_page(out_dir / "index.html", example.prompt, [section])
+    log.info("Pictures and the page are in %s", out_dir)
+    return section
+
+
+def explain_set(
+    vlm: VLM,
+    llm: LanguageModel,
+    examples: Iterable[Example],
+    out_dir: Path,
+    *,
+    run: str,
+    about: Mapping[str, Any] | None = None,
+    steps: int = 10,
+    chunk: int | None = None,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    show: int = 8,
+) -> tuple[dict[str, Any], list[Section]]:
+    """Measures the maps of a set; writes `metrics.json`, `examples.jsonl` and, of the first ones, `index.html`.
+
+    Args:
+        run: the model's name in the table and on the page.
+        about: entries for `metrics.json` that say what was measured (benchmark, split, model hash).
+        steps: of the deletion and insertion curves.
+        seed: of the random maps and of the bootstrap.
+        show: examples on the page.
+
+    Returns:
+        The content of `metrics.json`, and the page's sections.
+
+    Raises:
+        ValueError: no example has an answer to explain.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[dict[str, Any]] = []
+    sections: list[Section] = []
+    skipped = 0
+    with (out_dir / "examples.jsonl").open("w", encoding="utf-8") as lines:
+        for example in examples:
+            image = open_image(example.image)
+            answer = example.answer or _own_answer(vlm, llm, image, example.prompt, max_new_tokens)
+            if not answer.strip():
+                skipped += 1
+                continue
+            with quietly() if rows else nullcontext():
+                maps = {m: relevance(vlm, llm, image, example.prompt, answer, method=m, chunk=chunk) for m in METHODS}
+            measure = partial(_measure, vlm, llm, image, example, maps[DEFAULT_METHOD], steps)
+            values = {m: measure(r.sentence_text_to_patch) | _diversity(r) for m, r in maps.items()}
+            values[RANDOM] = measure(torch.rand(vlm.backbone.num_patches, generator=generator))
+            rows.append({"id": example.id, "prompt": example.prompt, "answer": answer, "methods": values})
+            lines.write(json.dumps(rows[-1]) + "\n")
+            if len(sections) < show:
+                sections.append(Section(image, example.prompt, [Panel(run, _projector(vlm), maps)], example.box))
+            if len(rows) % 25 == 0:
+                log.info("%s: %d examples explained", run, len(rows))
+    if not rows:
+        raise ValueError(f"{run}: no example has an answer to explain ({skipped} answers of the model were empty).")
+    summary = {
+        "run": run,
+        "projector": _projector(vlm),
+        "grid": list(vlm.projector.in_grid),
+        "query_grid": list(vlm.projector.out_grid),
+        **(about or {}),
+        "n": len(rows),
+        "skipped": skipped,
+        "steps": steps,
+        "seed": seed,
+        "methods": {method: _summary([row["methods"][method] for row in rows], seed) for method in rows[0]["methods"]},
+        "advantage": {other: _advantage(rows, other, seed) for other in (*METHODS, RANDOM) if other != DEFAULT_METHOD},
+    }
+    (out_dir / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_page(out_dir / "index.html", f"Where {run} looked", sections)
+    return summary, sections
+
+
+def _measure(
+    vlm: VLM, llm: LanguageModel, image: Image.Image, example: Example, result: Relevance, steps: int, scores: Tensor
+) -> dict[str, float]:
+    """The numbers of one map over the patches, float[N], of the answer in `result`."""
+    encoded, ids = encode_answer(llm, result.prompt, result.answer, vlm.projector.num_tokens)
+    curve = curves(vlm, encoded, len(ids), image_pixels(vlm, image), scores, steps=steps)
+    numbers = {"deletion_auc": area(curve.deletion), "insertion_auc": area(curve.insertion)}
+    if example.box is not None:
+        width, height = image.size
+        x1, y1, x2, y2 = example.box
+        box = (x1 * width, y1 * height, x2 * width, y2 * height)
+        numbers["energy_in_box"] = energy_in_box(scores, result.patches, box)
+        numbers["pointing"] = float(pointing_hit(scores, result.patches, box))
+    return numbers
+
+
+def _diversity(result: Relevance) -> dict[str, float]:
+    """What the maps of the visual tokens are like."""
+    queries = result.sentence_query_to_patch
+    return {"query_redundancy": redundancy(queries), "query_spread": spread(queries, result.patches.grid)}
+
+
+def _summary(rows: Sequence[Mapping[str, float]], seed: int) -> dict[str, Any]:
+    """Mean and interval of each number; those that need a box are means over the examples that have one."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: mean_interval([row[name] for row in rows if name in row], seed=seed) for name in names}
+
+
+def _advantage(rows: Sequence[Mapping[str, Any]], other: str, seed: int) -> dict[str, Any]:
+    """R-GAE minus another method, example by example."""
+    pairs = [(row["methods"][DEFAULT_METHOD], row["methods"][other]) for row in rows]
+    return _summary([{name: mine[name] - its[name] for name in its} for mine, its in pairs], seed)
+
+
+def _own_answer(vlm: VLM, llm: LanguageModel, image: Image.Image, prompt: str, max_new_tokens: int) -> str:
+    visual = [list(vlm.visual_tokens(image_pixels(vlm, image)))]
+    return generate_answer(vlm, llm, visual, [prompt], max_new_tokens=max_new_tokens)[0]
+
+
+def _projector(vlm: VLM) -> str:
+    """The registered name of the projector's class; the class's own for one that is not registered."""
+    kind = type(vlm.projector)
+    return next((name for name in PROJECTORS.names() if PROJECTORS.get(name) is kind), kind.__name__)
+
+
+def _write_maps(folder: Path, image: Image.Image, result: Relevance) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    overlay(image, result.sentence_text_to_patch, result.patches).save(folder / "sentence.png")
+    for index, values in enumerate(result.by_word(result.text_to_patch)):
+        overlay(image, values, result.patches).save(folder / f"word_{index:02d}.png")
+    mosaic(image, result.sentence_query_to_patch, result.query_grid, result.patches).save(folder / "queries.png")
+    names = ("text_to_query", "query_to_patch", "text_to_patch")
+    save_file({name: getattr(result, name).contiguous() for name in names}, folder / "maps.safetensors")
+    words = {
+        "method": result.method,
+        "prompt": result.prompt,
+        "answer": result.answer,
+        "tokens": result.tokens,
+        "words": [{"text": word.text, "tokens": list(word.tokens)} for word in result.words],
+        "query_grid": list(result.query_grid),
+        "grid": list(result.patches.grid),
+    }
+    (folder / "words.json").write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,70 @@
+"""Text-to-Query: how much each answer token drew on each visual token, through the language model.
+
+Shapes: T targets, n positions, M visual tokens, E embedding size.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from prism_deco.explain.attention import Recording, batched_gradients
+from prism_deco.explain.propagate import propagate_row, weigh
+
+log = logging.getLogger(__name__)
+
+
+def propagated_rows(recording: Recording, visual: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """R-GAE: the row of each target's predicting position, at the visual tokens.
+
+    Args:
+        visual: bool[n], the positions of the visual tokens.
+        chunk: targets in one batched backward; halved where memory runs out.
+
+    Returns:
+        float[T, M], float32 at least, and the gradients of the targets' logits by the visual tokens
+        float[T, M, E].
+    """
+    targets = len(recording.tokens)
+    rows, gradients = [], []
+    start = 0
+    while start < targets:
+        try:
+            row, gradient = _rows(recording, slice(start, start + chunk))
+        except torch.OutOfMemoryError:
+            if chunk == 1:
+                raise
+            chunk //= 2
+            log.warning("Out of memory: going on with %d tokens at a time", chunk)
+            continue
+        rows.append(row[:, visual])
+        gradients.append(gradient[:, visual])
+        start += chunk
+    return torch.cat(rows), torch.cat(gradients)
+
+
+def _rows(recording: Recording, chosen: slice) -> tuple[Tensor, Tensor]:
+    """Rows float[T, n] of the relevance after all layers, and the gradients by the inputs float[T, n, E].
+
+    The backward pass and the vector rule both go from the top layer down, so they go together: one
+    layer's gradients, float[T, H, n, n], are alive at a time.
+    """
+    outputs = recording.logits
+    gradients = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)[chosen]
+    length = recording.inputs.shape[1]
+    dtype = torch.promote_types(outputs.dtype, torch.float32)
+    row = torch.eye(length, dtype=dtype, device=outputs.device)[recording.positions[chosen]]
+    for layer_input, attention in recording.layers_top_down():
+        gradients, by_attention = batched_gradients(outputs, (layer_input, attention), gradients)
+        row = propagate_row(row, weigh(attention.detach()[0], by_attention[:, 0]))
+        outputs = layer_input
+    return row, gradients[:, 0]
+
+
+def attention_rows(recording: Recording, visual: Tensor) -> Tensor:
+    """float[T, M]: the attention paid from the predicting positions, averaged over heads and layers."""
+    dtype = torch.promote_types(recording.logits.dtype, torch.float32)
+    layers = [attention.detach()[0][:, recording.positions][..., visual] for attention in recording.attentions]
+    return torch.stack([layer.mean(dim=0, dtype=dtype) for layer in layers]).mean(dim=0)

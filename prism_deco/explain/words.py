@@ -1,0 +1,90 @@
+"""The tokens of an answer, and the words that people read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from prism_deco.llms import LanguageModel
+from prism_deco.llms.encoding import IGNORE, Encoded
+from prism_deco.sequence import sequence_length
+
+# What a decoder writes for bytes that are no whole character yet.
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class Word(NamedTuple):
+    """A word of an answer and the indices of its tokens."""
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+def encode_answer(llm: LanguageModel, prompt: str, answer: str, visual_tokens: int) -> tuple[Encoded, list[int]]:
+    """The conversation, and the ids of the answer's tokens: the first supervised ones.
+
+    Left out are the token that ends the answer and whitespace before it: they say nothing about the image.
+
+    Raises:
+        ValueError: the answer is empty, or the text too long.
+    """
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    encoded = llm.encode(messages, num_images=1)
+    ids = [label for label in encoded.labels if label != IGNORE]
+    end = len(ids)
+    while end and (ids[end - 1] in llm.eos_ids or not str(llm.tokenizer.decode([ids[end - 1]])).strip()):
+        end -= 1
+    if not end:
+        raise ValueError("The answer is empty, so there is nothing to explain: give one, or ask something else.")
+    length = sequence_length(encoded, visual_tokens)
+    if length > llm.max_positions:
+        raise ValueError(
+            f"Question, answer and image take {length} positions, the LLM has {llm.max_positions}: shorten the text."
+        )
+    return encoded, ids[:end]
+
+
+def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What each token adds to the text; they join to the decoded text.
+
+    Each is the difference of two decoded prefixes: one by one, tokens lose their leading space (BPE of
+    SentencePiece) or are no valid text (bytes of one character).
+    """
+    texts: list[str] = []
+    done = ""
+    for end in range(1, len(ids) + 1):
+        # Spaces before punctuation stay: cleaning them up would make a prefix differ from the whole.
+        text = str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))
+        if end < len(ids) and text.endswith(_INCOMPLETE):
+            texts.append("")
+            continue
+        texts.append(text[len(done) :])
+        done = text
+    return texts
+
+
+def merge_words(texts: Sequence[str]) -> list[Word]:
+    """Words as whitespace separates them; a token that touches two words belongs to both.
+
+    Tokens of whitespace alone belong to none; one without text (the first bytes of a character) to the
+    word that follows at its place.
+    """
+    ends = []
+    position = 0
+    for text in texts:
+        position += len(text)
+        ends.append(position)
+    starts = [0, *ends[:-1]]
+    words = []
+    for match in re.finditer(r"\S+", "".join(texts)):
+        first, last = match.span()
+        inside = [
+            k
+            for k, (start, end) in enumerate(zip(starts, ends, strict=True))
+            if (start < last and end > first) or (start == end and first <= start < last)
+        ]
+        words.append(Word(match.group(), tuple(inside)))
+    return words

@@ -1,0 +1,132 @@
+"""The page in a real browser: it opens, nothing fails, pointing changes what is shown."""
+
+import json
+import re
+import shutil
+import tempfile
+
+import pytest
+import torch
+from PIL import Image
+
+from prism_deco.backbones.transforms import frame
+from prism_deco.explain.gae import Relevance
+from prism_deco.explain.geometry import PatchFrame
+from prism_deco.explain.page import Panel, Section, side_by_side, write_page
+from prism_deco.explain.words import Word
+
+NASTY = '</script><script>document.title = "broken"</script><img src=x onerror="document.title = 1"> & %DATA% <!--'
+
+
+def one_run(name, grid, query_grid, words, image):
+    generator = torch.Generator().manual_seed(len(name))
+    patches = PatchFrame(frame(image.size, 64, "letterbox"), grid, 64 // grid[0])
+    n, m, t = grid[0] * grid[1], query_grid[0] * query_grid[1], len(words)
+    merged = [Word(text, (k,)) for k, text in enumerate(words)]
+
+    def maps(method):
+        query, patch = torch.rand(t, m, generator=generator), torch.rand(m, n, generator=generator)
+        return Relevance(
+            method, NASTY, " ".join(words), words, merged, query, patch, query @ patch, query_grid, patches
+        )
+
+    return Section(
+        image, NASTY, [Panel(name, "avgpool", {m: maps(m) for m in ("r-gae", "attention")})], (0.1, 0.2, 0.5, 0.9)
+    )
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A page of two runs with different grids, about one wide image."""
+    image = Image.new("RGB", (120, 70), (40, 90, 160))
+    runs = [
+        one_run("a <b>run</b>", (8, 8), (4, 4), ["a", "red", NASTY], image),
+        one_run("another", (4, 4), (4, 4), ["blue", "cross"], image),
+    ]
+    path = tmp_path_factory.mktemp("page") / "index.html"
+    write_page(path, NASTY, side_by_side([[run] for run in runs]))
+    return path
+
+
+def test_the_page_is_one_file_and_all_text_is_escaped(page):
+    text = page.read_text(encoding="utf-8")
+    assert [item.name for item in page.parent.iterdir()] == ["index.html"]
+    assert not re.search(r"https?://|src=\"(?!data:)|@import|url\(", text)
+    assert "onerror" not in re.sub(r"&lt;.*?&gt;|\\u003c.*?\\u003e", "", text)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL).group(1))
+    (section,) = data["sections"]
+    assert section["prompt"] == NASTY and [panel["run"] for panel in section["panels"]] == ["a <b>run</b>", "another"]
+
+
+def test_sections_are_joined_by_image_and_question():
+    image, other = Image.new("RGB", (9, 9)), Image.new("RGB", (9, 9), "red")
+    first = [Section(image, "p", []), Section(other, "p", [])]
+    joined = side_by_side([first, [Section(image, "q", []), Section(other, "p", [])]])
+    assert [(section.image, section.prompt) for section in joined] == [(image, "p"), (other, "p"), (image, "q")]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (pip install selenium)")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs Chromium and its driver (apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    with tempfile.TemporaryDirectory() as profile:
+        quiet = ("quic", "background-networking", "component-update", "sync", "gpu", "dev-shm-usage")
+        for flag in ("headless", "no-sandbox", "no-first-run", *(f"disable-{name}" for name in quiet)):
+            options.add_argument(f"--{flag}")
+        options.add_argument(f"--user-data-dir={profile}")
+        options.add_argument("--window-size=1200,1400")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+        yield made
+        made.quit()
+
+
+PIXELS = "return Array.from(document.querySelectorAll('.picture canvas'), c => c.toDataURL())"
+
+
+def point(browser, element, dx=0, dy=0):
+    from selenium.webdriver import ActionChains
+
+    ActionChains(browser).move_to_element_with_offset(element, dx, dy).perform()
+
+
+def test_pointing_at_words_patches_and_visual_tokens_changes_the_page(browser, page):
+    browser.get(page.as_uri())
+    find = browser.find_elements
+    assert browser.title == NASTY and not browser.get_log("browser")
+    assert [h.text for h in find("css selector", "h3")] == ["a <b>run</b>", "another"]
+    words = find("css selector", ".answer button")
+    assert [w.text for w in words] == ["a", "red", NASTY, "blue", "cross"]
+    width, height = (
+        browser.execute_script(f"return document.querySelector('.picture').client{side}")
+        for side in ("Width", "Height")
+    )
+    assert width / height == pytest.approx(120 / 70, rel=0.02)
+    at_rest = browser.execute_script(PIXELS)
+
+    point(browser, words[1])
+    on_word = browser.execute_script(PIXELS)
+    assert on_word[0] != at_rest[0] and on_word[1] == at_rest[1]  # each run has its own answer
+    assert "red" in find("css selector", ".caption")[0].text
+    point(browser, words[0])
+    assert browser.execute_script(PIXELS)[0] not in (on_word[0], at_rest[0])
+
+    point(browser, find("css selector", ".picture")[0], 20, 10)
+    levels = [float(w.get_attribute("data-level")) for w in words]
+    assert max(levels) > 0.3 and len(set(levels[:3])) > 1 and max(levels[3:]) > 0  # both runs answer
+    pointed = browser.execute_script(PIXELS)
+    assert pointed[0] != at_rest[0] and pointed[1] != at_rest[1]
+
+    point(browser, find("css selector", ".tokens canvas")[1], -40, -40)
+    assert "visual token 1 of 16" in find("css selector", ".caption")[1].text
+
+    point(browser, find("css selector", "h1")[0])
+    assert browser.execute_script(PIXELS) == at_rest
+    find("css selector", ".methods button")[1].click()
+    assert browser.execute_script(PIXELS)[0] != at_rest[0]
+    assert not browser.get_log("browser")
