@@ -46,10 +46,11 @@ def load_model(folder: Path) -> tuple[VLM, LanguageModel, DictConfig]:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing: the run has not finished, or its folder is incomplete.")
     # The weights follow below: nothing needs to be fetched, drawn or read twice.
-    config.llm.pretrained = False
-    config.llm.tokenizer = str(folder / "tokenizer")
+    bare = config.copy()
+    bare.llm.pretrained = False
+    bare.llm.tokenizer = str(folder / "tokenizer")
     with torch.random.fork_rng(devices=[]):
-        vlm, llm = build_model(config)
+        vlm, llm = build_model(bare)
     load_strict(vlm, load_file(folder / WEIGHTS), str(folder / WEIGHTS), ignore="backbone.")
     if not config.backbone.pretrained:
         load_strict(vlm.backbone, load_file(folder / TOWER), str(folder / TOWER))

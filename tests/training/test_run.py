@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import prism_deco
 from prism_deco.cli import main
-from prism_deco.config import load_config
+from prism_deco.config import load_config, read_config
 
 FAST = ["data.val_fraction=0", "data.num_workers=0", "evaluate.benchmarks=null", "recipe.global_batch_size=4",
         "recipe.micro_batch_size=2", "trainer.log_every=1", "trainer.threads=1",
@@ -70,6 +70,7 @@ def test_the_run_folder_describes_itself(runs, colors):
     assert manifest["params"] == {"total": trained + tower, "trained": trained}
     assert manifest["tokens"] == {"visual_in": 64, "visual_out": 16}
     assert manifest["packages"]["torch"] == torch.__version__.partition("+")[0] or manifest["packages"]["torch"]
+    assert model.config == read_config(run / "config.yaml"), "what is loaded must say what was trained"
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     assert "2 visual" not in (run / "train.log").read_text() and "Training a" in (run / "train.log").read_text()
     assert manifest["samples"] == 2 * _train_size(run, colors)
