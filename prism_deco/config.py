@@ -10,6 +10,7 @@ there is the default and its type.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
@@ -27,6 +28,12 @@ CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.paren
 
 
 GROUPS = tuple(f.name for f in fields(Config) if f.name not in ("evaluate", "seed", "runs_dir", "run_id", "plugins"))
+
+
+def cache_dir() -> Path:
+    """Folder for what can be made again: indexes, rendered worlds, converted weights. `PRISM_DECO_CACHE` moves it."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prism_deco"
+    return Path(os.environ.get("PRISM_DECO_CACHE", default))
 
 
 def choices(group: str) -> list[str]:

@@ -17,7 +17,8 @@ from PIL import Image
 from rich.table import Table
 from torchvision.transforms import v2
 
-from prism_deco.data.base import Source, cache_dir
+from prism_deco.config import cache_dir
+from prism_deco.data.base import Source
 from prism_deco.data.examples import Examples, Transform
 from prism_deco.data.images import ImageFolder
 from prism_deco.data.loader import Collate, stack_pixels

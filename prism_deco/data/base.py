@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -56,9 +55,3 @@ def build_source(choice: str | Mapping[str, Any], **options: Any) -> Source:
     # What every data choice has concerns how the records are used, not where they come from.
     own = {key: value for key, value in spec.items() if key not in {f.name for f in fields(DataConfig)}}
     return SOURCES.get(spec["family"])(**own)
-
-
-def cache_dir() -> Path:
-    """Folder for what can be made again: indexes, rendered worlds. `PRISM_DECO_CACHE` moves it."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prism_deco"
-    return Path(os.environ.get("PRISM_DECO_CACHE", default))

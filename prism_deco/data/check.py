@@ -17,7 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from prism_deco.data.base import Source, cache_dir
+from prism_deco.config import cache_dir
+from prism_deco.data.base import Source
 from prism_deco.data.check_journal import Journal, Result
 from prism_deco.data.check_report import Report, Totals
 from prism_deco.data.examples import Encoder

@@ -15,9 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from prism_deco.config import load_choice
+from prism_deco.config import cache_dir, load_choice
 from prism_deco.data.archives import extract
-from prism_deco.data.base import cache_dir
 from prism_deco.data.download import download, look_up
 from prism_deco.data.images import missing_images
 from prism_deco.data.records import open_records

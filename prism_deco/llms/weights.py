@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from prism_deco.config import cache_dir
 from prism_deco.llms.hub import bin_shards, has_safetensors, has_weights
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def convert_pickles(folder: Path) -> Path:
     """A folder with the safetensors of `folder`'s .bin shards; made once, shard by shard, and cached."""
     shards = bin_shards(folder)
     key = json.dumps([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in shards] + [str(folder.resolve())])
-    target = _cache_dir() / "converted" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    target = cache_dir() / "converted" / hashlib.sha256(key.encode()).hexdigest()[:16]
     if target.is_dir():
         return target
     log.info("Converting %d pickled shards of %s to safetensors in %s", len(shards), folder, target)
@@ -116,8 +117,3 @@ def _from_pretrained(source: Path, loader: Any, folder: Path | None, **options: 
         # transformers fills gaps with random numbers.
         raise ValueError(f"{source} lacks {len(missing)} weights of the architecture, for example {missing[0]}.")
     return model
-
-
-def _cache_dir() -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prism_deco"
-    return Path(os.environ.get("PRISM_DECO_CACHE", default))

@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from prism_deco.config import cache_dir
 from prism_deco.data import Source
-from prism_deco.data.base import cache_dir
 from prism_deco.data.images import ImageSource
 from prism_deco.data.loader import Collate, Examples, Step, build_loader, stack_pixels
 from prism_deco.data.records import open_records

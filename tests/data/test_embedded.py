@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prism_deco.config import cache_dir
 from prism_deco.data import build_source
-from prism_deco.data.base import Source, cache_dir
+from prism_deco.data.base import Source
 from prism_deco.data.examples import Examples
 from prism_deco.data.images import load_image
 from prism_deco.data.records import open_records

@@ -6,7 +6,8 @@ import hashlib
 import json
 from typing import Any
 
-from prism_deco.data.base import SOURCES, Source, cache_dir
+from prism_deco.config import cache_dir
+from prism_deco.data.base import SOURCES, Source
 from prism_deco.data.shapes.world import VERSION, build_world
 
 
