@@ -157,11 +157,11 @@ def _examples(run: Path, name: str, options: dict[str, Any]) -> list[Any]:
 def data_check(args: argparse.Namespace) -> int:
     """Walks a data set; 1 where there are faults."""
     config = load_config(args.arguments)
+    from prism_deco.compose import group
     from prism_deco.data import build_source
     from prism_deco.data.check import check
     from prism_deco.data.examples import Encoder
     from prism_deco.llms import build_llm
-    from prism_deco.training.compose import group
 
     llm = build_llm(group(config, "llm"), pretrained=False, device="meta", image_slot=config.recipe.image_slot)
     encoder = Encoder(
@@ -226,8 +226,8 @@ def bench_data(args: argparse.Namespace) -> None:
 
     from prism_deco.backbones import build_backbone
     from prism_deco.bench.data import bench_data, photographs, render
+    from prism_deco.compose import group
     from prism_deco.llms import build_llm
-    from prism_deco.training.compose import group
 
     backbone = build_backbone(group(config, "backbone"), pretrained=False, device="meta")
     llm = build_llm(group(config, "llm"), pretrained=False, device="meta")

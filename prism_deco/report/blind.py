@@ -10,19 +10,26 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config import read_config
+from prism_deco.schema import Config
 
 REFERENCE = Path(__file__).parent.parent / "assets" / "reference" / "blind.json"
+
+IMAGE_ONLY = {("recipe", key) for key in ("blind", "num_tokens", "projector_lr", "token_scale", "standardise_features")}
+"""Settings that a blind model does not feel."""
 
 
 def settings_key(config: DictConfig) -> str:
     """Identifies the settings under which a model and its blind twin are comparable: the LLM, the data
     and the recipe. What only concerns the image (backbone, projector, their learning rate and token
-    count) is left out, since a blind model does not use it."""
+    count) is left out, since a blind model does not use it; so is what has the schema's default, so that
+    a setting added to the schema later does not disown the references recorded before."""
     content = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(content, dict)
-    shared = {group: dict(content[group]) for group in ("llm", "data", "recipe")}
-    for key in ("blind", "num_tokens", "projector_lr", "token_scale", "standardise_features"):
-        shared["recipe"].pop(key)
+    defaults = OmegaConf.to_container(OmegaConf.structured(Config), throw_on_missing=False)
+    assert isinstance(content, dict) and isinstance(defaults, dict)
+    shared = {}
+    for group in ("llm", "data", "recipe"):
+        own = {key: value for key, value in content[group].items() if value != defaults[group].get(key, ...)}
+        shared[group] = {key: value for key, value in own.items() if (group, key) not in IMAGE_ONLY}
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -10,9 +10,9 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from prism_deco.compose import build_model
 from prism_deco.config import read_config, save_config
 from prism_deco.llms import LanguageModel
-from prism_deco.training.compose import build_model
 from prism_deco.vlm import VLM
 
 WEIGHTS = "model.safetensors"

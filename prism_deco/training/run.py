@@ -15,12 +15,12 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from prism_deco.compose import build_model, group
 from prism_deco.config import save_config
 from prism_deco.data import Source, build_source
 from prism_deco.llms import LanguageModel
 from prism_deco.training.artifacts import WEIGHTS, save_model
 from prism_deco.training.callbacks import ProgressBar, SampleAnswers
-from prism_deco.training.compose import build_model, group
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.manifest import build_manifest, file_sha256, write_json
 from prism_deco.training.module import TrainingModule

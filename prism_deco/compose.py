@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.backbones import build_backbone
@@ -20,8 +21,11 @@ def group(config: DictConfig, name: str) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def build_model(config: DictConfig) -> tuple[VLM, LanguageModel]:
+def build_model(config: DictConfig, *, device: str | torch.device | None = None) -> tuple[VLM, LanguageModel]:
     """Composes backbone, projector and LLM as configured; random parts follow torch's global seed.
+
+    Args:
+        device: where the model lives; on "meta" it is the bare architecture, and no weights are read.
 
     Raises:
         ValueError: the parts do not fit together (grid, tokens, positions).
@@ -33,12 +37,15 @@ def build_model(config: DictConfig) -> tuple[VLM, LanguageModel]:
             "recipe.turn_mask=block needs recipe.image_slot=after_bos: in place, the image belongs to the round that "
             "shows it, and later rounds would not see it."
         )
-    backbone = build_backbone(group(config, "backbone"))
-    llm = build_llm(group(config, "llm"), image_slot=recipe.image_slot)
-    options = group(config, "projector")
-    projector = build_projector(
-        options.pop("name"), in_dim=backbone.embed_dim, out_dim=llm.embed_dim, in_grid=backbone.grid, **options
-    )
+    device = torch.device(device or "cpu")
+    bare = device.type == "meta"
+    backbone = build_backbone(group(config, "backbone"), pretrained=not bare, device=device)
+    llm = build_llm(group(config, "llm"), image_slot=recipe.image_slot, device=device)
+    options = group(config, "projector") | ({"weights": None} if bare and "weights" in config.projector else {})
+    with device:
+        projector = build_projector(
+            options.pop("name"), in_dim=backbone.embed_dim, out_dim=llm.embed_dim, in_grid=backbone.grid, **options
+        )
     if projector.num_tokens >= llm.max_positions:
         raise ValueError(
             f"{projector.num_tokens} visual tokens leave no room for text in the {llm.max_positions} positions of "
@@ -53,4 +60,4 @@ def build_model(config: DictConfig) -> tuple[VLM, LanguageModel]:
         turn_mask=recipe.turn_mask,
         blind=recipe.blind,
     )
-    return vlm, llm
+    return vlm.to(device), llm
