@@ -41,7 +41,9 @@ def build_model(config: DictConfig, *, device: str | torch.device | None = None)
     bare = device.type == "meta"
     backbone = build_backbone(group(config, "backbone"), pretrained=not bare, device=device)
     llm = build_llm(group(config, "llm"), image_slot=recipe.image_slot, device=device)
-    options = group(config, "projector") | ({"weights": None} if bare and "weights" in config.projector else {})
+    options = group(config, "projector")
+    if bare and "weights" in options:
+        options["weights"] = None
     with device:
         projector = build_projector(
             options.pop("name"), in_dim=backbone.embed_dim, out_dim=llm.embed_dim, in_grid=backbone.grid, **options
