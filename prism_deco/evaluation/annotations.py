@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from prism_deco.data.images import open_image
-from prism_deco.evaluation.items import Item
-
-log = logging.getLogger(__name__)
 
 Kind = type | tuple[type, ...]
 ID: Kind = (int, str)
@@ -87,36 +81,6 @@ def ten_answers(answers: Sequence[Any], where: str) -> list[str]:
     if len(texts) != 10 or len(strings) != 10:
         raise ValueError(f"{where}: VQA accuracy needs the answers of ten annotators, found {_short(answers)}.")
     return strings
-
-
-def bad_images(items: Sequence[Item], on_bad_image: str) -> set[str]:
-    """Images, by `Item.image`, that are missing or cannot be decoded.
-
-    Decodes every image once: a truncated file looks sound until its last byte.
-
-    Raises:
-        ValueError: there is one and `on_bad_image` is "fail"; names the first.
-    """
-    first_use: dict[str, Item] = {}
-    for item in items:
-        first_use.setdefault(item.image, item)
-    log.info("Checking %d images", len(first_use))
-    bad: set[str] = set()
-    for image, item in first_use.items():
-        try:
-            open_image(item.path)
-        except OSError as error:
-            if on_bad_image == "fail":
-                raise ValueError(
-                    f"Question {item.question_id}: the image {item.path} is missing or unreadable ({error}). "
-                    "Restore it, or set on_bad_image=count_wrong."
-                ) from error
-            bad.add(image)
-    if bad:
-        log.warning(
-            "%d images are missing or unreadable (first: %s); their questions count as wrong", len(bad), min(bad)
-        )
-    return bad
 
 
 def _some(record: Mapping[str, Any]) -> str:

@@ -20,8 +20,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from prism_deco.evaluation.annotations import bad_images
 from prism_deco.evaluation.base import Benchmark, Model
+from prism_deco.evaluation.image_check import bad_images
 from prism_deco.evaluation.items import Item, Prediction
 from prism_deco.evaluation.predictions import PredictionStore, write_atomically
 from prism_deco.evaluation.scoring import predict, summarise
@@ -38,20 +38,22 @@ def evaluate(
     limit: int | None = None,
     image_cache: int = 128,
     model_id: str | None = None,
+    dtype: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Answers and scores a benchmark; writes `predictions.jsonl` and `metrics.json` into `out_dir`.
 
     A killed evaluation goes on where it stopped, with the same batches as an uninterrupted one (their composition
-    can change an answer in low precision). Where torch.distributed is initialised, the ranks share the images and
-    rank 0 merges; `out_dir` must then be a folder that all of them see.
+    can change an answer in low precision). Where torch.distributed is initialised (`process_group`), the ranks share
+    the images and rank 0 merges; `out_dir` must then be a folder that all of them see.
 
     Args:
         batch_size: questions per generation, images per encoding.
         limit: ask only that many questions, spread over subsets; None asks what the benchmark's YAML says.
         image_cache: images whose visual tokens are held at a time.
         model_id: tells models apart (a hash of the weights, say): answers of two are never mixed in a folder.
+        dtype: what the model computes in; recorded, and not mixed either.
         seed: of the bootstrap.
 
     Returns:
@@ -63,7 +65,7 @@ def evaluate(
     out_dir = Path(out_dir)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     items = benchmark.items(limit)
-    decoding = {"strategy": "greedy", "max_new_tokens": benchmark.max_new_tokens, "model": model_id}
+    decoding = {"strategy": "greedy", "max_new_tokens": benchmark.max_new_tokens, "dtype": dtype, "model": model_id}
     store = PredictionStore(out_dir, items, decoding, rank, world)
     _barrier()  # nobody writes before all have read what is there
     mine = _shard(items, rank, world)

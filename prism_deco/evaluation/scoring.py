@@ -83,6 +83,11 @@ def chance(benchmark: Benchmark, limit: int | None = None) -> float:
     """
     first = benchmark.variants[0]
     items = [item for item in benchmark.items(limit) if item.target.get("variant", first) == first]
+    return best_constant(benchmark, items)
+
+
+def best_constant(benchmark: Benchmark, items: Sequence[Item]) -> float:
+    """The primary metric of the best constant answer to some items of the benchmark's first variant."""
     outputs = benchmark.constants([item.target for item in items])
     return max(_constant_score(benchmark, items, output) for output in outputs)
 

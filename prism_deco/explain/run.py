@@ -79,14 +79,10 @@ def explain_image(
         The page's section, to be set beside those of other runs (`write_page`).
     """
     image = open_image(example.image)
-    maps: dict[str, Relevance] = {}
-    answer = example.answer
-    for method in METHODS:
-        deeper = through_backbone and method == DEFAULT_METHOD
-        options: dict[str, Any] = {"chunk": chunk, "through_backbone": deeper, "max_new_tokens": max_new_tokens}
-        maps[method] = relevance(vlm, llm, image, example.prompt, answer, method=method, **options)
-        answer = maps[method].answer
-        _write_maps(out_dir / method, image, maps[method])
+    options = {"chunk": chunk, "through_backbone": through_backbone, "max_new_tokens": max_new_tokens}
+    maps = _by_method(vlm, llm, image, example.prompt, example.answer, **options)
+    for method, result in maps.items():
+        _write_maps(out_dir / method, image, result)
     section = Section(image, example.prompt, [Panel(run, _projector(vlm), maps)], example.box)
     write_page(out_dir / "index.html", example.prompt, [section])
     log.info("Pictures and the page are in %s", out_dir)
@@ -134,8 +130,8 @@ def explain_set(
             if not answer.strip():
                 skipped += 1
                 continue
-            with quietly() if rows else nullcontext():
-                maps = {m: relevance(vlm, llm, image, example.prompt, answer, method=m, chunk=chunk) for m in METHODS}
+            with quietly() if rows else nullcontext():  # the examples are much alike
+                maps = _by_method(vlm, llm, image, example.prompt, answer, chunk=chunk)
             measure = partial(_measure, vlm, llm, image, example, maps[DEFAULT_METHOD], steps)
             values = {m: measure(r.sentence_text_to_patch) | _diversity(r) for m, r in maps.items()}
             values[RANDOM] = measure(torch.rand(vlm.backbone.num_patches, generator=generator))
@@ -163,6 +159,26 @@ def explain_set(
     (out_dir / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     write_page(out_dir / "index.html", f"Where {run} looked", sections)
     return summary, sections
+
+
+def _by_method(
+    vlm: VLM,
+    llm: LanguageModel,
+    image: Image.Image,
+    prompt: str,
+    answer: str | None,
+    *,
+    through_backbone: bool = False,
+    **options: Any,
+) -> dict[str, Relevance]:
+    """One answer's maps by every method; R-GAE, which takes the most memory, goes first and says how much."""
+    first = relevance(vlm, llm, image, prompt, answer, through_backbone=through_backbone, **options)
+    maps = {DEFAULT_METHOD: first}
+    with quietly():
+        for method in METHODS:
+            if method not in maps:
+                maps[method] = relevance(vlm, llm, image, prompt, first.answer, method=method, **options)
+    return maps
 
 
 def _measure(

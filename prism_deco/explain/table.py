@@ -34,7 +34,10 @@ def table(runs: Sequence[Mapping[str, Any]]) -> Table:
             made.add_row(*names, method, *(_cell(values.get(name)) for name in _COLUMNS))
         made.add_section()
     counts = sorted({int(run["n"]) for run in runs})
-    made.caption = f"{' or '.join(map(str, counts))} examples per run; {', '.join(METHODS)} against random maps."
+    made.caption = (
+        f"{' or '.join(map(str, counts))} examples per run; {', '.join(METHODS)} against random maps. Redundancy and "
+        "spread (locality) are those of the visual tokens' own maps."
+    )
     return made
 
 

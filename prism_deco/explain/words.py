@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from prism_deco.inference import answer_ids
 from prism_deco.llms import LanguageModel
-from prism_deco.llms.encoding import IGNORE, Encoded
+from prism_deco.llms.encoding import Encoded
 from prism_deco.sequence import sequence_length
 
 # What a decoder writes for bytes that are no whole character yet.
@@ -33,18 +34,16 @@ def encode_answer(llm: LanguageModel, prompt: str, answer: str, visual_tokens: i
     """
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     encoded = llm.encode(messages, num_images=1)
-    ids = [label for label in encoded.labels if label != IGNORE]
-    end = len(ids)
-    while end and (ids[end - 1] in llm.eos_ids or not str(llm.tokenizer.decode([ids[end - 1]])).strip()):
-        end -= 1
-    if not end:
-        raise ValueError("The answer is empty, so there is nothing to explain: give one, or ask something else.")
+    try:
+        ids = answer_ids(llm, encoded)
+    except ValueError as error:
+        raise ValueError(f"{error} There is nothing to explain: give one, or ask something else.") from error
     length = sequence_length(encoded, visual_tokens)
     if length > llm.max_positions:
         raise ValueError(
             f"Question, answer and image take {length} positions, the LLM has {llm.max_positions}: shorten the text."
         )
-    return encoded, ids[:end]
+    return encoded, ids
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -24,6 +24,7 @@ def test_families():
     ("names", "expected"),
     [
         ("mini", MINI),
+        ("all-mini", MINI),
         ("pope, mini_pope", ["pope", "mini_pope"]),
         (["pope", "table2", "pope"], ["pope", "mme", "mmbench", "seed"]),
         ("mini_gqa,mini", ["mini_gqa", *[name for name in MINI if name != "mini_gqa"]]),

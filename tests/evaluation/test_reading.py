@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from prism_deco.evaluation import build_benchmark
-from prism_deco.evaluation.annotations import bad_images
+from prism_deco.evaluation.image_check import bad_images
 from prism_deco.evaluation.textvqa import read_ocr
 
 KINDS = ("pope", "refcoco", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "seed", "mmbench")
@@ -296,6 +296,18 @@ def test_missing_and_truncated_images(files):
     with pytest.raises(ValueError, match=r"Question 201: the image .*n1\.png"):
         bad_images(asked, "fail")
     assert bad_images(asked, "count_wrong") == {"images/n1.png", "images/n2.png"}
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.05, 0.5, 0.99, 1.0])
+def test_a_photograph_that_was_cut_off(files, kept):
+    """Whether a JPEG is whole is seen at a reduced size as well."""
+    asked = items(files, "vizwiz")
+    path = files.path / "val/0.png"
+    skimage_data = pytest.importorskip("skimage.data", reason="scikit-image ships the photograph")
+    Image.fromarray(skimage_data.chelsea()).save(path, "JPEG")
+    content = path.read_bytes()
+    path.write_bytes(content[: round(len(content) * kept)])
+    assert bad_images(asked, "count_wrong") == (set() if kept == 1 else {"val/0.png"})
 
 
 def test_an_mmbench_image_that_is_no_base64(files):

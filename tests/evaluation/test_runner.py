@@ -1,10 +1,12 @@
 import json
+import os
+import socket
 from dataclasses import asdict
 
 import pytest
 import torch.multiprocessing
 
-from prism_deco.evaluation import build_benchmark, evaluate, load_predictions, score_file
+from prism_deco.evaluation import build_benchmark, evaluate, load_predictions, process_group, score_file
 from prism_deco.evaluation.scoring import predict
 
 KINDS = ("pope", "refcoco", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "seed", "mmbench")
@@ -38,7 +40,7 @@ def test_predictions_and_metrics(files, fake_model, tmp_path, kind):
         "data_hash",
     }
     assert result["primary"] in result["metrics"]
-    assert result["decoding"] == {"strategy": "greedy", "max_new_tokens": 128, "model": None}
+    assert result["decoding"] == {"strategy": "greedy", "max_new_tokens": 128, "dtype": None, "model": None}
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [
         "decoding.json",
         "metrics.json",
@@ -135,6 +137,8 @@ def test_answers_are_not_mixed(files, fake_model, tmp_path):
         evaluate(fake_model(), build_benchmark(keys), tmp_path, model_id="b", progress=False)
     with pytest.raises(ValueError, match="choose another folder"):
         evaluate(fake_model(), build_benchmark(keys, max_new_tokens=5), tmp_path, model_id="a", progress=False)
+    with pytest.raises(ValueError, match="choose another folder"):
+        evaluate(fake_model(), build_benchmark(keys), tmp_path, model_id="a", dtype="bfloat16", progress=False)
     with pytest.raises(ValueError, match="not one that this evaluation asks"):
         evaluate(fake_model(), build_benchmark(keys), tmp_path, limit=1, model_id="a", progress=False)
     with pytest.raises(ValueError, match="not one that this evaluation asks"):
@@ -183,13 +187,12 @@ def test_hashes_tell_prompts_and_data_apart(files, fake_model, tmp_path):
 
 
 def _rank(rank, keys, folder, fake_model, port):
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{port}", rank=rank, world_size=2)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     model = fake_model(_stem)
-    result = evaluate(model, build_benchmark(keys), folder, batch_size=2, progress=False)
-    (folder.parent / f"rank{rank}.json").write_text(json.dumps([result, model.encoded, sum(map(len, model.calls))]))
-    dist.destroy_process_group()
+    with process_group() as is_first:
+        result = evaluate(model, build_benchmark(keys), folder, batch_size=2, progress=False)
+    report = [result, model.encoded, sum(map(len, model.calls)), is_first]
+    (folder.parent / f"rank{rank}.json").write_text(json.dumps(report))
 
 
 def _stem(path, prompt):
@@ -205,10 +208,11 @@ def test_two_ranks_share_the_images(files, fake_model, tmp_path):
     # an earlier process was killed after one answer
     done = benchmark.grade(predict(benchmark.items()[2], "002"))
     (folder / "predictions.jsonl").write_text(json.dumps(asdict(done)) + "\n" + '{"torn')
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     context = torch.multiprocessing.get_context("fork")
-    ranks = [
-        context.Process(target=_rank, args=(rank, keys, folder, fake_model, tmp_path / "store")) for rank in range(2)
-    ]
+    ranks = [context.Process(target=_rank, args=(rank, keys, folder, fake_model, port)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -217,5 +221,6 @@ def test_two_ranks_share_the_images(files, fake_model, tmp_path):
     reports = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [report[0] for report in reports] == [alone, alone]
     assert [report[1] for report in reports] == [{"000.png": 1}, {"001.png": 1}]
+    assert [report[3] for report in reports] == [True, False]
     assert (folder / "predictions.jsonl").read_bytes() == (tmp_path / "alone/predictions.jsonl").read_bytes()
     assert not list(folder.glob("predictions.rank*"))

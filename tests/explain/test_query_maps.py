@@ -13,16 +13,17 @@ from prism_deco.projectors import PROJECTORS
 from prism_deco.projectors.base import Projector
 
 T = 2
+MANY = 3  # targets times 16 visual tokens are more than half of the 64 patches
 
 
 @pytest.fixture
 def traced(small):
     """projector -> the module, its maps on seeded features float64[1, 64, 96], random gradients float64[T, M, 128]."""
 
-    def build(name, **options):
+    def build(name, targets=T, **options):
         projector = small(projector=name, **options)[0].projector
         features = torch.randn(1, 64, projector.in_dim, dtype=torch.float64)
-        gradients = torch.randn(T, projector.num_tokens, projector.out_dim, dtype=torch.float64)
+        gradients = torch.randn(targets, projector.num_tokens, projector.out_dim, dtype=torch.float64)
         projector.requires_grad_(False)
         return projector, trace(projector, projector, features), features, gradients
 
@@ -145,12 +146,14 @@ def test_d_abstractor_is_explained_by_the_dense_attention_of_the_same_effect(tra
     torch.testing.assert_close(maps.attention(), kept[-1][0].detach().mean(dim=0), rtol=1e-9, atol=1e-12)
 
 
-def test_c_abstractor_is_input_times_gradient_per_visual_token(traced):
-    projector, maps, features, gradients = traced("c_abstractor")
+@pytest.mark.parametrize("targets", [1, MANY])
+def test_c_abstractor_is_input_times_gradient_per_visual_token(traced, targets):
+    """Few targets are traced backwards, many forwards."""
+    projector, maps, features, gradients = traced("c_abstractor", targets)
     leaf = features.requires_grad_()
     tokens = projector(leaf)[0]
     result = maps.relevance(gradients)
-    for t in range(T):
+    for t in range(targets):
         for m in range(16):
             (slope,) = torch.autograd.grad(tokens[m] @ gradients[t, m], leaf, retain_graph=True)
             expected = torch.relu((slope * leaf).sum(dim=-1))[0].detach()
@@ -192,9 +195,10 @@ def test_a_planted_patch_comes_back(traced, name):
     assert int(drawn_on.argmax()) in candidates
 
 
+@pytest.mark.parametrize("targets", [T, MANY])
 @pytest.mark.parametrize("name", ["qformer", "c_abstractor", "d_abstractor"])
-def test_parts_do_not_change_the_map(traced, monkeypatch, name):
-    _, maps, _, gradients = traced(name)
+def test_parts_do_not_change_the_map(traced, monkeypatch, name, targets):
+    _, maps, _, gradients = traced(name, targets)
     whole = maps.relevance(gradients)
     for module in ("maps", "gradient"):
         monkeypatch.setattr(f"prism_deco.explain.query_maps.{module}.FLOATS", 9_000)
@@ -203,11 +207,11 @@ def test_parts_do_not_change_the_map(traced, monkeypatch, name):
 
 def test_projectors_without_forward_derivatives_are_differentiated_backwards(traced):
     """Bilinear sampling has none: the same map follows from passes backwards."""
-    projector, _, features, gradients = traced("d_abstractor")
+    projector, _, features, gradients = traced("d_abstractor", MANY)
     leaf = features.clone().requires_grad_()
     tokens = projector(leaf)[0]
     result = InputGradient(projector, projector, features).relevance(gradients)
-    for t in range(T):
+    for t in range(MANY):
         for m in range(16):
             (slope,) = torch.autograd.grad(tokens[m] @ gradients[t, m], leaf, retain_graph=True)
             expected = torch.relu((slope * leaf).sum(dim=-1))[0].detach()

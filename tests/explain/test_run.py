@@ -38,8 +38,9 @@ def test_an_image_becomes_pictures_maps_and_a_page(small, examples, tmp_path):
     assert (tmp_path / "index.html").stat().st_size < 200_000
 
 
-def test_a_set_becomes_numbers_with_intervals(small, examples, tmp_path, monkeypatch):
+def test_a_set_becomes_numbers_with_intervals(small, examples, tmp_path, monkeypatch, caplog):
     vlm, llm = small()
+    caplog.set_level("INFO", logger="prism_deco")
     own = iter(["blue", ""])
     monkeypatch.setattr("prism_deco.explain.run.generate_answer", lambda *_, **__: [next(own)])
     empty = Example(examples[0].image, "What shape is it?")
@@ -63,6 +64,7 @@ def test_a_set_becomes_numbers_with_intervals(small, examples, tmp_path, monkeyp
     assert gap == pytest.approx(means[0] - means[1])
     assert summary["methods"]["r-gae"]["query_redundancy"]["mean"] == 0
     assert len(sections) == 2 and (tmp_path / "index.html").is_file()
+    assert [r.message.count("at a time, about") for r in caplog.records if "Relevance of" in r.message] == [1]
 
 
 def test_runs_stand_side_by_side(small, examples, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import singledispatch
+from itertools import product
 from typing import cast
 
 import torch
@@ -23,11 +24,11 @@ from prism_deco.projectors.windows import average_matrix
 
 
 class InputGradient(QueryMaps):
-    """Forward-mode derivatives: one per patch, for all targets and visual tokens together.
+    """By its formula, a pass backwards per target and visual token (T*M of them); or the same forwards, a derivative
+    per patch (N of them) for all targets and visual tokens together. What takes less is done.
 
-    The derivative of all visual tokens along x_n (the features of patch n, zero elsewhere) is
-    u[m, n] = sum_d x[n, d] dv_m/dx[n, d], so that s[t, m, n] = relu(<u[m, n], g_tm>). Backwards it would
-    take a pass per target and visual token.
+    Forwards, the derivative of all visual tokens along x_n (the features of patch n, zero elsewhere) is
+    u[m, n] = sum_d x[n, d] dv_m/dx[n, d], so that s[t, m, n] = relu(<u[m, n], g_tm>).
     """
 
     def __init__(self, projector: Projector, project: Callable[[Tensor], Tensor], features: Tensor):
@@ -39,34 +40,44 @@ class InputGradient(QueryMaps):
 
     def relevance(self, gradients: Tensor) -> Tensor:
         dtype = torch.promote_types(gradients.dtype, torch.float32)
-        try:
-            products = self._forwards(gradients)
-        except NotImplementedError:  # an operation without forward derivatives, such as bilinear sampling
+        backwards, forwards = gradients.shape[0] * gradients.shape[1], self.features.shape[1]
+        # A pass backwards costs about twice a derivative forwards: it begins with a forward pass of its own.
+        if 2 * backwards <= forwards:
             products = self._backwards(gradients)
+        else:
+            try:
+                products = self._forwards(gradients)
+            except NotImplementedError:  # an operation without forward derivatives, such as bilinear sampling
+                products = self._backwards(gradients)
         return normalise_rows(products.to(dtype).relu())
 
     def _forwards(self, gradients: Tensor) -> Tensor:
         """float[T, M, E] -> float[T, M, N], before clamping."""
-        patches, channels = self.features.shape[1:]
-        chunk = max(1, FLOATS // (patches * channels * 8 + self.tokens.numel()))
-        own = torch.eye(patches, dtype=self.features.dtype, device=self.features.device)
+        own = torch.eye(self.features.shape[1], dtype=self.features.dtype, device=self.features.device)
         parts = []
-        for chosen in own.split(chunk):
+        for chosen in own.split(self._chunk):
             along = torch.func.vmap(self._along)(chosen[:, None, :, None] * self.features)
             parts.append(einsum(along[:, 0], gradients, "n m e, t m e -> t m n"))
         return torch.cat(parts, dim=-1)
 
     def _backwards(self, gradients: Tensor) -> Tensor:
-        """float[T, M, E] -> float[T, M, N], before clamping: one pass per target and visual token."""
-        leaf = self.features.clone().requires_grad_()
-        with torch.enable_grad():
-            tokens = self.project(leaf)[0]
+        """float[T, M, E] -> float[T, M, N], before clamping."""
+        wanted = list(product(range(gradients.shape[0]), range(gradients.shape[1])))
         rows = []
-        for target in gradients:
-            for m, gradient in enumerate(target):
-                (slope,) = torch.autograd.grad(tokens[m], leaf, gradient, retain_graph=True)
-                rows.append((slope[0] * self.features[0]).sum(dim=-1))
-        return rearrange(torch.stack(rows), "(t m) n -> t m n", t=len(gradients))
+        for start in range(0, len(wanted), self._chunk):
+            targets, queries = torch.tensor(wanted[start : start + self._chunk], device=gradients.device).T
+            copies = self.features.expand(len(targets), -1, -1).clone().requires_grad_()
+            with torch.enable_grad():
+                chosen = self.project(copies)[torch.arange(len(queries), device=queries.device), queries]
+            (slopes,) = torch.autograd.grad(chosen, copies, gradients[targets, queries])
+            rows.append((slopes * self.features).sum(dim=-1))
+        return rearrange(torch.cat(rows), "(t m) n -> t m n", t=len(gradients))
+
+    @property
+    def _chunk(self) -> int:
+        """Derivatives at a time, by the numbers that are kept for each."""
+        patches, channels = self.features.shape[1:]
+        return max(1, FLOATS // (patches * channels * 8 + self.tokens.numel()))
 
     def attention(self) -> Tensor:
         return normalise_rows(structural_bound(self.projector).to(self.features))

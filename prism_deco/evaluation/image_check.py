@@ -1,0 +1,58 @@
+"""The images of a benchmark, looked at before the first question is asked."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from prism_deco.data.images import decode_image
+from prism_deco.evaluation.items import Item
+
+log = logging.getLogger(__name__)
+
+# Pillow decodes without the interpreter's lock; beyond this many, a disk gains nothing.
+_THREADS = min(16, os.cpu_count() or 1)
+
+
+def bad_images(items: Sequence[Item], on_bad_image: str) -> set[str]:
+    """Images, by `Item.image`, that are missing or cannot be decoded.
+
+    Decodes every image once, in threads and at a reduced size: headers are not enough, since a truncated file
+    looks sound until its last byte.
+
+    Raises:
+        ValueError: there is one and `on_bad_image` is "fail"; names the first.
+    """
+    first_use: dict[str, Item] = {}
+    for item in items:
+        first_use.setdefault(item.image, item)
+    log.info("Checking %d images", len(first_use))
+    bad: set[str] = set()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        problems = pool.map(_problem, (item.path for item in first_use.values()))
+        for (image, item), problem in zip(first_use.items(), problems, strict=True):
+            if problem is None:
+                continue
+            if on_bad_image == "fail":
+                pool.shutdown(cancel_futures=True)
+                raise ValueError(
+                    f"Question {item.question_id}: the image {item.path} is missing or unreadable ({problem}). "
+                    "Restore it, or set on_bad_image=count_wrong."
+                ) from problem
+            bad.add(image)
+    if bad:
+        log.warning(
+            "%d images are missing or unreadable (first: %s); their questions count as wrong", len(bad), min(bad)
+        )
+    return bad
+
+
+def _problem(path: Path) -> OSError | None:
+    try:
+        decode_image(path.read_bytes(), str(path), reduced=True)
+    except OSError as error:
+        return error
+    return None
