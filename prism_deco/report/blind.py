@@ -14,8 +14,14 @@ from prism_deco.schema import Config
 
 REFERENCE = Path(__file__).parent.parent / "assets" / "reference" / "blind.json"
 
-IMAGE_ONLY = {("recipe", key) for key in ("blind", "num_tokens", "projector_lr", "token_scale", "standardise_features")}
+IMAGE_ONLY = {
+    ("recipe", key)
+    for key in ("blind", "num_tokens", "projector_lr", "token_scale", "standardise_features", "resize", "start_from")
+}
 """Settings that a blind model does not feel."""
+
+PLANNING = {("data", "statistics")}
+"""Settings that no model feels."""
 
 
 def settings_key(config: DictConfig) -> str:
@@ -29,7 +35,7 @@ def settings_key(config: DictConfig) -> str:
     shared = {}
     for group in ("llm", "data", "recipe"):
         own = {key: value for key, value in content[group].items() if value != defaults[group].get(key, ...)}
-        shared[group] = {key: value for key, value in own.items() if (group, key) not in IMAGE_ONLY}
+        shared[group] = {key: value for key, value in own.items() if (group, key) not in IMAGE_ONLY | PLANNING}
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,70 @@
+"""What must agree between the cells of one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from prism_deco.report.study import Cell, Entry
+
+_RUN: dict[str, Callable[[Cell], Any]] = {
+    "training data (data_hash)": lambda cell: cell.manifest["data_hash"][:12],
+    "steps": lambda cell: cell.manifest["steps"],
+    "samples": lambda cell: cell.manifest["samples"],
+}
+_SCORE: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "questions (data_hash)": lambda content: content["data_hash"][:12],
+    "prompts (prompt_hash)": lambda content: content["prompt_hash"][:12],
+    "longest answer (max_new_tokens)": lambda content: (content["decoding"] or {}).get("max_new_tokens"),
+}
+
+
+def disagreements(entries: Sequence[Entry], split: str) -> list[str]:
+    """What differs between cells that should only differ in their labels, each as one sentence.
+
+    In a whole table the training data, the number of steps and of samples must be the same, each entry must
+    have the same seeds (planned ones count: a seed that is still training is missing, not different), and each
+    benchmark must have asked the same questions with the same prompts and room for an answer. Within a row the
+    number of visual tokens must be the same too; an uncompressed projector (as many tokens as patches) is the
+    reference to which a row is compared, and exempt.
+    """
+    trained = [cell for entry in entries for cell in entry.cells if cell.manifest]
+    found = [_spread(name, trained, read) for name, read in _RUN.items()]
+    for row in dict.fromkeys(cell.row for cell in trained):
+        compressed = [cell for cell in trained if cell.row == row and cell.compressed]
+        found.append(_spread(f"visual tokens in row {row}", compressed, lambda cell: cell.tokens))
+    for benchmark in dict.fromkeys(name for cell in trained for name in cell.scores.get(split, {})):
+        scored = [cell for cell in trained if benchmark in cell.scores.get(split, {})]
+        for name, read in _SCORE.items():
+            values = [(cell.id, read(cell.scores[split][benchmark].content)) for cell in scored]
+            found.append(_sentence(f"{benchmark}: {name}", values))
+    seeds = {entry.name: ", ".join(sorted(cell.seed for cell in entry.cells)) for entry in entries}
+    found.append(_sentence("seeds", seeds.items()))
+    return [sentence for sentence in found if sentence]
+
+
+def refusal(title: str, sentences: Sequence[str]) -> str:
+    """The message of an error."""
+    return (
+        f"The cells of {title} saw different things and cannot be compared: {' '.join(sentences)} "
+        "Report them separately, or put them into one table with --mixed."
+    )
+
+
+def _spread(name: str, cells: Sequence[Cell], read: Callable[[Cell], Any]) -> str:
+    return _sentence(name, ((cell.id, read(cell)) for cell in cells))
+
+
+def _sentence(name: str, values: Iterable[tuple[str, Any]]) -> str:
+    """Names the values and who has them; nothing where there is one value only."""
+    owners: dict[Any, list[str]] = {}
+    for owner, value in values:
+        owners.setdefault(value, []).append(owner)
+    if len(owners) < 2:
+        return ""
+    return f"{name}: {'; '.join(f'{value} in {_few(members)}' for value, members in owners.items())}."
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

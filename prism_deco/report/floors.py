@@ -1,0 +1,62 @@
+"""What scores without seeing: the best constant answer, and models trained without their images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from prism_deco.evaluation import Benchmark, Item, Prediction, build_benchmark, load_predictions
+from prism_deco.evaluation.scoring import best_constant
+from prism_deco.report.blind import blind_scores, settings_key
+from prism_deco.report.study import Cell, Score
+
+log = logging.getLogger(__name__)
+
+MOST_QUESTIONS = 10_000
+"""Above that, chance is left out: grading every candidate would take minutes."""
+
+
+def main_predictions(benchmark: Benchmark, path: Path) -> list[Prediction]:
+    """The predictions that make the primary metric: those of the benchmark's first way to ask."""
+    asked = [(benchmark.variant_of(prediction), prediction) for prediction in load_predictions(path)]
+    used = {variant for variant, _ in asked}
+    first = next(variant for variant in (*benchmark.variants, *used) if variant in used)
+    return [prediction for variant, prediction in asked if variant == first]
+
+
+def chance(score: Score) -> float | None:
+    """The best constant answer to the questions that were asked; None where that is not known or too long."""
+    if int(score.content["n"]) > MOST_QUESTIONS:
+        return None
+    try:
+        benchmark = build_benchmark(score.benchmark)
+        predictions = main_predictions(benchmark, score.folder / "predictions.jsonl")
+        likelihood = benchmark.VARIANTS[benchmark.variant_of(predictions[0])].likelihood
+        choices = tuple(benchmark.choices) if likelihood else ()
+        items = [Item(p.question_id, p.image, Path(p.image), p.prompt, p.target, choices) for p in predictions]
+        return best_constant(benchmark, items)
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s: no chance level: %s", score.folder, error)
+        return None
+
+
+def blind(cells: Sequence[Cell], blind_cells: Iterable[Cell], split: str) -> dict[str, float]:
+    """Scores by benchmark of the blind twin of these cells: of the study's own, else the recorded reference.
+
+    Args:
+        cells: of one row; empty where their settings differ in what a blind model feels.
+    """
+    configs = [cell.config for cell in cells if cell.config is not None]
+    keys = {settings_key(config) for config in configs}
+    if len(keys) != 1:
+        return {}
+    twins = [cell for cell in blind_cells if cell.config is not None and settings_key(cell.config) in keys]
+    values: dict[str, list[float]] = {}
+    for twin in twins:
+        for benchmark, score in twin.scores.get(split, {}).items():
+            values.setdefault(benchmark, []).append(score.value)
+    if values:
+        return {benchmark: fmean(scores) for benchmark, scores in values.items()}
+    return blind_scores(configs[0], split or None) or {}

@@ -1,0 +1,156 @@
+"""The numbers that the DeCo paper (arXiv 2405.20985) prints in its Tables 1 to 3."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from prism_deco.report.compare import relative_gain
+from prism_deco.report.study import Cell
+
+FOLDER = Path(__file__).parent.parent / "assets" / "paper"
+
+COLUMNS = {
+    1: ("seed", "mme", "pope", "refcoco", "refcocoplus", "refcocog", "vizwiz", "vqav2", "gqa", "textvqa"),
+    3: ("pope", "refcoco", "refcocoplus", "refcocog", "vizwiz", "vqav2", "gqa", "textvqa"),
+}
+"""Benchmarks of a table."""
+
+GAIN_GROUPS = {
+    "multimodal benchmarks": ("seed", "mme", "pope"),
+    "visual localization": ("refcoco", "refcocoplus", "refcocog"),
+    "open-ended VQA": ("vizwiz", "vqav2", "gqa", "textvqa"),
+}
+"""The groups of Table 1's columns over which the abstract states DeCo's mean relative gains over C-Abstractor."""
+
+SPATIAL = (
+    ("mme", "score/position", 200.0),
+    ("mmbench", "accuracy/object_localization", 100.0),
+    ("mmbench", "accuracy/physical_relation", 100.0),
+    ("mmbench", "accuracy/spatial_relationship", 100.0),
+    ("seed", "accuracy/Spatial Relation", 100.0),
+    ("seed", "accuracy/Instance Location", 100.0),
+)
+"""The tasks of Table 2: benchmark, metric, maximum. The average is over their shares of the maximum (Honeybee)."""
+
+_BENCHMARKS = {"seed_image": "seed", "mme_perception": "mme"}
+_TOWERS = {
+    "CLIP ViT-L": "clip_vit_l",
+    "CLIP ViT-L/14-336": "clip_vit_l",
+    "SigLIP ViT-SO400M": "siglip_so400m",
+    "DINOv2+SigLIP": "dinov2_siglip",
+}
+_LLMS = {"Phi-2-2.7B": "phi2", "Qwen-Chat-0.5B": "qwen1_5_0_5b_chat", "Vicuna-v1.5-7B": "vicuna_7b_v1_5"}
+_PROJECTORS = {
+    "C-Abstractor": "c_abstractor",
+    "AdaptiveAvgPool": "avgpool",
+    "linear_cited": "linear",
+    "linear_star": "linear",
+    "deco_avgpool": "avgpool",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of Table 1 or 3.
+
+    Attributes:
+        setting: `B1` .. `B6` in Table 3; in Table 1, which has one setting, `T1`.
+        scores: by benchmark.
+        cited: taken by the paper from LLaVA-1.5's, not trained under its own settings.
+    """
+
+    setting: str
+    projector: str
+    backbone: str
+    llm: str
+    resolution: int
+    tokens: int
+    scores: Mapping[str, float]
+    cited: bool = False
+
+
+@cache
+def lines(table: int) -> list[Line]:
+    """The lines of Table 1 or 3."""
+    with (FOLDER / f"table{table}.csv").open(encoding="utf-8", newline="") as file:
+        return [_line(record) for record in csv.DictReader(file)]
+
+
+@cache
+def spatial_averages() -> dict[str, float]:
+    """Table 2: the averages by projector. Of its other cells nothing is known."""
+    with (FOLDER / "table2.csv").open(encoding="utf-8", newline="") as file:
+        records = csv.DictReader(file)
+        return {_PROJECTORS.get(r["projector"], r["projector"]): float(r["spatial_average"]) for r in records}
+
+
+def scores(table: int) -> dict[tuple[str, str], Mapping[str, float]]:
+    """Scores by setting and projector, without the cited line."""
+    return {(line.setting, line.projector): line.scores for line in lines(table) if not line.cited}
+
+
+def setting(cell: Cell, table: int) -> str | None:
+    """The setting of a table that a cell belongs to, whatever its projector; None: it is not the paper's.
+
+    Tower, LLM, resolution and number of visual tokens must be the paper's; recipe and data are not looked at.
+    """
+    config = cell.config
+    if config is None:
+        return None
+    # A compressing projector with as many tokens as the table's linear one is not of the table; what does not
+    # compress at all is the reference of any row.
+    same = [line for line in lines(table) if line.projector == cell.projector]
+    tokens = cell.tokens if cell.manifest else config.projector.num_tokens
+    free = tokens is None or (not same and not cell.compressed)
+    names = (config.backbone.name, config.llm.name)
+    for line in same or lines(table):
+        own_size = config.backbone.image_size in (None, line.resolution)
+        if names == (line.backbone, line.llm) and own_size and (free or tokens == line.tokens):
+            return line.setting
+    return None
+
+
+def _line(record: Mapping[str, str]) -> Line:
+    row = record.get("row", "")
+    tower, resolution = _TOWERS[record["vision"]], int(record["resolution"])
+    known = set(COLUMNS[1])
+    values = {_BENCHMARKS.get(name, name): value for name, value in record.items()}
+    projector = row or record["projector"]
+    return Line(
+        setting=record.get("setting", "T1"),
+        projector=_PROJECTORS.get(projector, projector),
+        backbone=f"{tower}_{resolution}",
+        llm=_LLMS[record["llm"]],
+        resolution=resolution,
+        tokens=int(record["tokens_out"]),
+        scores={name: float(value) for name, value in values.items() if name in known},
+        cited=row == "linear_cited",
+    )
+
+
+def spatial(metrics: Mapping[str, Mapping[str, float]]) -> list[float | None]:
+    """The scores of Table 2's tasks as shares of their maxima in per cent; None where a task is missing.
+
+    Args:
+        metrics: by benchmark, as in `metrics.json`.
+    """
+    found = ((metrics.get(benchmark, {}).get(name), maximum) for benchmark, name, maximum in SPATIAL)
+    return [100 * value / maximum if value is not None else None for value, maximum in found]
+
+
+def gains(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float | None]:
+    """Mean relative gain in per cent by group of Table 1's columns; None where a score is missing.
+
+    Args:
+        first, second: scores by benchmark.
+    """
+    return {
+        name: relative_gain([first[c] for c in columns], [second[c] for c in columns])
+        if all(column in first and column in second for column in columns)
+        else None
+        for name, columns in GAIN_GROUPS.items()
+    }

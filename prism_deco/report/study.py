@@ -1,0 +1,234 @@
+"""What a report is about: cells as they were collected, and cells of several seeds put together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+from omegaconf import DictConfig
+
+from prism_deco.report.compare import seed_interval
+
+PROJECTORS = ("linear", "avgpool", "maxpool", "qformer", "c_abstractor", "d_abstractor")
+"""Their order in tables and figures; projectors from elsewhere follow by name."""
+
+MAXIMA = {"mme": 2000.0}
+"""Highest scores of benchmarks that are no percentages (ten tasks of 200 points)."""
+
+Curve = list[tuple[int, float]]
+"""(optimizer step, value)"""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The content of a `metrics.json`, and where its predictions lie."""
+
+    benchmark: str
+    value: float
+    """Of the primary metric, in the paper's unit."""
+    interval: tuple[float, float]
+    """95 %, over items."""
+    content: Mapping[str, Any]
+    folder: Path
+
+    @property
+    def percent(self) -> float:
+        """The score as a share of the highest one."""
+        return 100 * self.value / MAXIMA.get(self.benchmark, 100.0)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study, planned, running, broken or finished."""
+
+    id: str
+    folder: Path
+    labels: Mapping[str, str]
+    """What tables group by: row | backbone and llm, projector, seed, and further axes."""
+    state: str
+    reason: str = ""
+    log_tail: str = ""
+    attempts: int | None = None
+    seconds: float | None = None
+    config: DictConfig | None = None
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    """Empty until the training is finished."""
+    scores: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
+    """By split ("" is the benchmarks' own) and benchmark."""
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    """By the name under which training logs them, such as `train/loss`."""
+
+    @property
+    def projector(self) -> str:
+        return self.labels.get("projector", "?")
+
+    @property
+    def seed(self) -> str:
+        return self.labels.get("seed", "?")
+
+    @property
+    def blind(self) -> bool:
+        """Trained without its images: a floor to stand beside the others."""
+        return self.config is not None and bool(self.config.recipe.blind)
+
+    @property
+    def variant(self) -> str:
+        """The line in a table: the projector, and those of its own settings that are axes."""
+        own = [f"{key}={value}" for key, value in self.labels.items() if key.startswith("projector.")]
+        return ", ".join([self.projector, *(text for text in own if not text.startswith("projector.num_tokens="))])
+
+    @property
+    def row(self) -> str:
+        """The group of lines in a table within which projectors are compared."""
+        return self._row(skip=())
+
+    @property
+    def family(self) -> str:
+        """The row without its number of visual tokens."""
+        return self._row(skip=("num_tokens",))
+
+    def _row(self, skip: Sequence[str]) -> str:
+        labels = self.labels
+        base = labels.get("row") or " + ".join(labels[key] for key in ("backbone", "llm") if key in labels)
+        # Blindness is no axis of a comparison: a blind run stands beside all lines of its row.
+        named = ("row", "backbone", "llm", "projector", "seed", "recipe.blind")
+        rest = [
+            f"{key.removeprefix('recipe.')}={value}"
+            for key, value in labels.items()
+            if key not in named
+            and (not key.startswith("projector.") or key == "projector.num_tokens")
+            and key.rpartition(".")[2] not in skip
+        ]
+        return ", ".join([base, *rest] if base else rest) or "all"
+
+    @property
+    def tokens(self) -> int | None:
+        """Visual tokens per image that the LLM reads; None until that is known."""
+        return self.manifest["tokens"]["visual_out"] if self.manifest else None
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the LLM reads fewer visual tokens than there are patches."""
+        tokens = self.manifest.get("tokens")
+        return tokens is None or tokens["visual_out"] < tokens["visual_in"]
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median time of an optimizer step, validation apart; None where it was not logged."""
+        rates = [rate for _, rate in self.curves.get("speed/samples_per_s", []) if math.isfinite(rate) and rate > 0]
+        records = self.config.recipe.global_batch_size if self.config is not None else None
+        return records / median(rates) if rates and records else None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A score over the seeds of an entry.
+
+    Attributes:
+        mean: over seeds.
+        deviation: standard deviation over seeds; None with one seed.
+        interval: 95 %: over seeds where there are several, else over items.
+        seeds: how many of the planned ones have a score.
+    """
+
+    mean: float
+    deviation: float | None
+    interval: tuple[float, float]
+    seeds: int
+    planned: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a table: the cells that differ only in their seed."""
+
+    row: str
+    variant: str
+    cells: tuple[Cell, ...]
+
+    @property
+    def projector(self) -> str:
+        return self.cells[0].projector
+
+    @property
+    def family(self) -> str:
+        return self.cells[0].family
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}: {self.variant}"
+
+    @cached_property
+    def tokens(self) -> int | None:
+        return next((cell.tokens for cell in self.cells if cell.tokens is not None), None)
+
+    @cached_property
+    def step_seconds(self) -> float | None:
+        times = [time for cell in self.cells if (time := cell.step_seconds) is not None]
+        return median(times) if times else None
+
+    def scores(self, benchmark: str, split: str) -> dict[str, Score]:
+        """By seed."""
+        found = ((cell.seed, cell.scores.get(split, {}).get(benchmark)) for cell in self.cells)
+        return {seed: score for seed, score in found if score is not None}
+
+    def summary(self, benchmark: str, split: str) -> Summary | None:
+        """None where no seed has a score."""
+        scores = self.scores(benchmark, split)
+        if not scores:
+            return None
+        values = [score.value for score in scores.values()]
+        return _summary(values, next(iter(scores.values())).interval, len(self.cells))
+
+    def overall(self, benchmarks: Sequence[str], split: str) -> Summary | None:
+        """The mean over benchmarks, each as a share of its highest score; None unless a seed has them all.
+
+        With one seed the interval takes the benchmarks for independent.
+        """
+        complete = [
+            scores
+            for cell in self.cells
+            if benchmarks and all(name in (scores := cell.scores.get(split, {})) for name in benchmarks)
+        ]
+        if not complete:
+            return None
+        values = [fmean(scores[name].percent for name in benchmarks) for scores in complete]
+        scales = {name: 100 / MAXIMA.get(name, 100.0) for name in benchmarks}
+        halves = [scales[name] * (high - low) / 2 for name in benchmarks for low, high in [complete[0][name].interval]]
+        half = math.hypot(*halves) / len(halves)
+        return _summary(values, (values[0] - half, values[0] + half), len(self.cells))
+
+    @property
+    def missing(self) -> str:
+        """What stands where a score is missing."""
+        states = dict.fromkeys(cell.state for cell in self.cells)
+        return "/".join("not scored" if state in ("done", "trained") else state for state in states)
+
+
+def _summary(values: Sequence[float], interval: tuple[float, float], planned: int) -> Summary:
+    if len(values) == 1:
+        return Summary(values[0], None, interval, 1, planned)
+    return Summary(fmean(values), stdev(values), seed_interval(values), len(values), planned)
+
+
+def projector_rank(name: str) -> tuple[int, str]:
+    """Sorting key of projectors."""
+    return (PROJECTORS.index(name) if name in PROJECTORS else len(PROJECTORS), name)
+
+
+def group(cells: Iterable[Cell]) -> list[Entry]:
+    """Entries of the cells that see: rows in order of appearance, projectors in their order."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    rows: dict[str, None] = {}
+    for cell in cells:
+        if not cell.blind:
+            rows.setdefault(cell.row)
+            groups.setdefault((cell.row, cell.variant), []).append(cell)
+    order = {row: number for number, row in enumerate(rows)}
+    entries = [Entry(row, variant, tuple(members)) for (row, variant), members in groups.items()]
+    return sorted(entries, key=lambda entry: (order[entry.row], *projector_rank(entry.projector), entry.variant))

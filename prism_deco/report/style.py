@@ -1,0 +1,119 @@
+"""How all figures look."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
+
+from prism_deco.report.study import PROJECTORS
+
+STEPS = "optimizer steps"
+
+# Okabe and Ito's colours; markers and dashes tell the lines apart without colour too.
+_STYLES: tuple[tuple[str, str, Any], ...] = (
+    ("#000000", "s", "-"),
+    ("#0072B2", "o", "-"),
+    ("#56B4E9", "^", (0, (6, 2))),
+    ("#CC79A7", "D", (0, (1, 1.5))),
+    ("#D55E00", "v", (0, (4, 1.5, 1, 1.5))),
+    ("#009E73", "P", (0, (3, 1, 1, 1, 1, 1))),
+    ("#8C6D00", "X", (0, (8, 2, 2, 2))),
+    ("#777777", "*", (0, (2, 3))),
+)
+
+_SETTINGS: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 5,
+    "svg.fonttype": "path",  # a browser's own fonts are wider or narrower, and labels would collide
+    "svg.hashsalt": "prism_deco",
+    "text.parse_math": False,  # names may contain dollar signs
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure and what it shows.
+
+    Attributes:
+        name: of its file.
+    """
+
+    name: str
+    svg: bytes
+    caption: str
+
+
+def styles(variants: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and dashes of each line: a projector's are the same in all reports."""
+    variants = list(dict.fromkeys(variants))
+    taken = {PROJECTORS.index(name) for name in variants if name in PROJECTORS}
+    free = (k for k in count() if k not in taken)
+    places = {name: PROJECTORS.index(name) if name in PROJECTORS else next(free) for name in variants}
+    found = {}
+    for name, place in places.items():
+        color, marker, dashes = _STYLES[place % len(_STYLES)]
+        found[name] = {"color": color, "marker": marker, "linestyle": dashes}
+    return found
+
+
+def panels(number: int, *, columns: int = 3, width: float = 3.5, height: float = 2.6) -> tuple[Canvas, list[Axes]]:
+    """A figure of `number` panels of a size in inches; use within `settings`."""
+    columns = min(columns, number)
+    rows = math.ceil(number / columns)
+    figure = Canvas(figsize=(width * columns, height * rows + 0.5), layout="constrained")
+    axes = [figure.add_subplot(rows, columns, k + 1) for k in range(number)]
+    return figure, axes
+
+
+def settings() -> Any:
+    """The context in which figures are drawn and written."""
+    return matplotlib.rc_context(_SETTINGS)  # type: ignore[arg-type]  # its keys are text
+
+
+def legend(figure: Canvas, axes: Sequence[Axes], order: Iterable[str] = ()) -> None:
+    """One legend below all panels, with the entries of all of them; those named in `order` in that order."""
+    found: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    found = {name: found[name] for name in dict.fromkeys([*order, *found]) if name in found}
+    longest = max((len(label) for label in found), default=1)
+    columns = max(1, min(len(found), int(figure.get_figwidth() * 11 / (longest + 7))))
+    place = {"loc": "outside lower center", "ncols": columns, "handlelength": 3.2, "columnspacing": 1.6}
+    figure.legend(list(found.values()), list(found), **place)
+
+
+def to_svg(figure: Canvas) -> bytes:
+    """The same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def label_axes(ax: Axes, title: str, x: str, y: str) -> None:
+    """Title and axis labels; whole numbers on an axis of steps."""
+    ax.set_title("\n".join(textwrap.wrap(title, 36)) or title)
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.yaxis.set_major_locator(MaxNLocator(5))
+    if x == STEPS:
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))

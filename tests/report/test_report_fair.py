@@ -1,0 +1,78 @@
+import json
+
+import pytest
+
+from prism_deco.report.collect import collect
+from prism_deco.report.fair import disagreements
+from prism_deco.report.study import group
+from prism_deco.report.write import write_report
+
+
+def _check(folder):
+    return disagreements(group(collect([folder])), "")
+
+
+def _edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.fixture
+def pair(make, tmp_path):
+    make.run(tmp_path / "a", benchmarks=("gqa",))
+    make.run(tmp_path / "b", "projector=c_abstractor", benchmarks=("gqa",))
+    return tmp_path
+
+
+def test_equal_cells_agree(pair, mini_sweep):
+    assert _check(pair) == []
+    assert _check(mini_sweep) == []  # seeds that are not finished are missing, not different
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "sentence"),
+    [
+        ("manifest.json", {"data_hash": "e" * 64}, "training data (data_hash): dddddddddddd in a; eeeeeeeeeeee in b."),
+        ("manifest.json", {"steps": 100}, "steps: 200 in a; 100 in b."),
+        ("manifest.json", {"samples": 7}, "samples: 3200 in a; 7 in b."),
+        (
+            "manifest.json",
+            {"tokens": {"visual_in": 64, "visual_out": 4}},
+            "visual tokens in row mini_siglip + mini_qwen2: 16 in a; 4 in b.",
+        ),
+        (
+            "eval/mini_gqa/metrics.json",
+            {"data_hash": "other"},
+            "mini_gqa: questions (data_hash): questions of in a; other in b.",
+        ),
+        (
+            "eval/mini_gqa/metrics.json",
+            {"prompt_hash": "other"},
+            "mini_gqa: prompts (prompt_hash): prompts of m in a; other in b.",
+        ),
+        (
+            "eval/mini_gqa/metrics.json",
+            {"decoding": {"max_new_tokens": 8}},
+            "mini_gqa: longest answer (max_new_tokens): 32 in a; 8 in b.",
+        ),
+    ],
+)
+def test_each_difference_is_named_with_its_cells(pair, file, values, sentence):
+    _edit(pair / "b" / file, **values)
+    assert _check(pair) == [sentence]
+
+
+def test_other_seeds_are_a_difference_and_an_uncompressed_reference_is_none(pair, make):
+    make.run(pair / "c", "projector=linear")
+    assert _check(pair) == []
+    make.run(pair / "d", "seed=8")
+    [sentence] = _check(pair)
+    assert sentence.startswith("seeds: ") and "7, 8 in mini_siglip + mini_qwen2: avgpool" in sentence
+
+
+def test_reports_refuse_to_mix_unless_told(pair, tmp_path):
+    _edit(pair / "b/manifest.json", steps=100)
+    with pytest.raises(ValueError, match=r"200 in a; 100 in b.*--mixed"):
+        write_report([pair], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    page, _ = write_report([pair], tmp_path / "out", mixed=True)
+    assert "steps: 200 in a; 100 in b." in page.read_text()

@@ -1,0 +1,109 @@
+"""Differences between projectors, recomputed from the predictions files by plain loops."""
+
+import json
+import math
+
+import pytest
+
+from prism_deco.report.collect import collect
+from prism_deco.report.pairs import differences
+from prism_deco.report.study import group
+
+
+def _scores(folder, benchmark):
+    lines = (folder / "eval" / benchmark / "predictions.jsonl").read_text().splitlines()
+    return {record["question_id"]: record for record in map(json.loads, lines)}
+
+
+def _find(found, benchmark, first="avgpool", second="c_abstractor"):
+    [one] = [d for d in found if (d.benchmark, d.first, d.second) == (benchmark, first, second)]
+    return one
+
+
+@pytest.fixture
+def runs(make, tmp_path):
+    for name, seed in (("avgpool", 7), ("avgpool", 8), ("c_abstractor", 7), ("c_abstractor", 8)):
+        make.run(tmp_path / f"{name}-{seed}", f"projector={name}", f"seed={seed}", benchmarks=("pope", "gqa"), n=90)
+    return tmp_path
+
+
+def _by_loop(runs, benchmark, part=None):
+    """Mean over both seeds of the score differences of each question."""
+    sums = {}
+    for seed in (7, 8):
+        one, other = (_scores(runs / f"{name}-{seed}", benchmark) for name in ("avgpool", "c_abstractor"))
+        for key, record in one.items():
+            if part is None or record["target"]["subset"] == part:
+                sums[key] = sums.get(key, 0) + (record["score"] - other[key]["score"]) / 2
+    return list(sums.values())
+
+
+def test_values_and_tests_follow_from_the_predictions(runs):
+    found = differences(group(collect([runs])), ["mini_pope", "mini_gqa"], "")
+    gqa, values = _find(found, "mini_gqa"), _by_loop(runs, "mini_gqa")
+    assert gqa.value == pytest.approx(100 * sum(values) / 90) and gqa.seeds == 2
+    ahead, behind = sum(v > 0 for v in values), sum(v < 0 for v in values)
+    assert ahead != behind
+    tail = sum(math.comb(ahead + behind, k) for k in range(min(ahead, behind) + 1))
+    assert gqa.p == pytest.approx(2 * tail / 2 ** (ahead + behind))
+    pope = _find(found, "mini_pope")
+    parts = [_by_loop(runs, "mini_pope", part) for part in ("random", "popular", "adversarial")]
+    assert pope.value == pytest.approx(100 * sum(sum(part) / len(part) for part in parts) / 3)
+    assert sorted([gqa.adjusted, pope.adjusted]) == sorted(
+        [min(1, 2 * min(gqa.p, pope.p)), max(gqa.p, pope.p, min(1, 2 * min(gqa.p, pope.p)))]
+    )
+    assert gqa.interval[0] < gqa.value < gqa.interval[1]
+    assert gqa.over_seeds[0] < gqa.value < gqa.over_seeds[1]
+
+
+def test_only_common_seeds_count_and_the_order_of_lines_does_not(runs, make):
+    whole = _find(differences(group(collect([runs])), ["mini_gqa"], ""), "mini_gqa")
+    path = runs / "avgpool-7/eval/mini_gqa/predictions.jsonl"
+    path.write_text("\n".join(reversed(path.read_text().splitlines())) + "\n")
+    assert _find(differences(group(collect([runs])), ["mini_gqa"], ""), "mini_gqa") == whole
+    (runs / "c_abstractor-8/eval/mini_gqa/metrics.json").unlink()
+    one = _find(differences(group(collect([runs])), ["mini_gqa"], ""), "mini_gqa")
+    assert one.seeds == 1 and one.over_seeds is None and one.value != whole.value
+
+
+def test_what_cannot_be_compared_says_why(runs):
+    path = runs / "c_abstractor-7/eval/mini_gqa/metrics.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"data_hash": "other"}))
+    entries = group(collect([runs]))
+    assert _find(differences(entries, ["mini_gqa"], ""), "mini_gqa").note == "the questions differ"
+    content["metrics"]["accuracy"] += 1
+    path.write_text(json.dumps(content))
+    assert "do not give the score" in _find(differences(group(collect([runs])), ["mini_gqa"], ""), "mini_gqa").note
+    missing = _find(differences(entries, ["mini_vqav2"], ""), "mini_vqav2")
+    assert missing.value is None and missing.p is None and missing.note == "avgpool: not scored"
+
+
+def test_sums_over_pairs_of_questions_are_compared_too(make, tmp_path):
+    """MME: 100 for each task's accuracy, 100 for the images with both questions right."""
+    right = {"avgpool": [(1, 1), (1, 0), (1, 1), (0, 0)], "c_abstractor": [(1, 0), (1, 0), (1, 1), (0, 1)]}
+    for name, images in right.items():
+        make.run(tmp_path / name, f"projector={name}", benchmarks=())
+        folder = tmp_path / name / "eval/mme"
+        folder.mkdir(parents=True)
+        records = [
+            {
+                "question_id": f"{k}{q}",
+                "image": f"{k}.png",
+                "prompt": "?",
+                "output": "Yes",
+                "answer": "yes",
+                "target": {"answer": "yes", "task": "count"},
+                "score": float(score),
+            }
+            for k, pair in enumerate(images)
+            for q, score in enumerate(pair)
+        ]
+        (folder / "predictions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        value = 100 * sum(map(sum, images)) / 8 + 100 * sum(all(pair) for pair in images) / 4
+        content = {"benchmark": "mme", "metrics": {"score": value}, "primary": "score", "n": 8, "interval95": [0, 200]}
+        content |= {"prompt_hash": "p", "data_hash": "d", "decoding": None}
+        (folder / "metrics.json").write_text(json.dumps(content))
+    mme = _find(differences(group(collect([tmp_path])), ["mme"], ""), "mme")
+    assert mme.value == pytest.approx((62.5 + 50) - (62.5 + 25))
+    assert mme.p == 1  # of four images one is better, one is worse

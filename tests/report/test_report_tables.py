@@ -1,0 +1,199 @@
+"""What the tables say: scores beside the paper's, missing cells, floors, wins, budgets."""
+
+import json
+import statistics
+
+import pytest
+
+from prism_deco.report import blind, paper, tables
+from prism_deco.report.budget import COSTS, budget, front, points
+from prism_deco.report.collect import collect
+from prism_deco.report.floors import chance
+from prism_deco.report.grid import build_grids, records
+from prism_deco.report.layout import Field, Table, comma_separated, markdown
+
+PRISM = ("recipe=prism", "data=llava", "data.json=x.json", "evaluate.benchmarks=table3")
+
+
+def _cell(table, row, projector, column):
+    """The field of a table; a row's name stands in its first line only."""
+    name = ""
+    for line in table.rows:
+        name = line[0].text or name
+        if (name, line[1].text) == (row, projector):
+            return line[list(table.columns).index(column)]
+    raise AssertionError((row, projector))
+
+
+def _table_1_run(make, folder, projector, scores, tasks):
+    overrides = ("backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5", f"projector={projector}", *PRISM)
+    tokens = {"visual_in": 576, "visual_out": 576 if projector == "linear" else 144}
+    make.run(folder, *overrides, benchmarks=(*scores, "mmbench"), tokens=tokens)
+    for name, value in scores.items():
+        path = folder / "eval" / name / "metrics.json"
+        content = json.loads(path.read_text())
+        primary = "score" if name == "mme" else "accuracy"
+        content |= {"metrics": {primary: value, **tasks.get(name, {})}, "primary": primary}
+        path.write_text(json.dumps(content))
+    path = folder / "eval/mmbench/metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics": {"accuracy": 50.0, **tasks["mmbench"]}}))
+
+
+@pytest.fixture(scope="module")
+def grid(mini_sweep):
+    [grid] = build_grids(collect([mini_sweep]), "")
+    return grid
+
+
+def test_means_and_spreads_are_over_seeds(grid, mini_sweep):
+    values = [
+        json.loads((mini_sweep / f"M1-avgpool-{seed}/eval/mini_gqa/metrics.json").read_text())["metrics"]["accuracy"]
+        for seed in (7, 8, 9)
+    ]
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    field = _cell(tables.scores(grid), "M1", "avgpool", "mini_gqa")
+    half = 4.3027 * deviation / 3**0.5
+    assert field.text == f"{mean:.1f} ±{deviation:.1f}"
+    assert field.lines == (f"{mean - half:.1f} to {mean + half:.1f}",) and field.best
+
+
+def test_seeds_that_are_missing_are_counted(grid, mini_sweep):
+    shown = tables.scores(grid)
+    assert _cell(shown, "M1", "c_abstractor", "mini_gqa").lines[-1] == "2 of 3 seeds"
+    one = _cell(shown, "M2", "c_abstractor", "mini_gqa")
+    content = json.loads((mini_sweep / "M2-c_abstractor-7/eval/mini_gqa/metrics.json").read_text())
+    low, high = content["interval95"]
+    assert one.text == f"{content['metrics']['accuracy']:.1f}"
+    assert one.lines == (f"{low:.1f} to {high:.1f}", "1 of 3 seeds") and not one.best
+
+
+def test_chance_and_blindness_stand_below(grid):
+    shown = tables.scores(grid)
+    assert shown.rows[-1][0].text == "chance"
+    column = list(shown.columns).index("mini_pope")
+    assert shown.rows[-1][column].text == "50.0"  # as many yes as no
+    known = blind.blind_scores(grid.entries[0].cells[0].config, None)
+    assert _cell(shown, "M1", "blind", "mini_gqa").text == f"{known['mini_gqa']:.1f}"
+
+
+def test_a_blind_run_of_the_study_is_the_twin_and_no_line_of_its_own(make, tmp_path):
+    make.run(tmp_path / "a")
+    scores = make.run(tmp_path / "b", "recipe.blind=true", skill=0.2)
+    [grid] = build_grids(collect([tmp_path]), "")
+    assert [line.variant for line in grid.lines] == ["avgpool"]
+    assert grid.blind["mini_siglip + mini_qwen2"] == pytest.approx(scores)
+
+
+def test_wins_of_ours_are_counted_by_row_and_benchmark(grid):
+    table = tables.wins(grid)
+    [row] = table.rows
+    assert [field.text for field in row] == ["avgpool over c_abstractor", "16", "0", "0", "0"]
+
+
+def test_table_3_prints_all_of_the_papers_numbers_beside_ours(make, tmp_path):
+    overrides = ("backbone=clip_vit_l_336", "llm=phi2", *PRISM)
+    tokens = {"visual_in": 576, "visual_out": 144}
+    scores = make.run(tmp_path / "a", *overrides, tokens=tokens)
+    make.run(tmp_path / "b", *overrides, "projector=maxpool", tokens=tokens)
+    make.run(tmp_path / "c", *overrides, "projector=c_abstractor", state="failed")
+    [grid] = build_grids(collect([tmp_path]), "")
+    shown = tables.scores(grid)
+    for line in paper.lines(3):
+        for name, value in line.scores.items():
+            field = _cell(shown, line.setting, line.projector, name)
+            assert f"paper {value:.1f}" in field.lines
+            ran = (line.setting, line.projector) == ("B2", "avgpool")
+            waiting = "failed" if line.setting == "B2" else "not run"
+            assert field.text == (f"{scores[name]:.1f}" if ran else waiting)
+            assert (f"Δ {scores[name] - value:+.1f}" in field.lines) == ran
+    assert _cell(shown, "B2", "maxpool", "gqa").lines[-1].count("to") == 1  # no number of the paper
+    mean = _cell(shown, "B2", "avgpool", "mean")
+    assert mean.text == f"{statistics.mean(scores.values()):.1f}" and "paper 37.5" in mean.lines
+    [pair, _] = tables.wins(grid).rows
+    assert [f.text for f in pair] == [
+        "avgpool over c_abstractor",
+        "0",
+        "0",
+        "0",
+        "48",
+        "45 of 48 ahead, 2 behind, 1 tied",
+    ]
+    assert len(records(grid)) == 13 * 8
+    [record] = [r for r in records(grid) if (r["row"], r["projector"], r["benchmark"]) == ("B2", "avgpool", "pope")]
+    assert record["paper"] == 84.5 and record["difference"] == pytest.approx(scores["pope"] - 84.5)
+
+
+def test_tables_1_and_2_stand_beside_the_papers(make, tmp_path):
+    columns = paper.COLUMNS[1]
+    ours = {"avgpool": dict(paper.scores(1)["T1", "avgpool"]), "c_abstractor": dict.fromkeys(columns, 50.0)}
+    ours["avgpool"]["gqa"] += 1.5
+    tasks = {
+        "mme": {"score/position": 130.0},
+        "mmbench": {
+            "accuracy/object_localization": 40.0,
+            "accuracy/physical_relation": 30.0,
+            "accuracy/spatial_relationship": 20.0,
+        },
+        "seed": {"accuracy/Spatial Relation": 50.0, "accuracy/Instance Location": 61.0},
+    }
+    for name, scores in ours.items():
+        _table_1_run(make, tmp_path / name, name, scores, tasks)
+    [grid] = build_grids(collect([tmp_path]), "")
+    shown = tables.scores(grid)
+    assert "mean" not in shown.columns  # MME is no percentage
+    assert [line[1].text for line in shown.rows if line[0].text != "chance"] == [
+        "linear (LLaVA-1.5)",
+        "linear",
+        "avgpool",
+        "qformer",
+        "c_abstractor",
+        "d_abstractor",
+    ]
+    assert _cell(shown, "T1", "avgpool", "gqa").lines[-2:] == ("paper 54.1", "Δ +1.5")
+    assert _cell(shown, "T1", "avgpool", "mme").text == "1373.4"
+    assert _cell(shown, "T1", "qformer", "mme") == Field("not run", ("paper 1312.7",), muted=True)
+    gains = {row[0].text: [field.text for field in row[1:]] for row in tables.gains(grid).rows}
+    assert gains["visual localization"] == [f"{100 * ((43.4 + 38.5 + 39.3) / 3 - 50) / 50:+.1f}", "+7.16"]
+    spatial = tables.spatial(grid)
+    by_name = {row[0].text: row for row in spatial.rows}
+    average = (65 + 40 + 30 + 20 + 50 + 61) / 6
+    assert by_name["avgpool"][1] == Field("65.0", ("not published",))
+    assert by_name["avgpool"][-1] == Field(f"{average:.1f}", (f"paper 56.0, Δ {average - 56:+.1f}",))
+    assert by_name["linear"][-1] == Field("not run", ("paper 56.4",), muted=True)
+    assert by_name["d_abstractor"][-1].lines == ("not published",)
+
+
+def test_budgets_pick_what_nothing_cheaper_beats(make, tmp_path):
+    for k, skill in ((4, 0.5), (16, 0.4), (64, 0.7)):
+        make.run(tmp_path / f"k{k}", f"recipe.num_tokens={k}", skill=skill)
+        line = json.dumps({"step": 1, "speed/samples_per_s": {4: 64.0, 16: 16.0, 64: 32.0}[k]})
+        (tmp_path / f"k{k}/metrics.jsonl").write_text(line + "\n")
+    [grid] = build_grids(collect([tmp_path]), "")
+    tokens, time = COSTS
+    assert [p.entry.tokens for p in front(points(grid, tokens))] == [4, 64]
+    assert [(p.cost, p.entry.tokens) for p in points(grid, time)] == [(0.25, 4), (0.5, 64), (1.0, 16)]
+    words = [row[0].text for row in budget(grid).rows]
+    assert words == [
+        "at most 4 visual tokens",
+        "at most 64 visual tokens",
+        "at most 0.25 s per step",
+        "at most 0.5 s per step",
+    ]
+    assert budget(grid).rows[1][4].text.endswith("num_tokens=4: avgpool")
+
+
+def test_chance_needs_only_the_predictions(make, tmp_path):
+    make.run(tmp_path / "a", n=60)
+    [cell] = collect([tmp_path / "a"])
+    lines = (tmp_path / "a/eval/mini_gqa/predictions.jsonl").read_text().splitlines()
+    answers = [json.loads(line)["target"]["answer"] for line in lines]
+    assert chance(cell.scores[""]["mini_gqa"]) == pytest.approx(100 * max(map(answers.count, answers)) / 60)
+
+
+def test_markdown_and_csv_escape_what_they_are_given():
+    table = Table("t <b>", ["a|b", "c"], [[Field("<script>|*x*", ("line\nbreak",)), Field("1", best=True)]])
+    text = markdown(table)
+    assert "| &lt;script&gt;\\|\\*x\\* (line break) | **1** |" in text and "### t &lt;b&gt;" in text and "a\\|b" in text
+    made = comma_separated([{"name": "=1+1", "value": -1.5, "text": 'a,"b"', "none": None}])
+    assert made == 'name,value,text,none\n\'=1+1,-1.5,"a,""b""",\n'
+    assert comma_separated([]) == "\n"
