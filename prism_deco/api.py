@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from torch import Tensor
 from prism_deco.data.images import open_image
 from prism_deco.data.loader import stack_pixels
 from prism_deco.explain import Relevance, relevance
-from prism_deco.inference import answer, first_token_probabilities
+from prism_deco.export import SHARD_SIZE, save_folder
+from prism_deco.inference import answer, answer_losses, first_token_probabilities
 from prism_deco.llms import LanguageModel
 from prism_deco.training.artifacts import load_model
 from prism_deco.vlm import VLM
@@ -57,15 +60,28 @@ class Model:
         """float[questions, choices]: the first answer token's softmax restricted to the choices."""
         return first_token_probabilities(self.vlm, self.llm, self._visual(images, prompts), prompts, choices)
 
+    def answer_losses(
+        self, images: Sequence[ImageLike], prompts: Sequence[str], answers: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
+        """float[questions], the mean cross-entropy of each given answer's tokens in nats, and bool[questions], whether
+        greedy decoding begins with it."""
+        return answer_losses(self.vlm, self.llm, self._visual(images, prompts), prompts, answers)
+
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image | str | Path]) -> list[Tensor]:
         """The visual tokens float[M, E] of each image, to be used for several questions."""
         if not images:
             return []
-        opened = [image if isinstance(image, Image.Image) else open_image(Path(image)) for image in images]
-        pixels = stack_pixels([self.vlm.backbone.transform(image.convert("RGB")) for image in opened])
+        # Pillow decodes and resizes without the interpreter's lock; one at a time, a GPU would wait for its images.
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            pixels = stack_pixels(list(pool.map(self._pixels, images)))
         assert pixels is not None
         return list(self.vlm.visual_tokens({tower: p.to(self.device) for tower, p in pixels.items()}))
+
+    def _pixels(self, image: Image.Image | str | Path) -> dict[str, Tensor]:
+        """Per tower float[3, S, S]."""
+        opened = image if isinstance(image, Image.Image) else open_image(Path(image))
+        return self.vlm.backbone.transform(opened.convert("RGB"))
 
     def relevance(
         self, image: Image.Image | str | Path, prompt: str, answer: str | None = None, **options: Any
@@ -79,6 +95,17 @@ class Model:
         """
         return relevance(self.vlm, self.llm, image, prompt, answer, **options)
 
+    def save(self, folder: str | Path, max_shard_size: str = SHARD_SIZE) -> None:
+        """Writes the whole model, its frozen tower included, to a new folder that `load` reads anywhere.
+
+        Args:
+            max_shard_size: weights above it are split into several files, for example "500MB".
+
+        Raises:
+            ValueError: there is something in the folder already.
+        """
+        save_folder(Path(folder), self.config, self.vlm, self.llm, max_shard_size=max_shard_size)
+
     def _visual(self, images: Sequence[ImageLike], prompts: Sequence[str]) -> list[list[Tensor]]:
         """Visual tokens per question; images that are no tensors yet are encoded in one batch."""
         if len(images) != len(prompts):
@@ -89,11 +116,11 @@ class Model:
 
 
 def load(run: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
-    """Loads a finished run.
+    """Loads a finished run or an export.
 
     Args:
-        run: a run folder, or its `model/` folder.
-        dtype: casts the weights; None keeps the training precision (float32 master weights).
+        run: a run folder, its `model/` folder, or what `Model.save` wrote.
+        dtype: casts the weights; None keeps them as they were saved (float32 master weights).
 
     Raises:
         ValueError: the folder holds no finished model, or its files do not fit together.
@@ -102,4 +129,14 @@ def load(run: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
     vlm, llm, config = load_model(folder / "model" if (folder / "model").is_dir() else folder)
-    return Model(vlm.to(device=device, dtype=dtype), llm, config)
+    if dtype is not None:
+        _cast(vlm, dtype)
+    return Model(vlm.to(device=device), llm, config)
+
+
+def _cast(vlm: VLM, dtype: torch.dtype) -> None:
+    """Casts what a file holds, tensor by tensor; computed buffers, such as rotary frequencies, stay exact."""
+    stored = vlm.state_dict().keys()
+    buffers = (buffer for name, buffer in vlm.named_buffers() if name in stored)
+    for tensor in (*vlm.parameters(), *buffers):
+        tensor.data = tensor.data.to(dtype)

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from prism_deco.backbones import build_backbone
+from prism_deco.backbones import VisionBackbone, build_backbone
 from prism_deco.llms import LanguageModel, build_llm
-from prism_deco.projectors import build_projector
+from prism_deco.llms.tuning import tuning
+from prism_deco.projectors import Projector, build_projector
 from prism_deco.registry import import_plugins
 from prism_deco.vlm import VLM
 
@@ -21,17 +22,37 @@ def group(config: DictConfig, name: str) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def build_model(config: DictConfig, *, device: str | torch.device | None = None) -> tuple[VLM, LanguageModel]:
+def prompt_options(config: DictConfig) -> dict[str, Any]:
+    """What the recipe says about the text around images, as options of `build_llm`."""
+    recipe = config.recipe
+    tokenize = {} if recipe.tokenize is None else {"tokenize": recipe.tokenize}
+    return {"image_slot": recipe.image_slot, "prompt": recipe.prompt, **tokenize}
+
+
+def max_positions(config: DictConfig, llm: LanguageModel) -> int:
+    """Longest sequence, visual tokens included: the LLM's own, or less where the recipe says so."""
+    return min(llm.max_positions, config.recipe.max_positions or llm.max_positions)
+
+
+def build_model(
+    config: DictConfig, *, device: str | torch.device | None = None, defer_llm: bool = False
+) -> tuple[VLM, LanguageModel]:
     """Composes backbone, projector and LLM as configured; random parts follow torch's global seed.
 
     Args:
         device: where the model lives; on "meta" it is the bare architecture, and no weights are read.
+        defer_llm: leave the LLM on the meta device, for a caller that reads its weights in pieces.
 
     Raises:
-        ValueError: the parts do not fit together (grid, tokens, positions).
+        ValueError: the parts do not fit together (grid, tokens, positions), or the recipe is no single run.
     """
     import_plugins(config.plugins)
     recipe = config.recipe
+    if recipe.stages:
+        raise ValueError(
+            f"recipe={recipe.name} is made of stages, each a run of its own: name one of them "
+            f"({'; '.join(f'{name}: {stage[0]}' for name, stage in recipe.stages.items())})."
+        )
     if recipe.turn_mask == "block" and recipe.image_slot == "in_place":
         raise ValueError(
             "recipe.turn_mask=block needs recipe.image_slot=after_bos: in place, the image belongs to the round that "
@@ -40,19 +61,22 @@ def build_model(config: DictConfig, *, device: str | torch.device | None = None)
     device = torch.device(device or "cpu")
     bare = device.type == "meta"
     backbone = build_backbone(group(config, "backbone"), pretrained=not bare, device=device)
-    llm = build_llm(group(config, "llm"), image_slot=recipe.image_slot, device=device)
-    options = group(config, "projector")
-    if bare and "weights" in options:
-        options["weights"] = None
-    with device:
-        projector = build_projector(
-            options.pop("name"), in_dim=backbone.embed_dim, out_dim=llm.embed_dim, in_grid=backbone.grid, **options
-        )
-    if projector.num_tokens >= llm.max_positions:
+    way = tuning(recipe.lm)
+    if way.quantize and config.trainer.strategy == "fsdp":
         raise ValueError(
-            f"{projector.num_tokens} visual tokens leave no room for text in the {llm.max_positions} positions of "
+            f"recipe.lm={recipe.lm} cannot be sharded: choose trainer=gpu or trainer=ddp, or recipe.lm=lora."
+        )
+    place = "meta" if defer_llm else device
+    llm = build_llm(group(config, "llm"), quantize=way.quantize, device=place, **prompt_options(config))
+    with device:
+        projector = compose_projector(config, backbone, llm, bare=bare)
+    if projector.num_tokens >= max_positions(config, llm):
+        raise ValueError(
+            f"{projector.num_tokens} visual tokens leave no room for text in {max_positions(config, llm)} positions of "
             f"{config.llm.name}: choose fewer (projector.num_tokens=...) or another LLM."
         )
+    source = llm.spec.weights or llm.spec.hub
+    way.apply(llm.model, r=recipe.lora_r, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout, source=source)
     vlm = VLM(
         backbone,
         projector,
@@ -61,5 +85,20 @@ def build_model(config: DictConfig, *, device: str | torch.device | None = None)
         token_scale=recipe.token_scale,
         turn_mask=recipe.turn_mask,
         blind=recipe.blind,
+        max_logits=recipe.max_logits,
     )
-    return vlm.to(device), llm
+    return vlm if defer_llm else vlm.to(device), llm
+
+
+def compose_projector(config: DictConfig, backbone: VisionBackbone, llm: LanguageModel, *, bare: bool) -> Projector:
+    """The configured projector between these two, on torch's default device.
+
+    Args:
+        bare: without the weights that the configuration may name for it.
+    """
+    options = group(config, "projector")
+    if bare and "weights" in options:
+        options["weights"] = None
+    return build_projector(
+        options.pop("name"), in_dim=backbone.embed_dim, out_dim=llm.embed_dim, in_grid=backbone.grid, **options
+    )

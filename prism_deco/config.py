@@ -92,6 +92,12 @@ def compose(contents: Mapping[Any, Any], values: Iterable[str] = ()) -> DictConf
     return config
 
 
+def default_run_id(config: DictConfig) -> str:
+    """A name made of the choices and the seed: `mini_siglip-avgpool-mini_qwen2-shapes-mini-s7`."""
+    names = [config[key].name for key in ("backbone", "projector", "llm", "data", "recipe")]
+    return "-".join([*names, f"s{config.seed}"])
+
+
 def save_config(config: DictConfig, path: Path) -> None:
     """Writes the composed configuration, interpolations resolved."""
     path.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")

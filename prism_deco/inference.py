@@ -7,8 +7,11 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from transformers.generation.streamers import BaseStreamer
 
-from prism_deco.llms import Encoded, LanguageModel
+from prism_deco.llms import Encoded, LanguageModel, Message
+from prism_deco.llms.encoding import IGNORE
 from prism_deco.sequence import Batch, build_batch
 from prism_deco.vlm import VLM
 
@@ -23,7 +26,41 @@ def answer(
         visual: per question its images' visual tokens, float[M, E] each; empty for a text-only one.
         prompts: raw questions; the LLM's chat template is applied.
     """
-    batch = _prompt_batch(vlm, llm, [_prompt(llm, p, len(v)) for p, v in zip(prompts, visual, strict=True)])
+    encoded = [_prompt(llm, p, len(v)) for p, v in zip(prompts, visual, strict=True)]
+    return _generate(vlm, llm, visual, encoded, max_new_tokens=max_new_tokens)
+
+
+@torch.no_grad()
+def reply(
+    vlm: VLM,
+    llm: LanguageModel,
+    visual: Sequence[Tensor],
+    messages: Sequence[Message],
+    *,
+    max_new_tokens: int,
+    streamer: BaseStreamer | None = None,
+) -> str:
+    """The greedy answer to the last message of a conversation.
+
+    Args:
+        visual: the visual tokens of its images, float[M, E] each.
+        messages: all of it, as for `LanguageModel.encode`; the last one is the user's.
+        streamer: is handed the answer's tokens as they come.
+    """
+    encoded = llm.encode(messages, num_images=len(visual), add_generation_prompt=True)
+    return _generate(vlm, llm, [visual], [encoded], max_new_tokens=max_new_tokens, streamer=streamer)[0]
+
+
+def _generate(
+    vlm: VLM,
+    llm: LanguageModel,
+    visual: Sequence[Sequence[Tensor]],
+    encoded: Sequence[Encoded],
+    *,
+    max_new_tokens: int,
+    streamer: BaseStreamer | None = None,
+) -> list[str]:
+    batch = _prompt_batch(vlm, llm, encoded)
     room = llm.max_positions - batch.input_ids.shape[1]
     if room < 1:
         raise ValueError(
@@ -36,6 +73,7 @@ def answer(
         max_new_tokens=min(max_new_tokens, room),
         eos_ids=list(llm.eos_ids),
         pad_id=cast(int, llm.tokenizer.pad_token_id),
+        streamer=streamer,
     )
     return [cast(str, llm.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in ids]
 
@@ -58,6 +96,59 @@ def first_token_probabilities(
     hidden = vlm.hidden_states(batch, _stack(visual, vlm))[:, -1]
     logits = vlm.logits(hidden).float().gather(1, candidates.to(hidden.device))
     return logits.softmax(dim=1).cpu()
+
+
+@torch.no_grad()
+def answer_losses(
+    vlm: VLM, llm: LanguageModel, visual: Sequence[Sequence[Tensor]], prompts: Sequence[str], answers: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """How unlikely given answers are, the end of the answer not counted.
+
+    Args:
+        visual, prompts: as for `answer`.
+        answers: one text per question, not empty.
+
+    Returns:
+        float[questions], the mean cross-entropy of the answer's tokens in nats, and bool[questions], whether greedy
+        decoding begins with the answer.
+    """
+    encoded = []
+    for prompt, text, images in zip(prompts, answers, visual, strict=True):
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+        encoded.append(llm.encode(messages, num_images=len(images)))
+    device = vlm.lm.get_input_embeddings().weight.device
+    batch = build_batch(encoded, vlm.projector.num_tokens).to(device)  # type: ignore[arg-type]
+    if batch.input_ids.shape[1] > llm.max_positions:
+        raise ValueError(
+            f"Question, answer and image take {batch.input_ids.shape[1]} positions, the LLM has {llm.max_positions}: "
+            "shorten the text."
+        )
+    labels = batch.labels[:, 1:]
+    counted = torch.zeros_like(labels, dtype=torch.bool)
+    for row, example in enumerate(encoded):
+        counted[row, (labels[row] != IGNORE).nonzero()[: len(answer_ids(llm, example)), 0]] = True
+    logits = vlm.logits(vlm.hidden_states(batch, _stack(visual, vlm))[:, :-1][counted]).float()
+    by_token = F.cross_entropy(logits, labels[counted], reduction="none")
+    lengths = counted.sum(dim=1).tolist()
+    losses = torch.stack([part.mean() for part in by_token.split(lengths)])
+    greedy = torch.stack([part.all() for part in (logits.argmax(dim=-1) == labels[counted]).split(lengths)])
+    return losses.cpu(), greedy.cpu()
+
+
+def answer_ids(llm: LanguageModel, encoded: Encoded) -> list[int]:
+    """Ids of the tokens of a conversation's answer: the supervised ones without the token that ends the answer and
+    whitespace before it.
+
+    Raises:
+        ValueError: the answer is empty.
+    """
+    ids = [label for label in encoded.labels if label != IGNORE]
+    end = len(ids)
+    while end and (ids[end - 1] in llm.eos_ids or not str(llm.tokenizer.decode([ids[end - 1]])).strip()):
+        end -= 1
+    if not end:
+        raise ValueError("The answer is empty.")
+    return ids[:end]
 
 
 def _prompt(llm: LanguageModel, prompt: str, images: int) -> Encoded:

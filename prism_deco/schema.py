@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import II, MISSING
 
@@ -23,8 +24,8 @@ class BackboneConfig:
     """Side of the square input in pixels; None keeps the tower's own. Position tables are resampled."""
     layer: int = -2
     """The transformer block whose output is used; -2 is the second-to-last (PRISM, LLaVA)."""
-    resize: str = "letterbox"
-    """How an image becomes square: letterbox | pad | resize-naive | resize-crop."""
+    resize: str = II("recipe.resize")
+    """How an image becomes square: letterbox | pad | resize-naive | resize-crop; the recipe says which."""
 
 
 @dataclass
@@ -67,6 +68,10 @@ class DataConfig:
     """An image that is missing or unreadable: fail | skip (drop the record) | blank (mean-coloured image)."""
     num_workers: int = 0
     """Loader processes per rank; 0 loads in the training process."""
+    statistics: dict[str, Any] | None = None
+    """What `prism-deco plan` goes by where the files are not on disk: `images` with `records_per_image` each (1),
+    `text_records` without one (0), and per record `text_tokens`, `supervised_tokens`, `longest_text_tokens`,
+    `longest_supervised_tokens` (of a record beside the longest)."""
 
 
 @dataclass
@@ -75,6 +80,25 @@ class RecipeConfig:
 
     name: str = MISSING
     """The choice: the YAML's file name."""
+    stages: dict[str, list[str]] | None = None
+    """Runs that follow one another: a name and what its command line begins with, each; None is a single run."""
+    start_from: str | None = None
+    """Folder of an earlier run whose projector is taken over (and its LLM, where that began from random weights)."""
+    lm: str = "full"
+    """What is trained of the LLM: full (all of it) | frozen (nothing) | lora (adapters) | qlora (adapters on
+    four-bit weights; needs a GPU)."""
+    lora_r: int = 128
+    """Rank of the adapters."""
+    lora_alpha: int = 256
+    """The adapters' updates are scaled by `lora_alpha / lora_r`."""
+    lora_dropout: float = 0.05
+    """Share of an adapter's inputs that are dropped in training."""
+    prompt: str = "chat"
+    """chat (the LLM's format) | plain (LLaVA's alignment: image and caption; questions are left out)."""
+    tokenize: str | None = None
+    """per_turn (PRISM) | whole (LLaVA: a conversation at once); None is what the LLM's YAML says."""
+    resize: str = "letterbox"
+    """How an image becomes square: letterbox | pad | resize-naive | resize-crop (`backbone.resize` refers to it)."""
     num_tokens: int = 144
     """Visual tokens that compressing projectors produce (they refer to this key)."""
     image_slot: str = "after_bos"
@@ -99,6 +123,8 @@ class RecipeConfig:
     """Records per forward pass on one device."""
     max_text_tokens: int = 2048
     """Text is cut to this many tokens before the visual tokens are inserted."""
+    max_positions: int | None = None
+    """Text is cut so that, with its visual tokens, it has at most this length; None is what the LLM was made for."""
     lr: float = 2e-5
     """Peak learning rate."""
     projector_lr: float | None = None
@@ -117,6 +143,12 @@ class RecipeConfig:
     """token_mean (over the global batch) | micro_batch_mean (per forward pass, then averaged: prismatic)."""
     sampler: str = "grouped"
     """Order of the records: shuffled | grouped (by modality and length) | prismatic (strict PRISM)."""
+    packing: bool = False
+    """Put the records of a forward pass one behind the other in one row, each attending to itself, instead of
+    padding them: the same loss, without the padding's time and memory. Needs `llm.attention=sdpa`."""
+    max_logits: int | None = 2**26
+    """Logits (positions times vocabulary) that exist at once, more are computed in chunks; None knows no limit.
+    The default is 256 MiB in float32."""
 
 
 @dataclass
@@ -132,9 +164,27 @@ class TrainerConfig:
     num_nodes: int = 1
     """Number of nodes."""
     strategy: str = "auto"
-    """Lightning's strategy: auto | ddp."""
+    """auto (one device) | ddp (each device holds the whole model) | fsdp (weights, gradients and optimizer sharded)."""
+    shard_size: int | None = None
+    """fsdp: devices that share one copy of the weights; None is all. The GPUs of a node: hybrid sharding, whose
+    groups exchange gradients only."""
     precision: str = "32-true"
-    """Lightning's precision: 32-true | bf16-mixed."""
+    """32-true | bf16-mixed (bf16 compute over fp32 master weights)."""
+    reduce_dtype: str = "float32"
+    """fsdp: what gradients are summed in across devices: float32 | bfloat16 (prismatic)."""
+    activation_checkpointing: str = "none"
+    """Less memory for more computation in the LLM: none | selective (keep matrix products) | full (keep inputs of
+    layers; prismatic)."""
+    checkpoint_every: float = 0.25
+    """Optimizer steps between two checkpoints; below 1 a share of all steps."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay; the one with the best `val/loss` stays as well."""
+    nonfinite: str = "stop"
+    """A loss or gradient that is not finite: stop (and name its origin) | skip (the step; counted)."""
+    timeout_minutes: float = 30.0
+    """Devices that wait for another one that long give up, and name it."""
+    requeue: bool = False
+    """SLURM: ask for the job to be queued again when it is preempted."""
     threads: int | None = None
     """CPU threads of torch per process; None leaves torch's choice."""
     log_every: int = 10

@@ -16,7 +16,7 @@ from prism_deco.llms.encoding import IGNORE, Encoded
 
 @dataclass
 class Batch:
-    """One forward pass of B sequences of at most L positions.
+    """One forward pass of B sequences of at most L positions, or of one row of L positions that several share.
 
     Attributes:
         input_ids: int64[B, L]; 0 at visual positions and padding.
@@ -27,6 +27,7 @@ class Batch:
         rounds: int64[B, L]; conversation round of each position, 0 for what all rounds share.
         pixels: per tower float[I, 3, S, S], the batch's I images; None in an all-text batch.
         ids: names of the records, for error messages.
+        lengths: positions of each sequence where all share one row (B is 1); None: a row each.
     """
 
     input_ids: Tensor
@@ -37,6 +38,7 @@ class Batch:
     rounds: Tensor
     pixels: dict[str, Tensor] | None = None
     ids: tuple[str, ...] = ()
+    lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
@@ -67,6 +69,7 @@ def build_batch(
     pixels: dict[str, Tensor] | None = None,
     restart_rounds: bool = False,
     left_pad: bool = False,
+    pack: bool = False,
     ids: Sequence[str] = (),
 ) -> Batch:
     """Lays out conversations and the visual tokens of their images.
@@ -78,22 +81,26 @@ def build_batch(
         restart_rounds: number the positions of every round from the end of the shared prefix, for
             `turn_mask=block`, where a round does not see the rounds before it.
         left_pad: pad on the left (generation) instead of the right (training).
+        pack: one behind the other in a single row, without padding. What a model computes for each is
+            the same, if its attention keeps to `lengths`.
     """
-    length = max(sequence_length(e, tokens_per_image) for e in encoded)
-    shape = (len(encoded), length)
+    lengths = tuple(sequence_length(e, tokens_per_image) for e in encoded)
+    length = sum(lengths) if pack else max(lengths)
+    shape = (1 if pack else len(encoded), length)
     input_ids = torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, IGNORE)
     visual = torch.zeros(shape, dtype=torch.bool)
     attention_mask = torch.zeros(shape, dtype=torch.bool)
     position_ids = torch.zeros(shape, dtype=torch.long)
     rounds = torch.zeros(shape, dtype=torch.long)
-    for row, example in enumerate(encoded):
+    for number, (example, n) in enumerate(zip(encoded, lengths, strict=True)):
         text = _text_positions(example, tokens_per_image)
-        n = sequence_length(example, tokens_per_image)
-        start = length - n if left_pad else 0
+        row = 0 if pack else number
+        start = sum(lengths[:number]) if pack else length - n if left_pad else 0
         at = text + start
         input_ids[row, at] = torch.tensor(example.input_ids)
         labels[row, at] = torch.tensor(example.labels)
+        labels[row, start] = IGNORE  # nothing before it predicts it
         visual[row, start : start + n] = True
         visual[row, at] = False
         attention_mask[row, start : start + n] = True
@@ -102,7 +109,8 @@ def build_batch(
         before = (torch.searchsorted(text, torch.arange(n), right=True) - 1).clamp(min=0)
         rounds[row, start : start + n] = text_rounds[before]
         position_ids[row, start : start + n] = _positions(rounds[row, start : start + n], restart_rounds)
-    return Batch(input_ids, labels, visual, attention_mask, position_ids, rounds, pixels, tuple(ids))
+    shared = lengths if pack else None
+    return Batch(input_ids, labels, visual, attention_mask, position_ids, rounds, pixels, tuple(ids), shared)
 
 
 def _text_positions(encoded: Encoded, tokens_per_image: int) -> Tensor:

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from prism_deco.backbones import VisionBackbone
 from prism_deco.llms.encoding import IGNORE
+from prism_deco.llms.packed_attention import Segments, no_mask, use_packed_attention
+from prism_deco.loss import summed_cross_entropy
 from prism_deco.projectors import Projector
 from prism_deco.sequence import Batch
 
@@ -41,6 +43,11 @@ class VLM(nn.Module):
         token_scale: multiplies the projector's output; None is off.
         turn_mask: "causal", or "block": a round sees the shared prefix (BOS, image) and itself.
         blind: zero the visual tokens (the image-blind baseline).
+        max_logits: see `loss.summed_cross_entropy`; the default is 256 MiB of float32.
+
+    Attributes:
+        every_unit: run the backbone and the projector for batches without images, too. Where weights are sharded,
+            every process takes part in gathering each unit's, or the others wait for it forever.
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class VLM(nn.Module):
         token_scale: float | None = None,
         turn_mask: str = "causal",
         blind: bool = False,
+        max_logits: int | None = 2**26,
     ):
         super().__init__()
         if turn_mask not in ("causal", "block"):
@@ -68,6 +76,8 @@ class VLM(nn.Module):
         self.token_scale = token_scale
         self.turn_mask = turn_mask
         self.blind = blind
+        self.every_unit = False
+        self.max_logits = max_logits
         self.feature_mean: Tensor | None
         self.feature_std: Tensor | None
         stats = (lambda value: torch.full((backbone.embed_dim,), value)) if standardise_features else lambda value: None
@@ -121,27 +131,37 @@ class VLM(nn.Module):
         if visual is None and batch.pixels is not None:
             visual = self.visual_tokens(batch.pixels)
         if visual is None:
-            return self._touch_projector(embeddings) if self.training else embeddings
+            needed = self.training or self.every_unit
+            return self._touch_projector(embeddings) if needed else embeddings
         return embeddings.masked_scatter(batch.visual[..., None], visual.to(embeddings.dtype))
 
     def hidden_states(self, batch: Batch, visual: Tensor | None = None) -> Tensor:
         """The LLM's last hidden states float[B, L, E]."""
         decoder = cast(nn.Module, self.lm.base_model)
+        packed = {}
+        if batch.lengths is not None:
+            use_packed_attention(self.lm)
+            packed["segments"] = Segments.of(batch.lengths, batch.input_ids.device)
         output = decoder(
             inputs_embeds=self.embed(batch, visual),
             attention_mask=self._attention_mask(batch),
             position_ids=batch.position_ids,
             use_cache=False,
+            **packed,
         )
         return output.last_hidden_state
 
     def forward(self, batch: Batch) -> Loss:
-        """The loss of one batch. Logits exist at the supervised positions only: over a vocabulary of
-        150 000 words they would otherwise be the largest tensor of the step."""
-        hidden = self.hidden_states(batch)
-        supervised = batch.labels[:, 1:] != IGNORE
-        logits = self.logits(hidden[:, :-1][supervised])
-        total = F.cross_entropy(logits.float(), batch.labels[:, 1:][supervised], reduction="sum")
+        """The loss of one batch. Logits exist at the supervised positions only, and no more than
+        `max_logits` of them at once."""
+        hidden = self.hidden_states(batch)[:, :-1]
+        labels = batch.labels[:, 1:]
+        supervised = labels != IGNORE
+        head = cast(nn.Linear, self.lm.get_output_embeddings())
+        # Under FSDP2 the weights are whole here: they belong to the root module, whose forward this is.
+        total = summed_cross_entropy(
+            hidden[supervised], head.weight, head.bias, labels[supervised], max_logits=self.max_logits
+        )
         return Loss(total, supervised.sum())
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -150,9 +170,20 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, batch: Batch, visual: Tensor | None, *, max_new_tokens: int, eos_ids: list[int], pad_id: int
+        self,
+        batch: Batch,
+        visual: Tensor | None,
+        *,
+        max_new_tokens: int,
+        eos_ids: list[int],
+        pad_id: int,
+        streamer: BaseStreamer | None = None,
     ) -> list[list[int]]:
-        """Greedy continuation of left-padded prompts; the new token ids without the end token."""
+        """Greedy continuation of left-padded prompts; the new token ids without the end token.
+
+        Args:
+            streamer: is handed every token of a single prompt's answer as it comes.
+        """
         output = cast(Any, self.lm).generate(
             inputs_embeds=self.embed(batch, visual),
             attention_mask=batch.attention_mask.long(),
@@ -161,6 +192,7 @@ class VLM(nn.Module):
             num_beams=1,
             eos_token_id=eos_ids,
             pad_token_id=pad_id,
+            streamer=streamer,
         )
         stop = set(eos_ids)
         answers = []
@@ -173,14 +205,19 @@ class VLM(nn.Module):
         # In an all-text batch the projector must still take part in the graph: gradient
         # synchronisation waits for every trained parameter on every rank.
         height, width = self.projector.in_grid
+        if self.every_unit:
+            towers = self.backbone.transform.towers.items()
+            blank = {k: embeddings.new_zeros(1, 3, t.image_size, t.image_size, dtype=torch.float32) for k, t in towers}
+            return embeddings + 0.0 * self.visual_tokens(blank).sum().to(embeddings.dtype)
         weight = next(self.projector.parameters(), None)
         zeros = embeddings.new_zeros(1, height * width, self.projector.in_dim)
         return embeddings if weight is None else embeddings + 0.0 * self.project(zeros).sum().to(embeddings.dtype)
 
     def _attention_mask(self, batch: Batch) -> Tensor:
-        """bool[B, L] of real positions, or bool[B, 1, L, L] of allowed pairs for `turn_mask=block`."""
+        """bool[B, L] of real positions, or bool[B, 1, L, L] of allowed pairs for `turn_mask=block`; of packed
+        rows only pairs within a record count."""
         if self.turn_mask == "causal":
-            return batch.attention_mask
+            return batch.attention_mask if batch.lengths is None else no_mask(batch.input_ids.device)
         length = batch.input_ids.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=batch.rounds.device).tril()
         key_round, query_round = batch.rounds[:, None, :], batch.rounds[:, :, None]

@@ -14,9 +14,11 @@ RANKS = {
     "registry": 0,
     "schema": 0,
     "config": 1,
+    "stages": 2,
     "backbones": 2,
     "projectors": 2,
     "llms": 2,
+    "loss": 2,
     "sequence": 3,
     "vlm": 4,
     "data": 4,
@@ -30,10 +32,11 @@ RANKS = {
     "export": 8,
     "sweep": 8,
     "report": 8,
-    "api": 8,
-    "chat": 8,
-    "commands": 9,
-    "cli": 10,
+    "api": 9,
+    "chat": 10,
+    "integrations": 10,
+    "commands": 11,
+    "cli": 12,
 }
 
 

@@ -55,6 +55,18 @@ def test_targets_are_counted_as_the_shifted_loss_sees_them():
     assert first.num_targets == 1
 
 
+def test_a_packed_row_is_the_padded_rows_without_their_padding():
+    examples = [_encoded(4, [1]), _encoded(6, []), Encoded([7, 8], [7, 8], [0, 1], [])]
+    padded, packed = (build_batch(examples, 3, pack=pack, ids=["a", "b", "c"]) for pack in (False, True))
+    real = padded.attention_mask
+    assert packed.lengths == (7, 6, 2) and packed.input_ids.shape == (1, 15) and packed.attention_mask.all()
+    for name in ("input_ids", "labels", "visual", "position_ids", "rounds"):
+        assert getattr(packed, name)[0].tolist() == getattr(padded, name)[real].tolist(), name
+    # The third record supervises its first position, which nothing predicts, in a row of its own or behind others.
+    assert packed.num_targets == padded.num_targets == 3 + 5 + 1
+    assert padded.lengths is None and packed.ids == padded.ids
+
+
 def test_moving_a_batch_moves_every_tensor():
     batch = build_batch([_encoded(3, [1])], 2, pixels={"a": torch.zeros(1, 3, 2, 2)}, ids=["x"])
     moved = batch.to(torch.device("meta"))

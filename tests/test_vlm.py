@@ -83,6 +83,47 @@ def test_padding_changes_nothing(tiny, llm, turn_mask):
     assert float(together.total) == pytest.approx(sum(float(a.total) for a in apart), rel=1e-6)
 
 
+def _step(vlm, encoded, pixels, sizes, pack: bool):
+    """The mean loss over all tokens of a global batch, in passes of these sizes, and its gradients."""
+    vlm.zero_grad()
+    passes, at, image = [], 0, 0
+    for size in sizes:
+        members = encoded[at : at + size]
+        images = sum(len(e.image_slots) for e in members)
+        own = {k: v[image : image + images] for k, v in pixels.items()} if images else None
+        passes.append(build_batch(members, 4, pixels=own, pack=pack, restart_rounds=vlm.turn_mask == "block"))
+        at, image = at + size, image + images
+    targets = sum(batch.num_targets for batch in passes)
+    total = 0.0
+    for batch in passes:
+        loss = vlm(batch).total / targets
+        loss.backward()
+        total += float(loss.detach())
+    return total, {name: p.grad.clone() for name, p in vlm.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("turn_mask", ["causal", "block"])
+@pytest.mark.parametrize("llm", LLMS)
+def test_the_step_is_the_same_in_any_number_of_passes_packed_or_padded(tiny, llm, turn_mask):
+    vlm, language = tiny(llm, turn_mask=turn_mask)
+    talks = [(TALK, 1), (TEXT, 0), (TALK[:2], 1), (TEXT, 0), (TALK, 1), (TALK[:2], 1), (TALK, 1), (TEXT, 0)]
+    encoded = [language.encode(talk, num_images=images) for talk, images in talks]
+    pixels = _pixels(vlm, 5)
+    loss, gradients = _step(vlm, encoded, pixels, [8], pack=False)
+    for pack, sizes, max_logits in (
+        (True, [8], None),
+        (True, [2, 2, 2, 2], 4 * 576),
+        (False, [4, 4], None),
+        (False, [1] * 8, 576),
+    ):
+        vlm.max_logits = max_logits
+        other, others = _step(vlm, encoded, pixels, sizes, pack)
+        assert other == pytest.approx(loss, rel=1e-6)
+        assert others.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(others[name], gradient, atol=1e-7, rtol=1e-5, msg=f"{name} {pack} {sizes}")
+
+
 def test_an_all_text_batch_still_gives_the_projector_gradients(tiny):
     vlm, language = tiny()
     vlm.train()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from prism_deco.backbones.transforms import BackboneTransform
 from prism_deco.config import load_choice
@@ -74,6 +75,8 @@ class VisionBackbone(nn.Module):
         """Hash of the weights as they are now: names, dtypes, shapes and bytes, in order of name."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
+            if isinstance(tensor, DTensor):
+                tensor = tensor.full_tensor()  # of a sharded tower: all processes take part
             tensor = tensor.detach().cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

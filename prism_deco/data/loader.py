@@ -45,12 +45,13 @@ class Collate:
     Attributes:
         tokens_per_image: visual tokens M of the projector.
         micro_batch_size: records per forward pass.
-        restart_rounds: see `build_batch`.
+        restart_rounds, pack: see `build_batch`.
     """
 
     tokens_per_image: int
     micro_batch_size: int
     restart_rounds: bool = False
+    pack: bool = False
 
     def __call__(self, examples: Sequence[Example]) -> Step:
         size = self.micro_batch_size
@@ -68,6 +69,7 @@ class Collate:
             self.tokens_per_image,
             pixels=stack_pixels([p for e in examples for p in e.pixels]),
             restart_rounds=self.restart_rounds,
+            pack=self.pack,
             ids=[e.id for e in examples],
         )
 

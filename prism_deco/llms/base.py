@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prism_deco.llms.encoding import Encoded, encode_segments, prompt_of
-from prism_deco.llms.prompts import Message, PromptFormat, Segment
+from prism_deco.llms.prompts import Message, PromptFormat, Segment, build_format
 from prism_deco.llms.spec import LLMSpec
 from prism_deco.llms.tokenizers import load_tokenizer
 
@@ -76,9 +76,9 @@ class LanguageModel:
 
     @cached_property
     def prompt_format(self) -> PromptFormat:
-        """The chat format."""
+        """The chat format, or the plain one."""
         spec = self.spec
-        return PromptFormat(spec.chat_template, spec.special_tokens, spec.tokenize, spec.image_slot)
+        return build_format(spec.prompt, spec.chat_template, spec.special_tokens, spec.tokenize, spec.image_slot)
 
     def render(
         self, messages: Sequence[Message], num_images: int = 0, add_generation_prompt: bool = False

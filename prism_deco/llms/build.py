@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from prism_deco.config import load_choice
 from prism_deco.llms.base import LanguageModel
-from prism_deco.llms.hub import model_folder
+from prism_deco.llms.hub import has_weights, model_folder, weight_files
+from prism_deco.llms.quantize import quantization
 from prism_deco.llms.spec import LLMSpec, architecture, read_spec
-from prism_deco.llms.weights import load_model
+from prism_deco.llms.weights import folder_tensors, load_model
+
+log = logging.getLogger(__name__)
 
 
 def build_llm(
@@ -37,13 +43,46 @@ def build_llm(
     spec = read_spec((load_choice("llm", choice) if isinstance(choice, str) else dict(choice)) | options)
     pretrained = spec.pretrained if pretrained is None else pretrained
     device = torch.device(device or "cpu")
+    if spec.quantize and not pretrained:
+        raise ValueError(f"{spec.name}: only pretrained weights can be quantised; train adapters with recipe.lm=lora.")
     model = _load(spec) if pretrained and device.type != "meta" else _random(spec, device)
     llm = LanguageModel(model, spec)
     _fit_embeddings(llm)
     # Checkpoints bring sampling settings and repetition penalties of their own; decoding here is plain.
     model.generation_config = GenerationConfig()
-    model.to(device)  # type: ignore[arg-type]
+    if spec.quantize is None:
+        model.to(device)  # type: ignore[arg-type]
     return llm
+
+
+def weights_record(spec: LLMSpec) -> dict[str, Any]:
+    """What names pretrained weights: where they come from, and the SHA-256 of their files.
+
+    Raises:
+        ValueError: they cannot be found.
+    """
+    path = _weights_path(spec)
+    log.info("Hashing the language model's weights in %s", path)
+    digest = hashlib.sha256()
+    for file in weight_files(path):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    # The folder of a snapshot is named after its commit.
+    source = {"path": str(path.resolve())} if spec.weights else {"hub": spec.hub, "revision": path.name}
+    return {"name": spec.name, **source, "sha256": digest.hexdigest()}
+
+
+def tensor_files(spec: LLMSpec) -> dict[str, Path] | None:
+    """The safetensors file of each weight, for those who read them in pieces; None where there are no such files.
+
+    Raises:
+        ValueError: the weights cannot be found, or belong to another architecture.
+    """
+    path = _weights_path(spec)
+    if not path.is_dir() or not has_weights(path):
+        return None  # one file of any kind, or nothing that `load_model` would take
+    _check_architecture(spec, AutoConfig.from_pretrained(path, trust_remote_code=False), path)
+    return folder_tensors(path)
 
 
 def _options(spec: LLMSpec) -> dict[str, Any]:
@@ -57,14 +96,23 @@ def _random(spec: LLMSpec, device: torch.device) -> PreTrainedModel:
 
 def _load(spec: LLMSpec) -> PreTrainedModel:
     config = architecture(spec) if spec.architecture else None
-    path = Path(spec.weights).expanduser() if spec.weights else _hub_folder(spec)
-    model = load_model(path, config, **_options(spec))
+    path = _weights_path(spec)
+    options = _options(spec) | (quantization(spec.quantize) if spec.quantize else {})
+    model = load_model(path, config, **options)
+    _check_architecture(spec, model.config, path)
+    return model
+
+
+def _check_architecture(spec: LLMSpec, config: PretrainedConfig, path: Path) -> None:
     for key, value in (spec.architecture or {}).items():
-        found = getattr(model.config, key, value)
+        found = getattr(config, key, value)
         # The vocabulary may have been resized since; a nested value may be spelled in several ways.
         if key != "vocab_size" and isinstance(value, int | str) and found != value:
             raise ValueError(f"The weights in {path} are not those of {spec.name}: {key} is {found}, not {value}.")
-    return model
+
+
+def _weights_path(spec: LLMSpec) -> Path:
+    return Path(spec.weights).expanduser() if spec.weights else _hub_folder(spec)
 
 
 def _hub_folder(spec: LLMSpec) -> Path:
@@ -95,4 +143,17 @@ def _fit_embeddings(llm: LanguageModel) -> None:
     wanted = -(-size // multiple) * multiple if multiple else max(size, rows)
     if wanted != rows:
         # New rows are drawn like any others of the architecture, as in the reference, not from the mean of the old.
-        model.resize_token_embeddings(wanted, mean_resizing=False)
+        with torch.random.fork_rng(devices=[]):
+            model.resize_token_embeddings(wanted, mean_resizing=False)
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            weight = cast(nn.Embedding, table).weight
+            if wanted > rows and not weight.is_meta:
+                weight.data[rows:] = added_rows(wanted - rows, weight.shape[1], model.config.initializer_range)
+
+
+def added_rows(count: int, width: int, std: float) -> Tensor:
+    """float32[count, width] of an embedding table for tokens that the weights do not know.
+
+    Always the same: a base that is named by its source must be so whenever it is loaded, and by every process.
+    """
+    return torch.empty(count, width).normal_(std=std, generator=torch.Generator().manual_seed(0))

@@ -40,6 +40,13 @@ def bin_shards(folder: Path) -> list[Path]:
     return sorted(folder.glob(_BIN))
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a model's weights: one file, or what is loaded from a folder."""
+    if path.is_file():
+        return [path]
+    return sorted(path.glob(_SAFETENSORS)) if has_safetensors(path) else bin_shards(path)
+
+
 def model_folder(repo: str, revision: str | None, hint: str) -> Path:
     """The local snapshot of a repository with a complete model; downloads what is missing.
 

@@ -25,6 +25,13 @@ IMAGE_TAG = "<image>"
 IMAGE_SLOTS = ("after_bos", "in_place")
 TOKENIZE = ("per_turn", "whole")
 
+PLAIN_TEMPLATE = """\
+{{- bos_token ~ image -}}
+{%- for message in messages if message.role == 'assistant' -%}
+  {%- generation -%}{{- message.content ~ '\n' -}}{%- endgeneration -%}
+{%- endfor -%}"""
+"""LLaVA's alignment prompt: the image and its caption; what the user asked is left out."""
+
 # Marks the image slot in rendered text. A noncharacter: Unicode keeps it for internal use.
 _SENTINEL = "\ufdd0"
 _REPLACEMENT = "\ufffd"
@@ -91,10 +98,9 @@ class PromptFormat:
         after_bos = self.image_slot == "after_bos"
         variables: dict[str, Any] = dict(self.special_tokens)
         variables |= {"image": _SENTINEL * num_images if after_bos else "", "tokenize": self.tokenize}
-        place = _delete_tags if after_bos else _tags_first
         try:
             rendered: Any = render_jinja_template(
-                [place(messages, num_images)],
+                [self._place(messages, num_images)],
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
                 **variables,
@@ -110,6 +116,10 @@ class PromptFormat:
         if not any(s.supervised for s in segments):
             raise ValueError("No text is supervised: answers stand between {% generation %} and {% endgeneration %}.")
         return segments
+
+    def _place(self, messages: Sequence[Message], num_images: int) -> list[dict[str, str]]:
+        place = _delete_tags if self.image_slot == "after_bos" else _tags_first
+        return place(messages, num_images)
 
     def _segments(self, text: str, spans: Sequence[tuple[int, int]]) -> Iterator[Segment]:
         bos = self.special_tokens.get("bos_token", "")
@@ -127,6 +137,27 @@ class PromptFormat:
                 yield Segment(text[start:end], supervised=True, round=number)
             at = end
         yield from _split_images(text[at:], len(spans))
+
+
+class PlainFormat(PromptFormat):
+    """LLaVA's alignment prompt (`PLAIN_TEMPLATE`): captions stay as they are, and there is no end token."""
+
+    def _place(self, messages: Sequence[Message], num_images: int) -> list[dict[str, str]]:
+        return [{"role": m["role"], "content": _neutral(m["content"]).replace(IMAGE_TAG, "")} for m in messages]
+
+
+def build_format(
+    prompt: str, template: str, special_tokens: Mapping[str, str], tokenize: str, image_slot: str
+) -> PromptFormat:
+    """The format of that name: "chat" (the LLM's own template) or "plain" (LLaVA's alignment stage)."""
+    formats = {
+        "chat": PromptFormat(template, special_tokens, tokenize, image_slot),
+        # No text stands before the image, so that both slots are the one after BOS.
+        "plain": PlainFormat(PLAIN_TEMPLATE, special_tokens, tokenize, "after_bos"),
+    }
+    if prompt not in formats:
+        raise unknown("recipe.prompt", prompt, formats)
+    return formats[prompt]
 
 
 def check_roles(messages: Sequence[Message]) -> None:

@@ -43,6 +43,10 @@ class LLMSpec:
     """per_turn: each turn by itself (PRISM) | whole: the conversation at once (LLaVA)."""
     image_slot: str = "after_bos"
     """after_bos (PRISM) | in_place (LLaVA)."""
+    prompt: str = "chat"
+    """chat: `chat_template` | plain: LLaVA's alignment prompt, image and caption only."""
+    quantize: str | None = None
+    """nf4: four bits per weight of the linear layers, through bitsandbytes on a GPU (QLoRA); None: `dtype`."""
     dtype: str = "float32"
     """Type of the weights; PRISM trains float32 master weights."""
     attention: str = "sdpa"

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from prism_deco.config import cache_dir
-from prism_deco.llms.hub import bin_shards, has_safetensors, has_weights
+from prism_deco.llms.hub import bin_shards, has_safetensors, has_weights, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,16 @@ def load_model(path: Path, config: PretrainedConfig | None, **options: Any) -> P
         local_files_only=True,
         **options,
     )
+
+
+def folder_tensors(path: Path) -> dict[str, Path]:
+    """The safetensors file that holds each tensor of a folder; pickled shards are converted first."""
+    folder = path if has_safetensors(path) else convert_pickles(path)
+    files = {}
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            files |= dict.fromkeys(tensors.keys(), file)
+    return files
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -48,9 +48,12 @@ class SampleAnswers(Callback):
         self._max_new_tokens = max_new_tokens
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger):
-            return
         vlm = cast(TrainingModule, pl_module).vlm
+        # Where weights are sharded, all processes answer together, and the first one shows it.
+        if trainer.sanity_checking or not (trainer.is_global_zero or vlm.every_unit):
+            return
+        assert isinstance(trainer.logger, TensorBoardLogger)
+        step = trainer.global_step - 1  # what Lightning calls the step before this validation
         data = cast(Conversations, trainer.datamodule)  # type: ignore[attr-defined]  # set by Trainer.fit
         board = trainer.logger.experiment
         for row, index in enumerate(_distinct_images(data.val_records, self._count)):
@@ -63,12 +66,12 @@ class SampleAnswers(Callback):
                 vlm, self._llm, [list(vlm.visual_tokens(pixels))], [question], max_new_tokens=self._max_new_tokens
             )
             image = load_image(data.val_examples.images, record.images[0])
-            board.add_image(f"samples/{row}", np.asarray(image), trainer.global_step, dataformats="HWC")
+            board.add_image(f"samples/{row}", np.asarray(image), step, dataformats="HWC")
             shown = question.replace(IMAGE_TAG, "").strip()
             board.add_text(
                 f"samples/{row}",
                 f"**question** {shown}\n\n**answer** {text}\n\n**reference** {reference}",
-                trainer.global_step,
+                step,
             )
 
 

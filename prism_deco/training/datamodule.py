@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from prism_deco.compose import max_positions
 from prism_deco.config import cache_dir
 from prism_deco.data import Source
 from prism_deco.data.images import ImageSource
@@ -51,7 +52,10 @@ class Conversations(pl.LightningDataModule):
             for examples in (self.train_examples, self.val_examples):
                 _check_images(examples)
         self.collate = Collate(
-            vlm.projector.num_tokens, config.recipe.micro_batch_size, restart_rounds=vlm.turn_mask == "block"
+            vlm.projector.num_tokens,
+            config.recipe.micro_batch_size,
+            restart_rounds=vlm.turn_mask == "block",
+            pack=config.recipe.packing,
         )
         self.population = Population(self.train_records.words, self.train_records.has_image)
 
@@ -109,7 +113,7 @@ class Conversations(pl.LightningDataModule):
             llm,
             vlm.backbone.transform,
             max_text_tokens=self._config.recipe.max_text_tokens,
-            max_positions=llm.max_positions,
+            max_positions=max_positions(self._config, llm),
             tokens_per_image=vlm.projector.num_tokens,
             on_bad_image=self._config.data.on_bad_image,
         )

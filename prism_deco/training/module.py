@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import math
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 
 from prism_deco.data.loader import Step
 from prism_deco.registry import unknown
+from prism_deco.training.guards import POLICIES, diagnose
 from prism_deco.training.optim import clip_grad_norm, parameter_groups, warmup_cosine
+from prism_deco.training.stops import NonFinite
 from prism_deco.vlm import VLM, Loss
+
+log = logging.getLogger(__name__)
 
 LOSSES = ("token_mean", "micro_batch_mean")
 
@@ -29,21 +38,50 @@ class TrainingModule(pl.LightningModule):
     Args:
         recipe: the `recipe` group of the configuration.
         total_steps: optimizer steps of the whole run, for the schedule.
+        seed: seeds dropout, anew in each step, so that a resumed run draws the same.
+        nonfinite: stop | skip: what a step does whose loss or gradient is not finite.
+        shard: divides the model among the processes of a mesh, once there is one; None leaves it whole.
+        preempted: whether this process was asked to make way; `making_way` is what all agree on.
     """
 
-    def __init__(self, vlm: VLM, recipe: DictConfig, total_steps: int, log_every: int = 10):
+    def __init__(
+        self,
+        vlm: VLM,
+        recipe: DictConfig,
+        total_steps: int,
+        log_every: int = 10,
+        *,
+        seed: int = 0,
+        nonfinite: str = "stop",
+        shard: Callable[[DeviceMesh], None] | None = None,
+        preempted: Callable[[], bool] = lambda: False,
+    ):
         super().__init__()
         if recipe.loss not in LOSSES:
             raise unknown("recipe.loss", recipe.loss, LOSSES)
+        if nonfinite not in POLICIES:
+            raise unknown("trainer.nonfinite", nonfinite, POLICIES)
         self.automatic_optimization = False
         self.vlm = vlm
         self.recipe = recipe
         self.total_steps = total_steps
         self.log_every = log_every
-        self.tokens_cut = 0
-        self.bad_images = 0
+        self.counts = {"tokens_cut": 0, "bad_images": 0, "steps_skipped": 0}
+        self.making_way = False
+        self.last_step: dict[str, Any] = {}
+        self._seed = seed
+        self._nonfinite = nonfinite
+        self._shard = shard
+        self._preempted = preempted
         self._window = _Window()
         self._validation = torch.zeros(2, dtype=torch.float64)
+
+    def configure_model(self) -> None:
+        """Shards the model; Lightning calls it when the processes have found each other."""
+        if self._shard is not None:
+            assert self.device_mesh is not None
+            self._shard(self.device_mesh["data_parallel"])
+            self._shard = None
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
@@ -62,35 +100,68 @@ class TrainingModule(pl.LightningModule):
         optimizer = cast(Any, self.optimizers())
         scheduler = cast(Any, self.lr_schedulers())
         optimizer.zero_grad()
-        counts = [step.num_targets, step.records, step.tokens_cut, step.bad_images]
+        passes = sum(micro_batch.num_targets > 0 for micro_batch in step.batches)
+        counts = [step.num_targets, passes, step.records, step.tokens_cut, step.bad_images, self._preempted()]
         totals = self.all_reduce_sum(torch.tensor(counts, dtype=torch.float64, device=self.device))
-        targets = totals[0].float()
+        targets, passes = totals[0].float(), totals[1].float()
         total = torch.zeros((), device=self.device)
+        self._seed_step()
         for micro_batch in step.batches:
             result = self.vlm(micro_batch)
-            loss = self._scaled(result, targets, len(step.batches))
+            loss = self._scaled(result, targets, passes)
             self.manual_backward(loss)
             total += loss.detach()
+        # Ranks' scaled losses average to the global one, as their gradients do.
+        total = self.all_reduce_sum(total) / self.trainer.world_size
         norms = {
             part: clip_grad_norm(module.parameters(), 0)
             for part, module in (("projector", self.vlm.projector), ("lm", self.vlm.lm))
         }
         norm = clip_grad_norm(self.vlm.parameters(), self.recipe.grad_clip)
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        optimizer.step()
+        _, _, records, tokens_cut, bad_images, making_way = (int(value) for value in totals.tolist())
+        if math.isfinite(total.item() + norm.item()):
+            optimizer.step()
+        else:
+            self._handle_nonfinite(step)
+            optimizer.zero_grad()
+            # Lightning counts steps of the optimizer, and this is one that was left out.
+            self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.increment_ready()
+            self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.increment_completed()
         scheduler.step()
-        _, records, tokens_cut, bad_images = (int(value) for value in totals)
-        self.tokens_cut += tokens_cut
-        self.bad_images += bad_images
+        self.making_way = making_way > 0
+        self.counts["tokens_cut"] += tokens_cut
+        self.counts["bad_images"] += bad_images
         self._window.add(records, float(targets))
-        # Ranks' scaled losses average to the global one, as their gradients do.
-        self._log_step(self.all_reduce_sum(total) / self.trainer.world_size, norm, norms, rates)
+        self.last_step = {"loss": total.item(), "grad_norm": norm.item(), "lr": rates, "tokens": int(targets)}
+        self._log_step(total, norm, norms, rates)
 
-    def _scaled(self, loss: Loss, targets: Tensor, passes: int) -> Tensor:
-        """This pass's share of the step's loss. Gradients are averaged over ranks afterwards."""
+    def _seed_step(self) -> None:
+        """Dropout is a function of seed, step and rank: a checkpoint needs no state of generators."""
+        key = f"{self._seed}/{self.trainer.global_step}/{self.global_rank}"
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big"))
+
+    def _handle_nonfinite(self, step: Step) -> None:
+        self._seed_step()
+        message = (
+            f"step {self.trainer.global_step + 1}: loss or gradient not finite: {diagnose(self.vlm, step.batches)}"
+        )
+        if self._nonfinite == "stop":
+            raise NonFinite(f"{message}. Lower recipe.lr or mend the records; trainer.nonfinite=skip leaves it out.")
+        self.counts["steps_skipped"] += 1
+        log.warning("Left out %s", message)
+
+    def _scaled(self, loss: Loss, targets: Tensor, passes: Tensor) -> Tensor:
+        """This pass's share of the step's loss. Gradients are averaged over ranks afterwards.
+
+        Args:
+            targets: float[], supervised tokens of the step on all ranks.
+            passes: float[], its forward passes that have any.
+        """
+        size = self.trainer.world_size
         if self.recipe.loss == "micro_batch_mean":
-            return loss.total / loss.count.clamp(min=1) / passes
-        return loss.total * self.trainer.world_size / targets.clamp(min=1)
+            return loss.total / loss.count.clamp(min=1) * size / passes.clamp(min=1)
+        return loss.total * size / targets.clamp(min=1)
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         """The sum of a tensor over all ranks."""
@@ -104,8 +175,8 @@ class TrainingModule(pl.LightningModule):
         for name in {name.partition("/")[0] for name in rates}:
             rate = next(value for group, value in rates.items() if group.startswith(f"{name}/"))
             self.log(f"train/lr_{name}", rate)
-        self.log("data/bad_images", float(self.bad_images))
-        self.log("data/text_tokens_cut", float(self.tokens_cut))
+        self.log("data/bad_images", float(self.counts["bad_images"]))
+        self.log("data/text_tokens_cut", float(self.counts["tokens_cut"]))
         if self.trainer.global_step % self.log_every == 0:
             seconds, records, targets = self._window.close()
             self.log("speed/samples_per_s", records / seconds)

@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from prism_deco.training.streaming import full
+
 
 def parameter_groups(
     projector: nn.Module, lm: nn.Module, *, lr: float, projector_lr: float | None, weight_decay: float
@@ -17,8 +19,8 @@ def parameter_groups(
     """AdamW groups of the trained parameters: matrices decay, vectors and biases do not.
 
     The rule is prismatic-vlms' (`ndim <= 1` or a name ending in `.bias`), applied to whole parameters.
-    Call it before sharding: prismatic applies it to FSDP's one-dimensional views, which silently turns
-    the decay off.
+    Prismatic applies it to FSDP's one-dimensional views, which silently turns the decay off; parameters
+    of `fully_shard` keep their dimensions.
     """
     groups = []
     seen: set[int] = set()
@@ -50,9 +52,12 @@ def warmup_cosine(optimizer: AdamW, total_steps: int, warmup_ratio: float) -> La
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scales gradients down to the global norm `max_norm` (0: leaves them) and returns the norm before."""
+    """Scales gradients down to the global norm `max_norm` (0: leaves them) and returns the norm before.
+
+    Of sharded gradients the norm is that of the whole ones, the same in every process.
+    """
     parameters = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = full(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 
 from prism_deco.compose import build_model, group
-from prism_deco.config import save_config
 from prism_deco.data import Source, build_source
 from prism_deco.llms import LanguageModel
-from prism_deco.training.artifacts import WEIGHTS, save_model
+from prism_deco.llms.build import tensor_files
+from prism_deco.llms.checkpointing import checkpoint_activations
+from prism_deco.registry import unknown
+from prism_deco.training.artifacts import save_model, trained_sha256
 from prism_deco.training.callbacks import ProgressBar, SampleAnswers
+from prism_deco.training.checkpointing import Checkpointing
+from prism_deco.training.checkpoints import step_of
 from prism_deco.training.datamodule import Conversations
-from prism_deco.training.manifest import build_manifest, file_sha256, write_json
+from prism_deco.training.folder import Plan, set_status
+from prism_deco.training.manifest import build_manifest, write_json
 from prism_deco.training.module import TrainingModule
+from prism_deco.training.preemption import Preemption, requeue
+from prism_deco.training.ranks import Ranks
+from prism_deco.training.sharding import Sharding, reshard
+from prism_deco.training.start import find_start, start_from
+from prism_deco.training.stops import Preempted, RankFailed, Stop, as_stop
+from prism_deco.training.watch import Watch
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -31,95 +45,185 @@ log = logging.getLogger(__name__)
 FEATURE_STATISTICS_IMAGES = 512
 
 
-def default_run_id(config: DictConfig) -> str:
-    """A name made of the choices and the seed: `mini_siglip-avgpool-mini_qwen2-shapes-mini-s7`."""
-    names = [config[key].name for key in ("backbone", "projector", "llm", "data", "recipe")]
-    return "-".join([*names, f"s{config.seed}"])
-
-
-def prepare_run(config: DictConfig, *, overwrite: bool = False) -> Path:
-    """Creates the run's folder with its `config.yaml`.
-
-    Raises:
-        ValueError: the folder holds a run already and `overwrite` is false.
-    """
-    config.run_id = config.run_id or default_run_id(config)
-    folder = Path(config.runs_dir) / config.run_id
-    if folder.exists():
-        if not overwrite:
-            raise ValueError(
-                f"{folder} already holds a {_state(folder)} run. Keep it and name this one run_id=NAME, or replace it "
-                "with --overwrite."
-            )
-        log.warning("Removing the earlier run in %s", folder)
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    save_config(config, folder / "config.yaml")
-    return folder
-
-
-def train(config: DictConfig, folder: Path) -> Path:
+def train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption) -> None:
     """Trains the configured model and writes `model/`, `manifest.json` and `status.json`.
 
     Args:
-        folder: what `prepare_run` made.
+        plan: what `prepare_run` found; training goes on from its checkpoint.
+        ranks: the processes of the run; each of them calls this.
+
+    Raises:
+        Stop: the run ended early: preempted, out of memory, a guard, another process.
     """
+    started = time.time()
+    finish = partial(_finish, plan.folder, config.trainer.requeue)
+    with _logged(plan.folder, ranks), Watch(plan.folder, ranks, finish) as watch:
+        if ranks.is_main:
+            set_status(plan.folder, "running", pid=os.getpid(), started=started)
+        try:
+            _train(config, plan, ranks, preemption, watch)
+        except BaseException as error:
+            raise _stopped(error, ranks, watch, finish) from error
+    if ranks.is_main:
+        watch.clear()
+        set_status(plan.folder, "trained", started=started, seconds=round(time.time() - started, 1))
+
+
+def _stopped(error: BaseException, ranks: Ranks, watch: Watch, finish: Any) -> BaseException:
+    """Records why a run ends, in its first process, and tells the others; returns what to raise."""
+    stop = as_stop(error)
+    if stop is None and not isinstance(error, KeyboardInterrupt | SystemExit | ValueError | OSError):
+        # A broken connection is what another process's failure looks like from here.
+        stop = watch.origin()
+    told = stop or RankFailed(f"{type(error).__name__}: {error}")
+    if not (isinstance(told, Preempted) and told.agreed):
+        watch.fail(told)
+    (log.warning if isinstance(told, Preempted) else log.error)("The run stops: %s", told)
+    if ranks.is_main:
+        finish(told)
+    return stop or error
+
+
+def _finish(folder: Path, requeues: bool, stop: Stop) -> None:
+    set_status(folder, stop.state, reason=" ".join(str(stop).split()))
+    if requeues and isinstance(stop, Preempted):
+        requeue()
+
+
+@contextmanager
+def _logged(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """The first process keeps a log in the run's folder; the others speak up only when something is wrong."""
+    logger = logging.getLogger("prism_deco")
+    if not ranks.is_main:
+        logger.setLevel(logging.WARNING)
+        yield
+        return
     handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger("prism_deco").addHandler(handler)
-    started = time.time()
-    set_status(folder, "running", pid=os.getpid(), started=started)
+    logger.addHandler(handler)
     try:
-        _train(config, folder)
-    except BaseException as error:
-        set_status(folder, "failed", reason=f"{type(error).__name__}: {error}")
-        log.error("The run failed: %s", error)
-        raise
+        yield
     finally:
-        logging.getLogger("prism_deco").removeHandler(handler)
+        logger.removeHandler(handler)
         handler.close()
-    set_status(folder, "trained", started=started, seconds=round(time.time() - started, 1))
-    return folder
 
 
-def set_status(folder: Path, state: str, **details: object) -> None:
-    """Writes `status.json`: running | failed | trained | done."""
-    write_json(folder / "status.json", {"state": state, **details})
-
-
-def _train(config: DictConfig, folder: Path) -> None:
+def _train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption, watch: Watch) -> None:
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    source = build_source(group(config, "data"))
-    vlm, llm = build_model(config)
-    data = Conversations(source, config, vlm, llm)
-    if config.recipe.standardise_features:
+    if config.recipe.start_from:
+        find_start(Path(config.recipe.start_from), config)  # a wrong one must not wait for the LLM's weights
+    with ranks.main_first():
+        source = build_source(group(config, "data"))
+    sharding = Sharding.of(config.trainer, ranks.size) if config.trainer.strategy == "fsdp" else None
+    vlm, llm = build_model(config, defer_llm=sharding is not None and _is_readable_in_pieces(config))
+    checkpoint_activations(vlm.lm, config.trainer.activation_checkpointing)
+    with ranks.main_first():
+        data = Conversations(source, config, vlm, llm)
+    if config.recipe.standardise_features and plan.checkpoint is None:
         vlm.fit_features(data.sample_pixels(FEATURE_STATISTICS_IMAGES))
-    module = TrainingModule(vlm, config.recipe, data.total_steps, config.trainer.log_every)
-    trainer = _trainer(config, folder, data, llm)
+    if config.recipe.start_from:
+        start_from(Path(config.recipe.start_from), config, vlm, llm)
+    module = TrainingModule(
+        vlm,
+        config.recipe,
+        data.total_steps,
+        config.trainer.log_every,
+        seed=config.seed,
+        nonfinite=config.trainer.nonfinite,
+        shard=partial(sharding.apply, vlm, llm) if sharding else None,
+        preempted=lambda: preemption.requested,
+    )
+    trainer = _trainer(config, plan, ranks, data, llm, watch, preemption)
     log.info(
-        "Training %s: %d records, %d steps, %d visual tokens per image",
+        "Training %s: %d records, %d steps, %d visual tokens per image, %d processes",
         config.run_id,
         len(data.train_records),
         data.total_steps,
         vlm.projector.num_tokens,
+        ranks.size,
     )
-    trainer.fit(module, datamodule=data)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    _save(config, folder, vlm, llm, data, module, source)
+    with preemption.at_boundaries():
+        _fit(trainer, module, data)
+        watch.rest()
+        reshard(vlm)
+        _save(config, plan.folder, vlm, llm, data, module, source, ranks)
 
 
-def _trainer(config: DictConfig, folder: Path, data: Conversations, llm: LanguageModel) -> pl.Trainer:
+class _Errors(Callback):
+    """Keeps what ended the training: Lightning may raise something else while it cleans up."""
+
+    first: BaseException | None = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.first = self.first or exception
+
+
+def _fit(trainer: pl.Trainer, module: TrainingModule, data: Conversations) -> None:
+    errors = _Errors()
+    trainer.callbacks.insert(0, errors)  # type: ignore[attr-defined]
+    try:
+        trainer.fit(module, datamodule=data)
+    except BaseException as error:
+        raise errors.first or error from None
+
+
+def _is_readable_in_pieces(config: DictConfig) -> bool:
+    """Whether each process can read just its part of the LLM's weights: there are files, and nothing else in them.
+
+    Random weights are drawn whole, so that they do not depend on how they are sharded.
+    """
+    if not config.llm.pretrained:
+        return False
+    from prism_deco.llms import build_llm
+
+    spec = build_llm(group(config, "llm"), pretrained=False, device="meta").spec
+    return tensor_files(spec) is not None
+
+
+def _strategy(config: DictConfig, ranks: Ranks) -> Any:
+    """Lightning's strategy of that name."""
+    strategies = {
+        "auto": lambda: "auto",
+        "ddp": lambda: DDPStrategy(timeout=ranks.timeout),
+        # Its defaults shard nothing and synchronise nothing.
+        "fsdp": lambda: ModelParallelStrategy(data_parallel_size=ranks.size, tensor_parallel_size=1),
+    }
+    if config.trainer.strategy not in strategies:
+        raise unknown("trainer.strategy", config.trainer.strategy, strategies)
+    if config.trainer.strategy == "auto" and ranks.size > 1:
+        raise ValueError(f"{ranks.size} devices need trainer.strategy=ddp or trainer.strategy=fsdp.")
+    return strategies[config.trainer.strategy]()
+
+
+def _trainer(
+    config: DictConfig,
+    plan: Plan,
+    ranks: Ranks,
+    data: Conversations,
+    llm: LanguageModel,
+    watch: Watch,
+    preemption: Preemption,
+) -> pl.Trainer:
     settings = config.trainer
-    callbacks: list[Callback] = [ProgressBar(), SampleAnswers(llm, settings.samples)]
+    every = settings.checkpoint_every
+    every = max(1, round(every * data.total_steps)) if 0 < every < 1 else int(every)
+    start = step_of(plan.checkpoint) if plan.checkpoint else 0
+    keeping = Checkpointing(
+        plan.folder, plan.checkpoint, every=every, keep=settings.keep_checkpoints, watch=watch, preemption=preemption
+    )
+    callbacks: list[Callback] = [SampleAnswers(llm, settings.samples), keeping]
+    if ranks.is_main:
+        callbacks.insert(0, ProgressBar())
     return pl.Trainer(
         accelerator=settings.accelerator,
-        devices=settings.devices,
+        devices=ranks.devices,
         num_nodes=settings.num_nodes,
-        strategy=settings.strategy,
-        precision=settings.precision,
+        strategy=_strategy(config, ranks),
+        # Sharded weights have their types set where they are sharded.
+        precision="32-true" if settings.strategy == "fsdp" else settings.precision,
+        plugins=[ranks.environment] if ranks.is_group else None,
         max_epochs=1,
         max_steps=data.total_steps,
         # The loader runs through all epochs in one pass; see StepSampler.
@@ -129,11 +233,15 @@ def _trainer(config: DictConfig, folder: Path, data: Conversations, llm: Languag
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_checkpointing=False,
+        enable_progress_bar=ranks.is_main,
         enable_model_summary=False,
         log_every_n_steps=settings.log_every,
         callbacks=callbacks,
-        logger=TensorBoardLogger(folder, name=None, version="tensorboard", default_hp_metric=False),
-        default_root_dir=folder,
+        # What is taken back on resuming must not be shown twice.
+        logger=TensorBoardLogger(
+            plan.folder, name=None, version="tensorboard", default_hp_metric=False, purge_step=start or None
+        ),
+        default_root_dir=plan.folder,
     )
 
 
@@ -145,24 +253,22 @@ def _save(
     data: Conversations,
     module: TrainingModule,
     source: Source,
+    ranks: Ranks,
 ) -> None:
     save_model(folder / "model", config, vlm, llm)
+    if not ranks.is_main:
+        return
     manifest = build_manifest(
         config,
         vlm,
         data_hash=data.data_hash,
         steps=data.total_steps,
         samples=min(data.total_steps * config.recipe.global_batch_size, len(data.train_records) * config.recipe.epochs),
-        bad_images=module.bad_images,
-        text_tokens_cut=module.tokens_cut,
-        model_sha256=file_sha256(folder / "model" / WEIGHTS),
+        bad_images=module.counts["bad_images"],
+        text_tokens_cut=module.counts["tokens_cut"],
+        steps_skipped=module.counts["steps_skipped"],
+        devices=ranks.size,
+        model_sha256=trained_sha256(folder / "model"),
         benchmarks=str(source.benchmarks) if source.benchmarks else None,
     )
     write_json(folder / "manifest.json", manifest)
-
-
-def _state(folder: Path) -> str:
-    try:
-        return {"done": "finished", "trained": "finished"}[json.loads((folder / "status.json").read_text())["state"]]
-    except (OSError, ValueError, KeyError):
-        return "unfinished"

@@ -153,7 +153,7 @@ def test_referring_expressions_point_at_pixels(world, split, name, owner):
 
 
 def test_the_shipped_choice_has_the_arguments_of_the_builder():
-    keys = set(load_choice("data", "shapes")) - {"name", "family", "num_workers"}
+    keys = set(load_choice("data", "shapes")) - {"name", "family", "num_workers", "statistics"}
     defaults = build_world.__kwdefaults__
     assert keys == set(defaults)
     assert all(load_choice("data", "shapes")[key] == default for key, default in defaults.items())

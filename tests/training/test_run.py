@@ -165,11 +165,29 @@ def test_a_missing_image_is_named_before_training(colors, tmp_path, capsys):
     assert json.loads((tmp_path / "runs" / "y" / "manifest.json").read_text())["bad_images"] == 1
 
 
-def test_a_finished_run_is_not_replaced_in_silence(runs, colors, capsys):
-    before = (runs / "a" / "manifest.json").read_text()
-    assert _train(colors, runs, "run_id=a") == 2
-    assert "already holds a finished run. Keep it and name this one run_id=NAME" in capsys.readouterr().err
-    assert (runs / "a" / "manifest.json").read_text() == before
+def test_a_finished_run_is_left_alone_and_never_mixed_with_another(runs, colors, capsys, caplog):
+    before = (runs / "a" / "manifest.json").stat().st_mtime_ns
+    same = ["seed=1", "run_id=a", "recipe.epochs=2", "data.val_fraction=0.3"]
+    assert _train(colors, runs, *same, "trainer.log_every=2", "recipe.micro_batch_size=1") == 0
+    assert f"The run in {runs / 'a'} is done" in caplog.text
+    assert _train(colors, runs, *same, "recipe.lr=1", "seed=3") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "holds a run of another configuration: recipe.lr was 0.003 and is 1.0; seed was 1 and is 3." in error
+    assert (runs / "a" / "manifest.json").stat().st_mtime_ns == before
+    (runs / "notes").mkdir()
+    (runs / "notes" / "todo.txt").write_text("keep me")
+    assert _train(colors, runs, "run_id=notes") == 2
+    assert "is no run (it has no config.yaml)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_trained_run_is_only_scored(runs, colors):
+    run = runs / "again"
+    before = (run / "model" / "model.safetensors").stat().st_mtime_ns
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps(status | {"state": "trained"}))
+    assert _train(colors, runs, "seed=1", "run_id=again", "recipe.epochs=2", "data.val_fraction=0.3") == 0
+    assert json.loads((run / "status.json").read_text()) == status and status["state"] == "done"
+    assert (run / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_debug_shows_the_traceback(colors, tmp_path):

@@ -123,6 +123,12 @@ def records(seed: int, split: str, scenes: Sequence[tuple[str, Scene]], per_imag
                 texts += 1
 
 
+def caption_records(split: str, scenes: Sequence[tuple[str, Scene]]) -> Iterator[dict[str, Any]]:
+    """LLaVA records of one caption per image (`scenes` as in `records`)."""
+    for index, (path, scene) in enumerate(scenes):
+        yield _record(f"{split}-caption-{index:06d}", [(CAPTION_REQUEST, caption(scene))], path)
+
+
 def corpus(seed: int, count: int) -> Iterator[str]:
     """Texts of that many conversations, prompts and answers on lines of their own, to train tokenizers on."""
     scenes = [("", draw_scene(seed, "corpus", index)) for index in range(count)]

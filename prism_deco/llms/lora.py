@@ -1,0 +1,159 @@
+"""LoRA adapters on the language model, through peft (Hu et al. 2021, arXiv 2106.09685).
+
+Adapters are injected into the LLM's own module tree: its class, its methods and the names of its modules stay, and
+each adapted linear layer becomes one that holds the original as `base_layer`.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""The file of an adapter folder that holds the tensors; `adapter_config.json` lies beside it."""
+
+_NAME = "default"
+_PREFIX = "base_model.model."  # what `peft.PeftModel`, which wraps the LLM, puts before its names
+
+
+def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, base: str | None = None) -> None:
+    """Adds trainable adapters to every linear layer but the output head, as LLaVA does, and freezes the rest.
+
+    A follows torch's seed (see `draw_lora`), B is zero: the model's output does not change yet. Adapters of a
+    half-precision base are float32, so that small updates are not lost.
+
+    Args:
+        r: rank of the update.
+        alpha: the update is scaled by alpha / r.
+        dropout: share of an adapter's inputs that are dropped in training.
+        base: where the base weights come from, for the record.
+
+    Raises:
+        ValueError: peft is not installed, or a number is out of range.
+    """
+    peft = _peft()
+    if r < 1 or not 0 <= dropout < 1:
+        raise ValueError(f"recipe.lora_r={r} must be at least 1, recipe.lora_dropout={dropout} in [0, 1).")
+    config = peft.LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        bias="none",
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
+    _inject(model, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name) and not parameter.is_meta:
+                parameter.copy_(draw_lora(name, parameter.shape))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor of an LLM's state dict belongs to an adapter."""
+    return ".lora_" in name
+
+
+def base_name(name: str) -> str:
+    """What a base weight is called in an LLM without adapters."""
+    return name.replace(".base_layer.", ".")
+
+
+def draw_lora(name: str, shape: Sequence[int]) -> Tensor:
+    """float32 start of an adapter's tensor, as peft draws it (B is zero).
+
+    It depends on torch's seed and the tensor's name alone, not on what was drawn before: a model that is filled piece
+    by piece, by many processes, gets the same.
+    """
+    tensor = torch.zeros(*shape)
+    if ".lora_A." in name:
+        generator = torch.Generator().manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
+        nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+    return tensor
+
+
+def save_lora(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Writes the adapters in peft's format: `peft.PeftModel.from_pretrained(base, folder)` reads them too.
+
+    Args:
+        state: the LLM's state dict, where it had to be gathered; None takes the model's own.
+    """
+    peft = _peft()
+    folder.mkdir(parents=True, exist_ok=True)
+    # peft would look for the base model's embeddings on the hub to see whether they were resized.
+    tensors = peft.get_peft_model_state_dict(model, dict(state) if state else None, _NAME, save_embedding_layers=False)
+    tensors = {f"{_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    (folder / ADAPTER_WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    config = cast(Any, model).peft_config[_NAME]
+    config.save_pretrained(folder)
+
+
+def load_lora(model: PreTrainedModel, folder: Path) -> None:
+    """Adds the adapters that `save_lora` wrote.
+
+    Raises:
+        ValueError: peft is not installed, or the adapters do not fit the model.
+    """
+    peft = _peft()
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ValueError(f"{folder / ADAPTER_WEIGHTS} is missing: the run's folder is incomplete.")
+    config = peft.LoraConfig.from_pretrained(folder)
+    _inject(model, config)
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
+    try:
+        report = peft.set_peft_model_state_dict(model, tensors, _NAME)
+    except RuntimeError as error:
+        raise ValueError(f"The adapters in {folder} do not fit the model: {error}") from error
+    missing = [name for name in report.missing_keys if is_adapter(name)]
+    if missing or report.unexpected_keys:
+        wrong = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in report.unexpected_keys]
+        listed = "; ".join(wrong[:5])
+        raise ValueError(f"The adapters in {folder} do not fit the model: {listed} ({len(wrong)} in all).")
+
+
+def merge_lora(model: PreTrainedModel) -> None:
+    """Adds the adapters' updates to the base weights, and takes the adapters away.
+
+    Raises:
+        ValueError: a merged weight is not finite.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge(safe_merge=True)  # type: ignore[call-arg]  # declared by each kind of adapter
+            model.set_submodule(name, layer.get_base_layer())
+    del cast(Any, model).peft_config
+
+
+def has_lora(model: PreTrainedModel) -> bool:
+    """Whether the model carries adapters."""
+    return hasattr(model, "peft_config")
+
+
+def _inject(model: PreTrainedModel, config: Any) -> None:
+    with next(model.parameters()).device:
+        _peft().inject_adapter_in_model(config, model, _NAME)
+    for name, parameter in model.named_parameters():
+        if is_adapter(name) and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+
+
+def _peft() -> ModuleType:
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(
+            "LoRA needs the package peft: pip install 'prism-deco[lora]' (or train the whole LLM: recipe.lm=full)."
+        ) from error
+    return peft

@@ -1,0 +1,139 @@
+"""Attention for several records in one row, each by itself: no padding, and no work across records.
+
+`PACKED` is transformers' SDPA attention and, where a forward pass is given `segments`, attention within
+each of them. A model that is switched to it computes padded batches and generation as before.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+PACKED = "packed_sdpa"
+
+
+class Segments(NamedTuple):
+    """The records of a row, one behind the other.
+
+    Attributes:
+        lengths: positions of each record.
+        longest: the largest of them.
+        bounds: int32[records + 1], where they begin, and where the last one ends.
+    """
+
+    lengths: tuple[int, ...]
+    longest: int
+    bounds: Tensor
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], device: torch.device) -> Segments:
+        """Segments of these lengths."""
+        bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+        return cls(lengths, max(lengths), bounds.to(device, non_blocking=True))
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """bool[1, 1, 1, 1]: a mask for packed rows without one of their own. transformers hands a ready mask
+    through; given none, it would make one of L x L positions."""
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Switches a model to `PACKED`, for good: recomputed activations (checkpointing) must find it, too.
+
+    Raises:
+        ValueError: it uses another attention than SDPA.
+    """
+    used = model.config._attn_implementation
+    if used == PACKED:
+        return
+    if used != "sdpa":
+        raise ValueError(f"recipe.packing=true needs llm.attention=sdpa, not {used}.")
+    model.set_attn_implementation(PACKED)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface.
+
+    Args:
+        query, key, value: float[B, heads, L, head_dim]; B is 1 with `segments`; keys may have fewer heads.
+        attention_mask: with `segments`: bool[1, 1, L, L] of allowed pairs (those across segments do not
+            matter), or `no_mask` for causal attention.
+
+    Returns:
+        float[B, L, heads, head_dim], and no probabilities.
+    """
+    if segments is None:
+        if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:
+            raise ValueError(
+                f"{type(module).__name__} does not pass on `segments`: train it with recipe.packing=false."
+            )
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    causal = attention_mask is None or attention_mask.shape[-1] == 1
+    if causal and not dropout and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(query, key, value, segments, scaling), None
+    mask = None if causal else attention_mask
+    return _one_by_one(query, key, value, mask, segments.lengths, dropout, scaling), None
+
+
+@torch.compiler.disable  # it would be compiled anew for every batch's lengths
+def _one_by_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    lengths: tuple[int, ...],
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """A kernel for each segment: float[1, L, heads, head_dim]."""
+    grouped = query.shape[1] > key.shape[1]
+    parts, start = [], 0
+    for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
+        end = start + q.shape[2]
+        within = None if mask is None else mask[:, :, start:end, start:end]
+        parts.append(
+            F.scaled_dot_product_attention(
+                q, k, v, within, dropout, is_causal=within is None, scale=scaling, enable_gqa=grouped
+            )
+        )
+        start = end
+    return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
+    """One kernel for all segments: float[1, L, heads, head_dim]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # the oldest supported torch has no grouped heads here
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    bounds, longest = segments.bounds, segments.longest
+    # The window: all that comes before, nothing behind.
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)

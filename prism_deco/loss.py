@@ -1,0 +1,83 @@
+"""Cross-entropy of a large vocabulary, a few positions at a time.
+
+Over a vocabulary of 150 000 words the logits are the largest tensors of a training step, and a plain
+backward pass keeps three of their size: the logits, their log-probabilities and the gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def summed_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, max_logits: int | None = None
+) -> Tensor:
+    """The summed cross-entropy of a linear output layer.
+
+    Args:
+        hidden: float[K, E], what predicts.
+        weight: float[V, E] of the output layer; may be the embedding table as well.
+        bias: float[V] or None.
+        targets: int64[K].
+        max_logits: number of logits (positions times vocabulary) that may exist at once. More are
+            computed in chunks, each with its gradient in the forward pass, so that no logits are
+            kept for the backward pass and none are computed twice. None knows no limit.
+
+    Returns:
+        float[], nats; float32, or float64 for such weights.
+    """
+    rows = len(hidden) if max_logits is None else max(1, max_logits // len(weight))
+    if len(hidden) <= rows:
+        return F.cross_entropy(_upcast(F.linear(hidden, weight, bias)), targets, reduction="sum")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        # Autocast does not reach into a custom function; the casts' gradients are autograd's.
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return _Chunked.apply(hidden, weight, bias, targets, rows)  # type: ignore[no-any-return]
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        total = _upcast(hidden.new_zeros(()))
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight) if need_weight else None
+        grad_bias = None if bias is None or not need_bias else torch.zeros_like(bias)
+        for at in range(0, len(hidden), rows):
+            part, wanted = hidden[at : at + rows], targets[at : at + rows, None]
+            logs = F.log_softmax(_upcast(F.linear(part, weight, bias)), dim=-1)
+            total -= logs.gather(1, wanted).sum()
+            if grad_hidden is None and grad_weight is None and grad_bias is None:
+                continue
+            # Softmax minus one at the target.
+            grad = logs.exp_().scatter_add_(1, wanted, -torch.ones_like(logs[:, :1])).to(hidden.dtype)
+            del logs
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[at : at + rows])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.T, part)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Handed over, not kept: where nobody else holds a gradient, autograd takes it without a copy.
+        gradients, ctx.gradients = ctx.gradients, None
+        assert gradients is not None, "the gradients of a chunked loss exist once: no second backward pass"
+        return *(None if g is None else g.mul_(grad) for g in gradients), None, None
+
+
+def _upcast(logits: Tensor) -> Tensor:
+    """Half precision is too coarse for the normaliser."""
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,159 @@
+"""Recipes of several stages: one command line becomes one ordinary `prism-deco train` per stage.
+
+A recipe's YAML lists its stages, each with what its command line begins with:
+
+    stages:
+      align: [recipe=llava_v1_5_align, data=llava_pretrain_558k]
+      finetune: [recipe=llava_v1_5_finetune, data=llava_v1_5_mix665k]
+
+The last stage is the run itself; the others are runs beside it (`<run_id>-align`). Each starts from the one before
+(`recipe.start_from`), and is scored only if it is the last.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from prism_deco.config import default_run_id, load_choice, load_config
+
+log = logging.getLogger(__name__)
+
+FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that ask a run to save and stop."""
+
+PREEMPTED = 75
+"""Exit code of a run that saved and stopped because it was asked to: the same command line continues it."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of a recipe.
+
+    Attributes:
+        arguments: those of its `prism-deco train`.
+        config: what they compose to.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    config: DictConfig
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.runs_dir) / self.config.run_id
+
+
+def split(arguments: Sequence[str]) -> list[Stage]:
+    """The stages of a command line, in order; none if its recipe is a single run.
+
+    `align.recipe.lr=1e-4` addresses the stage `align`; other arguments concern all stages.
+
+    Raises:
+        ValueError: a stage whose configuration does not compose.
+    """
+    named = [argument for argument in arguments if argument.startswith("recipe=")]
+    recipe = load_choice("recipe", named[-1].partition("=")[2]) if named else {}
+    declared: dict[str, list[str]] = recipe.get("stages") or {}
+    if not declared:
+        return []
+    prefixes = tuple(f"{name}." for name in declared)
+    shared = [argument for argument in arguments if argument not in named and not argument.startswith(prefixes)]
+    everywhere = [argument for argument in shared if not argument.startswith("run_id=")]
+    own = {name: [a.removeprefix(f"{name}.") for a in arguments if a.startswith(f"{name}.")] for name in declared}
+    *_, last = declared
+    final = _compose(last, [*declared[last], *shared, *own[last]])
+    final.recipe.name = recipe["name"]
+    run_id = final.run_id or default_run_id(final)
+    stages: list[Stage] = []
+    for name, settings in declared.items():
+        start = [f"recipe.start_from={stages[-1].folder}"] if stages else []
+        place = [f"run_id={run_id}"] if name == last else [f"run_id={run_id}-{name}", "evaluate.benchmarks=null"]
+        given = (*settings, *start, *everywhere, *place, *own[name])
+        stages.append(Stage(name, given, _compose(name, given)))
+    return stages
+
+
+def final_config(arguments: Sequence[str]) -> DictConfig:
+    """The configuration of a command line; of the last stage, where the recipe has stages."""
+    stages = split(arguments)
+    return stages[-1].config if stages else load_config(arguments)
+
+
+def run(stages: Sequence[Stage], options: Sequence[str] = ()) -> int:
+    """Trains the stages one after the other, each in a process of its own; returns the first exit code that is not 0.
+
+    A process each, since launchers of several ranks repeat the command line of their process: it must be that of one
+    run. A stage that is finished says so and is left alone.
+
+    Args:
+        options: of `prism-deco train`, for example `--overwrite`.
+    """
+    with _Supervisor() as supervisor:
+        for number, stage in enumerate(stages, start=1):
+            log.info("Stage %d of %d, %s, in %s", number, len(stages), stage.name, stage.folder)
+            command = [sys.executable, "-m", "prism_deco.cli", "train", *options, *stage.arguments]
+            code = supervisor.run(command, _environment(number))
+            if code:
+                return code
+    return 0
+
+
+def _compose(name: str, arguments: Sequence[str]) -> DictConfig:
+    try:
+        return load_config(arguments)
+    except ValueError as error:
+        raise ValueError(f"Stage {name}: {error}") from error
+
+
+def _environment(number: int) -> dict[str, str]:
+    """This process's. The store by which torchrun's workers find each other still knows those of the stage before,
+    so that every stage meets at a port of its own."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return dict(os.environ)
+    port = int(os.environ["MASTER_PORT"]) + number
+    return {**os.environ, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+
+
+class _Supervisor:
+    """Runs processes one at a time, and passes on to them what this process is asked."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._asked: int | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> _Supervisor:
+        self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, *FORWARDED)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
+        """The exit code, 128 + number where a signal killed the process; `PREEMPTED` where nothing was started."""
+        if self._asked is not None:
+            return PREEMPTED
+        self._process = subprocess.Popen(command, env=environment)
+        if self._asked is not None:
+            self._handle(self._asked)  # it came while the process was being made
+        code = self._process.wait()
+        self._process = None
+        return code if code >= 0 else 128 - code
+
+    def _handle(self, number: int, *_: object) -> None:
+        self._asked = number
+        # A terminal's Ctrl-C reaches the stage by itself.
+        if self._process is not None and number != signal.SIGINT:
+            self._process.send_signal(number)

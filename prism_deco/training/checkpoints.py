@@ -1,0 +1,238 @@
+"""Checkpoints: a folder `step_NNNNNN` of safetensors, one file per process, and a JSON index.
+
+Every process writes the pieces of the tensors that it holds; whoever reads takes what it needs out of all files,
+so that any number of processes, sharded or not, can go on. Nothing is pickled. A folder gets its name when all of it
+is on the disk: what has a valid name can be read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+
+from prism_deco.training.pieces import piece_of
+from prism_deco.training.stops import CheckpointFailed
+from prism_deco.training.streaming import sync_folder, write_safetensors
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+INDEX = "index.json"
+MODEL = "model."
+"""What the names of the model's tensors begin with; those of the optimizer begin with `optimizer.`"""
+
+_FORMAT = 1
+_BUILDING, _REMOVING = ".building-", ".removing-"
+_NAME = re.compile(r"step_(\d{6,})")
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after that many optimizer steps."""
+    return f"step_{step:06d}"
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer steps behind a checkpoint folder."""
+    match = _NAME.fullmatch(folder.name)
+    assert match, folder
+    return int(match[1])
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and (path / INDEX).is_file()]
+    return sorted(found, key=step_of)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the most steps."""
+    return max(list_checkpoints(folder), key=step_of, default=None)
+
+
+def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Path:
+    """Writes a checkpoint; every process of the group must call it with its part of the same tensors.
+
+    Args:
+        folder: the run's `checkpoints`.
+        tensors: plain ones are the same everywhere, and the first process writes them.
+        content: anything else, as JSON.
+
+    Returns:
+        The checkpoint's folder. One that is there already is left as it is.
+
+    Raises:
+        CheckpointFailed: on every process, if one of them could not write; earlier checkpoints are untouched.
+    """
+    final = folder / checkpoint_name(step)
+    building = folder / f"{_BUILDING}{final.name}"
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if _together((final / INDEX).is_file())[0]:
+        return final
+    with _failing_together(final):
+        if rank == 0:
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir(parents=True)
+    with _failing_together(final, building):
+        pieces = {name: piece for name, tensor in tensors.items() if (piece := piece_of(tensor, rank)) is not None}
+        places = {name: json.dumps([list(p.shape), list(p.offset)]) for name, p in pieces.items()}
+        write_safetensors(building / _file(rank), {n: p.tensor for n, p in pieces.items()}, metadata=places)
+    with _failing_together(final, building):
+        if rank == 0:
+            index = {"format": _FORMAT, "step": step, "files": [_file(r) for r in range(size)], **content}
+            with (building / INDEX).open("w", encoding="utf-8") as file:
+                file.write(json.dumps(index, indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            sync_folder(building)
+            building.rename(final)
+            sync_folder(folder)
+    return final
+
+
+class Checkpoint:
+    """Reads a checkpoint piece by piece; needs no process group.
+
+    Args:
+        folder: `checkpoints/step_NNNNNN`.
+
+    Attributes:
+        step: optimizer steps taken.
+        content: what was saved beside the tensors.
+        shapes: name of each tensor and its whole shape.
+
+    Raises:
+        ValueError: it is no checkpoint, or one of another version.
+    """
+
+    def __init__(self, folder: Path):
+        if not (folder / INDEX).is_file():
+            raise ValueError(f"{folder} is no checkpoint: it has no {INDEX}.")
+        self.content: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        if self.content["format"] != _FORMAT:
+            raise ValueError(f"{folder} has format {self.content['format']}; this version reads format {_FORMAT}.")
+        self.step: int = self.content["step"]
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._pieces: dict[str, list[_Stored]] = {}
+        for name in self.content["files"]:
+            file = safe_open(folder / name, "pt")
+            for key, place in (file.metadata() or {}).items():
+                shape, offset = json.loads(place)
+                self.shapes[key] = tuple(shape)
+                self._pieces.setdefault(key, []).append(_Stored(file, key, tuple(offset)))
+
+    def read(self, name: str, shape: Sequence[int] | None = None, offset: Sequence[int] | None = None) -> Tensor:
+        """A tensor, or the part of it of that shape that begins at that offset."""
+        shape = self.shapes[name] if shape is None else tuple(shape)
+        offset = (0,) * len(shape) if offset is None else tuple(offset)
+        pieces = self._pieces[name]
+        result = torch.empty(shape, dtype=pieces[0].dtype)
+        for piece in pieces:
+            piece.copy_into(result, offset)
+        return result
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of the tensors that begin with `prefix`."""
+        return sorted(name for name in self.shapes if name.startswith(prefix))
+
+
+def iterate_checkpoint_tensors(folder: Path, prefix: str = MODEL) -> Iterator[tuple[str, Tensor]]:
+    """The whole tensors of a checkpoint one after the other, under the model's own names.
+
+    Args:
+        folder: `checkpoints/step_NNNNNN`.
+        prefix: `model.` or `optimizer.`.
+    """
+    checkpoint = Checkpoint(folder)
+    for name in checkpoint.names(prefix):
+        yield name.removeprefix(prefix), checkpoint.read(name)
+
+
+def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
+    """Removes all but the newest `keep` checkpoints and the one after `best` steps."""
+    for path in list_checkpoints(folder)[:-keep]:
+        if step_of(path) != best:
+            # Renamed first: half a folder must not bear a valid name.
+            removing = path.with_name(f"{_REMOVING}{path.name}")
+            path.rename(removing)
+            shutil.rmtree(removing)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed process left half written or half removed."""
+    for pattern in (_BUILDING, _REMOVING):
+        for path in folder.glob(f"{pattern}*"):
+            shutil.rmtree(path)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A piece in an open file, and where it begins in the whole tensor."""
+
+    file: Any
+    key: str
+    offset: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        if not self.offset:
+            return self.file.get_tensor(self.key).dtype
+        return self.file.get_slice(self.key)[:0].dtype
+
+    def copy_into(self, target: Tensor, offset: tuple[int, ...]) -> None:
+        """Copies what this piece and `target`, which begins at `offset`, have in common."""
+        if not offset:
+            target.copy_(self.file.get_tensor(self.key))
+            return
+        stored = self.file.get_slice(self.key)
+        own = stored.get_shape()
+        low = [max(a, b) for a, b in zip(self.offset, offset, strict=True)]
+        high = [min(a + n, b + m) for a, n, b, m in zip(self.offset, own, offset, target.shape, strict=True)]
+        if all(a < b for a, b in zip(low, high, strict=True)):
+            source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, self.offset, strict=True))
+            goal = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))
+            target[goal] = stored[source]
+
+
+def _file(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def _together(value: Any) -> list[Any]:
+    """The values of all processes."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def _failing_together(final: Path, building: Path | None = None) -> Iterator[None]:
+    """An `OSError` of one process becomes a `CheckpointFailed` of all; it also keeps them in step."""
+    problem = None
+    try:
+        yield
+    except OSError as error:
+        problem = f"{type(error).__name__}: {error}"
+    problems = [problem for problem in _together(problem) if problem]
+    if problems:
+        if building is not None:
+            shutil.rmtree(building, ignore_errors=True)
+        last = newest_checkpoint(final.parent)
+        raise CheckpointFailed(
+            f"The checkpoint {final} could not be written ({problems[0]}). Make room or mend the folder and run the "
+            f"same command again: training goes on from {last.name if last else 'the start'}."
+        )

@@ -1,0 +1,51 @@
+"""`metrics.jsonl`: every step's numbers, exact, and never twice."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+
+
+class Metrics:
+    """Appends a line of JSON per step (`loss`, `grad_norm`, `lr`, ...) and per validation (`val_loss`).
+
+    Floats are written so that reading gives the same bits.
+
+    Args:
+        folder: the run's folder.
+        step: where training goes on: lines of later steps, which will come again, are removed.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self._path = folder / METRICS
+        kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
+        temporary = self._path.with_name(f".{METRICS}.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.replace(self._path)
+        self.validated = {row["step"]: row["val_loss"] for row in kept if "val_loss" in row}
+
+    def append(self, **row: Any) -> None:
+        """Writes one line."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if "val_loss" in row:
+            self.validated[row["step"]] = row["val_loss"]
+
+    @property
+    def best(self) -> int | None:
+        """The step with the lowest validation loss, the first of equals."""
+        return min(self.validated, key=lambda step: (self.validated[step], step), default=None)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run; a last line that was cut off by a kill is left out."""
+    rows = []
+    with suppress(FileNotFoundError):
+        for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows

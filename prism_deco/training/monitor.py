@@ -1,0 +1,132 @@
+"""How fast a run is, what it waits for and what it takes, in TensorBoard; and its choices beside its final loss."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from time import perf_counter
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from prism_deco.data.loader import Step
+from prism_deco.plan.accelerators import GIB, peak_flops
+from prism_deco.plan.flops import TrainingFlops
+from prism_deco.sequence import Batch
+
+
+class SpeedMonitor(Callback):
+    """Logs, every `log_every` optimizer steps, means since the last time over all devices:
+
+    - `speed/samples_per_s`, `speed/tokens_per_s` (positions of the LLM without padding) and
+      `speed/supervised_tokens_per_s`;
+    - `speed/mfu`: share of the devices' peak that the model's arithmetic reaches, on devices of a known peak;
+    - `speed/data_wait`: share of the time in which a step waited for the loader;
+    - `memory/gib`: the most since the start, of tensors on a GPU, else of the process; of the first device.
+
+    Validation counts for none of them. When training ends, the choices are logged with the last `val/loss`.
+
+    Args:
+        flops: costs of the model (`plan.flops.training_flops`).
+        log_every: optimizer steps.
+        choices: what TensorBoard's HPARAMS tab compares runs by, see `choices_of`.
+    """
+
+    def __init__(self, flops: TrainingFlops, log_every: int, choices: Mapping[str, Any]):
+        self._flops = flops
+        self._log_every = log_every
+        self._choices = dict(choices)
+        self._start = self._last_end = self._paused = 0.0
+        self._waited = 0.0
+        self._counts: Tensor | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restart()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._waited += perf_counter() - self._last_end
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        counts = _counts(cast(Step, batch), pl_module.device)
+        self._counts = counts if self._counts is None else self._counts + counts
+        if trainer.global_step % self._log_every == 0:
+            self._log(trainer, pl_module.device)
+            self._restart()
+        self._last_end = perf_counter()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._paused = perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pause = perf_counter() - self._paused
+        self._start += pause
+        self._last_end += pause
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loss = trainer.callback_metrics.get("val/loss")
+        if loss is not None and trainer.logger is not None:
+            trainer.logger.log_hyperparams(self._choices, {"val/loss": float(loss)})  # type: ignore[call-arg]
+
+    def _restart(self) -> None:
+        self._start = self._last_end = perf_counter()
+        self._waited, self._counts = 0.0, None
+
+    def _log(self, trainer: pl.Trainer, device: torch.device) -> None:
+        assert self._counts is not None
+        seconds = max(perf_counter() - self._start, 1e-9)
+        total = cast(Tensor, trainer.strategy.reduce(self._counts, reduce_op="sum"))
+        records, images, positions, pairs, targets = total.tolist()
+        values = {
+            "speed/samples_per_s": records / seconds,
+            "speed/tokens_per_s": positions / seconds,
+            "speed/supervised_tokens_per_s": targets / seconds,
+            "speed/data_wait": self._waited / seconds,
+            "memory/gib": _memory(device) / GIB,
+        }
+        peak = peak_flops(device)
+        if peak is not None:
+            done = self._flops.step(images=images, positions=positions, pairs=pairs, targets=targets)
+            values["speed/mfu"] = done / (seconds * peak * trainer.world_size)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+
+def choices_of(config: DictConfig) -> dict[str, Any]:
+    """The main choices of a run, flat."""
+    recipe = config.recipe
+    names = {part: config[part].name for part in ("backbone", "projector", "llm", "data", "recipe")}
+    keys = ("num_tokens", "lm", "blind", "epochs", "global_batch_size", "lr", "projector_lr", "weight_decay")
+    # TensorBoard has no empty values.
+    chosen = {key: "" if recipe[key] is None else recipe[key] for key in keys}
+    return names | chosen | {"image_size": config.backbone.image_size or "", "seed": config.seed}
+
+
+def _counts(step: Step, device: torch.device) -> Tensor:
+    """float64[5]: records, images, positions, squared lengths, supervised positions of a step on this device."""
+    images = sum(len(next(iter(batch.pixels.values()))) for batch in step.batches if batch.pixels)
+    lengths = torch.cat([_lengths(batch) for batch in step.batches]).to(device, torch.float64)
+    targets = sum((batch.labels[:, 1:] >= 0).sum() for batch in step.batches)
+    counts = [step.records, images, lengths.sum(), (lengths**2).sum(), targets]
+    return torch.stack([torch.as_tensor(count, dtype=torch.float64, device=device) for count in counts])
+
+
+def _lengths(batch: Batch) -> Tensor:
+    """int64[B]: positions of each sequence, without padding."""
+    return batch.attention_mask.sum(dim=1) if batch.lengths is None else torch.tensor(batch.lengths)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a GPU, or the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,70 @@
+"""What `prism-deco train` does, from the processes it takes to the exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from prism_deco.training.folder import Plan, lock_run, prepare_run, read_status, run_folder, set_status
+from prism_deco.training.preemption import Preemption
+from prism_deco.training.ranks import Ranks
+from prism_deco.training.run import train
+from prism_deco.training.stops import Preempted, Stop
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    config: DictConfig, score: Callable[[Path], None] | None, *, overwrite: bool = False, arguments: Sequence[str] = ()
+) -> int:
+    """Trains and scores what the configuration says, or goes on with it where an earlier call has stopped.
+
+    Args:
+        score: scores a trained run; None leaves that out. All processes call it.
+        overwrite: replace an earlier run in the folder.
+        arguments: the command line, for the other processes of this machine.
+
+    Returns:
+        The exit code: 0 done, 75 preempted, 76 out of memory, 1 another failure.
+
+    Raises:
+        ValueError: wrong input.
+    """
+    ranks, preemption = Ranks(config.trainer), Preemption()
+    try:
+        with preemption.watched(), ranks.started(arguments), ExitStack() as held:
+            run_folder(config)
+            plan = ranks.decide(lambda: _prepare(config, overwrite, held))
+            if plan.state == "done":
+                log.info("The run in %s is done. Another one: run_id=NAME; in its place: --overwrite", plan.folder)
+                return 0
+            if plan.state == "train":
+                train(config, plan, ranks, preemption)
+            if preemption.requested:
+                raise Preempted("made way before the scoring")
+            if score is not None:
+                score(plan.folder)
+            if ranks.is_main:
+                spent = {key: value for key, value in read_status(plan.folder).items() if key != "state"}
+                set_status(plan.folder, "done", **spent)
+            log.info("The run is in %s; watch it with: tensorboard --logdir %s", plan.folder, config.runs_dir)
+            return 0
+    except Stop as stop:
+        if ranks.is_main:
+            sys.stderr.write(f"prism-deco: {stop.state.replace('_', ' ')}: {' '.join(str(stop).split())}\n")
+        return stop.exit_code
+
+
+def _prepare(config: DictConfig, overwrite: bool, held: ExitStack) -> Plan:
+    folder = run_folder(config)
+    if (folder / "config.yaml").is_file() and (lock := lock_run(folder)):
+        lock.close()
+    plan = prepare_run(config, overwrite=overwrite)
+    if lock := lock_run(plan.folder):
+        held.enter_context(lock)
+    return plan

@@ -1,0 +1,106 @@
+"""Which modules are sharded, and how (FSDP2, `fully_shard`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from transformers import PreTrainedModel
+
+from prism_deco.llms import LanguageModel
+from prism_deco.llms.build import tensor_files
+from prism_deco.registry import unknown
+from prism_deco.training.materialise import read_weights
+from prism_deco.vlm import VLM
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Divides a VLM's weights among the processes.
+
+    Attributes:
+        shard_size: processes that share one copy of the weights; None is all of them. With less, each such group
+            holds a copy and gradients are averaged over the groups (hybrid sharding).
+        compute: type that weights are gathered and computed in; the shards and the optimizer stay in float32.
+        reduce: type that gradients are summed in.
+    """
+
+    shard_size: int | None
+    compute: torch.dtype
+    reduce: torch.dtype
+
+    @classmethod
+    def of(cls, trainer: DictConfig, world_size: int) -> Sharding:
+        """As the `trainer` group says.
+
+        Raises:
+            ValueError: `shard_size` does not divide the number of processes, or a type is none of torch's.
+        """
+        size = trainer.shard_size
+        if size is not None and (size < 1 or world_size % size):
+            raise ValueError(f"trainer.shard_size={size} does not divide the {world_size} processes of the run.")
+        computes = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
+        if trainer.precision not in computes:
+            raise unknown("trainer.precision under trainer.strategy=fsdp:", trainer.precision, computes)
+        reduces = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        if trainer.reduce_dtype not in reduces:
+            raise unknown("trainer.reduce_dtype", trainer.reduce_dtype, reduces)
+        return cls(size, computes[trainer.precision], reduces[trainer.reduce_dtype])
+
+    def apply(self, vlm: VLM, llm: LanguageModel, mesh: DeviceMesh) -> None:
+        """Shards a VLM in place, and reads the LLM's weights where they are still on the meta device.
+
+        Args:
+            mesh: one dimension over all processes.
+        """
+        # A mesh of less shards less and leaves gradients unsynchronised, without any error.
+        assert mesh.ndim == 1 and mesh.size() == dist.get_world_size(), mesh
+        on_gpu = mesh.device_type == "cuda"
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        if self.shard_size not in (None, mesh.size()):
+            shape = (mesh.size() // self.shard_size, self.shard_size)
+            mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
+        policy = MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=self.reduce)
+        for unit in [*sharded_units(vlm), vlm]:
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
+        if any(parameter.is_meta for parameter in vlm.lm.parameters()):
+            files = tensor_files(llm.spec)
+            assert files is not None
+            read_weights(vlm.lm, files, device)
+        # A rank without images must gather the tower's and the projector's weights with the others, or all wait.
+        vlm.every_unit = True
+        for method in ("visual_tokens", "generate"):
+            register_fsdp_forward_method(vlm, method)
+        # transformers goes on generating on a rank that is done, until all are.
+        vlm.lm._is_fsdp_managed_module = True  # type: ignore[assignment]
+
+
+def sharded_units(vlm: VLM) -> list[nn.Module]:
+    """Modules whose weights are gathered together, inner ones first: each block of the tower, the tower, each layer of
+    the LLM, the projector. The rest (embeddings and the head, which may be tied) belongs to the whole model.
+
+    prismatic-vlms wraps the same units.
+    """
+    units = [*vlm.backbone.blocks, vlm.backbone, *decoder_layers(vlm.lm), vlm.projector]
+    return [unit for unit in units if next(unit.parameters(), None) is not None]
+
+
+def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
+    """The LLM's transformer layers, by the class names that transformers itself lists as units."""
+    names = set(lm._no_split_modules or ())
+    layers = [module for module in lm.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ValueError(f"transformers does not say what the layers of {type(lm).__name__} are: it cannot be sharded.")
+    return layers
+
+
+def reshard(vlm: nn.Module) -> None:
+    """Frees gathered weights, so that parameters are shards again: after a validation the outermost ones are not."""
+    for module in vlm.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,81 @@
+"""Writing safetensors one tensor at a time: neither a file nor a sharded model is ever whole in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded (a DTensor); all ranks must call it then."""
+    gather = getattr(tensor, "full_tensor", None)
+    return gather() if gather else tensor
+
+
+def write_safetensors(
+    path: Path | None,
+    tensors: Mapping[str, Tensor],
+    *,
+    read: Callable[[Tensor], Tensor] = full,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes what `safetensors.torch.save_file` would, byte for byte, with one tensor at a time on the host.
+
+    Args:
+        path: the file; None reads the tensors and writes nothing (the other ranks of a gathering `read`).
+        tensors: what to write; dtypes and shapes are those of the file.
+        read: makes the values of a tensor out of its entry.
+
+    Raises:
+        OSError: the file cannot be written; what there is of it is removed.
+    """
+    # The order of safetensors: wide types first, so that every tensor is aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    if path is None:
+        for name in order:
+            read(tensors[name])
+        return
+    try:
+        with path.open("wb") as file:
+            file.write(_header(order, tensors, metadata or {}))
+            for name in order:
+                value = read(tensors[name]).detach().to("cpu").contiguous()
+                file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder survive a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _header(order: Iterable[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,98 @@
+"""The LLaVA-1.5 recipe as the paper's Table 4 and LLaVA's scripts have it, and the sweeps that use it."""
+
+import pytest
+
+from prism_deco.config import choices, load_config
+from prism_deco.stages import split
+from prism_deco.sweep.expand import expand
+from prism_deco.sweep.spec import parse
+
+COMMAND = ["recipe=llava_v1_5", "backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5"]
+
+
+@pytest.fixture(scope="module")
+def stages():
+    return {stage.name: stage.config for stage in split(COMMAND)}
+
+
+@pytest.mark.parametrize(
+    ("key", "align", "finetune"),
+    [
+        # Table 4 of the paper.
+        ("recipe.global_batch_size", 256, 128),
+        ("recipe.lr", 1e-3, 2e-4),  # the table has 2e-5 for the second stage; the test below
+        ("recipe.warmup_ratio", 0.03, 0.03),
+        ("recipe.weight_decay", 0.0, 0.0),
+        ("recipe.epochs", 1, 1),
+        ("recipe.lm", "frozen", "lora"),
+        # LLaVA's scripts.
+        ("recipe.micro_batch_size", 32, 16),
+        ("recipe.projector_lr", None, 2e-5),
+        ("recipe.prompt", "plain", "chat"),
+        ("recipe.image_slot", "after_bos", "in_place"),
+        ("recipe.tokenize", "whole", "whole"),
+        ("backbone.resize", "resize-crop", "pad"),
+        ("backbone.layer", -2, -2),
+        ("recipe.sampler", "shuffled", "grouped"),
+        ("recipe.max_positions", 2048, 2048),
+        ("recipe.lora_r", 128, 128),
+        ("recipe.lora_alpha", 256, 256),
+        ("recipe.lora_dropout", 0.05, 0.05),
+        ("data.name", "llava_pretrain_558k", "llava_v1_5_mix665k"),
+        ("data.val_fraction", 0.0, 0.0),
+        ("projector.num_tokens", 144, 144),
+    ],
+)
+def test_the_stages_hold_the_published_values(stages, key, align, finetune):
+    group, _, name = key.partition(".")
+    assert (stages["align"][group][name], stages["finetune"][group][name]) == (align, finetune)
+
+
+def test_both_readings_of_the_learning_rate_are_at_hand():
+    config = split([*COMMAND, "finetune.recipe.lr=2e-5"])
+    assert [stage.config.recipe.lr for stage in config] == [1e-3, 2e-5]
+
+
+def test_prism_and_the_miniature_stay_as_they_were():
+    for recipe in ("prism", "mini"):
+        config = load_config([f"recipe={recipe}"])
+        assert (config.recipe.lm, config.recipe.prompt, config.backbone.resize) == ("full", "chat", "letterbox")
+        assert (config.recipe.start_from, config.recipe.tokenize, config.recipe.max_positions) == (None, None, None)
+    assert load_config(["recipe=prism", "backbone.resize=resize-naive"]).backbone.resize == "resize-naive"
+
+
+SWEEPS = {
+    "projectors": ("projector", ["linear", "qformer", "c_abstractor", "d_abstractor", "avgpool"]),
+    "compression": ("recipe.num_tokens", [576, 256, 144, 64, 36, 16]),
+    "pooling": ("projector", ["avgpool", "maxpool"]),
+    "convergence": ("projector", ["linear", "qformer", "c_abstractor", "d_abstractor", "avgpool"]),
+}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_the_sweeps_of_the_paper(name):
+    axis, values = SWEEPS[name]
+    cells = expand(parse([name]))
+    assert [cell.labels for cell in cells] == [{axis: value} for value in values]
+    for cell in cells:
+        assert cell.config.backbone.name == "clip_vit_l_336" and cell.config.llm.name == "vicuna_7b_v1_5"
+        assert cell.config.llm.special_tokens.pad_token == "<unk>" and cell.config.llm.pad_to_multiple_of is None
+    last = {"convergence": "llava_v1_5_align"}.get(name, "llava_v1_5_finetune")
+    assert {cell.config.recipe.name for cell in cells} == {last}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_has_a_miniature_twin_that_needs_nothing(name):
+    axis, values = SWEEPS[name]
+    cells = expand(parse([f"mini_{name}"]))
+    assert [list(cell.labels) for cell in cells] == [[axis]] * len(cells)
+    if axis == "projector":
+        assert [cell.labels[axis] for cell in cells] == values
+    for cell in cells:
+        assert cell.config.llm.pretrained is False and cell.config.backbone.weights.startswith("asset:")
+    names = [stage.config.data.name for stage in split(cells[0].overrides)]
+    assert names[:2] == ["shapes", "shapes_captions"] and set(names) <= {"shapes", "shapes_captions"}
+
+
+def test_all_sweeps_are_here():
+    assert {*SWEEPS, *(f"mini_{name}" for name in SWEEPS)} <= set(choices("sweep"))

@@ -1,0 +1,145 @@
+"""One command line, several runs: which, in which order, and what becomes of signals and exit codes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from prism_deco import stages
+from prism_deco.config import GROUPS, choices, load_choice
+from prism_deco.stages import final_config, run, split
+
+
+def test_a_recipe_without_stages_has_none():
+    assert split([]) == [] and split(["recipe=prism", "seed=3"]) == []
+    assert final_config(["recipe=prism", "seed=3"]).seed == 3
+
+
+def test_settings_reach_their_stages():
+    align, finetune = split(
+        ["seed=3", "recipe=llava_v1_5", "align.recipe.max_steps=10", "finetune.data.root=/b", "data.num_workers=1",
+         "runs_dir=out", "run_id=x", "evaluate.benchmarks=pope"]
+    )  # fmt: skip
+    assert (align.name, finetune.name) == ("align", "finetune")
+    assert [str(s.folder) for s in (align, finetune)] == ["out/x-align", "out/x"]
+    assert (align.config.recipe.max_steps, finetune.config.recipe.max_steps) == (10, None)
+    assert (align.config.data.root, finetune.config.data.root) == (None, "/b")
+    for stage in (align, finetune):
+        assert (stage.config.seed, stage.config.data.num_workers) == (3, 1)
+    assert (align.config.recipe.start_from, finetune.config.recipe.start_from) == (None, "out/x-align")
+    assert (align.config.evaluate.benchmarks, finetune.config.evaluate.benchmarks) == (None, "pope")
+    assert final_config(["recipe=llava_v1_5", "finetune.recipe.lr=1e-5"]).recipe.lr == 1e-5
+
+
+def test_a_setting_for_one_stage_wins_over_one_for_all_and_over_its_own():
+    align, finetune = split(["recipe=llava_v1_5", "recipe.lr=1", "align.recipe.lr=2", "data=shapes"])
+    assert (align.config.recipe.lr, finetune.config.recipe.lr) == (2, 1)
+    assert (align.config.data.name, finetune.config.data.name) == ("shapes", "shapes")
+    _, finetune = split(["recipe=llava_v1_5", "finetune.recipe.start_from=null", "finetune.data=shapes"])
+    assert finetune.config.recipe.start_from is None and finetune.config.data.name == "shapes"
+
+
+def test_the_run_is_named_by_its_choices_and_the_whole_recipe():
+    language, align, finetune = split(["recipe=mini_two_stage", "seed=2"])
+    name = "mini_siglip-avgpool-mini_qwen2-shapes-mini_two_stage-s2"
+    assert [s.folder.name for s in (language, align, finetune)] == [f"{name}-language", f"{name}-align", name]
+    assert align.config.recipe.start_from == f"runs/{name}-language"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("align.recipe.learn=1", "Stage align: Unknown key recipe.learn"),
+        ("algin.recipe.lr=1", "Unknown key algin"),
+        ("recipe=llava", "Unknown recipe 'llava'.*Did you mean 'llava_v1_5'"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(argument, message):
+    with pytest.raises(ValueError, match=message):
+        split(["recipe=llava_v1_5", argument])
+
+
+def test_no_stage_has_the_name_of_a_group():
+    for choice in choices("recipe"):
+        assert not set(load_choice("recipe", choice).get("stages") or {}) & {*GROUPS, "evaluate"}
+
+
+def test_a_recipe_of_stages_is_no_single_run():
+    from prism_deco.compose import build_model
+    from prism_deco.config import load_config
+
+    with pytest.raises(ValueError, match="recipe=llava_v1_5 is made of stages.*align: recipe=llava_v1_5_align"):
+        build_model(load_config(["recipe=llava_v1_5"]), device="meta")
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Replaces `prism-deco train` by a script; gives what it was called with."""
+    calls = tmp_path / "calls"
+
+    def install(body: str) -> list[str]:
+        script = tmp_path / "fake.py"
+        script.write_text(f"import os, sys, signal\nopen({str(calls)!r}, 'a').write(sys.argv[1] + '\\n')\n{body}\n")
+        popen = subprocess.Popen
+
+        def start(command, **options):
+            assert command[:4] == [sys.executable, "-m", "prism_deco.cli", "train"]
+            name = next(a for a in command if a.startswith("run_id="))
+            return popen([sys.executable, str(script), name, *command[4:]], **options)
+
+        monkeypatch.setattr(stages.subprocess, "Popen", start)
+        return split(["recipe=mini_two_stage", "run_id=x"])
+
+    install.calls = lambda: calls.read_text().split()
+    return install
+
+
+def test_stages_run_in_order_with_the_options_of_the_command(fake):
+    assert run(fake("assert '--overwrite' in sys.argv"), ["--overwrite"]) == 0
+    assert fake.calls() == ["run_id=x-language", "run_id=x-align", "run_id=x"]
+
+
+@pytest.mark.parametrize(("body", "code"), [("sys.exit(76)", 76), ("os.kill(os.getpid(), signal.SIGKILL)", 137)])
+def test_the_first_failure_ends_the_command_with_its_exit_code(fake, body, code):
+    assert run(fake(f"if 'align' in sys.argv[1]: {body}")) == code
+    assert fake.calls() == ["run_id=x-language", "run_id=x-align"]
+
+
+def test_under_torchrun_every_stage_meets_at_a_port_of_its_own(fake, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    body = (
+        "ports = {'run_id=x-language': '29501', 'run_id=x-align': '29502', 'run_id=x': '29503'}\n"
+        "assert os.environ['MASTER_PORT'] == ports[sys.argv[1]]\n"
+        "assert os.environ['TORCHELASTIC_USE_AGENT_STORE'] == 'False'"
+    )
+    assert run(fake(body)) == 0
+
+
+COMMAND = """
+import sys
+from prism_deco import stages
+real = stages.subprocess.Popen
+script = "; ".join([
+    "import signal, sys, time",
+    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))",
+    "print('up', flush=True)",
+    "time.sleep(60)",
+])
+stages.subprocess.Popen = lambda command, **options: real([sys.executable, "-c", script], **options)
+sys.exit(stages.run(stages.split(["recipe=mini_two_stage", "run_id=x"])))
+"""
+
+
+def test_a_signal_reaches_the_stage_and_no_other_is_started():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen([sys.executable, "-c", COMMAND], stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert process.wait(timeout=30) == 75
+    assert time.monotonic() - began < 20 and process.stdout.read() == ""

@@ -1,0 +1,121 @@
+"""Runs in processes of their own, that can be stopped, killed and started again."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+# Processes are forked from one that has imported everything: starting one takes no time.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "prism_deco.training.session",
+        "prism_deco.backbones.siglip",
+        "prism_deco.projectors.qformer",
+        "prism_deco.projectors.pooling",
+        "prism_deco.data.llava",
+        "torch.utils.tensorboard",
+    ]
+)
+
+FAST = ["data.val_fraction=0", "data.num_workers=0", "evaluate.benchmarks=null", "recipe.global_batch_size=4",
+        "recipe.micro_batch_size=2",
+        "trainer.log_every=1", "trainer.threads=1", "backbone.pretrained=false", "recipe.epochs=4",
+        "trainer.accelerator=cpu", "trainer.precision=32-true"]  # fmt: skip
+
+
+def _main(arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    from prism_deco.cli import main
+
+    multiprocessing.set_start_method("fork", force=True)  # of loaders, as in an ordinary process
+    os.environ.update(environment)
+    sys.path.insert(0, environment.get("PLUGINS", "."))
+    stream = log.open("a")
+    os.dup2(stream.fileno(), 1)
+    os.dup2(stream.fileno(), 2)
+    sys.exit(main(arguments))
+
+
+class Job:
+    """One start of a run: the processes of its ranks, as torchrun would start them."""
+
+    def __init__(self, folder: Path, arguments: list[str], ranks: int, environment: dict[str, str]):
+        self.folder = folder
+        self.log = folder.with_suffix(".log")
+        group = {}
+        if ranks > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            group = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                     "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}  # fmt: skip
+        self.processes = []
+        for rank in range(ranks):
+            place = group and group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.processes.append(CONTEXT.Process(target=_main, args=(arguments, environment | place, self.log)))
+        for process in self.processes:
+            process.start()
+
+    def wait(self, timeout: float = 300) -> list[int | None]:
+        """The exit codes."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.1, deadline - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        """Sends a signal to one rank, or to all."""
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            with suppress(ProcessLookupError):
+                assert process.pid
+                os.kill(process.pid, number)
+
+    def kill(self) -> None:
+        """No process gets to do anything any more."""
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def until(self, condition, timeout: float = 300) -> None:
+        """Waits for something to happen in the run's folder while its processes live."""
+        deadline = time.monotonic() + timeout
+        while not condition(self.folder):
+            alive = all(process.is_alive() for process in self.processes)
+            assert alive and time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.002)
+
+
+@pytest.fixture
+def start(colors, tmp_path):
+    """(overrides, ranks) -> Job: starts a run on the colours; `ranks` above 1 is sharded unless told otherwise."""
+    jobs = []
+
+    def begin(*overrides: str, ranks: int = 1, run: str = "run", **environment: str) -> Job:
+        source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}"]
+        kind = ["trainer=fsdp", f"trainer.devices={ranks}"] if ranks > 1 else ["trainer=cpu"]
+        arguments = ["train", "data=llava", *kind, *source, f"runs_dir={tmp_path}", f"run_id={run}", *FAST, *overrides]
+        cache = {"PRISM_DECO_CACHE": os.environ["PRISM_DECO_CACHE"], "OMP_NUM_THREADS": "1"}
+        jobs.append(Job(tmp_path / run, arguments, ranks, cache | environment))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.kill()
+
+
+def steps(folder: Path) -> list[dict]:
+    """The rows of the steps in `metrics.jsonl`."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [row for row in rows if "loss" in row]
+
+
+def status(folder: Path) -> dict:
+    """The content of `status.json`."""
+    return json.loads((folder / "status.json").read_text())

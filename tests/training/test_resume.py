@@ -1,0 +1,107 @@
+"""Real processes, killed at some moment and started again: the run must be the one that was never stopped."""
+
+import json
+import random
+import signal
+
+import pytest
+from safetensors.torch import load_file
+
+from prism_deco.training.checkpoints import list_checkpoints, newest_checkpoint
+from prism_deco.training.metrics import read_metrics
+
+DROPOUT = ["projector=qformer", "projector.hidden_dim=32", "projector.heads=2", "projector.ffn_dim=64",
+           "projector.dropout=0.3", "trainer.checkpoint_every=2", "recipe.epochs=4"]  # fmt: skip
+
+
+def _losses(folder):
+    return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in read_metrics(folder) if "loss" in row]
+
+
+def _at_step(step):
+    def reached(folder):
+        path = folder / "metrics.jsonl"
+        return path.exists() and path.read_text().count('"loss"') >= step
+
+    return reached
+
+
+def _saving(step):
+    return lambda folder: (folder / "checkpoints" / f".building-step_{step:06d}").is_dir()
+
+
+def _same_model(a, b):
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (a, b))
+    return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(start, tmp_path):
+    whole = start(*DROPOUT, "data.val_fraction=0.3", "trainer.val_every=0.2", run="whole")
+    assert whole.wait() == [0], whole.log.read_text()
+    job = start(*DROPOUT, "data.val_fraction=0.3", "trainer.val_every=0.2")
+    job.until(_at_step(5))
+    job.kill()
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints").name >= "step_000004"
+    again = start(*DROPOUT, "data.val_fraction=0.3", "trainer.val_every=0.2")
+    assert again.wait() == [0], again.log.read_text()
+    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
+    rows = {name: [row for row in read_metrics(tmp_path / name) if "val_loss" in row] for name in ("run", "whole")}
+    assert rows["run"] == rows["whole"] != []
+    assert _same_model(tmp_path / "run", tmp_path / "whole")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_whenever_it_is_killed(start, tmp_path, ranks):
+    """Several kills in one run: within an epoch, where one ends (step 9 of 3), in the middle of a save."""
+    options = [*DROPOUT, "recipe.epochs=6", "data.num_workers=1"]
+    whole = start(*options, run="whole", ranks=ranks)
+    assert whole.wait() == [0] * ranks, whole.log.read_text()
+    dice = random.Random(ranks)
+    moments = [_at_step(dice.randint(3, 5)), _at_step(9), _saving(12), _at_step(dice.randint(14, 16))]
+    for moment in moments:
+        job = start(*options, ranks=ranks)
+        job.until(moment)
+        job.kill()
+    again = start(*options, ranks=ranks)
+    assert again.wait() == [0] * ranks, again.log.read_text()
+    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
+    assert _same_model(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_more_or_fewer_processes_go_on_with_it(start, tmp_path):
+    options = ["trainer.checkpoint_every=2", "trainer.activation_checkpointing=none"]
+    whole = start(*options, run="whole")
+    assert whole.wait() == [0], whole.log.read_text()
+    for name, first, then in (("fewer", 2, 1), ("more", 1, 2)):
+        job = start(*options, run=name, ranks=first)
+        job.until(_at_step(5))
+        job.kill()
+        job = start(*options, run=name, ranks=then)
+        assert job.wait() == [0] * then, job.log.read_text()
+        for mine, expected in zip(_losses(tmp_path / name), _losses(tmp_path / "whole"), strict=True):
+            assert mine[0] == expected[0] and mine[1:3] == pytest.approx(expected[1:3], rel=1e-4)
+
+
+def test_a_preempted_run_stops_at_one_step_and_goes_on(start, tmp_path):
+    """Signals reach the ranks half a second apart."""
+    import time
+
+    whole = start("recipe.epochs=16", "trainer.checkpoint_every=1000", run="whole", ranks=2)
+    job = start("recipe.epochs=16", "trainer.checkpoint_every=1000", ranks=2)
+    job.until(_at_step(2))
+    job.signal(signal.SIGUSR1, rank=1)
+    time.sleep(0.5)
+    job.signal(signal.SIGTERM, rank=0)
+    assert job.wait(60) == [75, 75], job.log.read_text()
+    state = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert state["state"] == "preempted" and "made way after step" in state["reason"]
+    [checkpoint] = list_checkpoints(tmp_path / "run" / "checkpoints")
+    stopped = len(_losses(tmp_path / "run"))
+    assert checkpoint.name == f"step_{stopped:06d}" and 2 <= stopped < 48
+    again = start("recipe.epochs=16", "trainer.checkpoint_every=1000", ranks=2)
+    assert again.wait() == [0, 0], again.log.read_text()
+    assert whole.wait() == [0, 0]
+    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")

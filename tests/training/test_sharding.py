@@ -1,0 +1,121 @@
+"""One, two and four processes: the same losses, norms and weights for the same global batches."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import prism_deco
+from prism_deco.config import load_config
+from prism_deco.training.metrics import read_metrics
+from prism_deco.training.sharding import Sharding, sharded_units
+
+# The colours have eight images and one text, in batches of four: whole batches of images, and a last one with the text
+# only, of which all ranks but the first get a filler.
+EXACT = {"rel": 1e-4}  # float32 sums in another order
+
+
+def _numbers(folder):
+    return [(row["loss"], row["grad_norm"]) for row in read_metrics(folder) if "loss" in row]
+
+
+def _assert_same_run(folder, reference):
+    numbers, expected = _numbers(folder), _numbers(reference)
+    assert len(numbers) == len(expected)
+    for mine, theirs in zip(numbers, expected, strict=True):
+        assert mine == pytest.approx(theirs, **EXACT)
+    weights, theirs = (load_file(f / "model" / "model.safetensors") for f in (folder, reference))
+    assert weights.keys() == theirs.keys()
+    # An AdamW update is close to its learning rate, 3e-3, wherever a gradient is close to zero.
+    differences = torch.cat([(weights[name] - theirs[name]).abs().flatten() for name in weights])
+    assert differences.mean() < 2e-5 and differences.max() < 6e-3
+
+
+CLIPPED = ["recipe.grad_clip=0.5", "recipe.epochs=1"]
+
+
+def test_two_processes_train_as_one_does(start, tmp_path):
+    jobs = [start(*CLIPPED, run="one"), start(*CLIPPED, "trainer.shard_size=2", ranks=2, run="fsdp")]
+    assert [job.wait() for job in jobs] == [[0], [0, 0]], jobs[1].log.read_text()
+    assert min(norm for _, norm in _numbers(tmp_path / "one")) > 0.5, "clipping must be at work"
+    _assert_same_run(tmp_path / "fsdp", tmp_path / "one")
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("one", "fsdp")]
+    assert manifests[0]["params"] == manifests[1]["params"] and manifests[1]["devices"] == 2
+    # Each rank has written about half of what one process writes.
+    files = sorted((tmp_path / "fsdp" / "checkpoints" / "step_000003").glob("*.safetensors"))
+    sizes = [file.stat().st_size for file in files]
+    assert len(sizes) == 2 and max(sizes) < 1.3 * min(sizes)
+    assert prism_deco.load(tmp_path / "fsdp").config.trainer.strategy == "fsdp"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (1, ["trainer=fsdp", "trainer.devices=1"]),
+        (2, ["trainer=ddp", "trainer.devices=2"]),
+        (2, ["trainer.shard_size=1"]),
+        (4, ["trainer.shard_size=2", "trainer.activation_checkpointing=selective"]),
+        (4, ["recipe.sampler=shuffled", "llm=mini_llama", "recipe.global_batch_size=3"]),
+        (2, ["projector=qformer", "projector.dropout=0", "llm=mini_phi", "recipe.lm=frozen", "data.val_fraction=0.3"]),
+    ],
+)
+def test_every_way_to_share_the_work_gives_the_same_numbers(start, tmp_path, ranks, options):
+    alone = [option for option in options if option.startswith(("recipe.", "llm", "projector", "data"))]
+    reference = start(*CLIPPED, *alone, run="one")
+    job = start(*options, *CLIPPED, "trainer.accelerator=cpu", "trainer.precision=32-true", ranks=ranks)
+    assert reference.wait() == [0], reference.log.read_text()
+    assert job.wait() == [0] * ranks, job.log.read_text()
+    _assert_same_run(tmp_path / "run", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_pretrained_weights_are_read_in_pieces(start, tmp_path):
+    """From files in half precision and of fewer rows than the table: as the whole model's loader does it."""
+    from prism_deco.llms import build_llm
+
+    torch.manual_seed(3)
+    llm = build_llm("mini_qwen2")
+    llm.model.save_pretrained(tmp_path / "weights", max_shard_size="1MB")
+    assert len(list((tmp_path / "weights").glob("*.safetensors"))) > 1
+    options = [*CLIPPED, "llm.pretrained=true", f"llm.weights={tmp_path / 'weights'}"]
+    reference, job = start(*options, run="one"), start(*options, ranks=2)
+    assert reference.wait() == [0], reference.log.read_text()
+    assert job.wait() == [0, 0], job.log.read_text()
+    _assert_same_run(tmp_path / "run", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_half_precision_compute_keeps_full_weights(start, tmp_path):
+    job = start(*CLIPPED, "trainer.precision=bf16-mixed", "trainer.reduce_dtype=bfloat16", ranks=2)
+    reference = start(*CLIPPED, run="one")
+    assert job.wait() == [0, 0], job.log.read_text()
+    assert reference.wait() == [0]
+    for mine, theirs in zip(_numbers(tmp_path / "run"), _numbers(tmp_path / "one"), strict=True):
+        assert mine != theirs and mine == pytest.approx(theirs, rel=0.05)
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_units_are_blocks_layers_tower_and_projector(tiny):
+    vlm, _ = tiny("mini_llama")
+    units = sharded_units(vlm)
+    layers = list(vlm.lm.model.layers)
+    assert units == [*vlm.backbone.trunk.blocks, vlm.backbone, *layers, vlm.projector]
+    own = {id(p) for unit in units for p in unit.parameters()}
+    rest = {name for name, p in vlm.named_parameters() if id(p) not in own}
+    assert rest == {"lm.model.embed_tokens.weight", "lm.model.norm.weight", "lm.lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.shard_size=3", "trainer.shard_size=3 does not divide the 4 processes"),
+        ("trainer.precision=16-mixed", "'16-mixed'.*32-true, bf16-mixed|bf16-mixed, 32-true"),
+        ("trainer.reduce_dtype=float16", "Unknown trainer.reduce_dtype 'float16'"),
+    ],
+)
+def test_wrong_settings_are_named(override, message):
+    with pytest.raises(ValueError, match=message):
+        Sharding.of(load_config(["trainer=fsdp", override]).trainer, 4)
