@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 from prism_deco import commands
+from prism_deco.bench.presets import PRESETS
 
 log = logging.getLogger("prism_deco")
 
@@ -16,7 +17,8 @@ OVERRIDES = "choices and settings, for example: projector=linear recipe.epochs=2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code (0 done, 1 faults found, 2 wrong input, 130 interrupted)."""
+    """Runs one command; returns the exit code (0 done, 1 faults found or a failed run, 2 wrong input, 75 preempted,
+    76 out of memory, 130 interrupted)."""
     args = _parse(argv)
     _configure_logging(debug=args.debug)
     try:
@@ -59,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "arguments", nargs="*", metavar="RUN KEY=VALUE", help="run folder; benchmark=NAMES split=S limit=N batch_size=N"
     )
+    evaluate.add_argument("--dtype", choices=["float32", "bfloat16"], help="compute in this type; the run's by default")
+    evaluate.add_argument("--device", help="cpu | cuda; what the run was trained on by default")
     evaluate.set_defaults(command=commands.evaluate)
 
     explain = subparsers.add_parser("explain", parents=[common], help="show where each generated word looked (R-GAE)")
@@ -73,6 +77,45 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--through-backbone", action="store_true", help="continue to the pixels' patches")
     explain.set_defaults(command=commands.explain)
 
+    chat = subparsers.add_parser("chat", parents=[common], help="talk with a trained model about an image")
+    chat.add_argument("run", type=Path, help="run folder, or an export of one")
+    chat.add_argument("--image", type=Path, help="the image to talk about")
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
+    chat.add_argument("--relevance", action="store_true", help="show where each answer looked (its question alone)")
+    chat.add_argument("--out", type=Path, help="folder for what --relevance draws (RUN/chat)")
+    chat.add_argument("--dtype", choices=["float32", "bfloat16"], help="compute in this type; the run's by default")
+    chat.add_argument("--device", default="cpu", help="cpu | cuda")
+    chat.set_defaults(command=commands.chat)
+
+    export = subparsers.add_parser("export", parents=[common], help="write a model to one folder for use elsewhere")
+    export.add_argument("run", type=Path, help="run folder")
+    export.add_argument("--to", type=Path, required=True, help="new folder to write")
+    export.add_argument("--merge", action="store_true", help="merge LoRA adapters into the LLM (an export always does)")
+    export.add_argument("--hf", action="store_true", help="for plain transformers, as LlavaForConditionalGeneration")
+    export.add_argument("--dtype", choices=["float32", "bfloat16"], help="type of the weights; the run's by default")
+    export.set_defaults(command=commands.export)
+
+    sweep = subparsers.add_parser("sweep", parents=[common], help="train a grid of models and keep its ledger")
+    sweep.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="NAME KEY=VALUE[,VALUE]",
+        help="a choice of conf/sweep or a YAML of your own; settings of train, several values make an axis; "
+        "name=NAME runs_dir=DIR launcher=local|slurm slurm.partition=P slurm.time=MINUTES ...",
+    )
+    sweep.add_argument("--jobs", type=int, metavar="N", help="cells at a time")
+    sweep.add_argument("--timeout", type=float, default=60.0, metavar="MINUTES", help="silence of a hung cell (0: off)")
+    sweep.add_argument("--dry-run", action="store_true", help="print the command lines, or the SLURM jobs")
+    sweep.add_argument("--status", action="store_true", help="print the ledger")
+    sweep.set_defaults(command=commands.sweep)
+
+    plan = subparsers.add_parser("plan", parents=[common], help="what a run or a sweep will take: memory, time, disk")
+    plan.add_argument("arguments", nargs="*", metavar="NAME KEY=VALUE[,VALUE]", help="as for sweep, or for train")
+    plan.add_argument("--accelerator", metavar="NAME", help="a100 | h100 | h200 | l40s | ... (h100; none on the CPU)")
+    plan.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help="share of its peak that is reached (0.4)")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, too")
+    plan.set_defaults(command=commands.plan)
+
     data = subparsers.add_parser("data", help="check and fetch training data")
     data_commands = data.add_subparsers(required=True, metavar="WHAT")
     check = data_commands.add_parser("check", parents=[common], help="walk a data set and report every fault")
@@ -86,6 +129,13 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--root", type=Path, required=True, help="folder to lay it out in")
     prepare.add_argument("--plan", action="store_true", help="only say what is missing and how large it is")
     prepare.set_defaults(command=commands.data_prepare)
+
+    report = subparsers.add_parser("report", parents=[common], help="tables, statistics and figures of a sweep or runs")
+    report.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep's folder, or run folders")
+    report.add_argument("--out", type=Path, help="folder to write to (FOLDER/report; beside the runs)")
+    report.add_argument("--split", help="of the benchmarks: own | test | ...; their own by default")
+    report.add_argument("--mixed", action="store_true", help="put cells into one table that saw different things")
+    report.set_defaults(command=commands.report)
 
     blind = subparsers.add_parser("record-blind", parents=[common], help="keep a blind run's scores as the reference")
     blind.add_argument("run", type=Path, help="run folder, trained with recipe.blind=true and scored")
@@ -116,6 +166,16 @@ def _parser() -> argparse.ArgumentParser:
     loading = benches.add_parser("data", parents=[common], help="images per second beside PIL and torchvision")
     loading.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="as for train: backbone=NAME llm=NAME")
     loading.set_defaults(command=commands.bench_data)
+    steps = benches.add_parser("train", parents=[common], help="our training step beside transformers' own LLaVA")
+    steps.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="as for train: backbone=NAME llm=NAME")
+    steps.add_argument("--preset", choices=list(PRESETS), default="qwen_small", help="what the overrides build on")
+    steps.add_argument("--batch-size", type=int, default=8, help="records per step")
+    steps.add_argument("--steps", type=int, default=4, help="steps per round")
+    steps.add_argument("--rounds", type=int, default=3, help="timed rounds, all ways alternating")
+    steps.add_argument("--ablation", action="store_true", help="also what each of our means does alone")
+    steps.add_argument("--device", default="cpu", help="cpu | cuda")
+    steps.add_argument("--out", type=Path, metavar="FILE", help="write the numbers to this JSON file")
+    steps.set_defaults(command=commands.bench_train)
     return parser
 
 

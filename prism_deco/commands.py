@@ -15,6 +15,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from prism_deco.config import load_config
+from prism_deco.stages import run as run_stages
+from prism_deco.stages import split
 
 log = logging.getLogger(__name__)
 
@@ -25,20 +27,25 @@ TOKENIZER_TEXTS = 500
 """Conversations that the miniature's tokenizers are trained on."""
 
 
-def train(args: argparse.Namespace) -> None:
-    """Composes, trains and scores a model."""
-    config = load_config(args.arguments)
-    from prism_deco.training import run
-
+def train(args: argparse.Namespace) -> int:
+    """Composes, trains and scores a model; goes on where an earlier call of the same run has stopped."""
+    stages = split(args.arguments)
+    config = stages[-1].config if stages else load_config(args.arguments)
     if config.evaluate.benchmarks:
         from prism_deco.evaluation import resolve
 
         resolve(config.evaluate.benchmarks)  # a wrong name must not wait for the end of training
-    folder = run.train(config, run.prepare_run(config, overwrite=args.overwrite))
-    if config.evaluate.benchmarks:
+    if stages:
+        flags = {"--overwrite": args.overwrite, "--debug": args.debug}
+        return run_stages(stages, [flag for flag, is_set in flags.items() if is_set])
+    from prism_deco.training.session import run
+
+    def score(folder: Path) -> None:
         _score(folder, OmegaConf.to_container(config.evaluate))  # type: ignore[arg-type]
-    run.set_status(folder, "done")
-    log.info("The run is in %s; watch it with: tensorboard --logdir %s", folder, config.runs_dir)
+
+    # The other processes of this machine get the same settings; what becomes of an earlier run is decided once.
+    arguments = ["train", *args.arguments, *(["--debug"] if args.debug else [])]
+    return run(config, score if config.evaluate.benchmarks else None, overwrite=args.overwrite, arguments=arguments)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -50,7 +57,7 @@ def evaluate(args: argparse.Namespace) -> None:
             raise ValueError("Name the one run to score, for example: prism-deco evaluate runs/RUN_ID benchmark=mini")
         run = Path(folders[0])
         options["benchmarks"] = options.pop("benchmark", None) or _trained_with(run)
-        _score(run, options)
+        _score(run, options, device=args.device, dtype=args.dtype)
         return
     from prism_deco.evaluation import build_benchmark, score_file, table
 
@@ -59,29 +66,39 @@ def evaluate(args: argparse.Namespace) -> None:
     _print(table([score_file(args.score_only, build_benchmark(options.pop("benchmark"), **options))]))
 
 
-def _score(folder: Path, options: dict[str, Any]) -> None:
+def _score(folder: Path, options: dict[str, Any], *, device: str | None = None, dtype: str | None = None) -> None:
     """Scores a run on benchmarks and prints them beside chance and, where it is known, blindness.
 
     Args:
         options: `benchmarks` (names), `batch_size`, and keys of the benchmarks' YAMLs (split, limit, root).
+        device: cpu | cuda; None is what the run was trained on.
+        dtype: float32 | bfloat16; None is that of the weights.
     """
+    import torch
+
     from prism_deco.api import load
-    from prism_deco.evaluation import build_benchmark, chance, evaluate, resolve, table
+    from prism_deco.evaluation import build_benchmark, chance, evaluate, local_device, process_group, resolve, table
     from prism_deco.report.blind import blind_scores
 
     names, batch_size = resolve(options.pop("benchmarks")), options.pop("batch_size", 64)
     options = {key: value for key, value in options.items() if value is not None}
-    model = load(folder)
+    model = load(folder, dtype=getattr(torch, dtype) if dtype else None)
+    model.vlm.to(local_device(device or ("cpu" if model.config.trainer.accelerator == "cpu" else "cuda")))
+    computed_in = str(next(model.vlm.lm.parameters()).dtype).removeprefix("torch.")
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    about = {"batch_size": batch_size, "model_id": manifest["model_sha256"], "dtype": computed_in}
     results, floors = [], {}
-    for name in names:
-        benchmark = build_benchmark(name, **options)
-        benchmark.root = benchmark.root or _own_benchmarks(folder)
-        own_split = build_benchmark(name).split == benchmark.split
-        out = folder / "eval" / (name if own_split else f"{name}-{benchmark.split}")
-        results.append(evaluate(model, benchmark, out, batch_size=batch_size, model_id=manifest["model_sha256"]))
-        floors[name] = chance(benchmark)
-    _print(table(results, floors, blind_scores(model.config, options.get("split"))))
+    with process_group() as is_first:
+        for name in names:
+            benchmark = build_benchmark(name, **options)
+            benchmark.root = benchmark.root or _own_benchmarks(folder)
+            own_split = build_benchmark(name).split == benchmark.split
+            out = folder / "eval" / (benchmark.name if own_split else f"{benchmark.name}-{benchmark.split}")
+            results.append(evaluate(model, benchmark, out, **about))
+            if is_first:
+                floors[benchmark.name] = chance(benchmark)
+    if is_first:
+        _print(table(results, floors, blind_scores(model.config, options.get("split"))))
 
 
 def _own_benchmarks(run: Path) -> Path | None:
@@ -154,20 +171,99 @@ def _examples(run: Path, name: str, options: dict[str, Any]) -> list[Any]:
     return examples
 
 
+def chat(args: argparse.Namespace) -> None:
+    """A conversation about an image."""
+    import torch
+
+    from prism_deco.api import load
+    from prism_deco.chat import Chat, converse, read_line
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    model = load(args.run, device=args.device, dtype=getattr(torch, args.dtype) if args.dtype else None)
+    relevance = (args.out or args.run / "chat") if args.relevance else None
+    talk = Chat(model, write, max_new_tokens=args.max_new_tokens, relevance=relevance, name=args.run.name)
+    if args.image is not None:
+        talk.show(args.image)
+    converse(talk, read_line, write)
+
+
+def export(args: argparse.Namespace) -> None:
+    """Writes a model to one folder for use elsewhere."""
+    import torch
+
+    from prism_deco.api import load
+    from prism_deco.export import save_llava
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    if args.hf:
+        # The two models are compared in the precision of training.
+        model = load(args.run)
+        save_llava(args.to, model.config, model.vlm, model.llm, dtype=dtype)
+    else:
+        load(args.run, dtype=dtype).save(args.to)
+    log.info("The export is in %s", args.to)
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Runs the cells of a sweep that are not done; 1 where some still are not."""
+    from rich.console import Console
+
+    from prism_deco.sweep import Ledger, dry_run, parse, render, run
+
+    spec = parse(args.arguments)
+    if args.status:
+        _print(render(Ledger.read(spec.folder)))
+        return 0
+    if args.dry_run:
+        sys.stdout.write(dry_run(spec, jobs=args.jobs))  # unwrapped: to be copied
+        return 0
+    console = Console()
+    try:
+        done = run(spec, jobs=args.jobs, timeout=args.timeout * 60 or None, console=console)
+    finally:
+        if not console.is_terminal and (spec.folder / "ledger.json").exists():
+            _print(render(Ledger.read(spec.folder)))
+    log.info("The sweep is in %s; the same command goes on with what is not done", spec.folder)
+    return 0 if done else 1
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Says what the cells of a sweep, or one run, will take."""
+    from prism_deco.plan import as_json, plan_run, table
+    from prism_deco.stages import split
+    from prism_deco.sweep import expand, parse
+    from prism_deco.sweep.spec import split_values
+
+    if any("=" not in text or len(split_values(text.partition("=")[2])) > 1 for text in args.arguments):
+        configs = {cell.id: cell.config for cell in expand(parse(args.arguments))}
+    else:
+        stages = {stage.name: stage.config for stage in split(args.arguments)}
+        configs = stages or {"": load_config(args.arguments)}
+    plans = [
+        plan_run(config, name, accelerator_name=args.accelerator, mfu=args.mfu) for name, config in configs.items()
+    ]
+    if args.json:
+        args.json.write_text(json.dumps(as_json(plans), indent=2) + "\n", encoding="utf-8")
+    _print(table(plans, args.mfu))
+
+
 def data_check(args: argparse.Namespace) -> int:
     """Walks a data set; 1 where there are faults."""
     config = load_config(args.arguments)
-    from prism_deco.compose import group
+    from prism_deco.compose import group, max_positions, prompt_options
     from prism_deco.data import build_source
     from prism_deco.data.check import check
     from prism_deco.data.examples import Encoder
     from prism_deco.llms import build_llm
 
-    llm = build_llm(group(config, "llm"), pretrained=False, device="meta", image_slot=config.recipe.image_slot)
+    llm = build_llm(group(config, "llm"), pretrained=False, device="meta", **prompt_options(config))
     encoder = Encoder(
         llm,
         max_text_tokens=config.recipe.max_text_tokens,
-        max_positions=llm.max_positions,
+        max_positions=max_positions(config, llm),
         tokens_per_image=config.projector.num_tokens or config.recipe.num_tokens,
     )
     out = args.out or Path(config.runs_dir) / "data_check" / config.data.name
@@ -184,6 +280,17 @@ def data_prepare(args: argparse.Namespace) -> None:
     _print(plan(dataset, args.root).render())
     if not args.plan:
         prepare(dataset, args.root)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Writes the report of a sweep or of runs."""
+    from prism_deco.report.layout import terminal
+    from prism_deco.report.write import write_report
+
+    page, scores = write_report(args.folders, args.out, split=args.split, mixed=args.mixed)
+    for table in scores:
+        _print(terminal(table))
+    log.info("Open %s in a browser", page)
 
 
 def record_blind(args: argparse.Namespace) -> None:
@@ -217,6 +324,25 @@ def bench_projectors(args: argparse.Namespace) -> None:
     sizes = Sizes(args.in_dim, args.out_dim, tuple(args.in_grid), args.num_tokens, args.batch_size)
     rows = bench_projectors(args.names, sizes, dtypes=args.dtypes, device=args.device, repeats=args.repeats)
     _print(render(rows, sizes, args.device))
+
+
+def bench_train(args: argparse.Namespace) -> None:
+    """Compares our training step with that of transformers' own LLaVA."""
+    from prism_deco.bench.presets import PRESETS
+
+    config = load_config([*PRESETS[args.preset], *args.arguments])
+    import torch
+
+    from prism_deco.bench.train import bench_train
+    from prism_deco.bench.train_report import render
+
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    sizes = {"batch_size": args.batch_size, "steps": args.steps, "rounds": args.rounds}
+    report = bench_train(config, device=args.device, ablation=args.ablation, **sizes)
+    _print(render(report))
+    if args.out:
+        report.write(args.out)
 
 
 def bench_data(args: argparse.Namespace) -> None:

@@ -1,0 +1,144 @@
+"""Memory of one device at its fullest moment of a training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig
+from torch import nn
+
+from prism_deco.backbones import VisionBackbone
+from prism_deco.plan.parts import (
+    backbone_key,
+    backbone_of,
+    count,
+    decoder_layers,
+    llm_key,
+    llm_of,
+    projector_key,
+    projector_of,
+)
+from prism_deco.plan.phases import Layout, Loss, walk_language, walk_projector, walk_tower
+from prism_deco.plan.setup import Setup
+
+FLOAT32 = 4
+NF4 = 4.127 / 8
+"""Bytes of a weight in four bits, its share of the doubly quantised scales included (arXiv 2305.14314, section 3)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. The parts below are those of the fullest moment; they add up to `peak`."""
+
+    weights: int
+    """Projector and LLM, in float32 where they are trained; this device's share of them."""
+    tower: int
+    """The frozen backbone's weights."""
+    gradients: int
+    """Of the trained parameters, as many as there are at that moment, and copies for their exchange."""
+    optimizer: int
+    """AdamW's two moments."""
+    inputs: int
+    """Pixels of the whole optimizer step."""
+    activations: int
+    """What the backward pass needs and what is computed just then; bfloat16 copies of the weights are part of it."""
+    logits: int
+    """Logits of the supervised positions and what their loss needs."""
+    gathered: int
+    """Parameters (and gradients) of neighbouring blocks that sharding has gathered for the moment."""
+    when: str
+    """The fullest moment."""
+
+    @property
+    def peak(self) -> int:
+        parts = (self.weights, self.tower, self.gradients, self.optimizer, self.inputs)
+        return sum(parts) + self.activations + self.logits + self.gathered
+
+
+class Moment(NamedTuple):
+    """What varies in a step, bytes."""
+
+    activations: int
+    logits: int
+    gradients: int
+    gathered: int
+
+
+def step_memory(config: DictConfig, setup: Setup, layout: Layout) -> Memory:
+    """Memory of a training step: that of the fullest of its moments."""
+    backbone, lm, projector = backbone_of(config), llm_of(config).model, projector_of(config)
+    trained = count(projector, lm, trained=True)
+    all_gradients = FLOAT32 * trained // setup.shards
+    # Gradients of earlier passes are there from the start. Shards of them are small: they are counted throughout.
+    earlier = all_gradients if layout.passes > 1 or setup.shards > 1 else None
+    neighbours, last_exchange = _gathered(projector, lm, setup)
+    moments: dict[str, Moment] = {}
+
+    def add(name: str, phase: tuple[int, int], *, kept: int = 0, made: int = 0, loss_from: int | None = None) -> None:
+        alone, both = phase
+        logits = 0 if loss_from is None else alone - loss_from
+        gradients = made + both - alone if earlier is None else earlier
+        moments[name] = Moment(alone - logits + kept, logits, gradients, neighbours)
+
+    tower = walk_tower(backbone_key(config), layout.records, setup)
+    add("tower", tower.phases["forward"])
+    projected = walk_projector(projector_key(config), tower.shape, tower.dtype, setup).phases
+    add("projector forward", projected["forward"])
+    kept = projected["kept"][0]
+    loss = Loss(config.recipe.turn_mask, config.recipe.max_logits)
+    language = walk_language(llm_key(config), lm.config.num_hidden_layers, layout, loss, setup)
+    add("LLM forward", language["layers"], kept=kept)
+    add("loss", language["loss"], kept=kept, loss_from=language["kept"][0])
+    add("backward, last layer", language["last"], kept=kept)
+    add("backward, first layer", language["first"], kept=kept)
+    add("projector backward", projected["backward"], made=FLOAT32 * count(lm, trained=True))
+    moments["optimizer"] = Moment(_optimizer_temporaries(projector, lm, setup), 0, all_gradients, last_exchange)
+    when = max(moments, key=lambda name: sum(moments[name]))
+    fullest = moments[when]
+    return Memory(
+        weights=_weights(config, projector, lm) // setup.shards,
+        tower=sum(p.numel() * p.element_size() for p in backbone.parameters()) // setup.shards,
+        # DDP exchanges gradients through buckets that hold all of them once more.
+        gradients=fullest.gradients + (FLOAT32 * trained if setup.replicas > 1 and setup.shards == 1 else 0),
+        optimizer=2 * FLOAT32 * trained // setup.shards,
+        inputs=layout.records * layout.passes * _pixel_bytes(backbone),
+        activations=fullest.activations,
+        logits=fullest.logits,
+        gathered=fullest.gathered,
+        when=when,
+    )
+
+
+def _weights(config: DictConfig, projector: nn.Module, lm: nn.Module) -> int:
+    total = sum(p.numel() * p.element_size() for p in {*projector.parameters(), *lm.parameters()})
+    if llm_of(config).spec.quantize is None:
+        return total
+    frozen = [m.weight for m in lm.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
+    head: Any = lm.get_output_embeddings()  # type: ignore[operator]  # it stays as it is
+    linear = [weight for weight in frozen if weight is not head.weight]
+    return total - round(sum(weight.numel() * (weight.element_size() - NF4) for weight in linear))
+
+
+def _pixel_bytes(backbone: VisionBackbone) -> int:
+    return sum(3 * FLOAT32 * tower.image_size**2 for tower in backbone.transform.towers.values())
+
+
+def _gathered(projector: nn.Module, lm: nn.Module, setup: Setup) -> tuple[int, int]:
+    """Bytes that sharding gathers during forward and backward, and when gradients of the rest are exchanged at the end.
+
+    `fully_shard` keeps the root group (embeddings, head, projector) gathered; of the blocks there are the one in use
+    and the next, on its way in a buffer and out of it, and one block's gradients on their way.
+    """
+    if setup.shards == 1:
+        return 0, 0
+    layers = decoder_layers(lm)
+    block, root = count(layers[0]), count(projector, lm) - count(*layers)
+    size = 2 if setup.half else FLOAT32
+    return root * 2 * size + block * (4 * size + setup.reduce), root * (2 * size + setup.reduce)
+
+
+def _optimizer_temporaries(projector: nn.Module, lm: nn.Module, setup: Setup) -> int:
+    """AdamW's denominator: of all parameters at once on a GPU, on the CPU of one after the other, and twice."""
+    sizes = [FLOAT32 * p.numel() for p in (*projector.parameters(), *lm.parameters()) if p.requires_grad]
+    return sum(sizes) // setup.shards if setup.cuda else 2 * max(sizes)

@@ -1,0 +1,122 @@
+"""How long a data set's sequences are: from its files where they are on disk, else from what its YAML says of them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+from omegaconf import DictConfig
+
+from prism_deco.compose import group
+from prism_deco.config import cache_dir
+from prism_deco.data import build_source
+from prism_deco.data.records import Records, open_records
+from prism_deco.data.split import Subset, first
+from prism_deco.llms import LanguageModel
+from prism_deco.plan.parts import llm_of
+
+log = logging.getLogger(__name__)
+
+SAMPLE = 200
+"""Records that are tokenised to learn how many tokens a word makes."""
+
+TOKENS_PER_WORD, SUPERVISED = 1.4, 0.5
+"""What is assumed where the LLM's tokenizer is not at hand."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The text of a data set, in tokens of the LLM, its chat format included and before anything is cut.
+
+    Attributes:
+        records: records to train on.
+        images: how many of them show an image.
+        text: tokens of a record, on average.
+        supervised: of these, the supervised ones.
+        longest_text: tokens of the longest record.
+        longest_supervised: supervised tokens of a record in the forward pass of the longest, on average.
+        lengths: int[records], tokens of each; None where the files are not at hand.
+        source: where these numbers come from: measured | words (counted, not tokenised) | estimate (the YAML's).
+    """
+
+    records: int
+    images: int
+    text: float
+    supervised: float
+    longest_text: float
+    longest_supervised: float
+    source: str
+    lengths: np.ndarray | None = None
+
+    def share_cut(self, room: int) -> float | None:
+        """Share of the records whose text has more than `room` tokens; None where the lengths are not known."""
+        return None if self.lengths is None else float(np.mean(self.lengths > room))
+
+
+def sequences_of(config: DictConfig) -> tuple[Sequences, str | None]:
+    """The sequences of a configured data set, and what is wrong with its files, if anything.
+
+    Raises:
+        ValueError: there are neither files nor statistics.
+    """
+    statistics = config.data.statistics
+    if statistics is not None and "root" not in config.data:
+        return _estimate(config), None  # a data set that is made when it is first trained on
+    try:
+        source = build_source(group(config, "data"))
+    except ValueError as error:
+        if statistics is None:
+            raise
+        return _estimate(config), str(error)
+    records = first(open_records(source.train, cache_dir(), allow_faults=True), config.data.limit)
+    return _measure(records, llm_of(config), config.recipe.micro_batch_size), None
+
+
+def _estimate(config: DictConfig) -> Sequences:
+    known = config.data.statistics
+    images = known.images * known.get("records_per_image", 1)
+    records = images + known.get("text_records", 0)
+    limit = min(1.0, (config.data.limit or records) / records)
+    return Sequences(
+        records=round(records * limit),
+        images=round(images * limit),
+        text=known.text_tokens,
+        supervised=known.supervised_tokens,
+        longest_text=known.longest_text_tokens,
+        longest_supervised=known.longest_supervised_tokens,
+        source="estimate",
+    )
+
+
+def _measure(records: Subset, llm: LanguageModel, micro_batch_size: int) -> Sequences:
+    try:
+        per_word, supervised = _tokens_per_word(records, llm)
+        source = "measured"
+    except (ValueError, OSError) as error:
+        log.warning("Lengths are estimated from words, as the tokenizer is not here: %s", error)
+        per_word, supervised, source = TOKENS_PER_WORD, SUPERVISED, "words"
+    lengths = per_word * records.words
+    longest = np.sort(lengths)[-micro_batch_size:]
+    return Sequences(
+        records=len(records),
+        images=int(records.has_image.sum()),
+        text=float(lengths.mean()),
+        supervised=supervised * float(lengths.mean()),
+        longest_text=float(longest.max()),
+        longest_supervised=supervised * float(longest.mean()),
+        source=source,
+        lengths=lengths,
+    )
+
+
+def _tokens_per_word(records: Records | Subset, llm: LanguageModel) -> tuple[float, float]:
+    """Tokens that a word makes, chat format included, and the share of them that is supervised."""
+    words, tokens, supervised = 0, 0, 0
+    for index in np.linspace(0, len(records) - 1, min(SAMPLE, len(records))).astype(int).tolist():
+        record = records[index]
+        encoded = llm.encode(record.messages, len(record.images))
+        words += int(records.words[index])
+        tokens += len(encoded.input_ids)
+        supervised += sum(label >= 0 for label in encoded.labels)
+    return tokens / max(words, 1), supervised / max(tokens, 1)

@@ -1,0 +1,201 @@
+"""The driver of a sweep: starts cells, watches them, and writes down what becomes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from prism_deco.sweep.expand import Cell
+from prism_deco.sweep.launch import Handle, Launcher, log_path
+from prism_deco.sweep.ledger import Entry, Ledger
+from prism_deco.sweep.live import View
+from prism_deco.sweep.outcome import Heartbeat, Outcome, judge, read_status, stamp, tail
+
+log = logging.getLogger(__name__)
+
+POLL = 0.5
+"""Seconds between two looks at the processes."""
+LOOKS = 20
+"""Looks for a sign of life within the time after which there must have been one."""
+PREEMPTIONS = 10
+"""So often a preempted cell goes back into the queue, per driver."""
+MICRO_BATCH = "recipe.micro_batch_size"
+
+
+@dataclass
+class _Attempt:
+    cell: Cell
+    handle: Handle
+    heartbeat: Heartbeat
+    before: int | None
+    began: float
+    spent: float
+    looked: float = 0.0
+    hung: bool = False
+
+
+class Driver:
+    """Runs the cells of a sweep that are not done.
+
+    Args:
+        ledger: with an entry for each cell.
+        cells: the cells to run.
+        launcher: what runs them.
+        view: what shows how they are.
+        timeout: seconds without a sign of life (output, or a change in the run folder) after which a cell is
+            hung; None waits for ever.
+    """
+
+    def __init__(self, ledger: Ledger, cells: Sequence[Cell], launcher: Launcher, view: View, *, timeout: float | None):
+        self.ledger, self.launcher, self.view, self.timeout = ledger, launcher, view, timeout
+        self.cells = {cell.id: cell for cell in cells}
+        self.queue: deque[Cell] = deque()
+        self.active: list[_Attempt] = []
+        self.preemptions: Counter[str] = Counter()
+        self.interrupts = self._heeded = 0
+
+    def run(self) -> bool:
+        """Runs until no cell is left to run, or until it is interrupted; says whether all cells are done."""
+        for cell in self.cells.values():
+            self._take_up(cell)
+        with self._interruptible():
+            while self.active or (self.queue and not self.interrupts):
+                self._start()
+                self._heed_interrupts()
+                self._collect()
+                self.view.show(self.ledger, self.cells)
+                time.sleep(POLL)
+        if self.interrupts:
+            raise KeyboardInterrupt
+        return all(self.ledger.entries[name].state == "done" for name in self.cells)
+
+    def _take_up(self, cell: Cell) -> None:
+        """Decides about a cell by what an earlier driver left of it."""
+        entry = self.ledger.entries[cell.id]
+        if entry.state == "running":
+            handle = self.launcher.attach(cell, entry)
+            if handle is not None:
+                self._watch(cell, entry, handle, Heartbeat(*self._places(entry)), None)
+                return
+        if read_status(self.ledger.folder / cell.id).get("state") == "done":
+            if entry.state != "done":
+                self._record(entry, "done", reason=None, log_tail="", job=None)
+            return
+        if entry.state != "planned":
+            self._record(entry, "planned", reason=f"again, after it was {entry.state}", job=None)
+        self.queue.append(cell)
+
+    def _start(self) -> None:
+        # In order, so that a cell that needs many GPUs is not overtaken for ever by smaller ones.
+        while self.queue and not self.interrupts and self.launcher.fits(self.queue[0]):
+            cell = self.queue.popleft()
+            entry = self.ledger.entries[cell.id]
+            heartbeat, before = Heartbeat(*self._places(entry)), stamp(self.ledger.folder / cell.id)
+            # Written before the start: a driver that is killed in between leaves no cell that nobody knows of.
+            self._record(entry, "running", attempts=entry.attempts + 1, started=time.time())
+            handle = self.launcher.start(cell, entry)
+            if handle.job is not None:
+                self.ledger.update(cell.id, job=handle.job)
+            self._watch(cell, entry, handle, heartbeat, before)
+
+    def _watch(self, cell: Cell, entry: Entry, handle: Handle, heartbeat: Heartbeat, before: int | None) -> None:
+        self.active.append(_Attempt(cell, handle, heartbeat, before, time.monotonic(), entry.seconds))
+
+    def _heed_interrupts(self) -> None:
+        if self.interrupts > self._heeded:
+            self._heeded = self.interrupts
+            once = self.interrupts == 1
+            log.warning("Stopping %d cells%s", len(self.active), "; once more kills them" if once else " now")
+            for attempt in self.active:
+                attempt.handle.stop() if once else attempt.handle.kill()
+
+    def _collect(self) -> None:
+        for attempt in list(self.active):
+            code = attempt.handle.poll()
+            if code is not None:
+                self.active.remove(attempt)
+                self._finish(attempt, code)
+            elif self.timeout is not None and not attempt.hung and self._is_silent(attempt, self.timeout):
+                log.warning("%s has shown no sign of life for %.0f s: stopping it", attempt.cell.id, self.timeout)
+                attempt.hung = True
+                attempt.handle.stop()
+
+    def _is_silent(self, attempt: _Attempt, timeout: float) -> bool:
+        # Not at every turn: a shared file system would notice.
+        if time.monotonic() - attempt.looked < timeout / LOOKS:
+            return False
+        attempt.looked = time.monotonic()
+        return attempt.heartbeat.silence() > timeout
+
+    def _finish(self, attempt: _Attempt, code: int) -> None:
+        cell, entry = attempt.cell, self.ledger.entries[attempt.cell.id]
+        log_file, run = self._places(entry)
+        outcome = judge(code, run, log_file, attempt.before)
+        if attempt.hung and outcome.state != "done":
+            outcome = Outcome("failed", f"hung: no sign of life for {self.timeout:.0f} s")
+        elif self.interrupts and code > 128:
+            outcome = Outcome("preempted", None)
+        entry.seconds = round(attempt.spent + time.monotonic() - attempt.began, 1)
+        entry.log_tail = tail(log_file) if outcome.state in ("failed", "out_of_memory") else ""
+        entry.job = None
+        if outcome.state == "out_of_memory":
+            self._out_of_memory(cell, entry, outcome)
+        elif outcome.state == "preempted":
+            self._preempted(cell, entry)
+        elif outcome.state == "done" and entry.adjusted:
+            self._record(entry, "done", reason=f"ran with {' '.join(entry.adjusted)} after running out of memory")
+        else:
+            self._record(entry, outcome.state, reason=outcome.reason)
+
+    def _out_of_memory(self, cell: Cell, entry: Entry, outcome: Outcome) -> None:
+        """Once again at half the micro-batch: the global batch stays, only it takes more forward passes."""
+        size = OmegaConf.merge(cell.config, OmegaConf.from_dotlist(entry.adjusted)).recipe.micro_batch_size
+        if entry.adjusted or self.interrupts or size == 1:
+            reason = f"at {MICRO_BATCH}={size}: {outcome.reason or 'out of memory'}"
+            self._record(entry, "out_of_memory", reason=reason)
+            return
+        entry.adjusted = [f"{MICRO_BATCH}={size // 2}"]
+        self._record(entry, "planned", reason=f"out of memory at {MICRO_BATCH}={size}, tried again at {size // 2}")
+        self.queue.appendleft(cell)
+
+    def _preempted(self, cell: Cell, entry: Entry) -> None:
+        self.preemptions[cell.id] += 1
+        if self.interrupts:
+            reason = "stopped with the sweep"
+        elif self.preemptions[cell.id] > PREEMPTIONS:
+            reason = f"preempted {PREEMPTIONS + 1} times: run the sweep again to continue"
+        else:
+            reason = f"preempted, attempt {entry.attempts + 1} continues"
+            self.queue.append(cell)
+        self._record(entry, "preempted", reason=reason)
+
+    def _record(self, entry: Entry, state: str, **changes: object) -> None:
+        self.ledger.update(entry.id, state=state, **changes)
+        self.view.changed(entry)
+
+    def _places(self, entry: Entry) -> tuple[Path, Path]:
+        return log_path(self.ledger.folder, entry.id), self.ledger.folder / entry.id
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM let the cells save and stop; a second one kills them."""
+
+        def interrupt(*_: object) -> None:
+            # Only counted here: in the middle of a start there is a process, but no handle yet.
+            self.interrupts += 1
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        old = [signal.signal(number, interrupt) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, old, strict=True):
+                signal.signal(number, handler)

@@ -1,0 +1,107 @@
+"""From a sweep to its cells: each a command line of `train` that is known to compose."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from prism_deco.config import GROUPS, load_choice
+from prism_deco.stages import final_config
+from prism_deco.sweep.spec import Row, Spec, scalar
+
+LONGEST_ID = 100
+RESERVED = ("logs", "jobs")
+"""Folders of a sweep that are no cells."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a sweep."""
+
+    id: str
+    """Name of its run folder: the labels' values."""
+    labels: Mapping[str, Any]
+    """What tables group by: {"row": "B1", "projector": "avgpool", "seed": 7}."""
+    overrides: tuple[str, ...]
+    """Arguments of `train`, without the run's place."""
+    config: DictConfig
+    """What they compose to (the last stage's, of a recipe of several)."""
+
+
+def expand(spec: Spec) -> list[Cell]:
+    """All cells of a sweep, rows first, each composed and checked.
+
+    Raises:
+        ValueError: a cell that does not compose (named, with the reason), or two cells of one id.
+    """
+    combinations = [
+        (row, dict(zip(spec.axes, values, strict=True))) for row in spec.rows for values in product(*spec.axes.values())
+    ]
+    cells: dict[str, Cell] = {}
+    for number, (row, values) in enumerate(combinations, start=1):
+        name = cell_id(row, values)
+        overrides = tuple(f"{key}={value}" for key, value in _settings(spec, row, values).items())
+        try:
+            config = final_config(overrides)
+            _check_benchmarks(config)
+        except ValueError as error:
+            raise ValueError(f"Cell {number} of {len(combinations)}, {name}: {error}") from error
+        # Some file systems do not tell capitals from small letters.
+        if name.casefold() in RESERVED:
+            raise ValueError(f"{name} cannot name a cell: every sweep has a folder of that name.")
+        if name.casefold() in cells:
+            other = " ".join(cells[name.casefold()].overrides)
+            raise ValueError(f"Two cells would share the folder {name}: {' '.join(overrides)} and {other}.")
+        cells[name.casefold()] = Cell(name, _labels(row, values), overrides, config)
+    return list(cells.values())
+
+
+def cell_id(row: Row, values: Mapping[str, str]) -> str:
+    """A short, readable, stable folder name: `B1-avgpool-seed7`."""
+    parts = [_slug(str(label)) for label in row.labels.values()]
+    for key, value in values.items():
+        # The value of a group is its own name; a number needs its key beside it.
+        parts.append(_slug(value) if key in GROUPS else key.rpartition(".")[2] + _slug(value))
+    name = "-".join(part for part in parts if part)
+    if len(name) > LONGEST_ID:
+        name = f"{name[: LONGEST_ID - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def _slug(text: str) -> str:
+    text = Path(text).stem if text.endswith((".yaml", ".yml")) else text
+    return re.sub(r"[^A-Za-z0-9.+-]+", "_", text).strip("._")
+
+
+def _settings(spec: Spec, row: Row, values: Mapping[str, str]) -> dict[str, str]:
+    settings = {**spec.settings, **row.settings, **values}
+    for choice, more in spec.choices.items():
+        key, _, value = choice.partition("=")
+        if settings.get(key) == value:
+            settings = more | settings
+    return settings
+
+
+def _labels(row: Row, values: Mapping[str, str]) -> dict[str, Any]:
+    return {**row.labels, **{key: _label(key, value) for key, value in values.items()}}
+
+
+def _label(key: str, value: str) -> Any:
+    if key in GROUPS:
+        return Path(value).stem if value.endswith((".yaml", ".yml")) else value
+    label = scalar(value)
+    return value if isinstance(label, (dict, list)) else label
+
+
+def _check_benchmarks(config: DictConfig) -> None:
+    """A wrong name must not wait for the end of training."""
+    for name in (config.evaluate.benchmarks or "").split(","):
+        if name.strip():
+            load_choice("benchmark", name.strip())

@@ -1,0 +1,150 @@
+"""The ledger of a sweep: which cell is planned, running, done, and why one is not."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prism_deco.sweep.expand import Cell
+from prism_deco.sweep.spec import is_free
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Entry:
+    """What is known of one cell."""
+
+    id: str
+    labels: dict[str, Any]
+    overrides: list[str]
+    state: str = "planned"
+    """planned | running | done | failed | out_of_memory | preempted"""
+    attempts: int = 0
+    started: float | None = None
+    """Start of the last attempt, in seconds since 1970."""
+    seconds: float = 0.0
+    """Time spent on the cell, all attempts together."""
+    reason: str | None = None
+    """Why the cell is in this state, in one line."""
+    log_tail: str = ""
+    """The last lines of a failed attempt's log."""
+    adjusted: list[str] = field(default_factory=list)
+    """Settings that a further attempt replaces: half the micro-batch after running out of memory."""
+    job: str | None = None
+    """The cluster's id of the job, where the cell runs as one."""
+
+
+class Ledger:
+    """The entries of a sweep's folder; every change is on disk before `update` returns.
+
+    Args:
+        folder: the sweep's folder.
+        name: the sweep's name.
+    """
+
+    def __init__(self, folder: Path, name: str, entries: Iterable[Entry] = ()):
+        self.folder = folder
+        self.name = name
+        self.entries = {entry.id: entry for entry in entries}
+
+    @classmethod
+    def read(cls, folder: Path) -> Ledger:
+        """What an earlier driver wrote; `ValueError` where there is no sweep."""
+        path = folder / "ledger.json"
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no sweep yet: it has no ledger.json.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return cls(folder, content["name"], [Entry(**entry) for entry in content["cells"]])
+
+    @classmethod
+    def merge(cls, folder: Path, name: str, cells: Iterable[Cell]) -> Ledger:
+        """The ledger of an old or new sweep with the given cells among its entries. Nothing is written yet.
+
+        New cells are added, cells that are not asked for this time stay as they are.
+
+        Raises:
+            ValueError: a cell that the folder already knows was defined differently, or other axes were swept.
+        """
+        if (folder / "config.yaml").exists():
+            raise ValueError(f"{folder} is the folder of a run: give the sweep another name, name=NAME.")
+        ledger = cls.read(folder) if (folder / "ledger.json").exists() else cls(folder, name)
+        known_axes = {tuple(entry.labels) for entry in ledger.entries.values()}
+        for cell in cells:
+            if known_axes and tuple(cell.labels) not in known_axes:
+                before = " or ".join(sorted(", ".join(axes) for axes in known_axes))
+                raise ValueError(
+                    f"{folder} is a sweep over {before}; this one is over {', '.join(cell.labels)}. Give it another "
+                    "name: name=NAME."
+                )
+            entry = ledger.entries.get(cell.id)
+            if entry is None:
+                ledger.entries[cell.id] = Entry(cell.id, dict(cell.labels), list(cell.overrides))
+            else:
+                _update_definition(entry, cell, folder)
+        return ledger
+
+    def update(self, id: str, **changes: Any) -> Entry:
+        """Changes an entry and writes the ledger."""
+        entry = self.entries[id]
+        for key, value in changes.items():
+            assert hasattr(entry, key), key
+            setattr(entry, key, value)
+        self.write()
+        return entry
+
+    def write(self) -> None:
+        """Replaces `ledger.json` in one step: a reader sees the old or the new one."""
+        content = {"name": self.name, "cells": [asdict(entry) for entry in self.entries.values()]}
+        path = self.folder / "ledger.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _update_definition(entry: Entry, cell: Cell, folder: Path) -> None:
+    old = dict(override.split("=", 1) for override in entry.overrides)
+    new = dict(override.split("=", 1) for override in cell.overrides)
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    if fixed := [key for key in changed if not is_free(key)]:
+        differences = "; ".join(
+            f"{key} was {old.get(key, 'not given')} and is now {new.get(key, 'not given')}" for key in fixed
+        )
+        raise ValueError(
+            f"Cell {cell.id} of {folder} was defined differently: {differences}. Give the changed sweep another name "
+            "(name=NAME), or repeat the old settings."
+        )
+    if changed and entry.state == "done":
+        log.warning("%s is done and keeps its own %s", cell.id, ", ".join(changed))
+    elif changed:
+        entry.overrides, entry.adjusted = list(cell.overrides), []
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Holds the sweep for one driver. The lock goes with its process, so that a killed driver leaves none.
+
+    Raises:
+        ValueError: another driver holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(
+                f"{folder} is being run by {file.read().strip()}: watch it with --status, or stop it first."
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

@@ -1,0 +1,159 @@
+"""Cells on this machine: a few at a time, each with its own GPUs or its share of the CPU cores."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from prism_deco.sweep.expand import Cell
+from prism_deco.sweep.launch import GRACE, clean_environment, lock_path, log_path, start_guard, train_command
+from prism_deco.sweep.ledger import Entry
+
+
+class LocalLauncher:
+    """Runs cells as processes of this machine.
+
+    Args:
+        folder: the sweep's folder.
+        cells: all cells that will be run.
+        jobs: cells at a time; by default as many as have GPUs of their own, on a CPU one.
+        gpus: names for CUDA_VISIBLE_DEVICES; those of this machine by default.
+        grace: seconds that a cell has to save when it is stopped.
+        command: what runs a cell.
+
+    Raises:
+        ValueError: a cell asks for more GPUs than there are, or for several nodes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        cells: Sequence[Cell],
+        *,
+        jobs: int | None = None,
+        gpus: Sequence[str] | None = None,
+        grace: float = GRACE,
+        command: Callable[[Path, Entry], list[str]] = train_command,
+    ):
+        self.folder = folder.absolute()
+        self.grace = grace
+        self.command = command
+        self.gpus = list(visible_gpus() if gpus is None else gpus)
+        self.free = list(self.gpus)
+        self.running = 0
+        for cell in cells:
+            if cell.config.trainer.num_nodes > 1:
+                raise ValueError(f"Cell {cell.id} asks for {cell.config.trainer.num_nodes} nodes: use launcher=slurm.")
+            if self.gpus and self._devices(cell) > len(self.gpus):
+                raise ValueError(
+                    f"Cell {cell.id} asks for {self._devices(cell)} GPUs, this machine shows {len(self.gpus)}: set "
+                    "trainer.devices, or use launcher=slurm."
+                )
+        most = max((self._devices(cell) for cell in cells), default=0)
+        self.jobs = jobs or (max(1, len(self.gpus) // most) if most and self.gpus else 1)
+
+    def fits(self, cell: Cell) -> bool:
+        return self.running < self.jobs and (not self.gpus or self._devices(cell) <= len(self.free))
+
+    def start(self, cell: Cell, entry: Entry) -> Process:
+        taken, self.free = self.free[: self._devices(cell)], self.free[self._devices(cell) :]
+        command = self.command(self.folder, entry)
+        log = log_path(self.folder, cell.id)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(f"--- attempt {entry.attempts}, {time.strftime('%F %T')}: {shlex.join(command)}\n")
+            file.flush()
+            guard = start_guard(
+                command,
+                log=file,
+                lock=lock_path(self.folder, cell.id),
+                env=clean_environment() | self._environment(cell, taken),
+                grace=self.grace,
+            )
+        self.running += 1
+        return Process(guard, lambda: self._release(taken))
+
+    def attach(self, cell: Cell, entry: Entry) -> None:
+        if entry.job is not None:
+            raise ValueError(f"Cell {cell.id} runs as SLURM job {entry.job}: use launcher=slurm, or scancel it.")
+        # The guards of a killed driver stop their cells; those of this driver wait for the cells' locks.
+
+    def describe(self, cell: Cell, entry: Entry) -> str:
+        own = self._environment(cell, self.gpus[: self._devices(cell)])
+        return shlex.join([*(f"{name}={value}" for name, value in own.items()), *self.command(self.folder, entry)])
+
+    def _environment(self, cell: Cell, gpus: Sequence[str]) -> dict[str, str]:
+        """GPUs and CPU threads of a cell; a smaller OMP_NUM_THREADS of the user's stays."""
+        processes = max(1, self._devices(cell), cell.config.trainer.devices)
+        share = max(1, _cores() // (self.jobs * processes))
+        threads = cell.config.trainer.threads or share
+        if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+            threads = min(threads, int(os.environ["OMP_NUM_THREADS"]))
+        own = {"OMP_NUM_THREADS": str(threads)}
+        if self.gpus:
+            own["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        return own
+
+    def _devices(self, cell: Cell) -> int:
+        """GPUs that a cell needs; Lightning's -1 is all of them."""
+        settings = cell.config.trainer
+        if settings.accelerator == "cpu" or (settings.accelerator == "auto" and not self.gpus):
+            return 0
+        return len(self.gpus) if settings.devices == -1 else settings.devices
+
+    def _release(self, gpus: list[str]) -> None:
+        self.running -= 1
+        self.free = [gpu for gpu in self.gpus if gpu in (*self.free, *gpus)]
+
+
+class Process:
+    """An attempt on this machine: its guard."""
+
+    job: str | None = None
+
+    def __init__(self, guard: subprocess.Popen[bytes], release: Callable[[], None]):
+        self._guard = guard
+        self._release: Callable[[], None] | None = release
+
+    def poll(self) -> int | None:
+        code = self._guard.poll()
+        if code is None:
+            return None
+        if self._release is not None:
+            self._release()
+            self._release = None
+            assert self._guard.stdin is not None
+            self._guard.stdin.close()
+        return code if code >= 0 else 128 - code
+
+    def stop(self) -> None:
+        self._say(b"s")
+
+    def kill(self) -> None:
+        self._say(b"k")
+
+    def _say(self, word: bytes) -> None:
+        assert self._guard.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._guard.stdin.write(word)
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names, or else all GPUs that nvidia-smi does; none without it."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=False)
+    return found.stdout.split() if found.returncode == 0 else []
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

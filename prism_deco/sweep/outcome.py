@@ -1,0 +1,135 @@
+"""What became of a cell: read from its exit code, its `status.json` and its log."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prism_deco.sweep.guard import PREEMPTED, STOP_SIGNALS
+
+OUT_OF_MEMORY = 76
+"""Exit code of `prism-deco train`; `PREEMPTED` is another."""
+
+TAIL_LINES, TAIL_BYTES = 20, 16_384
+
+
+@dataclass(frozen=True)
+class Outcome:
+    state: str
+    """done | failed | out_of_memory | preempted."""
+    reason: str | None
+
+
+def judge(code: int, run: Path, log: Path, before: object = None) -> Outcome:
+    """The outcome of an attempt.
+
+    Args:
+        code: exit code; 128 + number where a signal killed it.
+        run: the cell's run folder.
+        log: what the attempt printed, after earlier attempts.
+        before: `stamp(run)` from before the attempt. A status that is as old says nothing about a failure.
+    """
+    status = read_status(run)
+    if code == 0:
+        if status.get("state") == "done":
+            return Outcome("done", None)
+        return Outcome("failed", f"ended without an error, but status.json says {status.get('state', 'nothing')}")
+    if stamp(run) == before:
+        status = {}
+    # A process that has not yet learned to save when it is asked to stop just dies of the signal.
+    if code == PREEMPTED or code - 128 in STOP_SIGNALS:
+        return Outcome("preempted", None)
+    if code == OUT_OF_MEMORY or status.get("state") == "out_of_memory":
+        return Outcome("out_of_memory", status.get("reason"))
+    if status.get("state") == "failed" and status.get("reason"):
+        return Outcome("failed", status["reason"])
+    if code > 128:
+        name = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"signal {code - 128}"
+        hint = " (the machine's memory may have run out)" if name == "SIGKILL" else ""
+        return Outcome("failed", f"killed by {name}{hint}")
+    last = tail(log).splitlines()[-1:]
+    return Outcome("failed", f"exit code {code}" + (f": {last[0].strip()}" if last else ""))
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """The content of `status.json`; empty where there is none."""
+    try:
+        status = json.loads((run / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def stamp(run: Path) -> int:
+    """Tells one version of `status.json` from another; 0 where there is none."""
+    try:
+        return (run / "status.json").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log; of a progress bar its last state."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+    lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
+    return "\n".join([line for line in lines if line][-TAIL_LINES:])
+
+
+def progress(run: Path, total: int | None) -> tuple[int, int | None] | None:
+    """Optimizer steps made, and of how many, by the last line of `metrics.jsonl`; None where nothing is known."""
+    try:
+        with open(run / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line may be half written
+        return int(step), read_status(run).get("total_steps", total)
+    return None
+
+
+class Heartbeat:
+    """Watches a log and a run folder for signs of life, by this machine's clock only.
+
+    Made before the attempt starts: the watch begins with the attempt's first sign, so that the time a job waits in
+    a cluster's queue does not count.
+    """
+
+    def __init__(self, log: Path, run: Path):
+        self._places = (log, run)
+        self._seen = self._look()
+        self._at: float | None = None
+
+    def silence(self) -> float:
+        """Seconds since the last change that was noticed; 0 before the first."""
+        seen, now = self._look(), time.monotonic()
+        if seen != self._seen:
+            self._seen, self._at = seen, now
+        return 0.0 if self._at is None else now - self._at
+
+    def _look(self) -> tuple[int, int]:
+        newest = size = 0
+        log, run = self._places
+        # The earlier stages of a recipe have folders of their own beside it.
+        runs = [run, *run.parent.glob(f"{run.name}-*")]
+        for path in [log, *(Path(place, name) for top in runs for place, _, names in os.walk(top) for name in names)]:
+            try:
+                stat = path.stat()
+            except OSError:
+                continue
+            newest, size = max(newest, stat.st_mtime_ns), size + stat.st_size
+        return newest, size

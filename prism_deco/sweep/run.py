@@ -1,0 +1,71 @@
+"""A sweep from its definition to its finished ledger."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from prism_deco.sweep.driver import Driver
+from prism_deco.sweep.expand import Cell, expand
+from prism_deco.sweep.launch import Launcher
+from prism_deco.sweep.ledger import Entry, Ledger, lock
+from prism_deco.sweep.live import LiveView, LogView, live_on
+from prism_deco.sweep.local import LocalLauncher
+from prism_deco.sweep.slurm import SlurmLauncher
+from prism_deco.sweep.spec import Spec
+
+
+def run(spec: Spec, *, jobs: int | None, timeout: float | None, console: Console) -> bool:
+    """Runs the cells that are not done and says whether all are.
+
+    Args:
+        jobs: cells at a time; None takes the sweep's own number, or the launcher's.
+        timeout: seconds without a sign of life after which a cell is hung.
+        console: where the live table goes; where it is no terminal, the log says what happens.
+    """
+    cells = expand(spec)
+    launcher = _launcher(spec, cells, jobs)
+    with lock(spec.folder):
+        ledger = Ledger.merge(spec.folder, spec.name, cells)
+        ledger.write()
+        OmegaConf.save(OmegaConf.create(_asked(spec)), spec.folder / "sweep.yaml")
+        with contextlib.ExitStack() as stack:
+            view = LiveView(stack.enter_context(live_on(console))) if console.is_terminal else LogView()
+            return Driver(ledger, cells, launcher, view, timeout=timeout).run()
+
+
+def dry_run(spec: Spec, *, jobs: int | None) -> str:
+    """What `run` would start, as shell text."""
+    cells = expand(spec)
+    launcher = _launcher(spec, cells, jobs, dry=True)
+    ledger = Ledger.merge(spec.folder, spec.name, cells)
+    entries = [(cell, ledger.entries[cell.id]) for cell in cells]
+    return "\n\n".join(f"# {_title(entry)}\n{launcher.describe(cell, entry)}" for cell, entry in entries) + "\n"
+
+
+def _launcher(spec: Spec, cells: Sequence[Cell], jobs: int | None, *, dry: bool = False) -> Launcher:
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"--jobs {jobs}: give at least one.")
+    if spec.launcher == "slurm":
+        return SlurmLauncher(spec.folder, spec.name, cells, spec.slurm, jobs=jobs, dry=dry)
+    if spec.slurm:
+        raise ValueError(f"slurm.{next(iter(spec.slurm))} needs launcher=slurm.")
+    return LocalLauncher(spec.folder, cells, jobs=jobs or spec.jobs)
+
+
+def _asked(spec: Spec) -> dict[str, object]:
+    """The sweep in the form of a YAML of `conf/sweep`."""
+    return {
+        "settings": spec.settings,
+        "rows": [{"labels": dict(row.labels), "settings": dict(row.settings)} for row in spec.rows],
+        "axes": spec.axes,
+        "with": spec.choices,
+        "jobs": spec.jobs,
+    }
+
+
+def _title(entry: Entry) -> str:
+    return f"{entry.id}, {entry.state}"

@@ -1,0 +1,189 @@
+"""Cells as SLURM jobs, submitted through submitit: one job per cell, one task per device."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from prism_deco.sweep.expand import Cell
+from prism_deco.sweep.guard import PREEMPTED, STOP_SIGNALS
+from prism_deco.sweep.launch import lock_path, log_path, train_command
+from prism_deco.sweep.ledger import Entry
+from prism_deco.sweep.outcome import OUT_OF_MEMORY
+from prism_deco.sweep.task import Task
+
+log = logging.getLogger(__name__)
+
+DEFAULTS = {"time": 24 * 60, "signal_delay_s": 300}
+"""Minutes that a job may take, and seconds before their end at which the cell is asked to save."""
+
+DERIVED = {"nodes": "trainer.num_nodes", "gpus_per_node": "trainer.devices", "ntasks_per_node": "trainer.devices"}
+"""What the cell's own settings say already."""
+
+CODES = {"OUT_OF_MEMORY": OUT_OF_MEMORY} | dict.fromkeys(("TIMEOUT", "NODE_FAIL", "BOOT_FAIL"), PREEMPTED)
+"""Exit codes of jobs that ended before they could leave one, by SLURM's state."""
+
+CHECK_EVERY = 30.0
+"""Seconds between two questions to `sacct` about a job that has left no result."""
+
+
+class SlurmLauncher:
+    """Submits cells as jobs.
+
+    Args:
+        folder: the sweep's folder, on a file system that the nodes share.
+        name: the sweep's name, for the jobs' names.
+        cells: all cells that will be run.
+        parameters: submitit's names of sbatch options: partition, time (minutes), account, qos, mem, setup, ...
+        jobs: jobs in the queue at a time; by default all.
+        dry: only describe; needs no cluster.
+        command: what runs a cell.
+
+    Raises:
+        ValueError: submitit or SLURM is missing, or a parameter is unknown or not for the user to set.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        cells: Sequence[Cell],
+        parameters: Mapping[str, Any],
+        *,
+        jobs: int | None = None,
+        dry: bool = False,
+        command: Callable[[Path, Entry], list[str]] = train_command,
+    ):
+        self.folder, self.name, self.command = folder.absolute(), name, command
+        self.jobs = jobs or len(cells)
+        self.running: list[SlurmJob] = []
+        self._submitit = _import_submitit()
+        self._dry = dry
+        self.parameters = DEFAULTS | dict(parameters)
+        for key, setting in DERIVED.items():
+            if key in parameters:
+                raise ValueError(f"slurm.{key} follows from {setting}: set that instead.")
+        if not isinstance(self.parameters["time"], int):
+            raise ValueError(f"slurm.time={self.parameters['time']}: give the minutes that a job may take.")
+        for cell in cells:
+            if cell.config.trainer.devices < 1:
+                raise ValueError(f"Cell {cell.id} leaves open how many GPUs it takes: set trainer.devices, say to 8.")
+            if cell.config.trainer.requeue:
+                raise ValueError(
+                    f"Cell {cell.id} would be queued again twice, by itself too: set trainer.requeue=false."
+                )
+            self._executor(cell)
+
+    def fits(self, cell: Cell) -> bool:
+        self.running = [job for job in self.running if not job.ended]
+        return len(self.running) < self.jobs
+
+    def start(self, cell: Cell, entry: Entry) -> SlurmJob:
+        executor = self._executor(cell)
+        executor.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            job = SlurmJob(executor.submit(self._task(entry)), executor.folder)
+        except RuntimeError as error:  # submitit's, with what sbatch said
+            raise ValueError(f"Cell {cell.id} was not accepted by SLURM: {error}") from error
+        self.running.append(job)
+        return job
+
+    def attach(self, cell: Cell, entry: Entry) -> SlurmJob | None:
+        if entry.job is None:
+            return None
+        executor = self._executor(cell)
+        tasks = list(range(cell.config.trainer.devices * cell.config.trainer.num_nodes))
+        log.info("%s is job %s of an earlier driver", cell.id, entry.job)
+        job = SlurmJob(self._submitit.SlurmJob(executor.folder, entry.job, tasks), executor.folder)
+        self.running.append(job)
+        return job
+
+    def describe(self, cell: Cell, entry: Entry) -> str:
+        executor = self._executor(cell)
+        script = executor._make_submission_file_text(executor._submitit_command_str, cell.id)
+        return f"{script}\n# which runs, in every task:\n# {shlex.join(self._task(entry).command)}"
+
+    def _task(self, entry: Entry) -> Task:
+        command = tuple(self.command(self.folder, entry))
+        log_file, lock_file = log_path(self.folder, entry.id), lock_path(self.folder, entry.id)
+        return Task(command, log_file, lock_file, self.folder / "jobs")
+
+    def _executor(self, cell: Cell) -> Any:
+        """submitit's executor with the parameters of one cell."""
+        settings = cell.config.trainer
+        own = {
+            "job_name": f"{self.name}-{cell.id}",
+            "nodes": settings.num_nodes,
+            # One task per device: srun starts the ranks, and Lightning finds them in SLURM's variables.
+            "ntasks_per_node": settings.devices,
+            "cpus_per_task": cell.config.data.num_workers + (settings.threads or 1),
+            "srun_args": ["--kill-on-bad-exit=1"],
+        }
+        if settings.accelerator != "cpu":
+            own["gpus_per_node"] = settings.devices
+        executor_class = self._submitit.SlurmExecutor
+        if self._dry:
+            executor_class = type("SlurmExecutor", (executor_class,), {"affinity": classmethod(lambda cls: 2)})
+        try:
+            executor = executor_class(self.folder / "jobs")
+            executor.update_parameters(**own | self.parameters)
+        except RuntimeError as error:
+            raise ValueError(f"launcher=slurm: {error} --dry-run shows the jobs without a cluster.") from error
+        return executor
+
+
+class SlurmJob:
+    """An attempt as a job of the cluster."""
+
+    def __init__(self, job: Any, codes: Path):
+        self._job, self._codes = job, codes
+        self._checked = time.monotonic()
+        self._stopping = False
+        self.ended = False
+
+    @property
+    def job(self) -> str:
+        return self._job.job_id
+
+    def poll(self) -> int | None:
+        if time.monotonic() - self._checked > CHECK_EVERY:
+            self._checked = time.monotonic()
+            self._job.get_info(mode="force")
+        if not self._job.done():
+            return None
+        self.ended = True
+        codes = [int(path.read_text() or 1) for path in self._codes.glob(f"{self.job}_*.code")]
+        if not codes:
+            state = self._job.get_info(mode="force").get("State", "UNKNOWN").split()[0]
+            return CODES.get(state, 128 + signal.SIGTERM if self._stopping else 1)
+        return max(codes, key=_severity)
+
+    def stop(self) -> None:
+        self._stopping = True
+        for option in ("--state=PENDING", "--signal=USR2"):
+            subprocess.run(["scancel", option, self.job], capture_output=True, check=False)
+
+    def kill(self) -> None:
+        self._job.cancel(check=False)
+
+
+def _severity(code: int) -> int:
+    """The rank that failed explains the others, which were stopped for it; memory is the commonest cause."""
+    if code == OUT_OF_MEMORY:
+        return 3
+    return 1 if code == PREEMPTED or code - 128 in STOP_SIGNALS else 2 * (code != 0)
+
+
+def _import_submitit() -> ModuleType:
+    try:
+        return importlib.import_module("submitit")
+    except ImportError as error:
+        raise ValueError('launcher=slurm needs submitit: pip install "prism-deco[slurm]".') from error

@@ -1,0 +1,50 @@
+"""What runs inside a SLURM job; submitit starts it once per task."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from prism_deco.sweep.guard import PREEMPTED
+from prism_deco.sweep.launch import clean_environment, start_guard
+
+
+class CellFailed(RuntimeError):
+    """Ends the job's other tasks: srun was told to kill them on a bad exit."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every task of a job runs: the cell's command under its guard."""
+
+    command: tuple[str, ...]
+    log: Path
+    lock: Path
+    codes: Path
+    """Folder for the exit codes."""
+
+    def __call__(self) -> None:
+        rank, job = int(os.environ["SLURM_PROCID"]), os.environ["SLURM_JOB_ID"]
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "a", encoding="utf-8") as file:
+            if rank == 0:
+                file.write(f"--- job {job}, {time.strftime('%F %T')}: {shlex.join(self.command)}\n")
+                file.flush()
+            guard = start_guard(
+                self.command,
+                log=file if rank == 0 else None,  # the other tasks' output goes to the job's own files
+                lock=self.lock if rank == 0 else None,
+                env=clean_environment(cluster=True),
+            )
+        assert guard.stdin is not None
+        # Instead of submitit's own requeueing: the driver counts attempts and submits the next job.
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, lambda *_, pipe=guard.stdin: pipe.close())
+        code = guard.wait()
+        (self.codes / f"{job}_{rank}.code").write_text(str(code if code >= 0 else 128 - code))
+        if code not in (0, PREEMPTED):
+            raise CellFailed(f"exit code {code}")

@@ -1,0 +1,116 @@
+"""Plans of the paper's grid and of runs that cannot work."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from prism_deco.cli import main
+from prism_deco.config import load_config
+from prism_deco.plan import as_json, plan_run, problems, table
+
+GIB = 2**30
+REAL = ("recipe=prism", "data=llava_v1_5_mix665k", "trainer=fsdp", "trainer.devices=8")
+B6 = ("backbone=dinov2_siglip_384", "llm=vicuna_7b_v1_5", "projector=avgpool", *REAL)
+
+
+@pytest.fixture(scope="module")
+def b6():
+    return plan_run(load_config(B6), "B6")
+
+
+def test_the_largest_cell_of_the_paper(b6):
+    needs = b6.needs
+    # SigLIP and DINOv2 up to their tapped blocks, the projector, Vicuna with 32064 rows.
+    assert needs.parameters == 397_745_440 + 291_115_008 + 25_698_304 + 6_738_939_904
+    assert needs.trained == 25_698_304 + 6_738_939_904
+    assert (needs.visual_in, needs.visual_out) == (729, 144)
+    assert (needs.records, needs.steps) == (665_298, 5198)
+    assert needs.longest == 2048 + 144 and needs.positions == 4096
+    images = 624_610 / 665_298
+    assert needs.sequence == pytest.approx(200 + 144 * images)
+    # 6 N D, and the tower: two operations per parameter and patch, at least.
+    language = 6 * 6.607e9 * needs.sequence * 665_298
+    tower = 2 * (397e6 + 291e6) * 729 * 624_610
+    assert language + tower < needs.flops < 1.1 * (language + tower)
+    assert needs.hours == pytest.approx(needs.flops / (8 * 989.4e12 * 0.4) / 3600)
+    assert needs.checkpoint == 12 * needs.trained
+    assert needs.feature_cache == 624_610 * 144 * 2176 * 2  # pooled first
+
+
+def test_shards_of_weights_gradients_and_moments(b6):
+    memory, eighth = b6.needs.memory, 4 * b6.needs.trained / 8
+    assert (memory.weights, memory.gradients, memory.optimizer) == pytest.approx((eighth, eighth, 2 * eighth), rel=1e-6)
+    assert memory.tower == pytest.approx(4 * (397_745_440 + 291_115_008) / 8, rel=0.01)
+    assert problems(b6) == [] and "data.root=FOLDER" in b6.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("recipe.num_tokens=900",), "does not fit the patch grid 8x8"),
+        (("llm.architecture.max_position_embeddings=16",), "16 visual tokens leave no room"),
+        (("data=llava",), "data.json"),
+        (("recipe=llava_v1_5",), "made of stages"),
+        (("recipe.sampler=prismatic", "trainer=ddp", "trainer.devices=3"), "16 is not divisible by 3"),
+        (("trainer=gpu", "recipe.micro_batch_size=200000", "recipe.global_batch_size=200000"), "GiB per device"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_what_cannot_run_says_why(overrides, reason):
+    [found] = problems(plan_run(load_config(overrides)))
+    assert reason in found
+
+
+def test_problems_go_by_the_memory_at_hand(b6):
+    assert problems(b6, 1000 * GIB) == []
+    [reason] = problems(b6, 10 * GIB)
+    assert "there are 10.0: lower recipe.micro_batch_size" in reason
+    on_cpu = plan_run(load_config([]))
+    assert on_cpu.needs.hours is None and problems(on_cpu) == [] and len(problems(on_cpu, 1000)) == 1
+
+
+def test_lengths_are_measured_where_the_files_are(colors):
+    config = load_config(["data=llava", f"data.json={colors}/train.json", f"data.image_root={colors}/images"])
+    needs = plan_run(config).needs
+    assert needs.source == "measured" and needs.records == 9 and needs.cut == 0.0
+    from prism_deco.data.records import open_records
+    from prism_deco.llms import build_llm
+
+    llm = build_llm("mini_qwen2", pretrained=False, device="meta")
+    records = open_records(colors / "train.json", colors / "index")
+    tokens = [len(llm.encode(record.messages, len(record.images)).input_ids) for record in records]
+    assert needs.sequence == pytest.approx(sum(tokens) / 9 + 16 * 8 / 9)
+    short = plan_run(load_config([*_given(config), "recipe.max_text_tokens=10"])).needs
+    assert short.cut == 1.0 and short.longest == 10 + 16
+
+
+def _given(config):
+    return ["data=llava", f"data.json={config.data.json}", f"data.image_root={config.data.image_root}"]
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="h100"):
+        plan_run(load_config([]), accelerator_name="h1000")
+    with pytest.raises(ValueError, match="mfu=40"):
+        plan_run(load_config([]), mfu=40)
+
+
+def test_table_and_json(b6):
+    broken = plan_run(load_config(["recipe.num_tokens=900"]), "broken")
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table([b6, broken], 0.4))
+    text = console.export_text()
+    for part in ("8 x h100 at 40%", "7.45B (6.76B)", "729>144", "/2192/4096", "ok", "no", "broken: num_tokens=900"):
+        assert part in text
+    first, second = json.loads(json.dumps(as_json([b6, broken])))
+    assert first["needs"]["memory"]["peak"] == b6.needs.memory.peak
+    assert second["needs"] is None and "num_tokens=900" in second["problems"][0]
+
+
+def test_command_over_a_sweep(tmp_path, capsys):
+    assert main(["plan", "mini", "row=M1", "--json", str(tmp_path / "plan.json")]) == 0
+    plans = json.loads((tmp_path / "plan.json").read_text())
+    assert [plan["name"] for plan in plans] == ["M1-c_abstractor", "M1-avgpool"]
+    assert "M1-avgpool" in capsys.readouterr().out
