@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 
 def step(module: nn.Module, features: Tensor) -> None:
@@ -24,28 +27,6 @@ def step_seconds(module: nn.Module, features: Tensor) -> float:
     step(module, features)
     _wait(features.device)
     return time.perf_counter() - start
-
-
-def step_flops(module: nn.Module, features: Tensor) -> tuple[int, int]:
-    """Floating-point operations of the forward pass, and of the whole step: matrix products and convolutions."""
-    formulas = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
-    with FlopCounterMode(display=False) as forward:
-        module(features)
-    with FlopCounterMode(display=False, custom_mapping=formulas) as both:
-        step(module, features)
-    return forward.get_total_flops(), both.get_total_flops()
-
-
-def _convolution_backward_flops(
-    grad_shape: Sequence[int], input_shape: Sequence[int], weight_shape: Sequence[int], *args: Any, **_: Any
-) -> int:
-    """Either gradient of a convolution takes as many operations as the convolution did.
-
-    Torch's own formula forgets the groups in the weight's gradient, which makes a depthwise convolution
-    as dear as a dense one.
-    """
-    wanted: Sequence[bool] = args[-1]  # gradients of input, weight, bias; the bias' is not counted
-    return (wanted[0] + wanted[1]) * conv_flop_count(list(input_shape), list(weight_shape), list(grad_shape))
 
 
 def memory_kind(device: torch.device | str) -> str:
@@ -78,6 +59,69 @@ def step_memory(module: nn.Module, features: Tensor) -> int:
         output = module(features)
     del output
     return sum(kept.values())
+
+
+@dataclass
+class Usage:
+    """What a stretch of code took.
+
+    Attributes:
+        seconds: wall-clock time; on CUDA until the device is done.
+        cpu_seconds: processor time of this process, all threads.
+        peak: bytes above those held at the start, at most: of the CUDA allocator, or of the process'
+            resident memory; None where the system does not say (other than Linux).
+    """
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak: int | None = None
+
+
+@contextmanager
+def usage(device: torch.device) -> Iterator[Usage]:
+    """Measures what happens inside it."""
+    result = Usage()
+    _wait(device)
+    before = _start_peak(device)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    yield result
+    _wait(device)
+    result.seconds, result.cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    if before is not None:
+        result.peak = _peak(device) - before
+
+
+def _start_peak(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    if sys.platform != "linux":
+        return None
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc keeps small freed blocks, which the next stretch would use for nothing
+        trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, side: int) -> float:
+    """Operations per second of one large matrix product, the best of three: what a step is held against."""
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    times = []
+    for _ in range(4):
+        with usage(device) as taken:
+            torch.mm(a, a)
+        times.append(taken.seconds)
+    return 2 * side**3 / min(times[1:])
 
 
 def _wait(device: torch.device) -> None:

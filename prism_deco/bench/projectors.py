@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 
-from prism_deco.bench.measure import memory_kind, step_flops, step_memory, step_seconds
+from prism_deco.bench.measure import memory_kind, step_memory, step_seconds
+from prism_deco.plan.counter import step_flops
 from prism_deco.projectors import PROJECTORS, Projector, build_projector
 from prism_deco.registry import unknown
 

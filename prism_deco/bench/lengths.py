@@ -1,0 +1,126 @@
+"""Records with the lengths of LLaVA's 665K mixture, made of random tokens.
+
+The composition is published (arXiv 2310.03744, Table 7); the rounds follow from it and from the data sets' own sizes
+(VQAv2: 443,757 questions on 82,783 images; GQA: 943,000 on 72,140; region questions come in tens). The words per
+turn are estimates, bound by the size of the JSON file that holds them all, 1.03 GB or 1,548 bytes a record, which they
+fill within a tenth (`json_bytes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from prism_deco.llms.encoding import IGNORE, Encoded, truncate
+
+TOKENS_PER_WORD = 1.3
+TOKENS_PER_BOX = 20
+"""`[0.12, 0.34, 0.56, 0.78]`, digit by digit."""
+TEMPLATE_TOKENS = 8
+"""What a chat format adds to a round; the last of them ends the answer and is supervised."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One part of the mixture.
+
+    Attributes:
+        records: how many there are.
+        rounds: mean number of questions in a conversation; beyond the first they follow a Poisson law.
+        question, answer: mean words of a question and of an answer; they follow a log-normal law.
+        boxes: share of the rounds whose answer is a box; as many questions contain one.
+        image: whether its records have an image.
+        spread: standard deviation of the logarithm of the words.
+    """
+
+    records: int
+    rounds: float
+    question: float
+    answer: float
+    boxes: float = 0.0
+    image: bool = True
+    spread: float = 0.4
+
+
+MIXTURE = {
+    "llava_conversation": Source(57_669, 4.5, 11, 33, spread=0.6),
+    "llava_detail": Source(23_240, 1, 10, 95),
+    "llava_reasoning": Source(76_803, 1, 16, 110),
+    "sharegpt": Source(40_688, 5, 55, 155, image=False, spread=1.0),
+    "vqav2": Source(82_783, 5.4, 7, 1.1),
+    "gqa": Source(72_140, 13, 9, 1),
+    "okvqa": Source(8_998, 1, 18, 1.2),
+    "ocrvqa": Source(80_000, 4.8, 8, 4),
+    "aokvqa": Source(66_160, 1, 28, 1),
+    "textcaps": Source(21_953, 1, 25, 12),
+    "refcoco": Source(48_447, 8, 10, 4, boxes=0.5),
+    "vg": Source(86_417, 10, 10, 4, boxes=0.5),
+}
+"""665,298 records, 624,610 of them with an image."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How long one record is.
+
+    Attributes:
+        source: its part of the mixture.
+        image: whether it has an image.
+        rounds: (words, boxes) of the question, then of the answer, of each round.
+    """
+
+    source: str
+    image: bool
+    rounds: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+
+
+def sample(count: int, seed: int = 0) -> list[Shape]:
+    """Records drawn from the mixture."""
+    rng = np.random.default_rng(seed)
+    weights = np.array([source.records for source in MIXTURE.values()], dtype=float)
+    names = rng.choice(list(MIXTURE), size=count, p=weights / weights.sum())
+    return [_shape(str(name), MIXTURE[str(name)], rng) for name in names]
+
+
+def _shape(name: str, source: Source, rng: np.random.Generator) -> Shape:
+    rounds = []
+    for _ in range(1 + rng.poisson(source.rounds - 1)):
+        box = source.boxes and rng.random()
+        asks, tells = 0 < box < source.boxes, source.boxes <= box < 2 * source.boxes
+        answer = 0 if asks else _words(source.answer, source.spread, rng)
+        rounds.append(((_words(source.question, source.spread, rng), int(tells)), (answer, int(asks))))
+    return Shape(name, source.image, tuple(rounds))
+
+
+def _words(mean: float, spread: float, rng: np.random.Generator) -> int:
+    return max(1, round(float(rng.lognormal(np.log(mean) - spread**2 / 2, spread))))
+
+
+def encode(shape: Shape, vocabulary: int, rng: np.random.Generator, *, max_text_tokens: int) -> Encoded:
+    """A record of that shape from random tokens below `vocabulary`; its image stands behind the first token."""
+    ids, labels, rounds = [_token(vocabulary, rng)], [IGNORE], [0]
+    for number, (question, answer) in enumerate(shape.rounds, start=1):
+        asked = _tokens(*question) + TEMPLATE_TOKENS - 1
+        said = [_token(vocabulary, rng) for _ in range(_tokens(*answer) + 1)]
+        ids += [_token(vocabulary, rng) for _ in range(asked)] + said
+        labels += [IGNORE] * asked + said
+        rounds += [number] * (asked + len(said))
+    return truncate(Encoded(ids, labels, rounds, [1] if shape.image else []), max_text_tokens)[0]
+
+
+def _tokens(words: int, boxes: int) -> int:
+    return round(words * TOKENS_PER_WORD) + boxes * TOKENS_PER_BOX
+
+
+def _token(vocabulary: int, rng: np.random.Generator) -> int:
+    return int(rng.integers(vocabulary))
+
+
+def json_bytes(shapes: Sequence[Shape]) -> float:
+    """Mean size of a record in LLaVA's JSON: 6 bytes a word, 24 a box, 33 around a turn, 90 around all."""
+    sizes = [
+        90 + sum(33 + 6 * words + 24 * boxes for turns in shape.rounds for words, boxes in turns) for shape in shapes
+    ]
+    return float(np.mean(sizes))

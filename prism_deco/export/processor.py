@@ -1,0 +1,122 @@
+"""Images, prompts and tokens for LlavaForConditionalGeneration, as transformers' own LlavaProcessor makes them."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from transformers import LlavaImageProcessor, LlavaProcessor, PreTrainedTokenizerBase
+
+from prism_deco.backbones.transforms import TowerTransform
+from prism_deco.llms import LanguageModel
+from prism_deco.llms.prompts import IMAGE_TAG
+from prism_deco.vlm import VLM
+
+IMAGE_TOKEN = IMAGE_TAG
+
+# What precedes the LLM's own template: messages of text and image parts, as transformers hands them over,
+# become what that template expects. The two bodies say where `<image>` goes.
+_PRELUDE = """\
+{%- set tokenize = 'whole' -%}
+{%- set talk = namespace(images='', messages=[]) -%}
+{%- for message in messages -%}
+  {%- set part = namespace(images='', text='') -%}
+  {%- if message.content is string -%}
+    {%- set part.images = '<image>' * message.content.count('<image>') -%}
+    {%- set part.text = message.content -%}
+  {%- else -%}
+    {%- for piece in message.content -%}
+      {%- if piece.type == 'image' -%}
+        {%- set part.images = part.images ~ '<image>' -%}
+      {%- else -%}
+        {%- set part.text = part.text ~ piece.text -%}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {%- set text = part.text.replace('<image>', '').strip() -%}
+  PLACE
+  {%- set talk.messages = talk.messages + [{'role': message.role, 'content': text}] -%}
+{%- endfor -%}
+{%- set messages = talk.messages -%}
+{%- set image = talk.images -%}
+"""
+_PLACES = {
+    "after_bos": "{%- set talk.images = talk.images ~ part.images -%}",
+    "in_place": "{%- set text = (part.images ~ '\\n' ~ text).strip() if part.images else text -%}",
+}
+
+_INEXACT = {
+    "letterbox": "The image processor pads to an exact square. Training used resize=letterbox, which leaves the canvas "
+    "one pixel short of a square where the sides of an image differ by an odd number of pixels; transformers cannot "
+    "express that, and shifts such images by half a pixel.",
+    "resize-crop": "The image processor rounds the crop of resize=resize-crop its own way: some images are shifted by "
+    "one pixel.",
+}
+"""Strategies that transformers has in another rounding, and what follows from it."""
+
+
+def chat_template(llm: LanguageModel) -> str:
+    """The LLM's template for messages with images.
+
+    Text is tokenised at once there, so the template is asked for the spaces that belong to that.
+    """
+    prelude = _PRELUDE.replace("PLACE", _PLACES[llm.spec.image_slot])
+    # Whitespace between the tags would be part of the prompt.
+    return "".join(line.strip() for line in prelude.splitlines()) + llm.spec.chat_template
+
+
+def llava_processor(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
+    """The processor; `tokenizer` knows `<image>`.
+
+    `pad` and `letterbox` pad to a square, `resize-naive` stretches, `resize-crop` cuts off.
+    """
+    transform = _transform(vlm)
+    side = transform.image_size
+    square = {"height": side, "width": side}
+    images = LlavaImageProcessor(
+        size=square if transform.resize == "resize-naive" else {"shortest_edge": side},
+        crop_size=square,
+        do_pad=transform.resize in ("pad", "letterbox"),
+        image_mean=list(transform.mean),
+        image_std=list(transform.std),
+    )
+    template = chat_template(llm)
+    tokenizer.chat_template = template
+    # The number of `<image>` is computed from the pixels, less one for the class token: added here for all towers.
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=vlm.backbone.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+        image_token=IMAGE_TOKEN,
+    )
+
+
+def preprocessing_note(vlm: VLM) -> str | None:
+    """What is not as in training about the exported image processor, but for rounding."""
+    return _INEXACT.get(_transform(vlm).resize)
+
+
+def token_ids_note(processor: LlavaProcessor, llm: LanguageModel) -> str | None:
+    """Whether prompts become other tokens than in training, where turns were tokenised one by one."""
+    talk = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]
+    image = processor.image_token_id
+    for messages in (talk[:1], [*talk, {"role": "user", "content": "Is it red?"}]):
+        encoded = llm.encode(messages, num_images=1, add_generation_prompt=True)
+        [slot] = encoded.image_slots
+        ours = [*encoded.input_ids[:slot], image, *encoded.input_ids[slot:]]
+        asked = [{"role": "user", "content": f"{IMAGE_TOKEN}\n{messages[0]['content']}"}, *messages[1:]]
+        text = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+        theirs = [token for token, run in groupby(ids) for _ in ([0] if token == image else run)]
+        if theirs != ours:
+            return (
+                "Training tokenised each turn by itself (llm.tokenize=per_turn), this processor tokenises the whole "
+                "text: some tokens of a prompt differ, and answers may be worse. prism_deco.load has the original."
+            )
+    return None
+
+
+def _transform(vlm: VLM) -> TowerTransform:
+    return next(iter(vlm.backbone.transform.towers.values()))

@@ -1,0 +1,182 @@
+"""One folder with everything in it: read back in a fresh process, elsewhere, with nothing else at hand."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import prism_deco
+from prism_deco.api import Model
+from prism_deco.cli import main
+from prism_deco.export import save_llava
+from prism_deco.export.folder import portable
+
+LLMS = ["mini_qwen2", "mini_phi", "mini_llama"]
+TALK = [{"role": "user", "content": "<image>\nWhat color is it?"}, {"role": "assistant", "content": "red"}]
+PROBE = """
+import sys, torch, prism_deco
+from prism_deco.sequence import build_batch
+from PIL import Image
+talk = [{"role": "user", "content": "<image>\\nWhat color is it?"}, {"role": "assistant", "content": "red"}]
+for folder in sys.argv[1:]:
+    model = prism_deco.load(folder)
+    tokens = torch.stack(model.encode_images([Image.new("RGB", (50, 70), (200, 30, 30))]))
+    batch = build_batch([model.llm.encode(talk, num_images=1)], tokens.shape[1])
+    with torch.no_grad():
+        torch.save(model.vlm.logits(model.vlm.hidden_states(batch, tokens)), f"{folder}.pt")
+"""
+
+
+def logits(model: Model) -> torch.Tensor:
+    from prism_deco.sequence import build_batch
+
+    tokens = torch.stack(model.encode_images([Image.new("RGB", (50, 70), (200, 30, 30))]))
+    batch = build_batch([model.llm.encode(TALK, num_images=1)], tokens.shape[1])
+    with torch.no_grad():
+        return model.vlm.logits(model.vlm.hidden_states(batch, tokens))
+
+
+def test_a_fresh_process_gives_bit_equal_logits(random_model, tmp_path):
+    expected = {}
+    for llm in LLMS:
+        small = ["projector=qformer", "projector.hidden_dim=24", "projector.ffn_dim=48"]
+        config, vlm, language = random_model("mini_siglip", f"llm={llm}", *small)
+        model = Model(vlm, language, config)
+        model.save(tmp_path / llm)
+        expected[llm] = logits(model)
+    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin", "PYTHONPATH": ":".join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", PROBE, *(str(tmp_path / llm) for llm in LLMS)]
+    subprocess.run(command, check=True, env=environment | {"HF_HUB_OFFLINE": "1"})
+    for llm in LLMS:
+        found = torch.load(tmp_path / f"{llm}.pt", weights_only=True)
+        assert torch.equal(found, expected[llm]) and found.abs().max() > 0
+
+
+def test_it_holds_the_tower_and_refers_to_no_place_of_this_machine(random_model, towers, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    config, vlm, llm = random_model(
+        "clip", "data=llava", f"data.json={tmp_path}/data/train.json", f"runs_dir={tmp_path}"
+    )
+    config.llm.weights, config.backbone.weights = f"{tmp_path}/llm.gguf", "~/tower.safetensors"
+    model = Model(vlm, llm, config)
+    model.save(tmp_path / "export")
+    for file in (tmp_path / "export").rglob("*"):
+        if file.is_file():
+            assert str(tmp_path).encode() not in file.read_bytes(), file
+    kept = portable(config)
+    assert (kept.data.json, kept.llm.weights, kept.backbone.weights) == ("train.json", "llm.gguf", "tower.safetensors")
+    expected = logits(model)
+    moved = shutil.move(tmp_path / "export", tmp_path / "elsewhere")
+    monkeypatch.chdir("/")
+    loaded = prism_deco.load(moved)
+    assert torch.equal(logits(loaded), expected)
+    tower = load_file(moved / "backbone.safetensors")
+    assert sum(t.numel() for t in tower.values()) == sum(p.numel() for p in vlm.backbone.parameters())
+    record = json.loads((moved / "backbone.json").read_text())
+    assert record["transform"]["tiny_clip"]["image_size"] == 32
+    assert not any(p.requires_grad for p in loaded.vlm.backbone.parameters())
+
+
+def test_a_pretrained_tower_is_included_and_not_looked_for(random_model, tmp_path, monkeypatch):
+    config, vlm, llm = random_model("mini_siglip")
+    expected = logits(Model(vlm, llm, config))
+    Model(vlm, llm, config).save(tmp_path / "export")
+    monkeypatch.setattr("prism_deco.backbones.tower.locate", lambda *args: pytest.fail("it looked for the weights"))
+    assert torch.equal(logits(prism_deco.load(tmp_path / "export")), expected)
+
+
+def test_shards(random_model, tmp_path):
+    config, vlm, llm = random_model("mini_siglip")
+    model = Model(vlm, llm, config)
+    model.save(tmp_path / "export", max_shard_size="1MB")
+    shards = sorted((tmp_path / "export").glob("model-*.safetensors"))
+    assert len(shards) >= 3 and all(shard.stat().st_size < 1.1e6 for shard in shards)
+    assert torch.equal(logits(prism_deco.load(tmp_path / "export")), logits(model))
+    modes = {file.stat().st_mode for file in (tmp_path / "export").glob("*.*")}
+    assert len(modes) == 1, "who may read the README may read the weights"
+    index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())["weight_map"]
+    shards[0].unlink()
+    with pytest.raises(ValueError, match=shards[0].name):
+        prism_deco.load(tmp_path / "export")
+    assert {"projector.mlp.0.weight"} <= index.keys()
+
+
+def test_tied_tables_are_stored_once_and_tied_again(random_model, tmp_path):
+    config, vlm, llm = random_model("mini_siglip", "llm=mini_qwen2")
+    Model(vlm, llm, config).save(tmp_path / "export")
+    with safe_open(tmp_path / "export" / "model.safetensors", "pt") as file:
+        assert len({"lm.lm_head.weight", "lm.model.embed_tokens.weight"} & set(file.keys())) == 1
+    lm = prism_deco.load(tmp_path / "export").vlm.lm
+    assert lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
+
+
+def test_an_llm_without_an_architecture_in_its_yaml(random_model, tmp_path):
+    config, vlm, llm = random_model("mini_siglip", "llm=mini_llama")
+    config.llm.architecture = None
+    model = Model(vlm, llm, config)
+    model.save(tmp_path / "export")
+    assert torch.equal(logits(prism_deco.load(tmp_path / "export")), logits(model))
+
+
+def test_a_folder_with_something_in_it_is_left_alone(random_model, tmp_path, capsys):
+    config, vlm, llm = random_model("mini_siglip")
+    model = Model(vlm, llm, config)
+    model.save(tmp_path / "export")
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match="is not empty"):
+        model.save(tmp_path / "export")
+    assert main(["export", str(tmp_path / "export"), "--to", str(tmp_path)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_half_precision_halves_the_files_and_keeps_the_rotary_frequencies(random_model, tmp_path):
+    config, vlm, llm = random_model("mini_siglip", "recipe.standardise_features=true")
+    model = Model(vlm, llm, config)
+    model.save(tmp_path / "full")
+    assert main(["export", str(tmp_path / "full"), "--to", str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half")]
+    assert sizes[1] / sizes[0] == pytest.approx(0.5, abs=0.02)
+    half = prism_deco.load(tmp_path / "half")
+    assert {p.dtype for p in half.vlm.parameters()} == {torch.bfloat16}
+    rotary = half.vlm.lm.model.rotary_emb.inv_freq
+    assert torch.equal(rotary, 1 / 10000 ** (torch.arange(0, 32, 2) / 32))
+    full = logits(model)
+    assert (logits(half).float() - full).abs().max() < 0.05 * full.abs().max()
+
+
+def test_another_transform_than_in_training_is_an_error(random_model, tmp_path):
+    config, vlm, llm = random_model("mini_siglip")
+    Model(vlm, llm, config).save(tmp_path / "export")
+    file = tmp_path / "export" / "backbone.json"
+    file.write_text(file.read_text().replace("letterbox", "pad"))
+    with pytest.raises(ValueError, match="trained on images prepared by"):
+        prism_deco.load(tmp_path / "export")
+
+
+def test_adapters_are_merged(random_model, tmp_path):
+    pytest.importorskip("peft")
+    config, vlm, llm = random_model(
+        "clip", "llm=mini_llama", "recipe.lm=lora", "recipe.lora_r=4", "recipe.lora_alpha=8"
+    )
+    for name, parameter in vlm.lm.named_parameters():
+        if "lora_B" in name:  # zero at first: no update at all
+            torch.nn.init.normal_(parameter, std=0.1)
+    model = Model(vlm, llm, config)
+    before = logits(model)
+    with torch.no_grad():
+        weight = vlm.lm.model.layers[0].self_attn.q_proj
+        by_hand = weight.base_layer.weight + 2 * weight.lora_B["default"].weight @ weight.lora_A["default"].weight
+    model.save(tmp_path / "export")
+    loaded = prism_deco.load(tmp_path / "export")
+    assert loaded.config.recipe.lm == "full"
+    torch.testing.assert_close(loaded.vlm.lm.model.layers[0].self_attn.q_proj.weight, by_hand)
+    torch.testing.assert_close(logits(loaded), before, rtol=1e-4, atol=1e-4)
+    save_llava(tmp_path / "hf", config, vlm, llm)
+    assert (tmp_path / "hf" / "model.safetensors").is_file()

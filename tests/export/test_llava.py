@@ -1,0 +1,188 @@
+"""Plain transformers computes the same logits from the exported folder."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from prism_deco.api import Model
+from prism_deco.cli import main
+from prism_deco.config import load_choice
+from prism_deco.export import save_llava
+from prism_deco.sequence import build_batch
+
+# float32 sums in another order, through a few layers; logits are of order 1 to 10.
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+FOLDED = ["recipe.standardise_features=true", "recipe.token_scale=0.5"]
+QUESTIONS = ["What color is it?", "How many circles are there?"]
+
+
+def photo(size: tuple[int, int] = (50, 40)) -> Image.Image:
+    """A smooth picture: sharp noise would test the resampling filters of two libraries."""
+    return Image.radial_gradient("L").resize(size).convert("RGB")
+
+
+def our_logits(vlm, llm, image, question) -> tuple[list[int], torch.Tensor]:
+    """The text's token ids and the logits at all positions."""
+    encoded = llm.encode([{"role": "user", "content": question}], num_images=1, add_generation_prompt=True)
+    pixels = {name: p[None] for name, p in vlm.backbone.transform(image).items()}
+    with torch.no_grad():
+        hidden = vlm.hidden_states(build_batch([encoded], vlm.projector.num_tokens, pixels=pixels))
+        return encoded.input_ids, vlm.logits(hidden)[0]
+
+
+@pytest.mark.parametrize(
+    ("tower", "llm", "options"),
+    [
+        ("clip", "mini_qwen2", []),
+        ("clip", "mini_llama", FOLDED),
+        ("siglip", "mini_qwen2", FOLDED),
+        ("siglip", "mini_phi", []),
+        ("clip", "mini_qwen2", ["backbone.layer=-1", "backbone.image_size=35"]),
+        ("siglip", "mini_llama", ["backbone.layer=0", "backbone.resize=resize-naive"]),
+    ],
+)
+def test_the_logits_are_the_same(random_model, tmp_path, tower, llm, options):
+    config, vlm, language = random_model(tower, f"llm={llm}", *options)
+    save_llava(tmp_path / "hf", config, vlm, language)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
+    assert type(model.model.vision_tower).__name__ == {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}[tower]
+    image = photo()
+    pixels = vlm.backbone.transform(image)[f"tiny_{tower}"][None]
+    for question in QUESTIONS:
+        ids, expected = our_logits(vlm, language, image, question)
+        # By hand: the beginning of the sequence, the image, the text.
+        spliced = [ids[0], *[model.config.image_token_id] * vlm.backbone.num_patches, *ids[1:]]
+        with torch.no_grad():
+            found = model(input_ids=torch.tensor([spliced]), pixel_values=pixels).logits[0]
+        torch.testing.assert_close(found[:, : expected.shape[1]], expected, **TOLERANCE)
+        assert expected.std() > 0.1
+    another = torch.zeros_like(pixels)
+    assert not torch.allclose(
+        model(input_ids=torch.tensor([spliced]), pixel_values=another).logits[0], found, atol=0.01
+    )
+
+
+def test_plain_transformers_answers_alike(random_model, tmp_path):
+    """A fresh process that never imports this package: processor, chat template, generation."""
+    config, vlm, llm = random_model("clip", "llm=mini_qwen2", "backbone.resize=pad", *FOLDED)
+    save_llava(tmp_path / "hf", config, vlm, llm)
+    photo().save(tmp_path / "photo.png")
+    script = f"""
+import json, torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+model = LlavaForConditionalGeneration.from_pretrained({str(tmp_path / "hf")!r})
+processor = AutoProcessor.from_pretrained({str(tmp_path / "hf")!r})
+content = [{{"type": "image", "url": {str(tmp_path / "photo.png")!r}}}, {{"type": "text", "text": {QUESTIONS[0]!r}}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+output = model.generate(**inputs, max_new_tokens=6)
+new = output[0, inputs["input_ids"].shape[1]:]
+print(json.dumps({{"ids": inputs["input_ids"][0].tolist(), "pixels": inputs["pixel_values"].flatten().tolist(),
+                   "text": processor.decode(new, skip_special_tokens=True).strip()}}))
+"""
+    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin", "HF_HUB_OFFLINE": "1"}
+    shown = subprocess.run([sys.executable, "-c", script], check=True, env=environment, capture_output=True, text=True)
+    found = json.loads(shown.stdout.splitlines()[-1])
+    ids, _ = our_logits(vlm, llm, photo(), QUESTIONS[0])
+    image_id = json.loads((tmp_path / "hf" / "config.json").read_text())["image_token_index"]
+    assert found["ids"] == [ids[0], *[image_id] * 16, *ids[1:]]
+    assert image_id not in ids
+    # One of 255 levels, in units of the normalised pixels.
+    pixels = vlm.backbone.transform(photo())["tiny_clip"].flatten()
+    assert (torch.tensor(found["pixels"]) - pixels).abs().max() < 1.01 / 255 / 0.26
+    assert found["text"] == Model(vlm, llm, config).generate([photo()], QUESTIONS[:1], max_new_tokens=6)[0]
+
+
+@pytest.mark.parametrize("slot", ["after_bos", "in_place"])
+def test_where_the_template_puts_the_image(random_model, tmp_path, slot):
+    config, vlm, llm = random_model("clip", "llm=mini_qwen2", f"recipe.image_slot={slot}")
+    save_llava(tmp_path / "hf", config, vlm, llm)
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    image, text = {"type": "image"}, {"type": "text", "text": " What is it? "}
+    talk = [{"role": "user", "content": [text, image]}]
+    prompt = {
+        "after_bos": "<|endoftext|><image><|im_start|>user\nWhat is it?<|im_end|><|im_start|>assistant\n",
+        "in_place": "<|endoftext|><|im_start|>user\n<image>\nWhat is it?<|im_end|><|im_start|>assistant\n",
+    }[slot]
+    assert processor.apply_chat_template(talk, add_generation_prompt=True) == prompt
+    plain = [{"role": "user", "content": "<image>\nWhat is it?"}]
+    assert processor.apply_chat_template(plain, add_generation_prompt=True) == prompt
+    text_only = processor.apply_chat_template([{"role": "user", "content": [text]}], add_generation_prompt=True)
+    assert text_only == "<|endoftext|><|im_start|>user\nWhat is it?<|im_end|><|im_start|>assistant\n"
+    note = {"after_bos": "right after the beginning-of-sequence token", "in_place": "at the start of the message"}[slot]
+    assert note in (tmp_path / "hf" / "README.md").read_text()
+
+
+def test_a_table_without_a_free_row_grows_one(random_model, tmp_path):
+    """The new rows are never generated, whatever their logits."""
+    mini = load_choice("llm", "mini_llama")
+    rows = 672  # the tokenizer's size, pad token included
+    path = tmp_path / "tight.yaml"
+    mini |= {"architecture": mini["architecture"] | {"vocab_size": rows}, "pad_to_multiple_of": None}
+    path.write_text(yaml.safe_dump({k: v for k, v in mini.items() if k != "name"}))
+    config, vlm, llm = random_model("clip", f"llm={path}")
+    assert llm.embedding_rows == len(llm.tokenizer) == rows
+    save_llava(tmp_path / "hf", config, vlm, llm)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
+    assert model.config.image_token_id == rows and model.lm_head.weight.shape[0] == 704
+    assert model.generation_config.suppress_tokens == list(range(rows, 704))
+
+
+@pytest.mark.parametrize(
+    ("tower", "options", "reasons"),
+    [
+        ("mini_clip", [], ["(a convolutional stem)"]),
+        ("mini_dinov2_siglip", [], ["has several vision towers"]),
+        ("clip", ["projector=avgpool", "projector.num_tokens=4"], ["its projector compresses the visual tokens"]),
+        ("clip", ["projector.mlp_depth=3"], ["MLP of widths [128, 128, 128]"]),
+        ("clip", ["recipe.turn_mask=block", "recipe.blind=true"], ["turn_mask=block", "trained blind"]),
+    ],
+)
+def test_what_the_class_cannot_hold_is_refused_with_every_reason(
+    random_model, tmp_path, tower, options, reasons, capsys
+):
+    config, vlm, llm = random_model(tower, *options)
+    Model(vlm, llm, config).save(tmp_path / "export")
+    assert main(["export", str(tmp_path / "export"), "--to", str(tmp_path / "hf"), "--hf"]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert all(reason in shown for reason in reasons) and "Export it without --hf" in shown
+    assert not (tmp_path / "hf").exists()
+
+
+def test_an_output_bias_is_refused_unless_it_is_zero(random_model, tmp_path):
+    config, vlm, llm = random_model("clip", "llm=mini_phi")
+    assert not vlm.lm.lm_head.bias.any()
+    vlm.lm.lm_head.bias.data[5] = 0.1
+    with pytest.raises(ValueError, match="output layer of PhiForCausalLM has a bias"):
+        save_llava(tmp_path / "hf", config, vlm, llm)
+
+
+def test_what_is_not_exact_is_said(random_model, tmp_path, caplog):
+    config, vlm, llm = random_model("clip", "llm=mini_llama")
+    save_llava(tmp_path / "hf", config, vlm, llm)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    for note in ("resize=letterbox", "llm.tokenize=per_turn"):
+        assert note in caplog.text and note in card
+    config, vlm, llm = random_model("clip", "llm=mini_qwen2", "backbone.resize=pad")
+    caplog.clear()
+    save_llava(tmp_path / "exact", config, vlm, llm)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_the_command_writes_half_precision_after_comparing_in_full(random_model, tmp_path):
+    config, vlm, llm = random_model("siglip")
+    Model(vlm, llm, config).save(tmp_path / "export")
+    command = ["export", str(tmp_path / "export"), "--to", str(tmp_path / "hf"), "--hf", "--dtype", "bfloat16"]
+    assert main(command) == 0
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    for file in (tmp_path / "hf").iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), file

@@ -1,0 +1,128 @@
+"""The terminal conversation: what the model is shown, what it streams, and how one leaves."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from prism_deco.api import Model
+from prism_deco.chat import Chat, _Streamer, converse
+from prism_deco.compose import build_model
+from prism_deco.config import load_config
+
+PLAIN = ["llm=mini_qwen2", "recipe.standardise_features=false", "run_id=test"]
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Random models by `recipe.turn_mask`."""
+    result = {}
+    for mask in ("causal", "block"):
+        config = load_config([*PLAIN, f"recipe.turn_mask={mask}"])
+        torch.manual_seed(2)
+        vlm, llm = build_model(config)
+        result[mask] = Model(vlm.eval(), llm, config)
+    return result
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "red.png"
+    Image.new("RGB", (50, 40), (220, 20, 20)).save(path)
+    return path
+
+
+def by_hand(model: Model, image, messages) -> str:
+    """Greedy decoding by a slow loop over the whole sequence."""
+    encoded = model.llm.encode(messages, num_images=1, add_generation_prompt=True)
+    [visual] = model.encode_images([image])
+    table = model.vlm.lm.get_input_embeddings()
+    text = table(torch.tensor(encoded.input_ids))
+    [slot] = encoded.image_slots
+    sequence = torch.cat([text[:slot], visual, text[slot:]])
+    new: list[int] = []
+    with torch.no_grad():
+        while len(new) < 12:
+            token = int(model.vlm.lm(inputs_embeds=sequence[None]).logits[0, -1].argmax())
+            if token in model.llm.eos_ids:
+                break
+            new.append(token)
+            sequence = torch.cat([sequence, table(torch.tensor([token]))])
+    return model.llm.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_the_history_is_shown_through_the_llms_template(models, image):
+    written: list[str] = []
+    chat = Chat(models["causal"], written.append, max_new_tokens=12)
+    chat.show(image)
+    messages = []
+    for question in ("What color is it?", "How many circles are there?", "Why?"):
+        messages.append({"role": "user", "content": question})
+        expected = by_hand(models["causal"], image, messages)
+        written.clear()
+        assert chat.ask(question) == expected
+        assert "".join(written).strip() == expected
+        messages.append({"role": "assistant", "content": expected})
+    assert chat.messages == messages
+    chat.reset()
+    assert chat.ask("Why?") == by_hand(models["causal"], image, [{"role": "user", "content": "Why?"}])
+
+
+def test_rounds_trained_apart_are_asked_apart(models, image):
+    chat = Chat(models["block"], lambda text: None, max_new_tokens=12)
+    chat.show(image)
+    chat.ask("What color is it?")
+    assert chat.ask("Why?") == by_hand(models["block"], image, [{"role": "user", "content": "Why?"}])
+
+
+def test_words_are_written_before_the_answer_is_whole(models):
+    written: list[str] = []
+    streamer = _Streamer(models["causal"], written.append)
+    ids = models["causal"].llm.tokenizer("a red circle and a blue square", add_special_tokens=False)["input_ids"]
+    streamer.put(torch.tensor([[]], dtype=torch.long))  # what `generate` hands over as the prompt
+    for token in ids[:-2]:
+        streamer.put(torch.tensor([token]))
+    assert "".join(written).startswith("a red circle")
+    for token in ids[-2:]:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(written) == "a red circle and a blue square\n" and len(written) > 3
+
+
+def test_a_conversation_that_fills_the_context_can_be_begun_anew(models):
+    written: list[str] = []
+    chat = Chat(models["causal"], written.append, max_new_tokens=2)
+    lines = iter(["word " * 3000, "/reset", "Hello"])
+    converse(chat, lambda: next(lines, "/quit"), written.append)
+    assert any("leaves no room for an answer" in text for text in written)
+    assert [message["content"] for message in chat.messages][:1] == ["Hello"]
+
+
+def test_ctrl_c_leaves(models):
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    written: list[str] = []
+    converse(Chat(models["causal"], written.append), interrupted, written.append)
+    assert written[-1] == "\n"
+
+
+def test_the_command_reads_a_pipe(models, image, tmp_path):
+    models["block"].save(tmp_path / "export")
+    lines = ["What color is it?", "/image gone.png", f"/image {image}", "/dance", "How many?", "/quit", "never asked"]
+    arguments = [str(tmp_path / "export"), "--image", str(image), "--max-new-tokens", "4", "--relevance"]
+    command = [sys.executable, "-m", "prism_deco.cli", "chat", *arguments]
+    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin", "PYTHONPATH": ":".join(p for p in sys.path if p)}
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    shown = done.stdout
+    for line in ("gone.png", f"Now looking at {image}.", "Unknown command /dance"):
+        assert line in shown
+    overlays = sorted((tmp_path / "export" / "chat").glob("answer_*/r-gae/sentence.png"))
+    assert 1 <= len(overlays) <= 2  # an empty answer has none
+    assert all(f"[{path}]" in shown for path in overlays)
+    width, height = Image.open(overlays[0]).size
+    assert width / height == pytest.approx(50 / 40, rel=0.01)
