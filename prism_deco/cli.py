@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     train = subparsers.add_parser("train", parents=[common], help="compose and train a model, then score it")
     train.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     train.add_argument("--overwrite", action="store_true", help="replace the run folder if it exists")
+    train.add_argument("--force", action="store_true", help="train even what does not fit the memory by its plan")
     train.set_defaults(command=commands.train)
 
     evaluate = subparsers.add_parser("evaluate", parents=[common], help="score a finished run, or a predictions file")

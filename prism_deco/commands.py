@@ -36,7 +36,7 @@ def train(args: argparse.Namespace) -> int:
 
         resolve(config.evaluate.benchmarks)  # a wrong name must not wait for the end of training
     if stages:
-        flags = {"--overwrite": args.overwrite, "--debug": args.debug}
+        flags = {"--overwrite": args.overwrite, "--force": args.force, "--debug": args.debug}
         return run_stages(stages, [flag for flag, is_set in flags.items() if is_set])
     from prism_deco.training.session import run
 
@@ -45,7 +45,8 @@ def train(args: argparse.Namespace) -> int:
 
     # The other processes of this machine get the same settings; what becomes of an earlier run is decided once.
     arguments = ["train", *args.arguments, *(["--debug"] if args.debug else [])]
-    return run(config, score if config.evaluate.benchmarks else None, overwrite=args.overwrite, arguments=arguments)
+    scoring = score if config.evaluate.benchmarks else None
+    return run(config, scoring, overwrite=args.overwrite, force=args.force, arguments=arguments)
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -193,6 +193,9 @@ class TrainerConfig:
     """Share of an epoch between two passes over the validation records."""
     samples: int = 4
     """Validation images whose generated answers are logged with each validation."""
+    preflight: bool = False
+    """Check labels, gradients, learning, the use of images and saving on eight records before a new run starts
+    (seconds for small models). Sweeps do it for every cell unless it is set to false."""
 
 
 @dataclass

@@ -20,7 +20,7 @@ def test_phi2_has_2048_positions_for_image_and_text(side, fits):
         vlm, llm = build_model(config, device="meta")
         assert (vlm.projector.num_tokens, llm.max_positions) == (45 * 45, 2048)
     else:
-        with pytest.raises(ValueError, match="2116 visual tokens leave no room for text in the 2048 positions of phi2"):
+        with pytest.raises(ValueError, match="2116 visual tokens leave no room for text in .*2048 positions"):
             build_model(config, device="meta")
 
 

@@ -25,7 +25,7 @@ COMMANDS = [
 def test_the_first_two_blocks_install_and_run():
     shell = [block for kind, block in BLOCKS if kind == "bash"]
     assert shell[0].rstrip().endswith("pip install -e . && prism-deco train")
-    assert shell[1].rstrip().endswith('pip install -e ".[test]" && pytest')
+    assert shell[1].rstrip().endswith('pip install -e ".[test]" && pytest -n auto')
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("train")])

@@ -92,7 +92,8 @@ def packed_attention(
     if causal and not dropout and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, segments, scaling), None
     mask = None if causal else attention_mask
-    return _one_by_one(query, key, value, mask, segments.lengths, dropout, scaling), None
+    out = _one_by_one(query, key, value, mask, segments.lengths, dropout, scaling)  # type: ignore[call-arg]
+    return out, None
 
 
 @torch.compiler.disable  # it would be compiled anew for every batch's lengths

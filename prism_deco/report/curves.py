@@ -11,12 +11,13 @@ SHOWN = ("train/loss", "val/loss", "speed/samples_per_s")
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """The curves of a run that a report shows, by name: from `metrics.jsonl`, else from TensorBoard's files.
+    """The curves of a run that a report shows, by name: losses from `metrics.jsonl`, which has every step, the rest
+    from TensorBoard's files.
 
     A resumed run repeats the steps after its checkpoint; the last value of a step counts.
     """
     path = run / "metrics.jsonl"
-    curves = _read_lines(path) if path.is_file() else _read_tensorboard(run / "tensorboard")
+    curves = _read_tensorboard(run / "tensorboard") | (_read_lines(path) if path.is_file() else {})
     return {name: sorted(values.items()) for name, values in curves.items()}
 
 

@@ -16,6 +16,9 @@ from prism_deco.sweep.ledger import Entry
 GRACE = 120.0
 """Seconds between SIGTERM and SIGKILL: a large model needs them for its checkpoint."""
 
+DEFAULTS = ("trainer.preflight=true",)
+"""What cells do unless their sweep says otherwise."""
+
 FOREIGN = ("SUBMITIT_", "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "PL_", "MASTER_")
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE")
 
@@ -62,9 +65,9 @@ class Launcher(Protocol):
 
 
 def train_command(folder: Path, entry: Entry) -> list[str]:
-    """The ordinary command line of a cell."""
+    """The ordinary command line of a cell; nobody watches its first steps, so that `train` checks them."""
     place = [f"runs_dir={folder}", f"run_id={entry.id}"]
-    return [sys.executable, "-m", "prism_deco.cli", "train", *entry.overrides, *entry.adjusted, *place]
+    return [sys.executable, "-m", "prism_deco.cli", "train", *DEFAULTS, *entry.overrides, *entry.adjusted, *place]
 
 
 def log_path(folder: Path, cell_id: str) -> Path:

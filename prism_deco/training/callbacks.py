@@ -25,6 +25,11 @@ class ProgressBar(RichProgressBar):
     def __init__(self) -> None:
         super().__init__(leave=True)
 
+    @property
+    def total_train_batches(self) -> int:
+        """The steps of the run; the loader may have more, or, when a run goes on, fewer."""
+        return int(self.trainer.max_steps)
+
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"
 

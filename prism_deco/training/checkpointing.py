@@ -17,7 +17,7 @@ from prism_deco.training.checkpoints import (
     save_checkpoint,
     step_of,
 )
-from prism_deco.training.metrics import Metrics
+from prism_deco.training.metrics import VAL_LOSS, Metrics
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.preemption import Preemption
 from prism_deco.training.progress import (
@@ -92,7 +92,7 @@ class Checkpointing(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         module, step = cast(TrainingModule, pl_module), trainer.global_step
         if self._metrics:
-            self._metrics.append(step=step, **module.last_step)
+            self._metrics.append(step, module.last_step)
         if step % self._every == 0 or step == module.total_steps or module.making_way:
             self._save(trainer, module)
         if module.making_way:
@@ -102,7 +102,7 @@ class Checkpointing(Callback):
         step = trainer.global_step
         is_best = False
         if self._metrics:
-            self._metrics.append(step=step, val_loss=trainer.callback_metrics["val/loss"].item())
+            self._metrics.append(step, {VAL_LOSS: trainer.callback_metrics[VAL_LOSS].item()})
             is_best = self._metrics.best == step
         if trainer.strategy.broadcast(is_best):
             self._best = step

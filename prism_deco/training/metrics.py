@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
+VAL_LOSS = "val/loss"
 
 
 class Metrics:
-    """Appends a line of JSON per step (`loss`, `grad_norm`, `lr`, ...) and per validation (`val_loss`).
+    """Appends a line of JSON per step and per validation, under the names that TensorBoard shows.
 
     Floats are written so that reading gives the same bits.
 
@@ -26,14 +28,14 @@ class Metrics:
         temporary = self._path.with_name(f".{METRICS}.tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         temporary.replace(self._path)
-        self.validated = {row["step"]: row["val_loss"] for row in kept if "val_loss" in row}
+        self.validated = {row["step"]: row[VAL_LOSS] for row in kept if VAL_LOSS in row}
 
-    def append(self, **row: Any) -> None:
+    def append(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if "val_loss" in row:
-            self.validated[row["step"]] = row["val_loss"]
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if VAL_LOSS in values:
+            self.validated[step] = values[VAL_LOSS]
 
     @property
     def best(self) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import time
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -49,7 +48,6 @@ class TrainingModule(pl.LightningModule):
         vlm: VLM,
         recipe: DictConfig,
         total_steps: int,
-        log_every: int = 10,
         *,
         seed: int = 0,
         nonfinite: str = "stop",
@@ -65,7 +63,6 @@ class TrainingModule(pl.LightningModule):
         self.vlm = vlm
         self.recipe = recipe
         self.total_steps = total_steps
-        self.log_every = log_every
         self.counts = {"tokens_cut": 0, "bad_images": 0, "steps_skipped": 0}
         self.making_way = False
         self.last_step: dict[str, Any] = {}
@@ -73,7 +70,6 @@ class TrainingModule(pl.LightningModule):
         self._nonfinite = nonfinite
         self._shard = shard
         self._preempted = preempted
-        self._window = _Window()
         self._validation = torch.zeros(2, dtype=torch.float64)
 
     def configure_model(self) -> None:
@@ -101,7 +97,7 @@ class TrainingModule(pl.LightningModule):
         scheduler = cast(Any, self.lr_schedulers())
         optimizer.zero_grad()
         passes = sum(micro_batch.num_targets > 0 for micro_batch in step.batches)
-        counts = [step.num_targets, passes, step.records, step.tokens_cut, step.bad_images, self._preempted()]
+        counts = [step.num_targets, passes, step.tokens_cut, step.bad_images, self._preempted()]
         totals = self.all_reduce_sum(torch.tensor(counts, dtype=torch.float64, device=self.device))
         targets, passes = totals[0].float(), totals[1].float()
         total = torch.zeros((), device=self.device)
@@ -119,7 +115,7 @@ class TrainingModule(pl.LightningModule):
         }
         norm = clip_grad_norm(self.vlm.parameters(), self.recipe.grad_clip)
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        _, _, records, tokens_cut, bad_images, making_way = (int(value) for value in totals.tolist())
+        _, _, tokens_cut, bad_images, making_way = (int(value) for value in totals.tolist())
         if math.isfinite(total.item() + norm.item()):
             optimizer.step()
         else:
@@ -132,8 +128,12 @@ class TrainingModule(pl.LightningModule):
         self.making_way = making_way > 0
         self.counts["tokens_cut"] += tokens_cut
         self.counts["bad_images"] += bad_images
-        self._window.add(records, float(targets))
-        self.last_step = {"loss": total.item(), "grad_norm": norm.item(), "lr": rates, "tokens": int(targets)}
+        self.last_step = {
+            "train/loss": total.item(),
+            "train/grad_norm": norm.item(),
+            "train/lr": rates,
+            "train/supervised_tokens": int(targets),
+        }
         self._log_step(total, norm, norms, rates)
 
     def _seed_step(self) -> None:
@@ -177,10 +177,6 @@ class TrainingModule(pl.LightningModule):
             self.log(f"train/lr_{name}", rate)
         self.log("data/bad_images", float(self.counts["bad_images"]))
         self.log("data/text_tokens_cut", float(self.counts["tokens_cut"]))
-        if self.trainer.global_step % self.log_every == 0:
-            seconds, records, targets = self._window.close()
-            self.log("speed/samples_per_s", records / seconds)
-            self.log("speed/supervised_tokens_per_s", targets / seconds)
 
     def on_validation_epoch_start(self) -> None:
         self._validation = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -194,26 +190,3 @@ class TrainingModule(pl.LightningModule):
         # Every rank logs, also one that held fillers only: the mean is over the tokens of all ranks.
         total, count = self.all_reduce_sum(self._validation)
         self.log("val/loss", (total / count.clamp(min=1)).float(), prog_bar=True)
-
-    def on_validation_end(self) -> None:
-        # Validation time is not training time.
-        self._window = _Window()
-
-
-class _Window:
-    """Counts records and tokens since the last log entry."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._records = 0
-        self._targets = 0.0
-
-    def add(self, records: int, targets: float) -> None:
-        self._records += records
-        self._targets += targets
-
-    def close(self) -> tuple[float, int, float]:
-        """Seconds, records and supervised tokens of the window; starts the next one."""
-        result = (max(time.perf_counter() - self._start, 1e-9), self._records, self._targets)
-        self.__init__()
-        return result

@@ -32,12 +32,12 @@ class SpeedMonitor(Callback):
     Validation counts for none of them. When training ends, the choices are logged with the last `val/loss`.
 
     Args:
-        flops: costs of the model (`plan.flops.training_flops`).
+        flops: costs of the model (`plan.flops.training_flops`); None leaves the utilisation out.
         log_every: optimizer steps.
         choices: what TensorBoard's HPARAMS tab compares runs by, see `choices_of`.
     """
 
-    def __init__(self, flops: TrainingFlops, log_every: int, choices: Mapping[str, Any]):
+    def __init__(self, flops: TrainingFlops | None, log_every: int, choices: Mapping[str, Any]):
         self._flops = flops
         self._log_every = log_every
         self._choices = dict(choices)
@@ -93,7 +93,7 @@ class SpeedMonitor(Callback):
             "memory/gib": _memory(device) / GIB,
         }
         peak = peak_flops(device)
-        if peak is not None:
+        if peak is not None and self._flops is not None:
             done = self._flops.step(images=images, positions=positions, pairs=pairs, targets=targets)
             values["speed/mfu"] = done / (seconds * peak * trainer.world_size)
         for logger in trainer.loggers:

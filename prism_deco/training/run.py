@@ -23,17 +23,20 @@ from prism_deco.data import Source, build_source
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import tensor_files
 from prism_deco.llms.checkpointing import checkpoint_activations
+from prism_deco.plan.flops import training_flops
 from prism_deco.registry import unknown
 from prism_deco.training.artifacts import save_model, trained_sha256
 from prism_deco.training.callbacks import ProgressBar, SampleAnswers
 from prism_deco.training.checkpointing import Checkpointing
 from prism_deco.training.checkpoints import step_of
 from prism_deco.training.datamodule import Conversations
-from prism_deco.training.folder import Plan, set_status
+from prism_deco.training.folder import Plan, read_status, set_status
 from prism_deco.training.manifest import build_manifest, write_json
 from prism_deco.training.module import TrainingModule
+from prism_deco.training.monitor import SpeedMonitor, choices_of
 from prism_deco.training.preemption import Preemption, requeue
-from prism_deco.training.ranks import Ranks
+from prism_deco.training.preflight import preflight
+from prism_deco.training.ranks import Ranks, uses_gpu
 from prism_deco.training.sharding import Sharding, reshard
 from prism_deco.training.start import find_start, start_from
 from prism_deco.training.stops import Preempted, RankFailed, Stop, as_stop
@@ -121,15 +124,19 @@ def _train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption,
     checkpoint_activations(vlm.lm, config.trainer.activation_checkpointing)
     with ranks.main_first():
         data = Conversations(source, config, vlm, llm)
+    if ranks.is_main:
+        set_status(plan.folder, **read_status(plan.folder), total_steps=data.total_steps)
     if config.recipe.standardise_features and plan.checkpoint is None:
         vlm.fit_features(data.sample_pixels(FEATURE_STATISTICS_IMAGES))
     if config.recipe.start_from:
         start_from(Path(config.recipe.start_from), config, vlm, llm)
+    if config.trainer.preflight and plan.checkpoint is None:
+        device = torch.device("cuda", ranks.local_rank) if uses_gpu(config.trainer) else torch.device("cpu")
+        ranks.decide(lambda: preflight(config, plan.folder, vlm, llm, data, device))
     module = TrainingModule(
         vlm,
         config.recipe,
         data.total_steps,
-        config.trainer.log_every,
         seed=config.seed,
         nonfinite=config.trainer.nonfinite,
         shard=partial(sharding.apply, vlm, llm) if sharding else None,
@@ -213,7 +220,10 @@ def _trainer(
     keeping = Checkpointing(
         plan.folder, plan.checkpoint, every=every, keep=settings.keep_checkpoints, watch=watch, preemption=preemption
     )
-    callbacks: list[Callback] = [SampleAnswers(llm, settings.samples), keeping]
+    # Only GPUs have a known peak to compare with.
+    flops = training_flops(config) if torch.cuda.is_available() else None
+    monitor = SpeedMonitor(flops, settings.log_every, choices_of(config))
+    callbacks: list[Callback] = [SampleAnswers(llm, settings.samples), monitor, keeping]
     if ranks.is_main:
         callbacks.insert(0, ProgressBar())
     return pl.Trainer(

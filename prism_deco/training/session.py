@@ -8,8 +8,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 
+from prism_deco.plan import plan_run, problems
+from prism_deco.plan.accelerators import device_memory
 from prism_deco.training.folder import Plan, lock_run, prepare_run, read_status, run_folder, set_status
 from prism_deco.training.preemption import Preemption
 from prism_deco.training.ranks import Ranks
@@ -20,13 +23,19 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    config: DictConfig, score: Callable[[Path], None] | None, *, overwrite: bool = False, arguments: Sequence[str] = ()
+    config: DictConfig,
+    score: Callable[[Path], None] | None,
+    *,
+    overwrite: bool = False,
+    force: bool = False,
+    arguments: Sequence[str] = (),
 ) -> int:
     """Trains and scores what the configuration says, or goes on with it where an earlier call has stopped.
 
     Args:
         score: scores a trained run; None leaves that out. All processes call it.
         overwrite: replace an earlier run in the folder.
+        force: train even what does not fit this machine's memory by its plan.
         arguments: the command line, for the other processes of this machine.
 
     Returns:
@@ -39,7 +48,7 @@ def run(
     try:
         with preemption.watched(), ranks.started(arguments), ExitStack() as held:
             run_folder(config)
-            plan = ranks.decide(lambda: _prepare(config, overwrite, held))
+            plan = ranks.decide(lambda: _prepare(config, overwrite, force, held))
             if plan.state == "done":
                 log.info("The run in %s is done. Another one: run_id=NAME; in its place: --overwrite", plan.folder)
                 return 0
@@ -60,11 +69,25 @@ def run(
         return stop.exit_code
 
 
-def _prepare(config: DictConfig, overwrite: bool, held: ExitStack) -> Plan:
+def _prepare(config: DictConfig, overwrite: bool, force: bool, held: ExitStack) -> Plan:
     folder = run_folder(config)
     if (folder / "config.yaml").is_file() and (lock := lock_run(folder)):
         lock.close()
+    if not force:
+        _refuse_what_cannot_fit(config)
     plan = prepare_run(config, overwrite=overwrite)
     if lock := lock_run(plan.folder):
         held.enter_context(lock)
     return plan
+
+
+def _refuse_what_cannot_fit(config: DictConfig) -> None:
+    """`ValueError` where the plan says that a run needs more memory than there is, before time is spent."""
+    try:
+        run_plan = plan_run(config)
+    except Exception as error:  # a plug-in's code may not bear being walked through without data
+        log.warning("The run's memory could not be planned (%s: %s)", type(error).__name__, error)
+        return
+    sharing = 1 if torch.cuda.is_available() else max(1, config.trainer.devices)
+    if found := problems(run_plan, device_memory() // sharing):
+        raise ValueError(f"This run cannot work: {'; '.join(found)}. --force starts it anyway.")

@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 _FOLDER = ".ranks"
 _PERIOD = 0.3
+_ALIVE = 3.0
+"""Seconds after which a process writes its file again even if it stands still; silent for three times that, it is
+stopped as a whole."""
 
 
 class Watch(threading.Thread):
@@ -40,6 +43,7 @@ class Watch(threading.Thread):
         self._on_failure = on_failure
         self._beats = 0
         self._changed = math.inf
+        self._heard: dict[int, tuple[int, float]] = {}
         self._done = threading.Event()
         self._parent = int(os.environ.get("PRISM_DECO_PARENT", "0"))
 
@@ -83,11 +87,12 @@ class Watch(threading.Thread):
         shutil.rmtree(self._files, ignore_errors=True)
 
     def run(self) -> None:
-        written = self._beats
+        written, at = self._beats, time.monotonic()
         while not self._done.wait(_PERIOD):
-            if self._beats != written:
-                written = self._beats
+            if self._beats != written or time.monotonic() - at > _ALIVE:
+                written, at = self._beats, time.monotonic()
                 self._write()
+            self._listen()
             if stop := self._orphaned() or self._failure() or self._child_failure() or self._stalled():
                 self._end(stop)
 
@@ -101,7 +106,8 @@ class Watch(threading.Thread):
         os._exit(stop.exit_code)  # the main thread waits for a process that will not answer
 
     def _write(self, **more: Any) -> None:
-        write_json(self._files / f"{self._ranks.rank}.json", {"beats": self._beats, **more})
+        content = {"beats": self._beats, "written": time.time_ns(), **more}
+        write_json(self._files / f"{self._ranks.rank}.json", content)
 
     def _others(self) -> dict[int, dict[str, Any]]:
         found = {}
@@ -130,11 +136,30 @@ class Watch(threading.Thread):
             return RankFailed("the first process of this node is gone")
         return None
 
+    def _listen(self) -> None:
+        """Notes when each of the others was last heard of, by this process's clock."""
+        for rank, content in self._others().items():
+            if rank not in self._heard or self._heard[rank][0] != content["written"]:
+                self._heard[rank] = (content["written"], time.monotonic())
+
+    def _silent(self) -> list[int]:
+        now = time.monotonic()
+        return [rank for rank, (_, heard) in sorted(self._heard.items()) if now - heard > 3 * _ALIVE]
+
     def _stalled(self) -> Stop | None:
         waited = time.monotonic() - self._changed
         if waited < self._ranks.timeout.total_seconds():
             return None
         beats = {rank: content["beats"] for rank, content in self._others().items()} | {self._ranks.rank: self._beats}
-        behind = [str(rank) for rank, count in sorted(beats.items()) if count < max(beats.values())]
-        who = f"rank {', '.join(behind)} is behind the others" if behind else "all ranks are in the same step"
+        behind = [rank for rank, count in sorted(beats.items()) if count < max(beats.values())]
+        if silent := self._silent():
+            who = f"{_named(silent)} given no sign of life"
+        elif behind:
+            who = f"{_named(behind)} fallen behind the others"
+        else:
+            who = "all ranks are in the same step"
         return RankFailed(f"no progress for {waited / 60:.1f} minutes (trainer.timeout_minutes): {who}")
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} have"

@@ -15,6 +15,7 @@ from prism_deco.bench.peer import WholeTowers, build_peer, peer_loss
 from prism_deco.bench.presets import PRESETS
 from prism_deco.bench.train import ABLATION, bench_train
 from prism_deco.bench.train_report import GROUPED, OURS, PLAIN, Agreement, Report, Row, render
+from prism_deco.cli import main
 from prism_deco.config import load_config
 from prism_deco.sequence import build_batch
 
@@ -116,6 +117,22 @@ def test_a_model_that_the_peer_cannot_express_is_refused(tiny):
         build_peer(vlm, vlm.backbone)
     with pytest.raises(ValueError, match="rounds=1 shows no spread"):
         bench_train(load_config(TINY), rounds=1)
+
+
+def test_the_command_prints_a_table_and_writes_the_numbers(tmp_path, capsys):
+    sizes = ["--batch-size", "2", "--steps", "1", "--rounds", "2", "--out", str(tmp_path / "bench.json")]
+    smaller = ["llm=mini_qwen2", "backbone.image_size=32", "recipe.max_text_tokens=30", "trainer.threads=1"]
+    threads = torch.get_num_threads()
+    try:
+        assert main(["bench", "train", *sizes, *smaller]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    content = json.loads((tmp_path / "bench.json").read_text())
+    assert content["about"]["batch_size"] == 2 and content["about"]["hardware"] and content["about"]["threads"] == 1
+    assert [row["name"] for row in content["rows"]] == [OURS, PLAIN, GROUPED]
+    assert all(row[f"times {PLAIN}"][1] > 0 for row in content["rows"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "mini_qwen2 (256 x 2, vocabulary 576), 16 visual tokens, batch 2" in printed
 
 
 def test_steps_that_differ_are_not_compared(monkeypatch):

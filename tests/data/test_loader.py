@@ -33,6 +33,15 @@ def test_a_filler_has_the_shape_of_its_record_and_counts_for_nothing(examples):
     assert (step.records, step.num_targets) == (1, alone.num_targets)
 
 
+def test_packed_passes_hold_the_same_records_without_padding(examples):
+    chosen = [examples[0], examples[8], examples[1]]
+    padded, packed = Collate(4, 2)(chosen), Collate(4, 2, pack=True)(chosen)
+    assert [b.ids for b in packed.batches] == [b.ids for b in padded.batches]
+    assert packed.num_targets == padded.num_targets
+    for a, b in zip(padded.batches, packed.batches, strict=True):
+        assert b.lengths == tuple(a.attention_mask.sum(dim=1).tolist()) and b.input_ids.shape == (1, sum(b.lengths))
+
+
 @pytest.mark.parametrize("sampler", ["shuffled", "grouped", "prismatic"])
 @pytest.mark.parametrize(("world_size", "global_batch", "micro"), [(2, 4, 1), (4, 8, 2), (4, 4, 1), (3, 6, 2)])
 def test_ranks_run_the_same_number_of_passes_in_every_step(examples, sampler, world_size, global_batch, micro):

@@ -92,7 +92,7 @@ def test_curves_of_both_kinds(tmp_path):
     lines = [{"step": 9, "train/loss": 4.0}, {"step": 19, "train/loss": 3.0}, {"step": 9, "train/loss": 3.5, "x": 1}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 29, "train/l')  # the last line is being written
-    assert read_curves(tmp_path) == {"train/loss": [(9, 3.5), (19, 3.0)]}
+    assert read_curves(tmp_path) == {"train/loss": [(9, 3.5), (19, 3.0)], "val/loss": [(19, 1.75)]}
     (tmp_path / "metrics.jsonl").write_text("[]\n")
     with pytest.raises(ValueError, match="line 1 is damaged"):
         read_curves(tmp_path)

@@ -113,7 +113,7 @@ def steps(folder: Path) -> list[dict]:
     """The rows of the steps in `metrics.jsonl`."""
     path = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [row for row in rows if "loss" in row]
+    return [row for row in rows if "train/loss" in row]
 
 
 def status(folder: Path) -> dict:

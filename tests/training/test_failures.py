@@ -43,7 +43,7 @@ def test_one_process_that_dies_or_stands_still_ends_the_others(start, tmp_path):
     stalled.processes[0].join(60)
     assert stalled.processes[0].exitcode == killed.processes[0].exitcode == 1
     state = _status(tmp_path / "stalled")
-    assert state["state"] == "failed" and "rank 1 is behind the others" in state["reason"]
+    assert state["state"] == "failed" and "rank 1 has given no sign of life" in state["reason"]
     assert _status(tmp_path / "killed")["state"] == "failed"
 
 
@@ -210,15 +210,15 @@ def test_a_run_is_trained_by_one_command_at_a_time(tmp_path):
 def test_metrics_of_steps_that_come_again_are_removed(tmp_path):
     metrics = Metrics(tmp_path, 0)
     for step, loss in enumerate((0.1, 1 / 3, 2.5e-8), start=1):
-        metrics.append(step=step, loss=loss)
-    metrics.append(step=2, val_loss=0.5)
-    metrics.append(step=3, val_loss=0.4)
+        metrics.append(step, {"train/loss": loss})
+    metrics.append(2, {"val/loss": 0.5})
+    metrics.append(3, {"val/loss": 0.4})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # a kill in the middle of a line
-    assert [row.get("loss") for row in read_metrics(tmp_path)] == [0.1, 1 / 3, 2.5e-8, None, None]
+    assert [row.get("train/loss") for row in read_metrics(tmp_path)] == [0.1, 1 / 3, 2.5e-8, None, None]
     again = Metrics(tmp_path, 2)
     assert read_metrics(tmp_path) == [
-        {"step": 1, "loss": 0.1}, {"step": 2, "loss": 1 / 3}, {"step": 2, "val_loss": 0.5}
+        {"step": 1, "train/loss": 0.1}, {"step": 2, "train/loss": 1 / 3}, {"step": 2, "val/loss": 0.5}
     ]  # fmt: skip
     assert again.best == 2
 

@@ -15,13 +15,14 @@ DROPOUT = ["projector=qformer", "projector.hidden_dim=32", "projector.heads=2", 
 
 
 def _losses(folder):
-    return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in read_metrics(folder) if "loss" in row]
+    rows = [row for row in read_metrics(folder) if "train/loss" in row]
+    return [(row["step"], row["train/loss"], row["train/grad_norm"], row["train/lr"]) for row in rows]
 
 
 def _at_step(step):
     def reached(folder):
         path = folder / "metrics.jsonl"
-        return path.exists() and path.read_text().count('"loss"') >= step
+        return path.exists() and path.read_text().count('"train/loss"') >= step
 
     return reached
 
@@ -45,7 +46,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(start, tmp_path):
     again = start(*DROPOUT, "data.val_fraction=0.3", "trainer.val_every=0.2")
     assert again.wait() == [0], again.log.read_text()
     assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
-    rows = {name: [row for row in read_metrics(tmp_path / name) if "val_loss" in row] for name in ("run", "whole")}
+    rows = {name: [row for row in read_metrics(tmp_path / name) if "val/loss" in row] for name in ("run", "whole")}
     assert rows["run"] == rows["whole"] != []
     assert _same_model(tmp_path / "run", tmp_path / "whole")
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"

@@ -17,7 +17,7 @@ EXACT = {"rel": 1e-4}  # float32 sums in another order
 
 
 def _numbers(folder):
-    return [(row["loss"], row["grad_norm"]) for row in read_metrics(folder) if "loss" in row]
+    return [(row["train/loss"], row["train/grad_norm"]) for row in read_metrics(folder) if "train/loss" in row]
 
 
 def _assert_same_run(folder, reference):

@@ -32,7 +32,7 @@ def _start(runs: Path, *more: str) -> subprocess.Popen[bytes]:
 def _steps(run: Path) -> list[int]:
     path = run / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return [row["step"] for row in rows if "loss" in row]
+    return [row["step"] for row in rows if "train/loss" in row]
 
 
 @pytest.mark.slow

@@ -1,0 +1,189 @@
+"""The preflight passes sound runs, names what is wrong with others, and leaves no trace."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import status, steps
+from safetensors.torch import load_file, save_file
+
+from prism_deco.cli import main
+from prism_deco.compose import build_model, group
+from prism_deco.config import load_config
+from prism_deco.data import build_source
+from prism_deco.sweep.launch import train_command
+from prism_deco.sweep.ledger import Entry
+from prism_deco.training import preflight_checks
+from prism_deco.training.datamodule import Conversations
+from prism_deco.training.preflight import preflight
+
+RUN = ["data=llava", "trainer=cpu", "data.val_fraction=0", "data.num_workers=0", "evaluate.benchmarks=null",
+       "recipe.global_batch_size=4", "recipe.micro_batch_size=3", "trainer.threads=1",
+       "backbone.pretrained=false"]  # fmt: skip
+
+
+@pytest.fixture
+def parts(colors, tmp_path):
+    """(overrides) -> what `preflight` takes, of a miniature run on the colours."""
+
+    def build(*overrides: str):
+        source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}"]
+        config = load_config([*RUN, *source, *overrides])
+        torch.manual_seed(0)
+        vlm, llm = build_model(config)
+        data = Conversations(build_source(group(config, "data")), config, vlm, llm)
+        return config, tmp_path, vlm, llm, data, torch.device("cpu")
+
+    return build
+
+
+def _digests(vlm) -> dict[str, str]:
+    named = [*vlm.named_parameters(), *vlm.named_buffers()]
+    return {name: hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest() for name, tensor in named}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("recipe.lm=lora", "llm=mini_llama"),
+        ("recipe.lm=frozen", "projector=d_abstractor"),
+        ("recipe.packing=true", "recipe.standardise_features=true", "trainer.precision=bf16-mixed"),
+    ],
+    ids=lambda overrides: " ".join(overrides) or "default",
+)
+def test_a_sound_run_passes_and_is_as_it_was(parts, tmp_path, caplog, overrides):
+    arguments = parts(*overrides)
+    vlm = arguments[2]
+    vlm.lm.eval()
+    before, modes = _digests(vlm), [module.training for module in vlm.modules()]
+    random = torch.random.get_rng_state()
+    with caplog.at_level("INFO"):
+        preflight(*arguments)
+    assert _digests(vlm) == before and [module.training for module in vlm.modules()] == modes
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert all(parameter.grad is None for parameter in vlm.parameters())
+    assert not list(tmp_path.iterdir()), "what was saved for the comparison must go"
+    assert "record red40 teaches ['red', 'Yes']" in caplog.text
+    assert "logits differ by 0 after saving and loading" in caplog.text
+    assert "with the images of other records" in caplog.text and "Preflight passed" in caplog.text
+
+
+def test_the_losses_of_a_run_are_the_same_with_it_and_it_comes_once(colors, tmp_path):
+    source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}", f"runs_dir={tmp_path}"]
+    more = ["recipe.lm=lora", "recipe.lora_dropout=0.1", "trainer.log_every=1"]
+    for name in ("with", "without"):
+        asked = [f"run_id={name}", f"trainer.preflight={str(name == 'with').lower()}"]
+        assert main(["train", *RUN, *source, *more, *asked]) == 0
+    losses = {name: [row["loss"] for row in steps(tmp_path / name)] for name in ("with", "without")}
+    assert losses["with"] == losses["without"] and len(losses["with"]) > 1
+    digests = {json.loads((tmp_path / name / "manifest.json").read_text())["model_sha256"] for name in losses}
+    assert len(digests) == 1
+    assert "Preflight passed" in (tmp_path / "with" / "train.log").read_text()
+    assert "Preflight" not in (tmp_path / "without" / "train.log").read_text()
+
+
+def _break_examples(data, monkeypatch, change) -> None:
+    encode = data.train_examples._encode
+    monkeypatch.setattr(data.train_examples, "_encode", lambda record: (change(encode(record)[0]), 0))
+
+
+def test_labels_that_miss_the_answers_are_found(parts, monkeypatch):
+    arguments = parts()
+    data = arguments[4]
+    with monkeypatch.context() as patch:
+        _break_examples(data, patch, lambda encoded: replace(encoded, labels=[-100] * len(encoded.labels)))
+        with pytest.raises(ValueError, match=r"Preflight, labels: record red40 has no supervised token"):
+            preflight(*arguments)
+    _break_examples(data, monkeypatch, lambda encoded: replace(encoded, labels=list(encoded.input_ids)))
+    with pytest.raises(ValueError, match=r"labels: record red40 would teach .*What color is it.*\['red', 'Yes'\]"):
+        preflight(*arguments)
+
+
+@pytest.mark.parametrize("lm", ["full", "frozen"])
+def test_a_projector_that_no_gradient_reaches_is_found(parts, monkeypatch, lm):
+    arguments = parts(f"recipe.lm={lm}")
+    vlm = arguments[2]
+    project = vlm.project
+    monkeypatch.setattr(vlm, "project", lambda features: project(features).detach())
+    before = _digests(vlm)
+    with pytest.raises(ValueError, match=r"gradient: the norm of the projector's first gradient is 0\.0"):
+        preflight(*arguments)
+    assert _digests(vlm) == before
+
+
+def test_a_gradient_that_is_not_finite_is_found(parts):
+    arguments = parts()
+    next(arguments[2].lm.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(ValueError, match=r"gradient: the norm of the LLM's first gradient is nan"):
+        preflight(*arguments)
+
+
+def test_a_loss_that_does_not_fall_is_found(parts):
+    with pytest.raises(ValueError, match=r"learning: 10 steps at recipe.lr=30\.0 take the loss of 8 records from"):
+        preflight(*parts("recipe.lr=30"))
+
+
+def test_ignored_images_are_found_unless_the_recipe_says_so(parts, monkeypatch, caplog):
+    arguments = parts()
+    vlm = arguments[2]
+    features = vlm.features
+    with monkeypatch.context() as patch:
+        # Every image looks alike: gradients still reach the projector.
+        patch.setattr(vlm, "features", lambda pixels: torch.ones_like(features(pixels)))
+        with pytest.raises(ValueError, match=r"images: the loss stays the same to the last bit.*recipe\.blind=true"):
+            preflight(*arguments)
+    vlm.blind = True
+    with pytest.raises(ValueError, match=r"gradient: .*projector"):
+        preflight(*arguments)
+    with caplog.at_level("INFO"):
+        preflight(*parts("recipe.blind=true"))
+    assert "Preflight passed" in caplog.text and "images of other records" not in caplog.text
+
+
+def test_weights_that_do_not_come_back_are_found(parts, monkeypatch, tmp_path):
+    arguments = parts()
+    save = preflight_checks.save_model
+
+    def damaged(change):
+        def save_damaged(folder: Path, *model) -> None:
+            save(folder, *model)
+            weights = load_file(folder / "model.safetensors")
+            save_file(change(weights), folder / "model.safetensors")
+
+        monkeypatch.setattr(preflight_checks, "save_model", save_damaged)
+
+    damaged(lambda weights: {k: v for k, v in weights.items() if k != "projector.mlp.0.weight"})
+    with pytest.raises(ValueError, match=r"saving: what was saved cannot be loaded: .*missing projector\.mlp\.0\.wei"):
+        preflight(*arguments)
+    damaged(lambda weights: {k: v.bfloat16().float() for k, v in weights.items()})
+    with pytest.raises(ValueError, match=r"saving: logits of up to .* differ by"):
+        preflight(*arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_preflight_ends_the_run_before_it_starts(start):
+    job = start("trainer.preflight=true", "recipe.lr=30")
+    assert job.wait() == [2]
+    assert status(job.folder)["state"] == "failed" and "Preflight, learning" in status(job.folder)["reason"]
+    assert not (job.folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("strategy", "said"), [("ddp", "Preflight passed"), ("fsdp", "labels are right; no device")])
+def test_several_processes_wait_for_the_first(start, strategy, said):
+    job = start("trainer.preflight=true", f"trainer.strategy={strategy}", "recipe.max_steps=1", ranks=2)
+    assert job.wait() == [0, 0], job.log.read_text()[-2000:]
+    text = (job.folder / "train.log").read_text()
+    assert text.count(said) == 1 and text.count("red40 teaches") == 1
+
+
+def test_sweeps_ask_for_it_unless_they_say_otherwise(tmp_path):
+    def asked(*overrides: str) -> bool:
+        command = train_command(tmp_path, Entry("cell", {}, list(overrides)))
+        return load_config(command[command.index("train") + 1 :]).trainer.preflight
+
+    assert asked() and asked("trainer=gpu") and not asked("trainer.preflight=false")
+    assert not load_config([]).trainer.preflight
