@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, help="run folder")
     export.add_argument("--to", type=Path, required=True, help="new folder to write")
     export.add_argument("--merge", action="store_true", help="merge LoRA adapters into the LLM (an export always does)")
+    export.add_argument("--checkpoint", metavar="NAME", help="the model of this checkpoint of the run, step_NNNNNN")
     export.add_argument("--hf", action="store_true", help="for plain transformers, as LlavaForConditionalGeneration")
     export.add_argument("--dtype", choices=["float32", "bfloat16"], help="type of the weights; the run's by default")
     export.set_defaults(command=commands.export)

@@ -196,10 +196,16 @@ def export(args: argparse.Namespace) -> None:
     import torch
 
     from prism_deco.api import load
-    from prism_deco.export import save_llava
+    from prism_deco.export import check_empty, save_llava
+    from prism_deco.training.consolidate import consolidate
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    if args.hf:
+    if args.checkpoint:
+        if args.hf or args.dtype:
+            raise ValueError("--checkpoint writes a model folder as a run does: export that one with --hf or --dtype.")
+        check_empty(args.to)
+        consolidate(args.run, args.checkpoint, args.to)
+    elif args.hf:
         # The two models are compared in the precision of training.
         model = load(args.run)
         save_llava(args.to, model.config, model.vlm, model.llm, dtype=dtype)

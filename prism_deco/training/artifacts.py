@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,17 @@ TOKENIZER = "tokenizer"
 CONFIG = "config.yaml"
 
 
-def save_model(folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel) -> None:
+def save_model(
+    folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel, *, read: Callable[[Tensor], Tensor] = full
+) -> None:
     """Writes projector and LLM weights, the tokenizer, the configuration, and what was frozen (the backbone, the LLM
     under adapters): by the SHA-256 of its weights where they can be had again, whole where they were random. Adapters
     go to a folder of their own, in peft's format.
 
     Weights that are sharded among processes are gathered one by one: all processes must call it, the first writes.
+
+    Args:
+        read: makes the values of a weight out of the model's own tensor.
     """
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     way = tuning(config.recipe.lm)
@@ -52,14 +57,14 @@ def save_model(folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel) -
     state = _distinct(vlm)
     elsewhere = ("backbone.", "lm.") if is_named else ("backbone.",)
     parts = {WEIGHTS: {base_name(k): v for k, v in state.items() if not k.startswith(elsewhere) and not is_adapter(k)}}
-    adapters = {k.removeprefix("lm."): full(v) for k, v in state.items() if is_adapter(k)}
+    adapters = {k.removeprefix("lm."): read(v) for k, v in state.items() if is_adapter(k)}
     if not config.backbone.pretrained:
         parts[TOWER] = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     if is_main:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / CONFIG)
     for name, tensors in parts.items():
-        write_safetensors(folder / name if is_main else None, tensors)
+        write_safetensors(folder / name if is_main else None, tensors, read=read)
     if is_main:
         describe_parts(folder, config, vlm, llm)
         if is_named:

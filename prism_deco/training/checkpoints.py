@@ -148,18 +148,6 @@ class Checkpoint:
         return sorted(name for name in self.shapes if name.startswith(prefix))
 
 
-def iterate_checkpoint_tensors(folder: Path, prefix: str = MODEL) -> Iterator[tuple[str, Tensor]]:
-    """The whole tensors of a checkpoint one after the other, under the model's own names.
-
-    Args:
-        folder: `checkpoints/step_NNNNNN`.
-        prefix: `model.` or `optimizer.`.
-    """
-    checkpoint = Checkpoint(folder)
-    for name in checkpoint.names(prefix):
-        yield name.removeprefix(prefix), checkpoint.read(name)
-
-
 def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
     """Removes all but the newest `keep` checkpoints and the one after `best` steps."""
     for path in list_checkpoints(folder)[:-keep]:

@@ -60,7 +60,8 @@ class TrainingModule(pl.LightningModule):
         if nonfinite not in POLICIES:
             raise unknown("trainer.nonfinite", nonfinite, POLICIES)
         self.automatic_optimization = False
-        self.vlm = vlm
+        # An LLM that was read from files comes in eval mode: no dropout, no activation checkpointing.
+        self.vlm = vlm.train()
         self.recipe = recipe
         self.total_steps = total_steps
         self.counts = {"tokens_cut": 0, "bad_images": 0, "steps_skipped": 0}

@@ -94,3 +94,11 @@ def test_bad_images_follow_the_policy_and_are_counted(colors, tmp_path, tiny):
     assert any(label != -100 for label in blank.encoded.labels)
     with pytest.raises(ValueError, match="Unknown policy data.on_bad_image 'ignore'"):
         load("ignore")
+
+
+def test_a_language_model_from_files_is_trained_in_training_mode(tiny):
+    vlm, _ = tiny()
+    vlm.lm.eval()
+    module = TrainingModule(vlm, OmegaConf.structured(RecipeConfig(name="test")), total_steps=1)
+    assert all(part.training for part in module.vlm.lm.modules())
+    assert not any(part.training for part in module.vlm.backbone.modules())

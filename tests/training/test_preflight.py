@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import status, steps
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prism_deco.cli import main
 from prism_deco.compose import build_model, group
@@ -40,6 +40,12 @@ def parts(colors, tmp_path):
     return build
 
 
+def _losses(run: Path) -> list[float]:
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    return [event.value for event in board.Scalars("train/loss")]
+
+
 def _digests(vlm) -> dict[str, str]:
     named = [*vlm.named_parameters(), *vlm.named_buffers()]
     return {name: hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest() for name, tensor in named}
@@ -50,7 +56,7 @@ def _digests(vlm) -> dict[str, str]:
     [
         (),
         ("recipe.lm=lora", "llm=mini_llama"),
-        ("recipe.lm=frozen", "projector=d_abstractor"),
+        pytest.param(("recipe.lm=frozen", "projector=d_abstractor"), marks=pytest.mark.slow),
         ("recipe.packing=true", "recipe.standardise_features=true", "trainer.precision=bf16-mixed"),
     ],
     ids=lambda overrides: " ".join(overrides) or "default",
@@ -72,18 +78,26 @@ def test_a_sound_run_passes_and_is_as_it_was(parts, tmp_path, caplog, overrides)
     assert "with the images of other records" in caplog.text and "Preflight passed" in caplog.text
 
 
-def test_the_losses_of_a_run_are_the_same_with_it_and_it_comes_once(colors, tmp_path):
+@pytest.fixture
+def train(colors, tmp_path):
+    """(overrides) -> exit code of `prism-deco train` on the colours."""
     source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}", f"runs_dir={tmp_path}"]
-    more = ["recipe.lm=lora", "recipe.lora_dropout=0.1", "trainer.log_every=1"]
+    return lambda *overrides: main(["train", *RUN, *source, "trainer.log_every=1", *overrides])
+
+
+def test_the_losses_of_a_run_are_the_same_with_it_and_resuming_leaves_it_out(train, tmp_path):
+    more = ["recipe.lm=lora", "recipe.lora_dropout=0.1"]
     for name in ("with", "without"):
-        asked = [f"run_id={name}", f"trainer.preflight={str(name == 'with').lower()}"]
-        assert main(["train", *RUN, *source, *more, *asked]) == 0
-    losses = {name: [row["loss"] for row in steps(tmp_path / name)] for name in ("with", "without")}
-    assert losses["with"] == losses["without"] and len(losses["with"]) > 1
+        assert train(*more, f"run_id={name}", f"trainer.preflight={str(name == 'with').lower()}") == 0
+    losses = {name: _losses(tmp_path / name) for name in ("with", "without")}
+    assert losses["with"] == losses["without"] and len(losses["with"]) == 3
     digests = {json.loads((tmp_path / name / "manifest.json").read_text())["model_sha256"] for name in losses}
     assert len(digests) == 1
-    assert "Preflight passed" in (tmp_path / "with" / "train.log").read_text()
     assert "Preflight" not in (tmp_path / "without" / "train.log").read_text()
+    (tmp_path / "with" / "status.json").write_text('{"state": "preempted"}')
+    assert train(*more, "run_id=with", "trainer.preflight=true") == 0
+    text = (tmp_path / "with" / "train.log").read_text()
+    assert text.count("Preflight passed") == 1 and text.count("Training with") == 2
 
 
 def _break_examples(data, monkeypatch, change) -> None:
@@ -165,19 +179,30 @@ def test_weights_that_do_not_come_back_are_found(parts, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_preflight_ends_the_run_before_it_starts(start):
-    job = start("trainer.preflight=true", "recipe.lr=30")
-    assert job.wait() == [2]
-    assert status(job.folder)["state"] == "failed" and "Preflight, learning" in status(job.folder)["reason"]
-    assert not (job.folder / "checkpoints").exists()
+def test_a_failed_preflight_ends_the_run_before_it_starts(train, tmp_path):
+    assert train("run_id=run", "trainer.preflight=true", "recipe.lr=30") == 2
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed" and "Preflight, learning" in status["reason"]
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(("strategy", "said"), [("ddp", "Preflight passed"), ("fsdp", "labels are right; no device")])
-def test_several_processes_wait_for_the_first(start, strategy, said):
-    job = start("trainer.preflight=true", f"trainer.strategy={strategy}", "recipe.max_steps=1", ranks=2)
-    assert job.wait() == [0, 0], job.log.read_text()[-2000:]
+def test_sharded_runs_have_their_labels_checked_only(parts, monkeypatch, caplog):
+    arguments = parts("trainer.strategy=fsdp", "recipe.lr=30")
+    with caplog.at_level("INFO"):
+        preflight(*arguments)
+    assert "labels are right; no device holds the whole" in caplog.text and "steps at" not in caplog.text
+    _break_examples(arguments[4], monkeypatch, lambda encoded: replace(encoded, labels=[-100] * len(encoded.labels)))
+    with pytest.raises(ValueError, match="Preflight, labels"):
+        preflight(*arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lr", "codes"), [("3e-3", [0, 0]), ("30", [2, 2])])
+def test_what_the_first_process_finds_holds_for_all(start, lr, codes):
+    job = start("trainer.preflight=true", "trainer.strategy=ddp", "recipe.max_steps=1", f"recipe.lr={lr}", ranks=2)
+    assert job.wait() == codes, job.log.read_text()[-2000:]
     text = (job.folder / "train.log").read_text()
-    assert text.count(said) == 1 and text.count("red40 teaches") == 1
+    assert text.count("red40 teaches") == 1 and text.count("Preflight passed") == codes.count(0) // 2
 
 
 def test_sweeps_ask_for_it_unless_they_say_otherwise(tmp_path):

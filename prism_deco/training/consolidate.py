@@ -1,0 +1,56 @@
+"""A checkpoint as a model folder: what a run would have left behind had it ended there."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+from prism_deco.backbones import build_backbone
+from prism_deco.compose import build_model, group
+from prism_deco.config import read_config
+from prism_deco.llms.tuning import tuning
+from prism_deco.training.artifacts import CONFIG, save_model
+from prism_deco.training.checkpoints import CHECKPOINTS, MODEL, Checkpoint, list_checkpoints
+
+log = logging.getLogger(__name__)
+
+
+def consolidate(run: Path, checkpoint: str, folder: Path) -> None:
+    """Writes the model of a checkpoint, for `prism_deco.load`; processes and GPUs of the training are not needed.
+
+    Trained weights go from file to file one tensor at a time. Frozen ones are read, or drawn again as the run drew
+    them, only where the model folder needs them.
+
+    Args:
+        run: the run's folder.
+        checkpoint: name of the checkpoint, `step_NNNNNN`.
+        folder: new, or empty.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it does not hold all that was trained.
+    """
+    config = read_config(run / CONFIG)
+    known = {path.name: path for path in list_checkpoints(run / CHECKPOINTS)}
+    if checkpoint not in known:
+        raise ValueError(f"{run} has no checkpoint {checkpoint}; it has: {', '.join(known) or 'none'}.")
+    stored = Checkpoint(known[checkpoint])
+    log.info("Reading %s", known[checkpoint])
+    if config.backbone.pretrained and (config.llm.pretrained or tuning(config.recipe.lm).base):
+        vlm, llm = build_model(config, device="meta")
+        vlm.backbone = build_backbone(group(config, "backbone"))
+    else:
+        pl.seed_everything(config.seed, workers=True, verbose=False)
+        vlm, llm = build_model(config)
+    # Tied weights are stored under the first of their names.
+    names = {id(tensor): f"{MODEL}{name}" for name, tensor in reversed(vlm.state_dict(keep_vars=True).items())}
+    if missing := [name for name, p in vlm.named_parameters() if p.requires_grad and names[id(p)] not in stored.shapes]:
+        raise ValueError(f"{known[checkpoint]} lacks {missing[0]} ({len(missing)} of the trained weights in all).")
+
+    def read(tensor: Tensor) -> Tensor:
+        name = names[id(tensor)]
+        return stored.read(name) if name in stored.shapes else tensor
+
+    save_model(folder, config, vlm, llm, read=read)
