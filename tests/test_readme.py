@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from prism_deco.cli import main
-from prism_deco.config import choices, load_config
+from prism_deco.config import choices
 from prism_deco.evaluation import resolve
+from prism_deco.stages import final_config
+from prism_deco.sweep import parse
+from prism_deco.sweep.expand import expand
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,9 +35,18 @@ def test_the_first_two_blocks_install_and_run():
 def test_training_commands_compose(command, monkeypatch):
     monkeypatch.chdir(ROOT / "tests" / "projectors" / "example")
     overrides = shlex.split(re.sub(r'"\$\(.*\)/data"', "photos", command))[1:]
-    config = load_config(overrides)
+    config = final_config([override for override in overrides if not override.startswith("-")])
     if config.evaluate.benchmarks:
         assert resolve(config.evaluate.benchmarks)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("sweep", "plan"))])
+def test_sweeps_and_plans_compose(command):
+    arguments = shlex.split(command.split(" --")[0])[1:]
+    cells = expand(parse(arguments))
+    assert len(cells) > 1
+    for cell in cells:
+        assert resolve(cell.config.evaluate.benchmarks)
 
 
 def test_other_commands_are_understood():
@@ -50,10 +62,10 @@ def test_the_projector_example_is_the_tested_file():
     assert (example / "token_merge.yaml").read_text() in TEXT
 
 
-@pytest.mark.parametrize("group", ["backbone", "projector", "llm", "data", "recipe", "trainer", "benchmark"])
+@pytest.mark.parametrize("group", ["backbone", "projector", "llm", "data", "recipe", "trainer", "benchmark", "sweep"])
 def test_the_table_of_choices_is_complete(group):
     row = next(line for line in TEXT.splitlines() if line.startswith(f"| `{group}` |"))
-    listed = set(re.findall(r"`([a-z0-9_]+)`", row)) - {group}
+    listed = set(re.findall(r"`([a-z0-9_-]+)`", row)) - {group}
     shipped = set(choices(group))
     assert listed <= shipped
     # The miniature benchmarks are listed by their pattern.

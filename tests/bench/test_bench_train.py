@@ -68,7 +68,7 @@ def test_ratios_pair_the_rounds(tmp_path):
     console = Console(width=250, file=io.StringIO())
     console.print(render(report))
     text = console.file.getvalue()
-    for part in ("abacus", "vocabulary 9,000", "3.00 (2.00-5.00); 2.00", "0.25", "2e-07"):
+    for part in ("abacus", "vocabulary 9,000", "3.00 (2.00-5.00)", "2.00 (1.00-2.00)", "0.25", "2e-07"):
         assert part in text
 
 

@@ -73,7 +73,7 @@ def test_cells_share_the_cores(tmp_path, monkeypatch, cores, jobs, own, settings
     (cell,) = _cells(1, *settings)
     launcher = LocalLauncher(tmp_path, [cell], jobs=jobs, gpus=[])
     line = launcher.describe(cell, Entry("a", {}, ["seed=1"], adjusted=["recipe.micro_batch_size=8"]))
-    place = f"seed=1 recipe.micro_batch_size=8 runs_dir={tmp_path} run_id=a"
+    place = f"trainer.preflight=true seed=1 recipe.micro_batch_size=8 runs_dir={tmp_path} run_id=a"
     assert line == f"OMP_NUM_THREADS={threads} {sys.executable} -m prism_deco.cli train {place}"
 
 
