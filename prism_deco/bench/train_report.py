@@ -98,7 +98,7 @@ def render(report: Report) -> Table:
         title=f"Training steps: {facts['llm']} ({shape['hidden_size']} x {shape['num_hidden_layers']}, vocabulary "
         f"{shape['vocab_size']:,}), {facts['visual_tokens']} visual tokens, batch {facts['batch_size']}, "
         f"{facts['precision']}, {facts['hardware']}, {facts['threads']} threads",
-        caption=f"Losses differ by {agreement.loss:.0e}, gradients by {agreement.gradient:.0e}. Tokens: the supervised. "
+        caption=f"Losses differ by {agreement.loss:.0e}, gradients by {agreement.gradient:.0e}. Tokens: supervised. "
         "Times: how much faster, median of rounds timed side by side (least-largest), by the clock and, below, by "
         "processor time. MiB: peak of a step above weights, gradients and optimizer.",
     )
