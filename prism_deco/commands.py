@@ -31,21 +31,27 @@ def train(args: argparse.Namespace) -> int:
     """Composes, trains and scores a model; goes on where an earlier call of the same run has stopped."""
     stages = split(args.arguments)
     config = stages[-1].config if stages else load_config(args.arguments)
-    if config.evaluate.benchmarks:
+    asked = [names for names in (config.evaluate.benchmarks, config.evaluate.relevance) if names]
+    if asked:
         from prism_deco.evaluation import resolve
 
-        resolve(config.evaluate.benchmarks)  # a wrong name must not wait for the end of training
+        resolve(",".join(asked))  # a wrong name must not wait for the end of training
     if stages:
         flags = {"--overwrite": args.overwrite, "--force": args.force, "--debug": args.debug}
         return run_stages(stages, [flag for flag, is_set in flags.items() if is_set])
     from prism_deco.training.session import run
 
     def score(folder: Path) -> None:
-        _score(folder, OmegaConf.to_container(config.evaluate))  # type: ignore[arg-type]
+        options: dict[str, Any] = OmegaConf.to_container(config.evaluate)  # type: ignore[assignment]
+        relevance, limit = options.pop("relevance"), options.pop("relevance_limit")
+        if options["benchmarks"]:
+            _score(folder, dict(options))
+        if relevance:
+            _measure_relevance(folder, relevance, {"split": options["split"], "limit": limit})
 
     # The other processes of this machine get the same settings; what becomes of an earlier run is decided once.
     arguments = ["train", *args.arguments, *(["--debug"] if args.debug else [])]
-    scoring = score if config.evaluate.benchmarks else None
+    scoring = score if asked else None
     return run(config, scoring, overwrite=args.overwrite, force=args.force, arguments=arguments)
 
 
@@ -130,21 +136,20 @@ def explain(args: argparse.Namespace) -> None:
     import torch
 
     from prism_deco.api import load
-    from prism_deco.explain import Example, explain_image, explain_set, side_by_side, table, write_page
+    from prism_deco.explain import Example, explain_image, side_by_side, table, write_page
 
     example = Example(args.image, args.prompt, args.answer) if args.image is not None and args.prompt else None
     results, sections = [], []
     for run in runs:
-        model = load(run, device=args.device, dtype=getattr(torch, args.dtype) if args.dtype else None)
+        place = {"device": args.device, "dtype": getattr(torch, args.dtype) if args.dtype else None}
         out = (args.out / run.name if len(runs) > 1 else args.out) if args.out else run / "explain"
         if example is not None:
+            model = load(run, **place)
             more = {"chunk": args.chunk, "through_backbone": args.through_backbone}
             sections.append([explain_image(model.vlm, model.llm, example, out, run=run.name, **more)])
             continue
-        name = options["benchmark"]
-        examples = _examples(run, name, {key: value for key, value in options.items() if key != "benchmark"})
-        about = {"benchmark": name}
-        result, pages = explain_set(model.vlm, model.llm, examples, out, run=run.name, about=about, chunk=args.chunk)
+        about = {key: value for key, value in options.items() if key != "benchmark"}
+        result, pages = _measure_relevance(run, options["benchmark"], about, out=out, chunk=args.chunk, **place)
         results.append(result)
         sections.append(pages)
     if results:
@@ -155,12 +160,30 @@ def explain(args: argparse.Namespace) -> None:
         log.info("The runs stand side by side in %s", page)
 
 
-def _examples(run: Path, name: str, options: dict[str, Any]) -> list[Any]:
+def _measure_relevance(
+    run: Path, name: str, options: dict[str, Any], *, out: Path | None = None, chunk: int | None = None, **place: Any
+) -> tuple[dict[str, Any], list[Any]]:
+    """Measures a run's maps of a benchmark's questions.
+
+    Args:
+        options: keys of the benchmark's YAML (split, limit, root).
+        place: device and dtype of the model.
+    """
+    from prism_deco.api import load
+    from prism_deco.explain import explain_set
+
+    model = load(run, **place)
+    benchmark, examples = _examples(run, name, options)
+    about = {"benchmark": benchmark.name, "split": benchmark.split}
+    return explain_set(model.vlm, model.llm, examples, out or run / "explain", run=run.name, about=about, chunk=chunk)
+
+
+def _examples(run: Path, name: str, options: dict[str, Any]) -> tuple[Any, list[Any]]:
     """A benchmark's questions as examples to explain; a box that is asked for is also the answer."""
     from prism_deco.evaluation import build_benchmark
     from prism_deco.explain import Example
 
-    benchmark = build_benchmark(name, **options)
+    benchmark = build_benchmark(name, **{key: value for key, value in options.items() if value is not None})
     benchmark.root = benchmark.root or _own_benchmarks(run)
     first = benchmark.variants[0]
     examples = []
@@ -169,7 +192,7 @@ def _examples(run: Path, name: str, options: dict[str, Any]) -> list[Any]:
             box = item.target.get("box")
             answer = f"[{', '.join(f'{edge:.2f}' for edge in box)}]" if box else None
             examples.append(Example(item.path, item.prompt, answer, tuple(box) if box else None, item.question_id))
-    return examples
+    return benchmark, examples
 
 
 def chat(args: argparse.Namespace) -> None:

@@ -32,8 +32,9 @@ GROUPS = tuple(f.name for f in fields(Config) if f.name not in ("evaluate", "see
 
 def cache_dir() -> Path:
     """Folder for what can be made again: indexes, rendered worlds, converted weights. `PRISM_DECO_CACHE` moves it."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prism_deco"
-    return Path(os.environ.get("PRISM_DECO_CACHE", default))
+    # A variable that is set to nothing is not set: it would be the working directory.
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prism_deco"
+    return Path(os.environ.get("PRISM_DECO_CACHE") or default)
 
 
 def choices(group: str) -> list[str]:

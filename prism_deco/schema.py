@@ -208,6 +208,10 @@ class EvaluateConfig:
     """Split of the benchmarks; None takes each YAML's own."""
     limit: int | None = None
     """Ask only that many questions of each benchmark; None asks all."""
+    relevance: str | None = None
+    """A benchmark with boxes: the relevance maps (R-GAE) of its questions are measured as well."""
+    relevance_limit: int = 100
+    """Questions whose relevance maps are measured."""
     batch_size: int = 64
     """Questions per generation batch."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from prism_deco.config import GROUPS, load_choice
 from prism_deco.stages import final_config
-from prism_deco.sweep.spec import Row, Spec, scalar
+from prism_deco.sweep.spec import PART, Grid, Row, Spec, scalar
 
 LONGEST_ID = 100
 RESERVED = ("logs", "jobs")
@@ -33,21 +33,42 @@ class Cell:
     """Arguments of `train`, without the run's place."""
     config: DictConfig
     """What they compose to (the last stage's, of a recipe of several)."""
+    choose: Mapping[str, str] = field(default_factory=dict)
+    """Keys whose value the results of another part decide, and that part."""
+
+    @property
+    def part(self) -> str | None:
+        """The part of the sweep that it belongs to."""
+        return self.labels.get(PART)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The overrides by key."""
+        return dict(override.split("=", 1) for override in self.overrides)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a key's value is still to be chosen."""
+        return any(key not in self.settings for key in self.choose)
 
 
 def expand(spec: Spec) -> list[Cell]:
-    """All cells of a sweep, rows first, each composed and checked.
+    """All cells of a sweep, part by part, rows first, each composed and checked. What a part chooses by the results
+    of another is left at the recipe's own value.
 
     Raises:
         ValueError: a cell that does not compose (named, with the reason), or two cells of one id.
     """
     combinations = [
-        (row, dict(zip(spec.axes, values, strict=True))) for row in spec.rows for values in product(*spec.axes.values())
+        (grid, row, dict(zip(grid.axes, values, strict=True)))
+        for grid in spec.grids
+        for row in grid.rows
+        for values in product(*grid.axes.values())
     ]
     cells: dict[str, Cell] = {}
-    for number, (row, values) in enumerate(combinations, start=1):
+    for number, (grid, row, values) in enumerate(combinations, start=1):
         name = cell_id(row, values)
-        overrides = tuple(f"{key}={value}" for key, value in _settings(spec, row, values).items())
+        overrides = tuple(f"{key}={value}" for key, value in _settings(spec, grid, row, values).items())
         try:
             config = final_config(overrides)
             _check_benchmarks(config)
@@ -59,13 +80,13 @@ def expand(spec: Spec) -> list[Cell]:
         if name.casefold() in cells:
             other = " ".join(cells[name.casefold()].overrides)
             raise ValueError(f"Two cells would share the folder {name}: {' '.join(overrides)} and {other}.")
-        cells[name.casefold()] = Cell(name, _labels(row, values), overrides, config)
+        cells[name.casefold()] = Cell(name, _labels(row, values), overrides, config, grid.choose)
     return list(cells.values())
 
 
 def cell_id(row: Row, values: Mapping[str, str]) -> str:
     """A short, readable, stable folder name: `B1-avgpool-seed7`."""
-    parts = [_slug(str(label)) for label in row.labels.values()]
+    parts = [key.rpartition(".")[2] if label is True else _slug(str(label)) for key, label in row.labels.items()]
     for key, value in values.items():
         # The value of a group is its own name; a number needs its key beside it.
         parts.append(_slug(value) if key in GROUPS else key.rpartition(".")[2] + _slug(value))
@@ -80,8 +101,8 @@ def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.+-]+", "_", text).strip("._")
 
 
-def _settings(spec: Spec, row: Row, values: Mapping[str, str]) -> dict[str, str]:
-    settings = {**spec.settings, **row.settings, **values}
+def _settings(spec: Spec, grid: Grid, row: Row, values: Mapping[str, str]) -> dict[str, str]:
+    settings = {**grid.settings, **row.settings, **values}
     for choice, more in spec.choices.items():
         key, _, value = choice.partition("=")
         if settings.get(key) == value:

@@ -79,7 +79,7 @@ class Ledger:
         ledger = cls.read(folder) if (folder / "ledger.json").exists() else cls(folder, name)
         known_axes = {tuple(entry.labels) for entry in ledger.entries.values()}
         for cell in cells:
-            if known_axes and tuple(cell.labels) not in known_axes:
+            if known_axes and not cell.part and tuple(cell.labels) not in known_axes:
                 before = " or ".join(sorted(", ".join(axes) for axes in known_axes))
                 raise ValueError(
                     f"{folder} is a sweep over {before}; this one is over {', '.join(cell.labels)}. Give it another "
@@ -114,7 +114,9 @@ def _update_definition(entry: Entry, cell: Cell, folder: Path) -> None:
     old = dict(override.split("=", 1) for override in entry.overrides)
     new = dict(override.split("=", 1) for override in cell.overrides)
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    if fixed := [key for key in changed if not is_free(key)]:
+    # Chosen once, a value stays; before that there is none.
+    decided = [key for key in cell.choose if key not in old or key not in new]
+    if fixed := [key for key in changed if not is_free(key) and key not in decided]:
         differences = "; ".join(
             f"{key} was {old.get(key, 'not given')} and is now {new.get(key, 'not given')}" for key in fixed
         )
@@ -124,7 +126,7 @@ def _update_definition(entry: Entry, cell: Cell, folder: Path) -> None:
         )
     if changed and entry.state == "done":
         log.warning("%s is done and keeps its own %s", cell.id, ", ".join(changed))
-    elif changed:
+    elif changed and not cell.waits:
         entry.overrides, entry.adjusted = list(cell.overrides), []
 
 

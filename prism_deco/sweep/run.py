@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from prism_deco.sweep.choose import settle
 from prism_deco.sweep.driver import Driver
 from prism_deco.sweep.expand import Cell, expand
 from prism_deco.sweep.launch import Launcher
@@ -28,13 +29,23 @@ def run(spec: Spec, *, jobs: int | None, timeout: float | None, console: Console
     """
     cells = expand(spec)
     launcher = _launcher(spec, cells, jobs)
-    with lock(spec.folder):
+    with lock(spec.folder), contextlib.ExitStack() as stack:
         ledger = Ledger.merge(spec.folder, spec.name, cells)
         ledger.write()
         OmegaConf.save(OmegaConf.create(_asked(spec)), spec.folder / "sweep.yaml")
-        with contextlib.ExitStack() as stack:
-            view = LiveView(stack.enter_context(live_on(console))) if console.is_terminal else LogView()
-            return Driver(ledger, cells, launcher, view, timeout=timeout).run()
+        view = LiveView(stack.enter_context(live_on(console))) if console.is_terminal else LogView()
+        started = 0
+        while True:
+            cells = settle(cells, ledger)
+            ledger = Ledger.merge(spec.folder, spec.name, cells)
+            ledger.write()
+            ready = [cell for cell in cells if not cell.waits]
+            if len(ready) == started:
+                return False  # the others wait for results that there will not be
+            started = len(ready)
+            done = Driver(ledger, ready, launcher, view, timeout=timeout).run()
+            if len(ready) == len(cells):
+                return done
 
 
 def dry_run(spec: Spec, *, jobs: int | None) -> str:
@@ -42,8 +53,9 @@ def dry_run(spec: Spec, *, jobs: int | None) -> str:
     cells = expand(spec)
     launcher = _launcher(spec, cells, jobs, dry=True)
     ledger = Ledger.merge(spec.folder, spec.name, cells)
+    cells = settle(cells, ledger)
     entries = [(cell, ledger.entries[cell.id]) for cell in cells]
-    return "\n\n".join(f"# {_title(entry)}\n{launcher.describe(cell, entry)}" for cell, entry in entries) + "\n"
+    return "\n\n".join(f"# {_title(cell, entry)}\n{launcher.describe(cell, entry)}" for cell, entry in entries) + "\n"
 
 
 def _launcher(spec: Spec, cells: Sequence[Cell], jobs: int | None, *, dry: bool = False) -> Launcher:
@@ -58,14 +70,19 @@ def _launcher(spec: Spec, cells: Sequence[Cell], jobs: int | None, *, dry: bool 
 
 def _asked(spec: Spec) -> dict[str, object]:
     """The sweep in the form of a YAML of `conf/sweep`."""
-    return {
-        "settings": spec.settings,
-        "rows": [{"labels": dict(row.labels), "settings": dict(row.settings)} for row in spec.rows],
-        "axes": spec.axes,
-        "with": spec.choices,
-        "jobs": spec.jobs,
+    grids = {
+        grid.name: {
+            "settings": grid.settings,
+            "rows": [{"labels": dict(row.labels), "settings": dict(row.settings)} for row in grid.rows],
+            "axes": grid.axes,
+        }
+        | ({"choose": grid.choose} if grid.choose else {})
+        for grid in spec.grids
     }
+    asked = grids.get("", {"parts": grids, "claims": spec.claims})
+    return asked | {"with": spec.choices, "jobs": spec.jobs}
 
 
-def _title(entry: Entry) -> str:
-    return f"{entry.id}, {entry.state}"
+def _title(cell: Cell, entry: Entry) -> str:
+    waits = "".join(f", {key} is chosen by the results of {part}" for key, part in cell.choose.items() if cell.waits)
+    return f"{entry.id}, {entry.state}{waits}"

@@ -15,8 +15,14 @@ from prism_deco.config import choices, load_choice
 from prism_deco.registry import unknown
 
 LAUNCHERS = ("local", "slurm")
-PARTS = ("name", "settings", "rows", "axes", "with", "jobs")
+KEYS = ("name", "settings", "rows", "axes", "with", "jobs", "parts", "claims")
 """Keys of a sweep's YAML."""
+
+PART_KEYS = ("settings", "rows", "axes", "choose")
+"""Keys of one of its parts."""
+
+PART = "part"
+"""The label that says which part of a sweep a cell belongs to."""
 
 FREE = ("trainer", "trainer.", "evaluate.", "recipe.micro_batch_size", "data.num_workers", "runs_dir")
 """Settings that say where and how a cell runs, not what it is: an unfinished run may continue under other ones."""
@@ -34,17 +40,30 @@ class Row:
 
 
 @dataclass
-class Spec:
-    """A sweep: every row with every combination of the axes' values."""
+class Grid:
+    """Every row with every combination of the axes' values."""
 
-    name: str
+    name: str = ""
+    """Of the part; empty where the sweep is one grid."""
     settings: dict[str, str] = field(default_factory=dict)
     """Shared by all cells, as on the command line of `train`."""
     rows: list[Row] = field(default_factory=lambda: [Row()])
     axes: dict[str, list[str]] = field(default_factory=dict)
     """Values of each key that varies."""
+    choose: dict[str, str] = field(default_factory=dict)
+    """Keys whose value is chosen by the results of an earlier part: {`recipe.lr`: `ladder`} (see `choose`)."""
+
+
+@dataclass
+class Spec:
+    """A sweep: one grid of cells, or several that are its parts."""
+
+    name: str
+    grids: list[Grid] = field(default_factory=lambda: [Grid()])
     choices: dict[str, dict[str, str]] = field(default_factory=dict)
     """Settings that go with a choice: `projector=qformer` -> {`projector.heads`: `4`}."""
+    claims: list[Any] = field(default_factory=list)
+    """What the report is to test; see `report.claims`."""
     jobs: int | None = None
     """Cells at a time on one machine; None leaves it to the launcher."""
     launcher: str = "local"
@@ -92,7 +111,7 @@ def parse(arguments: Iterable[str]) -> Spec:
             raise ValueError("run_id is made for each cell of a sweep: name=NAME names the sweep's folder.")
         else:
             _set(spec, key, text)
-    if not spec.axes and spec.rows == [Row()]:
+    if all(not grid.axes and grid.rows == [Row()] for grid in spec.grids):
         raise ValueError(
             "Nothing to sweep over: give a setting several values, for example projector=avgpool,c_abstractor, or name "
             f"a sweep: {', '.join(choices('sweep'))}."
@@ -132,36 +151,66 @@ def _set(spec: Spec, key: str, text: str) -> None:
     values = [text] if key == BENCHMARKS else split_values(text)
     if "" in values and len(values) > 1:
         raise ValueError(f"{key}={text}: there is an empty value between the commas.")
-    if any(key in row.labels for row in spec.rows):
-        known = {str(row.labels[key]) for row in spec.rows if key in row.labels}
+    rows = [row for grid in spec.grids for row in grid.rows]
+    if known := {str(row.labels[key]) for row in rows if key in row.labels}:
         for value in values:
             if value not in known:
                 raise unknown(key, value, known)
-        spec.rows = [row for row in spec.rows if str(row.labels.get(key)) in values]
+        for grid in spec.grids:
+            grid.rows = [row for row in grid.rows if str(row.labels.get(key)) in values]
+        spec.grids = [grid for grid in spec.grids if grid.rows]
         return
-    if any(key in row.settings for row in spec.rows):
-        labels = " ".join(spec.rows[0].labels)
+    if any(key in row.settings for row in rows):
+        labels = " ".join(spec.grids[0].rows[0].labels)
         raise ValueError(f"{key} is what tells the rows of {spec.name} apart: choose rows with {labels}=NAME instead.")
-    if len(values) > 1 or key in spec.axes:
-        spec.settings.pop(key, None)
-        spec.axes[key] = values
-    else:
-        spec.settings[key] = text
+    swept = [grid for grid in spec.grids if key in grid.axes]
+    for grid in spec.grids if len(values) == 1 else swept or spec.grids:
+        if len(values) > 1 or key in grid.axes:
+            grid.settings.pop(key, None)
+            grid.axes[key] = values
+        else:
+            grid.settings[key] = text
 
 
 def _load(name: str) -> Spec:
     content = load_choice("sweep", name)
-    for key in content:
-        if key not in PARTS:
-            raise unknown(f"key of the sweep {name}", key, PARTS)
-    rows = content.get("rows") or [{}]
+    _check_keys(f"key of the sweep {name}", content, KEYS)
+    parts: Mapping[str, Any] = content.get("parts") or {}
+    if parts and (content.get("rows") or content.get("axes")):
+        raise ValueError(f"The sweep {name} has parts: its rows and axes belong into them.")
+    for part, its in parts.items():
+        _check_keys(f"key of the part {part} of the sweep {name}", its, PART_KEYS)
+        for key, source in (its.get("choose") or {}).items():
+            earlier = list(parts)[: list(parts).index(part)]
+            if source not in earlier:
+                raise ValueError(f"The part {part} of the sweep {name} chooses {key} from {source}: no earlier part.")
+    shared = _texts(content.get("settings"))
     return Spec(
         name=content["name"],
-        settings=_texts(content.get("settings")),
-        rows=[Row(row.get("labels") or {}, _texts(row.get("settings"))) for row in rows],
-        axes={key: [_text(value) for value in values] for key, values in (content.get("axes") or {}).items()},
+        grids=[_grid(its, shared, part) for part, its in parts.items()] or [_grid(content, {}, "")],
         choices={choice: _texts(settings) for choice, settings in (content.get("with") or {}).items()},
+        claims=content.get("claims") or [],
         jobs=content.get("jobs"),
+    )
+
+
+def _check_keys(kind: str, content: Mapping[str, Any], known: Iterable[str]) -> None:
+    for key in content:
+        if key not in known:
+            raise unknown(kind, key, known)
+
+
+def _grid(content: Mapping[str, Any], shared: Mapping[str, str], part: str) -> Grid:
+    label = {PART: part} if part else {}
+    return Grid(
+        name=part,
+        settings={**shared, **_texts(content.get("settings"))},
+        rows=[
+            Row({**label, **(row.get("labels") or {})}, _texts(row.get("settings")))
+            for row in content.get("rows") or [{}]
+        ],
+        axes={key: [_text(value) for value in values] for key, values in (content.get("axes") or {}).items()},
+        choose=dict(content.get("choose") or {}),
     )
 
 
@@ -176,6 +225,7 @@ def _text(value: Any) -> str:
 
 def _default_name(spec: Spec) -> str:
     """The axes' names and a digest of what they share: more values of an axis belong to the same sweep."""
-    shared = json.dumps({key: value for key, value in spec.settings.items() if not is_free(key)}, sort_keys=True)
-    names = [key.rpartition(".")[2] for key in spec.axes]
+    grid = spec.grids[0]  # of the command line, which has no parts
+    shared = json.dumps({key: value for key, value in grid.settings.items() if not is_free(key)}, sort_keys=True)
+    names = [key.rpartition(".")[2] for key in grid.axes]
     return "-".join([*names, hashlib.sha256(shared.encode()).hexdigest()[:6]])

@@ -172,7 +172,7 @@ def test_presets_are_valid(name):
 
 
 def test_the_peak_is_what_was_held_at_once():
-    size = 2**25
+    size = 2**26  # above what the C library ever keeps back of freed memory
     with usage(torch.device("cpu")) as taken:
         held = torch.ones(size, dtype=torch.uint8)
         del held

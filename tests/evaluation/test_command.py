@@ -51,3 +51,16 @@ def test_another_precision_is_not_mixed_in(run, files, tmp_path, capsys):
     assert main(["evaluate", str(run), f"benchmark={mine}", "max_new_tokens=4"]) == 0
     assert main(["evaluate", str(run), f"benchmark={mine}", "max_new_tokens=4", "--dtype=bfloat16"]) == 2
     assert "choose another folder" in " ".join(capsys.readouterr().err.split())
+
+
+def test_training_ends_with_the_relevance_maps_of_a_benchmark(colors, files, tmp_path):
+    boxes = tmp_path / "boxes.yaml"
+    boxes.write_text(yaml.safe_dump({k: v for k, v in files.refcoco().items() if k != "name"}))
+    source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}", f"runs_dir={tmp_path}"]
+    asked = [f"evaluate.relevance={boxes}", "evaluate.relevance_limit=3", "run_id=measured"]
+    assert main(["train", "data=llava", *source, *FAST, *asked]) == 0
+    folder = tmp_path / "measured/explain"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (metrics["n"], metrics["benchmark"], metrics["split"]) == (3, "boxes", "val")
+    assert len((folder / "examples.jsonl").read_text().splitlines()) == 3
+    assert not (tmp_path / "measured/eval").exists(), "no benchmark was to be scored"
