@@ -83,13 +83,12 @@ def compose(contents: Mapping[Any, Any], values: Iterable[str] = ()) -> DictConf
         base = Config.__dataclass_fields__[group].default_factory
         schema[group] = OmegaConf.structured(_extend(base, contents.get(group) or {}))  # type: ignore[arg-type]
     config = _merge(schema, OmegaConf.create(dict(contents)))
-    for value in values:
-        key = value.partition("=")[0]
-        try:
-            update = OmegaConf.from_dotlist([value])
-        except Exception as error:  # YAML errors have many classes, and none names the key
-            raise ValueError(f"{value}: the value of {key} is not valid YAML ({error}).") from error
-        config = _merge(config, update, source=value)
+    values = list(values)
+    try:
+        return _merge(config, OmegaConf.from_dotlist(values))
+    except Exception:  # one by one they take longer, but the error names the value
+        for value in values:
+            config = _merge(config, _parse(value), source=value)
     return config
 
 
@@ -126,6 +125,14 @@ def _split(overrides: Iterable[str]) -> tuple[dict[str, str], list[str]]:
         else:
             values.append(override)
     return chosen, values
+
+
+def _parse(value: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([value])
+    except Exception as error:  # YAML errors have many classes, and none names the key
+        key = value.partition("=")[0]
+        raise ValueError(f"{value}: the value of {key} is not valid YAML ({error}).") from error
 
 
 def _extend(base: type, content: Mapping[str, Any]) -> type:
