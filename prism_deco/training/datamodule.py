@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import numpy as np
 import pytorch_lightning as pl
@@ -14,11 +15,12 @@ from torch.utils.data import DataLoader
 from prism_deco.compose import max_positions
 from prism_deco.config import cache_dir
 from prism_deco.data import Source
+from prism_deco.data.examples import Features
 from prism_deco.data.images import ImageSource
 from prism_deco.data.loader import Collate, Examples, Step, build_loader, stack_pixels
-from prism_deco.data.records import open_records
+from prism_deco.data.records import Records
 from prism_deco.data.samplers import Population, StepSampler, in_order
-from prism_deco.data.split import Subset, first, hold_out
+from prism_deco.data.split import Subset, open_parts
 from prism_deco.llms import LanguageModel
 from prism_deco.vlm import VLM
 
@@ -35,19 +37,14 @@ class Conversations(pl.LightningDataModule):
     def __init__(self, source: Source, config: DictConfig, vlm: VLM, llm: LanguageModel):
         super().__init__()
         self._config = config
-        records = open_records(source.train, cache_dir())
-        self.data_hash = records.data_hash
-        if source.val is not None:
-            val_records = open_records(source.val, cache_dir())
-            train, val = first(records, None), first(val_records, None)
-        else:
-            val_records = records
-            train, val = hold_out(records, config.data.val_fraction)
-        self.train_records, self.val_records = first(train, config.data.limit), val
+        settings = config.data
+        self.parts = open_parts(source, cache_dir(), val_fraction=settings.val_fraction, limit=settings.limit)
+        self.data_hash = self.parts.records.data_hash
+        self.train_records, self.val_records = self.parts.train, self.parts.val
         if len(self.train_records) == 0:
             raise ValueError(f"{source.train} has no record left to train on: lower data.val_fraction.")
-        self.train_examples = self._examples(self.train_records, source.images(records), vlm, llm)
-        self.val_examples = self._examples(self.val_records, source.images(val_records), vlm, llm)
+        self.train_examples = self._examples(self.train_records, source.images(self.parts.records), vlm, llm)
+        self.val_examples = self._examples(self.val_records, source.images(self.parts.val_records), vlm, llm)
         if config.data.on_bad_image == "fail":
             for examples in (self.train_examples, self.val_examples):
                 _check_images(examples)
@@ -83,8 +80,24 @@ class Conversations(pl.LightningDataModule):
         batch.batches = [b.to(device, non_blocking=True) for b in batch.batches]
         return batch
 
+    @property
+    def by_file(self) -> list[tuple[Records, list[Subset], ImageSource]]:
+        """Each file of records, what is used of it, and where its images are."""
+        places = (self.train_examples.images, self.val_examples.images)
+        return [(records, used, place) for (records, used), place in zip(self.parts.by_file, places, strict=False)]
+
+    def use_features(self, features: Mapping[str, Features]) -> None:
+        """Examples have features from now on instead of pixels.
+
+        Args:
+            features: by the `data_hash` of the file of records.
+        """
+        self.train_examples.features = features.get(self.parts.records.data_hash)
+        self.val_examples.features = features.get(self.parts.val_records.data_hash)
+
     def sample_pixels(self, count: int) -> dict[str, Tensor]:
-        """Per tower float[I, 3, S, S]: images of up to `count` training records, evenly spread."""
+        """Per tower float[I, 3, S, S]: images of up to `count` training records, evenly spread; before there are
+        features in their place."""
         with_image = np.flatnonzero(self.train_records.has_image)
         if len(with_image) == 0:
             raise ValueError("recipe.standardise_features needs training records with images; there are none.")

@@ -13,12 +13,11 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim import AdamW
 
 from prism_deco.data.loader import Step
 from prism_deco.registry import unknown
 from prism_deco.training.guards import POLICIES, diagnose
-from prism_deco.training.optim import clip_grad_norm, parameter_groups, warmup_cosine
+from prism_deco.training.optim import adamw, clip_grad_norm, parameter_groups, warmup_cosine
 from prism_deco.training.stops import NonFinite
 from prism_deco.vlm import VLM, Loss
 
@@ -89,7 +88,7 @@ class TrainingModule(pl.LightningModule):
             projector_lr=recipe.projector_lr,
             weight_decay=recipe.weight_decay,
         )
-        optimizer = AdamW(groups, betas=tuple(recipe.betas), eps=recipe.eps)
+        optimizer = adamw(groups, recipe)
         return [optimizer], [warmup_cosine(optimizer, self.total_steps, recipe.warmup_ratio)]
 
     def training_step(self, batch: Step, batch_idx: int) -> None:

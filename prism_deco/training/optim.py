@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+from omegaconf import DictConfig
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -36,6 +37,11 @@ def parameter_groups(
             {"name": f"{part}/no_decay", "params": plain, "lr": rate, "weight_decay": 0.0},
         ]
     return [group for group in groups if group["params"]]
+
+
+def adamw(groups: list[dict], recipe: DictConfig) -> AdamW:
+    """The optimizer of `parameter_groups`, in one kernel: it holds no temporary copies of weights and gradients."""
+    return AdamW(groups, betas=tuple(recipe.betas), eps=recipe.eps, fused=True)
 
 
 def warmup_cosine(optimizer: AdamW, total_steps: int, warmup_ratio: float) -> LambdaLR:

@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.optim import AdamW
 
 from prism_deco.data.examples import Example
 from prism_deco.llms import LanguageModel
 from prism_deco.sequence import Batch
 from prism_deco.training.artifacts import load_model, save_model
 from prism_deco.training.datamodule import Conversations
-from prism_deco.training.optim import clip_grad_norm, parameter_groups
+from prism_deco.training.optim import adamw, clip_grad_norm, parameter_groups
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class Checks:
         recipe, vlm, batches = self.config.recipe, self.vlm, self.data.collate(self.examples).batches
         rates = {"lr": recipe.lr, "projector_lr": recipe.projector_lr, "weight_decay": recipe.weight_decay}
         groups = parameter_groups(vlm.projector, vlm.lm, **rates)
-        optimizer = AdamW(groups, betas=tuple(recipe.betas), eps=recipe.eps)
+        optimizer = adamw(groups, recipe)
         targets = sum(batch.num_targets for batch in batches)
         before = sum(self._losses(batches)) / targets
         for step in range(STEPS):

@@ -26,6 +26,7 @@ from prism_deco.llms.checkpointing import checkpoint_activations
 from prism_deco.plan.flops import training_flops
 from prism_deco.registry import unknown
 from prism_deco.training.artifacts import save_model, trained_sha256
+from prism_deco.training.cached import Towers, prepare_features
 from prism_deco.training.callbacks import ProgressBar, SampleAnswers
 from prism_deco.training.checkpointing import Checkpointing
 from prism_deco.training.checkpoints import step_of
@@ -130,6 +131,8 @@ def _train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption,
         vlm.fit_features(data.sample_pixels(FEATURE_STATISTICS_IMAGES))
     if config.recipe.start_from:
         start_from(Path(config.recipe.start_from), config, vlm, llm)
+    # From here on the examples have features, so that what needs pixels stands above.
+    towers = prepare_features(config, plan, vlm, data, ranks)
     if config.trainer.preflight and plan.checkpoint is None:
         device = torch.device("cuda", ranks.local_rank) if uses_gpu(config.trainer) else torch.device("cpu")
         ranks.decide(lambda: preflight(config, plan.folder, vlm, llm, data, device))
@@ -142,7 +145,7 @@ def _train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption,
         shard=partial(sharding.apply, vlm, llm) if sharding else None,
         preempted=lambda: preemption.requested,
     )
-    trainer = _trainer(config, plan, ranks, data, llm, watch, preemption)
+    trainer = _trainer(config, plan, ranks, data, llm, watch, preemption, towers)
     log.info(
         "Training %s: %d records, %d steps, %d visual tokens per image, %d processes",
         config.run_id,
@@ -152,10 +155,11 @@ def _train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption,
         ranks.size,
     )
     with preemption.at_boundaries():
-        _fit(trainer, module, data)
-        watch.rest()
-        reshard(vlm)
-        _save(config, plan.folder, vlm, llm, data, module, source, ranks)
+        with towers.placed(vlm):
+            _fit(trainer, module, data)
+            watch.rest()
+            reshard(vlm)
+        _save(config, plan.folder, vlm, llm, data, module, source, ranks, towers)
 
 
 class _Errors(Callback):
@@ -212,6 +216,7 @@ def _trainer(
     llm: LanguageModel,
     watch: Watch,
     preemption: Preemption,
+    towers: Towers,
 ) -> pl.Trainer:
     settings = config.trainer
     every = settings.checkpoint_every
@@ -221,7 +226,7 @@ def _trainer(
         plan.folder, plan.checkpoint, every=every, keep=settings.keep_checkpoints, watch=watch, preemption=preemption
     )
     # Only GPUs have a known peak to compare with.
-    flops = training_flops(config) if torch.cuda.is_available() else None
+    flops = towers.counted(training_flops(config)) if torch.cuda.is_available() else None
     monitor = SpeedMonitor(flops, settings.log_every, choices_of(config))
     callbacks: list[Callback] = [SampleAnswers(llm, settings.samples), monitor, keeping]
     if ranks.is_main:
@@ -264,6 +269,7 @@ def _save(
     module: TrainingModule,
     source: Source,
     ranks: Ranks,
+    towers: Towers,
 ) -> None:
     save_model(folder / "model", config, vlm, llm)
     if not ranks.is_main:
@@ -278,6 +284,7 @@ def _save(
         text_tokens_cut=module.counts["tokens_cut"],
         steps_skipped=module.counts["steps_skipped"],
         devices=ranks.size,
+        feature_caches=list(towers.caches),
         model_sha256=trained_sha256(folder / "model"),
         benchmarks=str(source.benchmarks) if source.benchmarks else None,
     )
