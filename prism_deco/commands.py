@@ -334,8 +334,8 @@ def pretrain_mini(args: argparse.Namespace) -> None:
     """Makes the miniature's towers and tokenizers."""
     from prism_deco.data.shapes import corpus
     from prism_deco.llms.train_tokenizer import train_tokenizers
+    from prism_deco.pretraining import pretrain_tower
     from prism_deco.registry import unknown
-    from prism_deco.training.pretrain_mini import pretrain_tower
 
     for name in args.names:
         if name not in MINIATURE_PARTS:

@@ -15,7 +15,7 @@ from torch import Tensor
 from prism_deco.backbones import VisionBackbone
 from prism_deco.data.shapes.render import render
 from prism_deco.data.shapes.scene import COLORS, SHAPES, Scene, draw_scene
-from prism_deco.training.pretrain_data import normalise
+from prism_deco.pretraining.data import normalise
 
 _RIDGE = 1e-4
 

@@ -17,11 +17,10 @@ from torch.optim.lr_scheduler import OneCycleLR
 from prism_deco.backbones import VisionBackbone, build_backbone
 from prism_deco.backbones.weights import ASSET
 from prism_deco.config import choices, load_choice
+from prism_deco.pretraining.data import load_captions, normalise
+from prism_deco.pretraining.objectives import OBJECTIVES, Objective
+from prism_deco.pretraining.probe import probe
 from prism_deco.registry import unknown
-from prism_deco.training import pretrain_contrastive, pretrain_masked  # noqa: F401  (they register objectives)
-from prism_deco.training.pretrain_data import load_captions, normalise
-from prism_deco.training.pretrain_objectives import OBJECTIVES, Objective
-from prism_deco.training.pretrain_probe import probe
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 from torch.nn import functional as F
 
-from prism_deco.training.pretrain_data import Vocabulary, phrases
-from prism_deco.training.pretrain_objectives import OBJECTIVES, Objective
+from prism_deco.pretraining.data import Vocabulary, phrases
+from prism_deco.pretraining.objectives import OBJECTIVES, Objective
 
 _LENGTH = 14
 """Tokens of a phrase: ten words and digits at most, the end, padding."""

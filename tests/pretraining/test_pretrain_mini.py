@@ -15,12 +15,12 @@ from torch import nn
 from prism_deco.backbones import VisionBackbone, build_backbone
 from prism_deco.backbones.transforms import BackboneTransform, TowerTransform
 from prism_deco.backbones.weights import ASSETS
-from prism_deco.training.pretrain_contrastive import PhraseClipLoss, PhraseSigLipLoss, retrieval
-from prism_deco.training.pretrain_data import END, PAD, Vocabulary, load_captions, normalise, phrases
-from prism_deco.training.pretrain_masked import MaskedPretraining, orientation_histograms
-from prism_deco.training.pretrain_mini import mini_towers, pretrain_tower
-from prism_deco.training.pretrain_objectives import OBJECTIVES
-from prism_deco.training.pretrain_probe import Probe, probe
+from prism_deco.pretraining import mini_towers, pretrain_tower
+from prism_deco.pretraining.contrastive import PhraseClipLoss, PhraseSigLipLoss, retrieval
+from prism_deco.pretraining.data import END, PAD, Vocabulary, load_captions, normalise, phrases
+from prism_deco.pretraining.masked import MaskedPretraining, orientation_histograms
+from prism_deco.pretraining.objectives import OBJECTIVES
+from prism_deco.pretraining.probe import Probe, probe
 
 TOWERS = ("mini_clip", "mini_siglip", "mini_dinov2")
 CAPTION = "a small red circle at the top left, a large blue cross in the middle and a plate at the top that says 47"

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prism_deco.training.pretrain_objectives import OBJECTIVES, Objective
+from prism_deco.pretraining.objectives import OBJECTIVES, Objective
 
 _BINS = 9
 _CELL = 4

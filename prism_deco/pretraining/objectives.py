@@ -1,6 +1,6 @@
 """What each family of miniature towers is pretrained on: the contract.
 
-CLIP and SigLIP (`pretrain_contrastive.py`) learn from captions, DINOv2's stand-in (`pretrain_masked.py`) from images
+CLIP and SigLIP (`contrastive.py`) learn from captions, DINOv2's stand-in (`masked.py`) from images
 only. No objective uses the renderer's labels.
 """
 
@@ -36,4 +36,4 @@ class Objective(nn.Module):
         """Figures on held-out images, by name."""
 
 
-OBJECTIVES: Registry[type[Objective]] = Registry("pretraining objective")
+OBJECTIVES: Registry[type[Objective]] = Registry("pretraining objective", package="prism_deco.pretraining")
