@@ -112,13 +112,12 @@ def _one_by_one(
     for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
         end = start + q.shape[2]
         within = None if mask is None else mask[:, :, start:end, start:end]
-        parts.append(
-            F.scaled_dot_product_attention(
-                q, k, v, within, dropout, is_causal=within is None, scale=scaling, enable_gqa=grouped
-            )
+        out = F.scaled_dot_product_attention(
+            q, k, v, within, dropout, is_causal=within is None, scale=scaling, enable_gqa=grouped
         )
+        parts.append(out.transpose(1, 2))  # as the output layer reads it: put together, nothing is copied again
         start = end
-    return torch.cat(parts, dim=2).transpose(1, 2)
+    return torch.cat(parts, dim=1)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
