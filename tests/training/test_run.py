@@ -172,7 +172,7 @@ def test_a_finished_run_is_left_alone_and_never_mixed_with_another(runs, colors,
     assert f"The run in {runs / 'a'} is done" in caplog.text
     assert _train(colors, runs, *same, "recipe.lr=1", "seed=3") == 2
     error = " ".join(capsys.readouterr().err.split())
-    assert "holds a run of another configuration: recipe.lr was 0.003 and is 1.0; seed was 1 and is 3." in error
+    assert "holds a run of another configuration: recipe.lr was 0.0015 and is 1.0; seed was 1 and is 3." in error
     assert (runs / "a" / "manifest.json").stat().st_mtime_ns == before
     (runs / "notes").mkdir()
     (runs / "notes" / "todo.txt").write_text("keep me")
