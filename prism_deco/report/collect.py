@@ -64,7 +64,7 @@ def read_cell(folder: Path, record: Mapping[str, Any] | None = None) -> Cell:
     """
     record = record or {}
     state, reason = str(record.get("state") or "unknown"), str(record.get("reason") or "")
-    config, names, status, manifest, scores, curves = None, {}, {}, {}, {}, {}
+    config, names, status, manifest, scores, relevance, curves = None, {}, {}, {}, {}, {}, {}
     try:
         config = _read_config(folder, record)
         names = _names(config)
@@ -75,6 +75,8 @@ def read_cell(folder: Path, record: Mapping[str, Any] | None = None) -> Cell:
                 state, reason = str(status["state"]), str(status.get("reason") or reason)
         if (folder / "manifest.json").is_file():
             scores, manifest = _read_scores(folder / "eval"), _read_json(folder / "manifest.json")
+            explained = folder / "explain" / "metrics.json"
+            relevance = _read_json(explained) if explained.is_file() else {}
         curves = read_curves(folder)
     except Exception as error:  # files can be damaged in many ways, and one must not hide the other cells
         log.warning("%s cannot be read: %s", folder, error)
@@ -92,6 +94,7 @@ def read_cell(folder: Path, record: Mapping[str, Any] | None = None) -> Cell:
         config=config,
         manifest=manifest,
         scores=scores,
+        relevance=relevance,
         curves=curves,
     )
 

@@ -74,6 +74,29 @@ def t_quantile(degrees: int) -> float:
     return z + sum(terms)
 
 
+def t_test(values: Sequence[float], null: float = 0.0) -> float:
+    """Two-sided p-value of Student's t for the mean of at least two independent values.
+
+    It is below 0.05 exactly where `seed_interval` leaves `null` out.
+
+    Args:
+        null: the mean to test against.
+    """
+    distance, deviation = fmean(values) - null, stdev(values)
+    if deviation == 0:
+        return 1.0 if distance == 0 else 0.0
+    degrees = len(values) - 1
+    angle = math.atan(abs(distance) / deviation * math.sqrt(len(values) / degrees))
+    # The probability within +-t, a finite sum for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    odd = degrees % 2
+    term, total = (math.cos(angle) if odd else 1.0), 0.0
+    for k in range(1 + odd, degrees, 2):
+        total += term
+        term *= k / (k + 1) * math.cos(angle) ** 2
+    within = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+    return min(1.0, max(0.0, 1 - within))
+
+
 def subtract(first: Strata, second: Strata) -> dict[str, list[float]]:
     """Differences unit by unit.
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from prism_deco.report.compute import is_equal
 from prism_deco.report.study import Cell, Entry
 
 _RUN: dict[str, Callable[[Cell], Any]] = {
     "training data (data_hash)": lambda cell: cell.manifest["data_hash"][:12],
+}
+_BUDGET: dict[str, Callable[[Cell], Any]] = {
     "steps": lambda cell: cell.manifest["steps"],
     "samples": lambda cell: cell.manifest["samples"],
 }
@@ -22,14 +25,15 @@ _SCORE: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 def disagreements(entries: Sequence[Entry], split: str) -> list[str]:
     """What differs between cells that should only differ in their labels, each as one sentence.
 
-    In a whole table the training data, the number of steps and of samples must be the same, each entry must
-    have the same seeds (planned ones count: a seed that is still training is missing, not different), and each
-    benchmark must have asked the same questions with the same prompts and room for an answer. Within a row the
-    number of visual tokens must be the same too; an uncompressed projector (as many tokens as patches) is the
-    reference to which a row is compared, and exempt.
+    In a whole table the training data must be the same, and either the number of steps and of samples or what
+    they cost in arithmetic (see `compute`); each entry must have the same seeds (planned ones count: a seed that is
+    still training is missing, not different), and each benchmark must have asked the same questions with the same
+    prompts and room for an answer. Within a row the number of visual tokens must be the same too; an uncompressed
+    projector (as many tokens as patches) is the reference to which a row is compared, and exempt.
     """
     trained = [cell for entry in entries for cell in entry.cells if cell.manifest]
     found = [_spread(name, trained, read) for name, read in _RUN.items()]
+    found += _budgets(trained)
     for row in dict.fromkeys(cell.row for cell in trained):
         compressed = [cell for cell in trained if cell.row == row and cell.compressed]
         found.append(_spread(f"visual tokens in row {row}", compressed, lambda cell: cell.tokens))
@@ -49,6 +53,11 @@ def refusal(title: str, sentences: Sequence[str]) -> str:
         f"The cells of {title} saw different things and cannot be compared: {' '.join(sentences)} "
         "Report them separately, or put them into one table with --mixed."
     )
+
+
+def _budgets(cells: Sequence[Cell]) -> list[str]:
+    found = [sentence for name, read in _BUDGET.items() if (sentence := _spread(name, cells, read))]
+    return found if found and not is_equal(cells) else []
 
 
 def _spread(name: str, cells: Sequence[Cell], read: Callable[[Cell], Any]) -> str:

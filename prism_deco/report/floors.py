@@ -53,10 +53,13 @@ def blind(cells: Sequence[Cell], blind_cells: Iterable[Cell], split: str) -> dic
     if len(keys) != 1:
         return {}
     twins = [cell for cell in blind_cells if cell.config is not None and settings_key(cell.config) in keys]
+    return mean_scores(twins, split) or blind_scores(configs[0], split or None) or {}
+
+
+def mean_scores(cells: Iterable[Cell], split: str) -> dict[str, float]:
+    """The means of all cells that have a score, by benchmark."""
     values: dict[str, list[float]] = {}
-    for twin in twins:
-        for benchmark, score in twin.scores.get(split, {}).items():
+    for cell in cells:
+        for benchmark, score in cell.scores.get(split, {}).items():
             values.setdefault(benchmark, []).append(score.value)
-    if values:
-        return {benchmark: fmean(scores) for benchmark, scores in values.items()}
-    return blind_scores(configs[0], split or None) or {}
+    return {benchmark: fmean(scores) for benchmark, scores in values.items()}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from prism_deco.config import CONF_DIR, load_choice
 from prism_deco.report import paper
+from prism_deco.report.benchmarks import benchmarks_of
 from prism_deco.report.fair import disagreements
-from prism_deco.report.floors import blind, chance
+from prism_deco.report.floors import blind, chance, mean_scores
 from prism_deco.report.study import MAXIMA, Cell, Entry, Summary, group, projector_rank
 
 
@@ -46,6 +46,7 @@ class Grid:
     """A table of scores.
 
     Attributes:
+        part: of the sweep; empty where that has no parts.
         table: number of the paper's table; None where it has no such table.
         split: of the benchmarks; "" is their own.
         chance: by benchmark.
@@ -54,6 +55,7 @@ class Grid:
     """
 
     title: str
+    part: str
     table: int | None
     lines: Sequence[Line]
     benchmarks: Sequence[str]
@@ -87,25 +89,42 @@ class Grid:
 
 
 def build_grids(cells: Sequence[Cell], split: str) -> list[Grid]:
-    """The paper's Tables 3 and 1 where a cell belongs to them, and a table of all other cells."""
-    blind_cells = [cell for cell in cells if cell.blind]
-    rest, grids = group(cells), []
+    """The paper's Tables 3 and 1 where a cell belongs to them, and a table of all other cells; in a sweep with parts,
+    those of each part that has benchmarks."""
+    grids: list[Grid] = []
+    for part in dict.fromkeys(cell.part for cell in cells):
+        own = group(cell for cell in cells if cell.part == part)
+        if own and (not part or _benchmarks(own, split)):
+            grids += _grids(own, part, [cell for cell in cells if cell.blind], split)
+    return grids
+
+
+def _grids(entries: Sequence[Entry], part: str, blind_cells: Sequence[Cell], split: str) -> list[Grid]:
+    rest, grids = list(entries), []
+    suffix = f": {part}" if part else ""
     for table in (3, 1):
         chosen = {id(entry): name for entry in rest if (name := paper.setting(entry.cells[0], table))}
         own = [entry for entry in rest if id(entry) in chosen]
         rest = [entry for entry in rest if id(entry) not in chosen]
         if own:
             lines = _paper_lines(table, [(chosen[id(entry)], entry) for entry in own])
-            title = f"Table {table} of the paper, and ours"
-            grids.append(_grid(title, table, lines, paper.COLUMNS[table], split, blind_cells))
+            title = f"Table {table} of the paper, and ours{suffix}"
+            grids.append(_grid(title, part, table, lines, paper.COLUMNS[table], split, blind_cells))
     if rest:
         lines = [Line(entry.row, entry.variant, entry, {}, _about(entry)) for entry in rest]
-        grids.append(_grid("Scores", None, lines, _benchmarks(rest, split), split, blind_cells))
+        benchmarks = _benchmarks(rest, split)
+        grids.append(_grid(f"Scores{suffix}", part, None, lines, benchmarks, split, blind_cells))
     return grids
 
 
 def _grid(
-    title: str, table: int | None, lines: Sequence[Line], benchmarks: Sequence[str], split: str, blinds: Sequence[Cell]
+    title: str,
+    part: str,
+    table: int | None,
+    lines: Sequence[Line],
+    benchmarks: Sequence[str],
+    split: str,
+    blinds: Sequence[Cell],
 ) -> Grid:
     entries = [line.entry for line in lines if line.entry is not None]
     levels = {}
@@ -118,9 +137,11 @@ def _grid(
     floors = {}
     for row in dict.fromkeys(line.row for line in lines):
         members = [cell for line in lines if line.row == row and line.entry for cell in line.entry.cells]
-        if values := blind(members, blinds, split):
+        # Where every line of a part has settings of its own, so has the study's blind model.
+        values = blind(members, blinds, split) or (mean_scores(blinds, split) if part else {})
+        if values:
             floors[row] = values
-    return Grid(title, table, lines, benchmarks, split, levels, floors, disagreements(entries, split))
+    return Grid(title, part, table, lines, benchmarks, split, levels, floors, disagreements(entries, split))
 
 
 def _paper_lines(table: int, entries: Sequence[tuple[str, Entry]]) -> list[Line]:
@@ -149,30 +170,14 @@ def _paper_lines(table: int, entries: Sequence[tuple[str, Entry]]) -> list[Line]
     return lines
 
 
+def _benchmarks(entries: Sequence[Entry], split: str) -> list[str]:
+    return benchmarks_of([cell for entry in entries for cell in entry.cells], split)
+
+
 def _about(entry: Entry) -> tuple[str, ...]:
     config = entry.cells[0].config
     names = (str(config.backbone.name), str(config.llm.name)) if config is not None else ()
     return tuple(name for name in names if name not in entry.row)
-
-
-def _benchmarks(entries: Iterable[Entry], split: str) -> list[str]:
-    """The benchmarks that were scored or are to be, in the order of the paper's and the miniature's columns."""
-    names: dict[str, None] = {}
-    for entry in entries:
-        for cell in entry.cells:
-            asked = str(cell.config.evaluate.benchmarks or "") if cell.config is not None else ""
-            names |= dict.fromkeys(name for part in asked.split(",") for name in _expand(part.strip()))
-            names |= dict.fromkeys(cell.scores.get(split, {}))
-    order = [*paper.COLUMNS[1], *_expand("mini")]
-    return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
-
-
-def _expand(name: str) -> list[str]:
-    """The members of a group of benchmarks; a single one is itself, an unknown one too: it is missing, not wrong."""
-    if not (CONF_DIR / "benchmark" / f"{name}.yaml").is_file():
-        return [name] if name else []
-    members = load_choice("benchmark", name).get("members")
-    return [leaf for member in members for leaf in _expand(member)] if members is not None else [name]
 
 
 def records(grid: Grid) -> list[dict[str, Any]]:
@@ -184,6 +189,7 @@ def records(grid: Grid) -> list[dict[str, Any]]:
             low, high = summary.interval if summary else (None, None)
             rows.append(
                 {
+                    "part": grid.part or None,
                     "table": grid.table,
                     "row": line.row,
                     "projector": line.variant,

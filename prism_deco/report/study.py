@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from prism_deco.report.compare import seed_interval
+from prism_deco.report.flops import flops_per_sample
 
 PROJECTORS = ("linear", "avgpool", "maxpool", "qformer", "c_abstractor", "d_abstractor")
 """Their order in tables and figures; projectors from elsewhere follow by name."""
@@ -60,6 +61,8 @@ class Cell:
     """Empty until the training is finished."""
     scores: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
     """By split ("" is the benchmarks' own) and benchmark."""
+    relevance: Mapping[str, Any] = field(default_factory=dict)
+    """The content of the `metrics.json` of `explain`; empty where nothing was explained."""
     curves: Mapping[str, Curve] = field(default_factory=dict)
     """By the name under which training logs them, such as `train/loss`."""
 
@@ -72,9 +75,15 @@ class Cell:
         return self.labels.get("seed", "?")
 
     @property
+    def part(self) -> str:
+        """The part of the sweep that it belongs to; empty where that has no parts."""
+        return self.labels.get("part", "")
+
+    @property
     def blind(self) -> bool:
         """Trained without its images: a floor to stand beside the others."""
-        return self.config is not None and bool(self.config.recipe.blind)
+        labelled = self.labels.get("recipe.blind", "").lower() == "true"  # the configuration may be unreadable
+        return labelled or (self.config is not None and bool(self.config.recipe.blind))
 
     @property
     def variant(self) -> str:
@@ -96,7 +105,8 @@ class Cell:
         labels = self.labels
         base = labels.get("row") or " + ".join(labels[key] for key in ("backbone", "llm") if key in labels)
         # Blindness is no axis of a comparison: a blind run stands beside all lines of its row.
-        named = ("row", "backbone", "llm", "projector", "seed", "recipe.blind")
+        # A part has tables of its own.
+        named = ("part", "row", "backbone", "llm", "projector", "seed", "recipe.blind")
         rest = [
             f"{key.removeprefix('recipe.')}={value}"
             for key, value in labels.items()
@@ -116,6 +126,12 @@ class Cell:
         """Whether the LLM reads fewer visual tokens than there are patches."""
         tokens = self.manifest.get("tokens")
         return tokens is None or tokens["visual_out"] < tokens["visual_in"]
+
+    @cached_property
+    def flops(self) -> float | None:
+        """Floating-point operations of the training; None where they are not known, or it is not finished."""
+        per_sample = flops_per_sample(self.config) if self.manifest and self.config is not None else None
+        return per_sample * self.manifest["samples"] if per_sample is not None else None
 
     @property
     def step_seconds(self) -> float | None:

@@ -95,7 +95,11 @@ def _caption(grid: Grid) -> str:
     if grid.chance:
         parts.append("chance: the best constant answer.")
     if grid.blind:
-        parts.append("blind: the same LLM, data and recipe, trained without the images.")
+        own = ", each line and the blind one at the settings chosen for it" if grid.part else ""
+        parts.append(f"blind: the same LLM, data and recipe, trained without the images{own}.")
+    steps = {cell.manifest["steps"] for entry in grid.entries for cell in entry.cells if cell.manifest}
+    if len(steps) > 1 and not grid.disagreements:
+        parts.append(f"The lines have {min(steps):,} to {max(steps):,} steps, which cost the same arithmetic.")
     return " ".join(parts)
 
 

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prism_deco.report import budget, curve_figures, score_figures, states, tables
+from prism_deco.report import claim_tables, claim_text, compute, curve_figures, ladder, sections, states
+from prism_deco.report.benchmarks import asked_of
+from prism_deco.report.claims import parse, read_sweep
 from prism_deco.report.collect import collect
+from prism_deco.report.contrasts import Result, evaluate
+from prism_deco.report.document import document, named
 from prism_deco.report.fair import refusal
-from prism_deco.report.grid import Grid, build_grids, records
-from prism_deco.report.layout import Table, comma_separated, escape, markdown
-from prism_deco.report.page import Report, Section, render
-from prism_deco.report.pairs import BASE, Difference, differences
+from prism_deco.report.grid import build_grids, records
+from prism_deco.report.layout import Table, comma_separated
+from prism_deco.report.page import Report, render
+from prism_deco.report.pairs import Difference, differences
 from prism_deco.report.study import Cell
-from prism_deco.report.style import Figure
 
 log = logging.getLogger(__name__)
 
 OWN_SPLIT = "own"
 
+MOST_CURVES = 40
+"""Above that many cells, single curves are drawn of unfinished cells only."""
+
 
 def write_report(
     folders: Sequence[Path], out: Path | None = None, *, split: str | None = None, mixed: bool = False
 ) -> tuple[Path, list[Table]]:
-    """Writes `report.html`, `report.md` with its `figures/`, and `scores.csv`, `differences.csv` and `cells.csv`.
+    """Writes `report.html`, `report.md` with its `figures/`, and `scores.csv`, `differences.csv` and `cells.csv`; of a
+    sweep with parts `ladder.csv` and `compute.csv` too, and of one with claims `claims.csv` and `claims.md`.
 
     Args:
         folders: sweep folders or run folders.
@@ -35,45 +42,68 @@ def write_report(
         mixed: put cells into one table though they saw different data, steps, questions or seeds.
 
     Returns:
-        the page, and the tables of scores.
+        the page, and the tables of claims and scores.
 
     Raises:
-        ValueError: a folder is no run's or sweep's; cells do not compare (see `fair.disagreements`).
+        ValueError: a folder is no run's or sweep's; cells do not compare (see `fair.disagreements`); claims that
+            cannot be read.
     """
     cells = collect(folders)
     out = out or _default_out(folders)
     chosen, others = _choose_split(cells, split)
+    # Claims are about one study; several side by side are tables only.
+    sweep: Mapping[str, Any] = read_sweep(folders[0]) if len(folders) == 1 else {}
+    results = _results(sweep, cells, chosen)
+    ladders = ladder.read_ladders(sweep, cells)
     grids = build_grids(cells, chosen)
     for grid in grids:
         if grid.disagreements and not mixed:
             raise ValueError(refusal(grid.title, grid.disagreements))
     log.info("Comparing %d cells", len(cells))
     pairs = [differences(grid.entries, grid.benchmarks, chosen) for grid in grids]
-    sections = [_section(grid, found) for grid, found in zip(grids, pairs, strict=True)]
-    curves = [figure for cell in cells if (figure := curve_figures.cell_curves(cell)) is not None]
+    costs = compute.budgets([entry for grid in grids if grid.part for entry in grid.entries])
+    claimed = sections.of_claims(results)
+    scored = [sections.of_grid(grid, found) for grid, found in zip(grids, pairs, strict=True)]
+    curves = [figure for cell in _drawn(cells) if (figure := curve_figures.cell_curves(cell)) is not None]
     report = Report(
         title=_title(folders),
         progress=states.progress(cells),
         notes=_notes(cells, chosen, others),
         unfinished=states.states(cells) if states.unfinished(cells) else None,
         logs=[(cell.id, cell.log_tail) for cell in states.unfinished(cells) if cell.log_tail],
-        sections=sections,
+        sections=[*claimed, *sections.of_settings(ladders, costs), *scored],
         curves=curves,
         cells=states.cells_table(cells) if cells else None,
     )
     files: dict[str, str | bytes] = {
         "report.html": render(report),
-        "report.md": _markdown(report),
+        "report.md": document(report),
         "scores.csv": comma_separated([record for grid in grids for record in records(grid)]),
         "differences.csv": comma_separated([_record(pair) for found in pairs for pair in found]),
         "cells.csv": comma_separated(states.records(cells)),
-        **{f"figures/{name}.svg": figure.svg for name, figure in _named(report)},
+        **{f"figures/{name}.svg": figure.svg for name, figure in named(report)},
     }
+    if results:
+        files["claims.csv"] = comma_separated(claim_tables.records(results))
+        files["claims.md"] = claim_text.text(report.title, results, cells, chosen)
+    if ladders:
+        files["ladder.csv"] = comma_separated(ladder.records(ladders))
+    if costs:
+        files["compute.csv"] = comma_separated(costs)
     for name, content in files.items():
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return out / "report.html", [section.tables[0] for section in sections]
+    return out / "report.html", [section.tables[0] for section in (*claimed[:1], *scored)]
+
+
+def _results(sweep: Mapping[str, Any], cells: Sequence[Cell], split: str) -> list[Result]:
+    claims = parse(sweep.get("claims") or [])
+    return evaluate(claims, cells, asked_of(cells), split)
+
+
+def _drawn(cells: Sequence[Cell]) -> Sequence[Cell]:
+    return cells if len(cells) <= MOST_CURVES else states.unfinished(cells)
 
 
 def _title(folders: Sequence[Path]) -> str:
@@ -105,30 +135,12 @@ def _notes(cells: Sequence[Cell], split: str, others: Sequence[str]) -> list[str
     notes = [f"Split: {split or 'the benchmarks’ own'}."]  # noqa: RUF001
     if others:
         notes.append(f"Also scored: {', '.join(others)} (--split).")
+    if len(cells) > MOST_CURVES:
+        notes.append("Single curves are those of unfinished cells.")
     machines = {str(cell.manifest.get("machine")) for cell in cells if cell.manifest}
     if len(machines) > 1:
         notes.append(f"The cells were trained on {len(machines)} kinds of machine: their times do not compare.")
     return notes
-
-
-def _section(grid: Grid, found: Sequence[Difference]) -> Section:
-    shown = [tables.scores(grid), tables.wins(grid)]
-    if grid.table == 1:
-        shown += [tables.gains(grid), tables.spatial(grid)]
-    first = [pair for pair in found if BASE in (pair.first, pair.second)] or found
-    rest = [pair for pair in found if pair not in first]
-    shown += [tables.differences(first) if first else None, budget.budget(grid)]
-    drawn = [curve_figures.convergence(grid), *score_figures.ablation(grid)]
-    drawn += [score_figures.pareto(grid, cost) for cost in budget.COSTS]
-    drawn.append(score_figures.forest(grid, first))
-    folded = [tables.differences(rest, title="Differences of the other pairs")] if rest else []
-    return Section(
-        title=grid.title,
-        tables=[table for table in shown if table is not None],
-        figures=[figure for figure in drawn if figure is not None],
-        warnings=grid.disagreements,
-        folded=folded,
-    )
 
 
 def _record(pair: Difference) -> dict[str, Any]:
@@ -137,38 +149,3 @@ def _record(pair: Difference) -> dict[str, Any]:
         low, high = values.pop(name) or (None, None)
         values |= {f"{name}_low95": low, f"{name}_high95": high}
     return values
-
-
-def _named(report: Report) -> list[tuple[str, Figure]]:
-    """All figures with the names of their files."""
-    several = len(report.sections) > 1
-    named = [
-        (f"{number}-{figure.name}" if several else figure.name, figure)
-        for number, section in enumerate(report.sections, start=1)
-        for figure in section.figures
-    ]
-    return named + [(figure.name, figure) for figure in report.curves]
-
-
-def _markdown(report: Report) -> str:
-    names = {id(figure): name for name, figure in _named(report)}
-
-    def pictures(drawn: Sequence[Figure]) -> list[str]:
-        return [f"![{escape(one.caption or one.name)}](<figures/{names[id(one)]}.svg>)\n" for one in drawn]
-
-    parts = [f"# {escape(report.title)}\n", escape(" ".join([report.progress, *report.notes])) + "\n"]
-    if report.unfinished:
-        parts.append(markdown(report.unfinished))
-        for name, text in report.logs:
-            quoted = "\n".join(f"    {line}" for line in text.splitlines())
-            parts.append(f"Last log lines of {escape(name)}:\n\n{quoted}\n")
-    for section in report.sections:
-        parts.append(f"## {escape(section.title)}\n")
-        parts += [f"**Not comparable:** {escape(warning)}\n" for warning in section.warnings]
-        parts += [markdown(table) for table in (*section.tables, *section.folded)]
-        parts += pictures(section.figures)
-    if report.curves:
-        parts += ["## Curves of single cells\n", *pictures(report.curves)]
-    if report.cells:
-        parts.append(markdown(report.cells))
-    return "\n".join(parts)

@@ -4,7 +4,6 @@ import csv
 import json
 import re
 import shutil
-import tempfile
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -112,26 +111,6 @@ def test_the_command_prints_scores_and_refuses_what_is_no_run(make, tmp_path, ca
     assert main(["report", str(tmp_path / "a")]) == 0
     printed = capsys.readouterr().out
     assert "c_abstractor" in printed and "Scores" in printed and (tmp_path / "report/report.html").is_file()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (pip install selenium)")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("needs Chromium and its driver (apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    with tempfile.TemporaryDirectory() as profile:
-        quiet = ("quic", "background-networking", "component-update", "sync", "gpu", "dev-shm-usage")
-        for flag in ("headless", "no-sandbox", "no-first-run", *(f"disable-{name}" for name in quiet)):
-            options.add_argument(f"--{flag}")
-        options.add_argument(f"--user-data-dir={profile}")
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-        yield made
-        made.quit()
 
 
 @pytest.mark.parametrize("width", [1280, 480])

@@ -1,0 +1,54 @@
+"""The report's sections: claims and how they were tested, and tables of scores with their figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prism_deco.report import budget, claim_figures, claim_tables, compute, curve_figures, ladder, score_figures, tables
+from prism_deco.report.contrasts import Result
+from prism_deco.report.grid import Grid
+from prism_deco.report.ladder import Ladder
+from prism_deco.report.page import Section
+from prism_deco.report.pairs import BASE, Difference
+
+
+def of_claims(results: Sequence[Result]) -> list[Section]:
+    """What became of the claims, and the contrasts behind it; none where nothing was claimed."""
+    if not results:
+        return []
+    return [
+        Section("Claims", [claim_tables.summary(results)], claim_figures.forests(results)),
+        Section("Contrasts", [claim_tables.contrasts(results)], []),
+    ]
+
+
+def of_settings(ladders: Sequence[Ladder], costs: Sequence[dict[str, Any]]) -> list[Section]:
+    """How the parts of a study were set: what they chose, and what their training cost.
+
+    Args:
+        costs: of `compute.budgets`.
+    """
+    shown = [*ladder.tables(ladders), *([compute.table(costs)] if costs else [])]
+    return [Section(table.title, [table], []) for table in shown]
+
+
+def of_grid(grid: Grid, found: Sequence[Difference]) -> Section:
+    """A table of scores, what follows from it, and its figures."""
+    shown = [tables.scores(grid), tables.wins(grid)]
+    if grid.table == 1:
+        shown += [tables.gains(grid), tables.spatial(grid)]
+    first = [pair for pair in found if BASE in (pair.first, pair.second)] or found
+    rest = [pair for pair in found if pair not in first]
+    shown += [tables.differences(first) if first else None, budget.budget(grid)]
+    drawn = [curve_figures.convergence(grid), *score_figures.ablation(grid)]
+    drawn += [score_figures.pareto(grid, cost) for cost in budget.COSTS]
+    drawn.append(score_figures.forest(grid, first))
+    folded = [tables.differences(rest, title="Differences of the other pairs")] if rest else []
+    return Section(
+        title=grid.title,
+        tables=[table for table in shown if table is not None],
+        figures=[figure for figure in drawn if figure is not None],
+        warnings=grid.disagreements,
+        folded=folded,
+    )

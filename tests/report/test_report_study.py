@@ -1,0 +1,263 @@
+"""The report of a sweep with parts and claims: its files, what they say, and the page in a real browser."""
+
+import csv
+import json
+import statistics
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from omegaconf import OmegaConf
+from scipy import stats  # comes with scikit-image
+
+from prism_deco.cli import main
+from prism_deco.report import claim_figures, ladder
+from prism_deco.report.claims import Claim, Contrast, read_sweep
+from prism_deco.report.claims import parse as claims_of
+from prism_deco.report.collect import collect
+from prism_deco.report.contrasts import evaluate
+from prism_deco.report.write import write_report
+from prism_deco.sweep.expand import expand
+from prism_deco.sweep.spec import parse
+
+NASTY = '</style><script>document.title = "broken"</script>'
+RATES = (0.0015, 0.003, 0.006)
+SKILL = {"avgpool": 0.7, "linear": 0.6, "blind": 0.3, "fewer": 0.5}
+LOSSES = {"avgpool": (0.9, 0.5, 0.7), "linear": (0.8, 0.7, 0.6), "blind": (1.0, None, float("nan"))}
+STEPS, TOKENS = {"part": "steps", "projector": "avgpool"}, {"part": "tokens", "recipe.num_tokens": 9}
+LINEAR = {"part": "steps", "projector": "linear"}
+SWEEP = {
+    "parts": {
+        "ladder": {"axes": {"recipe.lr": list(RATES)}},
+        **{part: {"choose": {"recipe.lr": "ladder"}} for part in ("steps", "tokens", "compute")},
+    },
+    "claims": [
+        {
+            "name": "pooling",
+            "paper": NASTY,
+            "contrasts": [
+                {"first": STEPS, "second": LINEAR, "measures": ["mean", "boxes"]},
+                {"first": STEPS, "second": LINEAR | {"part": "compute"}, "equal": "compute"},
+            ],
+        },
+        {"name": "upper bound", "contrasts": [{"first": LINEAR, "second": STEPS}]},
+        {"name": "tokens", "contrasts": [{"first": STEPS, "second": TOKENS, "expect": "not_less", "margin": 2.5}]},
+        {"name": "absent", "contrasts": [{"first": STEPS, "second": {"projector": "qformer"}}]},
+    ],
+}
+
+
+def _overrides(name):
+    return {"blind": ["recipe.blind=true"], "linear": ["projector=linear"], "fewer": ["recipe.num_tokens=9"]}.get(
+        name, []
+    )
+
+
+def _labels(name):
+    extra = {"blind": {"recipe.blind": True}, "fewer": {"recipe.num_tokens": 9}}.get(name, {})
+    return {"projector": "linear" if name == "linear" else "avgpool", **extra}
+
+
+@pytest.fixture(scope="module")
+def study(make, tmp_path_factory):
+    """The folder, and the mean score by part, name and seed; the linear model of seed 3 failed."""
+    folder = tmp_path_factory.mktemp("runs") / "study"
+    cells, means = [], {}
+
+    def add(part, name, id, labels, overrides, **more):
+        cells.append({"id": id, "labels": {"part": part, **_labels(name), **labels}})
+        cells[-1]["overrides"] = [*_overrides(name), *overrides]
+        return make.run(folder / id, *cells[-1]["overrides"], skill=SKILL[name], n=40, **more)
+
+    for name, losses in LOSSES.items():
+        for rate, loss in zip(RATES, losses, strict=True):
+            id = f"ladder-{name}-{rate}"
+            settings = [f"recipe.lr={rate}", "evaluate.benchmarks=null"]
+            add("ladder", name, id, {"recipe.lr": rate}, settings, benchmarks=())
+            lines = [{"step": 50, "val/loss": 0.1}, *([{"step": 100, "val/loss": loss}] if loss is not None else [])]
+            (folder / id / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[-1:]))
+            if loss is None:
+                (folder / id / "metrics.jsonl").write_text("")
+    runs = [("steps", name, seed) for name in ("avgpool", "linear", "blind") for seed in (1, 2, 3)]
+    runs += [(part, name, seed) for part, name in (("tokens", "fewer"), ("compute", "linear")) for seed in (1, 2, 3)]
+    for part, name, seed in runs:
+        id = f"{part}-{name}-{seed}"
+        # What the avgpool's 1050 steps cost pays for 714 of the linear model.
+        steps, samples = (714, 11_424) if part == "compute" else (1050, 16_793)
+        failed = id == "steps-linear-3"
+        settings = [f"seed={seed}", f"recipe.lr={0.006 if name == 'linear' else 0.003}"]
+        settings.append("evaluate.benchmarks='mini_refcoco,mini_gqa'")
+        more = {"benchmarks": ("refcoco", "gqa"), "steps": steps, "samples": samples}
+        scores = add(part, name, id, {"seed": seed}, settings, state="failed" if failed else "done", **more)
+        if seed > 1:
+            (folder / id / "metrics.jsonl").unlink()  # drawing curves takes its time
+        if failed:
+            cells[-1] |= {"state": "failed", "reason": "killed"}
+        else:
+            means[part, name, seed] = statistics.mean(scores.values())
+    make.ledger(folder, cells)
+    OmegaConf.save(OmegaConf.create(SWEEP), folder / "sweep.yaml")
+    return folder, means
+
+
+@pytest.fixture(scope="module")
+def report(study, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    _, tables = write_report([study[0]], out)
+    return out, tables
+
+
+def _read(path):
+    return list(csv.DictReader(path.open()))
+
+
+def test_claims_csv_holds_what_was_planted(study, report):
+    means = study[1]
+    first, boxes, compute, bound, fewer, absent = _read(report[0] / "claims.csv")
+    # Two seeds in common: the third of linear failed.
+    ours, theirs = ([means["steps", name, seed] for seed in (1, 2)] for name in ("avgpool", "linear"))
+    test = stats.ttest_rel(ours, theirs)
+    assert float(first["effect"]) == pytest.approx(statistics.mean(ours) - statistics.mean(theirs), rel=1e-5)
+    low, high = test.confidence_interval(0.95)
+    assert (float(first["low95"]), float(first["high95"])) == pytest.approx((low, high), rel=1e-4)
+    assert float(first["p"]) == pytest.approx(test.pvalue, rel=1e-4)
+    assert (first["seeds"], first["planned_seeds"], first["first_seeds"]) == ("1 2", "3", "3")
+    assert first["notes"].startswith("linear (64): seed 3 failed")
+    blind = statistics.mean(means["steps", "blind", seed] for seed in (1, 2, 3))
+    assert float(first["blind_mean"]) == pytest.approx(blind, rel=1e-5)
+    assert (boxes["judged"], compute["equal"], compute["verdict"]) == ("False", "compute", "holds")
+    gaps = [means["steps", "avgpool", seed] - means["tokens", "fewer", seed] for seed in (1, 2, 3)]
+    assert float(fewer["effect"]) == pytest.approx(statistics.mean(gaps), rel=1e-5)
+    assert (fewer["margin"], fewer["verdict"]) == ("2.5", "holds")
+    assert float(bound["effect"]) == -float(first["effect"])
+    assert absent["verdict"] == "not resolved" and absent["notes"] == "no cell has the labels projector=qformer"
+    # Five tests: the claim about cells that are not there has none.
+    smallest = min(float(row["p"]) for row in (first, boxes, compute, bound, fewer))
+    assert min(float(row["p_holm"]) for row in (first, boxes, compute, bound, fewer)) == pytest.approx(
+        5 * smallest, rel=1e-4
+    )
+
+
+def test_the_ladder_says_what_was_chosen_and_where_its_edge_is(study, report):
+    cells = collect([study[0]])
+    found = {one.name: one for one in ladder.read_ladders(read_sweep(study[0]), cells)}
+    assert {name: (one.chosen, one.at_edge, one.used) for name, one in found.items()} == {
+        "avgpool": ("0.003", False, ("0.003",)),
+        "linear": ("0.006", True, ("0.006",)),
+        "avgpool (blind)": ("0.0015", True, ("0.003",)),
+    }
+    rows = {row[0].text: row[1:] for row in ladder.tables(list(found.values()))[0].rows}
+    assert [field.text for field in rows["avgpool"]] == ["0.9000", "0.5000", "0.7000", "0.003"]
+    assert [field.best for field in rows["avgpool"]] == [False, True, False, False]
+    assert rows["linear"][2].lines == ("at the edge",)
+    low, none, nan, used = rows["avgpool (blind)"]
+    assert (low.best, none.text, nan.text) == (True, "no val/loss", "nan") and used.lines == ("not the lowest",)
+    records = _read(report[0] / "ladder.csv")
+    assert [row["value"] for row in records if row["chosen"] == "True"] == ["0.006", "0.003", "0.0015"]
+
+
+def test_what_each_entry_cost(report):
+    rows = {(row["part"], row["projector"], row["visual_tokens"]): row for row in _read(report[0] / "compute.csv")}
+    budget, paid = rows["steps", "avgpool", "16"], rows["compute", "linear", "64"]
+    assert (budget["steps"], paid["steps"]) == ("1050", "714")
+    assert float(paid["tflop"]) == pytest.approx(float(budget["tflop"]), rel=0.01)
+    assert float(paid["gflop_per_step"]) * 714 == pytest.approx(1000 * float(paid["tflop"]), rel=1e-4)
+    assert float(rows["steps", "linear", "64"]["tflop"]) > 1.4 * float(budget["tflop"])
+
+
+def test_parts_have_tables_of_their_own_with_the_blind_model(study, report):
+    titles = [table.title for table in report[1]]
+    assert titles == ["Claims", "Scores: steps", "Scores: tokens", "Scores: compute"]
+    for table in report[1][1:]:
+        assert "blind" in [row[1].text for row in table.rows]
+    assert {row["part"] for row in _read(report[0] / "scores.csv")} == {"steps", "tokens", "compute"}
+    text = (report[0] / "claims.md").read_text()
+    assert "At equal steps, of 4 claims:" in text and "- reversed: none" in text
+    assert "- not resolved: " in text and "absent" in text and "<script" not in text
+    assert "24 models" not in text and "23 models of 1,000,000 parameters" in text
+
+
+def test_steps_must_agree_within_a_part(study, tmp_path, make):
+    make.run(tmp_path / "s/a", "seed=1", benchmarks=("gqa",), steps=100)
+    make.run(tmp_path / "s/b", "seed=1", "projector=linear", benchmarks=("gqa",), steps=200)
+    labels = {name: {"part": part, "seed": 1} for name, part in (("a", "x"), ("b", "y"))}
+    make.ledger(tmp_path / "s", [{"id": name, "labels": its} for name, its in labels.items()])
+    write_report([tmp_path / "s"])
+    make.ledger(tmp_path / "s", [{"id": name, "labels": labels["a"]} for name in labels])
+    with pytest.raises(ValueError, match="Scores: x saw different things.*steps: 200 in b; 100 in a"):
+        write_report([tmp_path / "s"])
+
+
+def test_a_wrong_claim_is_an_error_of_the_user(study, tmp_path, make, capsys):
+    make.ledger(tmp_path / "s", [])
+    OmegaConf.save(OmegaConf.create({"claims": [{"name": "n", "contrast": []}]}), tmp_path / "s/sweep.yaml")
+    assert main(["report", str(tmp_path / "s")]) == 2
+    assert "contrast" in capsys.readouterr().err
+
+
+def test_no_text_of_the_forest_plot_lies_on_another(study, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(claim_figures, "to_svg", lambda figure: drawn.append(figure) or b"")
+    cells = collect([study[0]])
+    long = {"part": "tokens", "recipe.num_tokens": "9"}
+    text = {key: str(value) for key, value in STEPS.items()}
+    contrasts = (
+        Contrast(text, long, ("mean", "boxes"), "not_less", 2.5),
+        Contrast(long, text),
+        Contrast(text, {"a": "b"}),
+    )
+    claims = [Claim(f"A claim with a name that takes some room, number {k}", contrasts) for k in range(3)]
+    [figure] = claim_figures.forests(evaluate(claims, cells, ["mini_refcoco", "mini_gqa"], ""))
+    assert figure.name == "claims-points"
+    [canvas] = drawn
+    renderer = FigureCanvasAgg(canvas).get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in canvas.texts]
+    assert len(boxes) == 3 * (1 + 4 * 9) + 8
+    assert not [(a, b) for k, a in enumerate(boxes) for b in boxes[:k] if a.overlaps(b)]
+    plot = canvas.axes[0].get_window_extent(renderer)
+    assert not [box for box in boxes if box.overlaps(plot)]
+    assert all(box.x0 >= 0 and box.x1 <= canvas.bbox.x1 and box.y1 <= canvas.bbox.y1 for box in boxes)
+
+
+def test_marks_are_filled_hollow_or_go_on(study, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(claim_figures, "to_svg", lambda figure: drawn.append(figure) or b"")
+    cells = collect([study[0]])
+    sides = [{key: str(value) for key, value in side.items()} for side in (STEPS, LINEAR)]
+    contrasts = (Contrast(*sides), Contrast(sides[0], sides[1] | {"part": "compute"}, equal="compute"))
+    claim_figures.forests(evaluate([Claim("one", contrasts)], cells, ["mini_refcoco", "mini_gqa"], ""))
+    lines = drawn[0].axes[0].lines
+    marks = {line.get_label(): line for line in lines if line.get_label().startswith("equal")}
+    assert marks["equal steps"].get_markerfacecolor() == "#000000"
+    assert marks["equal compute"].get_markerfacecolor() == "#ffffff"
+    # Two seeds have an interval longer than the axis, which is as long as those of three and the effects need.
+    assert [line.get_marker() for line in lines].count(">") == 1
+
+
+def test_the_claims_of_the_study_are_about_its_cells():
+    spec = parse(["study", "seed=1"])
+    claims, cells = claims_of(spec.claims), expand(spec)
+    assert len(claims) == 7 and {grid.name for grid in spec.grids} == {"ladder", "steps", "tokens", "compute"}
+    known = [
+        {"projector": cell.config.projector.name} | {key: str(value) for key, value in cell.labels.items()}
+        for cell in cells
+    ]
+    for contrast in (contrast for claim in claims for contrast in claim.contrasts):
+        for side in (contrast.first, contrast.second):
+            [found] = [labels for labels in known if side.items() <= labels.items() and "recipe.blind" not in labels]
+            assert found["part"] != "ladder"
+
+
+@pytest.mark.parametrize("width", [1280, 480])
+def test_the_page_of_a_study_opens_in_a_browser(browser, report, width):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get((report[0] / "report.html").as_uri())
+    assert browser.title == "study" and not browser.get_log("browser")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    headings = [h.text for h in browser.find_elements("css selector", "h2")]
+    settings = ["recipe.lr chosen on the validation split", "Steps and arithmetic"]
+    scores = ["Scores: steps", "Scores: tokens", "Scores: compute"]
+    assert headings[1:-2] == ["Claims", "Contrasts", *settings, *scores]
+    first = browser.find_element("css selector", "#grid-1")
+    assert NASTY in first.text and first.find_element("css selector", "td.best").text.startswith("holds")
+    assert browser.execute_script("return Array.from(document.images).every(i => i.complete && i.naturalWidth > 200)")
