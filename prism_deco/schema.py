@@ -185,6 +185,11 @@ class TrainerConfig:
     """Devices that wait for another one that long give up, and name it."""
     requeue: bool = False
     """SLURM: ask for the job to be queued again when it is preempted."""
+    feature_cache: str = "auto"
+    """Compute the features of the frozen towers once, on disk, for all epochs and all runs that share them: off | on |
+    auto (where the plan says that it pays)."""
+    feature_cache_runs: int = 1
+    """Runs that will use the same cache, this one included: `auto` divides its cost among them. Sweeps count them."""
     threads: int | None = None
     """CPU threads of torch per process; None leaves torch's choice."""
     log_every: int = 10

@@ -92,7 +92,11 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def features(self, pixels: dict[str, Tensor]) -> Tensor:
-        """Per tower float[I, 3, S, S] -> patch features float[I, N, D], standardised if asked for."""
+        """Per tower float[I, 3, S, S] -> patch features float[I, N, D], standardised if asked for.
+
+        Features that come ready with the pixels (`backbones.base.FEATURES`) may be compressed, float[I, T, D]:
+        standardising them afterwards is the same up to rounding, and to the bit for maxima.
+        """
         return self.standardise(self.backbone(pixels))
 
     def standardise(self, features: Tensor) -> Tensor:
@@ -115,7 +119,8 @@ class VLM(nn.Module):
         return self.project(self.features(pixels))
 
     def project(self, features: Tensor) -> Tensor:
-        """float[I, N, D] -> float[I, M, E]: the projector, and the options on its output."""
+        """float[I, N, D] (or compressed, see `Projector`) -> float[I, M, E]: the projector, and the options on its
+        output."""
         tokens = self.projector(features)
         if self.token_scale is not None:
             tokens = tokens * self.token_scale
@@ -206,9 +211,8 @@ class VLM(nn.Module):
         # synchronisation waits for every trained parameter on every rank.
         height, width = self.projector.in_grid
         if self.every_unit:
-            towers = self.backbone.transform.towers.items()
-            blank = {k: embeddings.new_zeros(1, 3, t.image_size, t.image_size, dtype=torch.float32) for k, t in towers}
-            return embeddings + 0.0 * self.visual_tokens(blank).sum().to(embeddings.dtype)
+            blank = self.visual_tokens(self.backbone.blank(embeddings.device))
+            return embeddings + 0.0 * blank.sum().to(embeddings.dtype)
         weight = next(self.projector.parameters(), None)
         zeros = embeddings.new_zeros(1, height * width, self.projector.in_dim)
         return embeddings if weight is None else embeddings + 0.0 * self.project(zeros).sum().to(embeddings.dtype)

@@ -14,6 +14,9 @@ from prism_deco.backbones.transforms import BackboneTransform
 from prism_deco.config import load_choice
 from prism_deco.registry import Registry
 
+FEATURES = "features"
+"""Where features that are ready stand among the pixels: float[B, T, D], all patches or already compressed ones."""
+
 
 class VisionBackbone(nn.Module):
     """Frozen vision tower(s): pixels in, patch features out.
@@ -49,11 +52,13 @@ class VisionBackbone(nn.Module):
         raise NotImplementedError
 
     def forward(self, pixels: Mapping[str, Tensor]) -> Tensor:
-        """dict[tower, float[B, 3, S, S]] -> float[B, N, D], in the dtype of the weights.
+        """dict[tower, float[B, 3, S, S]] -> float[B, N, D], in the dtype of the weights; `FEATURES` as they are.
 
         Raises:
             ValueError: the pixels of a tower are missing.
         """
+        if FEATURES in pixels:
+            return pixels[FEATURES]
         missing = [name for name in self.towers if name not in pixels]
         if missing:
             raise ValueError(
@@ -61,6 +66,11 @@ class VisionBackbone(nn.Module):
                 "Prepare images with the backbone's own transform."
             )
         return self.features(pixels)
+
+    def blank(self, device: torch.device) -> dict[str, Tensor]:
+        """One image of nothing, float32[1, 3, S, S] per tower."""
+        towers = self.transform.towers.items()
+        return {name: torch.zeros(1, 3, t.image_size, t.image_size, device=device) for name, t in towers}
 
     def train(self, mode: bool = True) -> VisionBackbone:
         """Stays in evaluation mode: a frozen tower must not change with the model around it."""

@@ -7,12 +7,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from prism_deco.backbones.base import FEATURES
 from prism_deco.data.images import ImageFolder, ImageSource, load_image
 from prism_deco.data.records import Record, Records
 from prism_deco.data.samplers import Filler
@@ -32,7 +34,7 @@ class Example:
     """One record, ready for the model.
 
     Attributes:
-        pixels: per image a dict tower -> float[3, S, S].
+        pixels: per image a dict tower -> float[3, S, S], or `FEATURES` -> float[T, D] where these are ready.
         tokens_cut: text tokens that truncation removed.
         bad_images: images that could not be read and were handled by `on_bad_image`.
         filler: nothing is learned from it, and it counts for nothing (`samplers.Filler`).
@@ -44,6 +46,19 @@ class Example:
     tokens_cut: int
     bad_images: int
     filler: bool = False
+
+
+class Features(Protocol):
+    """Features of images that were computed before; see `prism_deco.features`. Picklable: loader processes take it
+    along."""
+
+    def read(self, name: str) -> Tensor:
+        """float[T, D]; those of a blank image for an image that could not be read."""
+        ...
+
+    def is_bad(self, name: str) -> bool:
+        """Whether the image could not be read."""
+        ...
 
 
 class Encoder:
@@ -108,6 +123,9 @@ class Examples(Dataset[Example]):
         max_text_tokens, max_positions, tokens_per_image: see `Encoder`.
         on_bad_image: fail | skip (the record stays in place but is not learned from, so that all
             ranks keep in step) | blank (an image of the towers' mean colour).
+
+    Attributes:
+        features: of all images, to be used instead of their pixels; None decodes the images.
     """
 
     def __init__(
@@ -131,6 +149,7 @@ class Examples(Dataset[Example]):
         )
         self._transform = transform
         self._on_bad_image = on_bad_image
+        self.features: Features | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -144,12 +163,25 @@ class Examples(Dataset[Example]):
             encoded, cut = self._encode(record)
         except ValueError as error:
             raise ValueError(f"Record {record.id}: {error}") from error
-        images = [self._open(record.id, name) for name in record.images]
-        bad = images.count(None)
+        images = [self._prepare(record.id, name) for name in record.images]
+        bad = sum(is_bad for _, is_bad in images)
         if bad and self._on_bad_image == "skip":
             encoded = _ignore(encoded)
-        pixels = [self._transform(image) if image is not None else self._blank() for image in images]
-        return Example(record.id, encoded, pixels, cut, bad)
+        return Example(record.id, encoded, [pixels for pixels, _ in images], cut, bad)
+
+    def _prepare(self, record: str, name: str) -> tuple[dict[str, Tensor], bool]:
+        """What the model is given of an image, and whether the image is bad."""
+        if self.features is not None and not self.features.is_bad(name):
+            return {FEATURES: self.features.read(name)}, False
+        image = self._open(record, name)
+        if self.features is None:
+            return (self._transform(image), False) if image is not None else (self._blank(), True)
+        if image is not None:
+            raise OSError(
+                f"Record {record}: {self.images.location(name)} could not be read when features were computed, and "
+                "now it can. Run again: its features will be computed, too."
+            )
+        return {FEATURES: self.features.read(name)}, True
 
     def _open(self, record: str, name: str) -> Image.Image | None:
         try:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prism_deco.data.records import Record, Records
+from prism_deco.data.base import Source
+from prism_deco.data.records import Record, Records, open_records
 
 
 class Subset(Sequence[Record]):
@@ -46,3 +49,45 @@ def first(records: Records | Subset, limit: int | None) -> Subset:
     if limit is not None and limit < 1:
         raise ValueError(f"data.limit={limit} must be at least 1.")
     return Subset(records, np.arange(len(records))[:limit])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The records of a run.
+
+    Attributes:
+        records, val_records: the files that they come from; the same one where a share of it is held out.
+        train, val: what is trained and what is validated on.
+    """
+
+    records: Records
+    val_records: Records
+    train: Subset
+    val: Subset
+
+    @property
+    def by_file(self) -> list[tuple[Records, list[Subset]]]:
+        """Each file and what is used of it."""
+        if self.records is self.val_records:
+            return [(self.records, [self.train, self.val])]
+        return [(self.records, [self.train]), (self.val_records, [self.val])]
+
+
+def open_parts(
+    source: Source, cache: Path, *, val_fraction: float, limit: int | None, allow_faults: bool = False
+) -> Parts:
+    """The records of a source, divided into those to train and those to validate on.
+
+    Args:
+        cache: see `open_records`, as for `allow_faults`.
+        val_fraction: share of the images to hold out, where the source brings no validation records.
+        limit: train on the first records only; None trains on all.
+    """
+    records = open_records(source.train, cache, allow_faults=allow_faults)
+    if source.val is not None:
+        val_records = open_records(source.val, cache, allow_faults=allow_faults)
+        train, val = first(records, None), first(val_records, None)
+    else:
+        val_records = records
+        train, val = hold_out(records, val_fraction)
+    return Parts(records, val_records, first(train, limit), val)

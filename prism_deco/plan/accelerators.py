@@ -48,13 +48,19 @@ def accelerator(name: str) -> Accelerator:
     return ACCELERATORS[name]
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Peak of a device of this machine, operations per second; None where it is not known, as for every CPU."""
+def accelerator_of(device: torch.device) -> str | None:
+    """The name of a device of this machine among `ACCELERATORS`; None where it is not known, as for every CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower()
-    known = [kind for kind in ACCELERATORS.values() if kind.mark in name]
-    return max(known, key=lambda kind: len(kind.mark)).flops if known else None
+    known = [kind for kind in ACCELERATORS if ACCELERATORS[kind].mark in name]
+    return max(known, key=lambda kind: len(ACCELERATORS[kind].mark)) if known else None
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak of a device of this machine, operations per second; None where it is not known."""
+    kind = accelerator_of(device)
+    return ACCELERATORS[kind].flops if kind else None
 
 
 def device_memory() -> int:

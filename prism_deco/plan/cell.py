@@ -11,14 +11,13 @@ from omegaconf import DictConfig
 from prism_deco.compose import max_positions
 from prism_deco.data.samplers import SAMPLERS, Population
 from prism_deco.plan.accelerators import GIB, accelerator
+from prism_deco.plan.features import CachePlan, compute_of, layouts, mode, sharing
 from prism_deco.plan.flops import training_flops
 from prism_deco.plan.memory import FLOAT32, Memory, step_memory
 from prism_deco.plan.parts import backbone_of, count, llm_of, projector_of
 from prism_deco.plan.phases import Layout
 from prism_deco.plan.sequences import Sequences, sequences_of
 from prism_deco.plan.setup import Setup, setup_of
-from prism_deco.projectors import Projector
-from prism_deco.projectors.pooling import Pooling
 from prism_deco.registry import import_plugins
 
 DEFAULT_ACCELERATOR = "h100"
@@ -43,7 +42,8 @@ class Needs:
         hours: None where the accelerator's speed is not known.
         checkpoint: one checkpoint: trained weights in float32 and AdamW's moments.
         checkpoints_kept: the newest ones and the best.
-        feature_cache: features of all images in two bytes each; pooled ones for projectors that pool first.
+        feature_cache: features of all images on the disk; pooled ones for projectors that pool first.
+        cache: what such a cache would save.
     """
 
     parameters: int
@@ -64,6 +64,7 @@ class Needs:
     checkpoint: int
     checkpoints_kept: int
     feature_cache: int
+    cache: CachePlan
 
 
 @dataclass(frozen=True)
@@ -150,13 +151,24 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, speed: float 
     lengths = np.minimum(lengths, room) + visual * images
     kept = (float(lengths.mean()) - visual * images) / sequences.text
     layout = _layout(config, setup, sequences, visual, room)
-    flops = seen * training_flops(config, layout.records, setup).step(
+    costs = training_flops(config, layout.records, setup)
+    flops = seen * costs.step(
         images=images,
         positions=float(lengths.mean()),
         pairs=float((lengths**2).mean()),
         targets=sequences.supervised * kept,
     )
     trained = count(projector, llm.model, trained=True)
+    mode(config)  # a wrong one must not wait for the weights
+    cache = CachePlan.of(
+        layouts(sequences.distinct, projector, compute_of(setup)),
+        visits=seen * images,
+        tower=costs.tower,
+        flops=flops,
+        speed=speed,
+        devices=setup.devices,
+        sharing=sharing(config, setup),
+    )
     return Needs(
         parameters=count(backbone, projector, llm.model),
         trained=trained,
@@ -175,7 +187,8 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, speed: float 
         hours=flops / speed / setup.devices / 3600 if speed else None,
         checkpoint=3 * FLOAT32 * trained,
         checkpoints_kept=config.trainer.keep_checkpoints + 1,
-        feature_cache=2 * sequences.images * _cached_tokens(projector) * backbone.embed_dim,
+        feature_cache=cache.bytes,
+        cache=cache,
     )
 
 
@@ -193,11 +206,6 @@ def _layout(config: DictConfig, setup: Setup, sequences: Sequences, visual: int,
         passes=math.ceil(share / records),
         packed=config.recipe.packing,
     )
-
-
-def _cached_tokens(projector: Projector) -> int:
-    pools_first = isinstance(projector, Pooling)
-    return projector.num_tokens if pools_first else projector.in_grid[0] * projector.in_grid[1]
 
 
 def _batch_problems(config: DictConfig, setup: Setup) -> list[str]:

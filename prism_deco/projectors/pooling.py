@@ -33,15 +33,21 @@ class Pooling(Projector):
         super().__init__(in_dim, out_dim, in_grid, square_grid(num_tokens, in_grid))
         self.mlp = build_mlp(in_dim, out_dim, mlp_depth, ratio=mlp_ratio)
 
+    def project(self, features: Tensor) -> Tensor:
+        """float[B, M, in_dim], pooled -> float[B, M, out_dim]."""
+        return self.mlp(features)
+
 
 @PROJECTORS.register("avgpool")
 class AvgPool(Pooling):
     """DeCo: 2D adaptive average pooling, then the MLP of `linear`."""
 
-    def project(self, features: Tensor) -> Tensor:
-        """float[B, N, in_dim] -> float[B, M, out_dim]."""
+    pooling = "avg"
+
+    def compress(self, features: Tensor) -> Tensor:
+        """float[B, N, in_dim] -> float[B, M, in_dim]."""
         grid = rearrange(features, "b (h w) d -> b h w d", h=self.in_grid[0])
-        return self.mlp(rearrange(average_pool(grid, self.out_grid), "b i j d -> b (i j) d"))
+        return rearrange(average_pool(grid, self.out_grid), "b i j d -> b (i j) d")
 
     def query_to_patch(self) -> Tensor:
         """float[M, N]: 1/|window| inside a visual token's window, 0 elsewhere."""
@@ -54,6 +60,8 @@ class AvgPool(Pooling):
 @PROJECTORS.register("maxpool")
 class MaxPool(Pooling):
     """2D adaptive max pooling, then the MLP. A hook on `pool` sees which patch won each channel."""
+
+    pooling = "max"
 
     def __init__(
         self,
@@ -68,10 +76,9 @@ class MaxPool(Pooling):
         super().__init__(in_dim, out_dim, in_grid, num_tokens, mlp_depth=mlp_depth, mlp_ratio=mlp_ratio)
         self.pool = GridMaxPool(in_grid, self.out_grid)
 
-    def project(self, features: Tensor) -> Tensor:
-        """float[B, N, in_dim] -> float[B, M, out_dim]."""
-        pooled, _ = self.pool(features)
-        return self.mlp(pooled)
+    def compress(self, features: Tensor) -> Tensor:
+        """float[B, N, in_dim] -> float[B, M, in_dim]."""
+        return self.pool(features)[0]
 
     def query_to_patch(self) -> Tensor | None:
         """float[M, N]: the identity where each window holds one patch; None elsewhere, as the

@@ -11,6 +11,7 @@ from typing import IO, Protocol
 
 from prism_deco.sweep import guard
 from prism_deco.sweep.expand import Cell
+from prism_deco.sweep.features import shared_cache
 from prism_deco.sweep.ledger import Entry
 
 GRACE = 120.0
@@ -67,7 +68,8 @@ class Launcher(Protocol):
 def train_command(folder: Path, entry: Entry) -> list[str]:
     """The ordinary command line of a cell; nobody watches its first steps, so that `train` checks them."""
     place = [f"runs_dir={folder}", f"run_id={entry.id}"]
-    return [sys.executable, "-m", "prism_deco.cli", "train", *DEFAULTS, *entry.overrides, *entry.adjusted, *place]
+    defaults = [*DEFAULTS, *shared_cache(folder, entry)]
+    return [sys.executable, "-m", "prism_deco.cli", "train", *defaults, *entry.overrides, *entry.adjusted, *place]
 
 
 def log_path(folder: Path, cell_id: str) -> Path:

@@ -1,0 +1,53 @@
+"""`prism-deco train`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from prism_deco.commands.common import OVERRIDES, Subparsers
+from prism_deco.commands.evaluate import score_run
+from prism_deco.commands.explain import measure_relevance
+from prism_deco.config import load_config
+from prism_deco.stages import run as run_stages
+from prism_deco.stages import split
+
+
+def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
+    """Adds `train`."""
+    parser = subparsers.add_parser("train", parents=[common], help="compose and train a model, then score it")
+    parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    parser.add_argument("--overwrite", action="store_true", help="replace the run folder if it exists")
+    parser.add_argument("--force", action="store_true", help="train even what does not fit the memory by its plan")
+    parser.set_defaults(command=train)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Composes, trains and scores a model; goes on where an earlier call of the same run has stopped."""
+    stages = split(args.arguments)
+    config = stages[-1].config if stages else load_config(args.arguments)
+    asked = [names for names in (config.evaluate.benchmarks, config.evaluate.relevance) if names]
+    if asked:
+        from prism_deco.evaluation import resolve
+
+        resolve(",".join(asked))  # a wrong name must not wait for the end of training
+    if stages:
+        flags = {"--overwrite": args.overwrite, "--force": args.force, "--debug": args.debug}
+        return run_stages(stages, [flag for flag, is_set in flags.items() if is_set])
+    from prism_deco.training.session import run
+
+    def score(folder: Path) -> None:
+        options: dict[str, Any] = OmegaConf.to_container(config.evaluate)  # type: ignore[assignment]
+        relevance, limit = options.pop("relevance"), options.pop("relevance_limit")
+        if options["benchmarks"]:
+            score_run(folder, dict(options))
+        if relevance:
+            measure_relevance(folder, relevance, {"split": options["split"], "limit": limit})
+
+    # The other processes of this machine get the same settings; what becomes of an earlier run is decided once.
+    arguments = ["train", *args.arguments, *(["--debug"] if args.debug else [])]
+    scoring = score if asked else None
+    return run(config, scoring, overwrite=args.overwrite, force=args.force, arguments=arguments)
