@@ -174,7 +174,7 @@ class TrainerConfig:
     """fsdp: what gradients are summed in across devices: float32 | bfloat16 (prismatic)."""
     activation_checkpointing: str = "none"
     """Less memory for more computation in the LLM: none | selective (keep matrix products) | full (keep inputs of
-    layers; prismatic)."""
+    layers; prismatic) | auto (the least of these that the plan fits into nine tenths of a device's memory)."""
     checkpoint_every: float = 0.25
     """Optimizer steps between two checkpoints; below 1 a share of all steps."""
     keep_checkpoints: int = 2

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from omegaconf import DictConfig
 
 from prism_deco.compose import max_positions
 from prism_deco.data.samplers import SAMPLERS, Population
+from prism_deco.llms.checkpointing import ACTIVATION_CHECKPOINTING
 from prism_deco.plan.accelerators import GIB, accelerator
 from prism_deco.plan.features import CachePlan, compute_of, layouts, mode, sharing
 from prism_deco.plan.flops import training_flops
@@ -19,6 +20,11 @@ from prism_deco.plan.phases import Layout
 from prism_deco.plan.sequences import Sequences, sequences_of
 from prism_deco.plan.setup import Setup, setup_of
 from prism_deco.registry import import_plugins
+
+AUTO = "auto"
+
+ROOM = 0.9
+"""Share of a device's memory that `auto` plans to use: the allocator needs some for itself."""
 
 DEFAULT_ACCELERATOR = "h100"
 DEFAULT_MFU = 0.4
@@ -87,7 +93,12 @@ class Plan:
 
 
 def plan_run(
-    config: DictConfig, name: str = "", *, accelerator_name: str | None = None, mfu: float = DEFAULT_MFU
+    config: DictConfig,
+    name: str = "",
+    *,
+    accelerator_name: str | None = None,
+    mfu: float = DEFAULT_MFU,
+    memory_bytes: int | None = None,
 ) -> Plan:
     """Plans a run without weights, data or a GPU.
 
@@ -95,6 +106,8 @@ def plan_run(
         name: what to call it; empty: the choices of backbone, projector and LLM.
         accelerator_name: one of `ACCELERATORS`; None is an H100, or no accelerator where the run is on a CPU.
         mfu: share of the accelerator's peak that the arithmetic reaches (model FLOPs utilisation).
+        memory_bytes: of one device, by which `trainer.activation_checkpointing=auto` decides; None takes what the
+            planned accelerator has, if there is one.
 
     Raises:
         ValueError: an unknown accelerator, or a share outside (0, 1].
@@ -111,7 +124,9 @@ def plan_run(
         return Plan(name, kind, None, (f"its recipe is made of stages, to be planned one by one ({stages})",), ())
     try:
         sequences, missing = sequences_of(config)
-        needs = _needs(config, setup, sequences, peak and peak * mfu)
+        if memory_bytes is None and kind:
+            memory_bytes = accelerator(kind).memory
+        needs = _least_recomputation(config, setup, sequences, peak and peak * mfu, memory_bytes)
     except ValueError as error:
         return Plan(name, kind, None, (str(error),), ())
     warnings = [missing] if missing else []
@@ -132,9 +147,21 @@ def problems(plan: Plan, memory_bytes: int | None = None) -> list[str]:
         found.append(
             f"a step needs {memory.peak / GIB:.1f} GiB per device ({memory.when}), and there are "
             f"{memory_bytes / GIB:.1f}: lower recipe.micro_batch_size, recompute activations "
-            "(trainer.activation_checkpointing=full) or shard the model (trainer=fsdp)"
+            "(trainer.activation_checkpointing=auto) or shard the model (trainer=fsdp)"
         )
     return found
+
+
+def _least_recomputation(
+    config: DictConfig, setup: Setup, sequences: Sequences, speed: float | None, memory_bytes: int | None
+) -> Needs:
+    """With as many activations recomputed as asked for; `auto` is the least that fits, or all."""
+    policies = ACTIVATION_CHECKPOINTING if setup.checkpointing == AUTO else (setup.checkpointing,)
+    for policy in policies:
+        needs = _needs(config, replace(setup, checkpointing=policy), sequences, speed)
+        if memory_bytes is None or needs.memory.peak <= ROOM * memory_bytes:
+            break
+    return needs
 
 
 def _needs(config: DictConfig, setup: Setup, sequences: Sequences, speed: float | None) -> Needs:

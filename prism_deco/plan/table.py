@@ -64,6 +64,10 @@ def _notes(plans: Sequence[Plan]) -> list[str]:
         "Memory is that of tensors in the forward pass of the longest record; --json has its parts. Hours are without",
         "validation and scoring, and without a cache. On disk: the checkpoints kept, and the cache of frozen features.",
     ]
+    policies = sorted({plan.needs.setup.checkpointing for plan in plans if plan.needs is not None} - {"none"})
+    for policy in policies:
+        names = [plan.name for plan in plans if plan.needs is not None and plan.needs.setup.checkpointing == policy]
+        notes.append(f"Activations recomputed ({policy}): {', '.join(names) if len(names) < len(plans) else 'all'}")
     notes += _cache_notes(plans)
     sources = {plan.needs.source for plan in plans if plan.needs is not None}
     notes += [text for source, text in SOURCES.items() if source in sources]

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from prism_deco.plan import plan_run, problems
+from prism_deco.llms.checkpointing import ACTIVATION_CHECKPOINTING
+from prism_deco.plan import AUTO, plan_run, problems
 from prism_deco.plan.accelerators import device_memory
 from prism_deco.training.folder import Plan, lock_run, prepare_run, read_status, run_folder, set_status
 from prism_deco.training.preemption import Preemption
@@ -48,7 +49,8 @@ def run(
     try:
         with preemption.watched(), ranks.started(arguments), ExitStack() as held:
             run_folder(config)
-            plan = ranks.decide(lambda: _prepare(config, overwrite, force, held))
+            config.trainer.activation_checkpointing = ranks.decide(lambda: _fit(config, force))
+            plan = ranks.decide(lambda: _prepare(config, overwrite, held))
             if plan.state == "done":
                 log.info("The run in %s is done. Another one: run_id=NAME; in its place: --overwrite", plan.folder)
                 return 0
@@ -69,25 +71,30 @@ def run(
         return stop.exit_code
 
 
-def _prepare(config: DictConfig, overwrite: bool, force: bool, held: ExitStack) -> Plan:
+def _prepare(config: DictConfig, overwrite: bool, held: ExitStack) -> Plan:
     folder = run_folder(config)
     if (folder / "config.yaml").is_file() and (lock := lock_run(folder)):
         lock.close()
-    if not force:
-        _refuse_what_cannot_fit(config)
     plan = prepare_run(config, overwrite=overwrite)
     if lock := lock_run(plan.folder):
         held.enter_context(lock)
     return plan
 
 
-def _refuse_what_cannot_fit(config: DictConfig) -> None:
-    """`ValueError` where the plan says that a run needs more memory than there is, before time is spent."""
+def _fit(config: DictConfig, force: bool) -> str:
+    """How activations are to be kept or recomputed; `ValueError` where the plan says that a run needs more memory than
+    there is, before time is spent."""
+    asked = config.trainer.activation_checkpointing
+    unplanned = ACTIVATION_CHECKPOINTING[-1] if asked == AUTO else asked
+    memory = device_memory() // (1 if torch.cuda.is_available() else max(1, config.trainer.devices))
     try:
-        run_plan = plan_run(config)
+        run_plan = plan_run(config, memory_bytes=memory)
     except Exception as error:  # a plug-in's code may not bear being walked through without data
         log.warning("The run's memory could not be planned (%s: %s)", type(error).__name__, error)
-        return
-    sharing = 1 if torch.cuda.is_available() else max(1, config.trainer.devices)
-    if found := problems(run_plan, device_memory() // sharing):
+        return unplanned
+    if (found := problems(run_plan, memory)) and not force:
         raise ValueError(f"This run cannot work: {'; '.join(found)}. --force starts it anyway.")
+    chosen = run_plan.needs.setup.checkpointing if run_plan.needs else unplanned
+    if asked == AUTO:
+        log.info("Activations recomputed in the backward pass: %s", chosen)
+    return chosen

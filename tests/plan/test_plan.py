@@ -115,3 +115,21 @@ def test_command_over_a_sweep(tmp_path, capsys):
     plans = json.loads((tmp_path / "plan.json").read_text())
     assert [plan["name"] for plan in plans] == ["M1-c_abstractor", "M1-avgpool"]
     assert "M1-avgpool" in capsys.readouterr().out
+
+
+def test_as_little_is_recomputed_as_memory_allows():
+    asked = "trainer.activation_checkpointing="
+    deep = ("recipe.turn_mask=causal", "llm.architecture.num_hidden_layers=24")
+    peaks = {}
+    for policy in ("none", "selective", "full"):
+        peaks[policy] = plan_run(load_config([*deep, asked + policy])).needs.memory.peak
+    assert peaks["full"] < peaks["selective"] < peaks["none"]
+    auto = load_config([*deep, asked + "auto"])
+    for policy, peak in peaks.items():
+        # A tenth is left to the allocator: one byte less, and the next policy is taken.
+        room = -(-peak * 10 // 9)
+        assert plan_run(auto, memory_bytes=room).needs.setup.checkpointing == policy
+        less = {"none": "selective", "selective": "full", "full": "full"}[policy]
+        assert plan_run(auto, memory_bytes=room - 10).needs.setup.checkpointing == less
+    assert problems(plan_run(auto, memory_bytes=peaks["full"] // 2), peaks["full"] // 2)
+    assert plan_run(auto).needs.setup.checkpointing == "none"  # a CPU of unknown size

@@ -180,6 +180,12 @@ def test_a_finished_run_is_left_alone_and_never_mixed_with_another(runs, colors,
     assert "is no run (it has no config.yaml)" in " ".join(capsys.readouterr().err.split())
 
 
+def test_what_auto_came_to_is_recorded(runs, colors):
+    auto = "trainer.activation_checkpointing=auto"
+    assert _train(colors, runs, "run_id=auto", "recipe.max_steps=1", auto) == 0
+    assert read_config(runs / "auto" / "config.yaml").trainer.activation_checkpointing == "none"
+
+
 def test_a_trained_run_is_only_scored(runs, colors):
     run = runs / "again"
     before = (run / "model" / "model.safetensors").stat().st_mtime_ns
