@@ -128,7 +128,7 @@ def _cache(folder: Path, config: DictConfig, vlm: VLM, examples: Examples) -> Fe
     backbone, projector = vlm.backbone, vlm.projector
     key = Key(
         group(config, "backbone"), backbone.sha256(), backbone.transform, examples.records.data_hash,
-        names_hash(names), compute_of(setup_of(config)), projector.pooling, projector.compressed_grid,
+        names_hash(names), None, compute_of(setup_of(config)), projector.pooling, projector.compressed_grid,
     )  # fmt: skip
     return FeatureCache(folder / "features", key, names, examples.images, backbone.embed_dim)
 

@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from prism_deco.config import cache_dir
 from prism_deco.data.base import Source
 from prism_deco.data.examples import Examples, Transform
-from prism_deco.data.images import ImageFolder
+from prism_deco.data.images import ImageFolder, decode_image
 from prism_deco.data.loader import Collate, stack_pixels
 from prism_deco.data.records import open_records
 from prism_deco.llms import LanguageModel
@@ -80,6 +80,9 @@ def bench_data(
     pipelines: dict[str, Callable[[slice], Any]] = {
         "prism_deco: whole examples": lambda block: collate([examples[i] for i in chosen[block]]),
         "prism_deco: images alone": lambda block: stack_pixels([transform(_open(file)) for file in files[block]]),
+        "prism_deco: images alone, data.draft_jpeg": lambda block: stack_pixels(
+            [transform(decode_image(file.read_bytes(), str(file), least_side=2 * side)) for file in files[block]]
+        ),
         "PIL and torchvision: images alone": lambda block: torch.stack([plain(_open(file)) for file in files[block]]),
     }
     seconds: dict[str, list[float]] = {name: [] for name in pipelines}

@@ -29,6 +29,7 @@ def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
 
     loading = benches.add_parser("data", parents=[common], help="images per second beside PIL and torchvision")
     loading.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="as for train: backbone=NAME llm=NAME")
+    loading.add_argument("--size", type=int, nargs=2, default=(640, 480), metavar=("W", "H"), help="of the images")
     loading.set_defaults(command=bench_data)
 
     steps = benches.add_parser("train", parents=[common], help="our training step beside transformers' own LLaVA")
@@ -76,7 +77,7 @@ def bench_data(args: argparse.Namespace) -> None:
     backbone = build_backbone(group(config, "backbone"), pretrained=False, device="meta")
     llm = build_llm(group(config, "llm"), pretrained=False, device="meta")
     with tempfile.TemporaryDirectory() as folder:
-        source = photographs(Path(folder))
+        source = photographs(Path(folder), size=tuple(args.size))
         rows = bench_data(source, llm, backbone.transform, side=backbone.image_size)
     show(render(rows, config.backbone.name))
 

@@ -52,7 +52,7 @@ def bad_images(items: Sequence[Item], on_bad_image: str) -> set[str]:
 
 def _problem(path: Path) -> OSError | None:
     try:
-        decode_image(path.read_bytes(), str(path), reduced=True)
+        decode_image(path.read_bytes(), str(path), least_side=1)
     except OSError as error:
         return error
     return None

@@ -43,6 +43,7 @@ class Key:
         transform: of the backbone.
         data: `Records.data_hash` of the file of records.
         images: `names_hash` of the images that are stored.
+        least_side: at which they are decoded, see `data.images.decode_image`.
         compute: one of `COMPUTE`.
         pooling: how features are pooled before they are stored (`Projector.pooling`); None stores all patches.
         grid: grid of the stored features.
@@ -53,6 +54,7 @@ class Key:
     transform: BackboneTransform
     data: str
     images: str
+    least_side: int | None
     compute: str
     pooling: str | None
     grid: tuple[int, int]

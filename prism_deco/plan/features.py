@@ -138,7 +138,7 @@ def layouts(images: tuple[int, ...], projector: Projector, compute: str) -> list
 def sharing(config: DictConfig, setup: Setup) -> str:
     """Equal for runs that share a cache, as far as that can be said before weights and data are read."""
     backbone, data = group(config, "backbone"), group(config, "data")
-    used = {"limit", "val_fraction"}  # of the keys that every choice has: which records, and so which images
+    used = {"limit", "val_fraction", "draft_jpeg"}  # of the keys that every choice has: which images, and how decoded
     shown = {k: v for k, v in data.items() if k in used or k not in DataConfig.__dataclass_fields__}
     pooling = PROJECTORS.get(config.projector.name).pooling
     content = {

@@ -155,6 +155,7 @@ def _caches(config: DictConfig, vlm: VLM, data: Conversations) -> list[FeatureCa
             backbone.transform,
             records.data_hash,
             names_hash(names),
+            images.least_side,
             compute_of(setup_of(config)),
             vlm.projector.pooling,
             vlm.projector.compressed_grid,

@@ -120,6 +120,8 @@ class Conversations(pl.LightningDataModule):
         )
 
     def _examples(self, records: Subset, images: ImageSource, vlm: VLM, llm: LanguageModel) -> Examples:
+        if self._config.data.draft_jpeg:
+            images.least_side = 2 * max(tower.image_size for tower in vlm.backbone.transform.towers.values())
         return Examples(
             records,
             images,

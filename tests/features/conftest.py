@@ -43,7 +43,7 @@ def make(tmp_path, pictures, backbone, monkeypatch):
         projector = build_projector(name, backbone.embed_dim, 32, backbone.grid, tokens)
         names = sorted(path.name for path in pictures.iterdir())
         named = Key(
-            {"name": "m"}, backbone.sha256(), backbone.transform, "data", names_hash(names), compute,
+            {"name": "m"}, backbone.sha256(), backbone.transform, "data", names_hash(names), None, compute,
             projector.pooling, projector.compressed_grid,
         )  # fmt: skip
         return FeatureCache(tmp_path / "features", named, names, ImageFolder(pictures), backbone.embed_dim), projector
