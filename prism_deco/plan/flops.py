@@ -59,8 +59,9 @@ def training_flops(config: DictConfig, images: int = 1, setup: Setup | None = No
     """
     lm = llm_of(config).model
     projector_of(config)  # raises where it does not fit
-    tower = walk_tower(backbone_key(config), images, setup or Setup())
-    projector = walk_projector(projector_key(config), tower.shape, tower.dtype, setup or Setup())
+    setup = (setup or Setup()).outside_llm
+    tower = walk_tower(backbone_key(config), images, setup)
+    projector = walk_projector(projector_key(config), tower.shape, tower.dtype, setup)
     settings: Any = lm.config
     layers = decoder_layers(lm)
     width = settings.num_attention_heads * (

@@ -81,9 +81,9 @@ def step_memory(config: DictConfig, setup: Setup, layout: Layout) -> Memory:
         gradients = made + both - alone if earlier is None else earlier
         moments[name] = Moment(alone - logits + kept, logits, gradients, neighbours)
 
-    tower = walk_tower(backbone_key(config), layout.records, setup)
+    tower = walk_tower(backbone_key(config), layout.records, setup.outside_llm)
     add("tower", tower.phases["forward"])
-    projected = walk_projector(projector_key(config), tower.shape, tower.dtype, setup).phases
+    projected = walk_projector(projector_key(config), tower.shape, tower.dtype, setup.outside_llm).phases
     add("projector forward", projected["forward"])
     kept = projected["kept"][0]
     loss = Loss(config.recipe.turn_mask, config.recipe.max_logits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from omegaconf import DictConfig
@@ -32,6 +32,11 @@ class Setup:
     cuda: bool = False
     reduce: int = 4
     checkpointing: str = "none"
+
+    @property
+    def outside_llm(self) -> Setup:
+        """As it concerns tower and projector, whose activations are never recomputed."""
+        return replace(self, checkpointing="none")
 
     @property
     def replicas(self) -> int:
