@@ -78,10 +78,12 @@ def load_config(overrides: Iterable[str] = ()) -> DictConfig:
 
 def compose(contents: Mapping[Any, Any], values: Iterable[str] = ()) -> DictConfig:
     """Merges the schema, the given contents (one mapping per group) and `key=value` overrides."""
-    schema = OmegaConf.structured(Config)
+    groups = []
     for group in GROUPS:
         base = Config.__dataclass_fields__[group].default_factory
-        schema[group] = OmegaConf.structured(_extend(base, contents.get(group) or {}))  # type: ignore[arg-type]
+        kind = _extend(base, contents.get(group) or {})  # type: ignore[arg-type]
+        groups.append((group, kind, field(default_factory=kind)))
+    schema = OmegaConf.structured(make_dataclass("Config", groups, bases=(Config,)))
     config = _merge(schema, OmegaConf.create(dict(contents)))
     values = list(values)
     try:

@@ -86,7 +86,7 @@ def sweep(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> None:
     """Says what the cells of a sweep, or one run, will take."""
-    from prism_deco.plan import as_json, plan_runs, table
+    from prism_deco.plan import as_json, plan_run, table
     from prism_deco.stages import split
     from prism_deco.sweep import expand, parse
     from prism_deco.sweep.spec import split_values
@@ -96,7 +96,9 @@ def plan(args: argparse.Namespace) -> None:
     else:
         stages = {stage.name: stage.config for stage in split(args.arguments)}
         configs = stages or {"": load_config(args.arguments)}
-    plans = plan_runs(configs, accelerator_name=args.accelerator, mfu=args.mfu)
+    plans = [
+        plan_run(config, name, accelerator_name=args.accelerator, mfu=args.mfu) for name, config in configs.items()
+    ]
     if args.json:
         args.json.write_text(json.dumps(as_json(plans), indent=2) + "\n", encoding="utf-8")
     show(table(plans, args.mfu))

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from prism_deco.cli import main
 from prism_deco.config import load_config
-from prism_deco.plan import as_json, plan_run, plan_runs, problems, several, table
+from prism_deco.plan import as_json, plan_run, problems, table
 
 GIB = 2**30
 REAL = ("recipe=prism", "data=llava_v1_5_mix665k", "trainer=fsdp", "trainer.devices=8")
@@ -133,19 +133,3 @@ def test_as_little_is_recomputed_as_memory_allows():
         assert plan_run(auto, memory_bytes=room - 10).needs.setup.checkpointing == less
     assert problems(plan_run(auto, memory_bytes=peaks["full"] // 2), peaks["full"] // 2)
     assert plan_run(auto).needs.setup.checkpointing == "none"  # a CPU of unknown size
-
-
-def test_several_processes_plan_what_one_does():
-    names = [
-        f"{llm}-{projector}" for llm in ("mini_phi", "mini_llama") for projector in ("avgpool", "linear", "qformer")
-    ]
-    choices = [dict(zip(("llm", "projector"), name.split("-"), strict=True)) for name in names]
-    wide = {"qformer": ["projector.hidden_dim=96", "projector.heads=4"]}
-    configs = {
-        name: load_config([*(f"{key}={value}" for key, value in own.items()), *wide.get(own["projector"], [])])
-        for name, own in zip(names, choices, strict=True)
-    }
-    assert len(configs) > several.FEW
-    plans = plan_runs(configs, mfu=0.5)
-    assert [plan.name for plan in plans] == names
-    assert plans == [plan_run(config, name, mfu=0.5) for name, config in configs.items()]
