@@ -1,6 +1,8 @@
 """Small worlds for the tests: a few images and conversations on disk, and tiny real models."""
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,25 @@ def tiny():
         return VLM(backbone, project, language.model, **options).double(), language
 
     return build
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A browser without a window; it keeps what pages log."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (pip install selenium)")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs Chromium and its driver (apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    with tempfile.TemporaryDirectory() as profile:
+        quiet = ("quic", "background-networking", "component-update", "sync", "gpu", "dev-shm-usage")
+        for flag in ("headless", "no-sandbox", "no-first-run", *(f"disable-{name}" for name in quiet)):
+            options.add_argument(f"--{flag}")
+        options.add_argument(f"--user-data-dir={profile}")
+        options.add_argument("--window-size=1200,1400")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+        yield made
+        made.quit()

@@ -93,7 +93,8 @@ def step_memory(config: DictConfig, setup: Setup, layout: Layout) -> Memory:
     add("backward, last layer", language["last"], kept=kept)
     add("backward, first layer", language["first"], kept=kept)
     add("projector backward", projected["backward"], made=FLOAT32 * count(lm, trained=True))
-    moments["optimizer"] = Moment(_optimizer_temporaries(projector, lm, setup), 0, all_gradients, last_exchange)
+    # AdamW is fused: it makes no tensors of its own.
+    moments["optimizer"] = Moment(0, 0, all_gradients, last_exchange)
     when = max(moments, key=lambda name: sum(moments[name]))
     fullest = moments[when]
     return Memory(
@@ -136,9 +137,3 @@ def _gathered(projector: nn.Module, lm: nn.Module, setup: Setup) -> tuple[int, i
     block, root = count(layers[0]), count(projector, lm) - count(*layers)
     size = 2 if setup.half else FLOAT32
     return root * 2 * size + block * (4 * size + setup.reduce), root * (2 * size + setup.reduce)
-
-
-def _optimizer_temporaries(projector: nn.Module, lm: nn.Module, setup: Setup) -> int:
-    """AdamW's denominator: of all parameters at once on a GPU, on the CPU of one after the other, and twice."""
-    sizes = [FLOAT32 * p.numel() for p in (*projector.parameters(), *lm.parameters()) if p.requires_grad]
-    return sum(sizes) // setup.shards if setup.cuda else 2 * max(sizes)

@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import tempfile
 
 import pytest
 import torch
@@ -63,27 +61,6 @@ def test_sections_are_joined_by_image_and_question():
     first = [Section(image, "p", []), Section(other, "p", [])]
     joined = side_by_side([first, [Section(image, "q", []), Section(other, "p", [])]])
     assert [(section.image, section.prompt) for section in joined] == [(image, "p"), (other, "p"), (image, "q")]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (pip install selenium)")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("needs Chromium and its driver (apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    with tempfile.TemporaryDirectory() as profile:
-        quiet = ("quic", "background-networking", "component-update", "sync", "gpu", "dev-shm-usage")
-        for flag in ("headless", "no-sandbox", "no-first-run", *(f"disable-{name}" for name in quiet)):
-            options.add_argument(f"--{flag}")
-        options.add_argument(f"--user-data-dir={profile}")
-        options.add_argument("--window-size=1200,1400")
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-        yield made
-        made.quit()
 
 
 PIXELS = "return Array.from(document.querySelectorAll('.picture canvas'), c => c.toDataURL())"

@@ -3,8 +3,6 @@
 import json
 import math
 import random
-import shutil
-import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -159,24 +157,3 @@ def mini_sweep(tmp_path_factory):
                     write_run(folder / name, *overrides)
     write_ledger(folder, cells)
     return folder
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """A browser without a window; it keeps what pages log."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (pip install selenium)")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("needs Chromium and its driver (apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    with tempfile.TemporaryDirectory() as profile:
-        quiet = ("quic", "background-networking", "component-update", "sync", "gpu", "dev-shm-usage")
-        for flag in ("headless", "no-sandbox", "no-first-run", *(f"disable-{name}" for name in quiet)):
-            options.add_argument(f"--{flag}")
-        options.add_argument(f"--user-data-dir={profile}")
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-        yield made
-        made.quit()
