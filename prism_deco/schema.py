@@ -67,8 +67,8 @@ class DataConfig:
     on_bad_image: str = "fail"
     """An image that is missing or unreadable: fail | skip (drop the record) | blank (mean-coloured image)."""
     draft_jpeg: bool = False
-    """Decode JPEGs that are more than twice as large as the towers' input at a reduced size, in a third of the time.
-    Pixels then differ, on average by less than one of 255 levels."""
+    """Decode JPEGs that are more than twice as large as the towers' input at a reduced size, in a half to a quarter
+    of the time. Pixels then differ, on average by less than one of 255 levels."""
     num_workers: int = 0
     """Loader processes per rank; 0 loads in the training process."""
     statistics: dict[str, Any] | None = None
@@ -198,7 +198,7 @@ class TrainerConfig:
     log_every: int = 10
     """Optimizer steps between two entries in TensorBoard."""
     val_every: float = 0.25
-    """Share of an epoch between two passes over the validation records."""
+    """Share of the training between two passes over the validation records."""
     samples: int = 4
     """Validation images whose generated answers are logged with each validation."""
     preflight: bool = False

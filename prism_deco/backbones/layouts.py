@@ -143,6 +143,32 @@ def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's names -> those of transformers' CLIPVisionModel and SiglipVisionModel."""
+    renames = (
+        (r"^cls_token$", "embeddings.class_embedding"),
+        (r"^pos_embed$", "embeddings.position_embedding.weight"),
+        (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+        (r"^norm_pre\.", "pre_layrnorm."),
+        (r"^blocks\.", "encoder.layers."),
+        (r"\.norm([12])\.", r".layer_norm\1."),
+        (r"\.attn\.qkv\.", ".self_attn.qkv."),
+        (r"\.attn\.proj\.", ".self_attn.out_proj."),
+    )
+    result = {}
+    for key, value in state.items():
+        key = _rename(key, renames)
+        if ".qkv." in key:
+            result |= {key.replace("qkv", f"{part}_proj"): t for part, t in zip("qkv", value.chunk(3), strict=True)}
+        elif key == "embeddings.class_embedding":
+            result[key] = rearrange(value, "1 1 d -> d")
+        elif key == "embeddings.position_embedding.weight":
+            result[key] = rearrange(value, "1 n d -> n d")
+        else:
+            result[key] = value
+    return result
+
+
 def _rename(key: str, renames: Renames) -> str:
     for pattern, replacement in renames:
         key = re.sub(pattern, replacement, key)

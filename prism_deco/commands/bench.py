@@ -84,8 +84,6 @@ def bench_data(args: argparse.Namespace) -> None:
 
 def bench_train(args: argparse.Namespace) -> None:
     """Compares our training step with that of transformers' own LLaVA."""
-    from prism_deco.bench.presets import PRESETS
-
     config = load_config([*PRESETS[args.preset], *args.arguments])
     import torch
 
@@ -103,8 +101,6 @@ def bench_train(args: argparse.Namespace) -> None:
 
 def bench_cache(args: argparse.Namespace) -> None:
     """Compares training on cached features with live towers."""
-    from prism_deco.bench.presets import CACHE
-
     configs = {name: load_config([*CACHE[name], *args.arguments]) for name in args.presets}
     import tempfile
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import logging
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import prism_deco
+from prism_deco.files import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +120,7 @@ class Partial:
     def finish(self, sha256: str | None) -> None:
         """Moves the whole file to its name; `OSError` where it is not the expected one."""
         if sha256 is not None:
-            with self.path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = file_sha256(self.path)
             if found != sha256:
                 self.path.unlink()
                 raise OSError(f"{self.target} has the SHA-256 {found}, expected was {sha256}. It was removed.")

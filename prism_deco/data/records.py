@@ -20,6 +20,7 @@ from prism_deco.data.images import PackedImages
 from prism_deco.data.index import build_index
 from prism_deco.data.packing import table_files
 from prism_deco.data.partial import PartialReader
+from prism_deco.files import file_sha256
 from prism_deco.llms.prompts import IMAGE_TAG
 
 __all__ = ["IMAGE_TAG", "Record", "Records", "open_records"]
@@ -83,7 +84,7 @@ def open_records(path: Path, cache: Path, *, allow_faults: bool = False) -> Reco
         ValueError: the file cannot be read, or a record is malformed; names the file and the record.
     """
     tables = table_files(path)
-    digest = _fingerprint(tables) if tables else _sha256(path)
+    digest = _fingerprint(tables) if tables else file_sha256(path)
     folder = cache / "index" / digest[:16]
     if not (folder / "index.json").is_file():
         log.info("Indexing %s", path)
@@ -93,11 +94,6 @@ def open_records(path: Path, cache: Path, *, allow_faults: bool = False) -> Reco
         more = f" So are {len(faults) - 1} more: `prism-deco data check` lists them." if len(faults) > 1 else ""
         raise ValueError(f"{path} {faults[0]['detail']}{more}")
     return records
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fingerprint(files: Sequence[Path]) -> str:

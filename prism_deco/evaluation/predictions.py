@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_deco.evaluation.items import Item, Prediction
+from prism_deco.files import write_whole
 
 FILE = "predictions.jsonl"
 _FIELDS = frozenset(field.name for field in fields(Prediction))
@@ -33,13 +34,6 @@ def load_predictions(path: str | Path) -> list[Prediction]:
             raise ValueError(f"{path}: question {prediction.question_id} occurs twice.")
         seen.add(prediction.question_id)
     return predictions
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file in one step: a crash leaves the old content or the new, never a part."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class PredictionStore:
@@ -80,7 +74,7 @@ class PredictionStore:
         for path in shards:
             self.done |= {p.question_id: p for p in _read(path, drop_torn=True)[0]}
         ordered = [self.done[question_id] for question_id in self.items]
-        write_atomically(self.folder / FILE, "".join(map(_line, ordered)))
+        write_whole(self.folder / FILE, "".join(map(_line, ordered)))
         for path in shards:
             path.unlink()
         return ordered
@@ -96,7 +90,7 @@ class PredictionStore:
                     "choose another folder, or remove it."
                 )
         if write:
-            write_atomically(path, json.dumps(decoding, indent=2))
+            write_whole(path, json.dumps(decoding, indent=2))
 
     def _check(self, prediction: Prediction, path: Path) -> None:
         item = self.items.get(prediction.question_id)

@@ -23,8 +23,9 @@ from rich.text import Text
 from prism_deco.evaluation.base import Benchmark, Model
 from prism_deco.evaluation.image_check import bad_images
 from prism_deco.evaluation.items import Item, Prediction
-from prism_deco.evaluation.predictions import PredictionStore, write_atomically
+from prism_deco.evaluation.predictions import PredictionStore
 from prism_deco.evaluation.scoring import predict, summarise
+from prism_deco.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def evaluate(
     _barrier()
     if rank == 0:
         summary = summarise(benchmark, store.merge(), decoding, seed=seed)
-        write_atomically(out_dir / "metrics.json", json.dumps(summary, indent=2))
+        write_whole(out_dir / "metrics.json", json.dumps(summary, indent=2))
     _barrier()
     return json.loads((out_dir / "metrics.json").read_text(encoding="utf-8"))
 

@@ -10,29 +10,10 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, SiglipVisionConfig, SiglipVisionModel
 
 from prism_deco.backbones import VisionBackbone
+from prism_deco.backbones.layouts import recognise, to_hugging_face, to_timm
 from prism_deco.backbones.tower import Tower
 from prism_deco.backbones.trunks import OpenClipTrunk, TimmTrunk, Trunk
 
-_OPEN_CLIP = (
-    (r"^class_embedding$", "embeddings.class_embedding"),
-    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
-    (r"^conv1\.", "embeddings.patch_embedding."),
-    (r"^ln_pre\.", "pre_layrnorm."),
-    (r"^transformer\.resblocks\.(\d+)\.", r"encoder.layers.\1."),
-    (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.attn\.in_proj_(weight|bias)$", r".self_attn.qkv.\1"),
-    (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
-    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-)
-_TIMM = (
-    (r"^pos_embed$", "embeddings.position_embedding.weight"),
-    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
-    (r"^blocks\.(\d+)\.", r"encoder.layers.\1."),
-    (r"\.norm([12])\.", r".layer_norm\1."),
-    (r"\.attn\.qkv\.(weight|bias)$", r".self_attn.qkv.\1"),
-    (r"\.attn\.proj\.", ".self_attn.out_proj."),
-)
 _ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh"}
 
 
@@ -48,7 +29,7 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
         raise ValueError("it has several vision towers, and that class has one")
     trunk = backbone.trunk
     if isinstance(trunk, OpenClipTrunk):
-        block, renames = cast(Any, trunk.blocks[0]), _OPEN_CLIP
+        block = cast(Any, trunk.blocks[0])
         sizes = _sizes(trunk, backbone.image_size, block.attn.num_heads, block.mlp.c_fc, block.mlp.gelu, block.ln_1)
         model = _hollow(CLIPVisionModel, CLIPVisionConfig(**sizes))
     elif isinstance(trunk, TimmTrunk):
@@ -58,12 +39,15 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
                 f"its tower embeds patches by a {type(embedding).__name__} (a convolutional stem), and transformers' "
                 "towers do by one convolution"
             )
-        block, renames = cast(Any, trunk.blocks[0]), _TIMM
+        block = cast(Any, trunk.blocks[0])
         sizes = _sizes(trunk, backbone.image_size, block.attn.num_heads, block.mlp.fc1, block.mlp.act, block.norm1)
         model = _hollow(SiglipVisionModel, SiglipVisionConfig(**sizes, vision_use_head=False))
     else:
         raise ValueError(f"transformers has no class for the tower {type(trunk).__name__}")
-    state = _split_attention({_rename(k, renames): v for k, v in trunk.vit.state_dict().items()})
+    state, depth = trunk.vit.state_dict(), len(trunk.blocks)
+    layout = recognise(state)
+    assert layout is not None
+    state = to_hugging_face(to_timm(state, layout, tap=depth - 1, depth=depth))
     # The norm after the last block takes no part in the features; the class has it all the same.
     unused = next(iter(state.values())).new_zeros(trunk.embed_dim)
     state |= {"post_layernorm.weight": unused + 1, "post_layernorm.bias": unused}
@@ -98,23 +82,6 @@ def _sizes(
 def _hollow(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
     with torch.device("meta"):
         return model_class(config)
-
-
-def _rename(key: str, renames: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in renames:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def _split_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One projection each for queries, keys and values; position tables float[1, N, D] -> float[N, D]."""
-    result = {}
-    for key, tensor in state.items():
-        if ".qkv." in key:
-            result |= {key.replace("qkv", f"{part}_proj"): t for part, t in zip("qkv", tensor.chunk(3), strict=True)}
-        else:
-            result[key] = tensor.squeeze(0) if key.startswith("embeddings.position_embedding") else tensor
-    return result
 
 
 def _part(name: str) -> str:

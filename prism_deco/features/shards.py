@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prism_deco.data.images import ImageSource, load_image
 from prism_deco.features.key import Key, Layout
+from prism_deco.files import file_sha256, write_json, write_whole
 
 MISSING = "is not there yet"
 
@@ -50,7 +51,7 @@ class Shards:
     def create(self, key: Key) -> None:
         """Makes the folder, with a description of what it holds for people."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_durably(self.folder / "key.json", json.dumps(key.content, indent=2).encode() + b"\n")
+        write_json(self.folder / "key.json", key.content)
 
     def path(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.safetensors"
@@ -120,7 +121,7 @@ class Shards:
         return record if isinstance(record, dict) and record.keys() == _FIELDS else None
 
     def _write_record(self, shard: int, content: Mapping[str, Any]) -> None:
-        write_durably(self._record_path(shard), json.dumps(content).encode())
+        write_whole(self._record_path(shard), json.dumps(content))
 
 
 class Writer:
@@ -189,22 +190,6 @@ class Locks:
 
     def release(self, shard: int) -> None:
         fcntl.lockf(self._file, fcntl.LOCK_UN, 1, shard)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Writes a small file that is there whole or not at all, whatever happens; several processes may."""
-    building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with building.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(building, path)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _stamp(path: Path) -> list[int]:

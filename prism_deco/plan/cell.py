@@ -12,7 +12,7 @@ from prism_deco.compose import max_positions
 from prism_deco.data.samplers import SAMPLERS, Population
 from prism_deco.llms.checkpointing import ACTIVATION_CHECKPOINTING
 from prism_deco.plan.accelerators import GIB, accelerator
-from prism_deco.plan.features import CachePlan, compute_of, layouts, mode, sharing
+from prism_deco.plan.features import CachePlan, compute_of, layouts
 from prism_deco.plan.flops import training_flops
 from prism_deco.plan.memory import FLOAT32, Memory, step_memory
 from prism_deco.plan.parts import backbone_of, count, llm_of, projector_of
@@ -20,6 +20,7 @@ from prism_deco.plan.phases import Layout
 from prism_deco.plan.sequences import Sequences, sequences_of
 from prism_deco.plan.setup import Setup, setup_of
 from prism_deco.registry import import_plugins
+from prism_deco.sharing import mode, sharing
 
 AUTO = "auto"
 
@@ -48,8 +49,7 @@ class Needs:
         hours: None where the accelerator's speed is not known.
         checkpoint: one checkpoint: trained weights in float32 and AdamW's moments.
         checkpoints_kept: the newest ones and the best.
-        feature_cache: features of all images on the disk; pooled ones for projectors that pool first.
-        cache: what such a cache would save.
+        cache: the features of all images on the disk (pooled ones for projectors that pool first), and what they save.
     """
 
     parameters: int
@@ -69,7 +69,6 @@ class Needs:
     hours: float | None
     checkpoint: int
     checkpoints_kept: int
-    feature_cache: int
     cache: CachePlan
 
 
@@ -194,7 +193,7 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, speed: float 
         flops=flops,
         speed=speed,
         devices=setup.devices,
-        sharing=sharing(config, setup),
+        sharing=sharing(config),
     )
     return Needs(
         parameters=count(backbone, projector, llm.model),
@@ -214,7 +213,6 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, speed: float 
         hours=flops / speed / setup.devices / 3600 if speed else None,
         checkpoint=3 * FLOAT32 * trained,
         checkpoints_kept=config.trainer.keep_checkpoints + 1,
-        feature_cache=cache.bytes,
         cache=cache,
     )
 

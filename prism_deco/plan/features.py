@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from omegaconf import DictConfig
-
-from prism_deco.compose import group
 from prism_deco.features import COMPUTE, Layout
 from prism_deco.plan.setup import Setup
-from prism_deco.projectors import PROJECTORS, Projector
-from prism_deco.registry import unknown
-from prism_deco.schema import DataConfig
-
-MODES = {"off": "off", "on": "on", "auto": "auto", "False": "off", "True": "on"}
-"""Values of `trainer.feature_cache`; YAML reads an unquoted off or on as a truth value."""
+from prism_deco.projectors import Projector
 
 MARGIN = 3.0
 """An image must be shown that often, over all runs that share the cache, to be put into it: building computes it once
@@ -133,29 +124,3 @@ def layouts(images: tuple[int, ...], projector: Projector, compute: str) -> list
     """
     tokens = math.prod(projector.compressed_grid)
     return [Layout(count, tokens, projector.in_dim, COMPUTE[compute]) for count in images]
-
-
-def sharing(config: DictConfig, setup: Setup) -> str:
-    """Equal for runs that share a cache, as far as that can be said before weights and data are read."""
-    backbone, data = group(config, "backbone"), group(config, "data")
-    used = {"limit", "val_fraction", "draft_jpeg"}  # of the keys that every choice has: which images, and how decoded
-    shown = {k: v for k, v in data.items() if k in used or k not in DataConfig.__dataclass_fields__}
-    pooling = PROJECTORS.get(config.projector.name).pooling
-    content = {
-        "backbone": backbone,
-        # Towers without weights on disk are drawn by the seed.
-        "seed": None if backbone["pretrained"] else config.seed,
-        "data": shown,
-        "compute": compute_of(setup),
-        "pooling": pooling and [pooling, config.projector.num_tokens],
-    }
-    return json.dumps(content, sort_keys=True, default=str)
-
-
-def mode(config: DictConfig) -> str:
-    """off | on | auto, as `trainer.feature_cache` says; `ValueError` where it says something else."""
-    if config.trainer.feature_cache not in MODES:
-        raise unknown("trainer.feature_cache", config.trainer.feature_cache, set(MODES.values()))
-    if config.trainer.feature_cache_runs < 1:
-        raise ValueError(f"trainer.feature_cache_runs={config.trainer.feature_cache_runs} must be at least 1.")
-    return MODES[config.trainer.feature_cache]

@@ -55,7 +55,7 @@ def _cells(needs: Needs) -> list[str]:
         f"{needs.flops / 1e15:,.0f}" if needs.flops > 1e16 else f"{needs.flops / 1e15:.2g}",
         "?" if needs.hours is None else f"{needs.hours:.1f}",
         _gib(needs.checkpoint * needs.checkpoints_kept),
-        _gib(needs.feature_cache),
+        _gib(needs.cache.bytes),
     ]
 
 

@@ -11,7 +11,6 @@ from typing import IO, Protocol
 
 from prism_deco.sweep import guard
 from prism_deco.sweep.expand import Cell
-from prism_deco.sweep.features import shared_cache
 from prism_deco.sweep.ledger import Entry
 
 GRACE = 120.0
@@ -65,11 +64,16 @@ class Launcher(Protocol):
         ...
 
 
-def train_command(folder: Path, entry: Entry) -> list[str]:
-    """The ordinary command line of a cell; nobody watches its first steps, so that `train` checks them."""
-    place = [f"runs_dir={folder}", f"run_id={entry.id}"]
-    defaults = [*DEFAULTS, *shared_cache(folder, entry)]
-    return [sys.executable, "-m", "prism_deco.cli", "train", *defaults, *entry.overrides, *entry.adjusted, *place]
+def train_command(folder: Path, entry: Entry, runs: Mapping[str, int] | None = None) -> list[str]:
+    """The ordinary command line of a cell; nobody watches its first steps, so that `train` checks them.
+
+    Args:
+        runs: see `runs_per_cache`.
+    """
+    settings = [*entry.overrides, *entry.adjusted, f"runs_dir={folder}", f"run_id={entry.id}"]
+    shared = (runs or {}).get(entry.id, 1)
+    sharing = [f"trainer.feature_cache_runs={shared}"] if shared > 1 else []
+    return [sys.executable, "-m", "prism_deco.cli", "train", *DEFAULTS, *sharing, *settings]
 
 
 def log_path(folder: Path, cell_id: str) -> Path:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prism_deco.files import write_json
 from prism_deco.sweep.expand import Cell
 from prism_deco.sweep.spec import is_free
 
@@ -104,10 +105,7 @@ class Ledger:
     def write(self) -> None:
         """Replaces `ledger.json` in one step: a reader sees the old or the new one."""
         content = {"name": self.name, "cells": [asdict(entry) for entry in self.entries.values()]}
-        path = self.folder / "ledger.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(self.folder / "ledger.json", content)
 
 
 def _update_definition(entry: Entry, cell: Cell, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -11,7 +12,8 @@ from rich.console import Console
 from prism_deco.sweep.choose import settle
 from prism_deco.sweep.driver import Driver
 from prism_deco.sweep.expand import Cell, expand
-from prism_deco.sweep.launch import Launcher
+from prism_deco.sweep.features import runs_per_cache
+from prism_deco.sweep.launch import Launcher, train_command
 from prism_deco.sweep.ledger import Entry, Ledger, lock
 from prism_deco.sweep.live import LiveView, LogView, live_on
 from prism_deco.sweep.local import LocalLauncher
@@ -61,11 +63,12 @@ def dry_run(spec: Spec, *, jobs: int | None) -> str:
 def _launcher(spec: Spec, cells: Sequence[Cell], jobs: int | None, *, dry: bool = False) -> Launcher:
     if jobs is not None and jobs < 1:
         raise ValueError(f"--jobs {jobs}: give at least one.")
+    command = partial(train_command, runs=runs_per_cache(cells))
     if spec.launcher == "slurm":
-        return SlurmLauncher(spec.folder, spec.name, cells, spec.slurm, jobs=jobs, dry=dry)
+        return SlurmLauncher(spec.folder, spec.name, cells, spec.slurm, jobs=jobs, dry=dry, command=command)
     if spec.slurm:
         raise ValueError(f"slurm.{next(iter(spec.slurm))} needs launcher=slurm.")
-    return LocalLauncher(spec.folder, cells, jobs=jobs or spec.jobs)
+    return LocalLauncher(spec.folder, cells, jobs=jobs or spec.jobs, command=command)
 
 
 def _asked(spec: Spec) -> dict[str, object]:

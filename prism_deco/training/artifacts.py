@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from prism_deco.backbones import build_backbone
 from prism_deco.compose import build_model, compose_projector, group, prompt_options
 from prism_deco.config import read_config, save_config
+from prism_deco.files import file_sha256
 from prism_deco.llms import LanguageModel, build_llm
 from prism_deco.llms.buffers import fill_buffers
 from prism_deco.llms.build import weights_record
 from prism_deco.llms.lora import ADAPTER_WEIGHTS, base_name, is_adapter, load_lora, save_lora
 from prism_deco.llms.tuning import tuning
-from prism_deco.training.manifest import file_sha256
 from prism_deco.training.streaming import full, write_safetensors
 from prism_deco.vlm import VLM
 

@@ -19,14 +19,15 @@ from prism_deco.compose import group
 from prism_deco.config import cache_dir
 from prism_deco.features import COMPUTE, FeatureCache, Key, at_rest, image_names
 from prism_deco.features.key import names_hash
+from prism_deco.files import write_json
 from prism_deco.plan import plan_run
 from prism_deco.plan.accelerators import accelerator_of
-from prism_deco.plan.features import CachePlan, compute_of, mode
+from prism_deco.plan.features import CachePlan, compute_of
 from prism_deco.plan.flops import TrainingFlops
 from prism_deco.plan.setup import setup_of
+from prism_deco.sharing import mode
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.folder import Plan
-from prism_deco.training.manifest import write_json
 from prism_deco.training.ranks import Ranks, uses_gpu
 from prism_deco.vlm import VLM
 

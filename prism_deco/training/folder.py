@@ -14,8 +14,8 @@ from typing import Any, TextIO
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config import default_run_id, read_config, save_config
+from prism_deco.files import write_json
 from prism_deco.training.checkpoints import CHECKPOINTS, newest_checkpoint, remove_leftovers
-from prism_deco.training.manifest import write_json
 
 log = logging.getLogger(__name__)
 

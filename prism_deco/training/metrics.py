@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from prism_deco.files import write_whole
+
 METRICS = "metrics.jsonl"
 VAL_LOSS = "val/loss"
 
@@ -25,9 +27,7 @@ class Metrics:
     def __init__(self, folder: Path, step: int):
         self._path = folder / METRICS
         kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
-        temporary = self._path.with_name(f".{METRICS}.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        temporary.replace(self._path)
+        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self.validated = {row["step"]: row[VAL_LOSS] for row in kept if VAL_LOSS in row}
 
     def append(self, step: int, values: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 
 from prism_deco.compose import build_model, group
 from prism_deco.data import Source, build_source
+from prism_deco.files import write_json
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import tensor_files
 from prism_deco.llms.checkpointing import checkpoint_activations
@@ -32,7 +33,7 @@ from prism_deco.training.checkpointing import Checkpointing
 from prism_deco.training.checkpoints import step_of
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.folder import Plan, read_status, set_status
-from prism_deco.training.manifest import build_manifest, write_json
+from prism_deco.training.manifest import build_manifest
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.monitor import SpeedMonitor, choices_of
 from prism_deco.training.preemption import Preemption, requeue

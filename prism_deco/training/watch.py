@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from prism_deco.training.manifest import write_json
+from prism_deco.files import write_json
 from prism_deco.training.ranks import Ranks
 from prism_deco.training.stops import STOPS, Preempted, RankFailed, Stop
 
@@ -107,7 +107,7 @@ class Watch(threading.Thread):
 
     def _write(self, **more: Any) -> None:
         content = {"beats": self._beats, "written": time.time_ns(), **more}
-        write_json(self._files / f"{self._ranks.rank}.json", content)
+        write_json(self._files / f"{self._ranks.rank}.json", content, durable=False)
 
     def _others(self) -> dict[int, dict[str, Any]]:
         found = {}

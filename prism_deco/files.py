@@ -1,0 +1,36 @@
+"""Small files that are there whole or not at all, and hashes of large ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, content: bytes | str, *, durable: bool = True) -> None:
+    """Replaces a file in one step: whatever happens, a reader sees the old content or the new. Several
+    processes may write the same file; text is written as UTF-8.
+
+    Args:
+        durable: it is on the disk when this returns.
+    """
+    building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with building.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(building, path)
+
+
+def write_json(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:
+    """Writes JSON, as `write_whole` does."""
+    write_whole(path, json.dumps(content, indent=2) + "\n", durable=durable)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
