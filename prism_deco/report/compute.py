@@ -65,7 +65,7 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
         )
     columns = ["part", "projector", "row", "tokens", "steps", "samples", "GFLOP per step", "TFLOP in all"]
     caption = (
-        "Training's matrix products and convolutions, forward and backward, as prism-deco plan counts them; validation "
-        "and scoring are not part of it."
+        "Training's matrix products and convolutions, forward and backward, as prism-deco plan counts them, with the "
+        "towers in every step even where their features were cached; validation and scoring are not part of it."
     )
     return Table("Steps and arithmetic", columns, rows, heads=3, caption=caption, starts=frozenset(starts))
