@@ -14,7 +14,7 @@ def write_whole(path: Path, content: bytes | str, *, durable: bool = True) -> No
     processes may write the same file; text is written as UTF-8.
 
     Args:
-        durable: it is on the disk when this returns.
+        durable: the content reaches the disk before the name does, so that a crash of the machine leaves no empty file.
     """
     building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with building.open("wb") as file:
@@ -28,6 +28,15 @@ def write_whole(path: Path, content: bytes | str, *, durable: bool = True) -> No
 def write_json(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:
     """Writes JSON, as `write_whole` does."""
     write_whole(path, json.dumps(content, indent=2) + "\n", durable=durable)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder survive a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:

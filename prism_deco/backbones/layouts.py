@@ -144,7 +144,11 @@ def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's names -> those of transformers' CLIPVisionModel and SiglipVisionModel."""
+    """timm's names -> those of transformers' CLIPVisionModel and SiglipVisionModel.
+
+    The joint projection float[3D, D] becomes one float[D, D] each for queries, keys and values; the class token
+    float[1, 1, D] -> float[D], the position table float[1, N, D] -> float[N, D].
+    """
     renames = (
         (r"^cls_token$", "embeddings.class_embedding"),
         (r"^pos_embed$", "embeddings.position_embedding.weight"),

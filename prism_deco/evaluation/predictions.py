@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_deco.evaluation.items import Item, Prediction
-from prism_deco.files import write_whole
+from prism_deco.files import write_json, write_whole
 
 FILE = "predictions.jsonl"
 _FIELDS = frozenset(field.name for field in fields(Prediction))
@@ -90,7 +90,7 @@ class PredictionStore:
                     "choose another folder, or remove it."
                 )
         if write:
-            write_whole(path, json.dumps(decoding, indent=2))
+            write_json(path, decoding)
 
     def _check(self, prediction: Prediction, path: Path) -> None:
         item = self.items.get(prediction.question_id)

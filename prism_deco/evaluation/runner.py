@@ -25,7 +25,7 @@ from prism_deco.evaluation.image_check import bad_images
 from prism_deco.evaluation.items import Item, Prediction
 from prism_deco.evaluation.predictions import PredictionStore
 from prism_deco.evaluation.scoring import predict, summarise
-from prism_deco.files import write_whole
+from prism_deco.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def evaluate(
     _barrier()
     if rank == 0:
         summary = summarise(benchmark, store.merge(), decoding, seed=seed)
-        write_whole(out_dir / "metrics.json", json.dumps(summary, indent=2))
+        write_json(out_dir / "metrics.json", summary)
     _barrier()
     return json.loads((out_dir / "metrics.json").read_text(encoding="utf-8"))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +22,10 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
+from prism_deco.files import sync_folder, write_json
 from prism_deco.training.pieces import piece_of
 from prism_deco.training.stops import CheckpointFailed
-from prism_deco.training.streaming import sync_folder, write_safetensors
+from prism_deco.training.streaming import write_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -92,10 +92,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], cont
     with _failing_together(final, building):
         if rank == 0:
             index = {"format": _FORMAT, "step": step, "files": [_file(r) for r in range(size)], **content}
-            with (building / INDEX).open("w", encoding="utf-8") as file:
-                file.write(json.dumps(index, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            write_json(building / INDEX, index)
             sync_folder(building)
             building.rename(final)
             sync_folder(folder)
