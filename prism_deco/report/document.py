@@ -29,17 +29,17 @@ def document(report: Report) -> str:
 
     parts = [f"# {escape(report.title)}\n", escape(" ".join([report.progress, *report.notes])) + "\n"]
     if report.unfinished:
-        parts.append(markdown(report.unfinished))
+        parts.append(markdown(report.unfinished, 2))
         for name, text in report.logs:
             quoted = "\n".join(f"    {line}" for line in text.splitlines())
             parts.append(f"Last log lines of {escape(name)}:\n\n{quoted}\n")
     for section in report.sections:
-        parts.append(f"## {escape(section.title)}\n")
+        first, *others = section.tables
         parts += [f"**Not comparable:** {escape(warning)}\n" for warning in section.warnings]
-        parts += [markdown(table) for table in (*section.tables, *section.folded)]
+        parts += [markdown(first, 2), *(markdown(table) for table in (*others, *section.folded))]
         parts += pictures(section.figures)
     if report.curves:
         parts += ["## Curves of single cells\n", *pictures(report.curves)]
     if report.cells:
-        parts.append(markdown(report.cells))
+        parts.append(markdown(report.cells, 2))
     return "\n".join(parts)

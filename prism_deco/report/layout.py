@@ -58,13 +58,13 @@ def interval(bounds: tuple[float, float] | None, digits: int = 1, sign: str = ""
     return MISSING if bounds is None else " to ".join(f"{bound:{sign}.{digits}f}" for bound in bounds)
 
 
-def markdown(table: Table) -> str:
-    """A Markdown table with its title; all text in it is escaped."""
+def markdown(table: Table, level: int = 3) -> str:
+    """A Markdown table below its title, a heading of that level; all text in it is escaped."""
     heads = [":--" if number < table.heads else "--:" for number in range(len(table.columns))]
     lines = ["| " + " | ".join(map(escape, table.columns)) + " |", "|" + "|".join(heads) + "|"]
     lines += ["| " + " | ".join(map(_markdown, row)) + " |" for row in table.rows]
     caption = ["", escape(table.caption)] if table.caption else []
-    return "\n".join([f"### {escape(table.title)}", "", *lines, *caption, ""])
+    return "\n".join([f"{'#' * level} {escape(table.title)}", "", *lines, *caption, ""])
 
 
 def escape(text: str) -> str:
@@ -76,7 +76,8 @@ def escape(text: str) -> str:
 def _markdown(entry: Field) -> str:
     text = escape(entry.text)
     text = f"**{text}**" if entry.best else text
-    return f"{text} ({escape('; '.join(entry.lines))})" if entry.lines else text
+    small = "; ".join(line.removesuffix(".") for line in entry.lines)
+    return f"{text} ({escape(small)})" if small else text
 
 
 def terminal(table: Table) -> RichTable:

@@ -15,19 +15,22 @@ from prism_deco.report.style import Figure
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report about one grid.
+    """A part of the report, under the title of its first table.
 
     Attributes:
-        warnings: what its cells do not have in common.
-        tables: shown at once.
+        tables: shown at once; at least one.
+        warnings: what the cells do not have in common.
         folded: long tables, shown on demand.
     """
 
-    title: str
     tables: Sequence[Table]
-    figures: Sequence[Figure]
+    figures: Sequence[Figure] = ()
     warnings: Sequence[str] = ()
     folded: Sequence[Table] = ()
+
+    @property
+    def title(self) -> str:
+        return self.tables[0].title
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ def of_claims(results: Sequence[Result]) -> list[Section]:
     if not results:
         return []
     return [
-        Section("Claims", [claim_tables.summary(results)], claim_figures.forests(results)),
-        Section("Contrasts", [claim_tables.contrasts(results)], []),
+        Section([claim_tables.summary(results)], claim_figures.forests(results)),
+        Section([claim_tables.contrasts(results)]),
     ]
 
 
@@ -30,7 +30,7 @@ def of_settings(ladders: Sequence[Ladder], costs: Sequence[dict[str, Any]]) -> l
         costs: of `compute.budgets`.
     """
     shown = [*ladder.tables(ladders), *([compute.table(costs)] if costs else [])]
-    return [Section(table.title, [table], []) for table in shown]
+    return [Section([table]) for table in shown]
 
 
 def of_grid(grid: Grid, found: Sequence[Difference]) -> Section:
@@ -46,7 +46,6 @@ def of_grid(grid: Grid, found: Sequence[Difference]) -> Section:
     drawn.append(score_figures.forest(grid, first))
     folded = [tables.differences(rest, title="Differences of the other pairs")] if rest else []
     return Section(
-        title=grid.title,
         tables=[table for table in shown if table is not None],
         figures=[figure for figure in drawn if figure is not None],
         warnings=grid.disagreements,

@@ -34,6 +34,8 @@ def test_the_files_of_a_report(report):
     assert len(list(csv.DictReader((report / "cells.csv").open()))) == 12
     assert len(list(csv.DictReader((report / "differences.csv").open()))) == 2 * 8
     text = (report / "report.md").read_text()
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    assert len(headings) == len(set(headings)) and "Cells" in headings
     assert (
         text.count("### Wins") == 1
         and "| M2-c_abstractor-8 | failed | 1 | ValueError: &lt;b&gt;bad&lt;/b&gt; |" in text
