@@ -21,7 +21,7 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from prism_deco.compose import build_model, group
 from prism_deco.data import Source, build_source
 from prism_deco.files import write_json
-from prism_deco.llms import LanguageModel
+from prism_deco.llms import LanguageModel, build_llm
 from prism_deco.llms.build import tensor_files
 from prism_deco.llms.checkpointing import checkpoint_activations
 from prism_deco.plan.flops import training_flops
@@ -188,8 +188,6 @@ def _is_readable_in_pieces(config: DictConfig) -> bool:
     """
     if not config.llm.pretrained:
         return False
-    from prism_deco.llms import build_llm
-
     spec = build_llm(group(config, "llm"), pretrained=False, device="meta").spec
     return tensor_files(spec) is not None
 
