@@ -1,0 +1,94 @@
+"""The committed results are whole, and the texts beside them and in the README quote them."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+from prism_deco.sweep import parse
+from prism_deco.sweep.expand import expand
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = ROOT / "runs" / "reference"
+STUDY = REFERENCE / "study"
+SWEEPS = ("study", "mini_pooling")
+
+
+def rows(path):
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def tables(path):
+    """Every Markdown table of a page: its rows without the heading, as stripped cells."""
+    found = re.findall(r"^\|[ :|-]+\|\n((?:\|.*\|\n)+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return [[[cell.strip(" *`") for cell in line.strip("|").split("|")] for line in one.splitlines()] for one in found]
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_cell_of_a_sweep_is_in_its_report(name):
+    cells = rows(REFERENCE / name / "cells.csv")
+    assert {cell["state"] for cell in cells} == {"done"}
+    assert {cell["cell"] for cell in cells} == {cell.id for cell in expand(parse([name]))}
+    # One version of the code, whose results these are, and one world.
+    assert len({cell["code_version"] for cell in cells}) == 1
+    assert len({cell["data_hash"] for cell in cells}) == 1
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_page_names_no_machine(name):
+    for path in (REFERENCE / name).rglob("*.*"):
+        assert not re.search(r"(?<![\w.])/(work|home|root|tmp|Users)/", path.read_text(encoding="utf-8")), path
+
+
+def verdicts():
+    """Claim -> what equal -> its verdict, from the contrasts that judge it."""
+    found = {}
+    for row in rows(STUDY / "claims.csv"):
+        if row["judged"] == "True":
+            found.setdefault(row["claim"], {}).setdefault(row["equal"], set()).add(row["verdict"])
+    for kinds in found.values():
+        for equal, seen in kinds.items():
+            both = {"holds", "reversed"} <= seen
+            kinds[equal] = "mixed" if both else seen.pop() if len(seen) == 1 else "not resolved"
+    return found
+
+
+def test_the_verdicts_follow_from_the_intervals():
+    for row in rows(STUDY / "claims.csv"):
+        assert row["seeds"] == "1 2 3 4 5"
+        null, low, high = -float(row["margin"]), float(row["low95"]), float(row["high95"])
+        assert row["verdict"] == ("holds" if low > null else "reversed" if high < null else "not resolved")
+        assert float(row["effect"]) == pytest.approx(float(row["first_mean"]) - float(row["second_mean"]), abs=1e-3)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", STUDY / "README.md"])
+def test_the_texts_quote_the_verdicts(page):
+    expected = verdicts()
+    table = next(table for table in tables(page) if table[0][0] in expected)
+    assert [row[0] for row in table] == list(expected)
+    for claim, steps, compute, *_ in table:
+        assert steps.startswith(expected[claim]["steps"])
+        assert compute.startswith(expected[claim].get("compute", "-"))
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", STUDY / "README.md"])
+def test_the_texts_quote_the_effects(page):
+    """Every effect with an interval in a text is one of the study's."""
+    measured = {
+        f"{float(row['effect']):+.1f} ({float(row['low95']):+.1f} to {float(row['high95']):+.1f})"
+        for row in rows(STUDY / "claims.csv")
+    }
+    quoted = set(re.findall(r"[+-]\d+\.\d \([+-]\d+\.\d to\s[+-]\d+\.\d\)", page.read_text(encoding="utf-8")))
+    assert quoted and {" ".join(one.split()) for one in quoted} <= measured
+
+
+def test_the_study_quotes_its_ladder():
+    expected = {}
+    for row in rows(STUDY / "ladder.csv"):
+        expected.setdefault(row["projector"], []).append((float(row["value"]), f"{float(row['val_loss']):.3f}"))
+    table = next(table for table in tables(STUDY / "README.md") if table[0][0] in expected)
+    assert {row[0]: row[1:] for row in table} == {
+        name: [loss for _, loss in sorted(expected[name])] for name in expected
+    }
