@@ -3,6 +3,8 @@
 import pytest
 
 from prism_deco.config import choices, load_config
+from prism_deco.evaluation import resolve
+from prism_deco.report import paper
 from prism_deco.stages import split
 from prism_deco.sweep.expand import expand
 from prism_deco.sweep.spec import parse
@@ -53,6 +55,31 @@ def test_both_readings_of_the_learning_rate_are_at_hand():
     assert [stage.config.recipe.lr for stage in config] == [1e-3, 2e-5]
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        # Table 5 of the paper.
+        ("recipe.global_batch_size", 128),
+        ("recipe.lr", 2e-5),
+        ("recipe.weight_decay", 0.1),
+        ("recipe.grad_clip", 1.0),
+        ("recipe.warmup_ratio", 0.03),
+        ("recipe.epochs", 1),
+        ("recipe.lm", "full"),
+        # prismatic-vlms.
+        ("recipe.image_slot", "after_bos"),
+        ("recipe.sampler", "prismatic"),
+        ("recipe.loss", "micro_batch_mean"),
+        ("backbone.resize", "letterbox"),
+        ("backbone.layer", -2),
+        ("projector.num_tokens", 144),
+    ],
+)
+def test_the_single_stage_holds_the_published_values(key, value):
+    group, _, name = key.partition(".")
+    assert load_config(["recipe=prism", "backbone=clip_vit_l_336", "llm=phi2"])[group][name] == value
+
+
 def test_prism_and_the_miniature_stay_as_they_were():
     for recipe in ("prism", "mini"):
         config = load_config([f"recipe={recipe}"])
@@ -79,6 +106,11 @@ def test_the_sweeps_of_the_paper(name):
         assert cell.config.llm.special_tokens.pad_token == "<unk>" and cell.config.llm.pad_to_multiple_of is None
     last = {"convergence": "llava_v1_5_align"}.get(name, "llava_v1_5_finetune")
     assert {cell.config.recipe.name for cell in cells} == {last}
+
+
+def test_table_1s_sweep_asks_for_table_2s_tasks_as_well():
+    [names] = {tuple(resolve(cell.config.evaluate.benchmarks)) for cell in expand(parse(["projectors"]))}
+    assert set(names) == {*paper.COLUMNS[1], *(benchmark for benchmark, _, _ in paper.SPATIAL)}
 
 
 @pytest.mark.parametrize("name", SWEEPS)

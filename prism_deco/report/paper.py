@@ -36,6 +36,9 @@ SPATIAL = (
 )
 """The tasks of Table 2: benchmark, metric, maximum. The average is over their shares of the maximum (Honeybee)."""
 
+RECIPES = {1: "llava_v1_5_finetune", 3: "prism"}
+"""What the models of a table were trained with."""
+
 _BENCHMARKS = {"seed_image": "seed", "mme_perception": "mme"}
 _TOWERS = {
     "CLIP ViT-L": "clip_vit_l",
@@ -96,10 +99,11 @@ def scores(table: int) -> dict[tuple[str, str], Mapping[str, float]]:
 def setting(cell: Cell, table: int) -> str | None:
     """The setting of a table that a cell belongs to, whatever its projector; None: it is not the paper's.
 
-    Tower, LLM, resolution and number of visual tokens must be the paper's; recipe and data are not looked at.
+    Tower, LLM, resolution, number of visual tokens and recipe must be the paper's; data and changes of the recipe's
+    settings are not looked at.
     """
     config = cell.config
-    if config is None:
+    if config is None or config.recipe.name != RECIPES[table]:
         return None
     # A compressing projector with as many tokens as the table's linear one is not of the table; what does not
     # compress at all is the reference of any row.

@@ -16,19 +16,24 @@ from prism_deco.report.study import MAXIMA, Entry, Summary
 from prism_deco.report.style import Figure, label_axes, legend, panels, settings, styles, to_svg
 
 
-def ablation(grid: Grid) -> list[Figure]:
-    """Score against visual tokens, a panel per benchmark (the paper's Figure 8); one figure per family of rows."""
+def ablation(grid: Grid, beside: Sequence[Entry] = ()) -> list[Figure]:
+    """Score against visual tokens, a panel per benchmark (the paper's Figure 8); one figure per family of rows.
+
+    Args:
+        beside: entries that stand in other tables of the same part: the paper's own number of tokens is one of many.
+    """
     found = []
-    families = dict.fromkeys(entry.family for entry in grid.entries)
+    entries = [*beside, *grid.entries]
+    families = dict.fromkeys(entry.family for entry in entries)
     for number, family in enumerate(families):
-        members = [entry for entry in grid.entries if entry.family == family and entry.tokens is not None]
+        members = [entry for entry in entries if entry.family == family and entry.tokens is not None]
         lines: dict[str, list[Entry]] = {}
         for entry in sorted(members, key=lambda entry: entry.tokens or 0):
             lines.setdefault(entry.variant, []).append(entry)
         if not any(len({entry.tokens for entry in line}) > 1 for line in lines.values()):
             continue
         names = [*grid.benchmarks, *(["mean"] if grid.has_mean else [])]
-        looks = styles(entry.variant for entry in grid.entries)
+        looks = styles(entry.variant for entry in entries)
         with settings():
             figure, axes = panels(len(names), width=3.1, height=2.3)
             for name, ax in zip(names, axes, strict=True):

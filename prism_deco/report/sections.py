@@ -11,6 +11,7 @@ from prism_deco.report.grid import Grid
 from prism_deco.report.ladder import Ladder
 from prism_deco.report.page import Section
 from prism_deco.report.pairs import BASE, Difference
+from prism_deco.report.style import Figure
 
 
 def of_claims(results: Sequence[Result]) -> list[Section]:
@@ -33,15 +34,29 @@ def of_settings(ladders: Sequence[Ladder], costs: Sequence[dict[str, Any]]) -> l
     return [Section([table]) for table in shown]
 
 
-def of_grid(grid: Grid, found: Sequence[Difference]) -> Section:
-    """A table of scores, what follows from it, and its figures."""
+def of_grids(grids: Sequence[Grid], found: Sequence[Sequence[Difference]]) -> list[Section]:
+    """Tables of scores, what follows from each, and its figures.
+
+    Args:
+        found: differences by grid.
+    """
+    last = {grid.part: grid for grid in grids}
+    sections = []
+    for grid, own in zip(grids, found, strict=True):
+        # A figure of many numbers of tokens spans the tables of a part, and stands below the last of them.
+        beside = [entry for other in grids if other.part == grid.part and other is not grid for entry in other.entries]
+        sections.append(_of_grid(grid, own, score_figures.ablation(grid, beside) if last[grid.part] is grid else []))
+    return sections
+
+
+def _of_grid(grid: Grid, found: Sequence[Difference], ablation: Sequence[Figure]) -> Section:
     shown = [tables.scores(grid), tables.wins(grid)]
     if grid.table == 1:
         shown += [tables.gains(grid), tables.spatial(grid)]
     first = [pair for pair in found if BASE in (pair.first, pair.second)] or found
     rest = [pair for pair in found if pair not in first]
     shown += [tables.differences(first) if first else None, budget.budget(grid)]
-    drawn = [curve_figures.convergence(grid), *score_figures.ablation(grid)]
+    drawn = [curve_figures.convergence(grid), *ablation]
     drawn += [score_figures.pareto(grid, cost) for cost in budget.COSTS]
     drawn.append(score_figures.forest(grid, first))
     folded = [tables.differences(rest, title="Differences of the other pairs")] if rest else []

@@ -63,7 +63,7 @@ def write_report(
     pairs = [differences(grid.entries, grid.benchmarks, chosen) for grid in grids]
     costs = compute.budgets([entry for grid in grids if grid.part for entry in grid.entries])
     claimed = sections.of_claims(results)
-    scored = [sections.of_grid(grid, found) for grid, found in zip(grids, pairs, strict=True)]
+    scored = sections.of_grids(grids, pairs)
     curves = [figure for cell in _drawn(cells) if (figure := curve_figures.cell_curves(cell)) is not None]
     report = Report(
         title=_title(folders),

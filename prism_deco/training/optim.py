@@ -25,7 +25,7 @@ def parameter_groups(
     """
     groups = []
     seen: set[int] = set()
-    for part, module, rate in (("projector", projector, projector_lr or lr), ("lm", lm, lr)):
+    for part, module, rate in (("projector", projector, lr if projector_lr is None else projector_lr), ("lm", lm, lr)):
         decayed, plain = [], []
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad or id(parameter) in seen:

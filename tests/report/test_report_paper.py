@@ -89,12 +89,16 @@ def test_spatial_tasks_are_shares_of_their_maxima():
         (["backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5"], 3, None),
         (["backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5", "projector=linear"], 1, "T1"),
         (["backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5", "recipe.num_tokens=576"], 1, None),
+        (["backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5", "recipe=prism"], 1, None),
+        (["backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5", "recipe=llava_v1_5_align"], 1, None),
+        (["backbone=clip_vit_l_336", "llm=phi2", "recipe=llava_v1_5_finetune"], 3, None),
         (["backbone=mini_siglip", "llm=mini_phi"], 3, None),
         (["backbone=clip_vit_l_336", "llm=phi2", "projector=linear"], 3, "B2"),
     ],
 )
 def test_a_cell_finds_its_setting_by_what_it_is(tmp_path, overrides, table, setting):
-    config = load_config(["recipe=prism", *overrides])
+    recipe = {1: "llava_v1_5_finetune", 3: "prism"}[table]
+    config = load_config([f"recipe={recipe}", *overrides])
     cell = Cell("x", tmp_path, {"projector": config.projector.name, "row": "B1"}, "planned", config=config)
     assert paper.setting(cell, table) == setting
     tokens = {"visual_in": 576, "visual_out": config.projector.num_tokens or 576}

@@ -26,7 +26,8 @@ def _cell(table, row, projector, column):
 
 
 def _table_1_run(make, folder, projector, scores, tasks):
-    overrides = ("backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5", f"projector={projector}", *PRISM)
+    table_1 = ("recipe=llava_v1_5_finetune", "backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5")
+    overrides = (*PRISM, *table_1, f"projector={projector}")
     tokens = {"visual_in": 576, "visual_out": 576 if projector == "linear" else 144}
     make.run(folder, *overrides, benchmarks=(*scores, "mmbench"), tokens=tokens)
     for name, value in scores.items():

@@ -1,0 +1,63 @@
+"""What the figures draw, read from their axes before they become SVG."""
+
+import json
+
+import numpy as np
+import pytest
+
+from prism_deco.report import curve_figures, paper, score_figures, sections
+from prism_deco.report.collect import collect
+from prism_deco.report.grid import build_grids
+
+PAPERS = ("backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5", "data=llava", "data.json=x.json")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Keeps matplotlib's figures as they are."""
+    for module in (curve_figures, score_figures):
+        monkeypatch.setattr(module, "to_svg", lambda figure: figure)
+
+
+def _panels(figure):
+    """Title -> label -> (x, y) of a figure's lines."""
+    return {
+        ax.get_title(): {line.get_label(): line.get_xydata().T for line in ax.get_lines()}
+        | {c.get_label(): c.lines[0].get_xydata().T for c in ax.containers}
+        for ax in figure.axes
+    }
+
+
+@pytest.mark.usefixtures("drawn")
+def test_compression_has_all_its_points_in_one_figure(make, tmp_path):
+    """The one with 144 tokens stands in the paper's Table 1, the others do not."""
+    numbers, expected = (576, 256, 144, 64), {}
+    for k in numbers:
+        tokens = {"visual_in": 576, "visual_out": k}
+        options = ("recipe=llava_v1_5_finetune", *PAPERS, f"recipe.num_tokens={k}", "evaluate.benchmarks=table1")
+        scores = make.run(tmp_path / f"k{k}", *options, benchmarks=paper.COLUMNS[1], tokens=tokens)
+        expected[k] = scores["gqa"]
+    labels = [
+        {"id": f"k{k}", "labels": {"recipe.num_tokens": k}, "overrides": [f"recipe.num_tokens={k}"]} for k in numbers
+    ]
+    make.ledger(tmp_path, labels)
+    grids = build_grids(collect([tmp_path]), "")
+    assert [(grid.table, len(grid.entries)) for grid in grids] == [(1, 1), (None, 3)]
+    first, last = sections.of_grids(grids, [[], []])
+    assert not [figure for figure in first.figures if figure.name == "tokens"]
+    [figure] = [figure for figure in last.figures if figure.name == "tokens"]
+    x, y = _panels(figure.svg)["gqa"]["avgpool"]
+    assert dict(zip(x, y, strict=True)) == pytest.approx(expected)
+
+
+@pytest.mark.usefixtures("drawn")
+def test_convergence_has_a_line_per_projector(make, tmp_path):
+    for name in ("linear", "avgpool"):
+        options = ("recipe=llava_v1_5_align", *PAPERS, f"projector={name}", "evaluate.benchmarks=null")
+        make.run(tmp_path / name, *options, benchmarks=())
+        rows = [{"step": step, "train/loss": 3.0 if name == "linear" else 2.0} for step in range(1, 81)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    [grid] = build_grids(collect([tmp_path]), "")
+    assert grid.table is None  # an alignment is no line of Table 1
+    [panel] = _panels(curve_figures.convergence(grid).svg).values()
+    assert {name: np.unique(line[1]).tolist() for name, line in panel.items()} == {"linear": [3.0], "avgpool": [2.0]}
