@@ -25,14 +25,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from prism_deco.config import default_run_id, load_choice, load_config
+from prism_deco.stopping import PREEMPTED, SIGNALS, take_over
 
 log = logging.getLogger(__name__)
-
-FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that ask a run to save and stop."""
-
-PREEMPTED = 75
-"""Exit code of a run that saved and stopped because it was asked to: the same command line continues it."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +129,7 @@ class _Supervisor:
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> _Supervisor:
-        self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, *FORWARDED)}
+        self._old = take_over((signal.SIGINT, *SIGNALS), self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

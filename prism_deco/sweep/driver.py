@@ -17,7 +17,8 @@ from prism_deco.sweep.expand import Cell
 from prism_deco.sweep.launch import Handle, Launcher, log_path
 from prism_deco.sweep.ledger import Entry, Ledger
 from prism_deco.sweep.live import View
-from prism_deco.sweep.outcome import Heartbeat, Outcome, judge, read_status, stamp, tail
+from prism_deco.sweep.outcome import Heartbeat, Outcome, judge, stamp, tail
+from prism_deco.training.status import read_status
 
 log = logging.getLogger(__name__)
 

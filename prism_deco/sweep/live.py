@@ -15,7 +15,8 @@ from rich.text import Text
 
 from prism_deco.sweep.expand import Cell
 from prism_deco.sweep.ledger import Entry, Ledger
-from prism_deco.sweep.outcome import progress, read_status
+from prism_deco.sweep.outcome import progress
+from prism_deco.training.status import read_status
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,10 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from prism_deco.sweep.guard import PREEMPTED, STOP_SIGNALS
-
-OUT_OF_MEMORY = 76
-"""Exit code of `prism-deco train`; `PREEMPTED` is another."""
+from prism_deco.stopping import OUT_OF_MEMORY, PREEMPTED
+from prism_deco.sweep.guard import STOP_SIGNALS
+from prism_deco.training.status import read_status
 
 TAIL_LINES, TAIL_BYTES = 20, 16_384
 
@@ -54,15 +52,6 @@ def judge(code: int, run: Path, log: Path, before: object = None) -> Outcome:
         return Outcome("failed", f"killed by {name}{hint}")
     last = tail(log).splitlines()[-1:]
     return Outcome("failed", f"exit code {code}" + (f": {last[0].strip()}" if last else ""))
-
-
-def read_status(run: Path) -> dict[str, Any]:
-    """The content of `status.json`; empty where there is none."""
-    try:
-        status = json.loads((run / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
 
 
 def stamp(run: Path) -> int:

@@ -13,11 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from prism_deco.stopping import OUT_OF_MEMORY, PREEMPTED
 from prism_deco.sweep.expand import Cell
-from prism_deco.sweep.guard import PREEMPTED, STOP_SIGNALS
+from prism_deco.sweep.guard import STOP_SIGNALS
 from prism_deco.sweep.launch import lock_path, log_path, train_command
 from prism_deco.sweep.ledger import Entry
-from prism_deco.sweep.outcome import OUT_OF_MEMORY
 from prism_deco.sweep.task import Task
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,10 @@ DEFAULTS = {"time": 24 * 60, "signal_delay_s": 300}
 DERIVED = {"nodes": "trainer.num_nodes", "gpus_per_node": "trainer.devices", "ntasks_per_node": "trainer.devices"}
 """What the cell's own settings say already."""
 
-CODES = {"OUT_OF_MEMORY": OUT_OF_MEMORY} | dict.fromkeys(("TIMEOUT", "NODE_FAIL", "BOOT_FAIL"), PREEMPTED)
+CODES = {
+    "OUT_OF_MEMORY": OUT_OF_MEMORY,
+    **dict.fromkeys(("TIMEOUT", "NODE_FAIL", "BOOT_FAIL"), PREEMPTED),
+}
 """Exit codes of jobs that ended before they could leave one, by SLURM's state."""
 
 CHECK_EVERY = 30.0

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from prism_deco.sweep.guard import PREEMPTED
+from prism_deco.stopping import PREEMPTED
 from prism_deco.sweep.launch import clean_environment, start_guard
 
 

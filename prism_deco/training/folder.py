@@ -6,7 +6,6 @@ import fcntl
 import json
 import logging
 import shutil
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,8 +13,8 @@ from typing import Any, TextIO
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config import default_run_id, read_config, save_config
-from prism_deco.files import write_json
 from prism_deco.training.checkpoints import CHECKPOINTS, newest_checkpoint, remove_leftovers
+from prism_deco.training.status import read_status
 
 log = logging.getLogger(__name__)
 
@@ -116,15 +115,3 @@ def lock_run(folder: Path) -> TextIO | None:
         file.close()  # a file system without locks
         return None
     return file
-
-
-def set_status(folder: Path, state: str, **details: object) -> None:
-    """Writes `status.json`: running | preempted | failed | out_of_memory | trained | done."""
-    write_json(folder / "status.json", {"state": state, **details})
-
-
-def read_status(folder: Path) -> dict[str, Any]:
-    """The content of `status.json`; empty where there is none."""
-    with suppress(OSError, ValueError):
-        return json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    return {}

@@ -20,10 +20,11 @@ POLICIES = ("stop", "skip")
 
 @torch.no_grad()
 def diagnose(vlm: VLM, batches: Sequence[Batch]) -> str:
-    """Runs the forward passes of a bad step once more and names the first module whose output is not finite although
-    its input is, else the parameter whose gradient went bad first, with the records concerned.
+    """Runs the forward passes of a bad step once more and names the first module whose output is not finite, else the
+    parameter whose gradient went bad first, with the records concerned.
 
-    All processes must call it, with their own batches.
+    What goes bad between two modules, in attention say, is seen in the output of the next one. All processes must
+    call it, with their own batches, before the gradients are clipped.
     """
     module, records = None, []
     for batch in batches:

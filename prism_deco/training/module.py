@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from prism_deco.data.loader import Step
 from prism_deco.registry import unknown
 from prism_deco.training.guards import POLICIES, diagnose
-from prism_deco.training.optim import adamw, clip_grad_norm, parameter_groups, warmup_cosine
+from prism_deco.training.optim import adamw, clip_gradients, grad_norm, parameter_groups, warmup_cosine
 from prism_deco.training.stops import NonFinite
 from prism_deco.vlm import VLM, Loss
 
@@ -110,13 +110,15 @@ class TrainingModule(pl.LightningModule):
         # Ranks' scaled losses average to the global one, as their gradients do.
         total = self.all_reduce_sum(total) / self.trainer.world_size
         norms = {
-            part: clip_grad_norm(module.parameters(), 0)
+            part: grad_norm(module.parameters())
             for part, module in (("projector", self.vlm.projector), ("lm", self.vlm.lm))
         }
-        norm = clip_grad_norm(self.vlm.parameters(), self.recipe.grad_clip)
+        norm = grad_norm(self.vlm.parameters())
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         _, _, tokens_cut, bad_images, making_way = (int(value) for value in totals.tolist())
         if math.isfinite(total.item() + norm.item()):
+            # Not before: a norm that is no number would spoil the gradients that were good.
+            clip_gradients(self.vlm.parameters(), self.recipe.grad_clip, norm)
             optimizer.step()
         else:
             self._handle_nonfinite(step)

@@ -57,13 +57,12 @@ def warmup_cosine(optimizer: AdamW, total_steps: int, warmup_ratio: float) -> La
     return LambdaLR(optimizer, factor)
 
 
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scales gradients down to the global norm `max_norm` (0: leaves them) and returns the norm before.
+def grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """The global norm of the gradients; of sharded ones that of the whole, the same in every process."""
+    return full(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
-    Of sharded gradients the norm is that of the whole ones, the same in every process.
-    """
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = full(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: torch.Tensor) -> None:
+    """Scales gradients, whose `grad_norm` is known, down to the norm `max_norm`; 0 leaves them."""
     if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+        nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], max_norm, norm)

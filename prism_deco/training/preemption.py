@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from prism_deco.stopping import SIGNALS, take_over
 from prism_deco.training.stops import Preempted
 
 log = logging.getLogger(__name__)
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Preemption:
@@ -39,7 +38,7 @@ class Preemption:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        before = take_over(SIGNALS, self._handle)
         try:
             yield
         finally:
@@ -58,8 +57,7 @@ class Preemption:
     def claim(self) -> None:
         """Takes the signals back from Lightning, which installs its own handlers when it begins."""
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                signal.signal(number, self._handle)
+            take_over(SIGNALS, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again = self.requested

@@ -19,7 +19,7 @@ from prism_deco.llms import LanguageModel
 from prism_deco.sequence import Batch
 from prism_deco.training.artifacts import load_model, save_model
 from prism_deco.training.datamodule import Conversations
-from prism_deco.training.optim import adamw, clip_grad_norm, parameter_groups
+from prism_deco.training.optim import adamw, clip_gradients, grad_norm, parameter_groups
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Checks:
                     loss.backward()
             if step == 0:
                 self._check_gradients()
-            clip_grad_norm(vlm.parameters(), recipe.grad_clip)
+            clip_gradients(vlm.parameters(), recipe.grad_clip, grad_norm(vlm.parameters()))
             optimizer.step()
         after = sum(self._losses(batches)) / targets
         found = f"{STEPS} steps at recipe.lr={recipe.lr} take the loss of {len(self.examples)} records"
@@ -82,7 +82,7 @@ class Checks:
         # Norms of whole parts: a parameter may rightly have none at first (a LoRA factor behind one of zeros).
         sees = not self.config.recipe.blind and any(example.pixels for example in self.examples)
         for name, part in [("projector", self.vlm.projector)] * sees + [("LLM", self.vlm.lm)]:
-            norm = float(clip_grad_norm(part.parameters(), 0))
+            norm = float(grad_norm(part.parameters()))
             if any(p.requires_grad for p in part.parameters()) and not (math.isfinite(norm) and norm > 0):
                 raise failed("gradient", f"the norm of the {name}'s first gradient is {norm}; it must be above 0")
 

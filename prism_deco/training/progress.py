@@ -56,7 +56,7 @@ def restore_tensors(checkpoint: Checkpoint, vlm: VLM, optimizer: Optimizer) -> N
             tensor = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             _fill(checkpoint, full_name, tensor)
         else:
-            tensor = checkpoint.read(full_name)
+            tensor = checkpoint.read(full_name).to(parameter.device)  # a fused kernel looks for it there
         optimizer.state[parameter][key] = tensor
 
 

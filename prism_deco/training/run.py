@@ -32,7 +32,7 @@ from prism_deco.training.callbacks import ProgressBar, SampleAnswers
 from prism_deco.training.checkpointing import Checkpointing
 from prism_deco.training.checkpoints import step_of
 from prism_deco.training.datamodule import Conversations
-from prism_deco.training.folder import Plan, read_status, set_status
+from prism_deco.training.folder import Plan
 from prism_deco.training.manifest import build_manifest
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.monitor import SpeedMonitor, choices_of
@@ -41,6 +41,7 @@ from prism_deco.training.preflight import preflight
 from prism_deco.training.ranks import Ranks, uses_gpu
 from prism_deco.training.sharding import Sharding, reshard
 from prism_deco.training.start import find_start, start_from
+from prism_deco.training.status import read_status, set_status
 from prism_deco.training.stops import Preempted, RankFailed, Stop, as_stop
 from prism_deco.training.watch import Watch
 from prism_deco.vlm import VLM

@@ -14,11 +14,13 @@ from omegaconf import DictConfig
 from prism_deco.llms.checkpointing import ACTIVATION_CHECKPOINTING
 from prism_deco.plan import AUTO, plan_run, problems
 from prism_deco.plan.accelerators import device_memory
-from prism_deco.training.folder import Plan, lock_run, prepare_run, read_status, run_folder, set_status
+from prism_deco.training.folder import Plan, lock_run, prepare_run, run_folder
 from prism_deco.training.preemption import Preemption
 from prism_deco.training.ranks import Ranks
 from prism_deco.training.run import train
+from prism_deco.training.status import read_status, set_status
 from prism_deco.training.stops import Preempted, Stop
+from prism_deco.training.watch import forget
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +78,7 @@ def _prepare(config: DictConfig, overwrite: bool, held: ExitStack) -> Plan:
     if (folder / "config.yaml").is_file() and (lock := lock_run(folder)):
         lock.close()
     plan = prepare_run(config, overwrite=overwrite)
+    forget(plan.folder)
     if lock := lock_run(plan.folder):
         held.enter_context(lock)
     return plan

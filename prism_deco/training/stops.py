@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from prism_deco.stopping import OUT_OF_MEMORY, PREEMPTED
+
 
 class Stop(Exception):
     """Ends a run with a one-line reason.
@@ -23,7 +25,7 @@ class Preempted(Stop):
     """
 
     state = "preempted"
-    exit_code = 75  # EX_TEMPFAIL: try again later
+    exit_code = PREEMPTED
 
     def __init__(self, reason: str, agreed: bool = False):
         super().__init__(reason)
@@ -34,7 +36,7 @@ class OutOfMemory(Stop):
     """The device or the host has too little memory."""
 
     state = "out_of_memory"
-    exit_code = 76
+    exit_code = OUT_OF_MEMORY
 
 
 class NonFinite(Stop):

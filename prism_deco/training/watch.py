@@ -27,6 +27,11 @@ _ALIVE = 3.0
 stopped as a whole."""
 
 
+def forget(folder: Path) -> None:
+    """Removes what the processes of an earlier start told each other, before those of this one begin to listen."""
+    shutil.rmtree(folder / _FOLDER, ignore_errors=True)
+
+
 class Watch(threading.Thread):
     """Keeps a small file per process in the run's folder: how far it is, and why it failed.
 

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from prism_deco.config import load_config
-from prism_deco.sweep import Cell, Ledger, render
+from prism_deco.stopping import PREEMPTED, SIGNALS
+from prism_deco.sweep import Cell, Ledger, guard, render
 from prism_deco.sweep.live import LiveView, duration, live_on, seconds_left
 from prism_deco.sweep.outcome import Heartbeat, judge, progress, stamp, tail
 
@@ -182,3 +183,8 @@ def test_nothing_known_is_no_estimate(tmp_path):
     ledger = _merge(tmp_path)
     ledger.update("seed7", state="running", started=time.time())
     assert seconds_left(ledger, cells) is None
+
+
+def test_the_guard_which_imports_nothing_knows_the_exit_code():
+    assert guard.PREEMPTED == PREEMPTED
+    assert set(SIGNALS) < set(guard.STOP_SIGNALS)

@@ -16,6 +16,7 @@ from prism_deco.training.checkpoints import (
     remove_leftovers,
     save_checkpoint,
 )
+from prism_deco.training.progress import checkpoint_tensors, restore_tensors
 from prism_deco.training.stops import CheckpointFailed
 from prism_deco.training.streaming import write_safetensors
 
@@ -74,6 +75,22 @@ def test_any_block_is_put_together_from_the_pieces_of_other_processes(tmp_path):
             assert torch.equal(checkpoint.read("model.w", (high - low, 10), (low, 0)), whole[low:high])
     assert torch.equal(checkpoint.read("model.w", (4, 3), (2, 6)), whole[2:6, 6:9])
     assert torch.equal(checkpoint.read("model.w"), whole)
+
+
+def test_an_optimizers_state_is_read_to_where_its_parameters_are(tmp_path, tiny):
+    """A fused kernel on a GPU takes no count of steps that lies on the host; `meta` stands in for the GPU."""
+    vlm, _ = tiny("mini_llama")  # no tied weights, which `meta` would part
+    parameters = [p for p in vlm.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    folder = save_checkpoint(tmp_path, 1, checkpoint_tensors(vlm, optimizer), {})
+    vlm.to("meta")
+    again = torch.optim.AdamW([p for p in vlm.parameters() if p.requires_grad])
+    restore_tensors(Checkpoint(folder), vlm, again)
+    assert len(again.state) == len(parameters)
+    assert {tensor.device.type for state in again.state.values() for tensor in state.values()} == {"meta"}
 
 
 def test_half_a_checkpoint_has_no_valid_name(tmp_path, tensors):

@@ -180,6 +180,20 @@ def test_a_signal_outside_the_training_loop_ends_the_run_at_once():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_closed_terminal_ends_the_run_unless_it_is_to_ignore_that():
+    with Preemption().watched(), pytest.raises(Preempted, match="received SIGHUP"):
+        os.kill(os.getpid(), signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` leaves it
+    try:
+        ignoring = Preemption()
+        with ignoring.watched():
+            ignoring.claim()
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not ignoring.requested and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(
     "error",
     [

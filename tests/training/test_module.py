@@ -9,6 +9,7 @@ from prism_deco.data.loader import Collate, Examples, Step
 from prism_deco.data.records import open_records
 from prism_deco.schema import RecipeConfig
 from prism_deco.training.module import TrainingModule
+from prism_deco.training.stops import NonFinite
 
 
 @pytest.fixture
@@ -54,6 +55,21 @@ def test_the_token_weighted_loss_does_not_depend_on_the_micro_batch(tiny, exampl
     for name, parameter in vlm.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(got[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_the_gradient_that_went_bad_is_named_before_clipping_spreads_it(tiny, examples):
+    vlm, _ = tiny()
+    name = "lm.model.layers.0.mlp.up_proj.weight"
+    vlm.get_parameter(name).register_hook(lambda gradient: gradient * torch.nan)
+    settings = OmegaConf.structured(RecipeConfig(name="test", grad_clip=1.0, warmup_ratio=0.0))
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, precision="64-true",
+    )  # fmt: skip
+    step = _in_double(Collate(4, 2)([examples[i] for i in range(4)]))
+    loader = torch.utils.data.DataLoader([step], batch_size=None)
+    with pytest.raises(NonFinite, match=f"the gradient of {name} is not"):
+        trainer.fit(TrainingModule(vlm, settings, total_steps=1), loader)
 
 
 def test_the_strict_loss_is_the_mean_of_the_micro_batches_means(tiny, examples):

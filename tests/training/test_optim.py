@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from prism_deco.training.optim import clip_grad_norm, parameter_groups, warmup_cosine
+from prism_deco.training.optim import clip_gradients, grad_norm, parameter_groups, warmup_cosine
 
 
 def test_matrices_decay_and_tied_or_frozen_parameters_are_not_repeated():
@@ -40,8 +40,15 @@ def test_the_schedule_of_the_paper():
 def test_clipping_by_the_global_norm():
     a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
     a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
-    assert clip_grad_norm([a, b], 0).item() == pytest.approx(5.0)
-    assert a.grad.tolist() == [3.0, 0.0]  # 0 only measures
-    assert clip_grad_norm([a, b], 1.0).item() == pytest.approx(5.0)
+    norm = grad_norm([a, b])
+    assert norm.item() == pytest.approx(5.0)
+    clip_gradients([a, b], 0, norm)
+    assert a.grad.tolist() == [3.0, 0.0]  # 0 leaves them
+    clip_gradients([a, b], 1.0, norm)
     assert a.grad.tolist() == pytest.approx([0.6, 0.0], abs=1e-5) and b.grad.item() == pytest.approx(0.8, abs=1e-5)
-    assert clip_grad_norm([a, b], 1.0).item() == pytest.approx(1.0, abs=1e-5)
+    assert grad_norm([a, b]).item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_rate_of_zero_is_a_rate():
+    groups = parameter_groups(nn.Linear(2, 2), nn.Linear(2, 2), lr=1.0, projector_lr=0.0, weight_decay=0.0)
+    assert {group["name"]: group["lr"] for group in groups}["projector/decay"] == 0.0
