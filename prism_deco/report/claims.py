@@ -10,6 +10,7 @@
             measures: [mean, boxes, questions]         # the claim is judged by the first; the others are details
             expect: greater                            # or not_less, by more than `margin`
             equal: steps                               # or compute: what both sides were given the same of
+            judges: true                               # false: a detail, for what could not come out either way
 
 Cells that were trained without their images are chosen by `recipe.blind: true` alone.
 """
@@ -40,6 +41,7 @@ class Contrast:
         expect: what the claim says of the difference: greater (than 0) | not_less (than 0 by more than the margin).
         margin: in the measures' unit.
         equal: what both sides were given the same of: steps | compute.
+        judges: whether the claim is judged by it.
     """
 
     first: Mapping[str, str]
@@ -48,6 +50,7 @@ class Contrast:
     expect: str = "greater"
     margin: float = 0.0
     equal: str = "steps"
+    judges: bool = True
 
     @property
     def null(self) -> float:
@@ -107,7 +110,8 @@ def _contrast(content: Any, of: str) -> Contrast:
     _check_keys(f"key of a contrast {of}", content, Contrast)
     first, second = ({str(key): str(value) for key, value in side.items()} for side in sides)
     measures = tuple(content.get("measures") or ("mean",))
-    made = Contrast(first, second, measures, **{k: content[k] for k in ("expect", "margin", "equal") if k in content})
+    more = {key: content[key] for key in ("expect", "margin", "equal", "judges") if key in content}
+    made = Contrast(first, second, measures, **more)
     for kind, value, known in (
         *(("measure", measure, MEASURES) for measure in measures),
         ("expect", made.expect, EXPECT),
@@ -117,6 +121,8 @@ def _contrast(content: Any, of: str) -> Contrast:
             raise unknown(f"{kind} of a contrast {of}", str(value), known)
     if (made.expect == "not_less") != (made.margin > 0):
         raise ValueError(f"A contrast {of}: expect: not_less and a margin above 0 go together.")
+    if not isinstance(made.judges, bool):
+        raise ValueError(f"A contrast {of}: judges is true or false, not {made.judges!r}.")
     return made
 
 

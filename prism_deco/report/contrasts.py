@@ -114,7 +114,7 @@ def _evaluate(
         contrast,
         name,
         measure.words(benchmarks),
-        name == contrast.measures[0],
+        contrast.judges and name == contrast.measures[0],
         first,
         second,
         Side(values=values([cell for cell in cells if cell.blind], read)),

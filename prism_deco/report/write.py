@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prism_deco.report import claim_tables, claim_text, compute, curve_figures, ladder, sections, states
+from prism_deco.report import claim_tables, claim_text, compute, curve_figures, ladder, run_scores, sections, states
 from prism_deco.report.benchmarks import asked_of
 from prism_deco.report.claims import parse, read_sweep
 from prism_deco.report.collect import collect
@@ -32,8 +32,9 @@ MOST_CURVES = 40
 def write_report(
     folders: Sequence[Path], out: Path | None = None, *, split: str | None = None, mixed: bool = False
 ) -> tuple[Path, list[Table]]:
-    """Writes `report.html`, `report.md` with its `figures/`, and `scores.csv`, `differences.csv` and `cells.csv`; of a
-    sweep with parts `ladder.csv` and `compute.csv` too, and of one with claims `claims.csv` and `claims.md`.
+    """Writes `report.html`, `report.md` with its `figures/`, and `scores.csv`, `run_scores.csv`, `differences.csv` and
+    `cells.csv`; of a sweep with parts `ladder.csv` and `compute.csv` too, and of one with claims `claims.csv` and
+    `claims.md`.
 
     Args:
         folders: sweep folders or run folders.
@@ -81,6 +82,7 @@ def write_report(
         "scores.csv": comma_separated([record for grid in grids for record in records(grid)]),
         "differences.csv": comma_separated([_record(pair) for found in pairs for pair in found]),
         "cells.csv": comma_separated(states.records(cells)),
+        "run_scores.csv": comma_separated(run_scores.records(cells, chosen)),
         **{f"figures/{name}.svg": figure.svg for name, figure in named(report)},
     }
     if results:

@@ -157,7 +157,11 @@ class Driver:
             self._record(entry, outcome.state, reason=outcome.reason)
 
     def _out_of_memory(self, cell: Cell, entry: Entry, outcome: Outcome) -> None:
-        """Once again at half the micro-batch: the global batch stays, only it takes more forward passes."""
+        """Once again at half the micro-batch: the global batch stays, only it takes more forward passes.
+
+        Where the loss is a mean over micro-batches that changes its weights: the report does not put such a cell into
+        one table with others unasked.
+        """
         size = OmegaConf.merge(cell.config, OmegaConf.from_dotlist(entry.adjusted)).recipe.micro_batch_size
         if entry.adjusted or self.interrupts or size == 1:
             reason = f"at {MICRO_BATCH}={size}: {outcome.reason or 'out of memory'}"

@@ -19,7 +19,8 @@ from prism_deco.training.status import read_status
 log = logging.getLogger(__name__)
 
 FREE = ("trainer.", "recipe.micro_batch_size", "data.num_workers", "evaluate.", "runs_dir")
-"""Keys that may change when a run goes on: none of them changes what is learned, but for rounding."""
+"""Keys that may change when a run goes on: none of them changes what is learned, but for rounding and, where the loss
+is a mean over micro-batches, their size."""
 
 _LOCK = ".lock"
 
@@ -71,6 +72,14 @@ def prepare_run(config: DictConfig, *, overwrite: bool = False) -> Plan:
 def _found(config: DictConfig, folder: Path) -> Plan:
     earlier, now = flat(read_config(folder / "config.yaml")), flat(config)
     differing = [key for key in sorted(earlier | now) if earlier.get(key) != now.get(key) and not key.startswith(FREE)]
+    cut = "recipe.micro_batch_size"
+    if earlier.get(cut) != now[cut] and config.recipe.loss == "micro_batch_mean":
+        log.warning(
+            "%s was %s and is %s: recipe.loss=micro_batch_mean weighs the tokens differently from here on",
+            cut,
+            earlier.get(cut),
+            now[cut],
+        )
     if differing:
         listed = "; ".join(f"{key} was {earlier.get(key)!r} and is {now.get(key)!r}" for key in differing[:5])
         raise ValueError(

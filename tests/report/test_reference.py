@@ -2,9 +2,11 @@
 
 import csv
 import re
+import statistics
 from pathlib import Path
 
 import pytest
+from scipy import stats  # comes with scikit-image
 
 from prism_deco.sweep import parse
 from prism_deco.sweep.expand import expand
@@ -61,6 +63,38 @@ def test_the_verdicts_follow_from_the_intervals():
         null, low, high = -float(row["margin"]), float(row["low95"]), float(row["high95"])
         assert row["verdict"] == ("holds" if low > null else "reversed" if high < null else "not resolved")
         assert float(row["effect"]) == pytest.approx(float(row["first_mean"]) - float(row["second_mean"]), abs=1e-3)
+
+
+def _side(scores, labels, measure):
+    """Seed -> value of the runs of a side, from the scores of single runs."""
+    wanted = dict(label.split("=") for label in labels.split())
+    tokens = f", num_tokens={wanted['recipe.num_tokens']}" if "recipe.num_tokens" in wanted else ""
+    values = {}
+    for row in scores:
+        mine = (row["part"], row["projector"], row["blind"]) == (wanted["part"], wanted["projector"], "False")
+        if mine and row["row"].endswith(f"mini_qwen2{tokens}") and MEASURES[measure](row["measure"]):
+            values.setdefault(row["seed"], []).append(float(row["value"]) * (1 if row["measure"] in NAMES else 100))
+    return {seed: sum(its) / len(its) for seed, its in values.items()}
+
+
+NAMES = {f"mini_{n}" for n in ("pope", "refcoco", "refcocoplus", "refcocog", "vizwiz", "vqav2", "gqa", "textvqa")}
+MEASURES = {
+    "mean": NAMES.__contains__,
+    "boxes": lambda name: name.startswith("mini_refcoco"),
+    "questions": lambda name: name in NAMES and not name.startswith("mini_refcoco"),
+} | {name: f"relevance {name}".__eq__ for name in ("energy_in_box", "pointing", "query_redundancy", "query_spread")}
+
+
+def test_effects_and_intervals_follow_from_the_scores_of_single_runs():
+    scores, claims = rows(STUDY / "run_scores.csv"), rows(STUDY / "claims.csv")
+    assert len(claims) == 49
+    for row in claims:
+        first, second = (_side(scores, row[side], row["measure"]) for side in ("first", "second"))
+        assert first.keys() == second.keys() == set("12345")
+        differences = [first[seed] - second[seed] for seed in first]
+        low, high = stats.t.interval(0.95, 4, statistics.mean(differences), stats.sem(differences))
+        expected = (statistics.mean(differences), low, high)
+        assert [float(row[key]) for key in ("effect", "low95", "high95")] == pytest.approx(expected, abs=2e-3)
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", STUDY / "README.md"])

@@ -229,6 +229,14 @@ def test_labels_of_two_cells_of_a_seed_are_refused():
         run(cells, ({"projector": "avgpool"}, CABS, {}))
 
 
+def test_a_contrast_that_cannot_fail_judges_nothing():
+    low = [value - 20 for value in AVG]
+    cells = [*cells_of("avgpool", low), *cells_of("c_abstractor", AVG)]
+    results = run(cells, (AVGPOOL, CABS, {}), (CABS, AVGPOOL, {"judges": False}))
+    assert [(result.verdict, result.judged) for result in results] == [("reversed", True), ("holds", False)]
+    assert claim_tables.summary(results).rows[0][1].text == "reversed"  # with the other it would be mixed
+
+
 def test_a_yaml_of_claims():
     sides = {"first": {"part": "steps"}, "second": {"recipe.num_tokens": 36, "recipe.blind": True}}
     [claim] = parse([{"name": "n", "paper": "two\n  lines", "contrasts": [sides | {"measures": ["boxes"]}]}])
@@ -250,6 +258,7 @@ def test_a_yaml_of_claims():
         ({"margin": 1}, "go together"),
         ({"expect": "not_less"}, "go together"),
         ({"second": {}}, "what is first and what is second"),
+        ({"judges": "no"}, "judges is true or false"),
     ],
 )
 def test_a_wrong_yaml_says_what_is_wrong(change, message):

@@ -28,6 +28,19 @@ def test_equal_cells_agree(pair, mini_sweep):
     assert _check(mini_sweep) == []  # seeds that are not finished are missing, not different
 
 
+@pytest.mark.parametrize(("loss", "compares"), [("token_mean", True), ("micro_batch_mean", False)])
+def test_micro_batches_are_compared_where_the_loss_is_a_mean_over_them(make, tmp_path, loss, compares):
+    """As a cell that ran out of memory was tried again."""
+    for name, size in (("a", 16), ("b", 8)):
+        make.run(tmp_path / name, f"recipe.micro_batch_size={size}", f"recipe.loss={loss}", f"seed={size}",
+                 benchmarks=("gqa",))  # fmt: skip
+    found = _check(tmp_path)
+    sentence = (
+        "recipe.micro_batch_size, over which the loss is a mean, in row mini_siglip + mini_qwen2: 16 in a; 8 in b."
+    )
+    assert found == ([] if compares else [sentence])
+
+
 @pytest.mark.parametrize(
     ("file", "values", "sentence"),
     [

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import statistics
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -33,6 +34,10 @@ def test_the_files_of_a_report(report):
     assert len(rows) == 4 * 8 and {row["planned_seeds"] for row in rows} == {"3"}
     assert len(list(csv.DictReader((report / "cells.csv").open()))) == 12
     assert len(list(csv.DictReader((report / "differences.csv").open()))) == 2 * 8
+    single = [r for r in csv.DictReader((report / "run_scores.csv").open()) if r["measure"] == "mini_gqa"]
+    for row in (row for row in rows if row["benchmark"] == "mini_gqa"):
+        own = [float(r["value"]) for r in single if (r["row"], r["projector"]) == (row["row"], row["projector"])]
+        assert float(row["score"]) == pytest.approx(statistics.mean(own), rel=1e-5)
     text = (report / "report.md").read_text()
     headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     assert len(headings) == len(set(headings)) and "Cells" in headings

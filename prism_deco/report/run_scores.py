@@ -1,0 +1,23 @@
+"""What every single run scored, for CSV: from it all means, intervals and tests of a report can be computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prism_deco.explain.gae import DEFAULT_METHOD
+from prism_deco.report.study import Cell
+
+
+def records(cells: Sequence[Cell], split: str) -> list[dict[str, Any]]:
+    """A record per run and measure: primary metrics of benchmarks, in their own units, and mean numbers of the maps of
+    relevance, as shares of one or of the grid's side."""
+    found = []
+    for cell in cells:
+        values = {name: score.value for name, score in cell.scores.get(split, {}).items()}
+        maps = cell.relevance.get("methods", {}).get(DEFAULT_METHOD, {})
+        means = {f"relevance {key}": value["mean"] for key, value in maps.items() if isinstance(value, dict)}
+        about = {"cell": cell.id, "part": cell.part or None, "row": cell.row, "projector": cell.variant}
+        about |= {"blind": cell.blind, "seed": cell.seed, "split": split or None}
+        found += [about | {"measure": name, "value": value} for name, value in (values | means).items()]
+    return found
