@@ -40,12 +40,17 @@ def train(args: argparse.Namespace) -> int:
     from prism_deco.training.session import run
 
     def score(folder: Path) -> None:
+        from prism_deco.evaluation import local_device, process_group
+
         options: dict[str, Any] = OmegaConf.to_container(config.evaluate)  # type: ignore[assignment]
         relevance, limit = options.pop("relevance"), options.pop("relevance_limit")
         if options["benchmarks"]:
             score_run(folder, dict(options))
         if relevance:
-            measure_relevance(folder, relevance, {"split": options["split"], "limit": limit})
+            with process_group() as is_first:
+                if is_first:  # a hundred examples or so: sharing them out would cost more than it saves
+                    place = local_device("cpu" if config.trainer.accelerator == "cpu" else "cuda")
+                    measure_relevance(folder, relevance, {"split": options["split"], "limit": limit}, device=place)
 
     # The other processes of this machine get the same settings; what becomes of an earlier run is decided once.
     arguments = ["train", *args.arguments, *(["--debug"] if args.debug else [])]

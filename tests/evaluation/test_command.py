@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,12 @@ def test_another_precision_is_not_mixed_in(run, files, tmp_path, capsys):
     assert "choose another folder" in " ".join(capsys.readouterr().err.split())
 
 
-def test_training_ends_with_the_relevance_maps_of_a_benchmark(colors, files, tmp_path):
+@contextmanager
+def _another_process():
+    yield False
+
+
+def test_training_ends_with_the_relevance_maps_of_a_benchmark(colors, files, tmp_path, monkeypatch):
     boxes = tmp_path / "boxes.yaml"
     boxes.write_text(yaml.safe_dump({k: v for k, v in files.refcoco().items() if k != "name"}))
     source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}", f"runs_dir={tmp_path}"]
@@ -64,3 +70,6 @@ def test_training_ends_with_the_relevance_maps_of_a_benchmark(colors, files, tmp
     assert (metrics["n"], metrics["benchmark"], metrics["split"]) == (3, "boxes", "val")
     assert len((folder / "examples.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "measured/eval").exists(), "no benchmark was to be scored"
+    monkeypatch.setattr("prism_deco.evaluation.process_group", _another_process)
+    assert main(["train", "data=llava", *source, *FAST, *asked, "run_id=other"]) == 0
+    assert not (tmp_path / "other/explain").exists(), "the first process alone measures"

@@ -1,6 +1,5 @@
 """Runs in processes of their own, that can be stopped, killed and started again."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -11,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 # Processes are forked from one that has imported everything: starting one takes no time.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -109,13 +109,12 @@ def start(colors, tmp_path):
         job.kill()
 
 
-def steps(folder: Path) -> list[dict]:
-    """The rows of the steps in `metrics.jsonl`."""
-    path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [row for row in rows if "train/loss" in row]
+@pytest.fixture(scope="session")
+def trained_weights():
+    """Run folder -> what it has trained: projector, and LLM or its adapters."""
 
+    def read(folder: Path) -> dict:
+        adapter = folder / "model" / "adapter" / "adapter_model.safetensors"
+        return load_file(folder / "model" / "model.safetensors") | (load_file(adapter) if adapter.is_file() else {})
 
-def status(folder: Path) -> dict:
-    """The content of `status.json`."""
-    return json.loads((folder / "status.json").read_text())
+    return read

@@ -5,7 +5,6 @@ import random
 import signal
 
 import pytest
-from safetensors.torch import load_file
 
 from prism_deco.training.checkpoints import list_checkpoints, newest_checkpoint
 from prism_deco.training.metrics import read_metrics
@@ -31,30 +30,38 @@ def _saving(step):
     return lambda folder: (folder / "checkpoints" / f".building-step_{step:06d}").is_dir()
 
 
-def _same_model(a, b):
-    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (a, b))
-    return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+@pytest.fixture
+def same_model(trained_weights):
+    def compare(a, b):
+        a, b = trained_weights(a), trained_weights(b)
+        return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+    return compare
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(start, tmp_path):
-    whole = start(*DROPOUT, "data.val_fraction=0.3", "trainer.val_every=0.2", run="whole")
+@pytest.mark.parametrize(
+    "tuning", [[], pytest.param(["recipe.lm=lora", "recipe.lora_dropout=0.3"], marks=pytest.mark.slow)]
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(start, tmp_path, same_model, tuning):
+    options = [*DROPOUT, *tuning, "data.val_fraction=0.3", "trainer.val_every=0.2"]
+    whole = start(*options, run="whole")
     assert whole.wait() == [0], whole.log.read_text()
-    job = start(*DROPOUT, "data.val_fraction=0.3", "trainer.val_every=0.2")
+    job = start(*options)
     job.until(_at_step(5))
     job.kill()
     assert newest_checkpoint(tmp_path / "run" / "checkpoints").name >= "step_000004"
-    again = start(*DROPOUT, "data.val_fraction=0.3", "trainer.val_every=0.2")
+    again = start(*options)
     assert again.wait() == [0], again.log.read_text()
     assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
     rows = {name: [row for row in read_metrics(tmp_path / name) if "val/loss" in row] for name in ("run", "whole")}
     assert rows["run"] == rows["whole"] != []
-    assert _same_model(tmp_path / "run", tmp_path / "whole")
+    assert same_model(tmp_path / "run", tmp_path / "whole")
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_whenever_it_is_killed(start, tmp_path, ranks):
+def test_whenever_it_is_killed(start, tmp_path, ranks, same_model):
     """Several kills in one run: within an epoch, where one ends (step 9 of 3), in the middle of a save."""
     options = [*DROPOUT, "recipe.epochs=6", "data.num_workers=1"]
     whole = start(*options, run="whole", ranks=ranks)
@@ -68,7 +75,7 @@ def test_whenever_it_is_killed(start, tmp_path, ranks):
     again = start(*options, ranks=ranks)
     assert again.wait() == [0] * ranks, again.log.read_text()
     assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
-    assert _same_model(tmp_path / "run", tmp_path / "whole")
+    assert same_model(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """One, two and four processes: the same losses, norms and weights for the same global batches."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -20,12 +21,23 @@ def _numbers(folder):
     return [(row["train/loss"], row["train/grad_norm"]) for row in read_metrics(folder) if "train/loss" in row]
 
 
-def _assert_same_run(folder, reference):
+def _rates(folder):
+    """By group: the names say what decays."""
+    return [row["train/lr"] for row in read_metrics(folder) if "train/loss" in row]
+
+
+@pytest.fixture
+def assert_same_run(trained_weights):
+    return partial(_assert_same_run, trained_weights)
+
+
+def _assert_same_run(read, folder, reference):
     numbers, expected = _numbers(folder), _numbers(reference)
+    assert _rates(folder) == _rates(reference) and {"lm/decay", "projector/no_decay"} & _rates(folder)[0].keys()
     assert len(numbers) == len(expected)
     for mine, theirs in zip(numbers, expected, strict=True):
         assert mine == pytest.approx(theirs, **EXACT)
-    weights, theirs = (load_file(f / "model" / "model.safetensors") for f in (folder, reference))
+    weights, theirs = read(folder), read(reference)
     assert weights.keys() == theirs.keys()
     # An AdamW update is close to its learning rate, 1.5e-3, wherever a gradient is close to zero.
     differences = torch.cat([(weights[name] - theirs[name]).abs().flatten() for name in weights])
@@ -35,11 +47,11 @@ def _assert_same_run(folder, reference):
 CLIPPED = ["recipe.grad_clip=0.5", "recipe.epochs=1"]
 
 
-def test_two_processes_train_as_one_does(start, tmp_path):
+def test_two_processes_train_as_one_does(start, tmp_path, assert_same_run):
     jobs = [start(*CLIPPED, run="one"), start(*CLIPPED, "trainer.shard_size=2", ranks=2, run="fsdp")]
     assert [job.wait() for job in jobs] == [[0], [0, 0]], jobs[1].log.read_text()
     assert min(norm for _, norm in _numbers(tmp_path / "one")) > 0.5, "clipping must be at work"
-    _assert_same_run(tmp_path / "fsdp", tmp_path / "one")
+    assert_same_run(tmp_path / "fsdp", tmp_path / "one")
     manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("one", "fsdp")]
     assert manifests[0]["params"] == manifests[1]["params"] and manifests[1]["devices"] == 2
     # Each rank has written about half of what one process writes.
@@ -58,20 +70,24 @@ def test_two_processes_train_as_one_does(start, tmp_path):
         (2, ["trainer.shard_size=1"]),
         (4, ["trainer.shard_size=2", "trainer.activation_checkpointing=selective"]),
         (4, ["recipe.sampler=shuffled", "llm=mini_llama", "recipe.global_batch_size=3"]),
+        (
+            2,
+            ["recipe.lm=lora", "recipe.lora_r=4", "recipe.lora_dropout=0", "recipe.weight_decay=0.5", "llm=mini_llama"],
+        ),
         (2, ["projector=qformer", "projector.dropout=0", "llm=mini_phi", "recipe.lm=frozen", "data.val_fraction=0.3"]),
     ],
 )
-def test_every_way_to_share_the_work_gives_the_same_numbers(start, tmp_path, ranks, options):
+def test_every_way_to_share_the_work_gives_the_same_numbers(start, tmp_path, assert_same_run, ranks, options):
     alone = [option for option in options if option.startswith(("recipe.", "llm", "projector", "data"))]
     reference = start(*CLIPPED, *alone, run="one")
     job = start(*options, *CLIPPED, "trainer.accelerator=cpu", "trainer.precision=32-true", ranks=ranks)
     assert reference.wait() == [0], reference.log.read_text()
     assert job.wait() == [0] * ranks, job.log.read_text()
-    _assert_same_run(tmp_path / "run", tmp_path / "one")
+    assert_same_run(tmp_path / "run", tmp_path / "one")
 
 
 @pytest.mark.slow
-def test_pretrained_weights_are_read_in_pieces(start, tmp_path):
+def test_pretrained_weights_are_read_in_pieces(start, tmp_path, assert_same_run):
     """From files in half precision and of fewer rows than the table: as the whole model's loader does it."""
     from prism_deco.llms import build_llm
 
@@ -83,7 +99,7 @@ def test_pretrained_weights_are_read_in_pieces(start, tmp_path):
     reference, job = start(*options, run="one"), start(*options, ranks=2)
     assert reference.wait() == [0], reference.log.read_text()
     assert job.wait() == [0, 0], job.log.read_text()
-    _assert_same_run(tmp_path / "run", tmp_path / "one")
+    assert_same_run(tmp_path / "run", tmp_path / "one")
 
 
 @pytest.mark.slow
