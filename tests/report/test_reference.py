@@ -14,7 +14,7 @@ from prism_deco.sweep.expand import expand
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "runs" / "reference"
 STUDY = REFERENCE / "study"
-SWEEPS = ("study", "mini_pooling")
+SWEEPS = ("study", "mini_projectors", "mini_compression", "mini_pooling", "mini_convergence")
 
 
 def rows(path):
@@ -126,3 +126,23 @@ def test_the_study_quotes_its_ladder():
     assert {row[0]: row[1:] for row in table} == {
         name: [loss for _, loss in sorted(expected[name])] for name in expected
     }
+
+
+def _means(name):
+    """Visual tokens or projector -> mean over the benchmarks, as the README prints it."""
+    scores = {}
+    for row in rows(REFERENCE / name / "scores.csv"):
+        key = row["row"].partition("num_tokens=")[2] or row["projector"]
+        scores.setdefault(key, []).append(float(row["score"]))
+    assert {len(values) for values in scores.values()} == {8}
+    return {key: f"{statistics.mean(values):.1f}" for key, values in scores.items()}
+
+
+def test_the_readme_quotes_the_twins():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    printed = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    place = next(k for k, cells in enumerate(printed) if cells[0] == "`linear` (64 tokens)")
+    projectors = _means("mini_projectors") | _means("mini_pooling")
+    assert [projectors[cell.split("`")[1]] for cell in printed[place]] == printed[place + 2]
+    tokens = _means("mini_compression")
+    assert [tokens[key] for key in ("64", "36", "16", "9", "4")] == printed[place + 5]
