@@ -113,7 +113,9 @@ def _grids(entries: Sequence[Entry], part: str, blind_cells: Sequence[Cell], spl
     if rest:
         lines = [Line(entry.row, entry.variant, entry, {}, _about(entry)) for entry in rest]
         benchmarks = _benchmarks(rest, split)
-        grids.append(_grid(f"Scores{suffix}", part, None, lines, benchmarks, split, blind_cells))
+        grids.append(
+            _grid(f"{'Scores' if benchmarks else 'Losses'}{suffix}", part, None, lines, benchmarks, split, blind_cells)
+        )
     return grids
 
 

@@ -35,7 +35,7 @@ def of_settings(ladders: Sequence[Ladder], costs: Sequence[dict[str, Any]]) -> l
 
 
 def of_grids(grids: Sequence[Grid], found: Sequence[Sequence[Difference]]) -> list[Section]:
-    """Tables of scores, what follows from each, and its figures.
+    """Tables of scores, or of losses where nothing was scored, what follows from each, and its figures.
 
     Args:
         found: differences by grid.
@@ -50,6 +50,9 @@ def of_grids(grids: Sequence[Grid], found: Sequence[Sequence[Difference]]) -> li
 
 
 def _of_grid(grid: Grid, found: Sequence[Difference], ablation: Sequence[Figure]) -> Section:
+    if not grid.benchmarks:
+        curves = curve_figures.convergence(grid)
+        return Section([tables.losses(grid)], [curves] if curves else [], grid.disagreements)
     shown = [tables.scores(grid), tables.wins(grid)]
     if grid.table == 1:
         shown += [tables.gains(grid), tables.spatial(grid)]

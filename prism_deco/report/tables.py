@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 
 from prism_deco.report import paper
 from prism_deco.report.compare import Wins, count_wins
@@ -101,6 +101,32 @@ def _caption(grid: Grid) -> str:
     if len(steps) > 1 and not grid.disagreements:
         parts.append(f"The lines have {min(steps):,} to {max(steps):,} steps, which cost the same arithmetic.")
     return " ".join(parts)
+
+
+def losses(grid: Grid) -> Table:
+    """What cells without benchmarks are there for: where their losses ended."""
+    rows, starts = [], set()
+    for position, entry in enumerate(grid.entries):
+        first = position == 0 or grid.entries[position - 1].row != entry.row
+        if first:
+            starts.add(len(rows))
+        train = [fmean(curve[-max(1, len(curve) // 40) :]) for curve in _values(entry, "train/loss")]
+        val = [curve[-1] for curve in _values(entry, "val/loss")]
+        ends = [Field(f"{number(fmean(its), 3)}{_deviation(its)}") if its else Field(MISSING) for its in (train, val)]
+        tokens = str(entry.tokens) if entry.tokens else MISSING
+        rows.append([Field(entry.row if first else ""), Field(entry.variant), Field(tokens), *ends])
+    caption = "Nats per token: the mean over the last fortieth of the training, and the last validation."
+    columns = ["row", "projector", "tokens", "training loss", "validation loss"]
+    return Table(grid.title, columns, rows, heads=2, caption=caption, starts=frozenset(starts))
+
+
+def _values(entry: Entry, name: str) -> list[list[float]]:
+    curves = ([value for _, value in cell.curves.get(name, [])] for cell in entry.cells)
+    return [curve for curve in curves if curve]
+
+
+def _deviation(values: Sequence[float]) -> str:
+    return f" ±{number(stdev(values), 3)}" if len(values) > 1 else ""
 
 
 def wins(grid: Grid) -> Table | None:

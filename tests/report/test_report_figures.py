@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from prism_deco.report import curve_figures, paper, score_figures, sections
@@ -55,9 +54,19 @@ def test_convergence_has_a_line_per_projector(make, tmp_path):
     for name in ("linear", "avgpool"):
         options = ("recipe=llava_v1_5_align", *PAPERS, f"projector={name}", "evaluate.benchmarks=null")
         make.run(tmp_path / name, *options, benchmarks=())
-        rows = [{"step": step, "train/loss": 3.0 if name == "linear" else 2.0} for step in range(1, 81)]
+        loss = 3.0 if name == "linear" else 2.0
+        rows = [{"step": step, "train/loss": loss if step > 78 else 9.0} for step in range(1, 81)]
+        rows.append({"step": 80, "val/loss": loss + 0.5})
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     [grid] = build_grids(collect([tmp_path]), "")
     assert grid.table is None  # an alignment is no line of Table 1
     [panel] = _panels(curve_figures.convergence(grid).svg).values()
-    assert {name: np.unique(line[1]).tolist() for name, line in panel.items()} == {"linear": [3.0], "avgpool": [2.0]}
+    assert {name: line[1][0] for name, line in panel.items()} == {"linear": 9.0, "avgpool": 9.0}
+    assert panel["avgpool"][1][-1] < panel["linear"][1][-1] < 9.0
+    [section] = sections.of_grids([grid], [[]])
+    [table] = section.tables
+    assert section.title == "Losses" and [figure.name for figure in section.figures] == ["convergence"]
+    assert {row[1].text: (row[3].text, row[4].text) for row in table.rows} == {
+        "linear": ("3.000", "3.500"),
+        "avgpool": ("2.000", "2.500"),
+    }
