@@ -28,10 +28,7 @@ DEFAULTS = {"time": 24 * 60, "signal_delay_s": 300}
 DERIVED = {"nodes": "trainer.num_nodes", "gpus_per_node": "trainer.devices", "ntasks_per_node": "trainer.devices"}
 """What the cell's own settings say already."""
 
-CODES = {
-    "OUT_OF_MEMORY": OUT_OF_MEMORY,
-    **dict.fromkeys(("TIMEOUT", "NODE_FAIL", "BOOT_FAIL"), PREEMPTED),
-}
+CODES = {"OUT_OF_MEMORY": OUT_OF_MEMORY} | dict.fromkeys(("TIMEOUT", "NODE_FAIL", "BOOT_FAIL"), PREEMPTED)
 """Exit codes of jobs that ended before they could leave one, by SLURM's state."""
 
 CHECK_EVERY = 30.0

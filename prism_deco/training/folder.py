@@ -72,14 +72,6 @@ def prepare_run(config: DictConfig, *, overwrite: bool = False) -> Plan:
 def _found(config: DictConfig, folder: Path) -> Plan:
     earlier, now = flat(read_config(folder / "config.yaml")), flat(config)
     differing = [key for key in sorted(earlier | now) if earlier.get(key) != now.get(key) and not key.startswith(FREE)]
-    cut = "recipe.micro_batch_size"
-    if earlier.get(cut) != now[cut] and config.recipe.loss == "micro_batch_mean":
-        log.warning(
-            "%s was %s and is %s: recipe.loss=micro_batch_mean weighs the tokens differently from here on",
-            cut,
-            earlier.get(cut),
-            now[cut],
-        )
     if differing:
         listed = "; ".join(f"{key} was {earlier.get(key)!r} and is {now.get(key)!r}" for key in differing[:5])
         raise ValueError(
@@ -90,6 +82,12 @@ def _found(config: DictConfig, folder: Path) -> Plan:
     if state in ("trained", "done"):
         return Plan(folder, state)
     checkpoint = newest_checkpoint(folder / CHECKPOINTS)
+    sizes = [content.get("recipe.micro_batch_size") for content in (earlier, now)]
+    if checkpoint and sizes[0] != sizes[1] and config.recipe.loss == "micro_batch_mean":
+        message = (
+            "recipe.micro_batch_size was %s and is %s: the loss, a mean over micro-batches, is another from here on"
+        )
+        log.warning(message, *sizes)
     where = checkpoint.name if checkpoint else "its start: it has no checkpoint yet"
     log.info("%s holds this run, unfinished; training goes on from %s", folder, where)
     return Plan(folder, checkpoint=checkpoint)

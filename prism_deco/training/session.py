@@ -78,9 +78,9 @@ def _prepare(config: DictConfig, overwrite: bool, held: ExitStack) -> Plan:
     if (folder / "config.yaml").is_file() and (lock := lock_run(folder)):
         lock.close()
     plan = prepare_run(config, overwrite=overwrite)
-    forget(plan.folder)
     if lock := lock_run(plan.folder):
         held.enter_context(lock)
+    forget(plan.folder)
     return plan
 
 

@@ -143,7 +143,7 @@ def test_a_few_images_can_be_learnt(family, model):
     assert min(losses[-3:]) < 0.8 * losses[0]
     assert {p.grad is None for p in objective.vit.blocks.parameters()} == {False}
     after = objective.eval().evaluate(pixels, captions)
-    assert before.keys() == after.keys() and sum(after.values()) > sum(before.values())
+    assert sum(after.values()) > sum(before.values())
 
 
 def test_retrieval_figures_of_a_perfect_and_of_a_useless_tower():

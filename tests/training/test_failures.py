@@ -6,16 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
 from prism_deco.cli import main
-from prism_deco.training.folder import flat, lock_run
+from prism_deco.config import load_config, read_config, save_config
+from prism_deco.training import folder as run_folders
+from prism_deco.training.folder import flat, lock_run, prepare_run
 from prism_deco.training.guards import diagnose
 from prism_deco.training.metrics import Metrics, read_metrics
 from prism_deco.training.preemption import Preemption, requeue
+from prism_deco.training.session import _prepare
 from prism_deco.training.stops import OutOfMemory, Preempted, as_stop
 
 LONG = ["recipe.epochs=400", "trainer.checkpoint_every=10000"]
@@ -178,6 +182,28 @@ def test_a_signal_outside_the_training_loop_ends_the_run_at_once():
         with pytest.raises(Preempted, match="received SIGTERM"):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_what_an_earlier_start_said_is_forgotten_before_this_one_listens(start, tmp_path):
+    """Else a rank that looks before a slower one has written would end for the reason of last time."""
+    stops = start("recipe.lr=1e30", "recipe.warmup_ratio=0", ranks=2)
+    assert 0 not in stops.wait()
+    told = tmp_path / "run" / ".ranks"
+    assert any("failure" in json.loads(path.read_text()) for path in told.glob("*.json"))
+    config = read_config(tmp_path / "run" / "config.yaml")
+    with ExitStack() as held:
+        assert _prepare(config, False, held).state == "train"
+    assert not told.exists()
+
+
+@pytest.mark.parametrize(("loss", "warns"), [("micro_batch_mean", True), ("token_mean", False)])
+def test_other_micro_batches_are_told_where_they_change_the_loss(tmp_path, monkeypatch, caplog, loss, warns):
+    settings = [f"recipe.loss={loss}", f"runs_dir={tmp_path}", "run_id=x"]
+    (tmp_path / "x").mkdir()
+    save_config(load_config([*settings, "recipe.micro_batch_size=16"]), tmp_path / "x" / "config.yaml")
+    monkeypatch.setattr(run_folders, "newest_checkpoint", lambda folder: folder / "step_000002")
+    assert prepare_run(load_config([*settings, "recipe.micro_batch_size=8"])).state == "train"
+    assert ("recipe.micro_batch_size was 16 and is 8: the loss" in caplog.text) == warns
 
 
 def test_a_closed_terminal_ends_the_run_unless_it_is_to_ignore_that():

@@ -25,16 +25,21 @@ def _in_double(step: Step) -> Step:
     return step
 
 
-def _gradients(tiny, step: Step, **recipe) -> dict[str, torch.Tensor]:
-    """Runs one real optimizer step of a Trainer and returns the gradients that it applied."""
-    vlm, _ = tiny()
-    settings = OmegaConf.structured(RecipeConfig(name="test", grad_clip=0.0, warmup_ratio=0.0, **recipe))
+def _fit(vlm, step: Step, **recipe) -> None:
+    """Runs one real optimizer step of a Trainer."""
+    settings = OmegaConf.structured(RecipeConfig(name="test", warmup_ratio=0.0, **recipe))
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, precision="64-true",
     )  # fmt: skip
-    module = TrainingModule(vlm, settings, total_steps=1)
-    trainer.fit(module, torch.utils.data.DataLoader([_in_double(step)], batch_size=None))
+    loader = torch.utils.data.DataLoader([_in_double(step)], batch_size=None)
+    trainer.fit(TrainingModule(vlm, settings, total_steps=1), loader)
+
+
+def _gradients(tiny, step: Step, **recipe) -> dict[str, torch.Tensor]:
+    """The gradients that one step applied."""
+    vlm, _ = tiny()
+    _fit(vlm, step, grad_clip=0.0, **recipe)
     return {name: p.grad for name, p in vlm.named_parameters() if p.grad is not None}
 
 
@@ -61,15 +66,9 @@ def test_the_gradient_that_went_bad_is_named_before_clipping_spreads_it(tiny, ex
     vlm, _ = tiny()
     name = "lm.model.layers.0.mlp.up_proj.weight"
     vlm.get_parameter(name).register_hook(lambda gradient: gradient * torch.nan)
-    settings = OmegaConf.structured(RecipeConfig(name="test", grad_clip=1.0, warmup_ratio=0.0))
-    trainer = pl.Trainer(
-        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, precision="64-true",
-    )  # fmt: skip
-    step = _in_double(Collate(4, 2)([examples[i] for i in range(4)]))
-    loader = torch.utils.data.DataLoader([step], batch_size=None)
+    step = Collate(4, 2)([examples[i] for i in range(4)])
     with pytest.raises(NonFinite, match=f"the gradient of {name} is not"):
-        trainer.fit(TrainingModule(vlm, settings, total_steps=1), loader)
+        _fit(vlm, step, grad_clip=1.0)
 
 
 def test_the_strict_loss_is_the_mean_of_the_micro_batches_means(tiny, examples):
