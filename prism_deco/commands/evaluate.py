@@ -58,7 +58,7 @@ def score_run(folder: Path, options: dict[str, Any], *, device: str | None = Non
     names, batch_size = resolve(options.pop("benchmarks")), options.pop("batch_size", 64)
     options = {key: value for key, value in options.items() if value is not None}
     model = load(folder, dtype=getattr(torch, dtype) if dtype else None)
-    model.vlm.to(local_device(device or ("cpu" if model.config.trainer.accelerator == "cpu" else "cuda")))
+    model.vlm.to(local_device(device or model.config.trainer.accelerator))
     computed_in = str(next(model.vlm.lm.parameters()).dtype).removeprefix("torch.")
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     about = {"batch_size": batch_size, "model_id": manifest["model_sha256"], "dtype": computed_in}

@@ -48,9 +48,9 @@ def train(args: argparse.Namespace) -> int:
             score_run(folder, dict(options))
         if relevance:
             with process_group() as is_first:
-                if is_first:  # a hundred examples or so: sharing them out would cost more than it saves
-                    place = local_device("cpu" if config.trainer.accelerator == "cpu" else "cuda")
-                    measure_relevance(folder, relevance, {"split": options["split"], "limit": limit}, device=place)
+                if is_first:  # `explain` shares nothing out, and its files are those of one process
+                    about = {"split": options["split"], "limit": limit}
+                    measure_relevance(folder, relevance, about, device=local_device(config.trainer.accelerator))
 
     # The other processes of this machine get the same settings; what becomes of an earlier run is decided once.
     arguments = ["train", *args.arguments, *(["--debug"] if args.debug else [])]

@@ -32,8 +32,11 @@ def process_group() -> Iterator[bool]:
 
 
 def local_device(kind: str) -> torch.device:
-    """This process's own device of a kind ("cpu", "cuda"); "cuda" is the CPU where there is no GPU."""
-    if kind != "cuda":
+    """This process's own device of a kind: one of torch's, or what `trainer.accelerator` says (auto | cpu | gpu).
+
+    "cuda", "gpu" and "auto" are this process's own GPU, and the CPU where there is none.
+    """
+    if kind not in ("cuda", "gpu", "auto"):
         return torch.device(kind)
     if not torch.cuda.is_available():
         return torch.device("cpu")
