@@ -29,8 +29,8 @@ def disagreements(entries: Sequence[Entry], split: str) -> list[str]:
     they cost in arithmetic (see `compute`); each entry must have the same seeds (planned ones count: a seed that is
     still training is missing, not different), and each benchmark must have asked the same questions with the same
     prompts and room for an answer. Within a row the number of visual tokens must be the same too; an uncompressed
-    projector (as many tokens as patches) is the reference to which a row is compared, and exempt. So must be the size
-    of micro-batches where the loss is a mean over them.
+    projector (as many tokens as patches) is the reference to which a row is compared, and exempt. So must be the
+    micro-batches where the loss is a mean over them.
     """
     trained = [cell for entry in entries for cell in entry.cells if cell.manifest]
     found = [_spread(name, trained, read) for name, read in _RUN.items()]
@@ -39,7 +39,7 @@ def disagreements(entries: Sequence[Entry], split: str) -> list[str]:
         compressed = [cell for cell in trained if cell.row == row and cell.compressed]
         found.append(_spread(f"visual tokens in row {row}", compressed, lambda cell: cell.tokens))
         sizes = [(cell.id, size) for cell in trained if cell.row == row and (size := _averaged_over(cell)) is not None]
-        found.append(_sentence(f"recipe.micro_batch_size, over which the loss is a mean, in row {row}", sizes))
+        found.append(_sentence(f"micro-batches, over which the loss is a mean, in row {row}", sizes))
     for benchmark in dict.fromkeys(name for cell in trained for name in cell.scores.get(split, {})):
         scored = [cell for cell in trained if benchmark in cell.scores.get(split, {})]
         for name, read in _SCORE.items():
@@ -58,11 +58,11 @@ def refusal(title: str, sentences: Sequence[str]) -> str:
     )
 
 
-def _averaged_over(cell: Cell) -> int | None:
-    """The records of a forward pass, where the loss depends on them."""
+def _averaged_over(cell: Cell) -> str | None:
+    """How records fall into forward passes, where the loss depends on that."""
     if cell.config is None or cell.config.recipe.loss != "micro_batch_mean":
         return None
-    return cell.config.recipe.micro_batch_size
+    return f"{cell.config.recipe.micro_batch_size} records on each of {cell.manifest.get('devices', 1)} devices"
 
 
 def _budgets(cells: Sequence[Cell]) -> list[str]:

@@ -40,12 +40,14 @@ def of_grids(grids: Sequence[Grid], found: Sequence[Sequence[Difference]]) -> li
     Args:
         found: differences by grid.
     """
-    last = {grid.part: grid for grid in grids}
     sections = []
     for grid, own in zip(grids, found, strict=True):
         # A figure of many numbers of tokens spans the tables of a part, and stands below the last of them.
-        beside = [entry for other in grids if other.part == grid.part and other is not grid for entry in other.entries]
-        sections.append(_of_grid(grid, own, score_figures.ablation(grid, beside) if last[grid.part] is grid else []))
+        scored = [other for other in grids if other.part == grid.part and other.benchmarks]
+        figures = []
+        if scored and grid is scored[-1]:
+            figures = score_figures.ablation(grid, [entry for other in scored[:-1] for entry in other.entries])
+        sections.append(_of_grid(grid, own, figures))
     return sections
 
 

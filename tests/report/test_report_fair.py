@@ -28,17 +28,36 @@ def test_equal_cells_agree(pair, mini_sweep):
     assert _check(mini_sweep) == []  # seeds that are not finished are missing, not different
 
 
-@pytest.mark.parametrize(("loss", "compares"), [("token_mean", True), ("micro_batch_mean", False)])
-def test_micro_batches_are_compared_where_the_loss_is_a_mean_over_them(make, tmp_path, loss, compares):
-    """As a cell that ran out of memory was tried again."""
-    for name, size in (("a", 16), ("b", 8)):
-        make.run(tmp_path / name, f"recipe.micro_batch_size={size}", f"recipe.loss={loss}", f"seed={size}",
-                 benchmarks=("gqa",))  # fmt: skip
-    found = _check(tmp_path)
-    sentence = (
-        "recipe.micro_batch_size, over which the loss is a mean, in row mini_siglip + mini_qwen2: 16 in a; 8 in b."
-    )
-    assert found == ([] if compares else [sentence])
+@pytest.mark.parametrize(
+    ("loss", "sizes", "devices", "differs"),
+    [
+        ("token_mean", (16, 8), (1, 2), ""),
+        ("micro_batch_mean", (16, 16), (1, 1), ""),
+        (
+            "micro_batch_mean",
+            (16, 8),
+            (1, 1),
+            "16 records on each of 1 devices in a; 8 records on each of 1 devices in b.",
+        ),
+        (
+            "micro_batch_mean",
+            (16, 16),
+            (1, 2),
+            "16 records on each of 1 devices in a; 16 records on each of 2 devices in b.",
+        ),
+    ],
+)
+def test_micro_batches_are_compared_where_the_loss_is_a_mean_over_them(make, tmp_path, loss, sizes, devices, differs):
+    """A cell that ran out of memory is tried again at half of them."""
+    for name, size, count in zip("ab", sizes, devices, strict=True):
+        options = [
+            f"recipe.micro_batch_size={size}",
+            f"recipe.loss={loss}",
+            f"projector={'avgpool' if name == 'a' else 'maxpool'}",
+        ]
+        make.run(tmp_path / name, *options, benchmarks=("gqa",), devices=count)
+    sentence = f"micro-batches, over which the loss is a mean, in row mini_siglip + mini_qwen2: {differs}"
+    assert _check(tmp_path) == ([sentence] if differs else [])
 
 
 @pytest.mark.parametrize(
