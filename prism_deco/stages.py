@@ -85,21 +85,24 @@ def final_config(arguments: Sequence[str]) -> DictConfig:
     return stages[-1].config if stages else load_config(arguments)
 
 
-def run(stages: Sequence[Stage], options: Sequence[str] = ()) -> int:
-    """Trains the stages one after the other, each in a process of its own; returns the first exit code that is not 0.
+def run(stages: Sequence[Stage], arguments: Sequence[str], options: Sequence[str] = ()) -> int:
+    """Checks the stages, then trains them one after the other; returns the first exit code that is not 0.
 
-    A process each, since launchers of several ranks repeat the command line of their process: it must be that of one
-    run. A stage that is finished says so and is left alone.
+    Each in a process of its own, since launchers of several ranks repeat the command line of their process: it must be
+    that of one run. A stage that is finished says so and is left alone.
 
     Args:
+        arguments: the command line that they were split from.
         options: of `prism-deco train`, for example `--overwrite`.
     """
+    train = [sys.executable, "-m", "prism_deco.cli", "train", *options]
     with _Supervisor() as supervisor:
+        # What is wrong with the last stage must not wait for the hours of those before it.
+        if code := supervisor.run([*train, "--check", *arguments], os.environ):
+            return code
         for number, stage in enumerate(stages, start=1):
             log.info("Stage %d of %d, %s, in %s", number, len(stages), stage.name, stage.folder)
-            command = [sys.executable, "-m", "prism_deco.cli", "train", *options, *stage.arguments]
-            code = supervisor.run(command, _environment(number))
-            if code:
+            if code := supervisor.run([*train, *stage.arguments], _environment(number)):
                 return code
     return 0
 
@@ -137,7 +140,8 @@ class _Supervisor:
             signal.signal(number, handler)
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
-        """The exit code, 128 + number where a signal killed the process; `PREEMPTED` where nothing was started."""
+        """The exit code, 128 + number where a signal killed the process; `PREEMPTED` where this one was asked to stop
+        before there was a process, or before it could listen."""
         if self._asked is not None:
             return PREEMPTED
         self._process = subprocess.Popen(command, env=environment)
@@ -145,7 +149,9 @@ class _Supervisor:
             self._handle(self._asked)  # it came while the process was being made
         code = self._process.wait()
         self._process = None
-        return code if code >= 0 else 128 - code
+        if code < 0:
+            return PREEMPTED if -code == self._asked in SIGNALS else 128 - code
+        return code
 
     def _handle(self, number: int, *_: object) -> None:
         self._asked = number

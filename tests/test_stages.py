@@ -75,6 +75,9 @@ def test_a_recipe_of_stages_is_no_single_run():
         build_model(load_config(["recipe=llava_v1_5"]), device="meta")
 
 
+LINE = ["recipe=mini_two_stage", "run_id=x"]
+
+
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     """Replaces `prism-deco train` by a script; gives what it was called with."""
@@ -87,25 +90,31 @@ def fake(monkeypatch, tmp_path):
 
         def start(command, **options):
             assert command[:4] == [sys.executable, "-m", "prism_deco.cli", "train"]
-            name = next(a for a in command if a.startswith("run_id="))
+            name = "check" if "--check" in command else next(a for a in command if a.startswith("run_id="))
             return popen([sys.executable, str(script), name, *command[4:]], **options)
 
         monkeypatch.setattr(stages.subprocess, "Popen", start)
-        return split(["recipe=mini_two_stage", "run_id=x"])
+        return split(LINE), LINE
 
     install.calls = lambda: calls.read_text().split()
     return install
 
 
 def test_stages_run_in_order_with_the_options_of_the_command(fake):
-    assert run(fake("assert '--overwrite' in sys.argv"), ["--overwrite"]) == 0
-    assert fake.calls() == ["run_id=x-language", "run_id=x-align", "run_id=x"]
+    assert run(*fake("assert '--overwrite' in sys.argv"), ["--overwrite"]) == 0
+    assert fake.calls() == ["check", "run_id=x-language", "run_id=x-align", "run_id=x"]
+
+
+def test_all_stages_are_checked_before_the_first_one_starts(fake):
+    body = f"assert sys.argv[2:] == ['--force', '--check', *{LINE!r}]; sys.exit(2)"
+    assert run(*fake(body), ["--force"]) == 2
+    assert fake.calls() == ["check"]
 
 
 @pytest.mark.parametrize(("body", "code"), [("sys.exit(76)", 76), ("os.kill(os.getpid(), signal.SIGKILL)", 137)])
 def test_the_first_failure_ends_the_command_with_its_exit_code(fake, body, code):
-    assert run(fake(f"if 'align' in sys.argv[1]: {body}")) == code
-    assert fake.calls() == ["run_id=x-language", "run_id=x-align"]
+    assert run(*fake(f"if 'align' in sys.argv[1]: {body}")) == code
+    assert fake.calls() == ["check", "run_id=x-language", "run_id=x-align"]
 
 
 def test_under_torchrun_every_stage_meets_at_a_port_of_its_own(fake, monkeypatch):
@@ -113,11 +122,12 @@ def test_under_torchrun_every_stage_meets_at_a_port_of_its_own(fake, monkeypatch
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     body = (
+        "if sys.argv[1] == 'check': sys.exit(0)\n"
         "ports = {'run_id=x-language': '29501', 'run_id=x-align': '29502', 'run_id=x': '29503'}\n"
         "assert os.environ['MASTER_PORT'] == ports[sys.argv[1]]\n"
         "assert os.environ['TORCHELASTIC_USE_AGENT_STORE'] == 'False'"
     )
-    assert run(fake(body)) == 0
+    assert run(*fake(body)) == 0
 
 
 COMMAND = """
@@ -126,18 +136,24 @@ from prism_deco import stages
 real = stages.subprocess.Popen
 script = "; ".join([
     "import signal, sys, time",
-    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))",
+    LISTENS,
     "print('up', flush=True)",
     "time.sleep(60)",
 ])
-stages.subprocess.Popen = lambda command, **options: real([sys.executable, "-c", script], **options)
-sys.exit(stages.run(stages.split(["recipe=mini_two_stage", "run_id=x"])))
+def start(command, **options):
+    return real([sys.executable, "-c", "" if "--check" in command else script], **options)
+stages.subprocess.Popen = start
+line = ["recipe=mini_two_stage", "run_id=x"]
+sys.exit(stages.run(stages.split(line), line))
 """
 
 
-def test_a_signal_reaches_the_stage_and_no_other_is_started():
+@pytest.mark.parametrize("listens", ["signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))", "0"])
+def test_a_signal_reaches_the_stage_and_no_other_is_started(listens):
+    """Even one that comes while the stage's process is not ready for it yet."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    process = subprocess.Popen([sys.executable, "-c", COMMAND], stdout=subprocess.PIPE, text=True, env=environment)
+    script = f"LISTENS = {listens!r}\n{COMMAND}"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()

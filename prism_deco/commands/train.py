@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.commands.common import OVERRIDES, Subparsers
 from prism_deco.commands.evaluate import score_run
 from prism_deco.commands.explain import measure_relevance
 from prism_deco.config import load_config
+from prism_deco.stages import Stage, split
 from prism_deco.stages import run as run_stages
-from prism_deco.stages import split
+
+log = logging.getLogger(__name__)
 
 
 def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
@@ -22,6 +26,7 @@ def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
     parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     parser.add_argument("--overwrite", action="store_true", help="replace the run folder if it exists")
     parser.add_argument("--force", action="store_true", help="train even what does not fit the memory by its plan")
+    parser.add_argument("--check", action="store_true", help="look for what would stop it, and train nothing")
     parser.set_defaults(command=train)
 
 
@@ -34,9 +39,11 @@ def train(args: argparse.Namespace) -> int:
         from prism_deco.evaluation import resolve
 
         resolve(",".join(asked))  # a wrong name must not wait for the end of training
+    if args.check:
+        return _check(stages, config, args.force)
     if stages:
         flags = {"--overwrite": args.overwrite, "--force": args.force, "--debug": args.debug}
-        return run_stages(stages, [flag for flag, is_set in flags.items() if is_set])
+        return run_stages(stages, args.arguments, [flag for flag, is_set in flags.items() if is_set])
     from prism_deco.training.session import run
 
     def score(folder: Path) -> None:
@@ -56,3 +63,15 @@ def train(args: argparse.Namespace) -> int:
     arguments = ["train", *args.arguments, *(["--debug"] if args.debug else [])]
     scoring = score if asked else None
     return run(config, scoring, overwrite=args.overwrite, force=args.force, arguments=arguments)
+
+
+def _check(stages: Sequence[Stage], config: DictConfig, force: bool) -> int:
+    from prism_deco.training.session import check
+
+    for name, its in [(f"Stage {stage.name}: ", stage.config) for stage in stages] or [("", config)]:
+        try:
+            check(its, force=force)
+        except ValueError as error:
+            raise ValueError(f"{name}{error}") from error
+        log.info("%snothing was found that would stop it", name)
+    return 0

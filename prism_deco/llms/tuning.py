@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from prism_deco.llms.lora import add_lora
+from prism_deco.llms.quantize import quantization
 from prism_deco.registry import unknown
 
 
@@ -23,6 +24,11 @@ class Tuning:
     base: bool
     adapters: bool
     quantize: str | None = None
+
+    def check(self) -> None:
+        """`ValueError` says why this machine cannot do it."""
+        if self.quantize:
+            quantization(self.quantize)
 
     def apply(self, model: PreTrainedModel, *, r: int, alpha: int, dropout: float, source: str | None = None) -> None:
         """Freezes what is not trained, and adds adapters where there are some (see `add_lora`)."""

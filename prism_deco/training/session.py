@@ -11,7 +11,10 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from prism_deco.compose import build_model, group
+from prism_deco.data import build_source
 from prism_deco.llms.checkpointing import ACTIVATION_CHECKPOINTING
+from prism_deco.llms.tuning import tuning
 from prism_deco.plan import AUTO, plan_run, problems
 from prism_deco.plan.accelerators import device_memory
 from prism_deco.training.folder import Plan, lock_run, prepare_run, run_folder
@@ -71,6 +74,24 @@ def run(
         if ranks.is_main:
             sys.stderr.write(f"prism-deco: {stop.state.replace('_', ' ')}: {' '.join(str(stop).split())}\n")
         return stop.exit_code
+
+
+def check(config: DictConfig, *, force: bool = False) -> None:
+    """Looks for what would stop a run that is to start later, as far as can be known without its weights; does so in
+    the first of its processes only.
+
+    Args:
+        force: do not mind what does not fit this machine's memory.
+
+    Raises:
+        ValueError: data that are not there, parts that do not fit together, or not this machine.
+    """
+    if not Ranks(config.trainer).is_main:
+        return
+    build_source(group(config, "data"))
+    build_model(config, device="meta")
+    tuning(config.recipe.lm).check()
+    _fit(config, force)
 
 
 def _prepare(config: DictConfig, overwrite: bool, held: ExitStack) -> Plan:
