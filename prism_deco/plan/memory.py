@@ -9,11 +9,11 @@ from omegaconf import DictConfig
 from torch import nn
 
 from prism_deco.backbones import VisionBackbone
+from prism_deco.llms.layers import decoder_layers
 from prism_deco.plan.parts import (
     backbone_key,
     backbone_of,
     count,
-    decoder_layers,
     llm_key,
     llm_of,
     projector_key,

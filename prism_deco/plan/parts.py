@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -84,15 +84,6 @@ def build_projector_of(key: str) -> Projector:
     """The projector of that `projector_key`, the caller's own."""
     with torch.device("meta"):
         return build_projector(**json.loads(key))
-
-
-def decoder_layers(lm: nn.Module) -> list[nn.Module]:
-    """The decoder layers of a causal LM, whatever its architecture calls them."""
-    depth = cast(Any, lm).config.num_hidden_layers
-    for module in lm.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return list(module)
-    raise ValueError(f"{type(lm).__name__} has no list of {depth} decoder layers: it cannot be planned.")
 
 
 def count(*modules: nn.Module, trained: bool | None = None) -> int:

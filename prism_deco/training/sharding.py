@@ -10,10 +10,10 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from transformers import PreTrainedModel
 
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import tensor_files
+from prism_deco.llms.layers import decoder_layers
 from prism_deco.registry import unknown
 from prism_deco.training.materialise import read_weights
 from prism_deco.vlm import VLM
@@ -88,15 +88,6 @@ def sharded_units(vlm: VLM) -> list[nn.Module]:
     """
     units = [*vlm.backbone.blocks, vlm.backbone, *decoder_layers(vlm.lm), vlm.projector]
     return [unit for unit in units if next(unit.parameters(), None) is not None]
-
-
-def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
-    """The LLM's transformer layers, by the class names that transformers itself lists as units."""
-    names = set(lm._no_split_modules or ())
-    layers = [module for module in lm.modules() if type(module).__name__ in names]
-    if not layers:
-        raise ValueError(f"transformers does not say what the layers of {type(lm).__name__} are: it cannot be sharded.")
-    return layers
 
 
 def reshard(vlm: nn.Module) -> None:
