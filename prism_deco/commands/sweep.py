@@ -92,10 +92,13 @@ def plan(args: argparse.Namespace) -> None:
     from prism_deco.sweep.spec import split_values
 
     if any("=" not in text or len(split_values(text.partition("=")[2])) > 1 for text in args.arguments):
-        configs = {cell.id: cell.config for cell in expand(parse(args.arguments))}
+        asked = {cell.id: cell.overrides for cell in expand(parse(args.arguments))}
     else:
-        stages = {stage.name: stage.config for stage in split(args.arguments)}
-        configs = stages or {"": load_config(args.arguments)}
+        asked = {"": args.arguments}
+    configs = {}
+    for name, arguments in asked.items():
+        stages = {f"{name} {stage.name}".strip(): stage.config for stage in split(arguments)}
+        configs |= stages or {name: load_config(arguments)}
     plans = [
         plan_run(config, name, accelerator_name=args.accelerator, mfu=args.mfu) for name, config in configs.items()
     ]

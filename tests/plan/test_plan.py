@@ -117,6 +117,22 @@ def test_command_over_a_sweep(tmp_path, capsys):
     assert "M1-avgpool" in capsys.readouterr().out
 
 
+def test_every_stage_of_a_recipe_is_planned(tmp_path):
+    """As cells of a sweep and as a single run."""
+    out = tmp_path / "plan.json"
+    assert main(["plan", "mini_projectors", "projector=avgpool,maxpool", "--json", str(out)]) == 0
+    stages = ["language", "align", "finetune"]
+    plans = json.loads(out.read_text())
+    cells = ("avgpool", "maxpool")
+    assert [plan["name"] for plan in plans] == [f"{cell} {stage}" for cell in cells for stage in stages]
+    line = ["recipe=mini_two_stage", "backbone=mini_clip", "llm=mini_llama", "projector=avgpool"]
+    assert main(["plan", *line, "--json", str(out)]) == 0
+    alone = json.loads(out.read_text())
+    assert [plan["name"] for plan in alone] == stages
+    trained = [[plan["needs"]["trained"] for plan in found] for found in (plans, alone)]
+    assert trained[0] == 2 * trained[1] and len(set(trained[0])) == 3  # the LLM; the projector; it and adapters
+
+
 def test_as_little_is_recomputed_as_memory_allows():
     asked = "trainer.activation_checkpointing="
     deep = ("recipe.turn_mask=causal", "llm.architecture.num_hidden_layers=24")
