@@ -10,11 +10,13 @@ from prism_deco.report.study import Cell
 
 
 def records(cells: Sequence[Cell], split: str) -> list[dict[str, Any]]:
-    """A record per run and measure: primary metrics of benchmarks, in their own units, and mean numbers of the maps of
-    relevance, as shares of one or of the grid's side."""
+    """A record per run and measure: the last validation loss (nats per token), primary metrics of benchmarks (in their
+    own units) and mean numbers of the maps of relevance (shares of one, or of the grid's side).
+    """
     found = []
     for cell in cells:
-        values = {name: score.value for name, score in cell.scores.get(split, {}).items()}
+        values = {"val/loss": curve[-1][1]} if (curve := cell.curves.get("val/loss")) else {}
+        values |= {name: score.value for name, score in cell.scores.get(split, {}).items()}
         maps = cell.relevance.get("methods", {}).get(DEFAULT_METHOD, {})
         means = {f"relevance {key}": value["mean"] for key, value in maps.items() if isinstance(value, dict)}
         about = {"cell": cell.id, "part": cell.part or None, "row": cell.row, "projector": cell.variant}

@@ -87,7 +87,7 @@ MEASURES = {
 
 def test_effects_and_intervals_follow_from_the_scores_of_single_runs():
     scores, claims = rows(STUDY / "run_scores.csv"), rows(STUDY / "claims.csv")
-    assert len(claims) == 49
+    assert len(claims) == 58
     for row in claims:
         first, second = (_side(scores, row[side], row["measure"]) for side in ("first", "second"))
         assert first.keys() == second.keys() == set("12345")
@@ -146,3 +146,8 @@ def test_the_readme_quotes_the_twins():
     assert [projectors[cell.split("`")[1]] for cell in printed[place]] == printed[place + 2]
     tokens = _means("mini_compression")
     assert [tokens[key] for key in ("64", "36", "16", "9", "4")] == printed[place + 5]
+    losses = {
+        row["projector"]: f"{float(row['value']):.3f}" for row in rows(REFERENCE / "mini_convergence/run_scores.csv")
+    }
+    quoted = text.partition("at the end of the alignment")[2].partition("\n\n")[0]
+    assert dict(re.findall(r"`(\w+)`\s(\d\.\d+)", quoted)) == losses and len(losses) == 5

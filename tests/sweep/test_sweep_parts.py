@@ -10,6 +10,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_cell import __file__ as fake_cell
 
+from prism_deco.config import load_config
 from prism_deco.plan import plan_run
 from prism_deco.sweep import Ledger, driver, dry_run, expand, parse, run
 from prism_deco.sweep.local import LocalLauncher
@@ -124,7 +125,7 @@ def test_mistakes_in_parts_are_errors(tmp_path, old, new, message):
 def test_the_study_compares_seven_models_at_five_seeds():
     cells = expand(parse(["study"]))
     count = {part: sum(cell.part == part for cell in cells) for part in ("ladder", "steps", "tokens", "compute")}
-    assert count == {"ladder": 7 * 4, "steps": 7 * 5, "tokens": 2 * 5, "compute": 4 * 5}
+    assert count == {"ladder": 7 * 4, "steps": 7 * 5, "tokens": 2 * 5, "compute": 6 * 5}
     assert {cell.waits for cell in cells if cell.part == "ladder"} == {False}
     assert {cell.waits for cell in cells if cell.part != "ladder"} == {True}
     assert {cell.config.seed for cell in cells if cell.part == "ladder"} == {0}
@@ -134,10 +135,16 @@ def test_the_study_compares_seven_models_at_five_seeds():
 
 
 def test_equal_compute_is_equal_to_a_percent():
-    cells = expand(parse(["study", "seed=1", "part=steps,compute"]))
-    flops = {(cell.part, cell.labels["projector"]): plan_run(cell.config).needs.flops for cell in cells}
-    compared = [projector for part, projector in flops if part == "compute"]
-    assert compared == ["linear", "qformer", "c_abstractor", "d_abstractor"]
-    for projector in compared:
-        assert flops["compute", projector] == pytest.approx(flops["steps", "avgpool"], rel=0.01)
-        assert flops["steps", projector] > flops["steps", "avgpool"]
+    flops = {"compute": {}, "steps": {}, "tokens": {}}
+    for cell in expand(parse(["study", "seed=1", "part=steps,tokens,compute"])):
+        if not cell.config.recipe.blind:
+            of = (cell.config.projector.name, cell.config.recipe.num_tokens)
+            flops[cell.part][of] = plan_run(cell.config).needs.flops
+    tokens = load_config([]).recipe.num_tokens
+    projectors = [(name, tokens) for name in ("linear", "qformer", "c_abstractor", "d_abstractor")]
+    assert list(flops["compute"]) == [*projectors, ("avgpool", 36), ("avgpool", 4)]
+    spent = flops["steps"]["avgpool", tokens]
+    assert list(flops["compute"].values()) == pytest.approx([spent] * 6, rel=0.01)
+    # With as many steps they cost something else.
+    assert all(flops["steps"][of] > 1.03 * spent for of in projectors)
+    assert flops["tokens"]["avgpool", 36] > 1.03 * spent > 1.06 * flops["tokens"]["avgpool", 4]
