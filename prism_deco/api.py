@@ -95,16 +95,18 @@ class Model:
         """
         return relevance(self.vlm, self.llm, image, prompt, answer, **options)
 
-    def save(self, folder: str | Path, max_shard_size: str = SHARD_SIZE) -> None:
+    def save(self, folder: str | Path, max_shard_size: str = SHARD_SIZE, dtype: torch.dtype | None = None) -> None:
         """Writes the whole model, its frozen tower included, to a new folder that `load` reads anywhere.
 
         Args:
             max_shard_size: weights above it are split into several files, for example "500MB".
+            dtype: type of the written weights, and of the model's own from then on; None keeps theirs. LoRA adapters
+                are merged before that.
 
         Raises:
             ValueError: there is something in the folder already.
         """
-        save_folder(Path(folder), self.config, self.vlm, self.llm, max_shard_size=max_shard_size)
+        save_folder(Path(folder), self.config, self.vlm, self.llm, dtype=dtype, max_shard_size=max_shard_size)
 
     def _visual(self, images: Sequence[ImageLike], prompts: Sequence[str]) -> list[list[Tensor]]:
         """Visual tokens per question; images that are no tensors yet are encoded in one batch."""
@@ -130,13 +132,5 @@ def load(run: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype
         raise ValueError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
     vlm, llm, config = load_model(folder / "model" if (folder / "model").is_dir() else folder)
     if dtype is not None:
-        _cast(vlm, dtype)
+        vlm.cast(dtype)
     return Model(vlm.to(device=device), llm, config)
-
-
-def _cast(vlm: VLM, dtype: torch.dtype) -> None:
-    """Casts what a file holds, tensor by tensor; computed buffers, such as rotary frequencies, stay exact."""
-    stored = vlm.state_dict().keys()
-    buffers = (buffer for name, buffer in vlm.named_buffers() if name in stored)
-    for tensor in (*vlm.parameters(), *buffers):
-        tensor.data = tensor.data.to(dtype)

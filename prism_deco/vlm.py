@@ -91,6 +91,13 @@ class VLM(nn.Module):
         return self
 
     @torch.no_grad()
+    def cast(self, dtype: torch.dtype) -> None:
+        """Casts what a file holds, tensor by tensor; computed buffers, such as rotary frequencies, stay exact."""
+        stored = self.state_dict().keys()
+        buffers = (buffer for name, buffer in self.named_buffers() if name in stored)
+        for tensor in (*self.parameters(), *buffers):
+            tensor.data = tensor.data.to(dtype)
+
     def features(self, pixels: dict[str, Tensor]) -> Tensor:
         """Per tower float[I, 3, S, S] -> patch features float[I, N, D], standardised if asked for.
 

@@ -16,7 +16,7 @@ def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
     parser = subparsers.add_parser("export", parents=[common], help="write a model to one folder for use elsewhere")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--to", type=Path, required=True, help="new folder to write")
-    parser.add_argument("--merge", action="store_true", help="merge LoRA adapters into the LLM (an export always does)")
+    parser.add_argument("--merge", action="store_true", help="add LoRA adapters to the LLM's weights, for good")
     parser.add_argument("--checkpoint", metavar="NAME", help="the model of this checkpoint of the run, step_NNNNNN")
     parser.add_argument("--hf", action="store_true", help="for plain transformers, as LlavaForConditionalGeneration")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type of the weights; the run's by default")
@@ -29,18 +29,28 @@ def export(args: argparse.Namespace) -> None:
 
     from prism_deco.api import load
     from prism_deco.export import check_empty, save_llava
+    from prism_deco.llms.lora import has_lora
     from prism_deco.training.consolidate import consolidate
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
+    check_empty(args.to)
     if args.checkpoint:
-        if args.hf or args.dtype:
-            raise ValueError("--checkpoint writes a model folder as a run does: export that one with --hf or --dtype.")
-        check_empty(args.to)
+        if args.hf or args.dtype or args.merge:
+            raise ValueError(
+                "--checkpoint writes a model folder as a run does: export that one with --merge, --hf or --dtype."
+            )
         consolidate(args.run, args.checkpoint, args.to)
-    elif args.hf:
-        # The two models are compared in the precision of training.
-        model = load(args.run)
-        save_llava(args.to, model.config, model.vlm, model.llm, dtype=dtype)
     else:
-        load(args.run, dtype=dtype).save(args.to)
+        model = load(args.run)
+        if has_lora(model.vlm.lm) != args.merge:
+            raise ValueError(
+                f"{args.run} has no LoRA adapters to merge: leave out --merge."
+                if args.merge
+                else f"{args.run} has LoRA adapters, and an export is one whole model: say --merge. The small form, "
+                f"adapters and projector for a base that is named, is {args.run / 'model'} itself."
+            )
+        if args.hf:
+            save_llava(args.to, model.config, model.vlm, model.llm, dtype=dtype)
+        else:
+            model.save(args.to, dtype=dtype)
     log.info("The export is in %s", args.to)

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,13 +24,20 @@ SHARD_SIZE = "4GB"
 
 
 def save_folder(
-    folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel, *, max_shard_size: str = SHARD_SIZE
+    folder: Path,
+    config: DictConfig,
+    vlm: VLM,
+    llm: LanguageModel,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = SHARD_SIZE,
 ) -> None:
     """Writes the whole model, its frozen tower included.
 
     Args:
         folder: new, or empty.
         vlm: LoRA adapters are merged into the LLM's weights, here as well as in the folder.
+        dtype: type of the written weights, here as well; None keeps theirs.
         max_shard_size: weights above it are split into several files, with an index.
 
     Raises:
@@ -37,6 +45,8 @@ def save_folder(
     """
     check_empty(folder)
     merge_adapters(vlm)
+    if dtype is not None:
+        vlm.cast(dtype)  # after merging, whose sums would else be rounded
     log.info("Writing the model to %s", folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = vlm.state_dict()

@@ -124,6 +124,22 @@ def test_an_export_is_merged_and_computes_the_same(tmp_path, base):
     assert not torch.equal(found, expected)
 
 
+def test_adapters_are_merged_when_that_is_asked_for_and_before_rounding(tmp_path, base, capsys):
+    _trained(tmp_path / "run" / "model", _named(base))
+    run, half = str(tmp_path / "run"), ["--to", str(tmp_path / "half"), "--dtype", "bfloat16"]
+    assert main(["export", run, *half]) == 2
+    assert "has LoRA adapters, and an export is one whole model: say --merge" in capsys.readouterr().err
+    assert not (tmp_path / "half").exists()
+    assert main(["export", run, "--merge", *half]) == 0
+    vlm = prism_deco.load(run).vlm
+    merge_lora(vlm.lm)
+    exact, written = vlm.lm.state_dict(), prism_deco.load(tmp_path / "half").vlm.lm.state_dict()
+    assert exact.keys() == written.keys()
+    assert all(torch.equal(written[name], tensor.to(torch.bfloat16)) for name, tensor in exact.items())
+    assert main(["export", str(tmp_path / "half"), "--merge", "--to", str(tmp_path / "again")]) == 2
+    assert "has no LoRA adapters to merge" in capsys.readouterr().err
+
+
 def test_generation_and_relevance_work_on_adapters(tmp_path):
     from PIL import Image
 
