@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from prism_deco.backbones import build_backbone
-from prism_deco.llms import build_llm
+from prism_deco.llms import build, build_llm
+from prism_deco.llms.quantize import quantization
 from prism_deco.projectors import build_projector
 from prism_deco.vlm import VLM
 
@@ -44,6 +45,21 @@ def colors(tmp_path_factory) -> Path:
 def llava_turns(*texts: str) -> list[dict[str, str]]:
     """Alternating turns in LLaVA's format."""
     return [{"from": "human" if i % 2 == 0 else "gpt", "value": text} for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def four_bits(monkeypatch):
+    """Four-bit weights where there is no GPU: bitsandbytes computes on the CPU as well, slowly."""
+    pytest.importorskip("bitsandbytes")
+    if torch.cuda.is_available():
+        return
+
+    def on_cpu(kind):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            return quantization(kind) | {"device_map": {"": "cpu"}}
+
+    monkeypatch.setattr(build, "quantization", on_cpu)
 
 
 @pytest.fixture

@@ -50,18 +50,8 @@ def test_each_process_quantises_on_its_own_gpu(monkeypatch):
     assert (config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == (True, "nf4", True)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
-def test_adapters_learn_on_four_bit_weights(monkeypatch, weights):
-    # bitsandbytes computes on the CPU as well, slowly: the same path but for the device.
-    if not torch.cuda.is_available():
-        from prism_deco.llms import build
-
-        def on_cpu(kind):
-            with monkeypatch.context() as patch:
-                patch.setattr(torch.cuda, "is_available", lambda: True)
-                return quantization(kind) | {"device_map": {"": "cpu"}}
-
-        monkeypatch.setattr(build, "quantization", on_cpu)
+@pytest.mark.usefixtures("four_bits")
+def test_adapters_learn_on_four_bit_weights(weights):
     model = build_llm("mini_llama", pretrained=True, weights=weights, quantize="nf4").model
     kinds = {type(module).__name__ for name, module in model.named_modules() if name.endswith("_proj")}
     assert kinds == {"Linear4bit"} and type(model.get_output_embeddings()) is torch.nn.Linear
