@@ -90,7 +90,6 @@ class VLM(nn.Module):
         self.backbone.eval()
         return self
 
-    @torch.no_grad()
     def cast(self, dtype: torch.dtype) -> None:
         """Casts what a file holds, tensor by tensor; computed buffers, such as rotary frequencies, stay exact."""
         stored = self.state_dict().keys()
@@ -98,6 +97,7 @@ class VLM(nn.Module):
         for tensor in (*self.parameters(), *buffers):
             tensor.data = tensor.data.to(dtype)
 
+    @torch.no_grad()
     def features(self, pixels: dict[str, Tensor]) -> Tensor:
         """Per tower float[I, 3, S, S] -> patch features float[I, N, D], standardised if asked for.
 

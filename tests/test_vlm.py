@@ -182,3 +182,9 @@ def test_parts_that_do_not_fit_are_refused(tiny):
         VLM(vlm.backbone, wrong, vlm.lm)
     with pytest.raises(ValueError, match="turn_mask='window' is unknown"):
         VLM(vlm.backbone, vlm.projector, vlm.lm, turn_mask="window")
+
+
+def test_nothing_flows_back_into_the_features(tiny):
+    vlm, _ = tiny()
+    vlm.backbone.requires_grad_(True)
+    assert not vlm.features(_pixels(vlm, 1)).requires_grad

@@ -16,7 +16,7 @@ def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
     parser = subparsers.add_parser("export", parents=[common], help="write a model to one folder for use elsewhere")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--to", type=Path, required=True, help="new folder to write")
-    parser.add_argument("--merge", action="store_true", help="add LoRA adapters to the LLM's weights, for good")
+    parser.add_argument("--merge", action="store_true", help="add a run's LoRA adapters to the LLM's weights")
     parser.add_argument("--checkpoint", metavar="NAME", help="the model of this checkpoint of the run, step_NNNNNN")
     parser.add_argument("--hf", action="store_true", help="for plain transformers, as LlavaForConditionalGeneration")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type of the weights; the run's by default")
@@ -29,7 +29,6 @@ def export(args: argparse.Namespace) -> None:
 
     from prism_deco.api import load
     from prism_deco.export import check_empty, save_llava
-    from prism_deco.llms.lora import has_lora
     from prism_deco.training.consolidate import consolidate
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
@@ -41,16 +40,23 @@ def export(args: argparse.Namespace) -> None:
             )
         consolidate(args.run, args.checkpoint, args.to)
     else:
+        _check_merge(args.run, args.merge)
         model = load(args.run)
-        if has_lora(model.vlm.lm) != args.merge:
-            raise ValueError(
-                f"{args.run} has no LoRA adapters to merge: leave out --merge."
-                if args.merge
-                else f"{args.run} has LoRA adapters, and an export is one whole model: say --merge. The small form, "
-                f"adapters and projector for a base that is named, is {args.run / 'model'} itself."
-            )
         if args.hf:
             save_llava(args.to, model.config, model.vlm, model.llm, dtype=dtype)
         else:
             model.save(args.to, dtype=dtype)
     log.info("The export is in %s", args.to)
+
+
+def _check_merge(run: Path, merges: bool) -> None:
+    from prism_deco.training.artifacts import ADAPTER
+
+    model = run / "model" if (run / "model").is_dir() else run
+    if (model / ADAPTER).is_dir() and not merges:
+        raise ValueError(
+            f"{run} has LoRA adapters, and an export is one whole model: say --merge. The small form, adapters and "
+            f"projector for a base that is named, is {model} itself."
+        )
+    if merges and model.is_dir() and not (model / ADAPTER).is_dir():
+        raise ValueError(f"{run} has no LoRA adapters to merge: leave out --merge.")
