@@ -59,10 +59,10 @@ def refusal(title: str, sentences: Sequence[str]) -> str:
 
 
 def _averaged_over(cell: Cell) -> str | None:
-    """How records fall into forward passes, where the loss depends on that."""
+    """Records of a forward pass (x devices), where the loss depends on them."""
     if cell.config is None or cell.config.recipe.loss != "micro_batch_mean":
         return None
-    return f"{cell.config.recipe.micro_batch_size} records on each of {cell.manifest.get('devices', 1)} devices"
+    return f"{cell.config.recipe.micro_batch_size} (x {cell.manifest.get('devices', 1)})"
 
 
 def _budgets(cells: Sequence[Cell]) -> list[str]:

@@ -95,6 +95,21 @@ def test_effects_and_intervals_follow_from_the_scores_of_single_runs():
         low, high = stats.t.interval(0.95, 4, statistics.mean(differences), stats.sem(differences))
         expected = (statistics.mean(differences), low, high)
         assert [float(row[key]) for key in ("effect", "low95", "high95")] == pytest.approx(expected, abs=2e-3)
+        p = stats.ttest_1samp(differences, -float(row["margin"])).pvalue
+        assert float(row["p"]) == pytest.approx(p, rel=1e-2)
+
+
+def test_what_stands_after_holm_s_adjustment_is_counted_right():
+    claims = sorted(rows(STUDY / "claims.csv"), key=lambda row: float(row["p"]))
+    stand = 0
+    while float(claims[stand]["p"]) <= 0.05 / (len(claims) - stand):
+        stand += 1
+    assert [row["after_holm"] for row in claims] == ["True"] * stand + ["False"] * (len(claims) - stand)
+    judging = [row for row in claims[:stand] if row["judged"] == "True"]
+    assert {row["equal"] for row in judging} == {"compute"} and len(judging) == 3 and stand == 3 + 8
+    text = " ".join((STUDY / "README.md").read_text(encoding="utf-8").split())
+    assert "After Holm's adjustment for all 58 tests three of the contrasts that judge a claim stand" in text
+    assert "So do eight details" in text and len(claims) == 58
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", STUDY / "README.md"])
@@ -107,15 +122,29 @@ def test_the_texts_quote_the_verdicts(page):
         assert compute.startswith(expected[claim].get("compute", "-"))
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", STUDY / "README.md"])
-def test_the_texts_quote_the_effects(page):
-    """Every effect with an interval in a text is one of the study's."""
-    measured = {
+def quoted(text):
+    return {" ".join(one.split()) for one in re.findall(r"[+-]\d+\.\d \([+-]\d+\.\d to\s[+-]\d+\.\d\)", text)}
+
+
+def effects(**wanted):
+    """Effects with intervals as a text has them, of the rows with these values."""
+    return {
         f"{float(row['effect']):+.1f} ({float(row['low95']):+.1f} to {float(row['high95']):+.1f})"
         for row in rows(STUDY / "claims.csv")
+        if all(row[key] == value for key, value in wanted.items())
     }
-    quoted = set(re.findall(r"[+-]\d+\.\d \([+-]\d+\.\d to\s[+-]\d+\.\d\)", page.read_text(encoding="utf-8")))
-    assert quoted and {" ".join(one.split()) for one in quoted} <= measured
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", STUDY / "README.md"])
+def test_the_texts_quote_the_effects(page):
+    """Every effect with an interval in a text is one of the study's, and in the table one that judges that claim."""
+    text = page.read_text(encoding="utf-8")
+    assert quoted(text) and quoted(text) <= effects()
+    claims = {row["claim"] for row in rows(STUDY / "claims.csv")}
+    table = next(table for table in tables(page) if table[0][0] in claims)
+    for claim, *cells in table:
+        for equal, cell in zip(("steps", "compute"), cells, strict=True):
+            assert quoted(cell) <= effects(claim=claim, equal=equal, judged="True"), (claim, equal)
 
 
 def test_the_study_quotes_its_ladder():

@@ -37,13 +37,13 @@ def test_equal_cells_agree(pair, mini_sweep):
             "micro_batch_mean",
             (16, 8),
             (1, 1),
-            "16 records on each of 1 devices in a; 8 records on each of 1 devices in b.",
+            "16 (x 1) in a; 8 (x 1) in b.",
         ),
         (
             "micro_batch_mean",
             (16, 16),
             (1, 2),
-            "16 records on each of 1 devices in a; 16 records on each of 2 devices in b.",
+            "16 (x 1) in a; 16 (x 2) in b.",
         ),
     ],
 )

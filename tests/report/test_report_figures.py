@@ -50,6 +50,20 @@ def test_compression_has_all_its_points_in_one_figure(make, tmp_path):
 
 
 @pytest.mark.usefixtures("drawn")
+def test_a_table_without_scores_takes_no_figure_from_the_others(make, tmp_path):
+    """An alignment, say, that stands below them."""
+    for k in (64, 36):
+        tokens = {"visual_in": 64, "visual_out": k}
+        make.run(tmp_path / "scored" / f"k{k}", f"recipe.num_tokens={k}", benchmarks=("gqa",), tokens=tokens)
+    make.run(tmp_path / "other" / "a", "evaluate.benchmarks=null", benchmarks=())
+    grids = [grid for name in ("scored", "other") for grid in build_grids(collect([tmp_path / name]), "")]
+    assert [bool(grid.benchmarks) for grid in grids] == [True, False]
+    scored, other = sections.of_grids(grids, [[], []])
+    assert "tokens" in [figure.name for figure in scored.figures]
+    assert "tokens" not in [figure.name for figure in other.figures]
+
+
+@pytest.mark.usefixtures("drawn")
 def test_convergence_has_a_line_per_projector(make, tmp_path):
     for name in ("linear", "avgpool"):
         options = ("recipe=llava_v1_5_align", *PAPERS, f"projector={name}", "evaluate.benchmarks=null")
