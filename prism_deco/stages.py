@@ -7,7 +7,7 @@ A recipe's YAML lists its stages, each with what its command line begins with:
       finetune: [recipe=llava_v1_5_finetune, data=llava_v1_5_mix665k]
 
 The last stage is the run itself; the others are runs beside it (`<run_id>-align`). Each starts from the one before
-(`recipe.start_from`), and is scored only if it is the last.
+(`recipe.start_from`), and is scored only if it is the last. All are checked before the first one starts.
 """
 
 from __future__ import annotations
@@ -85,16 +85,17 @@ def final_config(arguments: Sequence[str]) -> DictConfig:
     return stages[-1].config if stages else load_config(arguments)
 
 
-def run(stages: Sequence[Stage], arguments: Sequence[str], options: Sequence[str] = ()) -> int:
-    """Checks the stages, then trains them one after the other; returns the first exit code that is not 0.
+def run(arguments: Sequence[str], options: Sequence[str] = ()) -> int:
+    """Checks the stages of a command line, then trains them one after the other; returns the first exit code that is
+    not 0.
 
     Each in a process of its own, since launchers of several ranks repeat the command line of their process: it must be
     that of one run. A stage that is finished says so and is left alone.
 
     Args:
-        arguments: the command line that they were split from.
         options: of `prism-deco train`, for example `--overwrite`.
     """
+    stages = split(arguments)
     train = [sys.executable, "-m", "prism_deco.cli", "train", *options]
     with _Supervisor() as supervisor:
         # What is wrong with the last stage must not wait for the hours of those before it.

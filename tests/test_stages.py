@@ -94,26 +94,26 @@ def fake(monkeypatch, tmp_path):
             return popen([sys.executable, str(script), name, *command[4:]], **options)
 
         monkeypatch.setattr(stages.subprocess, "Popen", start)
-        return split(LINE), LINE
+        return LINE
 
     install.calls = lambda: calls.read_text().split()
     return install
 
 
 def test_stages_run_in_order_with_the_options_of_the_command(fake):
-    assert run(*fake("assert '--overwrite' in sys.argv"), ["--overwrite"]) == 0
+    assert run(fake("assert '--overwrite' in sys.argv"), ["--overwrite"]) == 0
     assert fake.calls() == ["check", "run_id=x-language", "run_id=x-align", "run_id=x"]
 
 
 def test_all_stages_are_checked_before_the_first_one_starts(fake):
     body = f"assert sys.argv[2:] == ['--force', '--check', *{LINE!r}]; sys.exit(2)"
-    assert run(*fake(body), ["--force"]) == 2
+    assert run(fake(body), ["--force"]) == 2
     assert fake.calls() == ["check"]
 
 
 @pytest.mark.parametrize(("body", "code"), [("sys.exit(76)", 76), ("os.kill(os.getpid(), signal.SIGKILL)", 137)])
 def test_the_first_failure_ends_the_command_with_its_exit_code(fake, body, code):
-    assert run(*fake(f"if 'align' in sys.argv[1]: {body}")) == code
+    assert run(fake(f"if 'align' in sys.argv[1]: {body}")) == code
     assert fake.calls() == ["check", "run_id=x-language", "run_id=x-align"]
 
 
@@ -127,7 +127,7 @@ def test_under_torchrun_every_stage_meets_at_a_port_of_its_own(fake, monkeypatch
         "assert os.environ['MASTER_PORT'] == ports[sys.argv[1]]\n"
         "assert os.environ['TORCHELASTIC_USE_AGENT_STORE'] == 'False'"
     )
-    assert run(*fake(body)) == 0
+    assert run(fake(body)) == 0
 
 
 COMMAND = """
@@ -143,8 +143,7 @@ script = "; ".join([
 def start(command, **options):
     return real([sys.executable, "-c", "" if "--check" in command else script], **options)
 stages.subprocess.Popen = start
-line = ["recipe=mini_two_stage", "run_id=x"]
-sys.exit(stages.run(stages.split(line), line))
+sys.exit(stages.run(["recipe=mini_two_stage", "run_id=x"]))
 """
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from prism_deco.commands.common import Subparsers, show
+from prism_deco.config import load_config
 
 log = logging.getLogger(__name__)
 
@@ -86,18 +87,18 @@ def sweep(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> None:
     """Says what the cells of a sweep, or one run, will take."""
     from prism_deco.plan import as_json, plan_run, table
-    from prism_deco.stages import final_config, split
+    from prism_deco.stages import split
     from prism_deco.sweep import expand, parse
     from prism_deco.sweep.spec import split_values
 
     if any("=" not in text or len(split_values(text.partition("=")[2])) > 1 for text in args.arguments):
-        asked = {cell.id: (cell.overrides, cell.config) for cell in expand(parse(args.arguments))}
+        asked = [(cell.id, cell.overrides, cell.config) for cell in expand(parse(args.arguments))]
     else:
-        asked = {"": (args.arguments, final_config(args.arguments))}
+        asked = [("", args.arguments, None)]
     configs = {}
-    for name, (arguments, config) in asked.items():
+    for name, arguments, config in asked:
         stages = {f"{name} {stage.name}".strip(): stage.config for stage in split(arguments)}
-        configs |= stages or {name: config}
+        configs |= stages or {name: config or load_config(arguments)}
     plans = [
         plan_run(config, name, accelerator_name=args.accelerator, mfu=args.mfu) for name, config in configs.items()
     ]

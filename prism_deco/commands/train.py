@@ -39,11 +39,11 @@ def train(args: argparse.Namespace) -> int:
         from prism_deco.evaluation import resolve
 
         resolve(",".join(asked))  # a wrong name must not wait for the end of training
+    flags = {"--overwrite": args.overwrite, "--force": args.force, "--debug": args.debug}
     if args.check:
-        return _check(stages, config, args.force)
+        return _check(stages, config, overwrite=args.overwrite, force=args.force)
     if stages:
-        flags = {"--overwrite": args.overwrite, "--force": args.force, "--debug": args.debug}
-        return run_stages(stages, args.arguments, [flag for flag, is_set in flags.items() if is_set])
+        return run_stages(args.arguments, [flag for flag, is_set in flags.items() if is_set])
     from prism_deco.training.session import run
 
     def score(folder: Path) -> None:
@@ -65,13 +65,16 @@ def train(args: argparse.Namespace) -> int:
     return run(config, scoring, overwrite=args.overwrite, force=args.force, arguments=arguments)
 
 
-def _check(stages: Sequence[Stage], config: DictConfig, force: bool) -> int:
+def _check(stages: Sequence[Stage], config: DictConfig, **options: bool) -> int:
+    from prism_deco.training.folder import run_folder
     from prism_deco.training.session import check
 
+    before: dict[str, DictConfig] = {}
     for name, its in [(f"Stage {stage.name}: ", stage.config) for stage in stages] or [("", config)]:
         try:
-            check(its, force=force)
+            check(its, after=before.get(its.recipe.start_from), **options)
         except ValueError as error:
             raise ValueError(f"{name}{error}") from error
         log.info("%snothing was found that would stop it", name)
+        before[str(run_folder(its))] = its
     return 0

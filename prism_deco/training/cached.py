@@ -28,7 +28,7 @@ from prism_deco.plan.setup import setup_of
 from prism_deco.sharing import mode
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.folder import Plan
-from prism_deco.training.ranks import Ranks, uses_gpu
+from prism_deco.training.ranks import Ranks
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def prepare_features(config: DictConfig, plan: Plan, vlm: VLM, data: Conversatio
     asked = mode(config)
     if asked == "off" or not _shows_images(data):
         return _live(plan, ranks)
-    device = torch.device("cuda", ranks.local_rank) if uses_gpu(config.trainer) else torch.device("cpu")
+    device = ranks.device
     caches: list[FeatureCache] | None = None
 
     def decide() -> bool:

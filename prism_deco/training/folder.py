@@ -20,7 +20,13 @@ log = logging.getLogger(__name__)
 
 FREE = ("trainer.", "recipe.micro_batch_size", "data.num_workers", "evaluate.", "runs_dir")
 """Keys that may change when a run goes on: none of them changes what is learned, but for rounding and, where the loss
-is a mean over micro-batches, their size."""
+is a mean over micro-batches, for `_CUT`."""
+
+_CUT = ("recipe.micro_batch_size", "trainer.devices", "trainer.num_nodes")
+"""How records fall into micro-batches."""
+
+THROUGH = ("trained", "done")
+"""States of a run whose training is over; of the first the scoring is outstanding."""
 
 _LOCK = ".lock"
 
@@ -31,7 +37,7 @@ class Plan:
 
     Attributes:
         folder: the run's folder.
-        state: train | trained (only the scoring is outstanding) | done.
+        state: train, or one of `THROUGH`.
         checkpoint: where training goes on; None is its start.
     """
 
@@ -56,9 +62,7 @@ def prepare_run(config: DictConfig, *, overwrite: bool = False) -> Plan:
     if folder.exists() and overwrite:
         log.warning("Removing the earlier run in %s", folder)
         shutil.rmtree(folder)
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / "config.yaml").is_file():
-            raise ValueError(f"{folder} exists and is no run (it has no config.yaml). Choose another run_id=NAME.")
+    if holds_run(config):
         plan = _found(config, folder)
     else:
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +73,17 @@ def prepare_run(config: DictConfig, *, overwrite: bool = False) -> Plan:
     return plan
 
 
-def _found(config: DictConfig, folder: Path) -> Plan:
+def holds_run(config: DictConfig) -> bool:
+    """Whether the run's folder holds this run already.
+
+    Raises:
+        ValueError: it holds a run of another configuration, or something else.
+    """
+    folder = run_folder(config)
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} exists and is no run (it has no config.yaml). Choose another run_id=NAME.")
     earlier, now = flat(read_config(folder / "config.yaml")), flat(config)
     differing = [key for key in sorted(earlier | now) if earlier.get(key) != now.get(key) and not key.startswith(FREE)]
     if differing:
@@ -78,16 +92,19 @@ def _found(config: DictConfig, folder: Path) -> Plan:
             f"{folder} already holds a run of another configuration: {listed}{' ...' * (len(differing) > 5)}. "
             "Name this one run_id=NAME, or replace the earlier one with --overwrite."
         )
+    return True
+
+
+def _found(config: DictConfig, folder: Path) -> Plan:
     state = read_status(folder).get("state")
-    if state in ("trained", "done"):
+    if state in THROUGH:
         return Plan(folder, state)
     checkpoint = newest_checkpoint(folder / CHECKPOINTS)
-    sizes = [content.get("recipe.micro_batch_size") for content in (earlier, now)]
-    if checkpoint and sizes[0] != sizes[1] and config.recipe.loss == "micro_batch_mean":
-        message = (
-            "recipe.micro_batch_size was %s and is %s: the loss, a mean over micro-batches, is another from here on"
-        )
-        log.warning(message, *sizes)
+    if checkpoint and config.recipe.loss == "micro_batch_mean":
+        earlier, now = flat(read_config(folder / "config.yaml")), flat(config)
+        changed = [f"{key} was {earlier.get(key)} and is {now[key]}" for key in _CUT if earlier.get(key) != now[key]]
+        if changed:
+            log.warning("%s: the loss, a mean over micro-batches, is another from here on", ", ".join(changed))
     where = checkpoint.name if checkpoint else "its start: it has no checkpoint yet"
     log.info("%s holds this run, unfinished; training goes on from %s", folder, where)
     return Plan(folder, checkpoint=checkpoint)

@@ -73,6 +73,11 @@ class Ranks:
             )
 
     @property
+    def device(self) -> torch.device:
+        """What this process computes on."""
+        return torch.device("cuda", self.local_rank) if self.backend == "nccl" else torch.device("cpu")
+
+    @property
     def is_main(self) -> bool:
         """Whether this process writes what there is one of."""
         return self.rank == 0

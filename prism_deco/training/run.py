@@ -38,7 +38,7 @@ from prism_deco.training.module import TrainingModule
 from prism_deco.training.monitor import SpeedMonitor, choices_of
 from prism_deco.training.preemption import Preemption, requeue
 from prism_deco.training.preflight import preflight
-from prism_deco.training.ranks import Ranks, uses_gpu
+from prism_deco.training.ranks import Ranks
 from prism_deco.training.sharding import Sharding, reshard
 from prism_deco.training.start import find_start, start_from
 from prism_deco.training.status import read_status, set_status
@@ -136,8 +136,7 @@ def _train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption,
     # From here on the examples have features, so that what needs pixels stands above.
     towers = prepare_features(config, plan, vlm, data, ranks)
     if config.trainer.preflight and plan.checkpoint is None:
-        device = torch.device("cuda", ranks.local_rank) if uses_gpu(config.trainer) else torch.device("cpu")
-        ranks.decide(lambda: preflight(config, plan.folder, vlm, llm, data, device))
+        ranks.decide(lambda: preflight(config, plan.folder, vlm, llm, data, ranks.device))
     module = TrainingModule(
         vlm,
         config.recipe,
@@ -193,8 +192,8 @@ def _is_readable_in_pieces(config: DictConfig) -> bool:
     return tensor_files(spec) is not None
 
 
-def _strategy(config: DictConfig, ranks: Ranks) -> Any:
-    """Lightning's strategy of that name."""
+def strategy_of(config: DictConfig, ranks: Ranks) -> Any:
+    """Lightning's strategy of that name; `ValueError` where it is unknown, or not for that many devices."""
     strategies = {
         "auto": lambda: "auto",
         "ddp": lambda: DDPStrategy(timeout=ranks.timeout),
@@ -235,7 +234,7 @@ def _trainer(
         accelerator=settings.accelerator,
         devices=ranks.devices,
         num_nodes=settings.num_nodes,
-        strategy=_strategy(config, ranks),
+        strategy=strategy_of(config, ranks),
         # Sharded weights have their types set where they are sharded.
         precision="32-true" if settings.strategy == "fsdp" else settings.precision,
         plugins=[ranks.environment] if ranks.is_group else None,

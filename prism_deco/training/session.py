@@ -17,10 +17,13 @@ from prism_deco.llms.checkpointing import ACTIVATION_CHECKPOINTING
 from prism_deco.llms.tuning import tuning
 from prism_deco.plan import AUTO, plan_run, problems
 from prism_deco.plan.accelerators import device_memory
-from prism_deco.training.folder import Plan, lock_run, prepare_run, run_folder
+from prism_deco.training.folder import THROUGH, Plan, holds_run, lock_run, prepare_run, run_folder
+from prism_deco.training.module import TrainingModule
 from prism_deco.training.preemption import Preemption
 from prism_deco.training.ranks import Ranks
-from prism_deco.training.run import train
+from prism_deco.training.run import strategy_of, train
+from prism_deco.training.sharding import Sharding
+from prism_deco.training.start import check_start, find_start
 from prism_deco.training.status import read_status, set_status
 from prism_deco.training.stops import Preempted, Stop
 from prism_deco.training.watch import forget
@@ -76,22 +79,34 @@ def run(
         return stop.exit_code
 
 
-def check(config: DictConfig, *, force: bool = False) -> None:
-    """Looks for what would stop a run that is to start later, as far as can be known without its weights; does so in
-    the first of its processes only.
+def check(config: DictConfig, *, after: DictConfig | None = None, overwrite: bool = False, force: bool = False) -> None:
+    """Looks for what would stop a run, as far as that can be told without its weights and from its data's files alone;
+    trains nothing. Nothing would stop a run that is through.
 
     Args:
+        after: the run that this one starts from, if it is still to be trained.
+        overwrite: an earlier run in the folder is to be replaced.
         force: do not mind what does not fit this machine's memory.
 
     Raises:
-        ValueError: data that are not there, parts that do not fit together, or not this machine.
+        ValueError: the folder holds another run, data are missing, parts do not fit together, or not this machine.
     """
-    if not Ranks(config.trainer).is_main:
+    ranks = Ranks(config.trainer)
+    if not overwrite and holds_run(config) and read_status(run_folder(config)).get("state") in THROUGH:
         return
-    build_source(group(config, "data"))
-    build_model(config, device="meta")
+    if after is not None:
+        check_start(after, config)
+    elif config.recipe.start_from:
+        find_start(Path(config.recipe.start_from), config)
+    vlm, _ = build_model(config, device="meta")
     tuning(config.recipe.lm).check()
-    _fit(config, force)
+    TrainingModule(vlm, config.recipe, total_steps=1, nonfinite=config.trainer.nonfinite)
+    strategy_of(config, ranks)
+    if config.trainer.strategy == "fsdp":
+        Sharding.of(config.trainer, ranks.size)
+    build_source(group(config, "data"))
+    if ranks.is_main:  # it may index the data
+        _fit(config, force)
 
 
 def _prepare(config: DictConfig, overwrite: bool, held: ExitStack) -> Plan:

@@ -68,10 +68,7 @@ def find_start(run: Path, config: DictConfig) -> Path:
     folder = run / "model" if (run / "model").is_dir() else run
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"recipe.start_from={run} holds no finished model: train that run first.")
-    differing = _differing(read_config(folder / CONFIG), config)
-    if differing:
-        listed = "; ".join(f"{key} is {theirs!r} there and {ours!r} here" for key, theirs, ours in differing[:5])
-        raise ValueError(f"recipe.start_from={run} is a run of another model: {listed}. Start from one of the same.")
+    check_start(read_config(folder / CONFIG), config)
     if (folder / ADAPTER).is_dir():
         raise ValueError(f"recipe.start_from={run} has trained adapters: only a run without them can be started from.")
     if config.llm.pretrained and not (folder / BASE_RECORD).is_file():
@@ -79,6 +76,15 @@ def find_start(run: Path, config: DictConfig) -> Path:
             f"recipe.start_from={run} has trained the whole LLM: start from one that left it alone (recipe.lm=frozen)."
         )
     return folder
+
+
+def check_start(earlier: DictConfig, config: DictConfig) -> None:
+    """`ValueError` if the earlier run, which the configuration starts from, is one of another model."""
+    differing = _differing(earlier, config)
+    if differing:
+        listed = "; ".join(f"{key} is {theirs!r} there and {ours!r} here" for key, theirs, ours in differing[:5])
+        start = config.recipe.start_from
+        raise ValueError(f"recipe.start_from={start} is a run of another model: {listed}. Start from one of the same.")
 
 
 def _differing(earlier: DictConfig, now: DictConfig) -> list[tuple[str, Any, Any]]:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch.multiprocessing
 
-from prism_deco.evaluation import build_benchmark, evaluate, load_predictions, process_group, score_file
+from prism_deco.evaluation import build_benchmark, evaluate, load_predictions, local_device, process_group, score_file
 from prism_deco.evaluation.scoring import predict
 
 KINDS = ("pope", "refcoco", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "seed", "mmbench")
@@ -224,3 +224,17 @@ def test_two_ranks_share_the_images(files, fake_model, tmp_path):
     assert [report[3] for report in reports] == [True, False]
     assert (folder / "predictions.jsonl").read_bytes() == (tmp_path / "alone/predictions.jsonl").read_bytes()
     assert not list(folder.glob("predictions.rank*"))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "gpu", "auto"])
+def test_each_process_scores_on_its_own_gpu(monkeypatch, kind):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert local_device(kind) == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert local_device(kind) == torch.device("cpu")
+
+
+def test_other_devices_are_torch_s():
+    assert local_device("cpu") == torch.device("cpu") and local_device("cuda:1") == torch.device("cuda", 1)

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from prism_deco.cli import main
-from prism_deco.config import load_config
+from prism_deco.config import load_config, save_config
 from prism_deco.training import session
 from prism_deco.training.session import check
+from prism_deco.training.status import set_status
 
 SECOND_STAGE = ["recipe=llava_v1_5_finetune", "backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5"]
 
@@ -24,6 +25,11 @@ def no_gpu(monkeypatch):
         (["recipe.lm=qlora", "trainer=fsdp"], "recipe.lm=qlora cannot be sharded"),
         (["recipe.num_tokens=81"], "num_tokens=81"),
         (["trainer.devices=-2"], "trainer.devices=-2 must be at least 1"),
+        (["trainer.strategy=ddpx"], "Unknown trainer.strategy 'ddpx'"),
+        (["trainer.devices=2"], "2 devices need trainer.strategy=ddp"),
+        (["trainer=fsdp", "trainer.devices=2", "trainer.shard_size=3"], "trainer.shard_size=3 does not divide"),
+        (["recipe.loss=sum"], "Unknown recipe.loss 'sum'"),
+        (["recipe.start_from=/nowhere"], "recipe.start_from=/nowhere holds no finished model"),
     ],
 )
 def test_mistakes_are_found(settings, message):
@@ -38,23 +44,58 @@ def test_memory_is_a_mistake_that_can_be_forced(monkeypatch):
     check(load_config([]), force=True)
 
 
-def test_only_the_first_process_looks(monkeypatch):
+def test_every_process_finds_the_same(monkeypatch):
+    """Or those that found nothing would wait for the others."""
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                         "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1",
                         "TORCHELASTIC_RUN_ID": "x"}.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    config = load_config(["data=llava", "trainer=ddp"])
-    check(config)
-    monkeypatch.setenv("RANK", "0")
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(ValueError, match="data=llava needs"):
+            check(load_config(["data=llava", "trainer=ddp"]))
+
+
+def test_what_a_plug_in_brings_is_known(tmp_path, monkeypatch):
+    (tmp_path / "my_source.py").write_text(
+        "from prism_deco.data.base import SOURCES\n"
+        "@SOURCES.register('mine')\n"
+        "def mine(**_):\n"
+        "    raise ValueError('mine was asked')\n"
+    )
+    (tmp_path / "mine.yaml").write_text("family: mine\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="mine was asked"):
+        check(load_config([f"data={tmp_path / 'mine.yaml'}", "plugins=[my_source]"]))
+
+
+def test_the_folder_s_run_is_looked_at(tmp_path):
+    """Another one is in the way; of one that is through nothing is asked any more, not even its data."""
+    settings = ["data=llava", "run_id=x", f"runs_dir={tmp_path}"]
+    (tmp_path / "x").mkdir()
+    save_config(load_config(settings), tmp_path / "x" / "config.yaml")
+    with pytest.raises(ValueError, match="already holds a run of another configuration: seed was 7 and is 8"):
+        check(load_config([*settings, "seed=8"]))
     with pytest.raises(ValueError, match="data=llava needs"):
-        check(config)
+        check(load_config([*settings, "seed=8"]), overwrite=True)
+    with pytest.raises(ValueError, match="data=llava needs"):
+        check(load_config(settings))
+    set_status(tmp_path / "x", "trained")
+    check(load_config(settings))
+
+
+def test_a_stage_of_another_model_than_the_one_before(tmp_path, capsys):
+    line = ["train", "--check", "recipe=mini_two_stage", f"runs_dir={tmp_path}", "run_id=x"]
+    assert main([*line, "finetune.projector=qformer"]) == 2
+    said = f"Stage finetune: recipe.start_from={tmp_path}/x-align is a run of another model: projector.name is"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("line", "says"), [([], "error: "), (["recipe=mini_two_stage"], "Stage finetune: ")])
 def test_the_command_says_which_stage_and_leaves_no_trace(tmp_path, capsys, line, says):
     runs = tmp_path / "runs"
-    wrong = "finetune.recipe.num_tokens=81" if line else "recipe.num_tokens=81"
+    wrong = "finetune.recipe.loss=sum" if line else "recipe.loss=sum"
     assert main(["train", "--check", *line, wrong, f"runs_dir={runs}"]) == 2
-    assert f"{says}num_tokens=81" in capsys.readouterr().err
+    assert f"{says}Unknown recipe.loss 'sum'" in capsys.readouterr().err
     assert main(["train", "--check", *line, f"runs_dir={runs}"]) == 0
     assert not runs.exists()

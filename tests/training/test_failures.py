@@ -202,8 +202,12 @@ def test_other_micro_batches_are_told_where_they_change_the_loss(tmp_path, monke
     (tmp_path / "x").mkdir()
     save_config(load_config([*settings, "recipe.micro_batch_size=16"]), tmp_path / "x" / "config.yaml")
     monkeypatch.setattr(run_folders, "newest_checkpoint", lambda folder: folder / "step_000002")
-    assert prepare_run(load_config([*settings, "recipe.micro_batch_size=8"])).state == "train"
-    assert ("recipe.micro_batch_size was 16 and is 8: the loss" in caplog.text) == warns
+    assert prepare_run(load_config([*settings, "recipe.micro_batch_size=16", "data.num_workers=1"])).state == "train"
+    assert "micro" not in caplog.text
+    others = ["recipe.micro_batch_size=8", "trainer.devices=2"]
+    assert prepare_run(load_config([*settings, *others])).state == "train"
+    said = "recipe.micro_batch_size was 16 and is 8, trainer.devices was 1 and is 2: the loss"
+    assert (said in caplog.text) == warns
 
 
 def test_a_closed_terminal_ends_the_run_unless_it_is_to_ignore_that():
