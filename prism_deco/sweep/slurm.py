@@ -32,7 +32,8 @@ CODES = {"OUT_OF_MEMORY": OUT_OF_MEMORY} | dict.fromkeys(("TIMEOUT", "NODE_FAIL"
 """Exit codes of jobs that ended before they could leave one, by SLURM's state."""
 
 CHECK_EVERY = 30.0
-"""Seconds between two questions to `sacct` about a job that has left no result."""
+"""Seconds between two questions to `sacct` about a job that has left no result, and for which a completed job's exit
+codes are waited for."""
 
 
 class SlurmLauncher:
@@ -146,6 +147,7 @@ class SlurmJob:
     def __init__(self, job: Any, codes: Path):
         self._job, self._codes = job, codes
         self._checked = time.monotonic()
+        self._codeless_since: float | None = None
         self._stopping = False
         self.ended = False
 
@@ -159,12 +161,17 @@ class SlurmJob:
             self._job.get_info(mode="force")
         if not self._job.done():
             return None
+        codes = [int(path.read_text()) for path in self._codes.glob(f"{self.job}_*.code")]
+        if codes:
+            self.ended = True
+            return max(codes, key=_severity)
+        state = (self._job.get_info(mode="force").get("State") or "UNKNOWN").split()[0]
+        self._codeless_since = self._codeless_since or time.monotonic()
+        # Every task of a completed job has written its code: a shared file system may only show it late.
+        if state == "COMPLETED" and time.monotonic() - self._codeless_since < CHECK_EVERY:
+            return None
         self.ended = True
-        codes = [int(path.read_text() or 1) for path in self._codes.glob(f"{self.job}_*.code")]
-        if not codes:
-            state = self._job.get_info(mode="force").get("State", "UNKNOWN").split()[0]
-            return CODES.get(state, 128 + signal.SIGTERM if self._stopping else 1)
-        return max(codes, key=_severity)
+        return CODES.get(state, 128 + signal.SIGTERM if self._stopping else 1)
 
     def stop(self) -> None:
         self._stopping = True

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from prism_deco.files import write_whole
 from prism_deco.stopping import PREEMPTED
 from prism_deco.sweep.launch import clean_environment, start_guard
 
@@ -45,6 +46,6 @@ class Task:
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, lambda *_, pipe=guard.stdin: pipe.close())
         code = guard.wait()
-        (self.codes / f"{job}_{rank}.code").write_text(str(code if code >= 0 else 128 - code))
+        write_whole(self.codes / f"{job}_{rank}.code", str(code if code >= 0 else 128 - code))
         if code not in (0, PREEMPTED):
             raise CellFailed(f"exit code {code}")

@@ -22,9 +22,9 @@ from prism_deco.sweep.driver import Driver
 from prism_deco.sweep.expand import Cell
 from prism_deco.sweep.ledger import Entry, Ledger
 from prism_deco.sweep.live import LogView
-from prism_deco.sweep.slurm import SlurmLauncher
+from prism_deco.sweep.slurm import SlurmJob, SlurmLauncher
 
-pytest.importorskip("submitit")
+submitit = pytest.importorskip("submitit")
 ROOT = Path(__file__).parents[2]
 DRIVE = """
 import sys
@@ -53,6 +53,9 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(driver, "POLL", 0.1)
     monkeypatch.setattr("prism_deco.sweep.slurm.CHECK_EVERY", 1.0)
+    # The watcher belongs to the process and keeps the ends it has seen, but each of these clusters begins with job 1.
+    watcher = type(submitit.SlurmJob.watcher)(delay_s=600)
+    monkeypatch.setattr(submitit.SlurmJob, "watcher", watcher)
     return tmp_path
 
 
@@ -94,6 +97,39 @@ def test_each_device_is_a_task_that_knows_its_rank_and_not_submitit(cluster):
         ("2", "0", "0"), ("2", "1", "1"),
     ]  # fmt: skip
     assert not [name for environment in found for name in environment if name.startswith("SUBMITIT_")]
+
+
+class Ended:
+    """A job that SLURM says has ended."""
+
+    job_id = "7"
+
+    def __init__(self, state: str):
+        self.state = state
+
+    def done(self) -> bool:
+        return True
+
+    def get_info(self, mode: str) -> dict[str, str]:
+        return {"State": self.state}
+
+
+def test_exit_codes_that_a_shared_file_system_shows_late_are_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("prism_deco.sweep.slurm.CHECK_EVERY", 0.3)
+    late, never = SlurmJob(Ended("COMPLETED"), tmp_path / "late"), SlurmJob(Ended("COMPLETED"), tmp_path / "never")
+    assert (late.poll(), never.poll()) == (None, None)
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "7_0.code").write_text("75")
+    assert (late.poll(), late.ended) == (75, True)
+    time.sleep(0.4)
+    assert (never.poll(), never.ended) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("state", "code"), [("TIMEOUT", 75), ("NODE_FAIL", 75), ("OUT_OF_MEMORY", 76), ("CANCELLED by 0", 1), ("FAILED", 1)]
+)
+def test_a_job_that_left_no_exit_code_ended_as_slurm_says(tmp_path, state, code):
+    assert SlurmJob(Ended(state), tmp_path).poll() == code
 
 
 @pytest.mark.slow
