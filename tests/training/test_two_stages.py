@@ -44,7 +44,7 @@ def test_one_command_trains_all_stages_and_goes_on_where_it_was_stopped(tmp_path
         while len(_steps(align)) < 3 and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == 75
+        assert process.wait(timeout=300) == 75
     finally:
         process.kill()
     stopped = _steps(align)
