@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from prism_deco.report.layout import MISSING, Field, Table, number
 from prism_deco.report.study import Cell, projector_rank
+from prism_deco.training.status import THROUGH
 
 _CRITERION = "val/loss"
 
@@ -75,7 +76,7 @@ def _ladder(source: str, key: str, name: str, cells: Sequence[Cell], after: Sequ
         losses[value] = fmean(known) if known else None
         if not known:
             states = dict.fromkeys(cell.state for cell in own)
-            missing[value] = "/".join("no val/loss" if state in ("done", "trained") else state for state in states)
+            missing[value] = "/".join("no val/loss" if state in THROUGH else state for state in states)
     used = {str(OmegaConf.select(cell.config, key)) for cell in after if cell.config is not None}
     return Ladder(source, key, name, losses, missing, tuple(sorted(used, key=_by_number)))
 

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 
 from prism_deco.report.compare import seed_interval
 from prism_deco.report.study import Cell
+from prism_deco.training.status import THROUGH
 
 _BLIND = "recipe.blind"
 
@@ -107,4 +108,4 @@ def _state(cell: Cell | None) -> str:
     """Why a cell has no value."""
     if cell is None:
         return "not planned"
-    return "not measured" if cell.state in ("done", "trained") else cell.state
+    return "not measured" if cell.state in THROUGH else cell.state

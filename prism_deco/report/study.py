@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from prism_deco.report.compare import seed_interval
 from prism_deco.report.flops import flops_per_sample
+from prism_deco.training.status import THROUGH
 
 PROJECTORS = ("linear", "avgpool", "maxpool", "qformer", "c_abstractor", "d_abstractor")
 """Their order in tables and figures; projectors from elsewhere follow by name."""
@@ -223,7 +224,7 @@ class Entry:
     def missing(self) -> str:
         """What stands where a score is missing."""
         states = dict.fromkeys(cell.state for cell in self.cells)
-        return "/".join("not scored" if state in ("done", "trained") else state for state in states)
+        return "/".join("not scored" if state in THROUGH else state for state in states)
 
 
 def _summary(values: Sequence[float], interval: tuple[float, float], planned: int) -> Summary:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config import default_run_id, read_config, save_config
 from prism_deco.training.checkpoints import CHECKPOINTS, newest_checkpoint, remove_leftovers
-from prism_deco.training.status import read_status
+from prism_deco.training.status import THROUGH, read_status
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +24,6 @@ is a mean over micro-batches, for `_CUT`."""
 
 _CUT = ("recipe.micro_batch_size", "trainer.devices", "trainer.num_nodes")
 """How records fall into micro-batches."""
-
-THROUGH = ("trained", "done")
-"""States of a run whose training is over; of the first the scoring is outstanding."""
 
 _LOCK = ".lock"
 

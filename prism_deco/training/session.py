@@ -17,14 +17,14 @@ from prism_deco.llms.checkpointing import ACTIVATION_CHECKPOINTING
 from prism_deco.llms.tuning import tuning
 from prism_deco.plan import AUTO, plan_run, problems
 from prism_deco.plan.accelerators import device_memory
-from prism_deco.training.folder import THROUGH, Plan, holds_run, lock_run, prepare_run, run_folder
+from prism_deco.training.folder import Plan, holds_run, lock_run, prepare_run, run_folder
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.preemption import Preemption
 from prism_deco.training.ranks import Ranks
 from prism_deco.training.run import strategy_of, train
 from prism_deco.training.sharding import Sharding
 from prism_deco.training.start import check_start, find_start
-from prism_deco.training.status import read_status, set_status
+from prism_deco.training.status import THROUGH, read_status, set_status
 from prism_deco.training.stops import Preempted, Stop
 from prism_deco.training.watch import forget
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from prism_deco.files import write_json
 
+THROUGH = ("trained", "done")
+"""States of a run whose training is over; of the first the scoring is outstanding."""
+
 
 def set_status(folder: Path, state: str, **details: object) -> None:
     """Writes `status.json`."""
