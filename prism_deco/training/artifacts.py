@@ -44,7 +44,7 @@ def save_model(
 ) -> None:
     """Writes projector and LLM weights, the tokenizer, the configuration, and what was frozen (the backbone, the LLM
     under adapters): by the SHA-256 of its weights where they can be had again, whole where they were random. Adapters
-    go to a folder of their own, in peft's format.
+    go to a folder of their own, in peft's format and in `adapter_dtype`.
 
     Weights that are sharded among processes are gathered one by one: all processes must call it, the first writes.
 
@@ -57,7 +57,8 @@ def save_model(
     state = _distinct(vlm)
     elsewhere = ("backbone.", "lm.") if is_named else ("backbone.",)
     parts = {WEIGHTS: {base_name(k): v for k, v in state.items() if not k.startswith(elsewhere) and not is_adapter(k)}}
-    adapters = {k.removeprefix("lm."): read(v) for k, v in state.items() if is_adapter(k)}
+    dtype = adapter_dtype(config)
+    adapters = {k.removeprefix("lm."): read(v).to(dtype) for k, v in state.items() if is_adapter(k)}
     if not config.backbone.pretrained:
         parts[TOWER] = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     if is_main:
@@ -73,6 +74,12 @@ def save_model(
             save_lora(vlm.lm, folder / ADAPTER, adapters)
     else:
         vlm.backbone.sha256()  # gathers what the first process hashes
+
+
+def adapter_dtype(config: DictConfig) -> torch.dtype:
+    """What adapters are stored in. In a `bf16-mixed` run every product was taken with their bfloat16 values, so these
+    are what was trained, in half the space."""
+    return torch.bfloat16 if config.trainer.precision == "bf16-mixed" else torch.float32
 
 
 def describe_parts(folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel) -> None:

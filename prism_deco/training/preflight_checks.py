@@ -16,8 +16,9 @@ from torch import Tensor
 
 from prism_deco.data.examples import Example
 from prism_deco.llms import LanguageModel
+from prism_deco.llms.lora import is_adapter
 from prism_deco.sequence import Batch
-from prism_deco.training.artifacts import load_model, save_model
+from prism_deco.training.artifacts import adapter_dtype, load_model, save_model
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.optim import adamw, clip_gradients, grad_norm, parameter_groups
 from prism_deco.vlm import VLM
@@ -108,6 +109,10 @@ class Checks:
 
     def saving(self, folder: Path, llm: LanguageModel) -> None:
         """Equal logits of a saved and loaded model, on the CPU: equal weights give equal bits there."""
+        with torch.no_grad():
+            for name, parameter in self.vlm.named_parameters():
+                if is_adapter(name):
+                    parameter.copy_(parameter.to(adapter_dtype(self.config)))
         batch = self.data.collate.batch(sorted(self.examples, key=lambda e: len(e.encoded.input_ids))[:2])
         try:
             save_model(folder, self.config, self.vlm, llm)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 import prism_deco
@@ -80,6 +81,19 @@ def test_a_base_that_can_be_had_again_is_named_not_stored(tmp_path, base):
     loaded, llm, config = load_model(tmp_path / "model")
     assert config.recipe.lm == "lora" and config.llm.weights == base
     assert torch.equal(_logits(loaded, llm), _logits(vlm, llm))
+
+
+def test_adapters_are_stored_in_what_training_multiplied_by(tmp_path, base):
+    """A bf16-mixed step never saw their other bits: under autocast, nothing changes to the last bit."""
+    vlm = _trained(tmp_path / "model", _named(base, "trainer.precision=bf16-mixed"))
+    stored = load_file(tmp_path / "model" / "adapter" / "adapter_model.safetensors")
+    trained = {name: p for name, p in vlm.named_parameters() if ".lora_" in name}
+    assert len(stored) == len(trained) > 0 and {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    loaded, llm, _ = load_model(tmp_path / "model")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(_logits(loaded, llm), _logits(vlm, llm))
+    assert not torch.equal(_logits(loaded, llm), _logits(vlm, llm))
 
 
 def test_a_random_base_is_stored_whole(tmp_path):

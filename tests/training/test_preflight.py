@@ -56,6 +56,7 @@ def _digests(vlm) -> dict[str, str]:
     [
         (),
         ("recipe.lm=lora", "llm=mini_llama"),
+        ("recipe.lm=lora", "llm=mini_llama", "trainer.precision=bf16-mixed"),
         pytest.param(("recipe.lm=frozen", "projector=d_abstractor"), marks=pytest.mark.slow),
         ("recipe.packing=true", "recipe.standardise_features=true", "trainer.precision=bf16-mixed"),
     ],
