@@ -145,7 +145,8 @@ class RecipeConfig:
     loss: str = "token_mean"
     """token_mean (over the global batch) | micro_batch_mean (per forward pass, then averaged: prismatic)."""
     sampler: str = "grouped"
-    """Order of the records: shuffled | grouped (by modality and length) | prismatic (strict PRISM)."""
+    """Order of the records: shuffled | grouped (by modality and length) | llava (by modality) | prismatic (strict
+    PRISM)."""
     packing: bool = False
     """Put the records of a forward pass one behind the other in one row, each attending to itself, instead of
     padding them: the same loss, without the padding's time and memory. Needs `llm.attention=sdpa`."""

@@ -35,7 +35,7 @@ def stages():
         ("recipe.tokenize", "whole", "whole"),
         ("backbone.resize", "resize-crop", "pad"),
         ("backbone.layer", -2, -2),
-        ("recipe.sampler", "shuffled", "grouped"),
+        ("recipe.sampler", "shuffled", "llava"),
         ("recipe.max_positions", 2048, 2048),
         ("recipe.lora_r", 128, 128),
         ("recipe.lora_alpha", 256, 256),

@@ -76,6 +76,25 @@ def grouped(population: Population, batch_size: int, seed: int, world_size: int)
     return [batches[i] for i in order] + _chunks(rng.permutation(np.concatenate(rest)), batch_size)
 
 
+@SAMPLERS.register("llava")
+def llava(population: Population, batch_size: int, seed: int, world_size: int) -> list[np.ndarray]:
+    """The order of LLaVA (`LengthGroupedSampler` with `group_by_modality`); each record exactly once.
+
+    Batches are of one modality, drawn and ordered at random; lengths only decide who of the ranks gets what. The
+    last batches of both modalities come together, at the end.
+    """
+    rng = np.random.default_rng(seed)
+    batches: list[np.ndarray] = []
+    last: list[np.ndarray] = []
+    for modality in (True, False):
+        chunks = _chunks(rng.permutation(np.flatnonzero(population.has_image == modality)), batch_size)
+        batches += chunks[:-1]
+        last += chunks[-1:]
+    batches = [batches[i] for i in rng.permutation(len(batches))]
+    batches += _chunks(np.sort(np.concatenate(last)), batch_size)
+    return [_balance(batch, population.words, world_size) for batch in batches]
+
+
 @SAMPLERS.register("prismatic")
 def prismatic(population: Population, batch_size: int, seed: int, world_size: int) -> list[np.ndarray]:
     """The split-modality, length-balanced order of prismatic-vlms (`SplitModalitySampler`), its

@@ -11,7 +11,7 @@ def _population(images: int, texts: int, seed: int = 0) -> Population:
     return Population(words=rng.integers(3, 400, images + texts), has_image=has_image)
 
 
-@pytest.mark.parametrize("name", ["shuffled", "grouped"])
+@pytest.mark.parametrize("name", ["shuffled", "grouped", "llava"])
 @pytest.mark.parametrize(("images", "texts"), [(103, 21), (64, 0), (0, 30), (5, 2)])
 def test_every_record_comes_exactly_once_per_epoch(name, images, texts):
     batches = SAMPLERS.get(name)(_population(images, texts), 8, 3, 1)
@@ -43,6 +43,52 @@ def test_grouping_brings_similar_lengths_together():
         for name in ("shuffled", "grouped")
     }
     assert spread["grouped"] < 0.2 * spread["shuffled"]
+
+
+def _llava_order(words, has_image, global_batch, ranks, seed):
+    """The reference's order (LLaVA's `get_modality_length_grouped_indices`), written out slowly: per step and rank the
+    records it trains on."""
+    rng = np.random.default_rng(seed)
+    steps, last = [], []
+    for modality in (True, False):
+        members = rng.permutation([i for i in range(len(words)) if has_image[i] == modality]).tolist()
+        while len(members) > global_batch:
+            steps.append(members[:global_batch])
+            members = members[global_batch:]
+        last += members
+    steps = [steps[k] for k in rng.permutation(len(steps))]
+    last.sort()
+    steps += [last[i : i + global_batch] for i in range(0, len(last), global_batch)]
+    dealt = []
+    for step in steps:
+        buckets = [[] for _ in range(ranks)]
+        for index in sorted(step, key=lambda i: -words[i]):
+            free = [bucket for bucket in buckets if len(bucket) < -(-len(step) // ranks)]
+            min(free, key=lambda bucket: sum(words[i] for i in bucket)).append(index)
+        dealt.append(buckets)
+    return dealt
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(("images", "texts"), [(48, 16), (43, 13), (44, 14)])
+def test_llava_is_the_reference_order(world_size, images, texts):
+    """With full last batches, with one that holds them both, with two."""
+    population = _population(images, texts)
+    batches = SAMPLERS.get("llava")(population, 8, 5, world_size)
+    expected = _llava_order(population.words.tolist(), population.has_image.tolist(), 8, world_size, 5)
+    assert [sorted(batch) for batch in batches] == [sorted(i for rank in step for i in rank) for step in expected]
+    for batch, step in zip(batches, expected, strict=True):
+        if len(batch) == 8:  # else a rank may be one short
+            assert [batch[rank::world_size].tolist() for rank in range(world_size)] == step
+
+
+def test_llava_does_not_bring_similar_lengths_together():
+    population = _population(1024, 0)
+    spread = {
+        name: np.mean([np.ptp(population.words[b]) for b in SAMPLERS.get(name)(population, 16, 0, 1)])
+        for name in ("shuffled", "llava")
+    }
+    assert spread["llava"] > 0.9 * spread["shuffled"]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -116,7 +162,7 @@ def test_prismatic_refuses_a_batch_that_ranks_do_not_divide():
         SAMPLERS.get("prismatic")(_population(12, 0), 6, 0, 4)
 
 
-@pytest.mark.parametrize("name", ["shuffled", "grouped"])
+@pytest.mark.parametrize("name", ["shuffled", "grouped", "llava"])
 def test_ranks_divide_the_same_global_batches(name):
     def steps(world_size, start=0):
         ranks = [
