@@ -116,12 +116,16 @@ def _compose(name: str, arguments: Sequence[str]) -> DictConfig:
 
 
 def _environment(number: int) -> dict[str, str]:
-    """This process's. The store by which torchrun's workers find each other still knows those of the stage before,
-    so that every stage meets at a port of its own."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return dict(os.environ)
-    port = int(os.environ["MASTER_PORT"]) + number
-    return {**os.environ, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    """This process's. Where others started the processes, every stage meets at a port of its own: torchrun's store
+    still knows the stage before, and under srun a process that is ahead might find the first one there still."""
+    environment = dict(os.environ)
+    if "TORCHELASTIC_RUN_ID" in environment:
+        environment |= {"MASTER_PORT": str(int(environment["MASTER_PORT"]) + number)}
+        return environment | {"TORCHELASTIC_USE_AGENT_STORE": "False"}
+    if int(environment.get("SLURM_NTASKS", "1")) > 1:
+        first = environment.get("MASTER_PORT") or 15000 + int(environment["SLURM_JOB_ID"][-4:])  # Lightning's own
+        return environment | {"MASTER_PORT": str(int(first) + number)}
+    return environment
 
 
 class _Supervisor:

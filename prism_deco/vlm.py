@@ -19,6 +19,8 @@ from prism_deco.loss import summed_cross_entropy
 from prism_deco.projectors import Projector
 from prism_deco.sequence import Batch
 
+_IMAGES_AT_ONCE = 32
+
 
 class Loss(NamedTuple):
     """Summed cross-entropy of the supervised positions of one forward pass.
@@ -113,11 +115,21 @@ class VLM(nn.Module):
         return (features - self.feature_mean) / self.feature_std
 
     @torch.no_grad()
-    def fit_features(self, pixels: dict[str, Tensor]) -> None:
-        """Sets the statistics of `standardise_features` from per tower float[I, 3, S, S]."""
+    def fit_features(self, pixels: dict[str, Tensor], device: torch.device | None = None) -> None:
+        """Sets the statistics of `standardise_features` from per tower float[I, 3, S, S].
+
+        Args:
+            device: where the backbone computes meanwhile; None: where the model is.
+        """
         if self.feature_mean is None or self.feature_std is None:
             raise ValueError("The model was built without standardise_features.")
-        features = self.backbone(pixels).float()
+        home = self.feature_mean.device
+        device = device or home
+        self.backbone.to(device)
+        chunks = zip(*(images.split(_IMAGES_AT_ONCE) for images in pixels.values()), strict=True)
+        moved = ({name: chunk.to(device) for name, chunk in zip(pixels, part, strict=True)} for part in chunks)
+        features = torch.cat([self.backbone(part).float().to(home) for part in moved])
+        self.backbone.to(home)
         self.feature_mean.copy_(features.mean(dim=(0, 1)))
         self.feature_std.copy_(features.std(dim=(0, 1)).clamp(min=1e-6))
 
@@ -141,7 +153,9 @@ class VLM(nn.Module):
         """
         embeddings = self.lm.get_input_embeddings()(batch.input_ids)
         if visual is None and batch.pixels is not None:
-            visual = self.visual_tokens(batch.pixels)
+            # Not by `visual_tokens`: to FSDP that is a forward pass of its own, behind which it gathers no layer ahead
+            # of its turn.
+            visual = self.project(self.features(batch.pixels))
         if visual is None:
             needed = self.training or self.every_unit
             return self._touch_projector(embeddings) if needed else embeddings
@@ -218,7 +232,7 @@ class VLM(nn.Module):
         # synchronisation waits for every trained parameter on every rank.
         height, width = self.projector.in_grid
         if self.every_unit:
-            blank = self.visual_tokens(self.backbone.blank(embeddings.device))
+            blank = self.project(self.features(self.backbone.blank(embeddings.device)))
             return embeddings + 0.0 * blank.sum().to(embeddings.dtype)
         weight = next(self.projector.parameters(), None)
         zeros = embeddings.new_zeros(1, height * width, self.projector.in_dim)

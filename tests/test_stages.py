@@ -116,6 +116,25 @@ def test_the_first_failure_ends_the_command_with_its_exit_code(fake, body, code)
     assert fake.calls() == ["check", "run_id=x-language", "run_id=x-align"]
 
 
+@pytest.mark.parametrize(("given", "ports"), [(None, [18457, 18458, 18459]), ("29500", [29501, 29502, 29503])])
+def test_under_srun_every_stage_meets_at_a_port_of_its_own(fake, monkeypatch, given, ports):
+    """Beside the one that Lightning makes of the job's number."""
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+
+    job = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_ID": "123456", "MASTER_PORT": given}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    assert SLURMEnvironment(auto_requeue=False).main_port + 1 == ports[0]
+    if not given:
+        monkeypatch.delenv("MASTER_PORT")  # Lightning's property sets it
+    body = (
+        "if sys.argv[1] == 'check': sys.exit(0)\n"
+        f"ports = dict(zip(['run_id=x-language', 'run_id=x-align', 'run_id=x'], {ports}))\n"
+        "assert int(os.environ['MASTER_PORT']) == ports[sys.argv[1]]"
+    )
+    assert run(fake(body)) == 0
+
+
 def test_under_torchrun_every_stage_meets_at_a_port_of_its_own(fake, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("MASTER_PORT", "29500")

@@ -47,7 +47,7 @@ def score_run(folder: Path, options: dict[str, Any], *, device: str | None = Non
     Args:
         options: `benchmarks` (names), `batch_size`, and keys of the benchmarks' YAMLs (split, limit, root).
         device: cpu | cuda; None is what the run was trained on.
-        dtype: float32 | bfloat16; None is that of the weights.
+        dtype: float32 | bfloat16; None is bfloat16 after training in `bf16-mixed`, else that of the weights.
     """
     import torch
 
@@ -57,7 +57,9 @@ def score_run(folder: Path, options: dict[str, Any], *, device: str | None = Non
 
     names, batch_size = resolve(options.pop("benchmarks")), options.pop("batch_size", 64)
     options = {key: value for key, value in options.items() if value is not None}
-    model = load(folder, dtype=getattr(torch, dtype) if dtype else None)
+    model = load(folder)
+    if dtype := dtype or ("bfloat16" if model.config.trainer.precision == "bf16-mixed" else None):
+        model.vlm.cast(getattr(torch, dtype))
     model.vlm.to(local_device(device or model.config.trainer.accelerator))
     computed_in = str(next(model.vlm.lm.parameters()).dtype).removeprefix("torch.")
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))

@@ -47,7 +47,7 @@ def train(args: argparse.Namespace) -> int:
     from prism_deco.training.session import run
 
     def score(folder: Path) -> None:
-        from prism_deco.evaluation import local_device, process_group
+        from prism_deco.evaluation import local_device, meet, process_group
 
         options: dict[str, Any] = OmegaConf.to_container(config.evaluate)  # type: ignore[assignment]
         relevance, limit = options.pop("relevance"), options.pop("relevance_limit")
@@ -58,6 +58,7 @@ def train(args: argparse.Namespace) -> int:
                 if is_first:  # `explain` shares nothing out, and its files are those of one process
                     about = {"split": options["split"], "limit": limit}
                     measure_relevance(folder, relevance, about, device=local_device(config.trainer.accelerator))
+                meet()  # with more patience than the end of training has
 
     # The other processes of this machine get the same settings; what becomes of an earlier run is decided once.
     arguments = ["train", *args.arguments, *(["--debug"] if args.debug else [])]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,21 +15,37 @@ import torch.distributed as dist
 _PATIENCE = timedelta(days=7)
 
 
+_meeting: Any = None
+
+
 @contextmanager
 def process_group() -> Iterator[bool]:
-    """Joins the processes that torchrun started, where it did and training has not joined them already.
+    """Joins the processes that torchrun started, or those that training has joined already.
 
     Yields:
         Whether this is the first of them, or the only one.
     """
+    global _meeting
     joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if joins:
         dist.init_process_group("gloo", timeout=_PATIENCE)  # the ranks exchange files and wait for each other
+    elif dist.is_initialized():
+        # Training's own group gives up after minutes, and a GPU's would keep it busy with waiting.
+        _meeting = dist.new_group(backend="gloo", timeout=_PATIENCE)
     try:
         yield not dist.is_initialized() or dist.get_rank() == 0
     finally:
         if joins:
             dist.destroy_process_group()
+        elif _meeting is not None:
+            dist.destroy_process_group(_meeting)
+            _meeting = None
+
+
+def meet() -> None:
+    """Returns when all processes of `process_group` have come here."""
+    if dist.is_initialized():
+        dist.barrier(group=_meeting)
 
 
 def local_device(kind: str) -> torch.device:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from rich.progress import (
     BarColumn,
@@ -24,6 +25,7 @@ from prism_deco.evaluation.base import Benchmark, Model
 from prism_deco.evaluation.image_check import bad_images
 from prism_deco.evaluation.items import Item, Prediction
 from prism_deco.evaluation.predictions import PredictionStore
+from prism_deco.evaluation.ranks import meet
 from prism_deco.evaluation.scoring import predict, summarise
 from prism_deco.files import write_json
 
@@ -68,11 +70,11 @@ def evaluate(
     items = benchmark.items(limit)
     decoding = {"strategy": "greedy", "max_new_tokens": benchmark.max_new_tokens, "dtype": dtype, "model": model_id}
     store = PredictionStore(out_dir, items, decoding, rank, world)
-    _barrier()  # nobody writes before all have read what is there
+    meet()  # nobody writes before all have read what is there
     mine = _shard(items, rank, world)
     todo = [item for item in mine if item.question_id not in store.done]
     bad = bad_images(todo, benchmark.on_bad_image)
-    _barrier()  # nobody generates before all images are known to be sound
+    meet()  # nobody generates before all images are known to be sound
     store.append(benchmark.grade(predict(item, None)) for item in todo if item.image in bad)
     without = bad | {p.image for p in store.done.values() if p.output is None}
     log.info("%s: %d questions, %d of them already answered", benchmark.name, len(mine), len(mine) - len(todo))
@@ -83,11 +85,11 @@ def evaluate(
             store.append(predictions)
             bar.advance(task, len(predictions))
         bar.update(task, completed=len(mine))
-    _barrier()
+    meet()
     if rank == 0:
         summary = summarise(benchmark, store.merge(), decoding, seed=seed)
         write_json(out_dir / "metrics.json", summary)
-    _barrier()
+    meet()
     return json.loads((out_dir / "metrics.json").read_text(encoding="utf-8"))
 
 
@@ -119,8 +121,10 @@ def _answers(
 ) -> Iterator[list[Prediction]]:
     """Graded predictions of the items that are not done, batch by batch.
 
-    Batches are formed of all items, done or not: those that remain are the same as without the interruption.
+    Batches are formed of all items, done or not: those that remain are the same as without the interruption. Of
+    batches that do not fit the GPU's memory the halves are asked, from then on of all.
     """
+    largest = batch_size
     done = set(store.done)
     for window in _windows(items, batch_size, image_cache):
         batches = [[item for item in batch if item.question_id not in done] for batch in window]
@@ -131,8 +135,23 @@ def _answers(
         for k in range(0, len(names), batch_size):
             chunk = names[k : k + batch_size]
             tokens |= zip(chunk, model.encode_images([paths[name] for name in chunk]), strict=True)
-        for batch in batches:
-            outputs = _ask(model, [tokens[item.image] for item in batch], batch, benchmark.max_new_tokens)
+        while batches:
+            batch = batches.pop(0)
+            if len(batch) > largest:
+                batches[:0] = [batch[k : k + largest] for k in range(0, len(batch), largest)]
+                continue
+            try:
+                outputs = _ask(model, [tokens[item.image] for item in batch], batch, benchmark.max_new_tokens)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                outputs = None
+            if outputs is None:  # no longer within the handling: the error holds on to what did not fit
+                torch.cuda.empty_cache()
+                largest = len(batch) // 2
+                log.warning("%d questions at a time are too many for the memory: now %d", len(batch), largest)
+                batches.insert(0, batch)
+                continue
             yield [benchmark.grade(predict(item, output)) for item, output in zip(batch, outputs, strict=True)]
 
 
@@ -142,11 +161,6 @@ def _ask(model: Model, images: list[Any], batch: Sequence[Item], max_new_tokens:
         return model.generate(images, prompts, max_new_tokens=max_new_tokens)
     rows = model.choice_probabilities(images, prompts, choices).tolist()
     return [json.dumps(dict(zip(choices, row, strict=True))) for row in rows]
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 class _Rate(ProgressColumn):

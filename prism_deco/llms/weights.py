@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -9,6 +10,8 @@ import os
 import pickle
 import shutil
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +95,18 @@ def convert_pickles(folder: Path) -> Path:
     target = cache_dir() / "converted" / hashlib.sha256(key.encode()).hexdigest()[:16]
     if target.is_dir():
         return target
-    log.info("Converting %d pickled shards of %s to safetensors in %s", len(shards), folder, target)
     target.parent.mkdir(parents=True, exist_ok=True)
+    with (cache_dir() / "converting.lock").open("a") as lock:
+        # One process converts and the others wait: each would hold a shard in memory, and write a copy of all.
+        with suppress(OSError):  # a file system without locks
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        if not target.is_dir():
+            log.info("Converting %d pickled shards of %s to safetensors in %s", len(shards), folder, target)
+            _convert(folder, shards, target)
+    return target
+
+
+def _convert(folder: Path, shards: Sequence[Path], target: Path) -> None:
     building = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building-"))
     try:
         weight_map: dict[str, str] = {}
@@ -115,7 +128,6 @@ def convert_pickles(folder: Path) -> Path:
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return target
 
 
 def _from_pretrained(source: Path, loader: Any, folder: Path | None, **options: Any) -> PreTrainedModel:

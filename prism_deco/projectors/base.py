@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from prism_deco.registry import Registry
@@ -29,6 +30,9 @@ class Projector(nn.Module):
 
     pooling: ClassVar[str | None] = None
     """What `compress` does, for telling kept features apart: avg | max; None where it does nothing."""
+
+    compute_dtype: ClassVar[torch.dtype | None] = None
+    """What sharded weights are gathered and computed in; None is the run's precision."""
 
     def __init__(self, in_dim: int, out_dim: int, in_grid: tuple[int, int], out_grid: tuple[int, int]):
         super().__init__()

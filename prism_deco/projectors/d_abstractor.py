@@ -69,6 +69,8 @@ class DAbstractor(Projector):
         directional_offsets: start with offsets in the compass directions, see `DeformableAttention`.
     """
 
+    compute_dtype = torch.float32
+
     def __init__(
         self,
         in_dim: int,

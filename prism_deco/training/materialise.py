@@ -52,8 +52,9 @@ def read_weights(lm: PreTrainedModel, files: Mapping[str, Path], device: torch.d
 def _read(name: str, stored: Any, piece: Piece, std: float) -> None:
     shape = tuple(stored.get_shape())
     added = piece.shape[0] - shape[0]
-    is_table = len(shape) == 2 and added > 0 and ("embed" in name or "lm_head" in name)
-    if shape[1:] != piece.shape[1:] or (added and not is_table):
+    # Tables have a row per token, and so has the head's bias: the tokenizer may need more of them or fewer.
+    by_token = "embed" in name or "lm_head" in name
+    if shape[1:] != piece.shape[1:] or (added and not by_token):
         raise ValueError(f"The weight {name} is {list(shape)} in its file and {list(piece.shape)} in the model.")
     if not piece.tensor.numel():
         return
@@ -61,7 +62,9 @@ def _read(name: str, stored: Any, piece: Piece, std: float) -> None:
     there = max(0, min(rows, shape[0] - start))
     if there:
         piece.tensor[:there].copy_(stored[start : start + there])
-    if there < rows:
+    if there < rows and len(shape) == 1:
+        piece.tensor[there:].zero_()
+    elif there < rows:
         piece.tensor[there:].copy_(added_rows(added, piece.shape[1], std)[start + there - shape[0] :][: rows - there])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -18,6 +19,9 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf import DictConfig
+from torch.distributed.distributed_c10d import _abort_process_group as abort_process_group
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -106,15 +110,17 @@ class Ranks:
             os.environ.update(place)
             if self.backend == "nccl":
                 torch.cuda.set_device(self.local_rank)
-            # `Watch` gives up first, and can say who is missing.
-            patience = self.timeout + timedelta(minutes=1)
-            dist.init_process_group(self.backend, rank=self.rank, world_size=self.size, timeout=patience)
+            timeout = patience(self.timeout)
+            dist.init_process_group(self.backend, rank=self.rank, world_size=self.size, timeout=timeout)
             yield
+            # NCCL's groups end together or not at all: before one process waits for the end of another.
+            dist.barrier()
+            dist.destroy_process_group()
             self._wait()
         finally:
             self.kill()
             if dist.is_initialized():
-                dist.destroy_process_group()
+                self._abandon()
             for name, value in before.items():
                 os.environ.pop(name, None)
                 if value is not None:
@@ -141,14 +147,19 @@ class Ranks:
             raise ValueError(outcome[1])
         return outcome[0]
 
+    def meet(self) -> None:
+        """Returns when all processes have come here."""
+        if dist.is_initialized():
+            dist.barrier()
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """The first process goes through alone, and leaves in the cache what the others then find there."""
-        if dist.is_initialized() and not self.is_main:
-            dist.barrier()
+        if not self.is_main:
+            self.meet()
         yield
-        if dist.is_initialized() and self.is_main:
-            dist.barrier()
+        if self.is_main:
+            self.meet()
 
     def _environment(self) -> ClusterEnvironment:
         if TorchElasticEnvironment.detect():
@@ -170,7 +181,22 @@ class Ranks:
 
     def _wait(self) -> None:
         for process in self.processes:
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                log.warning("Process %d is through but does not end: it is killed", process.pid)
+
+    def _abandon(self) -> None:
+        """Leaves the group after a failure, in which others may have gone."""
+        if self.backend == "nccl":
+            abort_process_group()  # what destroys a group waits for all of it
+        else:
+            dist.destroy_process_group()
+
+
+def patience(timeout: timedelta) -> timedelta:
+    """What a collective may take: `Watch` gives up before, after `timeout`, and can say who is missing."""
+    return timeout + timedelta(minutes=1)
 
 
 def _is_started(size: int) -> bool:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor
 
 from prism_deco.compose import build_model, group
 from prism_deco.data import Source, build_source
@@ -73,6 +74,7 @@ def train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption) 
     if ranks.is_main:
         watch.clear()
         set_status(plan.folder, "trained", started=started, seconds=round(time.time() - started, 1))
+    ranks.meet()  # what follows reads the model that the first process has written
 
 
 def _stopped(error: BaseException, ranks: Ranks, watch: Watch, finish: Any) -> BaseException:
@@ -130,7 +132,7 @@ def _train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption,
     if ranks.is_main:
         set_status(plan.folder, **read_status(plan.folder), total_steps=data.total_steps)
     if config.recipe.standardise_features and plan.checkpoint is None:
-        vlm.fit_features(data.sample_pixels(FEATURE_STATISTICS_IMAGES))
+        _fit_features(vlm, data, ranks)
     if config.recipe.start_from:
         start_from(Path(config.recipe.start_from), config, vlm, llm)
     # From here on the examples have features, so that what needs pixels stands above.
@@ -161,6 +163,16 @@ def _train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption,
             watch.rest()
             reshard(vlm)
         _save(config, plan.folder, vlm, llm, data, module, source, ranks, towers)
+
+
+def _fit_features(vlm: VLM, data: Conversations, ranks: Ranks) -> None:
+    """In the first process, for all: on another number of threads the others would round otherwise."""
+
+    def fit() -> tuple[Tensor | None, Tensor | None]:
+        vlm.fit_features(data.sample_pixels(FEATURE_STATISTICS_IMAGES), ranks.device)
+        return vlm.feature_mean, vlm.feature_std
+
+    vlm.feature_mean, vlm.feature_std = ranks.decide(fit)
 
 
 class _Errors(Callback):
@@ -243,6 +255,8 @@ def _trainer(
         # The loader runs through all epochs in one pass; see StepSampler.
         val_check_interval=max(1, round(data.total_steps * settings.val_every)),
         check_val_every_n_epoch=None,
+        # A validation before the first step, after resuming, would leave FSDP's buffers unfit for training.
+        inference_mode=False,
         limit_val_batches=1.0 if len(data.val_records) else 0,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,

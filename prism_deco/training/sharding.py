@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import tensor_files
 from prism_deco.llms.layers import decoder_layers
+from prism_deco.projectors import Projector
 from prism_deco.registry import unknown
 from prism_deco.training.materialise import read_weights
+from prism_deco.training.ranks import patience
 from prism_deco.vlm import VLM
 
 
@@ -28,11 +32,13 @@ class Sharding:
             holds a copy and gradients are averaged over the groups (hybrid sharding).
         compute: type that weights are gathered and computed in; the shards and the optimizer stay in float32.
         reduce: type that gradients are summed in.
+        timeout: what a collective may take.
     """
 
     shard_size: int | None
     compute: torch.dtype
     reduce: torch.dtype
+    timeout: timedelta
 
     @classmethod
     def of(cls, trainer: DictConfig, world_size: int) -> Sharding:
@@ -50,7 +56,8 @@ class Sharding:
         reduces = {"float32": torch.float32, "bfloat16": torch.bfloat16}
         if trainer.reduce_dtype not in reduces:
             raise unknown("trainer.reduce_dtype", trainer.reduce_dtype, reduces)
-        return cls(size, computes[trainer.precision], reduces[trainer.reduce_dtype])
+        timeout = patience(timedelta(minutes=trainer.timeout_minutes))
+        return cls(size, computes[trainer.precision], reduces[trainer.reduce_dtype], timeout)
 
     def apply(self, vlm: VLM, llm: LanguageModel, mesh: DeviceMesh) -> None:
         """Shards a VLM in place, and reads the LLM's weights where they are still on the meta device.
@@ -63,11 +70,9 @@ class Sharding:
         on_gpu = mesh.device_type == "cuda"
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         if self.shard_size not in (None, mesh.size()):
-            shape = (mesh.size() // self.shard_size, self.shard_size)
-            mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
-        policy = MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=self.reduce)
+            mesh = self._hybrid(mesh)
         for unit in [*sharded_units(vlm), vlm]:
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
+            fully_shard(unit, mesh=mesh, mp_policy=self._policy(unit))
         if any(parameter.is_meta for parameter in vlm.lm.parameters()):
             files = tensor_files(llm.spec)
             assert files is not None
@@ -78,6 +83,19 @@ class Sharding:
             register_fsdp_forward_method(vlm, method)
         # transformers goes on generating on a rank that is done, until all are.
         vlm.lm._is_fsdp_managed_module = True  # type: ignore[assignment]
+
+    def _policy(self, unit: nn.Module) -> MixedPrecisionPolicy:
+        own = unit.compute_dtype if isinstance(unit, Projector) else None
+        if own is None:
+            return MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=self.reduce)
+        return MixedPrecisionPolicy(param_dtype=own, reduce_dtype=self.reduce, output_dtype=self.compute)
+
+    def _hybrid(self, mesh: DeviceMesh) -> DeviceMesh:
+        """Groups of `shard_size` neighbours, which share a copy, by groups of those with the same part of it."""
+        places = torch.arange(mesh.size()).view(-1, self.shard_size or mesh.size())
+        # A mesh that makes its groups by itself gives them torch's own timeout, ten minutes under NCCL.
+        groups: Any = [dist.new_subgroups_by_enumeration(g.tolist(), self.timeout)[0] for g in (places.T, places)]
+        return DeviceMesh.from_group(groups, mesh.device_type, mesh=places, mesh_dim_names=("replicate", "shard"))
 
 
 def sharded_units(vlm: VLM) -> list[nn.Module]:

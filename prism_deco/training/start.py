@@ -17,7 +17,8 @@ from prism_deco.config import read_config
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import weights_record
 from prism_deco.llms.lora import base_name, is_adapter
-from prism_deco.training.artifacts import ADAPTER, BASE_RECORD, CONFIG, TOWER, TOWER_RECORD, WEIGHTS, load_strict
+from prism_deco.llms.tuning import tuning
+from prism_deco.training.artifacts import BASE_RECORD, CONFIG, TOWER, TOWER_RECORD, WEIGHTS, load_strict
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -69,22 +70,23 @@ def find_start(run: Path, config: DictConfig) -> Path:
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"recipe.start_from={run} holds no finished model: train that run first.")
     check_start(read_config(folder / CONFIG), config)
-    if (folder / ADAPTER).is_dir():
-        raise ValueError(f"recipe.start_from={run} has trained adapters: only a run without them can be started from.")
-    if config.llm.pretrained and not (folder / BASE_RECORD).is_file():
-        raise ValueError(
-            f"recipe.start_from={run} has trained the whole LLM: start from one that left it alone (recipe.lm=frozen)."
-        )
     return folder
 
 
 def check_start(earlier: DictConfig, config: DictConfig) -> None:
-    """`ValueError` if the earlier run, which the configuration starts from, is one of another model."""
+    """`ValueError` if the earlier run, which the configuration starts from, is one of another model, or one whose LLM
+    would be lost."""
+    run, way = config.recipe.start_from, tuning(earlier.recipe.lm)
     differing = _differing(earlier, config)
     if differing:
         listed = "; ".join(f"{key} is {theirs!r} there and {ours!r} here" for key, theirs, ours in differing[:5])
-        start = config.recipe.start_from
-        raise ValueError(f"recipe.start_from={start} is a run of another model: {listed}. Start from one of the same.")
+        raise ValueError(f"recipe.start_from={run} is a run of another model: {listed}. Start from one of the same.")
+    if way.adapters:
+        raise ValueError(f"recipe.start_from={run} trains adapters: only a run without them can be started from.")
+    if way.base and config.llm.pretrained:
+        raise ValueError(
+            f"recipe.start_from={run} trains the whole LLM: start from one that leaves it alone (recipe.lm=frozen)."
+        )
 
 
 def _differing(earlier: DictConfig, now: DictConfig) -> list[tuple[str, Any, Any]]:

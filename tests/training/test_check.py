@@ -38,6 +38,15 @@ def test_mistakes_are_found(settings, message):
         check(load_config(settings))
 
 
+@pytest.mark.parametrize(
+    ("way", "message"), [("full", "trains the whole LLM: start from"), ("lora", "trains adapters")]
+)
+def test_a_first_stage_whose_llm_would_be_lost_is_found_before_it(way, message):
+    first = load_config(["recipe=llava_v1_5_align", *SECOND_STAGE[1:], f"recipe.lm={way}"])
+    with pytest.raises(ValueError, match=f"recipe.start_from=runs/x-align {message}"):
+        check(load_config([*SECOND_STAGE, "recipe.start_from=runs/x-align"]), after=first)
+
+
 def test_memory_is_a_mistake_that_can_be_forced(monkeypatch):
     monkeypatch.setattr(session, "device_memory", lambda: 2**20)
     with pytest.raises(ValueError, match="This run cannot work.*--force starts it anyway"):

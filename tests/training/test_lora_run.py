@@ -250,10 +250,10 @@ def test_what_else_cannot_be_started_from(tmp_path, base):
     with pytest.raises(ValueError, match="holds no finished model: train that run first"):
         _start(tmp_path / "nowhere", _named(base))
     _trained(tmp_path / "lora" / "model", _named(base))
-    with pytest.raises(ValueError, match="has trained adapters"):
+    with pytest.raises(ValueError, match="trains adapters"):
         _start(tmp_path / "lora", _named(base))
     _trained(tmp_path / "full" / "model", _named(base, "recipe.lm=full"))
-    with pytest.raises(ValueError, match="has trained the whole LLM"):
+    with pytest.raises(ValueError, match="trains the whole LLM"):
         _start(tmp_path / "full", _named(base))
     copy = shutil.copytree(base, tmp_path / "weights")
     _trained(tmp_path / "align" / "model", _named(str(copy), "recipe=mini_align"))
