@@ -97,6 +97,7 @@ def _scope(cells: Sequence[Cell]) -> str:
         f"{names('backbone')}, LLM {names('llm')}), trained for {span([cell.manifest['steps'] for cell in trained])} "
         f"steps on {span([cell.manifest['samples'] for cell in trained])} records of {names('data')} with the recipe "
         f"{names('recipe')}. The intervals are over seeds, that is over initialisation and order of the data: they say "
-        "how these projectors would compare if the same study were repeated, and nothing about other towers, LLMs, "
-        "data, lengths of training or sizes. A verdict here is no verdict on the paper's own models."
+        "how these projectors would compare if the same study were repeated with these learning rates and these "
+        "questions, and nothing about others, nor about other towers, LLMs, data, lengths of training or sizes. A "
+        "verdict here is no verdict on the paper's own models."
     )

@@ -10,7 +10,8 @@
             measures: [mean, boxes, questions]         # the claim is judged by the first; the others are details
             expect: greater                            # or not_less, by more than `margin`
             equal: steps                               # or compute: what both sides were given the same of
-            judges: true                               # false: a detail, for what could not come out either way
+            judges: true                               # false: a detail, where it could not come out either way or is
+                                                       # none of what the claim is about
 
 Cells that were trained without their images are chosen by `recipe.blind: true` alone.
 """

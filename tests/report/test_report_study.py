@@ -173,6 +173,7 @@ def test_parts_have_tables_of_their_own_with_the_blind_model(study, report):
     text = (report[0] / "claims.md").read_text()
     assert "At equal steps, of 4 claims:" in text and "- reversed: none" in text
     assert "- not resolved: " in text and "absent" in text and "<script" not in text
+    assert "if the same study were repeated with these learning rates and these questions, and nothing about" in text
     assert "24 models" not in text and "23 models of 1,000,000 parameters" in text
 
 
