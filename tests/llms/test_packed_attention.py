@@ -117,3 +117,20 @@ def test_one_kernel_for_all_segments_is_called_as_it_wants_to_be(monkeypatch):
     module = torch.nn.Module()
     expected, _ = packed.packed_attention(module, query, key, value, no_mask(CPU), segments=segments, scaling=0.3)
     torch.testing.assert_close(got, expected)
+
+
+def test_under_autocast_all_three_have_its_type(monkeypatch):
+    """Rotary embeddings leave queries and keys in float32; the kernel for all records takes half precision only."""
+    seen = []
+
+    def record(query, key, value, *rest):
+        seen.append((query.dtype, key.dtype, value.dtype))
+        return query
+
+    monkeypatch.setattr(packed, "_one_by_one", record)
+    query, value = torch.randn(1, 4, sum(LENGTHS), 8), torch.randn(1, 4, sum(LENGTHS), 8, dtype=torch.bfloat16)
+    segments = Segments.of(LENGTHS, CPU)
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            packed.packed_attention(torch.nn.Module(), query, query, value, no_mask(CPU), segments=segments)
+    assert seen == [(torch.bfloat16,) * 3, (torch.float32, torch.float32, torch.bfloat16)]

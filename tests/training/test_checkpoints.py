@@ -179,3 +179,14 @@ def test_saving_and_reading_hold_a_few_tensors_at_a_time(tmp_path):
     saving, reading = map(float, done.stdout.split())
     assert saving < 32 and reading < 80  # MiB, of 256 in tensors of 8
     assert load_file(tmp_path / checkpoint_name(1) / "rank_00000.safetensors")["model.31"][0, 0] == 31
+
+
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path, tensors):
+    folder = save_checkpoint(tmp_path, 3, tensors, {})
+    file = folder / "rank_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"step_000003/rank_00000\.safetensors cannot be read.*Remove this checkpoint"):
+        Checkpoint(folder)
+    (folder / "index.json").write_text('{"format": 1')
+    with pytest.raises(ValueError, match=r"step_000003/index\.json is damaged.*Remove this checkpoint"):
+        Checkpoint(folder)

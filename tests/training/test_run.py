@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import prism_deco
 from prism_deco.cli import main
 from prism_deco.config import load_config, read_config
+from prism_deco.training.module import TrainingModule
 
 FAST = ["data.val_fraction=0", "data.num_workers=0", "evaluate.benchmarks=null", "recipe.global_batch_size=4",
         "recipe.micro_batch_size=2", "trainer.log_every=1", "trainer.threads=1",
@@ -45,6 +46,19 @@ def test_the_same_seed_gives_the_same_run(runs):
     hashes = {name: json.loads((runs / name / "manifest.json").read_text())["model_sha256"] for name in losses}
     assert hashes["a"] == hashes["again"] != hashes["other"]
     assert _scalars(runs / "a", "val/loss") == _scalars(runs / "again", "val/loss") != []
+
+
+def test_validation_makes_no_inference_tensors(colors, tmp_path, monkeypatch):
+    """FSDP keeps buffers of its first forward pass, and cannot train on those of a validation in inference mode."""
+    validate, modes = TrainingModule.validation_step, []
+
+    def record(self, *batch):
+        modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+        return validate(self, *batch)
+
+    monkeypatch.setattr(TrainingModule, "validation_step", record)
+    assert _train(colors, tmp_path, "data.val_fraction=0.3") == 0
+    assert set(modes) == {(False, False)}
 
 
 def test_tensorboard_holds_what_a_user_watches(runs):

@@ -1,14 +1,18 @@
 """One, two and four processes: the same losses, norms and weights for the same global batches."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
 
 import prism_deco
 from prism_deco.config import load_config
+from prism_deco.sequence import build_batch
 from prism_deco.training.metrics import read_metrics
 from prism_deco.training.sharding import Sharding, sharded_units
 
@@ -122,6 +126,54 @@ def test_units_are_blocks_layers_tower_and_projector(tiny):
     own = {id(p) for unit in units for p in unit.parameters()}
     rest = {name for name, p in vlm.named_parameters() if id(p) not in own}
     assert rest == {"lm.model.embed_tokens.weight", "lm.model.norm.weight", "lm.lm_head.weight"}
+
+
+@pytest.fixture
+def sharded(tiny, tmp_path):
+    """(projector, options) -> (VLM, LanguageModel, batch), sharded for bf16-mixed in a group of this process alone."""
+
+    def build(projector: str, **options):
+        torch.manual_seed(0)
+        vlm, llm = tiny("mini_llama", projector, **options)
+        talk = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "red"}]
+        pixels = {"mini_siglip": torch.randn(1, 3, 64, 64)}
+        batch = build_batch([llm.encode(talk, num_images=1)], vlm.projector.num_tokens, pixels=pixels)
+        trainer = load_config(["trainer=fsdp", "trainer.precision=bf16-mixed"]).trainer
+        Sharding.of(trainer, 1).apply(vlm.float(), llm, init_device_mesh("cpu", (1,)))
+        return vlm, batch
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield build
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("projector", "inside"), [("d_abstractor", torch.float32), ("c_abstractor", torch.bfloat16)])
+def test_a_projector_computes_in_the_type_it_asks_for(sharded, projector, inside):
+    vlm, batch = sharded(projector)
+    seen = {"projector": set(), "llm": set()}
+
+    def look(place):
+        def hook(module, inputs, kwargs):
+            tensors = [*inputs, *kwargs.values(), *module.parameters()]
+            seen[place] |= {t.dtype for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()}
+
+        return hook
+
+    part = next(child for child in vlm.projector.modules() if isinstance(child, torch.nn.Linear | torch.nn.Conv2d))
+    part.register_forward_pre_hook(look("projector"), with_kwargs=True)
+    vlm.lm.model.layers[0].self_attn.q_proj.register_forward_pre_hook(look("llm"), with_kwargs=True)
+    vlm(batch).total.backward()
+    assert seen == {"projector": {inside}, "llm": {torch.bfloat16}}
+    assert {p.grad.dtype for p in vlm.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_a_forward_pass_does_not_enter_the_model_twice(sharded, monkeypatch):
+    """To FSDP `visual_tokens` is an entry of its own; behind one, layers are gathered at their turn and not before."""
+    vlm, batch = sharded("avgpool")
+    monkeypatch.setattr(vlm, "visual_tokens", None)
+    assert torch.isfinite(vlm(batch).total)
+    blank = replace(batch, pixels=None, visual=torch.zeros_like(batch.visual))
+    assert torch.isfinite(vlm(blank).total)
 
 
 @pytest.mark.parametrize(
