@@ -19,22 +19,27 @@ from prism_deco.evaluation.items import Question, Variant
 from prism_deco.evaluation.metrics import vqa, vqa_text
 
 _OCR_LINE = "Reference OCR token:"
+_WITH_OCR = SHORT.replace("{question}", f"{{question}}\n{_OCR_LINE} {{ocr}}")
 
 
 @BENCHMARKS.register("textvqa")
 class TextVQA(AnnotatorBenchmark):
     """The official JSON {data: [{question_id, image_id, question, answers}]}.
 
-    Variants: `ocr` shows the model the tokens that an OCR system found (LLaVA's protocol), `plain` does not.
+    Variants: `ocr` shows the model the tokens that an OCR system found (LLaVA's protocol), `plain` does not. `prism`
+    is how the PRISM harness shows them (vlm-evaluation's `textvqa.py`): where a question goes it puts the whole text
+    of LLaVA's JSON lines, which ends in the instruction, so that the instruction stands there twice. For its prompt
+    without OCR tokens it cuts that text before them: that is `plain`.
 
     Args:
         annotations: the annotation file.
         ocr: OCR tokens: TextVQA's Rosetta JSON {data: [{image_id, ocr_tokens}]}, or the JSON lines of LLaVA's
-            prompts {question_id: the image's id, text}. Needed by the variant `ocr` only.
+            prompts {question_id: the image's id, text}. Needed by the variants `ocr` and `prism` only.
     """
 
     VARIANTS: ClassVar = {
-        "ocr": Variant(f"{{question}}\n{_OCR_LINE} {{ocr}}\nAnswer the question using a single word or phrase."),
+        "ocr": Variant(_WITH_OCR),
+        "prism": Variant(SHORT.replace("{question}", _WITH_OCR)),
         "plain": Variant(SHORT),
     }
     process = staticmethod(vqa_text.process_evalai)
@@ -44,14 +49,17 @@ class TextVQA(AnnotatorBenchmark):
         super().__init__(**common)
         self.annotations = annotations
         self.ocr = ocr
-        if "ocr" in self.variants and ocr is None:
-            raise ValueError(f"{self.name}: the variant 'ocr' needs the key ocr, the file of the OCR tokens.")
+        self.with_ocr = [variant for variant in self.variants if "{ocr}" in self.VARIANTS[variant].template]
+        if self.with_ocr and ocr is None:
+            raise ValueError(
+                f"{self.name}: the variant {self.with_ocr[0]!r} needs the key ocr, the file of the OCR tokens."
+            )
 
     def read(self) -> list[Question]:
         path = self.path(self.annotations)
         content = checked(read_json(path), {"data": list}, str(path), "TextVQA")
         fields = {"question_id": ID, "image_id": str, "question": str, "answers": list}
-        tokens = read_ocr(self.path(self.ocr)) if self.ocr is not None and "ocr" in self.variants else None
+        tokens = read_ocr(self.path(self.ocr)) if self.ocr is not None and self.with_ocr else None
         questions = []
         for number, record in enumerate(checked_list(content["data"], fields, path, "TextVQA"), start=1):
             where = f"{path}, record {number}"
@@ -59,7 +67,10 @@ class TextVQA(AnnotatorBenchmark):
             if tokens is not None and image_id not in tokens:
                 raise ValueError(f"{where}: {self.ocr} has no OCR tokens of the image {image_id}.")
             target = {"answers": ten_answers(record["answers"], where)}
-            filled = {"question": record["question"], "ocr": tokens[image_id] if tokens is not None else ""}
+            # TextVQA's questions are in small letters; in LLaVA's prompts, which the harness takes over, the first is
+            # a capital.
+            question = record["question"][:1].upper() + record["question"][1:]
+            filled = {"question": question, "ocr": tokens[image_id] if tokens is not None else ""}
             questions.append(self.question(where, record["question_id"], filled, target, image_id=image_id))
         return questions
 

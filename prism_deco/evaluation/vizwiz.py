@@ -16,7 +16,7 @@ class VizWiz(AnnotatorBenchmark):
     """A JSON list {image, question, answers, answerable}; a question's id is its place in the list.
 
     `accuracy` is scored as the PRISM harness does, `accuracy_official` as the VQA challenge's script does, and
-    `accuracy_evalai` as LLaVA's pre-processing for the server does.
+    `accuracy_llava` as that script does after LLaVA's processing of the prediction.
 
     Args:
         annotations: the annotation file.
@@ -32,7 +32,7 @@ class VizWiz(AnnotatorBenchmark):
     conventions: ClassVar = {
         "accuracy": vqa.prism_vizwiz,
         "accuracy_official": vqa.official,
-        "accuracy_evalai": vqa.evalai,
+        "accuracy_llava": vqa.llava,
     }
 
     def __init__(self, *, annotations: str, **common: Any):

@@ -19,7 +19,7 @@ class VQAv2(AnnotatorBenchmark):
     """The questions file and the annotations file of a split with public answers.
 
     `accuracy` is scored as the PRISM harness does, `accuracy_official` as the challenge's script does, and
-    `accuracy_evalai` as LLaVA's pre-processing for the server does.
+    `accuracy_llava` as that script does after LLaVA's processing of the prediction.
 
     Args:
         questions: the questions file.
@@ -31,7 +31,7 @@ class VQAv2(AnnotatorBenchmark):
     conventions: ClassVar = {
         "accuracy": vqa.prism_vqav2,
         "accuracy_official": vqa.official,
-        "accuracy_evalai": vqa.evalai,
+        "accuracy_llava": vqa.llava,
     }
 
     def __init__(self, *, questions: str, annotations: str, **common: Any):

@@ -12,9 +12,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from prism_deco.config import load_config
 from prism_deco.report.curves import read_curves
 from prism_deco.report.study import Cell, Score
+from prism_deco.stages import final_config
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +75,7 @@ def read_cell(folder: Path, record: Mapping[str, Any] | None = None) -> Cell:
                 state, reason = str(status["state"]), str(status.get("reason") or reason)
         if (folder / "manifest.json").is_file():
             scores, manifest = _read_scores(folder / "eval"), _read_json(folder / "manifest.json")
-            explained = folder / "explain" / "metrics.json"
-            relevance = _read_json(explained) if explained.is_file() else {}
+            relevance = _read_relevance(folder / "explain", config)
         curves = read_curves(folder)
     except Exception as error:  # files can be damaged in many ways, and one must not hide the other cells
         log.warning("%s cannot be read: %s", folder, error)
@@ -111,7 +110,7 @@ def _read_config(folder: Path, record: Mapping[str, Any]) -> DictConfig | None:
     overrides: Sequence[str] = record.get("overrides") or ()
     if not overrides:
         return None
-    config = load_config(overrides)
+    config = final_config([*overrides, f"run_id={folder.name}"])  # as the sweep will launch it
     OmegaConf.resolve(config)
     return config
 
@@ -132,6 +131,26 @@ def _read_scores(folder: Path) -> dict[str, dict[str, Score]]:
         # eval/<benchmark> holds the benchmark's own split, eval/<benchmark>-<split> another one.
         scores.setdefault(path.parent.name.removeprefix(name).removeprefix("-"), {})[name] = score
     return scores
+
+
+def _read_relevance(folder: Path, config: DictConfig | None) -> dict[str, Any]:
+    """What was measured of the benchmark that the configuration names; without a name, of the only one there is."""
+    asked = config.evaluate if config is not None else {}
+    choice, split = asked.get("relevance"), asked.get("split")
+    if choice:
+        name = Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice
+        # explain/<benchmark> holds the benchmark's own split, explain/<benchmark>-<split> another one.
+        paths = [folder / f"{name}-{split}" / "metrics.json", folder / name / "metrics.json"]
+    else:
+        found = sorted(folder.glob("*/metrics.json"))
+        paths = found if len(found) == 1 else []
+    # Runs of earlier versions have one place for all benchmarks.
+    for path in (*paths, folder / "metrics.json"):
+        if path.is_file():
+            content = _read_json(path)
+            if path.parent == folder or split in (None, content.get("split")):
+                return content
+    return {}
 
 
 def _label(runs: list[Cell]) -> list[Cell]:
@@ -159,8 +178,9 @@ def _flatten(config: DictConfig | None) -> dict[str, str]:
         return {}
     content = {group: OmegaConf.to_container(config[group]) for group in ("data", "recipe")}
     flat = {f"{group}.{key}": str(value) for group, values in content.items() for key, value in dict(values).items()}  # type: ignore[call-overload]
-    # How a step is cut into passes, how images are read and whether there are any is no axis of a comparison.
-    for key in ("data.num_workers", "data.statistics", "recipe.micro_batch_size", "recipe.blind"):
+    # How a step is cut into passes, how images are read and whether there are any is no axis of a comparison; nor is
+    # the run that was started from: every projector has its own.
+    for key in ("data.num_workers", "data.statistics", "recipe.micro_batch_size", "recipe.blind", "recipe.start_from"):
         flat.pop(key, None)
     return flat
 

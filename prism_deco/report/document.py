@@ -36,6 +36,7 @@ def document(report: Report) -> str:
     for section in report.sections:
         first, *others = section.tables
         parts += [f"**Not comparable:** {escape(warning)}\n" for warning in section.warnings]
+        parts += [f"**Other settings:** {escape(line)}\n" for line in section.departures]
         parts += [markdown(first, 2), *(markdown(table) for table in (*others, *section.folded))]
         parts += pictures(section.figures)
     if report.curves:

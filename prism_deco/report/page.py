@@ -20,12 +20,14 @@ class Section:
     Attributes:
         tables: shown at once; at least one.
         warnings: what the cells do not have in common.
+        departures: settings of cells that differ from their recipe's or the paper's.
         folded: long tables, shown on demand.
     """
 
     tables: Sequence[Table]
     figures: Sequence[Figure] = ()
     warnings: Sequence[str] = ()
+    departures: Sequence[str] = ()
     folded: Sequence[Table] = ()
 
     @property

@@ -99,8 +99,8 @@ def scores(table: int) -> dict[tuple[str, str], Mapping[str, float]]:
 def setting(cell: Cell, table: int) -> str | None:
     """The setting of a table that a cell belongs to, whatever its projector; None: it is not the paper's.
 
-    Tower, LLM, resolution, number of visual tokens and recipe must be the paper's; data and changes of the recipe's
-    settings are not looked at.
+    Tower, LLM, resolution, number of visual tokens and recipe must be the paper's. Data are not looked at, and changes
+    of the recipe's settings are named beside the table (see `departures`).
     """
     config = cell.config
     if config is None or config.recipe.name != RECIPES[table]:

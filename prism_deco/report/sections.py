@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prism_deco.report import budget, claim_figures, claim_tables, compute, curve_figures, ladder, score_figures, tables
+from prism_deco.report import (
+    budget,
+    claim_figures,
+    claim_tables,
+    compute,
+    curve_figures,
+    departures,
+    ladder,
+    readings,
+    score_figures,
+    tables,
+)
 from prism_deco.report.contrasts import Result
 from prism_deco.report.grid import Grid
 from prism_deco.report.ladder import Ladder
@@ -55,7 +66,7 @@ def _of_grid(grid: Grid, found: Sequence[Difference], ablation: Sequence[Figure]
     if not grid.benchmarks:
         curves = curve_figures.convergence(grid)
         return Section([tables.losses(grid)], [curves] if curves else [], grid.disagreements)
-    shown = [tables.scores(grid), tables.wins(grid)]
+    shown = [tables.scores(grid), readings.table(grid), tables.wins(grid)]
     if grid.table == 1:
         shown += [tables.gains(grid), tables.spatial(grid)]
     first = [pair for pair in found if BASE in (pair.first, pair.second)] or found
@@ -69,5 +80,6 @@ def _of_grid(grid: Grid, found: Sequence[Difference], ablation: Sequence[Figure]
         tables=[table for table in shown if table is not None],
         figures=[figure for figure in drawn if figure is not None],
         warnings=grid.disagreements,
+        departures=departures.sentences(cell for entry in grid.entries for cell in entry.cells) if grid.table else [],
         folded=folded,
     )

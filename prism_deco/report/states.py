@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from omegaconf import DictConfig
 
 from prism_deco.report.layout import MISSING, Field, Table, number
 from prism_deco.report.study import Cell
@@ -44,7 +47,11 @@ def cells_table(cells: Sequence[Cell]) -> Table:
     """Every cell with what it was trained on."""
     rows = [[Field(MISSING if value is None else str(value)) for value in one.values()] for one in records(cells)]
     columns = [name.replace("_", " ") for name in _COLUMNS]
-    return Table("Cells", columns, rows, heads=7)
+    caption = (
+        "lm: what was trained of the LLM. start from: the run whose projector was taken over. lr, projector lr: peak "
+        "learning rates of what was trained of the LLM (its adapters under LoRA), and of the projector."
+    )
+    return Table("Cells", columns, rows, heads=9, caption=caption)
 
 
 def records(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -53,8 +60,8 @@ def records(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 _MANIFEST = ("steps", "samples", "bad_images", "code_version")
-_COLUMNS = ("cell", "state", "row", "projector", "seed", "recipe", "data", "visual_tokens", "trained_parameters")
-_COLUMNS += (*_MANIFEST, "data_hash", "step_seconds", "seconds")
+_COLUMNS = ("cell", "state", "row", "projector", "seed", "recipe", "data", "lm", "start_from", "lr", "projector_lr")
+_COLUMNS += ("visual_tokens", "trained_parameters", *_MANIFEST, "data_hash", "step_seconds", "seconds")
 
 
 def _values(cell: Cell) -> list[Any]:
@@ -67,6 +74,7 @@ def _values(cell: Cell) -> list[Any]:
         cell.seed,
         str(config.recipe.name) if config is not None else None,
         str(config.data.name) if config is not None else None,
+        *_learning(config),
         cell.tokens,
         manifest["params"]["trained"] if manifest else None,
         *(manifest.get(name) for name in _MANIFEST),
@@ -74,3 +82,11 @@ def _values(cell: Cell) -> list[Any]:
         number(time, 3) if time is not None else None,
         cell.seconds,
     ]
+
+
+def _learning(config: DictConfig | None) -> list[Any]:
+    """What is trained of the LLM, the name of the run that was started from, and the learning rates."""
+    if config is None:
+        return [None] * 4
+    lm, start, lr, own = (config.recipe.get(key) for key in ("lm", "start_from", "lr", "projector_lr"))
+    return [lm, Path(start).name if start else None, lr, lr if own is None else own]

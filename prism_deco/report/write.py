@@ -8,7 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prism_deco.report import claim_tables, claim_text, compute, curve_figures, ladder, run_scores, sections, states
+from prism_deco.report import (
+    claim_tables,
+    claim_text,
+    compute,
+    curve_figures,
+    ladder,
+    readings,
+    run_scores,
+    sections,
+    states,
+)
 from prism_deco.report.benchmarks import asked_of
 from prism_deco.report.claims import parse, read_sweep
 from prism_deco.report.collect import collect
@@ -33,8 +43,8 @@ def write_report(
     folders: Sequence[Path], out: Path | None = None, *, split: str | None = None, mixed: bool = False
 ) -> tuple[Path, list[Table]]:
     """Writes `report.html`, `report.md` with its `figures/`, and `scores.csv`, `run_scores.csv`, `differences.csv` and
-    `cells.csv`; of a sweep with parts `ladder.csv` and `compute.csv` too, and of one with claims `claims.csv` and
-    `claims.md`.
+    `cells.csv`; `readings.csv` where benchmarks have second numbers; of a sweep with parts `ladder.csv` and
+    `compute.csv` too, and of one with claims `claims.csv` and `claims.md`.
 
     Args:
         folders: sweep folders or run folders.
@@ -85,6 +95,8 @@ def write_report(
         "run_scores.csv": comma_separated(run_scores.records(cells, chosen)),
         **{f"figures/{name}.svg": figure.svg for name, figure in named(report)},
     }
+    if second := [record for grid in grids for record in readings.records(grid)]:
+        files["readings.csv"] = comma_separated(second)
     if results:
         files["claims.csv"] = comma_separated(claim_tables.records(results))
         files["claims.md"] = claim_text.text(report.title, results, cells, chosen)

@@ -71,6 +71,8 @@ def test_mistakes_in_a_choice(files, changes, message):
 def test_variants_need_their_files(files):
     with pytest.raises(ValueError, match="needs the key ocr"):
         build_benchmark(files.textvqa(ocr=None))
+    with pytest.raises(ValueError, match="the variant 'prism' needs the key ocr"):
+        build_benchmark(files.textvqa(ocr=None, variants=["plain", "prism"]))
     assert len(build_benchmark(files.textvqa(ocr=None, variants=["plain"])).items()) == 2
     with pytest.raises(ValueError, match="words for yes and no"):
         build_benchmark(files.pope(choices=["Yes"]))

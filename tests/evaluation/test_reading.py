@@ -67,10 +67,31 @@ def test_vizwiz_ids_are_places_in_the_list(files):
 def test_textvqa_with_and_without_ocr_tokens(files):
     asked = items(files, "textvqa")
     assert asked[1].prompt == (
-        "what does images/im1.png say?\nReference OCR token: A, word1"
+        "What does images/im1.png say?\nReference OCR token: A, word1"
         "\nAnswer the question using a single word or phrase."
     )
-    assert asked[3].prompt == ("what does images/im1.png say?\nAnswer the question using a single word or phrase.")
+    assert asked[3].prompt == ("What does images/im1.png say?\nAnswer the question using a single word or phrase.")
+
+
+def _harness(text):
+    """What vlm-evaluation makes of a text of LLaVA's JSON lines: its prompts with and without OCR tokens."""
+    ask = "{}\nAnswer the question using a single word or phrase.".format
+    return ask(text), ask(text.split("\nReference OCR token:")[0])
+
+
+def test_textvqa_as_the_prism_harness_asks(files, tmp_path):
+    """From LLaVA's file, whose texts the harness takes for questions, and from TextVQA's own."""
+    instruction = "\nAnswer the question using a single word or phrase."
+    text = f"What does images/im0.png say?\nReference OCR token: A, word0{instruction}"
+    lines = [{"question_id": f"im{k}", "image": f"im{k}.jpg", "text": text.replace("0", str(k))} for k in range(2)]
+    expected = [_harness(line["text"]) for line in lines]
+    assert expected[1][0].endswith(f"A, word1{instruction}{instruction}")
+    variants = {"variants": ["prism", "plain"]}
+    keys = files.textvqa(**variants)
+    (files.path / "llava.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for ocr in ("ocr.json", "llava.jsonl"):
+        prompts = [item.prompt for item in build_benchmark(keys | {"ocr": ocr}).items()]
+        assert prompts == [prompt for kind in zip(*expected, strict=True) for prompt in kind]
 
 
 def test_ocr_tokens_from_llavas_prompts(tmp_path):

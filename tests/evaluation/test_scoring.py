@@ -80,7 +80,8 @@ def test_vqav2_conventions_and_types(files):
     values = metrics(build_benchmark(files.vqav2()), ["zero", "1", " 3 "])
     assert values["accuracy"] == pytest.approx(200 / 3)  # "zero" becomes 0
     assert values["accuracy_official"] == pytest.approx(100 / 3)  # the annotators agree: nothing is processed
-    assert values["accuracy_evalai"] == pytest.approx(200 / 3)
+    assert values["accuracy_llava"] == pytest.approx(200 / 3)  # "zero" was processed before it was handed in
+    assert "accuracy_evalai" not in values
     assert values["accuracy/number"] == 100 and values["accuracy/other"] == 0
 
 
@@ -89,12 +90,15 @@ def test_vizwiz_by_answerability(files):
     assert values["accuracy"] == 50
     assert values["accuracy/unanswerable"] == 100 and values["accuracy/answerable"] == 0
     assert values["accuracy_official"] == 0  # capital, and identical answers
+    assert values["accuracy_llava"] == 50  # the capital is gone before
     assert values["invalid_rate"] == 0.5
 
 
 def test_textvqa_reports_both_prompts(files):
     values = metrics(build_benchmark(files.textvqa()), ["Word0", "word1", "word0", "x"])
     assert values["accuracy"] == 100 and values["plain/accuracy"] == 50
+    values = metrics(build_benchmark(files.textvqa(variants=["plain", "prism"])), ["Word0", "x", "word0", "word1"])
+    assert values["accuracy"] == 50 and values["prism/accuracy"] == 100
 
 
 def test_gqa_conventions(files):

@@ -114,34 +114,39 @@ def test_agreement_leaves_each_annotator_out(matches, annotators, score):
 
 
 @pytest.mark.parametrize(
-    ("prediction", "answers", "official", "evalai", "prism_vqav2", "prism_vizwiz"),
+    ("prediction", "answers", "official", "evalai", "llava", "prism_vqav2", "prism_vizwiz"),
     [
         # all ten the same: the official script processes nothing
-        ("yes", ["yes"] * 10, 1, 1, 1, 1),
-        ("Yes", ["yes"] * 10, 0, 1, 1, 1),
-        ("yes", ["Yes"] * 10, 0, 1, 0, 0),
-        ("two", ["2"] * 10, 0, 1, 1, 1),
-        ("two", ["two"] * 10, 1, 1, 0, 0),  # the harness turns the prediction into 2, not the answers
-        ("2", ["two"] * 10, 0, 1, 0, 0),
-        ("the dog", ["the dog"] * 10, 1, 1, 0, 0),
-        ("red/blue", ["red/blue"] * 10, 1, 1, 1, 0),
-        ("dont know", ["don't know"] * 10, 0, 1, 1, 0),  # VizWiz's table says don`t
-        ("dog's", ["dog's"] * 10, 1, 1, 1, 1),
-        ("", ["yes"] * 10, 0, 0, 0, 0),
-        ("none", ["0"] * 10, 0, 1, 1, 1),
+        ("yes", ["yes"] * 10, 1, 1, 1, 1, 1),
+        ("Yes", ["yes"] * 10, 0, 1, 1, 1, 1),
+        ("yes", ["Yes"] * 10, 0, 1, 0, 0, 0),
+        ("two", ["2"] * 10, 0, 1, 1, 1, 1),
+        ("two", ["two"] * 10, 1, 1, 0, 0, 0),  # the harness turns the prediction into 2, not the answers
+        ("2", ["two"] * 10, 0, 1, 0, 0, 0),
+        ("the dog", ["the dog"] * 10, 1, 1, 0, 0, 0),
+        ("red/blue", ["red/blue"] * 10, 1, 1, 0, 1, 0),
+        ("dont know", ["don't know"] * 10, 0, 1, 1, 1, 0),  # VizWiz's table says don`t
+        ("dog's", ["dog's"] * 10, 1, 1, 0, 1, 1),
+        ("", ["yes"] * 10, 0, 0, 0, 0, 0),
+        ("none", ["0"] * 10, 0, 1, 1, 1, 1),
         # one differs: the official script processes both sides
-        ("Yes", ["Yes"] * 9 + ["no"], 1, 1, 0, 0),
-        ("NO", ["yes"] * 9 + ["no"], 0.3, 0.3, 0.3, 0.3),
-        ("1,000", ["1000"] * 3 + ["many"] * 7, 0.9, 0.9, 0.9, 0.9),
-        ("a cat", ["cat"] * 2 + ["dog"] * 8, 0.6, 0.6, 0.6, 0.6),
-        ("two", ["2", "two", "Two"] + ["3"] * 7, 0.9, 0.9, 0.3, 0.3),
-        ("cat.", ["cat."] * 2 + ["cat"] * 2 + ["dog"] * 6, 1, 1, 1, 0.6),
-        (" yes\n", ["yes", "yes "] + ["no"] * 8, 0.6, 0.6, 0.3, 0.3),
-        ("dog's", ["dog 's"] * 4 + ["dog"] * 6, 0, 1, 0, 0),
+        ("Yes", ["Yes"] * 9 + ["no"], 1, 1, 1, 0, 0),
+        ("NO", ["yes"] * 9 + ["no"], 0.3, 0.3, 0.3, 0.3, 0.3),
+        ("1,000", ["1000"] * 3 + ["many"] * 7, 0.9, 0.9, 0.9, 0.9, 0.9),
+        ("a cat", ["cat"] * 2 + ["dog"] * 8, 0.6, 0.6, 0.6, 0.6, 0.6),
+        ("two", ["2", "two", "Two"] + ["3"] * 7, 0.9, 0.9, 0.9, 0.3, 0.3),
+        ("cat.", ["cat."] * 2 + ["cat"] * 2 + ["dog"] * 6, 1, 1, 1, 1, 0.6),
+        (" yes\n", ["yes", "yes "] + ["no"] * 8, 0.6, 0.6, 0.6, 0.3, 0.3),
+        ("dog's", ["dog 's"] * 4 + ["dog"] * 6, 0, 1, 1, 0, 0),
+        # LLaVA hands in what EvalAI's processor makes of the prediction: lower case, and a space before 's
+        ("Coca Cola", ["Coca Cola"] * 10, 1, 1, 0, 0, 0),
+        ("man's", ["man's"] * 10, 1, 1, 0, 1, 1),
+        ("Men's", ["men's"] * 9 + ["shoes"], 1, 1, 0, 1, 1),
     ],
 )
-def test_conventions(prediction, answers, official, evalai, prism_vqav2, prism_vizwiz):
+def test_conventions(prediction, answers, official, evalai, llava, prism_vqav2, prism_vizwiz):
     assert vqa.official(prediction, answers) == pytest.approx(official)
     assert vqa.evalai(prediction, answers) == pytest.approx(evalai)
+    assert vqa.llava(prediction, answers) == pytest.approx(llava)
     assert vqa.prism_vqav2(prediction, answers) == pytest.approx(prism_vqav2)
     assert vqa.prism_vizwiz(prediction, answers) == pytest.approx(prism_vizwiz)

@@ -66,6 +66,17 @@ def test_runs_without_a_sweep_are_labelled_by_what_differs(make, tmp_path):
     assert {entry.family for entry in entries} == {base}
 
 
+def test_second_stages_share_a_row_though_each_starts_from_its_own_first(make, tmp_path):
+    for name in ("avgpool", "maxpool"):
+        start = f"recipe.start_from={tmp_path}/{name}-align"
+        make.run(tmp_path / name, "recipe=mini_finetune", f"projector={name}", start, benchmarks=("gqa",))
+    entries = group(collect([tmp_path]))
+    assert [(entry.row, entry.variant) for entry in entries] == [
+        ("mini_siglip + mini_qwen2", "avgpool"),
+        ("mini_siglip + mini_qwen2", "maxpool"),
+    ]
+
+
 def test_folders_that_hold_no_runs_are_refused(tmp_path, make):
     with pytest.raises(ValueError, match="neither a run folder"):
         collect([tmp_path])

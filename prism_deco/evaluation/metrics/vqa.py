@@ -38,8 +38,19 @@ def official(prediction: str, answers: Sequence[str]) -> float:
 
 
 def evalai(prediction: str, answers: Sequence[str]) -> float:
-    """The EvalAI server, which also scores TextVQA: both sides always processed."""
+    """TextVQA's evaluator (MMF's `TextVQAAccuracyEvaluator`): both sides always processed, as on the EvalAI server."""
     return agreement(process_evalai(prediction), [process_evalai(answer) for answer in answers])
+
+
+def llava(prediction: str, answers: Sequence[str]) -> float:
+    """LLaVA's results on the test servers of VQAv2 and VizWiz (its `scripts/convert_vqav2_for_submission.py` and
+    `convert_vizwiz_for_submission.py`): EvalAI's processor rewrites the prediction, and only that, before it is
+    handed in; the server then runs the official script on it.
+
+    So where all annotators wrote the same, an answer that the processor changes is lost: "Coca Cola" scores 0
+    against ten times "Coca Cola".
+    """
+    return official(process_evalai(prediction), answers)
 
 
 def prism_vqav2(prediction: str, answers: Sequence[str]) -> float:
