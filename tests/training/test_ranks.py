@@ -1,17 +1,17 @@
 """How the processes of a run join and leave their group."""
 
-import os
 import subprocess
-import sys
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from prism_deco.config import load_config
 from prism_deco.training import ranks as module
 from prism_deco.training.ranks import Ranks
+from prism_deco.training.sharding import Sharding
 
 
 class Child:
@@ -78,34 +78,27 @@ def test_a_process_that_does_not_end_fails_nothing(nccl, monkeypatch, caplog):
     assert calls == ["barrier", "destroyed", "waited", "killed", "waited"] and "does not end" in caplog.text
 
 
-SHARDED = """
-import sys
-from datetime import timedelta
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from prism_deco.config import load_config
-from prism_deco.training.sharding import Sharding
-
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=4)
-sharding = Sharding.of(load_config(["trainer=fsdp", "trainer.shard_size=2", "trainer.timeout_minutes=7"]).trainer, 4)
-mesh = sharding._hybrid(init_device_mesh("cpu", (4,)))
-assert mesh.mesh.tolist() == [[0, 1], [2, 3]] and mesh.mesh_dim_names == ("replicate", "shard")
-for name, members in {"replicate": mesh.mesh[:, dist.get_rank() % 2], "shard": mesh.mesh[dist.get_rank() // 2]}.items():
-    group = mesh.get_group(name)
-    assert dist.get_process_group_ranks(group) == members.tolist(), name
-    timeout = group._get_backend(torch.device("cpu")).options._timeout
-    assert timeout == timedelta(minutes=8), timeout
-dist.barrier()
-dist.destroy_process_group()
-"""
+def _look_at_groups(meeting, rank):
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=4)
+    settings = ["trainer=fsdp", "trainer.shard_size=2", "trainer.timeout_minutes=7"]
+    mesh = Sharding.of(load_config(settings).trainer, 4)._hybrid(init_device_mesh("cpu", (4,)))
+    assert mesh.mesh.tolist() == [[0, 1], [2, 3]] and mesh.mesh_dim_names == ("replicate", "shard")
+    for name, members in {"replicate": mesh.mesh[:, rank % 2], "shard": mesh.mesh[rank // 2]}.items():
+        group = mesh.get_group(name)
+        assert dist.get_process_group_ranks(group) == members.tolist(), name
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(minutes=8), name
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def test_the_groups_of_hybrid_sharding_have_the_runs_timeout(tmp_path):
-    command = [sys.executable, "-c", SHARDED, str(tmp_path / "meet")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    started = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(4)]
-    assert [process.wait(200) for process in started] == [0] * 4
+    context = torch.multiprocessing.get_context("fork")
+    started = [context.Process(target=_look_at_groups, args=(tmp_path / "meet", rank)) for rank in range(4)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(200)
+    assert [process.exitcode for process in started] == [0] * 4
 
 
 def test_patience_is_longer_than_the_watchs():
