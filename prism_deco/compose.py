@@ -23,10 +23,15 @@ def group(config: DictConfig, name: str) -> dict[str, Any]:
 
 
 def prompt_options(config: DictConfig) -> dict[str, Any]:
-    """What the recipe says about the text around images, as options of `build_llm`."""
+    """What the recipe says about tokens and the text around images, as options of `build_llm`."""
     recipe = config.recipe
     tokenize = {} if recipe.tokenize is None else {"tokenize": recipe.tokenize}
-    return {"image_slot": recipe.image_slot, "prompt": recipe.prompt, **tokenize}
+    return {
+        "image_slot": recipe.image_slot,
+        "prompt": recipe.prompt,
+        "added_tokens": recipe.added_tokens,
+        **tokenize,
+    }
 
 
 def max_positions(config: DictConfig, llm: LanguageModel) -> int:

@@ -2,14 +2,15 @@
 
 `conf/config.yaml` names a default choice per group; `conf/<group>/<choice>.yaml` holds what that
 choice sets. A command line such as `backbone=mini_clip recipe.epochs=2` replaces choices and keys.
-The dataclasses of `schema.py` say what is valid: unknown keys and wrong types are errors. The keys that only one
-component has (the depth of one projector, say) are declared by that component's YAML: the value
+The dataclasses of `schema.py` say what is valid: unknown keys, wrong types and values out of range are errors. The
+keys that only one component has (the depth of one projector, say) are declared by that component's YAML: the value
 there is the default and its type.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import field, fields, make_dataclass
@@ -20,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from prism_deco.registry import unknown
-from prism_deco.schema import Config
+from prism_deco.schema import Config, Range, allowed
 
 # In a wheel conf/ lies inside the package, in a checkout beside it.
 _PACKAGE = Path(__file__).parent
@@ -53,10 +54,7 @@ def load_choice(group: str, choice: str) -> dict[str, Any]:
         if path.parent == CONF_DIR / group:
             raise unknown(group, choice, choices(group))
         raise ValueError(f"{group}={choice}: there is no such file.")
-    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected `key: value` lines.")
-    return {"name": path.stem} | {str(key): value for key, value in content.items()}
+    return {"name": path.stem} | read_yaml(path)
 
 
 def load_config(overrides: Iterable[str] = ()) -> DictConfig:
@@ -66,14 +64,15 @@ def load_config(overrides: Iterable[str] = ()) -> DictConfig:
         overrides: `group=choice` and `key=value` pairs, as on the command line.
 
     Raises:
-        ValueError: an unknown choice or key (with the nearest valid ones) or a value of a wrong type.
+        ValueError: an unknown choice or key (with the nearest valid ones), a value of a wrong type or out of range.
     """
     chosen, values = _split(overrides)
-    defaults = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "config.yaml"))
-    assert isinstance(defaults, dict)
+    defaults = read_yaml(CONF_DIR / "config.yaml")
     chosen = defaults.pop("defaults") | chosen
     contents = {group: load_choice(group, choice) for group, choice in chosen.items()}
-    return compose(defaults | contents, values)
+    config = compose(defaults | contents, values)
+    validate(config)
+    return config
 
 
 def compose(contents: Mapping[Any, Any], values: Iterable[str] = ()) -> DictConfig:
@@ -86,12 +85,46 @@ def compose(contents: Mapping[Any, Any], values: Iterable[str] = ()) -> DictConf
     schema = OmegaConf.structured(make_dataclass("Config", groups, bases=(Config,)))
     config = _merge(schema, OmegaConf.create(dict(contents)))
     values = list(values)
+    update = parse_overrides(values)
     try:
-        return _merge(config, OmegaConf.from_dotlist(values))
+        return _merge(config, update)
     except Exception:  # one by one they take longer, but the error names the value
         for value in values:
-            config = _merge(config, _parse(value), source=value)
+            config = _merge(config, parse_overrides([value]), source=value)
     return config
+
+
+def validate(config: DictConfig) -> None:
+    """Checks a composed configuration against the schema's ranges and choices.
+
+    Not what was saved with a run: that one was accepted once, by this version's rules or an earlier one's.
+
+    Raises:
+        ValueError: the first key whose value is not allowed, and what is; or a reference (`${...}`) to nothing.
+    """
+    try:
+        content = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}.") from error
+
+    def refers(key: str) -> bool:
+        group, _, leaf = key.rpartition(".")
+        return OmegaConf.is_interpolation(config[group] if group else config, leaf)
+
+    # A key that refers to another one comes last: the other one is where the wrong value stands.
+    for key, rule in sorted(allowed().items(), key=lambda item: refers(item[0])):
+        value: Any = content
+        for part in key.split("."):
+            value = value[part]
+        if value is None:  # the schema's types say where that may be
+            continue
+        if isinstance(rule, Range):
+            _check_range(key, value, rule)
+        elif value not in rule:
+            raise unknown(key, value, rule)
+    run_id = config.run_id or default_run_id(config)
+    if run_id in (".", "..") or "/" in run_id or "\\" in run_id:
+        raise ValueError(f"run_id={run_id} must be a single name, not a path: runs_dir=FOLDER says where the run lies.")
 
 
 def default_run_id(config: DictConfig) -> str:
@@ -109,32 +142,104 @@ def read_config(path: Path) -> DictConfig:
     """Reads what `save_config` wrote."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist: {path.parent} is not a run folder.")
-    content = OmegaConf.to_container(OmegaConf.load(path))
-    if not isinstance(content, dict):
+    return compose(read_yaml(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The content of a YAML file, interpolations left as they are.
+
+    Raises:
+        ValueError: it is no valid YAML (with the line), or something else than `key: value` lines.
+    """
+    try:
+        content = _from_yaml(path.read_text(encoding="utf-8"))
+    except _NotYAML as error:
+        line = f", line {error.line}" if error.line else ""
+        raise ValueError(f"{path}{line}: not valid YAML ({error}).") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 ({error}).") from error
+    if not isinstance(content, dict | None):
         raise ValueError(f"{path}: expected `key: value` lines.")
-    return compose(content)
+    return {str(key): value for key, value in (content or {}).items()}
+
+
+def parse_overrides(overrides: Iterable[str]) -> DictConfig:
+    """`key=value` pairs as a configuration, values read as YAML.
+
+    Raises:
+        ValueError: names the one that is no pair, or whose value is no valid YAML.
+    """
+    config = OmegaConf.create()
+    for override in overrides:
+        key, text = _pair(override)
+        parse_value(key, text)
+        config.merge_with_dotlist([override])
+    return config
+
+
+def parse_value(key: str, text: str) -> Any:
+    """A value of the command line as YAML reads it: `7` -> 7, `avgpool` -> "avgpool".
+
+    Raises:
+        ValueError: it is no valid YAML; names the key.
+    """
+    try:
+        return _from_yaml(text)
+    except _NotYAML as error:
+        raise ValueError(f"{key}={text}: the value of {key} is not valid YAML ({error}).") from error
+
+
+class _NotYAML(Exception):
+    """What is wrong with a text, in one line.
+
+    Attributes:
+        line: where, counted from 1; None if that is not known.
+    """
+
+    def __init__(self, error: Exception):
+        super().__init__(getattr(error, "problem", None) or str(error).splitlines()[0])
+        mark = getattr(error, "problem_mark", None)
+        self.line = mark.line + 1 if mark else None
+
+
+def _from_yaml(text: str) -> Any:
+    # Not by OmegaConf.create or OmegaConf.load: those take a word for a mapping.
+    try:
+        content = OmegaConf.to_container(OmegaConf.from_dotlist([f"text={text}"]))
+    except Exception as error:  # they have many classes
+        raise _NotYAML(error) from error
+    assert isinstance(content, dict)
+    return content["text"]
+
+
+def _check_range(key: str, value: Any, bounds: Range) -> None:
+    numbers = value if isinstance(value, (list, tuple)) else (value,)
+    if all(number in bounds for number in numbers):
+        return
+    shown = ",".join(f"{number:g}" if isinstance(number, float) else str(number) for number in numbers)
+    finite = "" if all(map(math.isfinite, numbers)) else "finite and "
+    if numbers is value:
+        raise ValueError(f"{key}=[{shown}] must be {finite}{bounds}, each.")
+    raise ValueError(f"{key}={shown} must be {finite}{bounds}.")
+
+
+def _pair(override: str) -> tuple[str, str]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{override!r} is not an override: write key=value, for example projector=avgpool.")
+    return key, text
 
 
 def _split(overrides: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     chosen: dict[str, str] = {}
     values: list[str] = []
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ValueError(f"{override!r} is not an override: write key=value, for example projector=avgpool.")
+        key, text = _pair(override)
         if key in GROUPS:
             chosen[key] = text
         else:
             values.append(override)
     return chosen, values
-
-
-def _parse(value: str) -> DictConfig:
-    try:
-        return OmegaConf.from_dotlist([value])
-    except Exception as error:  # YAML errors have many classes, and none names the key
-        key = value.partition("=")[0]
-        raise ValueError(f"{value}: the value of {key} is not valid YAML ({error}).") from error
 
 
 def _extend(base: type, content: Mapping[str, Any]) -> type:

@@ -1,11 +1,70 @@
-"""The schema of the configuration: every key that all choices of a group share, its type and its meaning."""
+"""The schema of the configuration: every key that all choices of a group share, its type, its meaning, and the values
+it takes where its type allows more. Names of registered components (projector, loss, sampler, ...) are checked by
+their registries, which plug-ins may extend."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from omegaconf import II, MISSING
+
+
+@dataclass(frozen=True)
+class Range:
+    """Finite numbers within bounds."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, number: float) -> bool:
+        return (
+            math.isfinite(number)
+            and (self.least is None or number >= self.least)
+            and (self.above is None or number > self.above)
+            and (self.most is None or number <= self.most)
+            and (self.below is None or number < self.below)
+        )
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{name} {bound}" for name, bound in bounds.items() if bound is not None)
+
+
+def number(
+    default: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field whose value, or each of whose values, is within bounds."""
+    return field(default=default, metadata={"allowed": Range(least, above, most, below)})
+
+
+def one_of(names: tuple[str, ...], default: Any) -> Any:
+    """A field whose value is one of these names."""
+    return field(default=default, metadata={"allowed": names})
+
+
+# The modules that act on these names import torch, which reading a configuration must not wait for.
+RESIZE = ("letterbox", "pad", "resize-naive", "resize-crop")
+ON_BAD_IMAGE = ("fail", "skip", "blank")
+LM = ("full", "frozen", "lora", "qlora")
+PROMPT = ("chat", "plain")
+TOKENIZE = ("per_turn", "whole")
+IMAGE_SLOT = ("after_bos", "in_place")
+TURN_MASK = ("causal", "block")
+ACCELERATOR = ("auto", "cpu", "gpu", "cuda")
+STRATEGY = ("auto", "ddp", "fsdp")
+PRECISION = ("32-true", "bf16-mixed")
+REDUCE_DTYPE = ("float32", "bfloat16")
+ACTIVATION_CHECKPOINTING = ("none", "selective", "full", "auto")
+NONFINITE = ("stop", "skip")
 
 
 @dataclass
@@ -20,11 +79,11 @@ class BackboneConfig:
     """Load pretrained weights; false starts from random ones (tests, planning, timing)."""
     weights: str | None = None
     """A local file or folder with the weights, instead of the hub's."""
-    image_size: int | None = None
+    image_size: int | None = number(None, least=1)
     """Side of the square input in pixels; None keeps the tower's own. Position tables are resampled."""
     layer: int = -2
     """The transformer block whose output is used; -2 is the second-to-last (PRISM, LLaVA)."""
-    resize: str = II("recipe.resize")
+    resize: str = one_of(RESIZE, II("recipe.resize"))
     """How an image becomes square: letterbox | pad | resize-naive | resize-crop; the recipe says which."""
 
 
@@ -34,7 +93,7 @@ class ProjectorConfig:
 
     name: str = MISSING
     """The choice: the registered name and the YAML's file name."""
-    num_tokens: int | None = None
+    num_tokens: int | None = number(None, least=1)
     """Number of visual tokens, a square; None keeps every patch (`linear` only)."""
 
 
@@ -60,16 +119,16 @@ class DataConfig:
     """The choice: the YAML's file name."""
     family: str = MISSING
     """The registered source (`prism_deco/data/<family>.py`)."""
-    limit: int | None = None
+    limit: int | None = number(None, least=1)
     """Use only the first records; None uses all."""
-    val_fraction: float = II("recipe.val_fraction")
+    val_fraction: float = number(II("recipe.val_fraction"), least=0, below=1)
     """Share of the images held out for `val/loss`; ignored where the source brings a validation file."""
-    on_bad_image: str = "fail"
+    on_bad_image: str = one_of(ON_BAD_IMAGE, "fail")
     """An image that is missing or unreadable: fail | skip (drop the record) | blank (mean-coloured image)."""
     draft_jpeg: bool = False
     """Decode JPEGs that are more than twice as large as the towers' input at a reduced size, in a half to a quarter
     of the time. Pixels then differ, on average by less than one of 255 levels."""
-    num_workers: int = 0
+    num_workers: int = number(0, least=0)
     """Loader processes per rank; 0 loads in the training process."""
     statistics: dict[str, Any] | None = None
     """What `prism-deco plan` goes by where the files are not on disk: `images` with `records_per_image` each (1),
@@ -87,60 +146,63 @@ class RecipeConfig:
     """Runs that follow one another: a name and what its command line begins with, each; None is a single run."""
     start_from: str | None = None
     """Folder of an earlier run whose projector is taken over (and its LLM, where that began from random weights)."""
-    lm: str = "full"
+    lm: str = one_of(LM, "full")
     """What is trained of the LLM: full (all of it) | frozen (nothing) | lora (adapters) | qlora (adapters on
     four-bit weights; needs a GPU)."""
-    lora_r: int = 128
+    lora_r: int = number(128, least=1)
     """Rank of the adapters."""
-    lora_alpha: int = 256
+    lora_alpha: int = number(256, least=1)
     """The adapters' updates are scaled by `lora_alpha / lora_r`."""
-    lora_dropout: float = 0.05
+    lora_dropout: float = number(0.05, least=0, below=1)
     """Share of an adapter's inputs that are dropped in training."""
-    prompt: str = "chat"
+    prompt: str = one_of(PROMPT, "chat")
     """chat (the LLM's format) | plain (LLaVA's alignment: image and caption; questions are left out)."""
-    tokenize: str | None = None
+    tokenize: str | None = one_of(TOKENIZE, None)
     """per_turn (PRISM) | whole (LLaVA: a conversation at once); None is what the LLM's YAML says."""
-    resize: str = "letterbox"
+    added_tokens: bool = True
+    """Add the padding token that the LLM's YAML names (PRISM); false pads with the unknown token instead, and keeps the
+    embedding tables as they are (LLaVA)."""
+    resize: str = one_of(RESIZE, "letterbox")
     """How an image becomes square: letterbox | pad | resize-naive | resize-crop (`backbone.resize` refers to it)."""
-    num_tokens: int = 144
+    num_tokens: int = number(144, least=1)
     """Visual tokens that compressing projectors produce (they refer to this key)."""
-    image_slot: str = "after_bos"
+    image_slot: str = one_of(IMAGE_SLOT, "after_bos")
     """Where visual tokens go: after_bos (PRISM) | in_place (LLaVA: where `<image>` stands in the text)."""
     standardise_features: bool = False
     """Standardise each feature channel by statistics of the training images (not part of PRISM)."""
-    token_scale: float | None = None
+    token_scale: float | None = number(None, above=0)
     """Multiplies the projector's output; None is off (not part of PRISM)."""
-    turn_mask: str = "causal"
+    turn_mask: str = one_of(TURN_MASK, "causal")
     """What a turn attends to: causal (all before it) | block (image and itself only; not part of PRISM)."""
     blind: bool = False
     """Zero the visual tokens: the trained image-blind baseline."""
-    val_fraction: float = 0.005
+    val_fraction: float = number(0.005, least=0, below=1)
     """Share of the images held out for validation, where the data brings none (`data.val_fraction` refers to it)."""
-    epochs: int = 1
+    epochs: int = number(1, least=1)
     """Passes over the training records."""
-    max_steps: int | None = None
+    max_steps: int | None = number(None, least=1)
     """Stop after that many optimizer steps; None trains all epochs."""
-    global_batch_size: int = 128
+    global_batch_size: int = number(128, least=1)
     """Records per optimizer step, over all devices and accumulation steps."""
-    micro_batch_size: int = 16
+    micro_batch_size: int = number(16, least=1)
     """Records per forward pass on one device."""
-    max_text_tokens: int = 2048
+    max_text_tokens: int = number(2048, least=1)
     """Text is cut to this many tokens before the visual tokens are inserted."""
-    max_positions: int | None = None
+    max_positions: int | None = number(None, least=1)
     """Text is cut so that, with its visual tokens, it has at most this length; None is what the LLM was made for."""
-    lr: float = 2e-5
+    lr: float = number(2e-5, above=0)
     """Peak learning rate."""
-    projector_lr: float | None = None
+    projector_lr: float | None = number(None, above=0)
     """Peak learning rate of the projector; None uses `lr`."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = number((0.9, 0.999), least=0, below=1)
     """AdamW's betas."""
-    eps: float = 1e-8
+    eps: float = number(1e-8, above=0)
     """AdamW's epsilon."""
-    weight_decay: float = 0.1
+    weight_decay: float = number(0.1, least=0)
     """AdamW's decay of matrices; vectors and biases have none."""
-    warmup_ratio: float = 0.03
+    warmup_ratio: float = number(0.03, least=0, most=1)
     """Share of the steps in which the learning rate rises linearly from 0; a cosine to 0 follows."""
-    grad_clip: float = 1.0
+    grad_clip: float = number(1.0, least=0)
     """Global gradient norm above which gradients are scaled down; 0 is off."""
     loss: str = "token_mean"
     """token_mean (over the global batch) | micro_batch_mean (per forward pass, then averaged: prismatic)."""
@@ -150,7 +212,7 @@ class RecipeConfig:
     packing: bool = False
     """Put the records of a forward pass one behind the other in one row, each attending to itself, instead of
     padding them: the same loss, without the padding's time and memory. Needs `llm.attention=sdpa`."""
-    max_logits: int | None = 2**26
+    max_logits: int | None = number(2**26, least=1)
     """Logits (positions times vocabulary) that exist at once, more are computed in chunks; None knows no limit.
     The default is 256 MiB in float32."""
 
@@ -161,46 +223,46 @@ class TrainerConfig:
 
     name: str = MISSING
     """The choice: the YAML's file name."""
-    accelerator: str = "auto"
-    """Lightning's accelerator: auto | cpu | gpu."""
+    accelerator: str = one_of(ACCELERATOR, "auto")
+    """Lightning's accelerator: auto | cpu | gpu (cuda is the same)."""
     devices: int = 1
     """Processes (devices) per node."""
-    num_nodes: int = 1
+    num_nodes: int = number(1, least=1)
     """Number of nodes."""
-    strategy: str = "auto"
+    strategy: str = one_of(STRATEGY, "auto")
     """auto (one device) | ddp (each device holds the whole model) | fsdp (weights, gradients and optimizer sharded)."""
-    shard_size: int | None = None
+    shard_size: int | None = number(None, least=1)
     """fsdp: devices that share one copy of the weights; None is all. The GPUs of a node: hybrid sharding, whose
     groups exchange gradients only."""
-    precision: str = "32-true"
+    precision: str = one_of(PRECISION, "32-true")
     """32-true | bf16-mixed (bf16 compute over fp32 master weights)."""
-    reduce_dtype: str = "float32"
+    reduce_dtype: str = one_of(REDUCE_DTYPE, "float32")
     """fsdp: what gradients are summed in across devices: float32 | bfloat16 (prismatic)."""
-    activation_checkpointing: str = "none"
+    activation_checkpointing: str = one_of(ACTIVATION_CHECKPOINTING, "none")
     """Less memory for more computation in the LLM: none | selective (keep matrix products) | full (keep inputs of
     layers; prismatic) | auto (the least of these that the plan fits into nine tenths of a device's memory)."""
-    checkpoint_every: float = 0.25
+    checkpoint_every: float = number(0.25, above=0)
     """Optimizer steps between two checkpoints; below 1 a share of all steps."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = number(2, least=1)
     """How many of the newest checkpoints stay; the one with the best `val/loss` stays as well."""
-    nonfinite: str = "stop"
+    nonfinite: str = one_of(NONFINITE, "stop")
     """A loss or gradient that is not finite: stop (and name its origin) | skip (the step; counted)."""
-    timeout_minutes: float = 30.0
+    timeout_minutes: float = number(30.0, above=0)
     """Devices that wait for another one that long give up, and name it."""
     requeue: bool = False
     """SLURM: ask for the job to be queued again when it is preempted."""
     feature_cache: str = "auto"
     """Compute the features of the frozen towers once, on disk, for all epochs and all runs that share them: off | on |
     auto (where the plan says that it pays)."""
-    feature_cache_runs: int = 1
+    feature_cache_runs: int = number(1, least=1)
     """Runs that will use the same cache, this one included: `auto` divides its cost among them. Sweeps count them."""
-    threads: int | None = None
+    threads: int | None = number(None, least=1)
     """CPU threads of torch per process; None leaves torch's choice."""
-    log_every: int = 10
+    log_every: int = number(10, least=1)
     """Optimizer steps between two entries in TensorBoard."""
-    val_every: float = 0.25
+    val_every: float = number(0.25, above=0)
     """Share of the training between two passes over the validation records."""
-    samples: int = 4
+    samples: int = number(4, least=0)
     """Validation images whose generated answers are logged with each validation."""
     preflight: bool = False
     """Check labels, gradients, learning, the use of images and saving on eight records before a new run starts
@@ -215,13 +277,13 @@ class EvaluateConfig:
     """Names under `conf/benchmark`, separated by commas, or a group of them; None scores nothing."""
     split: str | None = None
     """Split of the benchmarks; None takes each YAML's own."""
-    limit: int | None = None
+    limit: int | None = number(None, least=1)
     """Ask only that many questions of each benchmark; None asks all."""
     relevance: str | None = None
     """A benchmark with boxes: the relevance maps (R-GAE) of its questions are measured as well."""
-    relevance_limit: int = 100
+    relevance_limit: int = number(100, least=1)
     """Questions whose relevance maps are measured."""
-    batch_size: int = 64
+    batch_size: int = number(64, least=1)
     """Questions per generation batch."""
 
 
@@ -236,7 +298,7 @@ class Config:
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    seed: int = 7
+    seed: int = number(7, least=0, most=2**32 - 1)
     """Seeds initialisation, data order and dropout."""
     runs_dir: str = "runs"
     """Folder that holds the run folders."""
@@ -244,3 +306,13 @@ class Config:
     """Name of the run's folder; None derives it from the choices and the seed."""
     plugins: list[str] = field(default_factory=list)
     """Modules to import first: they register components from outside the package."""
+
+
+def allowed() -> dict[str, Range | tuple[str, ...]]:
+    """What the keys take that do not take all of their type: `recipe.lr` -> above 0, `recipe.prompt` -> names."""
+    found = {}
+    for group in fields(Config):
+        kind = group.default_factory
+        members = [(f"{group.name}.{f.name}", f) for f in fields(kind)] if is_dataclass(kind) else [(group.name, group)]
+        found |= {key: f.metadata["allowed"] for key, f in members if "allowed" in f.metadata}
+    return found

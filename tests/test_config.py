@@ -3,7 +3,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from prism_deco.cli import main
 from prism_deco.config import CONF_DIR, GROUPS, cache_dir, choices, load_choice, load_config, read_config, save_config
+from prism_deco.sweep import parse
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,49 @@ def test_the_projector_takes_its_token_count_from_the_recipe_unless_told():
 def test_mistakes_name_the_key_and_what_was_expected(override, message):
     with pytest.raises(ValueError, match=message):
         load_config([override])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"lr: 1\nbetas: [0.9\n", "line 3: not valid YAML"),
+        (b"lr: 1\nepochs: 2\nlr: 2\n", "line 3: not valid YAML .*duplicate key lr"),
+        (b"lr: ${\n", ": not valid YAML"),
+        (b"lr: 1\x00\n", ": not valid YAML"),
+        (b"\x80PNG", ": not a text file"),
+        (b"- lr\n", ": expected `key: value` lines"),
+        (b"lr 1\n", ": expected `key: value` lines"),
+        (b"3\n", ": expected `key: value` lines"),
+    ],
+)
+def test_a_broken_yaml_is_named(content, message, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    readers = (lambda: load_config([f"recipe={path}"]), lambda: load_config([f"projector={path}"]),
+               lambda: read_config(path), lambda: parse([str(path)]))  # fmt: skip
+    for read in readers:
+        with pytest.raises(ValueError, match=f"{path}.*{message}"):
+            read()
+
+
+def test_an_empty_yaml_changes_nothing(tmp_path):
+    path = tmp_path / "plain.yaml"
+    path.write_text("# nothing yet\n")
+    assert load_config([f"recipe={path}"]).recipe.epochs == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["evaluate", "runs/x", "benchmark=[x"], "benchmark"),
+        (["explain", "runs/x", "benchmark=[x"], "benchmark"),
+        (["sweep", "seed=1,2", "slurm.time=[1", "--dry-run"], "slurm.time"),
+        (["train", "recipe.betas=[1", "--check"], "recipe.betas"),
+    ],
+)
+def test_a_broken_value_is_named_by_every_command(arguments, key, capsys):
+    assert main(arguments) == 2
+    assert f"the value of {key} is not valid YAML" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_strict_recipe_holds_nothing_out_unless_told():

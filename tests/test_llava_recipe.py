@@ -2,8 +2,10 @@
 
 import pytest
 
+from prism_deco.compose import group, prompt_options
 from prism_deco.config import choices, load_config
 from prism_deco.evaluation import resolve
+from prism_deco.llms import build_llm
 from prism_deco.report import paper
 from prism_deco.stages import split
 from prism_deco.sweep.expand import expand
@@ -80,6 +82,15 @@ def test_the_single_stage_holds_the_published_values(key, value):
     assert load_config(["recipe=prism", "backbone=clip_vit_l_336", "llm=phi2"])[group][name] == value
 
 
+@pytest.mark.parametrize(
+    ("recipe", "rows"), [("llava_v1_5_align", 32000), ("llava_v1_5_finetune", 32000), ("prism", 32064)]
+)
+def test_prism_adds_a_padding_token_and_llava_none(recipe, rows):
+    config = load_config([f"recipe={recipe}", *COMMAND[1:]])
+    llm = build_llm(group(config, "llm"), device="meta", **prompt_options(config))
+    assert llm.embedding_rows == rows
+
+
 def test_prism_and_the_miniature_stay_as_they_were():
     for recipe in ("prism", "mini"):
         config = load_config([f"recipe={recipe}"])
@@ -103,7 +114,7 @@ def test_the_sweeps_of_the_paper(name):
     assert [cell.labels for cell in cells] == [{axis: value} for value in values]
     for cell in cells:
         assert cell.config.backbone.name == "clip_vit_l_336" and cell.config.llm.name == "vicuna_7b_v1_5"
-        assert cell.config.llm.special_tokens.pad_token == "<unk>" and cell.config.llm.pad_to_multiple_of is None
+        assert cell.config.recipe.added_tokens is False and cell.config.llm.dtype == "bfloat16"
     last = {"convergence": "llava_v1_5_align"}.get(name, "llava_v1_5_finetune")
     assert {cell.config.recipe.name for cell in cells} == {last}
 

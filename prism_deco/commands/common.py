@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from prism_deco.config import parse_overrides
+
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 else:
@@ -21,7 +23,7 @@ OVERRIDES = "choices and settings, for example: projector=linear recipe.epochs=2
 
 def options_of(overrides: Iterable[str]) -> dict[str, Any]:
     """`key=value` arguments as a mapping, values read as YAML."""
-    options = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    options = OmegaConf.to_container(parse_overrides(overrides))
     assert isinstance(options, dict)
     return {str(key): value for key, value in options.items()}
 

@@ -108,8 +108,12 @@ class LanguageModel:
 
 
 def _add_special_tokens(tokenizer: PreTrainedTokenizerBase, spec: LLMSpec) -> None:
-    known = tokenizer.get_vocab()
-    for role, token in spec.special_tokens.items():
+    known, tokens = tokenizer.get_vocab(), dict(spec.special_tokens)
+    if not spec.added_tokens and tokens["pad_token"] not in known:
+        if tokenizer.unk_token is None:
+            raise ValueError(f"{spec.name}'s tokenizer has no unknown token to pad with: recipe.added_tokens=true.")
+        tokens["pad_token"] = tokenizer.unk_token
+    for role, token in tokens.items():
         if token not in known and role != "pad_token":
             raise ValueError(f"The tokenizer of {spec.name} does not know the {role} {token!r}: is it the right one?")
-    tokenizer.add_special_tokens(dict(spec.special_tokens))
+    tokenizer.add_special_tokens(tokens)

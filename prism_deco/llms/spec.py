@@ -37,6 +37,9 @@ class LLMSpec:
     """Tokens of the tokenizer, added ones included; None asks the tokenizer."""
     pad_to_multiple_of: int | None = None
     """Embedding tables get the tokenizer's size rounded up to a multiple of it; None keeps them unless too small."""
+    added_tokens: bool = True
+    """Add a pad token that the tokenizer does not know; false pads with its unknown token then, and keeps the embedding
+    tables as they are (LLaVA)."""
     stop_tokens: Sequence[str] = ()
     """Tokens that end an answer; empty: `eos_token`."""
     tokenize: str = "per_turn"

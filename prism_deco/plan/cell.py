@@ -169,7 +169,8 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, speed: float 
     visual, positions = projector.num_tokens, max_positions(config, llm)
     room = min(recipe.max_text_tokens, positions - visual)
     steps = math.ceil(sequences.records / recipe.global_batch_size) * recipe.epochs
-    steps = min(steps, recipe.max_steps or steps)
+    if recipe.max_steps is not None:
+        steps = min(steps, recipe.max_steps)
     seen = min(steps * recipe.global_batch_size, sequences.records * recipe.epochs)
     images = sequences.images / sequences.records
 

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from prism_deco.config import choices, load_choice
+from prism_deco.config import choices, load_choice, parse_value
 from prism_deco.registry import unknown
 
 LAUNCHERS = ("local", "slurm")
@@ -106,7 +104,7 @@ def parse(arguments: Iterable[str]) -> Spec:
                 raise unknown("launcher", text, LAUNCHERS)
             spec.launcher = text
         elif key.startswith("slurm."):
-            spec.slurm[key.removeprefix("slurm.")] = scalar(text)
+            spec.slurm[key.removeprefix("slurm.")] = parse_value(key, text)
         elif key == "run_id":
             raise ValueError("run_id is made for each cell of a sweep: name=NAME names the sweep's folder.")
         else:
@@ -138,8 +136,8 @@ def split_values(text: str) -> list[str]:
 
 
 def scalar(text: str) -> Any:
-    """A value of the command line as YAML reads it: `7` -> 7, `avgpool` -> "avgpool"."""
-    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
+    """The value of an axis as YAML reads it; it has composed, so that it is valid."""
+    return parse_value("value", text)
 
 
 def is_free(key: str) -> bool:

@@ -17,7 +17,6 @@ from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import tensor_files
 from prism_deco.llms.layers import decoder_layers
 from prism_deco.projectors import Projector
-from prism_deco.registry import unknown
 from prism_deco.training.materialise import read_weights
 from prism_deco.training.ranks import patience
 from prism_deco.vlm import VLM
@@ -42,22 +41,13 @@ class Sharding:
 
     @classmethod
     def of(cls, trainer: DictConfig, world_size: int) -> Sharding:
-        """As the `trainer` group says.
-
-        Raises:
-            ValueError: `shard_size` does not divide the number of processes, or a type is none of torch's.
-        """
+        """As the `trainer` group says; `ValueError` where its `shard_size` does not divide the number of processes."""
         size = trainer.shard_size
-        if size is not None and (size < 1 or world_size % size):
+        if size is not None and world_size % size:
             raise ValueError(f"trainer.shard_size={size} does not divide the {world_size} processes of the run.")
-        computes = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
-        if trainer.precision not in computes:
-            raise unknown("trainer.precision under trainer.strategy=fsdp:", trainer.precision, computes)
-        reduces = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-        if trainer.reduce_dtype not in reduces:
-            raise unknown("trainer.reduce_dtype", trainer.reduce_dtype, reduces)
+        compute = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
         timeout = patience(timedelta(minutes=trainer.timeout_minutes))
-        return cls(size, computes[trainer.precision], reduces[trainer.reduce_dtype], timeout)
+        return cls(size, compute, getattr(torch, trainer.reduce_dtype), timeout)
 
     def apply(self, vlm: VLM, llm: LanguageModel, mesh: DeviceMesh) -> None:
         """Shards a VLM in place, and reads the LLM's weights where they are still on the meta device.

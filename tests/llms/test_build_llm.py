@@ -1,5 +1,7 @@
 """Architectures against the parameter counts of the published models, and everything else `build_llm` promises."""
 
+import importlib.util
+
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -172,3 +174,27 @@ def test_yamls_list_the_keys_to_override():
     # The command line accepts the keys that a YAML holds.
     for choice in choices("llm"):
         assert {"tokenizer", "tokenize", "dtype", "attention", "chat_template"} <= set(load_choice("llm", choice))
+
+
+@pytest.mark.parametrize(
+    ("choice", "pad", "unk"), [("vicuna_7b_v1_5", "<PAD>", "<unk>"), ("qwen1_5_0_5b_chat", "<|endoftext|>", None)]
+)
+def test_padding_adds_a_token_or_takes_the_unknown_one(real_format, choice, pad, unk):
+    prism, llava = (real_format(choice, added_tokens=added) for added in (True, False))
+    assert prism.tokenizer.pad_token == pad and llava.tokenizer.pad_token == (unk or pad)
+    assert len(prism.tokenizer) - len(llava.tokenizer) == bool(unk)
+    assert llava.embedding_rows == 512 and llava.tokenizer.pad_token_id < len(llava.tokenizer)
+
+
+def test_without_an_unknown_token_there_is_a_way_out(real_format):
+    content = load_choice("llm", "qwen1_5_0_5b_chat")
+    tokens = content["special_tokens"] | {"pad_token": "<new>"}
+    with pytest.raises(ValueError, match="has no unknown token to pad with: recipe.added_tokens=true"):
+        _ = real_format("qwen1_5_0_5b_chat", special_tokens=tokens, added_tokens=False).tokenizer
+
+
+def test_attention_that_is_not_installed_is_named():
+    if importlib.util.find_spec("flash_attn"):
+        pytest.skip("flash_attn is installed")
+    with pytest.raises(ValueError, match="llm.attention=flash_attention_2 cannot be used here.*llm.attention=sdpa"):
+        build_llm("mini_qwen2", attention="flash_attention_2", pretrained=False)

@@ -176,14 +176,6 @@ def test_a_forward_pass_does_not_enter_the_model_twice(sharded, monkeypatch):
     assert torch.isfinite(vlm(blank).total)
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("trainer.shard_size=3", "trainer.shard_size=3 does not divide the 4 processes"),
-        ("trainer.precision=16-mixed", "'16-mixed'.*32-true, bf16-mixed|bf16-mixed, 32-true"),
-        ("trainer.reduce_dtype=float16", "Unknown trainer.reduce_dtype 'float16'"),
-    ],
-)
-def test_wrong_settings_are_named(override, message):
-    with pytest.raises(ValueError, match=message):
-        Sharding.of(load_config(["trainer=fsdp", override]).trainer, 4)
+def test_the_size_of_a_shard_divides_the_number_of_processes():
+    with pytest.raises(ValueError, match="trainer.shard_size=3 does not divide the 4 processes"):
+        Sharding.of(load_config(["trainer=fsdp", "trainer.shard_size=3"]).trainer, 4)
