@@ -51,15 +51,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _configure_logging(*, debug: bool) -> None:
-    from rich.console import Console
-    from rich.logging import RichHandler
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
 
-    handler = RichHandler(console=Console(stderr=True), show_path=debug)
+        handler, form, date = RichHandler(console=Console(stderr=True), show_path=debug), "%(message)s", "%X"
+    else:
+        # A file has no width to fold lines at: paths stay whole, and a message is one line to grep for.
+        handler, date = logging.StreamHandler(), "%Y-%m-%d %X"
+        form = f"%(asctime)s %(levelname)s {'%(name)s:%(lineno)d ' if debug else ''}%(message)s"
     if not debug:
         # Lightning's hardware report and product tips, and deprecations between the libraries themselves.
         handler.addFilter(lambda record: record.name.startswith("prism_deco") or record.levelno >= logging.WARNING)
         warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|torch)\.")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%X", handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, format=form, datefmt=date, handlers=[handler])
     log.setLevel(logging.DEBUG if debug else logging.INFO)
 
 

@@ -45,6 +45,9 @@ def test_a_predictions_file_is_scored_without_a_model(tmp_path, capsys):
         (["evaluate", "no/such/run", "another"], "Name the one run to score"),
         (["pretrain-mini", "mini_clp", "--out", "x"], "Did you mean 'mini_clip'"),
         (["bench", "projectors", "conv"], "Unknown projector 'conv'"),
+        (["plan", "modle=1", "--json", "no/such/x.json"], "--json no/such/x.json: there is no folder no/such"),
+        (["sweep", "seed=1,2", "--timeout", "-5"], "--timeout -5: give minutes"),
+        (["sweep", "seed=1,2", "--timeout", "nan"], "--timeout nan: give minutes"),
     ],
 )
 def test_wrong_arguments_end_with_one_line(arguments, message, capsys):
@@ -65,3 +68,16 @@ def test_the_parts_of_the_miniature_are_its_towers_and_tokenizers():
     from prism_deco.pretraining import mini_towers
 
     assert {*mini_towers(), "tokenizers"} == set(MINIATURE_PARTS)
+
+
+def test_lines_of_a_log_that_goes_to_a_file_are_whole():
+    path = "/a/long/path" * 20
+    code = f"from prism_deco import cli; cli._configure_logging(debug=False); cli.log.warning('in %s [x]', {path!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    (line,) = done.stderr.splitlines()
+    assert line.endswith(f" WARNING in {path} [x]")
+
+
+def test_brackets_of_the_user_are_no_markup(capsys, tmp_path):
+    assert main(["plan", "data=llava", "data.json=bad/[/x]/[red]/a.json", f"data.image_root={tmp_path}"]) == 0
+    assert "data.json=bad/[/x]/[red]/a.json: there is no such file" in " ".join(capsys.readouterr().out.split())

@@ -15,6 +15,7 @@ RANKS = {
     "schema": 0,
     "config": 1,
     "files": 0,
+    "tensors": 0,
     "stopping": 0,
     "stages": 2,
     "sharing": 2,

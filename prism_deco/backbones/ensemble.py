@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prism_deco.backbones.base import BACKBONES, VisionBackbone, build_backbone
 from prism_deco.backbones.transforms import BackboneTransform
-from prism_deco.backbones.weights import SUFFIXES
+from prism_deco.tensors import SUFFIXES
 
 
 @BACKBONES.register("ensemble")

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import pickle
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from prism_deco.backbones.layouts import recognise, split_vision, to_open_clip, to_timm
 from prism_deco.backbones.trunks import OpenClipTrunk, Trunk
+from prism_deco.tensors import indexed_files, open_tensors, tensor_files
 
 log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parents[1] / "assets" / "towers"
 ASSET = "asset:"
 """What `weights` begins with where it names a file of `ASSETS`."""
-_TORCH_SUFFIXES = (".bin", ".pt", ".pth")
-SUFFIXES = (".safetensors", *_TORCH_SUFFIXES)
-"""Files that weights are read from."""
 
 
 def locate(name: str, weights: str | None, hub: str | None, file: str | None, file_gb: float | None) -> Path:
@@ -73,7 +68,7 @@ def load_trunk(trunk: Trunk, path: Path, name: str, device: torch.device) -> Non
         ValueError: unreadable file, unknown layout, keys missing or left over, wrong shapes.
     """
     files = _files(path)
-    where = {key: file for file in files for key in _keys(file)}
+    where = {key: file for file in files for key in open_tensors(file)}
     vision, stray = split_vision(where)
     layout = recognise(vision)
     if layout is None:
@@ -84,8 +79,8 @@ def load_trunk(trunk: Trunk, path: Path, name: str, device: torch.device) -> Non
     log.info("%s: reading %s weights from %s", name, layout.name, path)
     state: dict[str, Tensor] = {}
     for file in files:
-        wanted = {key: source for key, source in vision.items() if where[source] == file}
-        state |= _read(file, wanted)
+        tensors = open_tensors(file)
+        state |= {key: tensors[source] for key, source in vision.items() if where[source] == file}
     state = {key: value.float() for key, value in to_timm(state, layout, trunk.tap, trunk.depth).items()}
     if "pos_embed" in state and ("cls_token" in state or not trunk.class_position):
         _fit_positions(state, trunk, path)
@@ -131,46 +126,8 @@ def _check(state: dict[str, Tensor], trunk: Trunk, stray: list[str], message: st
 
 def _files(path: Path) -> list[Path]:
     """The weight files behind a path: one file, or the shards of a folder."""
-    if path.is_file():
-        return [path]
-    for index in sorted(path.glob("*.index.json")):
-        return sorted({path / file for file in json.loads(index.read_text())["weight_map"].values()})
-    found = sorted(path.glob("*.safetensors")) or sorted(p for p in path.iterdir() if p.suffix in _TORCH_SUFFIXES)
-    if len(found) != 1:
+    found = tensor_files(path)
+    if not found or (len(found) > 1 and not indexed_files(path)):
         names = ", ".join(p.name for p in found) or "none"
         raise ValueError(f"{path}: expected one weight file in the folder and found {names}. Name the file itself.")
     return found
-
-
-def _keys(file: Path) -> list[str]:
-    if file.suffix in _TORCH_SUFFIXES:
-        return list(_load_torch(file))
-    try:
-        with safe_open(file, "pt") as tensors:
-            return list(tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors ({error}).") from error
-
-
-def _read(file: Path, wanted: dict[str, str]) -> dict[str, Tensor]:
-    """The tensors of a file under new names: {new name: name in the file}."""
-    if file.suffix in _TORCH_SUFFIXES:
-        state = _load_torch(file)
-        return {key: state[source] for key, source in wanted.items()}
-    with safe_open(file, "pt") as tensors:
-        return {key: tensors.get_tensor(source) for key, source in wanted.items()}
-
-
-def _load_torch(file: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{file} is no plain file of tensors, and nothing else is unpickled ({type(error).__name__}). "
-            "Use a safetensors file, or save its state dict with torch.save."
-        ) from error
-    for wrapper in ("state_dict", "model"):
-        state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
-    if not isinstance(state, dict):
-        raise ValueError(f"{file} holds no state dict but a {type(state).__name__}.")
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}

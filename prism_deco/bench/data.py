@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.table import Table
+from rich.text import Text
 from torchvision.transforms import v2
 
 from prism_deco.config import cache_dir
@@ -104,7 +105,8 @@ def bench_data(
 
 def render(rows: Sequence[Row], title: str) -> Table:
     """The rows as a table; the last is what the others are compared with."""
-    table = Table(title=title, caption="Processor time, one thread; median ± interquartile range.")
+    caption = "Processor time, one thread; median ± interquartile range."
+    table = Table(title=Text(title, "table.title"), caption=caption)
     table.add_column("pipeline")
     table.add_column("images/s per core", justify="right")
     table.add_column("relative", justify="right")

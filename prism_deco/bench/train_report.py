@@ -14,6 +14,7 @@ import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
+from rich.text import Text
 
 from prism_deco.bench.measure import Usage
 from prism_deco.bench.steps import Way
@@ -94,10 +95,13 @@ def render(report: Report) -> Table:
     """The rows as a table."""
     facts, agreement = report.about, report.agreement
     shape = facts["architecture"]
-    table = Table(
-        title=f"Training steps: {facts['llm']} ({shape['hidden_size']} x {shape['num_hidden_layers']}, vocabulary "
+    title = (
+        f"Training steps: {facts['llm']} ({shape['hidden_size']} x {shape['num_hidden_layers']}, vocabulary "
         f"{shape['vocab_size']:,}), {facts['visual_tokens']} visual tokens, batch {facts['batch_size']}, "
-        f"{facts['precision']}, {facts['hardware']}, {facts['threads']} threads",
+        f"{facts['precision']}, {facts['hardware']}, {facts['threads']} threads"
+    )
+    table = Table(
+        title=Text(title, "table.title"),
         caption=f"Losses differ by {agreement.loss:.0e}, gradients by {agreement.gradient:.0e}. Tokens: supervised. "
         "Times: how much faster, median of rounds timed side by side (least-largest), by the clock and, below, by "
         "processor time. MiB: peak of a step above weights, gradients and optimizer.",

@@ -26,7 +26,13 @@ def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
 
     blind = subparsers.add_parser("record-blind", parents=[common], help="keep a blind run's scores as the reference")
     blind.add_argument("run", type=Path, help="run folder, trained with recipe.blind=true and scored")
-    blind.add_argument("--out", type=Path, help="reference file; the package's own by default")
+    blind.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="reference file to add to (of a checkout: prism_deco/assets/reference/blind.json)",
+    )
     blind.set_defaults(command=record_blind)
 
 
@@ -49,6 +55,6 @@ def pretrain_mini(args: argparse.Namespace) -> None:
 
 def record_blind(args: argparse.Namespace) -> None:
     """Keeps a blind run's scores as the reference."""
-    from prism_deco.report.blind import REFERENCE, record
+    from prism_deco.report.blind import record
 
-    record(args.run, args.out or REFERENCE)
+    record(args.run, args.out)

@@ -67,6 +67,8 @@ def sweep(args: argparse.Namespace) -> int:
 
     from prism_deco.sweep import Ledger, dry_run, parse, render, run
 
+    if not args.timeout >= 0:
+        raise ValueError(f"--timeout {args.timeout:g}: give minutes, or 0 for no limit.")
     spec = parse(args.arguments)
     if args.status:
         show(render(Ledger.read(spec.folder)))
@@ -91,6 +93,8 @@ def plan(args: argparse.Namespace) -> None:
     from prism_deco.sweep import expand, parse
     from prism_deco.sweep.spec import split_values
 
+    if args.json and not args.json.absolute().parent.is_dir():  # not after minutes of planning
+        raise ValueError(f"--json {args.json}: there is no folder {args.json.parent}.")
     if any("=" not in text or len(split_values(text.partition("=")[2])) > 1 for text in args.arguments):
         asked = [(cell.id, cell.overrides, cell.config) for cell in expand(parse(args.arguments))]
     else:

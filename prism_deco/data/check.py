@@ -162,7 +162,9 @@ def _run(chunks: Sequence[Chunk], inspector: Inspector, workers: int) -> Iterato
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
     except BrokenProcessPool as error:
-        raise OSError("A checking process was killed, for want of memory perhaps: start again with fewer.") from error
+        raise OSError(
+            "A checking process was killed, for want of memory perhaps: start again with fewer --workers."
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from prism_deco.data.faults import KINDS, Fault, ImageFindings, TextFindings
 
@@ -159,7 +160,7 @@ class Report:
         return table
 
     def _fault_table(self) -> Table:
-        table = Table(title="Faults", caption=f"Each of them is in {self.path}")
+        table = Table(title="Faults", caption=Text(f"Each of them is in {self.path}", "table.caption"))
         table.add_column("kind")
         table.add_column("number", justify="right")
         table.add_column("what it is")

@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download, hf_hub_url
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from prism_deco.config import cache_dir, load_choice
 from prism_deco.data.archives import extract
@@ -87,12 +88,12 @@ class Plan:
 
     def render(self) -> Table:
         """The plan as a table of rich."""
-        table = Table(title=f"To download into {self.root}", show_footer=True)
+        table = Table(title=Text(f"To download into {self.root}", "table.title"), show_footer=True)
         total = sum(self.downloads.values())
         table.add_column("file", f"disk space needed: {_gb(self.needed)}, free: {_gb(self.free)}")
         table.add_column("size", _gb(total), justify="right")
         for name, size in self.downloads.items():
-            table.add_row(name, _gb(size))
+            table.add_row(Text(name), _gb(size))
         return table
 
 

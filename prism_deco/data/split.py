@@ -73,21 +73,29 @@ class Parts:
         return [(self.records, [self.train]), (self.val_records, [self.val])]
 
 
-def open_parts(
-    source: Source, cache: Path, *, val_fraction: float, limit: int | None, allow_faults: bool = False
-) -> Parts:
+def open_parts(source: Source, cache: Path, *, val_fraction: float, limit: int | None) -> Parts:
     """The records of a source, divided into those to train and those to validate on.
 
     Args:
-        cache: see `open_records`, as for `allow_faults`.
+        cache: see `open_records`.
         val_fraction: share of the images to hold out, where the source brings no validation records.
         limit: train on the first records only; None trains on all.
+
+    Raises:
+        ValueError: a file cannot be read, a record is malformed, or there is none to train on.
     """
-    records = open_records(source.train, cache, allow_faults=allow_faults)
+    records = open_records(source.train, cache)
     if source.val is not None:
-        val_records = open_records(source.val, cache, allow_faults=allow_faults)
+        val_records = open_records(source.val, cache)
         train, val = first(records, None), first(val_records, None)
     else:
         val_records = records
         train, val = hold_out(records, val_fraction)
+    if len(train) == 0:
+        held = (
+            f", and all are held out: lower data.val_fraction={val_fraction:g}"
+            if val_records is records and len(val)
+            else ""
+        )
+        raise ValueError(f"There is nothing to train on: {source.train} has {len(records)} records{held}.")
     return Parts(records, val_records, first(train, limit), val)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from prism_deco.explain.gae import METHODS
 
@@ -30,7 +31,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> Table:
         made.add_column(heading, overflow="fold", justify="right" if heading in _COLUMNS.values() else "left")
     for run in runs:
         for number, (method, values) in enumerate(run["methods"].items()):
-            names = [run["run"], run["projector"]] if number == 0 else ["", ""]
+            names = [Text(run["run"]), Text(run["projector"])] if number == 0 else ["", ""]
             made.add_row(*names, method, *(_cell(values.get(name)) for name in _COLUMNS))
         made.add_section()
     counts = sorted({int(run["n"]) for run in runs})

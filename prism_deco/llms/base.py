@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,7 +108,8 @@ class LanguageModel:
 
 
 def _add_special_tokens(tokenizer: PreTrainedTokenizerBase, spec: LLMSpec) -> None:
-    known, tokens = tokenizer.get_vocab(), dict(spec.special_tokens)
+    known = tokenizer.get_vocab()
+    tokens: dict[str, Any] = dict(spec.special_tokens)
     if not spec.added_tokens and tokens["pad_token"] not in known:
         if tokenizer.unk_token is None:
             raise ValueError(f"{spec.name}'s tokenizer has no unknown token to pad with: recipe.added_tokens=true.")

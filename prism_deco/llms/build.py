@@ -90,8 +90,14 @@ def _options(spec: LLMSpec) -> dict[str, Any]:
 
 
 def _random(spec: LLMSpec, device: torch.device) -> PreTrainedModel:
-    with device:
-        return AutoModelForCausalLM.from_config(architecture(spec), trust_remote_code=False, **_options(spec))
+    try:
+        with device:
+            return AutoModelForCausalLM.from_config(architecture(spec), trust_remote_code=False, **_options(spec))
+    except ImportError as error:
+        raise ValueError(
+            f"llm.attention={spec.attention} cannot be used here: {error} Install what it needs, or take "
+            "llm.attention=sdpa."
+        ) from error
 
 
 def _load(spec: LLMSpec) -> PreTrainedModel:
@@ -137,7 +143,7 @@ def _fit_embeddings(llm: LanguageModel) -> None:
     spec, model = llm.spec, llm.model
     rows = llm.embedding_rows
     multiple = spec.pad_to_multiple_of
-    if multiple is None and spec.tokenizer_size is None:
+    if not spec.added_tokens or (multiple is None and spec.tokenizer_size is None):
         return  # `LanguageModel.tokenizer` checks that they suffice
     size = spec.tokenizer_size or len(llm.tokenizer)
     wanted = -(-size // multiple) * multiple if multiple else max(size, rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from huggingface_hub import snapshot_download
 
 # The HTTP library's own base class, whichever library this version of the hub uses.
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
+from prism_deco.tensors import indexed_files
 
 log = logging.getLogger(__name__)
 
@@ -89,4 +90,4 @@ def _is_complete(folder: Path, pattern: str) -> bool:
     index = next(folder.glob(f"{pattern}.index.json"), None)
     if index is None:
         return any(folder.glob(pattern))
-    return all((folder / name).is_file() for name in set(json.loads(index.read_text())["weight_map"].values()))
+    return all(file.is_file() for file in indexed_files(index.with_name(index.name.removesuffix(".index.json"))))

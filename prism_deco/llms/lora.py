@@ -14,9 +14,11 @@ from types import ModuleType
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from prism_deco.tensors import open_tensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 """The file of an adapter folder that holds the tensors; `adapter_config.json` lies beside it."""
@@ -102,14 +104,14 @@ def load_lora(model: PreTrainedModel, folder: Path) -> None:
     """Adds the adapters that `save_lora` wrote.
 
     Raises:
-        ValueError: peft is not installed, or the adapters do not fit the model.
+        ValueError: peft is not installed, or the adapters cannot be read or do not fit the model.
     """
     peft = _peft()
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{folder / ADAPTER_WEIGHTS} is missing: the run's folder is incomplete.")
     config = peft.LoraConfig.from_pretrained(folder)
     _inject(model, config)
-    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in open_tensors(folder / ADAPTER_WEIGHTS).items()}
     try:
         report = peft.set_peft_model_state_dict(model, tensors, _NAME)
     except RuntimeError as error:

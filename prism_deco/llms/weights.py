@@ -7,24 +7,26 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import shutil
+import struct
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from prism_deco.config import cache_dir
 from prism_deco.llms.hub import bin_shards, has_safetensors, has_weights, weight_files
+from prism_deco.tensors import open_tensors
 
 log = logging.getLogger(__name__)
+
+# The last two come of files that are cut short, safetensors and GGUF.
+_UNREADABLE = (ImportError, KeyError, OSError, RuntimeError, ValueError, SafetensorError, struct.error)
 
 
 def load_model(path: Path, config: PretrainedConfig | None, **options: Any) -> PreTrainedModel:
@@ -49,7 +51,7 @@ def load_model(path: Path, config: PretrainedConfig | None, **options: Any) -> P
                 f"{path} does not tell its architecture: give llm.architecture, or a folder with config.json."
             )
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        return _from_pretrained(path, model_class, None, config=config, state_dict=read_tensors(path), **options)
+        return _from_pretrained(path, model_class, None, config=config, state_dict=dict(open_tensors(path)), **options)
     if not has_weights(path):
         raise ValueError(
             f"llm.weights={path}: expected config.json and all of model*.safetensors (or pytorch_model*.bin) there."
@@ -71,21 +73,8 @@ def folder_tensors(path: Path) -> dict[str, Path]:
     folder = path if has_safetensors(path) else convert_pickles(path)
     files = {}
     for file in weight_files(folder):
-        with safe_open(file, "pt") as tensors:
-            files |= dict.fromkeys(tensors.keys(), file)
+        files |= dict.fromkeys(open_tensors(file), file)
     return files
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a pickle that holds tensors and nothing else."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is no safetensors file, and as a pickle it holds more than tensors, so it is not read."
-        ) from error
 
 
 def convert_pickles(folder: Path) -> Path:
@@ -112,7 +101,7 @@ def _convert(folder: Path, shards: Sequence[Path], target: Path) -> None:
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             # Copies, since safetensors refuses tensors that share storage.
-            tensors = {k: v.clone().contiguous() for k, v in read_tensors(shard).items()}
+            tensors = {k: v.clone().contiguous() for k, v in open_tensors(shard).items()}
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             save_file(tensors, building / name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, name)
@@ -133,7 +122,7 @@ def _convert(folder: Path, shards: Sequence[Path], target: Path) -> None:
 def _from_pretrained(source: Path, loader: Any, folder: Path | None, **options: Any) -> PreTrainedModel:
     try:
         model, report = loader.from_pretrained(folder, output_loading_info=True, **options)
-    except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{source} cannot be loaded as a language model: {error}") from error
     missing = sorted(report["missing_keys"])
     if missing:

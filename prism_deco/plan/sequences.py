@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from prism_deco.compose import group
 from prism_deco.config import cache_dir
 from prism_deco.data import Source, build_source
-from prism_deco.data.records import Records, open_records
+from prism_deco.data.records import Records
 from prism_deco.data.split import Subset, first, open_parts
 from prism_deco.features import image_names
 from prism_deco.llms import LanguageModel
@@ -62,7 +62,7 @@ def sequences_of(config: DictConfig) -> tuple[Sequences, str | None]:
     """The sequences of a configured data set, and what is wrong with its files, if anything.
 
     Raises:
-        ValueError: there are neither files nor statistics.
+        ValueError: there are neither files nor statistics, or training would refuse the records.
     """
     statistics = config.data.statistics
     if statistics is not None and "root" not in config.data:
@@ -73,7 +73,9 @@ def sequences_of(config: DictConfig) -> tuple[Sequences, str | None]:
         if statistics is None:
             raise
         return _estimate(config), str(error)
-    records = first(open_records(source.train, cache_dir(), allow_faults=True), config.data.limit)
+    # As training opens them: what that refuses is no run to be planned.
+    parts = open_parts(source, cache_dir(), val_fraction=config.data.val_fraction, limit=config.data.limit)
+    records = first(parts.records, config.data.limit)
     distinct = distinct_images(source, records.data_hash, config.data.val_fraction, config.data.limit)
     return _measure(records, distinct, llm_of(config), config.recipe.micro_batch_size), None
 
@@ -85,7 +87,7 @@ def distinct_images(source: Source, data_hash: str, val_fraction: float, limit: 
     Args:
         data_hash: of its records; other ones are read again.
     """
-    parts = open_parts(source, cache_dir(), val_fraction=val_fraction, limit=limit, allow_faults=True)
+    parts = open_parts(source, cache_dir(), val_fraction=val_fraction, limit=limit)
     return tuple(len(image_names(*subsets)) for _, subsets in parts.by_file)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from prism_deco.plan.accelerators import GIB
 from prism_deco.plan.cell import Needs, Plan, problems
@@ -26,7 +27,7 @@ def table(plans: Sequence[Plan], mfu: float) -> Table:
     on = f"{first.setup.devices if first else 1} x {kind} at {mfu:.0%} of its peak" if kind else "on this machine's CPU"
     result = Table(
         title=f"Plan: {on}",
-        caption="\n".join(_notes(plans)),
+        caption=Text("\n".join(_notes(plans)), "table.caption"),  # no markup: brackets may be those of a path
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -40,7 +41,7 @@ def table(plans: Sequence[Plan], mfu: float) -> Table:
         result.add_column(column, justify="right", no_wrap=True)
     for plan in plans:
         cells = [""] * (len(columns) - 1) if plan.needs is None else _cells(plan.needs)
-        result.add_row(plan.name, *cells, "[red]no[/]" if problems(plan) else "[green]ok[/]")
+        result.add_row(Text(plan.name), *cells, "[red]no[/]" if problems(plan) else "[green]ok[/]")
     return result
 
 

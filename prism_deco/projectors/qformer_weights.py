@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
+
+from prism_deco.tensors import SUFFIXES, open_tensors, tensor_files
 
 # Key names of LAVIS (first) and of transformers, rewritten to the projector's own, one after the other.
 _RENAMES = (
@@ -58,14 +57,19 @@ def load_qformer(projector: nn.Module, path: Path) -> LoadReport:
     found: dict[str, Tensor] = {}
     unused: list[str] = []
     wanted = {name: tensor for name, tensor in projector.state_dict().items() if _OURS.match(name)}
-    for key, read in _tensors(path):
-        name = key
-        for pattern, replacement in _RENAMES:
-            name = re.sub(pattern, replacement, name)
-        if name in wanted:
-            found[name] = read()
-        elif _OURS.match(name) or key.startswith("Qformer."):
-            unused.append(key)
+    files = tensor_files(path)
+    if not files:
+        raise ValueError(f"{path}: expected a checkpoint file, or a folder with one of {', '.join(SUFFIXES)}.")
+    for file in files:
+        tensors = open_tensors(file)  # those of the tower are not read
+        for key in tensors:
+            name = key
+            for pattern, replacement in _RENAMES:
+                name = re.sub(pattern, replacement, name)
+            if name in wanted:
+                found[name] = tensors[key]
+            elif _OURS.match(name) or key.startswith("Qformer."):
+                unused.append(key)
     if not any(name.startswith("body.") for name in found):
         raise ValueError(f"{path} holds no Q-Former: expected keys such as Qformer.bert.encoder.layer.0.* (LAVIS).")
 
@@ -87,28 +91,3 @@ def load_qformer(projector: nn.Module, path: Path) -> LoadReport:
         for name in taken:
             wanted[name].copy_(found[name])
     return LoadReport(str(path), taken, reinitialised, tuple(sorted(unused)))
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Each tensor of a checkpoint: its key, and a function that reads it (the tower's are never read)."""
-    for file in _files(path):
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as content:
-                for key in content.keys():  # noqa: SIM118 (not a dict)
-                    yield key, partial(content.get_tensor, key)
-        else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-            # LAVIS keeps the weights under "model", beside the state of its optimizer.
-            for key, tensor in content.get("model", content).items():
-                yield key, partial(Tensor.detach, tensor)
-
-
-def _files(path: Path) -> list[Path]:
-    """The checkpoint files at `path`; in a folder, those of the safest format that is there."""
-    if path.is_file():
-        return [path]
-    for pattern in ("*.safetensors", "*.bin", "*.pth", "*.pt"):
-        files = sorted(path.glob(pattern))
-        if files:
-            return files
-    raise ValueError(f"{path}: expected a checkpoint file, or a folder with .safetensors, .bin, .pth or .pt files.")

@@ -74,7 +74,9 @@ def render(ledger: Ledger, cells: Mapping[str, Cell] | None = None) -> Table:
     states = Counter(entry.state for entry in ledger.entries.values())
     title = f"{ledger.name}: " + ", ".join(f"{number} {state}" for state, number in states.items())
     left = None if cells is None else seconds_left(ledger, cells)
-    table = Table(title=title, caption=None if left is None else f"about {duration(left)} left", title_justify="left")
+    caption = None if left is None else f"about {duration(left)} left"
+    # Names and reasons are no markup: they may hold brackets.
+    table = Table(title=Text(title, "table.title"), caption=caption, title_justify="left")
     table.add_column("cell", no_wrap=True)
     table.add_column("state")
     table.add_column("tries", justify="right")
@@ -87,12 +89,12 @@ def render(ledger: Ledger, cells: Mapping[str, Cell] | None = None) -> Table:
         if entry.state == "running" and entry.started is not None:
             spent += time.time() - entry.started
         table.add_row(
-            entry.id,
-            f"[{style}]{entry.state}[/]",
+            Text(entry.id),
+            Text(entry.state, style),
             str(entry.attempts),
             duration(spent) if spent else "",
             _progress_text(ledger, entry, cells),
-            Text(entry.reason or ""),  # not markup: it may hold brackets
+            Text(entry.reason or ""),
         )
     return table
 

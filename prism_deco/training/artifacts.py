@@ -12,8 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,6 +24,7 @@ from prism_deco.llms.buffers import fill_buffers
 from prism_deco.llms.build import weights_record
 from prism_deco.llms.lora import ADAPTER_WEIGHTS, base_name, is_adapter, load_lora, save_lora
 from prism_deco.llms.tuning import tuning
+from prism_deco.tensors import open_tensors, tensor_files
 from prism_deco.training.streaming import full, write_safetensors
 from prism_deco.vlm import VLM
 
@@ -104,7 +103,7 @@ def load_model(folder: Path) -> tuple[VLM, LanguageModel, DictConfig]:
             are not those the model was trained with.
     """
     config = read_config(folder / CONFIG)
-    weights, tower = weight_files(folder / WEIGHTS), weight_files(folder / TOWER)
+    weights, tower = tensor_files(folder / WEIGHTS), tensor_files(folder / TOWER)
     for name, found in ((WEIGHTS, weights), (TOWER_RECORD, (folder / TOWER_RECORD).is_file())):
         if not found:
             raise ValueError(f"{folder / name} is missing: the run has not finished, or its folder is incomplete.")
@@ -147,14 +146,6 @@ def trained_sha256(folder: Path) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def weight_files(file: Path) -> list[Path]:
-    """The safetensors behind a name: the file, or the shards that its index lists; none if neither is there."""
-    index = file.with_name(f"{file.name}.index.json")
-    if file.is_file() or not index.is_file():
-        return [file] if file.is_file() else []
-    return sorted({file.with_name(name) for name in json.loads(index.read_text())["weight_map"].values()})
-
-
 def _named_base(folder: Path, config: DictConfig) -> PreTrainedModel:
     """The LLM that the folder names and does not hold."""
     try:
@@ -184,11 +175,11 @@ def load_strict(module: nn.Module, files: Sequence[Path], ignore: str | tuple[st
     own = module.state_dict().keys()
     loaded: set[str] = set()
     for file in files:
+        state = dict(open_tensors(file))
         try:
-            state = load_file(file)
             module.load_state_dict(state, strict=False, assign=True)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{file} does not fit the model or is damaged: {error}") from error
+        except RuntimeError as error:
+            raise ValueError(f"{file} does not fit the model: {error}") from error
         loaded |= state.keys()
     missing = {name for name in own if name not in loaded and not (ignore and name.startswith(ignore))}
     for name, part in module.named_children():

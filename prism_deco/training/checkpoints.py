@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 
 from prism_deco.files import sync_folder, write_json
+from prism_deco.tensors import open_safetensors
 from prism_deco.training.pieces import piece_of
 from prism_deco.training.stops import CheckpointFailed
 from prism_deco.training.streaming import write_safetensors
@@ -111,20 +111,25 @@ class Checkpoint:
         shapes: name of each tensor and its whole shape.
 
     Raises:
-        ValueError: it is no checkpoint, or one of another version.
+        ValueError: it is no checkpoint, damaged, or one of another version.
     """
 
     def __init__(self, folder: Path):
         if not (folder / INDEX).is_file():
             raise ValueError(f"{folder} is no checkpoint: it has no {INDEX}.")
-        self.content: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        if self.content["format"] != _FORMAT:
-            raise ValueError(f"{folder} has format {self.content['format']}; this version reads format {_FORMAT}.")
-        self.step: int = self.content["step"]
+        way_out = "Remove this checkpoint's folder: an earlier one, or the start, takes its place."
+        try:
+            self.content: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            version, step, files = (self.content[key] for key in ("format", "step", "files"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / INDEX} is damaged ({type(error).__name__}). {way_out}") from error
+        if version != _FORMAT:
+            raise ValueError(f"{folder} has format {version}; this version reads format {_FORMAT}.")
+        self.step: int = step
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[_Stored]] = {}
-        for name in self.content["files"]:
-            file = safe_open(folder / name, "pt")
+        for name in files:
+            file = open_safetensors(folder / name, way_out)
             for key, place in (file.metadata() or {}).items():
                 shape, offset = json.loads(place)
                 self.shapes[key] = tuple(shape)

@@ -31,7 +31,8 @@ class Conversations(pl.LightningDataModule):
     """Training and validation loaders whose items are optimizer steps.
 
     Raises:
-        ValueError: records are malformed, or images are missing and `data.on_bad_image` is "fail".
+        ValueError: records are malformed, or none is left to train on, or images are missing and
+            `data.on_bad_image` is "fail".
     """
 
     def __init__(self, source: Source, config: DictConfig, vlm: VLM, llm: LanguageModel):
@@ -41,8 +42,6 @@ class Conversations(pl.LightningDataModule):
         self.parts = open_parts(source, cache_dir(), val_fraction=settings.val_fraction, limit=settings.limit)
         self.data_hash = self.parts.records.data_hash
         self.train_records, self.val_records = self.parts.train, self.parts.val
-        if len(self.train_records) == 0:
-            raise ValueError(f"{source.train} has no record left to train on: lower data.val_fraction.")
         self.train_examples = self._examples(self.train_records, source.images(self.parts.records), vlm, llm)
         self.val_examples = self._examples(self.val_records, source.images(self.parts.val_records), vlm, llm)
         if config.data.on_bad_image == "fail":
@@ -59,8 +58,8 @@ class Conversations(pl.LightningDataModule):
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        steps = len(self._sampler())
-        return min(steps, self._config.recipe.max_steps or steps)
+        steps, most = len(self._sampler()), self._config.recipe.max_steps
+        return steps if most is None else min(steps, most)
 
     def train_dataloader(self) -> DataLoader[Step]:
         trainer = self.trainer

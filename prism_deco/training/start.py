@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from safetensors import safe_open
 from torch import nn
 
 from prism_deco.compose import group
@@ -18,6 +17,7 @@ from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import weights_record
 from prism_deco.llms.lora import base_name, is_adapter
 from prism_deco.llms.tuning import tuning
+from prism_deco.tensors import open_safetensors
 from prism_deco.training.artifacts import BASE_RECORD, CONFIG, TOWER, TOWER_RECORD, WEIGHTS, load_strict
 from prism_deco.vlm import VLM
 
@@ -120,7 +120,7 @@ def _check(key: str, run: Path, theirs: str, ours: str) -> None:
 def _copy(file: Path, vlm: nn.Module, prefixes: tuple[str, ...]) -> None:
     """Copies the file's tensors of these prefixes into the model's own, whose adapters stay as they are."""
     own = {base_name(name): tensor for name, tensor in vlm.state_dict().items() if not is_adapter(name)}
-    with safe_open(file, "pt") as tensors:
+    with open_safetensors(file) as tensors:
         names = [name for name in tensors.keys() if name.startswith(prefixes)]  # noqa: SIM118  # no mapping
         wrong = [name for name in names if name not in own or own[name].shape != tensors.get_tensor(name).shape]
         # Tied tables are stored once.

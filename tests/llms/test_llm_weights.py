@@ -94,6 +94,22 @@ def test_pickles_that_hold_more_than_tensors_are_refused(folder, load, tmp_path,
     assert list((tmp_path / "cache" / "converted").iterdir()) == []
 
 
+def test_truncated_weights_are_named(folder, load):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    for path in (folder, file):
+        with pytest.raises(ValueError, match=f"{path} cannot be"):
+            load(path)
+
+
+def test_a_truncated_gguf_is_named(tmp_path, load):
+    pytest.importorskip("gguf")
+    file = tmp_path / "cut.gguf"
+    file.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(4))
+    with pytest.raises(ValueError, match=f"{file} cannot be loaded"):
+        load(file)
+
+
 def test_gaps_are_not_filled_with_random_numbers(folder, load):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.norm.weight"]

@@ -139,7 +139,11 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         load(tensors | {"base_model.model.strange.lora_A.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="do not fit the model"):
         load(tensors | {name: torch.zeros(4, 7)})
-    (tmp_path / "adapter_model.safetensors").unlink()
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors cannot be read"):
+        load_lora(build_llm("mini_llama", pretrained=False).model, tmp_path)
+    file.unlink()
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors is missing"):
         load_lora(build_llm("mini_llama", pretrained=False).model, tmp_path)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -11,6 +12,7 @@ from prism_deco.config import load_config
 from prism_deco.plan import as_json, plan_run, problems, table
 
 GIB = 2**30
+GOOD = {"id": "good", "conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]}
 REAL = ("recipe=prism", "data=llava_v1_5_mix665k", "trainer=fsdp", "trainer.devices=8")
 B6 = ("backbone=dinov2_siglip_384", "llm=vicuna_7b_v1_5", "projector=avgpool", *REAL)
 
@@ -85,6 +87,24 @@ def test_lengths_are_measured_where_the_files_are(colors):
     assert needs.sequence == pytest.approx(sum(tokens) / 9 + 16 * 8 / 9)
     short = plan_run(load_config([*_given(config), "recipe.max_text_tokens=10"])).needs
     assert short.cut == 1.0 and short.longest == 10 + 16
+
+
+@pytest.mark.parametrize(
+    ("records", "reason"),
+    [
+        ([{"id": "odd", "conversations": []}, GOOD], r"data.json record 0 \(id .*odd"),
+        ([{"id": "odd"}], "data.json record 0: expected an object"),
+        (
+            [GOOD],
+            "nothing to train on: .*data.json has 1 records, and all are held out: lower data.val_fraction=0.9999",
+        ),
+    ],
+)
+def test_records_that_training_refuses_are_a_problem(tmp_path, records, reason):
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    given = ["data=llava", f"data.json={tmp_path}/data.json", f"data.image_root={tmp_path}", "data.val_fraction=0.9999"]
+    [found] = problems(plan_run(load_config(given)))
+    assert re.search(reason, found)
 
 
 def _given(config):

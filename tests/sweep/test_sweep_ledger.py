@@ -166,6 +166,14 @@ def test_the_table_shows_states_progress_and_reasons(tmp_path):
     assert f"about {duration(left)[:3]}" in shown
 
 
+def test_names_of_a_sweep_are_no_markup(tmp_path):
+    (tmp_path / "ledger").mkdir()
+    ledger = Ledger.merge(tmp_path / "ledger", "[/x] [red]y", _cells({"seed": [1]}))
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(render(ledger))
+    assert "[/x] [red]y: 1 planned" in console.export_text()
+
+
 def test_on_a_terminal_the_table_follows_the_sweep(tmp_path):
     cells = {cell.id: cell for cell in _cells({"seed": [7, 8]})}
     ledger = _merge(tmp_path)

@@ -1,0 +1,114 @@
+"""Files of tensors: safetensors, or pickles that hold tensors and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SAFETENSORS = ".safetensors"
+SUFFIXES = (SAFETENSORS, ".bin", ".pth", ".pt")
+"""Files that tensors are read from, the safest format first."""
+
+_WRAPPERS = ("state_dict", "model")  # what training scripts keep the weights under, beside the optimizer's state
+
+
+_WAY_OUT = "Fetch or write it again, or point at another file."
+
+
+def open_safetensors(file: Path, way_out: str = _WAY_OUT) -> Any:
+    """An open safetensors file (`safetensors.safe_open`), out of which tensors are read one by one.
+
+    Args:
+        way_out: what to do about a file that cannot be read.
+
+    Raises:
+        ValueError: it is not there, damaged, or no safetensors file.
+    """
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} cannot be read as safetensors ({error}): it is incomplete or damaged. {way_out}"
+        ) from error
+
+
+def open_tensors(file: Path) -> Mapping[str, Tensor]:
+    """The tensors of a file by name, which out of safetensors are read when they are asked for, each time.
+
+    Of a pickle anything but tensors is left out, and a state dict under `state_dict` or `model` is found.
+
+    Raises:
+        ValueError: it is not there, damaged, or would have to run code to be read.
+    """
+    return _Safetensors(file) if file.suffix == SAFETENSORS else _unpickled(file)
+
+
+def tensor_files(path: Path) -> list[Path]:
+    """The files of a checkpoint: the file itself, what an index lists, or what a folder holds, in its safest format.
+
+    Args:
+        path: a file that is whole or in shards, or a folder.
+
+    Returns:
+        None of them has to be readable; empty where there is nothing.
+    """
+    if path.is_file():
+        return [path]
+    if files := indexed_files(path):
+        return files
+    return next((found for suffix in SUFFIXES if (found := sorted(path.glob(f"*{suffix}")))), [])
+
+
+def indexed_files(path: Path) -> list[Path]:
+    """The shards that an index lists, be they there or not; empty where there is no index.
+
+    Args:
+        path: a folder with a `*.index.json`, or the file that was cut into shards.
+    """
+    index = next(iter(sorted(path.glob("*.index.json"))), path.with_name(f"{path.name}.index.json"))
+    if not index.is_file():
+        return []
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} lists no shards: it is damaged, or of another kind. Fetch it again.") from error
+    return sorted(index.with_name(name) for name in names)
+
+
+class _Safetensors(Mapping[str, Tensor]):
+    def __init__(self, file: Path):
+        self._file = open_safetensors(file)
+        self._names = dict.fromkeys(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch's reader stumbles over in a damaged file, up to an `AssertionError`
+        reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+        raise ValueError(
+            f"{file} cannot be read ({reason}): it is incomplete or damaged, or holds more than tensors, and nothing "
+            "else is unpickled. Fetch or write it again, or save its state dict as safetensors or with torch.save."
+        ) from error
+    for wrapper in _WRAPPERS:
+        state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} holds no state dict but a {type(state).__name__}.")
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
