@@ -70,10 +70,11 @@ def split(arguments: Sequence[str]) -> list[Stage]:
     final = _compose(last, [*declared[last], *shared, *own[last]])
     final.recipe.name = recipe["name"]
     run_id = final.run_id or default_run_id(final)
+    unscored = ["evaluate.benchmarks=null", "evaluate.relevance=null"]
     stages: list[Stage] = []
     for name, settings in declared.items():
         start = [f"recipe.start_from={stages[-1].folder}"] if stages else []
-        place = [f"run_id={run_id}"] if name == last else [f"run_id={run_id}-{name}", "evaluate.benchmarks=null"]
+        place = [f"run_id={run_id}"] if name == last else [f"run_id={run_id}-{name}", *unscored]
         given = (*settings, *start, *everywhere, *place, *own[name])
         stages.append(Stage(name, given, _compose(name, given)))
     return stages

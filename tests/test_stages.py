@@ -33,6 +33,12 @@ def test_settings_reach_their_stages():
     assert final_config(["recipe=llava_v1_5", "finetune.recipe.lr=1e-5"]).recipe.lr == 1e-5
 
 
+def test_only_the_last_stage_is_scored():
+    *before, last = split(["recipe=mini_two_stage", "evaluate.relevance=mini_refcoco"])
+    asked = [(stage.config.evaluate.benchmarks, stage.config.evaluate.relevance) for stage in (*before, last)]
+    assert asked == [(None, None), (None, None), ("mini", "mini_refcoco")]
+
+
 def test_a_setting_for_one_stage_wins_over_one_for_all_and_over_its_own():
     align, finetune = split(["recipe=llava_v1_5", "recipe.lr=1", "align.recipe.lr=2", "data=shapes"])
     assert (align.config.recipe.lr, finetune.config.recipe.lr) == (2, 1)

@@ -58,9 +58,11 @@ def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
 def bench_projectors(args: argparse.Namespace) -> None:
     """Compares the projectors."""
     from prism_deco.bench.projectors import Sizes, bench_projectors, render
+    from prism_deco.evaluation.ranks import asked_device
 
     sizes = Sizes(args.in_dim, args.out_dim, tuple(args.in_grid), args.num_tokens, args.batch_size)
-    rows = bench_projectors(args.names, sizes, dtypes=args.dtypes, device=args.device, repeats=args.repeats)
+    device = str(asked_device(args.device))
+    rows = bench_projectors(args.names, sizes, dtypes=args.dtypes, device=device, repeats=args.repeats)
     show(render(rows, sizes, args.device))
 
 
@@ -89,11 +91,12 @@ def bench_train(args: argparse.Namespace) -> None:
 
     from prism_deco.bench.train import bench_train
     from prism_deco.bench.train_report import render
+    from prism_deco.evaluation.ranks import asked_device
 
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     sizes = {"batch_size": args.batch_size, "steps": args.steps, "rounds": args.rounds}
-    report = bench_train(config, device=args.device, ablation=args.ablation, **sizes)
+    report = bench_train(config, device=str(asked_device(args.device)), ablation=args.ablation, **sizes)
     show(render(report))
     if args.out:
         report.write(args.out)
@@ -108,13 +111,15 @@ def bench_cache(args: argparse.Namespace) -> None:
 
     from prism_deco.bench.cache import bench_cache
     from prism_deco.bench.cache_report import render, write
+    from prism_deco.evaluation.ranks import asked_device
 
+    device = str(asked_device(args.device))
     sizes = {"batch_size": args.batch_size, "steps": args.steps, "rounds": args.rounds}
     results = []
     for name, config in configs.items():
         torch.set_num_threads(config.trainer.threads or torch.get_num_threads())
         with tempfile.TemporaryDirectory() as folder:
-            results.append(bench_cache(config, name, Path(folder), device=args.device, **sizes))
+            results.append(bench_cache(config, name, Path(folder), device=device, **sizes))
     show(render(results, args.shown))
     if args.out:
         write(results, args.shown, args.out)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from prism_deco.commands.common import Subparsers, options_of, own_benchmarks, show
+from prism_deco.commands.evaluate import finished_run
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +21,7 @@ def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=Path, help="explain an answer about this image")
     parser.add_argument("--prompt", help="the question about it")
     parser.add_argument("--answer", help="the text to explain; the model's own answer by default")
-    parser.add_argument("--out", type=Path, help="folder for pictures, numbers and pages (RUN/explain)")
+    parser.add_argument("--out", type=Path, help="folder for pictures, numbers and pages (one in RUN/explain)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="compute in this type; the run's by default")
     parser.add_argument("--device", default="cpu", help="cpu | cuda")
     parser.add_argument("--chunk", type=int, help="answer tokens per backward pass; what memory allows by default")
@@ -31,29 +33,29 @@ def explain(args: argparse.Namespace) -> None:
     """Explains one answer, or measures the maps of a benchmark's questions, for one or more runs."""
     runs = [Path(argument) for argument in args.arguments if "=" not in argument]
     options = options_of([argument for argument in args.arguments if "=" in argument])
-    asked = args.image is not None and args.prompt is not None
-    if not runs or asked == ("benchmark" in options):
-        raise ValueError(
-            "Name runs and either one question or a benchmark, for example: prism-deco explain runs/RUN_ID --image "
-            'cat.jpg --prompt "What is it?"  or  prism-deco explain runs/RUN_ID benchmark=mini_refcoco limit=100'
-        )
+    _check_arguments(args, runs, options)
     import torch
 
     from prism_deco.api import load
+    from prism_deco.evaluation.ranks import asked_device
     from prism_deco.explain import Example, explain_image, side_by_side, table, write_page
 
-    example = Example(args.image, args.prompt, args.answer) if args.image is not None and args.prompt else None
+    place = {"device": asked_device(args.device), "dtype": getattr(torch, args.dtype) if args.dtype else None}
+    example = Example(args.image, args.prompt, args.answer) if args.image is not None else None
+    name = options.pop("benchmark", None)
+    if example is None:  # what is wrong with one of the runs must not wait for those before it
+        for run in runs:
+            _benchmark(run, name, options)
     results, sections = [], []
     for run in runs:
-        place = {"device": args.device, "dtype": getattr(torch, args.dtype) if args.dtype else None}
-        out = (args.out / run.name if len(runs) > 1 else args.out) if args.out else run / "explain"
+        out = (args.out / run.name if len(runs) > 1 else args.out) if args.out else None
         if example is not None:
             model = load(run, **place)
             more = {"chunk": args.chunk, "through_backbone": args.through_backbone}
-            sections.append([explain_image(model.vlm, model.llm, example, out, run=run.name, **more)])
+            folder = out or run / "explain" / "image"
+            sections.append([explain_image(model.vlm, model.llm, example, folder, run=run.name, **more)])
             continue
-        about = {key: value for key, value in options.items() if key != "benchmark"}
-        result, pages = measure_relevance(run, options["benchmark"], about, out=out, chunk=args.chunk, **place)
+        result, pages = measure_relevance(run, name, options, out=out, chunk=args.chunk, **place)
         results.append(result)
         sections.append(pages)
     if results:
@@ -71,24 +73,63 @@ def measure_relevance(
 
     Args:
         options: keys of the benchmark's YAML (split, limit, root).
+        out: folder of the results; None is the benchmark's in the run's `explain`.
         place: device and dtype of the model.
     """
+    benchmark = _benchmark(run, name, options)
     from prism_deco.api import load
+    from prism_deco.evaluation.choose import results_name
     from prism_deco.explain import explain_set
 
-    model = load(run, **place)
-    benchmark, examples = _examples(run, name, options)
+    folder = out or run / "explain" / results_name(name, benchmark.split)
     about = {"benchmark": benchmark.name, "split": benchmark.split}
-    return explain_set(model.vlm, model.llm, examples, out or run / "explain", run=run.name, about=about, chunk=chunk)
+    model = load(run, **place)
+    return explain_set(model.vlm, model.llm, _examples(benchmark), folder, run=run.name, about=about, chunk=chunk)
 
 
-def _examples(run: Path, name: str, options: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """A benchmark's questions as examples to explain; a box that is asked for is also the answer."""
+def has_relevance(run: Path, name: str, split: str | None) -> bool:
+    """Whether the maps of a benchmark's questions have been measured; all runs had one folder for that once."""
     from prism_deco.evaluation import build_benchmark
+    from prism_deco.evaluation.choose import results_name
+
+    if (run / "explain" / results_name(name, split) / "metrics.json").is_file():
+        return True
+    earlier, own = run / "explain" / "metrics.json", build_benchmark(name)
+    about = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
+    return (about.get("benchmark"), about.get("split")) == (own.name, split or own.split)
+
+
+def _check_arguments(args: argparse.Namespace, runs: list[Path], options: dict[str, Any]) -> None:
+    given = {"--image": args.image, "--prompt": args.prompt, "--answer": args.answer}
+    one = [name for name, value in given.items() if value is not None]
+    one += ["--through-backbone"] * args.through_backbone
+    if one and options:
+        others = ", ".join(f"{key}=" for key in options)
+        raise ValueError(f"{', '.join(one)} concern one image, {others} a benchmark: leave out one or the other.")
+    if not runs or ("benchmark" not in options and (args.image is None or not args.prompt)):
+        raise ValueError(
+            "Name runs and either one question or a benchmark, for example: prism-deco explain runs/RUN_ID --image "
+            'cat.jpg --prompt "What is it?"  or  prism-deco explain runs/RUN_ID benchmark=mini_refcoco limit=100'
+        )
+    if args.image is not None and not args.image.is_file():
+        raise ValueError(f"--image {args.image}: there is no such file.")
+    for run in runs:
+        if not run.is_dir():
+            raise ValueError(f"{run} is not a folder: give a run folder such as runs/RUN_ID.")
+
+
+def _benchmark(run: Path, name: str, options: dict[str, Any]) -> Any:
+    """The benchmark for a run, its files read."""
+    finished_run(run)
+    from prism_deco.evaluation.choose import prepare_one
+
+    return prepare_one(name, options, root=own_benchmarks(run))
+
+
+def _examples(benchmark: Any) -> list[Any]:
+    """A benchmark's questions as examples to explain; a box that is asked for is also the answer."""
     from prism_deco.explain import Example
 
-    benchmark = build_benchmark(name, **{key: value for key, value in options.items() if value is not None})
-    benchmark.root = benchmark.root or own_benchmarks(run)
     first = benchmark.variants[0]
     examples = []
     for item in benchmark.items():
@@ -96,4 +137,4 @@ def _examples(run: Path, name: str, options: dict[str, Any]) -> tuple[Any, list[
             box = item.target.get("box")
             answer = f"[{', '.join(f'{edge:.2f}' for edge in box)}]" if box else None
             examples.append(Example(item.path, item.prompt, answer, tuple(box) if box else None, item.question_id))
-    return benchmark, examples
+    return examples

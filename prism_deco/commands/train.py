@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from prism_deco.commands.common import OVERRIDES, Subparsers
+from prism_deco.commands.common import OVERRIDES, Subparsers, own_benchmarks
 from prism_deco.commands.evaluate import score_run
-from prism_deco.commands.explain import measure_relevance
+from prism_deco.commands.explain import has_relevance, measure_relevance
 from prism_deco.config import load_config
 from prism_deco.stages import Stage, split
 from prism_deco.stages import run as run_stages
@@ -34,11 +35,7 @@ def train(args: argparse.Namespace) -> int:
     """Composes, trains and scores a model; goes on where an earlier call of the same run has stopped."""
     stages = split(args.arguments)
     config = stages[-1].config if stages else load_config(args.arguments)
-    asked = [names for names in (config.evaluate.benchmarks, config.evaluate.relevance) if names]
-    if asked:
-        from prism_deco.evaluation import resolve
-
-        resolve(",".join(asked))  # a wrong name must not wait for the end of training
+    scoring = _scoring(config)
     flags = {"--overwrite": args.overwrite, "--force": args.force, "--debug": args.debug}
     if args.check:
         return _check(stages, config, overwrite=args.overwrite, force=args.force)
@@ -46,24 +43,78 @@ def train(args: argparse.Namespace) -> int:
         return run_stages(args.arguments, [flag for flag, is_set in flags.items() if is_set])
     from prism_deco.training.session import run
 
-    def score(folder: Path) -> None:
-        from prism_deco.evaluation import local_device, meet, process_group
-
-        options: dict[str, Any] = OmegaConf.to_container(config.evaluate)  # type: ignore[assignment]
-        relevance, limit = options.pop("relevance"), options.pop("relevance_limit")
-        if options["benchmarks"]:
-            score_run(folder, dict(options))
-        if relevance:
-            with process_group() as is_first:
-                if is_first:  # `explain` shares nothing out, and its files are those of one process
-                    about = {"split": options["split"], "limit": limit}
-                    measure_relevance(folder, relevance, about, device=local_device(config.trainer.accelerator))
-                meet()  # with more patience than the end of training has
-
     # The other processes of this machine get the same settings; what becomes of an earlier run is decided once.
     arguments = ["train", *args.arguments, *(["--debug"] if args.debug else [])]
-    scoring = score if asked else None
     return run(config, scoring, overwrite=args.overwrite, force=args.force, arguments=arguments)
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """What `evaluate` in the configuration asks for, to be done when the model is trained."""
+
+    benchmarks: tuple[str, ...]
+    relevance: str | None
+    relevance_limit: int
+    options: dict[str, Any]
+    """Of the benchmarks: split, limit, batch_size."""
+    accelerator: str
+
+    def prepare(self, benchmarks: Path | None) -> None:
+        """Reads all questions; a wrong name, split or file must not wait for the end of training."""
+        from prism_deco.evaluation.choose import prepare, prepare_one
+
+        try:
+            if self.benchmarks:
+                about = {key: value for key, value in self.options.items() if key != "batch_size"}
+                prepare(self.benchmarks, about, root=benchmarks)
+        except ValueError as error:
+            raise ValueError(f"evaluate.benchmarks: {error}") from error
+        try:
+            if self.relevance:
+                prepare_one(self.relevance, self._about_relevance, root=benchmarks, boxes=True)
+        except ValueError as error:
+            raise ValueError(f"evaluate.relevance: {error}") from error
+
+    def missing(self, folder: Path) -> _Scoring | None:
+        """What of it the folder has no numbers of, whatever else they were asked with; None where it has all."""
+        from prism_deco.evaluation.choose import results_name
+
+        split = self.options["split"]
+        scored = {path.parent.name for path in folder.glob("eval/*/metrics.json")}
+        benchmarks = (name for name in self.benchmarks if results_name(name, split) not in scored)
+        relevance = self.relevance if self.relevance and not has_relevance(folder, self.relevance, split) else None
+        rest = replace(self, benchmarks=tuple(benchmarks), relevance=relevance)
+        return rest if rest.benchmarks or rest.relevance else None
+
+    def __call__(self, folder: Path) -> None:
+        from prism_deco.evaluation import local_device, meet, process_group
+        from prism_deco.evaluation.choose import prepare_one
+
+        if self.relevance:
+            prepare_one(self.relevance, self._about_relevance, root=own_benchmarks(folder), boxes=True)
+        if self.benchmarks:
+            score_run(folder, {**self.options, "benchmarks": self.benchmarks})
+        if self.relevance:
+            with process_group() as is_first:
+                if is_first:  # `explain` shares nothing out, and its files are those of one process
+                    device = local_device(self.accelerator)
+                    measure_relevance(folder, self.relevance, self._about_relevance, device=device)
+                meet()  # with more patience than the end of training has
+
+    @property
+    def _about_relevance(self) -> dict[str, Any]:
+        return {"split": self.options["split"], "limit": self.relevance_limit}
+
+
+def _scoring(config: DictConfig) -> _Scoring | None:
+    asked = config.evaluate
+    if not asked.benchmarks and not asked.relevance:
+        return None
+    from prism_deco.evaluation import resolve
+
+    options = {key: asked[key] for key in ("split", "limit", "batch_size")}
+    names = tuple(resolve(asked.benchmarks or ""))
+    return _Scoring(names, asked.relevance, asked.relevance_limit, options, config.trainer.accelerator)
 
 
 def _check(stages: Sequence[Stage], config: DictConfig, **options: bool) -> int:
@@ -73,7 +124,7 @@ def _check(stages: Sequence[Stage], config: DictConfig, **options: bool) -> int:
     before: dict[str, DictConfig] = {}
     for name, its in [(f"Stage {stage.name}: ", stage.config) for stage in stages] or [("", config)]:
         try:
-            check(its, after=before.get(its.recipe.start_from), **options)
+            check(its, scoring=_scoring(its), after=before.get(its.recipe.start_from), **options)
         except ValueError as error:
             raise ValueError(f"{name}{error}") from error
         log.info("%snothing was found that would stop it", name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from prism_deco.config import load_choice
@@ -53,6 +54,71 @@ def resolve(names: str | Iterable[str]) -> list[str]:
     if isinstance(names, str):
         names = [name.strip() for name in names.split(",") if name.strip()]
     return list(dict.fromkeys(member for name in names for member in _expand(name, ())))
+
+
+def prepare(
+    names: str | Iterable[str], options: Mapping[str, Any] | None = None, *, root: Path | None = None
+) -> list[Benchmark]:
+    """Builds benchmarks and reads their annotation files, so that what is wrong with any of them is known before a
+    model is trained or loaded. Of the images only the first is looked for: all of them would take minutes.
+
+    Args:
+        names: see `resolve`.
+        options: keys to replace in all of them; None keeps what a YAML says.
+        root: the folder of those that have none of their own.
+
+    Raises:
+        ValueError: an unknown name or key, a value of a wrong type, a file that is missing or damaged, no questions.
+    """
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    for key in ("limit", "max_new_tokens"):
+        if key in given and type(given[key]) is not int:
+            raise ValueError(f"{key}={given[key]} must be a whole number.")
+    names = resolve(names)
+    if not names:
+        raise ValueError("No benchmark is named.")
+    prepared = [build_benchmark(name, **given) for name in names]
+    for benchmark in prepared:
+        benchmark.root = benchmark.root or root
+        if benchmark.root is None:
+            raise ValueError(
+                f"{benchmark.name} has no folder of its own, and the training data bring none: set `root` in a copy of "
+                f"its YAML and name that, or use `prism-deco evaluate` with root=FOLDER."
+            )
+        try:
+            first = benchmark.items()[0]
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{benchmark.name}: ")
+            raise ValueError(f"{benchmark.name}, split {benchmark.split!r}: {reason}") from error
+        if benchmark.on_bad_image == "fail" and not first.path.is_file():
+            raise ValueError(f"{benchmark.name}: the image {first.path} is missing.")
+    return prepared
+
+
+def prepare_one(
+    name: str, options: Mapping[str, Any] | None = None, *, root: Path | None = None, boxes: bool = False
+) -> Benchmark:
+    """Like `prepare`, for what measures one benchmark.
+
+    Args:
+        boxes: it must ask for boxes.
+
+    Raises:
+        ValueError: several benchmarks, or none with boxes, as well.
+    """
+    names = resolve(name)
+    if len(names) > 1:
+        raise ValueError(f"{name} is a group of benchmarks: {', '.join(names)}. Name one.")
+    (benchmark,) = prepare(names, options, root=root)
+    if boxes and not any("box" in item.target for item in benchmark.items()):
+        raise ValueError(f"{name} has no boxes that relevance could lie in: name one that has, such as mini_refcoco.")
+    return benchmark
+
+
+def results_name(choice: str, split: str | None = None) -> str:
+    """What the folder of a benchmark's results is called: its name, with the split where that is not its own."""
+    own = build_benchmark(choice)
+    return own.name if split in (None, own.split) else f"{own.name}-{split}"
 
 
 def _expand(name: str, parents: tuple[str, ...]) -> list[str]:

@@ -56,7 +56,7 @@ class PredictionStore:
         for path in sorted(folder.glob("predictions*.jsonl")):
             predictions, length = _read(path, drop_torn=True)
             for prediction in predictions:
-                self._check(prediction, path)
+                self._check(prediction, path, len(predictions))
                 self.done[prediction.question_id] = prediction
             if path == self._own:
                 os.truncate(path, length)
@@ -84,22 +84,30 @@ class PredictionStore:
         if any(self.folder.glob("predictions*.jsonl")) and path.is_file():
             before = json.loads(path.read_text(encoding="utf-8"))
             # A setting that the file does not name cannot be compared.
-            if before != {key: decoding.get(key) for key in before}:
-                raise ValueError(
-                    f"{self.folder} holds answers decoded with {before}, not with {decoding}: "
-                    "choose another folder, or remove it."
-                )
+            changed = [f"{k} was {old} and is {decoding.get(k)}" for k, old in before.items() if old != decoding.get(k)]
+            if changed:
+                raise ValueError(f"{self.folder} holds answers of other settings: {', '.join(changed)}. {self._ways}")
         if write:
             write_json(path, decoding)
 
-    def _check(self, prediction: Prediction, path: Path) -> None:
+    def _check(self, prediction: Prediction, path: Path, count: int) -> None:
         item = self.items.get(prediction.question_id)
-        asked = (prediction.image, prediction.prompt, prediction.target)
-        if item is None or asked != (item.image, item.prompt, item.target):
+        if item is None:
             raise ValueError(
-                f"{path}: question {prediction.question_id} is not one that this evaluation asks (another benchmark, "
-                "split, prompt or limit): choose another folder, or remove the file."
+                f"{path} holds {count} answers, one of them to the question {prediction.question_id}, which is not one "
+                f"of the {len(self.items)} that this evaluation asks (another benchmark, split or limit). {self._ways}"
             )
+        for name in ("image", "prompt", "target"):
+            old, new = getattr(prediction, name), getattr(item, name)
+            if old != new:
+                raise ValueError(
+                    f"{path} holds answers to other questions: the {name} of question {prediction.question_id} was "
+                    f"{old!r} and is {new!r}. {self._ways}"
+                )
+
+    @property
+    def _ways(self) -> str:
+        return f"Choose another folder (prism-deco evaluate --out DIR), or delete {self.folder}."
 
 
 def _line(prediction: Prediction) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 
 def table(
@@ -28,7 +29,7 @@ def table(
         name = result["benchmark"]
         low, high = result["interval95"]
         grid.add_row(
-            name,
+            Text(name),
             result["primary"],
             str(result["n"]),
             f"{result['metrics'][result['primary']]:.1f}",

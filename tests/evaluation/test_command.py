@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from prism_deco.cli import main
+from prism_deco.config import load_config, read_config, save_config
 
 FAST = ["data.val_fraction=0", "data.num_workers=0", "recipe.max_steps=2", "recipe.global_batch_size=2",
         "recipe.micro_batch_size=2", "trainer.threads=1", "backbone.pretrained=false",
@@ -26,8 +28,7 @@ def run(colors, tmp_path) -> Path:
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(run, files, tmp_path):
     """A benchmark of the user's own, half precision included in what is recorded."""
-    mine = tmp_path / "mine.yaml"
-    mine.write_text(yaml.safe_dump({k: v for k, v in files.vqav2().items() if k != "name"}))
+    mine = _yaml(files.vqav2(), tmp_path / "mine")
     arguments = [f"benchmark={mine}", "max_new_tokens=4", "--dtype=bfloat16"]
     assert main(["evaluate", str(run), *arguments]) == 0
     alone = {path.name: path.read_bytes() for path in (run / "eval/mine").iterdir()}
@@ -46,12 +47,82 @@ def test_two_processes_write_what_one_writes(run, files, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_precision_is_not_mixed_in(run, files, tmp_path, capsys):
-    mine = tmp_path / "mine.yaml"
-    mine.write_text(yaml.safe_dump({k: v for k, v in files.gqa().items() if k != "name"}))
-    assert main(["evaluate", str(run), f"benchmark={mine}", "max_new_tokens=4"]) == 0
-    assert main(["evaluate", str(run), f"benchmark={mine}", "max_new_tokens=4", "--dtype=bfloat16"]) == 2
-    assert "choose another folder" in " ".join(capsys.readouterr().err.split())
+def test_another_precision_is_not_mixed_in_but_has_a_folder_of_its_own(run, files, tmp_path, capsys):
+    arguments = ["evaluate", str(run), f"benchmark={_yaml(files.gqa(), tmp_path / 'mine')}", "max_new_tokens=4"]
+    assert main(arguments) == 0
+    assert main([*arguments, "--dtype=bfloat16"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{run}/eval/mine holds answers of other settings: dtype was float32 and is bfloat16." in said
+    assert main([*arguments, "--dtype=bfloat16", f"--out={tmp_path / 'low'}"]) == 0
+    assert json.loads((tmp_path / "low/mine/metrics.json").read_text())["decoding"]["dtype"] == "bfloat16"
+
+
+def _yaml(keys, path) -> Path:
+    file = path.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump({k: v for k, v in keys.items() if k != "name"}))
+    return file
+
+
+@pytest.fixture
+def finished(tmp_path) -> Path:
+    """A run's folder as far as it is looked at before its weights are."""
+    folder = tmp_path / "finished"
+    (folder / "model").mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"benchmarks": None, "model_sha256": "0"}))
+    save_config(load_config([]), folder / "model/config.yaml")
+    return folder
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Loading one is a failure: what is wrong must have been found before."""
+    monkeypatch.setattr("prism_deco.api.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "explain"])
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["limt=3"], "Unknown key limt"),
+        (["benchmark=nothing"], "Unknown benchmark 'nothing'"),
+        (["benchmark=mini_gqa"], "mini_gqa has no folder of its own"),
+        (["benchmark=mini_gqa", "root=/nowhere"], "mini_gqa, split 'val': /nowhere/benchmarks/val/gqa"),
+        (["--device=cuda"], "device cuda: this machine has no GPU"),
+        (["--device=foo"], "'foo' is no device"),
+    ],
+)
+def test_mistakes_are_found_before_the_model_is_loaded(finished, files, no_model, capsys, command, wrong, says):
+    mine = _yaml(files.refcoco(), finished / "mine")
+    assert main([command, str(finished), f"benchmark={mine}", *wrong]) == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_conversation_has_the_device_that_was_asked_for(finished, no_model, capsys):
+    assert main(["chat", str(finished), "--device=cuda"]) == 2
+    assert "device cuda: this machine has no GPU" in " ".join(capsys.readouterr().err.split())
+
+
+def test_no_benchmark_is_scored_before_the_last_one_s_files_are_read(finished, files, no_model, capsys):
+    mine = _yaml(files.refcoco(), finished / "mine")
+    assert main(["evaluate", str(finished), f"benchmark={mine},mini_gqa"]) == 2
+    assert main(["evaluate", str(finished), f"benchmark={mine}", "batch_size=many"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "mini_gqa has no folder of its own" in said and "batch_size=many must be a whole number" in said
+
+
+@pytest.mark.parametrize("command", ["evaluate", "explain"])
+@pytest.mark.parametrize(("kept", "says"), [("backbone.json", "or an export, no run folder"), ("x", "no finished run")])
+def test_what_is_no_run_is_told_before_it_is_loaded(tmp_path, no_model, capsys, command, kept, says):
+    (tmp_path / kept).touch()
+    assert main([command, str(tmp_path), "benchmark=mini_gqa"]) == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_predictions_file_takes_nothing_else(tmp_path, capsys):
+    given = ["evaluate", "--score-only", "x", "runs/x", f"--out={tmp_path}", "--device=cpu", "benchmark=mini_gqa"]
+    assert main(given) == 2
+    assert "leave out --out, --device, a run." in " ".join(capsys.readouterr().err.split())
 
 
 @contextmanager
@@ -60,12 +131,11 @@ def _another_process():
 
 
 def test_training_ends_with_the_relevance_maps_of_a_benchmark(colors, files, tmp_path, monkeypatch):
-    boxes = tmp_path / "boxes.yaml"
-    boxes.write_text(yaml.safe_dump({k: v for k, v in files.refcoco().items() if k != "name"}))
+    boxes = _yaml(files.refcoco(), tmp_path / "boxes")
     source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}", f"runs_dir={tmp_path}"]
     asked = [f"evaluate.relevance={boxes}", "evaluate.relevance_limit=3", "run_id=measured"]
     assert main(["train", "data=llava", *source, *FAST, *asked]) == 0
-    folder = tmp_path / "measured/explain"
+    folder = tmp_path / "measured/explain/boxes"
     metrics = json.loads((folder / "metrics.json").read_text())
     assert (metrics["n"], metrics["benchmark"], metrics["split"]) == (3, "boxes", "val")
     assert len((folder / "examples.jsonl").read_text().splitlines()) == 3
@@ -73,3 +143,26 @@ def test_training_ends_with_the_relevance_maps_of_a_benchmark(colors, files, tmp
     monkeypatch.setattr("prism_deco.evaluation.process_group", _another_process)
     assert main(["train", "data=llava", *source, *FAST, *asked, "run_id=other"]) == 0
     assert not (tmp_path / "other/explain").exists(), "the first process alone measures"
+
+
+def test_a_run_that_is_done_is_scored_on_what_is_newly_asked(run, colors, files, tmp_path, monkeypatch, caplog):
+    first, second = _yaml(files.gqa(), tmp_path / "first"), _yaml(files.refcoco(), tmp_path / "second")
+    source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}", f"runs_dir={tmp_path}"]
+    again = ["train", "data=llava", *source, *FAST, "run_id=run"]
+    weights, trained = run / "model/model.safetensors", read_config(run / "config.yaml")
+    before = weights.stat().st_mtime_ns
+    assert main([*again, f"evaluate.benchmarks={first}"]) == 0
+    done = (run / "eval/first/decoding.json").stat().st_mtime_ns
+    both = [*again, f"evaluate.benchmarks={first},{second}", f"evaluate.relevance={second}", "trainer.log_every=7"]
+    assert main(both) == 0
+    assert (run / "eval/second/metrics.json").is_file() and (run / "explain/second/metrics.json").is_file()
+    assert (run / "eval/first/decoding.json").stat().st_mtime_ns == done, "what is there is not asked again"
+    assert weights.stat().st_mtime_ns == before
+    now = read_config(run / "config.yaml")
+    assert now.evaluate.benchmarks == f"{first},{second}" and now.trainer == trained.trainer
+    caplog.clear()
+    monkeypatch.setattr("prism_deco.api.load", lambda *_, **__: pytest.fail("nothing is left to be scored"))
+    (run / "explain/second").rename(run / "explain/other")
+    (run / "explain/other/metrics.json").rename(run / "explain/metrics.json")  # as runs once had it
+    assert main(both) == 0
+    assert "is done. Another one: run_id=NAME" in caplog.text

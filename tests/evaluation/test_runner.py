@@ -4,9 +4,12 @@ import socket
 from dataclasses import asdict
 
 import pytest
+import torch
 import torch.multiprocessing
 
 from prism_deco.evaluation import build_benchmark, evaluate, load_predictions, local_device, process_group, score_file
+from prism_deco.evaluation.choose import prepare, prepare_one, results_name
+from prism_deco.evaluation.ranks import asked_device
 from prism_deco.evaluation.scoring import predict
 
 KINDS = ("pope", "refcoco", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "seed", "mmbench")
@@ -46,6 +49,33 @@ def test_predictions_and_metrics(files, fake_model, tmp_path, kind):
         "metrics.json",
         "predictions.jsonl",
     ]
+
+
+def test_what_does_not_fit_the_memory_is_asked_in_parts(files, fake_model, tmp_path, caplog):
+    """Smaller ones from then on, and one question at a time at the least."""
+    benchmark, model = build_benchmark(files.textvqa()), fake_model(lambda path, prompt: f"{path.name} {prompt}")
+    whole = evaluate(model, benchmark, tmp_path / "whole", batch_size=4, progress=False)
+    assert max(map(len, model.calls)) == 4
+
+    def short_of_memory(room):
+        small = fake_model(model.answer)
+        ask = small._ask
+
+        def limited(images, prompts):
+            if len(prompts) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return ask(images, prompts)
+
+        small._ask = limited
+        return small
+
+    small = short_of_memory(1)
+    assert evaluate(small, benchmark, tmp_path / "parts", batch_size=4, progress=False) == whole
+    assert {len(call) for call in small.calls} == {1} and len(small.calls) == sum(map(len, model.calls))
+    assert (tmp_path / "parts/predictions.jsonl").read_bytes() == (tmp_path / "whole/predictions.jsonl").read_bytes()
+    assert "4 questions at a time are too many for the memory: now 2" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(short_of_memory(0), benchmark, tmp_path / "none", batch_size=4, progress=False)
 
 
 def test_every_answer_belongs_to_its_image_and_prompt(files, fake_model, tmp_path):
@@ -131,18 +161,24 @@ def test_a_limited_evaluation_can_be_completed(files, fake_model, tmp_path):
 
 
 def test_answers_are_not_mixed(files, fake_model, tmp_path):
+    """The message names the folder, what differs, and both ways out."""
     keys = files.gqa()
-    evaluate(fake_model(), build_benchmark(keys), tmp_path, model_id="a", progress=False)
-    with pytest.raises(ValueError, match="choose another folder"):
-        evaluate(fake_model(), build_benchmark(keys), tmp_path, model_id="b", progress=False)
-    with pytest.raises(ValueError, match="choose another folder"):
-        evaluate(fake_model(), build_benchmark(keys, max_new_tokens=5), tmp_path, model_id="a", progress=False)
-    with pytest.raises(ValueError, match="choose another folder"):
-        evaluate(fake_model(), build_benchmark(keys), tmp_path, model_id="a", dtype="bfloat16", progress=False)
-    with pytest.raises(ValueError, match="not one that this evaluation asks"):
-        evaluate(fake_model(), build_benchmark(keys), tmp_path, limit=1, model_id="a", progress=False)
-    with pytest.raises(ValueError, match="not one that this evaluation asks"):
-        evaluate(fake_model(), build_benchmark(files.vizwiz()), tmp_path, model_id="a", progress=False)
+    evaluate(fake_model(), build_benchmark(keys), tmp_path, model_id="a", dtype="float32", progress=False)
+    ways = rf"Choose another folder \(prism-deco evaluate --out DIR\), or delete {tmp_path}\.$"
+
+    def refused(benchmark, says, limit=None, **about):
+        about = {"model_id": "a", "dtype": "float32", "limit": limit, "progress": False} | about
+        with pytest.raises(ValueError, match=f"^{tmp_path}.*{says}.*{ways}"):
+            evaluate(fake_model(), benchmark, tmp_path, **about)
+
+    refused(build_benchmark(keys), "other settings: model was a and is b", model_id="b")
+    refused(build_benchmark(keys, max_new_tokens=5), "max_new_tokens was 128 and is 5")
+    refused(build_benchmark(keys), "dtype was float32 and is bfloat16", dtype="bfloat16")
+    refused(build_benchmark(keys), "holds 3 answers, .* is not one of the 1 that this evaluation asks", limit=1)
+    refused(build_benchmark(files.vizwiz()), "is not one of the 2 that this evaluation asks")
+    questions = json.loads((files.path / keys["annotations"]).read_text())
+    questions = {k: v | {"question": "Why?"} for k, v in questions.items()}
+    refused(build_benchmark(keys | {"annotations": files.json("q.json", questions)}), "the prompt of .* is 'Why")
 
 
 def test_bad_images_fail_before_any_question(files, fake_model, tmp_path):
@@ -238,3 +274,67 @@ def test_each_process_scores_on_its_own_gpu(monkeypatch, kind):
 
 def test_other_devices_are_torch_s():
     assert local_device("cpu") == torch.device("cpu") and local_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="'foo' is no device: choose cpu, cuda"):
+        local_device("foo")
+
+
+def test_a_device_that_was_asked_for_is_not_replaced(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert asked_device("cpu") == asked_device("auto") == torch.device("cpu")
+    for name in ("cuda", "gpu", "cuda:0"):
+        with pytest.raises(ValueError, match=f"device {name}: this machine has no GPU .*for example cpu"):
+            asked_device(name)
+    for name, says in (("foo", "is no device"), ("meta", "cannot be used"), ("xpu", "cannot be used")):
+        with pytest.raises(ValueError, match=says):
+            asked_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert asked_device("cuda") == asked_device("gpu") == torch.device("cuda", 1)
+    assert asked_device("cuda:0") == torch.device("cuda", 0)
+    with pytest.raises(ValueError, match="cuda:2: there are 2"):
+        asked_device("cuda:2")
+
+
+@pytest.fixture
+def shipped(files, tmp_path):
+    """Paths of two benchmarks' YAMLs, the second without boxes."""
+    paths = []
+    for kind in ("refcoco", "gqa"):
+        paths.append(tmp_path / f"{kind}.yaml")
+        paths[-1].write_text(json.dumps({k: v for k, v in getattr(files, kind)().items() if k != "name"}))
+    return [str(path) for path in paths]
+
+
+def test_all_benchmarks_are_looked_at_before_any_is_asked(files, shipped):
+    prepared = prepare(",".join(shipped), {"limit": 2, "split": None})
+    assert [(benchmark.name, benchmark.limit, benchmark.split) for benchmark in prepared] == [
+        ("refcoco", 2, "val"), ("gqa", 2, "")]  # fmt: skip
+    for options, says in [
+        ({"limt": 3}, "Unknown key limt .*Did you mean limit"),
+        ({"limit": "x"}, "limit=x must be a whole number"),
+        ({"split": "tset"}, "refcoco, split 'tset': there are no questions"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            prepare(shipped, options)
+    with pytest.raises(ValueError, match="mini_gqa has no folder of its own"):
+        prepare("mini_gqa")
+    with pytest.raises(ValueError, match="nowhere.*does not exist"):
+        prepare("mini_gqa", root=files.path / "nowhere")
+    (files.path / "images/7.png").unlink()
+    with pytest.raises(ValueError, match="refcoco: the image .*7.png is missing"):
+        prepare(shipped)
+
+
+def test_relevance_is_measured_where_there_are_boxes(shipped):
+    assert prepare_one(shipped[0], {"limit": 1}, boxes=True).limit == 1
+    assert prepare_one(shipped[1]).name == "gqa"
+    with pytest.raises(ValueError, match="has no boxes that relevance could lie in"):
+        prepare_one(shipped[1], boxes=True)
+    with pytest.raises(ValueError, match=r"is a group of benchmarks: .*gqa\.yaml\. Name one"):
+        prepare_one(",".join(shipped))
+
+
+def test_results_of_another_split_have_a_folder_of_their_own():
+    assert [results_name("mini_gqa", split) for split in (None, "val", "test")] == [
+        "mini_gqa", "mini_gqa", "mini_gqa-test"]  # fmt: skip

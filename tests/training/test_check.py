@@ -47,6 +47,21 @@ def test_a_first_stage_whose_llm_would_be_lost_is_found_before_it(way, message):
         check(load_config([*SECOND_STAGE, "recipe.start_from=runs/x-align"]), after=first)
 
 
+@pytest.mark.parametrize("key", ["backbone.weights", "llm.weights", "projector.weights"])
+def test_local_weights_are_looked_for(tmp_path, key):
+    settings = ["projector=qformer", "llm.pretrained=true", f"{key}={tmp_path / 'nowhere'}"]
+    with pytest.raises(ValueError, match=rf"{key}={tmp_path}/nowhere: there is no such file or folder"):
+        check(load_config(settings))
+
+
+def test_what_is_malformed_is_no_question_of_force(tmp_path):
+    (tmp_path / "a.json").write_text('[{"id": "x", "conversations": "none"}]')
+    settings = ["data=llava", f"data.json={tmp_path / 'a.json'}", f"data.image_root={tmp_path}"]
+    with pytest.raises(ValueError, match=r"a\.json.*x") as found:
+        check(load_config(settings), force=True)
+    assert "--force" not in str(found.value)
+
+
 def test_memory_is_a_mistake_that_can_be_forced(monkeypatch):
     monkeypatch.setattr(session, "device_memory", lambda: 2**20)
     with pytest.raises(ValueError, match="This run cannot work.*--force starts it anyway"):
@@ -109,3 +124,36 @@ def test_the_command_says_which_stage_and_leaves_no_trace(tmp_path, capsys, line
     assert f"{says}Unknown recipe.loss 'sum'" in capsys.readouterr().err
     assert main(["train", "--check", *line, f"runs_dir={runs}"]) == 0
     assert not runs.exists()
+
+
+SMALL = ["data.train_images=20", "data.val_images=10", "data.test_images=10", "data.val_items=6", "data.test_items=6"]
+
+
+@pytest.mark.parametrize("stages", [False, True])
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("evaluate.benchmarks=pope", "evaluate.benchmarks: pope, split"),
+        ("evaluate.benchmarks=mini,pop", "Unknown benchmark 'pop'"),
+        ("evaluate.split=tset", "evaluate.benchmarks: mini_pope, split 'tset'"),
+        ("evaluate.relevance=mini_gqa", "evaluate.relevance: mini_gqa has no boxes"),
+        ("evaluate.relevance=mini", "evaluate.relevance: mini is a group of benchmarks"),
+    ],
+)
+def test_what_a_run_is_scored_on_is_looked_at(tmp_path, capsys, stages, setting, says):
+    """By `--check`, and before training starts: an earlier run then keeps its folder."""
+    recipe = ["recipe=mini_two_stage"] if stages else []
+    line = ["train", *recipe, *SMALL, f"runs_dir={tmp_path / 'runs'}", "run_id=x", setting]
+    assert main([*line, "--check"]) == 2
+    if not stages:
+        (tmp_path / "runs/x").mkdir(parents=True)
+        assert main([*line, "--overwrite"]) == 2
+        assert (tmp_path / "runs/x").is_dir() and not list((tmp_path / "runs/x").iterdir())
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count(says) == 1 + (not stages) and ("Stage finetune: " in said) == (stages and "Unknown" not in says)
+
+
+def test_the_miniature_s_own_benchmarks_come_with_its_data(tmp_path):
+    line = ["train", "--check", *SMALL, f"runs_dir={tmp_path / 'runs'}"]
+    assert main([*line, "evaluate.relevance=mini_refcoco", "evaluate.split=test"]) == 0
+    assert not (tmp_path / "runs").exists()

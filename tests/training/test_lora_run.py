@@ -235,7 +235,7 @@ def test_a_run_of_another_model_is_refused(tmp_path, base, overrides, message):
 def test_the_command_says_so_before_it_reads_the_llm(colors, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("prism_deco.training.run.build_model", None)
     data = ["data=llava", f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}"]
-    command = ["train", *SMALL, *data, f"runs_dir={tmp_path}", "recipe.start_from=nowhere"]
+    command = ["train", *SMALL, *data, f"runs_dir={tmp_path}", "recipe.start_from=nowhere", "evaluate.benchmarks=null"]
     assert main(command) == 2
     assert "recipe.start_from=nowhere holds no finished model: train that run first" in capsys.readouterr().err
 
