@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prism_deco.config import is_free
 from prism_deco.files import write_json
 from prism_deco.sweep.expand import Cell
-from prism_deco.sweep.spec import is_free
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prism_deco.config import choices, load_choice, parse_value
+from prism_deco.config import choices, is_free, load_choice, parse_value
 from prism_deco.registry import unknown
 
 LAUNCHERS = ("local", "slurm")
@@ -21,9 +21,6 @@ PART_KEYS = ("settings", "rows", "axes", "choose")
 
 PART = "part"
 """The label that says which part of a sweep a cell belongs to."""
-
-FREE = ("trainer", "trainer.", "evaluate.", "recipe.micro_batch_size", "data.num_workers", "runs_dir")
-"""Settings that say where and how a cell runs, not what it is: an unfinished run may continue under other ones."""
 
 BENCHMARKS = "evaluate.benchmarks"
 """Its commas make one list: two cells that differ only in their scoring would be one training done twice."""
@@ -138,11 +135,6 @@ def split_values(text: str) -> list[str]:
 def scalar(text: str) -> Any:
     """The value of an axis as YAML reads it; it has composed, so that it is valid."""
     return parse_value("value", text)
-
-
-def is_free(key: str) -> bool:
-    """Whether an unfinished cell may continue under another value of this key."""
-    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
 
 
 def _set(spec: Spec, key: str, text: str) -> None:

@@ -12,18 +12,14 @@ from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
-from prism_deco.config import default_run_id, read_config, save_config
+from prism_deco.config import default_run_id, is_free, read_config, save_config
 from prism_deco.training.checkpoints import CHECKPOINTS, newest_checkpoint, remove_leftovers
 from prism_deco.training.status import THROUGH, read_status
 
 log = logging.getLogger(__name__)
 
-FREE = ("trainer.", "recipe.micro_batch_size", "data.num_workers", "evaluate.", "runs_dir")
-"""Keys that may change when a run goes on: none of them changes what is learned, but for rounding and, where the loss
-is a mean over micro-batches, for `_CUT`."""
-
 _CUT = ("recipe.micro_batch_size", "trainer.devices", "trainer.num_nodes")
-"""How records fall into micro-batches."""
+"""How records fall into micro-batches: where the loss is a mean over these, what is learned depends on it."""
 
 _LOCK = ".lock"
 
@@ -82,7 +78,7 @@ def holds_run(config: DictConfig) -> bool:
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} exists and is no run (it has no config.yaml). Choose another run_id=NAME.")
     earlier, now = flat(read_config(folder / "config.yaml")), flat(config)
-    differing = [key for key in sorted(earlier | now) if earlier.get(key) != now.get(key) and not key.startswith(FREE)]
+    differing = [key for key in sorted(earlier | now) if earlier.get(key) != now.get(key) and not is_free(key)]
     if differing:
         listed = "; ".join(f"{key} was {earlier.get(key)!r} and is {now.get(key)!r}" for key in differing[:5])
         raise ValueError(

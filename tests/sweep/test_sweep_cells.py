@@ -4,9 +4,9 @@ import functools
 
 import pytest
 
-from prism_deco.config import choices
+from prism_deco.config import choices, is_free
 from prism_deco.sweep import expand, parse
-from prism_deco.sweep.spec import is_free, split_values
+from prism_deco.sweep.spec import split_values
 
 GENERALIZATION = {  # the rows of the paper's Table 3
     "B1": ("siglip_so400m_224", "phi2"),
