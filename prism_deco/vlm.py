@@ -93,11 +93,13 @@ class VLM(nn.Module):
         return self
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Casts what a file holds, tensor by tensor; computed buffers, such as rotary frequencies, stay exact."""
+        """Casts what a file holds, tensor by tensor, but for a projector that asks for another type
+        (`Projector.compute_dtype`); computed buffers, such as rotary frequencies, stay exact."""
         stored = self.state_dict().keys()
-        buffers = (buffer for name, buffer in self.named_buffers() if name in stored)
-        for tensor in (*self.parameters(), *buffers):
-            tensor.data = tensor.data.to(dtype)
+        own = self.projector.compute_dtype or dtype
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if name in stored:
+                tensor.data = tensor.data.to(own if name.startswith("projector.") else dtype)
 
     @torch.no_grad()
     def features(self, pixels: dict[str, Tensor]) -> Tensor:

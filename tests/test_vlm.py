@@ -188,3 +188,15 @@ def test_nothing_flows_back_into_the_features(tiny):
     vlm, _ = tiny()
     vlm.backbone.requires_grad_(True)
     assert not vlm.features(_pixels(vlm, 1)).requires_grad
+
+
+@pytest.mark.parametrize(("projector", "inside"), [("d_abstractor", torch.float32), ("avgpool", torch.bfloat16)])
+def test_half_precision_leaves_out_a_projector_that_asks_for_more(tiny, projector, inside):
+    vlm, language = tiny("mini_llama", projector)
+    vlm.float().cast(torch.bfloat16)
+    assert {p.dtype for p in vlm.projector.parameters()} == {inside}
+    assert {p.dtype for part in (vlm.backbone, vlm.lm) for p in part.parameters()} == {torch.bfloat16}
+    pixels = {name: value.bfloat16() for name, value in _pixels(vlm, 1).items()}
+    tokens = vlm.visual_tokens(pixels)
+    assert tokens.dtype == torch.bfloat16 and tokens.isfinite().all()
+    vlm(build_batch([language.encode(TALK, num_images=1)], 4, pixels=pixels))

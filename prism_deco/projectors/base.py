@@ -32,7 +32,7 @@ class Projector(nn.Module):
     """What `compress` does, for telling kept features apart: avg | max; None where it does nothing."""
 
     compute_dtype: ClassVar[torch.dtype | None] = None
-    """What sharded weights are gathered and computed in; None is the run's precision."""
+    """What its weights are computed in where others are in half precision, sharded or cast; None: like the others."""
 
     def __init__(self, in_dim: int, out_dim: int, in_grid: tuple[int, int], out_grid: tuple[int, int]):
         super().__init__()
