@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,14 +105,14 @@ class Model:
                 are merged before that.
 
         Raises:
-            ValueError: there is something in the folder already.
+            UsageError: there is something in the folder already.
         """
         save_folder(Path(folder), self.config, self.vlm, self.llm, dtype=dtype, max_shard_size=max_shard_size)
 
     def _visual(self, images: Sequence[ImageLike], prompts: Sequence[str]) -> list[list[Tensor]]:
         """Visual tokens per question; images that are no tensors yet are encoded in one batch."""
         if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images for {len(prompts)} prompts: give one image (or None) per prompt.")
+            raise UsageError(f"{len(images)} images for {len(prompts)} prompts: give one image (or None) per prompt.")
         pending = [image for image in images if image is not None and not isinstance(image, Tensor)]
         encoded = iter(self.encode_images(pending))
         return [[] if image is None else [image] if isinstance(image, Tensor) else [next(encoded)] for image in images]
@@ -125,11 +126,11 @@ def load(run: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype
         dtype: casts the weights; None keeps them as they were saved (float32 master weights).
 
     Raises:
-        ValueError: the folder holds no finished model, or its files do not fit together.
+        UsageError: the folder holds no finished model, or its files do not fit together.
     """
     folder = Path(run)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
+        raise UsageError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
     vlm, llm, config = load_model(folder / "model" if (folder / "model").is_dir() else folder)
     if dtype is not None:
         vlm.cast(dtype)

@@ -60,7 +60,7 @@ class Chat:
         """Streams the answer, and adds both to the conversation; returns the answer.
 
         Raises:
-            ValueError: the conversation fills the LLM's positions.
+            UsageError: the conversation fills the LLM's positions.
         """
         model = self.model
         asked: Message = {"role": "user", "content": question}

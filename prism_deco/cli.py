@@ -8,6 +8,7 @@ import sys
 import warnings
 
 from prism_deco import commands
+from prism_deco.errors import UsageError
 
 log = logging.getLogger("prism_deco")
 
@@ -19,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     _configure_logging(debug=args.debug)
     try:
         return args.command(args) or 0
-    except (ValueError, OSError) as error:
+    except (UsageError, OSError) as error:
         if args.debug:
             raise
         sys.stderr.write(f"prism-deco: error: {' '.join(str(error).split())}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from typing import Any
 
 import torch
@@ -49,17 +50,17 @@ def build_model(
         defer_llm: leave the LLM on the meta device, for a caller that reads its weights in pieces.
 
     Raises:
-        ValueError: the parts do not fit together (grid, tokens, positions), or the recipe is no single run.
+        UsageError: the parts do not fit together (grid, tokens, positions), or the recipe is no single run.
     """
     import_plugins(config.plugins)
     recipe = config.recipe
     if recipe.stages:
-        raise ValueError(
+        raise UsageError(
             f"recipe={recipe.name} is made of stages, each a run of its own: name one of them "
             f"({'; '.join(f'{name}: {stage[0]}' for name, stage in recipe.stages.items())})."
         )
     if recipe.turn_mask == "block" and recipe.image_slot == "in_place":
-        raise ValueError(
+        raise UsageError(
             "recipe.turn_mask=block needs recipe.image_slot=after_bos: in place, the image belongs to the round that "
             "shows it, and later rounds would not see it."
         )
@@ -68,7 +69,7 @@ def build_model(
     backbone = build_backbone(group(config, "backbone"), pretrained=not bare, device=device)
     way = tuning(recipe.lm)
     if way.quantize and config.trainer.strategy == "fsdp":
-        raise ValueError(
+        raise UsageError(
             f"recipe.lm={recipe.lm} cannot be sharded: choose trainer=gpu or trainer=ddp, or recipe.lm=lora."
         )
     place = "meta" if defer_llm else device
@@ -76,7 +77,7 @@ def build_model(
     with device:
         projector = compose_projector(config, backbone, llm, bare=bare)
     if projector.num_tokens >= max_positions(config, llm):
-        raise ValueError(
+        raise UsageError(
             f"{projector.num_tokens} visual tokens leave no room for text in {max_positions(config, llm)} positions of "
             f"{config.llm.name}: choose fewer (projector.num_tokens=...) or another LLM."
         )

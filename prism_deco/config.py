@@ -9,6 +9,7 @@ there is the default and its type.
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import difflib
 import math
 import os
@@ -61,7 +62,7 @@ def load_choice(group: str, choice: str) -> dict[str, Any]:
     if not path.is_file():
         if path.parent == CONF_DIR / group:
             raise unknown(group, choice, choices(group))
-        raise ValueError(f"{group}={choice}: there is no such file.")
+        raise UsageError(f"{group}={choice}: there is no such file.")
     return {"name": path.stem} | read_yaml(path)
 
 
@@ -72,7 +73,7 @@ def load_config(overrides: Iterable[str] = ()) -> DictConfig:
         overrides: `group=choice` and `key=value` pairs, as on the command line.
 
     Raises:
-        ValueError: an unknown choice or key (with the nearest valid ones), a value of a wrong type or out of range.
+        UsageError: an unknown choice or key (with the nearest valid ones), a value of a wrong type or out of range.
     """
     chosen, values = _split(overrides)
     defaults = read_yaml(CONF_DIR / "config.yaml")
@@ -108,12 +109,12 @@ def validate(config: DictConfig) -> None:
     Not what was saved with a run: that one was accepted once, by this version's rules or an earlier one's.
 
     Raises:
-        ValueError: the first key whose value is not allowed, and what is; or a reference (`${...}`) to nothing.
+        UsageError: the first key whose value is not allowed, and what is; or a reference (`${...}`) to nothing.
     """
     try:
         content = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}.") from error
+        raise UsageError(f"{error.full_key}: {str(error).splitlines()[0]}.") from error
 
     def refers(key: str) -> bool:
         group, _, leaf = key.rpartition(".")
@@ -132,7 +133,7 @@ def validate(config: DictConfig) -> None:
             raise unknown(key, value, rule)
     run_id = config.run_id or default_run_id(config)
     if run_id in (".", "..") or "/" in run_id or "\\" in run_id:
-        raise ValueError(f"run_id={run_id} must be a single name, not a path: runs_dir=FOLDER says where the run lies.")
+        raise UsageError(f"run_id={run_id} must be a single name, not a path: runs_dir=FOLDER says where the run lies.")
 
 
 def default_run_id(config: DictConfig) -> str:
@@ -149,7 +150,7 @@ def save_config(config: DictConfig, path: Path) -> None:
 def read_config(path: Path) -> DictConfig:
     """Reads what `save_config` wrote."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: {path.parent} is not a run folder.")
+        raise UsageError(f"{path} does not exist: {path.parent} is not a run folder.")
     return compose(read_yaml(path))
 
 
@@ -157,17 +158,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The content of a YAML file, interpolations left as they are.
 
     Raises:
-        ValueError: it is no valid YAML (with the line), or something else than `key: value` lines.
+        UsageError: it is no valid YAML (with the line), or something else than `key: value` lines.
     """
     try:
         content = _from_yaml(path.read_text(encoding="utf-8"))
     except _NotYAML as error:
         line = f", line {error.line}" if error.line else ""
-        raise ValueError(f"{path}{line}: not valid YAML ({error}).") from error
+        raise UsageError(f"{path}{line}: not valid YAML ({error}).") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8 ({error}).") from error
+        raise UsageError(f"{path}: not a text file in UTF-8 ({error}).") from error
     if not isinstance(content, dict | None):
-        raise ValueError(f"{path}: expected `key: value` lines.")
+        raise UsageError(f"{path}: expected `key: value` lines.")
     return {str(key): value for key, value in (content or {}).items()}
 
 
@@ -175,7 +176,7 @@ def parse_overrides(overrides: Iterable[str]) -> DictConfig:
     """`key=value` pairs as a configuration, values read as YAML.
 
     Raises:
-        ValueError: names the one that is no pair, or whose value is no valid YAML.
+        UsageError: names the one that is no pair, or whose value is no valid YAML.
     """
     config = OmegaConf.create()
     for override in overrides:
@@ -189,12 +190,12 @@ def parse_value(key: str, text: str) -> Any:
     """A value of the command line as YAML reads it: `7` -> 7, `avgpool` -> "avgpool".
 
     Raises:
-        ValueError: it is no valid YAML; names the key.
+        UsageError: it is no valid YAML; names the key.
     """
     try:
         return _from_yaml(text)
     except _NotYAML as error:
-        raise ValueError(f"{key}={text}: the value of {key} is not valid YAML ({error}).") from error
+        raise UsageError(f"{key}={text}: the value of {key} is not valid YAML ({error}).") from error
 
 
 class _NotYAML(Exception):
@@ -227,14 +228,14 @@ def _check_range(key: str, value: Any, bounds: Range) -> None:
     shown = ",".join(f"{number:g}" if isinstance(number, float) else str(number) for number in numbers)
     finite = "" if all(map(math.isfinite, numbers)) else "finite and "
     if numbers is value:
-        raise ValueError(f"{key}=[{shown}] must be {finite}{bounds}, each.")
-    raise ValueError(f"{key}={shown} must be {finite}{bounds}.")
+        raise UsageError(f"{key}=[{shown}] must be {finite}{bounds}, each.")
+    raise UsageError(f"{key}={shown} must be {finite}{bounds}.")
 
 
 def _pair(override: str) -> tuple[str, str]:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"{override!r} is not an override: write key=value, for example projector=avgpool.")
+        raise UsageError(f"{override!r} is not an override: write key=value, for example projector=avgpool.")
     return key, text
 
 
@@ -274,12 +275,12 @@ def _merge(config: DictConfig, update: DictConfig, source: str = "") -> DictConf
         raise _unknown_key(config, update, source) from error
     except (ValidationError, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{source or error.full_key}: {reason}.") from error
+        raise UsageError(f"{source or error.full_key}: {reason}.") from error
     assert isinstance(merged, DictConfig)
     return merged
 
 
-def _unknown_key(config: DictConfig, update: DictConfig, source: str) -> ValueError:
+def _unknown_key(config: DictConfig, update: DictConfig, source: str) -> UsageError:
     """Names the first key of `update` that `config` does not have, and the nearest that it has."""
     valid = set(_keys(config))
     wrong = next((key for key in _keys(update) if key not in valid), source)
@@ -289,7 +290,7 @@ def _unknown_key(config: DictConfig, update: DictConfig, source: str) -> ValueEr
     hint = f" Did you mean {' or '.join(sorted(near)[:3])}?" if near else ""
     parent = wrong.rpartition(".")[0]
     siblings = sorted(key for key in valid if key.rpartition(".")[0] == parent)
-    return ValueError(f"Unknown key {wrong}.{hint} Keys of {parent or 'the configuration'}: {', '.join(siblings)}.")
+    return UsageError(f"Unknown key {wrong}.{hint} Keys of {parent or 'the configuration'}: {', '.join(siblings)}.")
 
 
 def _keys(config: DictConfig, prefix: str = "") -> Iterable[str]:

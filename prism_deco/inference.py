@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from collections.abc import Sequence
 from typing import cast
 
@@ -63,7 +64,7 @@ def _generate(
     batch = _prompt_batch(vlm, llm, encoded)
     room = llm.max_positions - batch.input_ids.shape[1]
     if room < 1:
-        raise ValueError(
+        raise UsageError(
             f"A prompt of {batch.input_ids.shape[1]} positions, image included, leaves no room for an answer in the "
             f"LLM's {llm.max_positions}: shorten it."
         )
@@ -88,7 +89,7 @@ def first_token_probabilities(
     choice as its answer, so that a leading space or its absence is as in training.
 
     Raises:
-        ValueError: two choices begin with the same token.
+        UsageError: two choices begin with the same token.
     """
     prompt_ids = [_prompt(llm, p, len(v)) for p, v in zip(prompts, visual, strict=True)]
     candidates = torch.tensor([_first_ids(llm, p, e, choices) for p, e in zip(prompts, prompt_ids, strict=True)])
@@ -119,7 +120,7 @@ def answer_losses(
     device = vlm.lm.get_input_embeddings().weight.device
     batch = build_batch(encoded, vlm.projector.num_tokens).to(device)  # type: ignore[arg-type]
     if batch.input_ids.shape[1] > llm.max_positions:
-        raise ValueError(
+        raise UsageError(
             f"Question, answer and image take {batch.input_ids.shape[1]} positions, the LLM has {llm.max_positions}: "
             "shorten the text."
         )
@@ -140,14 +141,14 @@ def answer_ids(llm: LanguageModel, encoded: Encoded) -> list[int]:
     whitespace before it.
 
     Raises:
-        ValueError: the answer is empty.
+        UsageError: the answer is empty.
     """
     ids = [label for label in encoded.labels if label != IGNORE]
     end = len(ids)
     while end and (ids[end - 1] in llm.eos_ids or not str(llm.tokenizer.decode([ids[end - 1]])).strip()):
         end -= 1
     if not end:
-        raise ValueError("The answer is empty.")
+        raise UsageError("The answer is empty.")
     return ids[:end]
 
 
@@ -163,7 +164,7 @@ def _first_ids(llm: LanguageModel, prompt: str, encoded: Encoded, choices: Seque
         whole = llm.encode(messages, num_images=len(encoded.image_slots)).input_ids
         ids.append(whole[len(encoded.input_ids)])
     if len(set(ids)) < len(choices):
-        raise ValueError(f"The choices {', '.join(choices)} do not begin with different tokens of this tokenizer.")
+        raise UsageError(f"The choices {', '.join(choices)} do not begin with different tokens of this tokenizer.")
     return ids
 
 

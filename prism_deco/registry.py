@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import difflib
 import importlib
 import pkgutil
@@ -11,12 +12,12 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-def unknown(kind: str, name: str, choices: Iterable[str]) -> ValueError:
+def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
     """The error for a name that is not among the choices: nearest names first, then all of them."""
     choices = sorted(choices)
     near = difflib.get_close_matches(name, choices, n=3)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return ValueError(f"Unknown {kind} {name!r}.{hint} Choices: {', '.join(choices) or 'none'}.")
+    return UsageError(f"Unknown {kind} {name!r}.{hint} Choices: {', '.join(choices) or 'none'}.")
 
 
 class Registry(Generic[T]):
@@ -39,14 +40,14 @@ class Registry(Generic[T]):
 
         def add(entry: T) -> T:
             if name in self._entries:
-                raise ValueError(f"The {self.kind} {name!r} is registered twice: choose another name.")
+                raise UsageError(f"The {self.kind} {name!r} is registered twice: choose another name.")
             self._entries[name] = entry
             return entry
 
         return add
 
     def get(self, name: str) -> T:
-        """The component of that exact name; `ValueError` lists the choices otherwise."""
+        """The component of that exact name; `UsageError` lists the choices otherwise."""
         if name not in self._entries:
             self._discover()
         if name not in self._entries:
@@ -72,7 +73,7 @@ def import_plugins(modules: Iterable[str]) -> None:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
-            raise ValueError(
+            raise UsageError(
                 f"The plug-in module {module!r} cannot be imported ({error}). Install it, or put its folder on "
                 "PYTHONPATH."
             ) from error

@@ -3,6 +3,7 @@ and its driver imports nothing heavy."""
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import json
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,11 +19,11 @@ _IMAGES = {"limit", "val_fraction", "draft_jpeg"}
 
 
 def mode(config: DictConfig) -> str:
-    """off | on | auto, as `trainer.feature_cache` says; `ValueError` where it says something else."""
+    """off | on | auto, as `trainer.feature_cache` says; `UsageError` where it says something else."""
     if config.trainer.feature_cache not in MODES:
         raise unknown("trainer.feature_cache", config.trainer.feature_cache, set(MODES.values()))
     if config.trainer.feature_cache_runs < 1:
-        raise ValueError(f"trainer.feature_cache_runs={config.trainer.feature_cache_runs} must be at least 1.")
+        raise UsageError(f"trainer.feature_cache_runs={config.trainer.feature_cache_runs} must be at least 1.")
     return MODES[config.trainer.feature_cache]
 
 

@@ -12,6 +12,7 @@ The last stage is the run itself; the others are runs beside it (`<run_id>-align
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 import os
 import signal
@@ -55,7 +56,7 @@ def split(arguments: Sequence[str]) -> list[Stage]:
     `align.recipe.lr=1e-4` addresses the stage `align`; other arguments concern all stages.
 
     Raises:
-        ValueError: a stage whose configuration does not compose.
+        UsageError: a stage whose configuration does not compose.
     """
     named = [argument for argument in arguments if argument.startswith("recipe=")]
     recipe = load_choice("recipe", named[-1].partition("=")[2]) if named else {}
@@ -113,7 +114,7 @@ def _compose(name: str, arguments: Sequence[str]) -> DictConfig:
     try:
         return load_config(arguments)
     except ValueError as error:
-        raise ValueError(f"Stage {name}: {error}") from error
+        raise UsageError(f"Stage {name}: {error}") from error
 
 
 def _environment(number: int) -> dict[str, str]:

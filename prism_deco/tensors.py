@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,12 +29,12 @@ def open_safetensors(file: Path, way_out: str = _WAY_OUT) -> Any:
         way_out: what to do about a file that cannot be read.
 
     Raises:
-        ValueError: it is not there, damaged, or no safetensors file.
+        UsageError: it is not there, damaged, or no safetensors file.
     """
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{file} cannot be read as safetensors ({error}): it is incomplete or damaged. {way_out}"
         ) from error
 
@@ -44,7 +45,7 @@ def open_tensors(file: Path) -> Mapping[str, Tensor]:
     Of a pickle anything but tensors is left out, and a state dict under `state_dict` or `model` is found.
 
     Raises:
-        ValueError: it is not there, damaged, or would have to run code to be read.
+        UsageError: it is not there, damaged, or would have to run code to be read.
     """
     return _Safetensors(file) if file.suffix == SAFETENSORS else _unpickled(file)
 
@@ -77,7 +78,7 @@ def indexed_files(path: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} lists no shards: it is damaged, or of another kind. Fetch it again.") from error
+        raise UsageError(f"{index} lists no shards: it is damaged, or of another kind. Fetch it again.") from error
     return sorted(index.with_name(name) for name in names)
 
 
@@ -103,12 +104,12 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch's reader stumbles over in a damaged file, up to an `AssertionError`
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-        raise ValueError(
+        raise UsageError(
             f"{file} cannot be read ({reason}): it is incomplete or damaged, or holds more than tensors, and nothing "
             "else is unpickled. Fetch or write it again, or save its state dict as safetensors or with torch.save."
         ) from error
     for wrapper in _WRAPPERS:
         state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
     if not isinstance(state, dict):
-        raise ValueError(f"{file} holds no state dict but a {type(state).__name__}.")
+        raise UsageError(f"{file} holds no state dict but a {type(state).__name__}.")
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}

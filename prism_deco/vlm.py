@@ -5,6 +5,7 @@ A plain `nn.Module`; it knows nothing of trainers, configurations or files.
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -66,9 +67,9 @@ class VLM(nn.Module):
     ):
         super().__init__()
         if turn_mask not in ("causal", "block"):
-            raise ValueError(f"turn_mask={turn_mask!r} is unknown; choices: causal, block.")
+            raise UsageError(f"turn_mask={turn_mask!r} is unknown; choices: causal, block.")
         if (projector.in_grid, projector.in_dim) != (backbone.grid, backbone.embed_dim):
-            raise ValueError(
+            raise UsageError(
                 f"The projector was built for grid {projector.in_grid} of {projector.in_dim} channels, the backbone "
                 f"gives grid {backbone.grid} of {backbone.embed_dim}."
             )
@@ -124,7 +125,7 @@ class VLM(nn.Module):
             device: where the backbone computes meanwhile; None: where the model is.
         """
         if self.feature_mean is None or self.feature_std is None:
-            raise ValueError("The model was built without standardise_features.")
+            raise UsageError("The model was built without standardise_features.")
         home = self.feature_mean.device
         device = device or home
         self.backbone.to(device)

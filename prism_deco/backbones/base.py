@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -55,13 +56,13 @@ class VisionBackbone(nn.Module):
         """dict[tower, float[B, 3, S, S]] -> float[B, N, D], in the dtype of the weights; `FEATURES` as they are.
 
         Raises:
-            ValueError: the pixels of a tower are missing.
+            UsageError: the pixels of a tower are missing.
         """
         if FEATURES in pixels:
             return pixels[FEATURES]
         missing = [name for name in self.towers if name not in pixels]
         if missing:
-            raise ValueError(
+            raise UsageError(
                 f"No pixels for the towers {', '.join(missing)} (there are: {', '.join(pixels) or 'none'}). "
                 "Prepare images with the backbone's own transform."
             )
@@ -114,7 +115,7 @@ def build_backbone(
         options: replace keys of the choice (`weights`, `layer`, `resize` or the family's own).
 
     Raises:
-        ValueError: unknown names, weights that are not there or do not fit.
+        UsageError: unknown names, weights that are not there or do not fit.
     """
     content = dict(load_choice("backbone", choice) if isinstance(choice, str) else choice) | options
     family = content.pop("family")
@@ -122,5 +123,5 @@ def build_backbone(
     if image_size is not None:
         content["image_size"] = image_size
     if content["pretrained"] and device is not None and torch.device(device).type == "meta":
-        raise ValueError("Weights cannot be loaded on the meta device: build with pretrained=False.")
+        raise UsageError("Weights cannot be loaded on the meta device: build with pretrained=False.")
     return BACKBONES.get(family)(device=device, **content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class Ensemble(VisionBackbone):
         pretrained, layer, resize, device: as for one tower, for all of them.
 
     Raises:
-        ValueError: the grids differ, or `weights` lacks a tower.
+        UsageError: the grids differ, or `weights` lacks a tower.
     """
 
     def __init__(
@@ -55,14 +56,14 @@ class Ensemble(VisionBackbone):
             for tower in towers
         ]
         if not members:
-            raise ValueError(f"The ensemble {name} has no towers: list at least one under `towers`.")
+            raise UsageError(f"The ensemble {name} has no towers: list at least one under `towers`.")
         self.members = nn.ModuleList(members)
         self.towers = tuple(tower for member in members for tower in member.towers)
         if len(set(self.towers)) < len(self.towers):
-            raise ValueError(f"The ensemble {name} lists a tower twice: {', '.join(self.towers)}.")
+            raise UsageError(f"The ensemble {name} lists a tower twice: {', '.join(self.towers)}.")
         if len({member.grid for member in members}) > 1:
             grids = ", ".join(f"{member.towers[0]} {member.grid[0]}x{member.grid[1]}" for member in members)
-            raise ValueError(
+            raise UsageError(
                 f"The towers of the ensemble {name} have different patch grids ({grids}), so their features cannot be "
                 "concatenated: choose towers of one grid, or an image_size that gives them one."
             )
@@ -87,7 +88,7 @@ class Ensemble(VisionBackbone):
 def _weights_of(tower: str, folder: str) -> str:
     found = [path for end in ("", *SUFFIXES) if (path := Path(folder) / f"{tower}{end}").exists()]
     if not found:
-        raise ValueError(
+        raise UsageError(
             f"weights={folder} holds nothing for the tower {tower}: an ensemble takes a folder with "
             f"{tower}.safetensors (or a folder {tower}/) and the like for its other towers."
         )

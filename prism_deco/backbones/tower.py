@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 from collections.abc import Mapping
 from typing import ClassVar
@@ -87,7 +88,7 @@ class Tower(VisionBackbone):
     def features(self, pixels: Mapping[str, Tensor]) -> Tensor:
         images = pixels[self.towers[0]]
         if images.ndim != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(
+            raise UsageError(
                 f"{self.towers[0]} was built for images [batch, 3, {self.image_size}, {self.image_size}] and got "
                 f"{list(images.shape)}: prepare them with the backbone's transform, or build it with that image_size."
             )

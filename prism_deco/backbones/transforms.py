@@ -108,7 +108,7 @@ def frame(size: tuple[int, int], side: int, resize: str) -> Frame:
     """The geometry of an image of `size` (width, height) for an input of `side` pixels.
 
     Raises:
-        ValueError: `resize` is not one of `STRATEGIES`.
+        UsageError: `resize` is not one of `STRATEGIES`.
     """
     if resize not in STRATEGIES:
         raise unknown("resize", resize, STRATEGIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from typing import Any, cast
 
 import open_clip.transformer
@@ -33,7 +34,7 @@ class Trunk(nn.Module):
         self.vit = vit
         self.depth = len(self.blocks)
         if not -self.depth <= layer < self.depth:
-            raise ValueError(
+            raise UsageError(
                 f"layer={layer} is outside this tower of {self.depth} blocks: "
                 f"choose {-self.depth} to {self.depth - 1} (-2 is the second-to-last)."
             )
@@ -107,6 +108,6 @@ def timm_trunk(vit: Any, image_size: int, layer: int) -> TimmTrunk:
 
 
 def check_image_size(image_size: int, patch_size: int) -> None:
-    """`ValueError` for an input that holds no patch."""
+    """`UsageError` for an input that holds no patch."""
     if image_size < patch_size:
-        raise ValueError(f"image_size={image_size} is smaller than one patch of {patch_size} px.")
+        raise UsageError(f"image_size={image_size} is smaller than one patch of {patch_size} px.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 import math
 from pathlib import Path
@@ -32,7 +33,7 @@ def locate(name: str, weights: str | None, hub: str | None, file: str | None, fi
         hub, file, file_gb: hub repository, file in it, and that file's size in GB.
 
     Raises:
-        ValueError: it is not there and cannot be fetched; says what is wanted and how to go on.
+        UsageError: it is not there and cannot be fetched; says what is wanted and how to go on.
     """
     way_out = (
         "Point at a local file or folder with backbone.weights=PATH (open_clip, timm and Hugging Face layouts are "
@@ -41,10 +42,10 @@ def locate(name: str, weights: str | None, hub: str | None, file: str | None, fi
     if weights is not None:
         path = ASSETS / f"{weights.removeprefix(ASSET)}.safetensors" if weights.startswith(ASSET) else Path(weights)
         if not path.exists():
-            raise ValueError(f"The weights of {name} are not at {path}. {way_out}")
+            raise UsageError(f"The weights of {name} are not at {path}. {way_out}")
         return path
     if hub is None or file is None:
-        raise ValueError(f"The choice {name} names neither `weights` nor a `hub` repository with a `file`. {way_out}")
+        raise UsageError(f"The choice {name} names neither `weights` nor a `hub` repository with a `file`. {way_out}")
     cached = try_to_load_from_cache(hub, file)
     if isinstance(cached, str):
         return Path(cached)
@@ -53,7 +54,7 @@ def locate(name: str, weights: str | None, hub: str | None, file: str | None, fi
     try:
         return Path(hf_hub_download(hub, file))
     except (OSError, HfHubHTTPError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{name} needs the file {file}{size} of https://huggingface.co/{hub}: it is not in the local cache and "
             f"could not be fetched ({type(error).__name__}). {way_out}"
         ) from error
@@ -65,14 +66,14 @@ def load_trunk(trunk: Trunk, path: Path, name: str, device: torch.device) -> Non
     The position table is resampled from its own grid to the trunk's (bicubic, antialiased).
 
     Raises:
-        ValueError: unreadable file, unknown layout, keys missing or left over, wrong shapes.
+        UsageError: unreadable file, unknown layout, keys missing or left over, wrong shapes.
     """
     files = _files(path)
     where = {key: file for file in files for key in open_tensors(file)}
     vision, stray = split_vision(where)
     layout = recognise(vision)
     if layout is None:
-        raise ValueError(
+        raise UsageError(
             f"{path}: the keys are those of no known vision tower (open_clip, timm, Hugging Face CLIP, SigLIP or "
             f"DINOv2). The first are: {', '.join(sorted(where)[:5])}."
         )
@@ -99,7 +100,7 @@ def _fit_positions(state: dict[str, Tensor], trunk: Trunk, path: Path) -> None:
         table = table[:, 1:]
     side = math.isqrt(table.shape[1] - prefix)
     if side * side != table.shape[1] - prefix:
-        raise ValueError(f"{path}: the position table of {table.shape[1]} rows belongs to no square patch grid.")
+        raise UsageError(f"{path}: the position table of {table.shape[1]} rows belongs to no square patch grid.")
     if (side, side) != trunk.grid:
         log.info("resampling the position table from %dx%d to %dx%d", side, side, *trunk.grid)
         table = resample_abs_pos_embed(
@@ -121,7 +122,7 @@ def _check(state: dict[str, Tensor], trunk: Trunk, stray: list[str], message: st
     }
     found = [f"{kind}: {', '.join(names[:8])}{' ...' * (len(names) > 8)}" for kind, names in problems.items() if names]
     if found:
-        raise ValueError(f"{message}. Weights {'; '.join(found)}. Is it the file of another model?")
+        raise UsageError(f"{message}. Weights {'; '.join(found)}. Is it the file of another model?")
 
 
 def _files(path: Path) -> list[Path]:
@@ -129,5 +130,5 @@ def _files(path: Path) -> list[Path]:
     found = tensor_files(path)
     if not found or (len(found) > 1 and not indexed_files(path)):
         names = ", ".join(p.name for p in found) or "none"
-        raise ValueError(f"{path}: expected one weight file in the folder and found {names}. Name the file itself.")
+        raise UsageError(f"{path}: expected one weight file in the folder and found {names}. Name the file itself.")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -63,10 +64,10 @@ def bench_cache(
         steps: of a round, which shows every image once.
 
     Raises:
-        ValueError: the ways do not compute the same, or too few rounds.
+        UsageError: the ways do not compute the same, or too few rounds.
     """
     if rounds < 2:
-        raise ValueError(f"rounds={rounds} shows no spread: use 2 or more.")
+        raise UsageError(f"rounds={rounds} shows no spread: use 2 or more.")
     device = torch.device(device)
     torch.manual_seed(seed)
     config = config.copy()
@@ -154,7 +155,7 @@ def _difference(vlm: VLM, batches: Sequence[Batch], device: torch.device) -> flo
     first, second = (float(vlm(batch.to(device)).total) for batch in batches)
     difference = abs(second / first - 1)
     if not difference < TOLERANCE:
-        raise ValueError(f"Live and cached losses differ by {difference:.1e}, so that their times say nothing.")
+        raise UsageError(f"Live and cached losses differ by {difference:.1e}, so that their times say nothing.")
     return difference
 
 

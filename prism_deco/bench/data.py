@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import json
 import logging
 import statistics
@@ -62,17 +63,17 @@ def bench_data(
         images: how many of the first records with one image each are read.
 
     Raises:
-        ValueError: no record has an image, images that are no files, or too few repeats.
+        UsageError: no record has an image, images that are no files, or too few repeats.
     """
     if repeats < 2:
-        raise ValueError(f"repeats={repeats} shows no spread: use 2 or more.")
+        raise UsageError(f"repeats={repeats} shows no spread: use 2 or more.")
     records = open_records(source.train, cache_dir())
     folder = source.images(records)
     if not isinstance(folder, ImageFolder):
-        raise ValueError("The plain loader reads image files: choose a data set whose images are files.")
+        raise UsageError("The plain loader reads image files: choose a data set whose images are files.")
     chosen = [i for i in np.flatnonzero(records.has_image).tolist() if len(records[i].images) == 1][:images]
     if not chosen:
-        raise ValueError(f"{source.train} has no record with an image.")
+        raise UsageError(f"{source.train} has no record with an image.")
     examples = Examples(records, folder, llm, transform, max_text_tokens=2048)
     collate = Collate(tokens_per_image=144, micro_batch_size=micro_batch_size)
     files = [folder.root / records[i].images[0] for i in chosen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import copy
 from collections.abc import Mapping
 from typing import Any, cast
@@ -75,13 +76,13 @@ def build_peer(vlm: VLM, towers: VisionBackbone) -> LlavaForConditionalGeneratio
         towers: what it sees through.
 
     Raises:
-        ValueError: the projector is not `linear` with two layers, the only one that transformers has, or
+        UsageError: the projector is not `linear` with two layers, the only one that transformers has, or
             features or tokens are changed by an option of the recipe.
     """
     projector = vlm.projector
     layers = [m for m in projector.modules() if isinstance(m, nn.Linear)] if isinstance(projector, Linear) else []
     if len(layers) != 2 or vlm.feature_mean is not None or vlm.token_scale is not None or vlm.turn_mask != "causal":
-        raise ValueError("transformers' LLaVA has only the plain two-layer projector: projector=linear recipe=prism")
+        raise UsageError("transformers' LLaVA has only the plain two-layer projector: projector=linear recipe=prism")
     language = cast(Any, vlm.lm)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(hidden_size=projector.in_dim, num_hidden_layers=1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 import statistics
 from collections.abc import Sequence
@@ -83,11 +84,11 @@ def bench_projectors(
         warmup: passes before them that are not timed.
 
     Raises:
-        ValueError: unknown names or dtypes, too few repeats, or sizes a projector refuses.
+        UsageError: unknown names or dtypes, too few repeats, or sizes a projector refuses.
     """
     sizes, device = sizes or Sizes(), torch.device(device)
     if repeats < 2:
-        raise ValueError(f"repeats={repeats} shows no spread: use 2 or more.")
+        raise UsageError(f"repeats={repeats} shows no spread: use 2 or more.")
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 from dataclasses import replace
 from typing import cast
@@ -61,10 +62,10 @@ def bench_train(
         ablation: also our step with each of its means alone.
 
     Raises:
-        ValueError: losses or gradients differ, too few rounds, or a model that the peer has no words for.
+        UsageError: losses or gradients differ, too few rounds, or a model that the peer has no words for.
     """
     if rounds < 2:
-        raise ValueError(f"rounds={rounds} shows no spread: use 2 or more.")
+        raise UsageError(f"rounds={rounds} shows no spread: use 2 or more.")
     device = torch.device(device)
     autocast = config.trainer.precision.startswith("bf16")
     vlm, whole = _models(config, device, seed)
@@ -144,6 +145,6 @@ def _compare(vlm: VLM, ours: Way, peer: Way, autocast: bool) -> Agreement:
     difference = norm([a - b for a, b in zip(*gradients, strict=True)]) / norm(gradients[1])
     agreement = Agreement(abs(losses[0] / losses[1] - 1), float(difference))
     if max(agreement.loss, agreement.gradient) > TOLERANCE[autocast]:
-        raise ValueError(f"The steps do not compute the same, so that their times say nothing: {agreement}")
+        raise UsageError(f"The steps do not compute the same, so that their times say nothing: {agreement}")
     log.info("Losses differ by %.1e, gradients by %.1e of their norm", agreement.loss, agreement.gradient)
     return agreement

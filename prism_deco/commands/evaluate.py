@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import argparse
 import json
 from pathlib import Path
@@ -30,7 +31,7 @@ def evaluate(args: argparse.Namespace) -> None:
     options = options_of([argument for argument in args.arguments if "=" in argument])
     if args.score_only is None:
         if len(folders) != 1:
-            raise ValueError("Name the one run to score, for example: prism-deco evaluate runs/RUN_ID benchmark=mini")
+            raise UsageError("Name the one run to score, for example: prism-deco evaluate runs/RUN_ID benchmark=mini")
         run = Path(folders[0])
         finished_run(run)
         options["benchmarks"] = options.pop("benchmark", None) or _trained_with(run)
@@ -40,9 +41,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
     given = {"--out": args.out, "--dtype": args.dtype, "--device": args.device, "a run": folders}
     if unused := [name for name, value in given.items() if value]:
-        raise ValueError(f"--score-only loads no model and writes nothing: leave out {', '.join(unused)}.")
+        raise UsageError(f"--score-only loads no model and writes nothing: leave out {', '.join(unused)}.")
     if "benchmark" not in options:
-        raise ValueError("Name the benchmark of the predictions, for example: benchmark=pope")
+        raise UsageError("Name the benchmark of the predictions, for example: benchmark=pope")
     show(table([score_file(args.score_only, build_benchmark(options.pop("benchmark"), **options))]))
 
 
@@ -76,7 +77,7 @@ def score_run(
     chosen = asked_device(device) if device else None
     names, batch_size = resolve(options.pop("benchmarks")), options.pop("batch_size", 64)
     if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be a whole number above 0.")
+        raise UsageError(f"batch_size={batch_size} must be a whole number above 0.")
     benchmarks = prepare(names, options, root=own_benchmarks(folder))
     model = load(folder)
     if dtype := dtype or ("bfloat16" if model.config.trainer.precision == "bf16-mixed" else None):
@@ -99,10 +100,10 @@ def finished_run(folder: Path) -> dict[str, Any]:
     """The manifest of a finished run, whose plug-ins are imported: benchmarks may be theirs.
 
     Raises:
-        ValueError: the folder is none, such as an export, which knows neither its data nor the hash of its weights.
+        UsageError: the folder is none, such as an export, which knows neither its data nor the hash of its weights.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
+        raise UsageError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
     path = folder / "manifest.json"
     if path.is_file():
         from prism_deco.config import read_config
@@ -111,11 +112,11 @@ def finished_run(folder: Path) -> dict[str, Any]:
         import_plugins(read_config(folder / "model" / "config.yaml").plugins)
         return json.loads(path.read_text(encoding="utf-8"))
     if (folder / "backbone.json").is_file():  # beside the weights, in every model folder
-        raise ValueError(
+        raise UsageError(
             f"{folder} is a model's folder or an export, no run folder: benchmarks need the run that it came from, "
             "such as runs/RUN_ID. `prism-deco chat` and `explain --image` take exports."
         )
-    raise ValueError(f"{folder} holds no finished run: it has no manifest.json.")
+    raise UsageError(f"{folder} holds no finished run: it has no manifest.json.")
 
 
 def _trained_with(run: Path) -> str:
@@ -123,5 +124,5 @@ def _trained_with(run: Path) -> str:
 
     benchmarks = read_config(run / "config.yaml").evaluate.benchmarks
     if not benchmarks:
-        raise ValueError(f"{run} names no benchmarks of its own: choose some, for example benchmark=table3")
+        raise UsageError(f"{run} names no benchmarks of its own: choose some, for example benchmark=table3")
     return benchmarks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import argparse
 import json
 import logging
@@ -105,17 +106,17 @@ def _check_arguments(args: argparse.Namespace, runs: list[Path], options: dict[s
     one += ["--through-backbone"] * args.through_backbone
     if one and options:
         others = ", ".join(f"{key}=" for key in options)
-        raise ValueError(f"{', '.join(one)} concern one image, {others} a benchmark: leave out one or the other.")
+        raise UsageError(f"{', '.join(one)} concern one image, {others} a benchmark: leave out one or the other.")
     if not runs or ("benchmark" not in options and (args.image is None or not args.prompt)):
-        raise ValueError(
+        raise UsageError(
             "Name runs and either one question or a benchmark, for example: prism-deco explain runs/RUN_ID --image "
             'cat.jpg --prompt "What is it?"  or  prism-deco explain runs/RUN_ID benchmark=mini_refcoco limit=100'
         )
     if args.image is not None and not args.image.is_file():
-        raise ValueError(f"--image {args.image}: there is no such file.")
+        raise UsageError(f"--image {args.image}: there is no such file.")
     for run in runs:
         if not run.is_dir():
-            raise ValueError(f"{run} is not a folder: give a run folder such as runs/RUN_ID.")
+            raise UsageError(f"{run} is not a folder: give a run folder such as runs/RUN_ID.")
 
 
 def _benchmark(run: Path, name: str, options: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import argparse
 import logging
 from pathlib import Path
@@ -35,7 +36,7 @@ def export(args: argparse.Namespace) -> None:
     check_empty(args.to)
     if args.checkpoint:
         if args.hf or args.dtype or args.merge:
-            raise ValueError(
+            raise UsageError(
                 "--checkpoint writes a model folder as a run does: export that one with --merge, --hf or --dtype."
             )
         consolidate(args.run, args.checkpoint, args.to)
@@ -54,9 +55,9 @@ def _check_merge(run: Path, merges: bool) -> None:
 
     model = run / "model" if (run / "model").is_dir() else run
     if (model / ADAPTER).is_dir() and not merges:
-        raise ValueError(
+        raise UsageError(
             f"{run} has LoRA adapters, and an export is one whole model: say --merge. The small form, adapters and "
             f"projector for a base that is named, is {model} itself."
         )
     if merges and model.is_dir() and not (model / ADAPTER).is_dir():
-        raise ValueError(f"{run} has no LoRA adapters to merge: leave out --merge.")
+        raise UsageError(f"{run} has no LoRA adapters to merge: leave out --merge.")

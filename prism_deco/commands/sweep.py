@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import argparse
 import json
 import logging
@@ -68,7 +69,7 @@ def sweep(args: argparse.Namespace) -> int:
     from prism_deco.sweep import Ledger, dry_run, parse, render, run
 
     if not args.timeout >= 0:
-        raise ValueError(f"--timeout {args.timeout:g}: give minutes, or 0 for no limit.")
+        raise UsageError(f"--timeout {args.timeout:g}: give minutes, or 0 for no limit.")
     spec = parse(args.arguments)
     if args.status:
         show(render(Ledger.read(spec.folder)))
@@ -94,7 +95,7 @@ def plan(args: argparse.Namespace) -> None:
     from prism_deco.sweep.spec import split_values
 
     if args.json and not args.json.absolute().parent.is_dir():  # not after minutes of planning
-        raise ValueError(f"--json {args.json}: there is no folder {args.json.parent}.")
+        raise UsageError(f"--json {args.json}: there is no folder {args.json.parent}.")
     if any("=" not in text or len(split_values(text.partition("=")[2])) > 1 for text in args.arguments):
         asked = [(cell.id, cell.overrides, cell.config) for cell in expand(parse(args.arguments))]
     else:

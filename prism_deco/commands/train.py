@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import argparse
 import logging
 from collections.abc import Sequence
@@ -68,12 +69,12 @@ class _Scoring:
                 about = {key: value for key, value in self.options.items() if key != "batch_size"}
                 prepare(self.benchmarks, about, root=benchmarks)
         except ValueError as error:
-            raise ValueError(f"evaluate.benchmarks: {error}") from error
+            raise UsageError(f"evaluate.benchmarks: {error}") from error
         try:
             if self.relevance:
                 prepare_one(self.relevance, self._about_relevance, root=benchmarks, boxes=True)
         except ValueError as error:
-            raise ValueError(f"evaluate.relevance: {error}") from error
+            raise UsageError(f"evaluate.relevance: {error}") from error
 
     def missing(self, folder: Path) -> _Scoring | None:
         """What of it the folder has no numbers of, whatever else they were asked with; None where it has all."""
@@ -126,7 +127,7 @@ def _check(stages: Sequence[Stage], config: DictConfig, **options: bool) -> int:
         try:
             check(its, scoring=_scoring(its), after=before.get(its.recipe.start_from), **options)
         except ValueError as error:
-            raise ValueError(f"{name}{error}") from error
+            raise UsageError(f"{name}{error}") from error
         log.info("%snothing was found that would stop it", name)
         before[str(run_folder(its))] = its
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -37,7 +38,7 @@ class Source:
         if records.embedded is not None:
             return records.embedded
         if self.image_root is None:
-            raise ValueError(f"{self.train} has no embedded images: give the folder of its image files.")
+            raise UsageError(f"{self.train} has no embedded images: give the folder of its image files.")
         return ImageFolder(self.image_root)
 
 

@@ -88,7 +88,7 @@ def check(
         chunk_size: records that are handed out at a time.
 
     Raises:
-        ValueError: an unknown kind in `allow`, or a file that cannot be read at all.
+        UsageError: an unknown kind in `allow`, or a file that cannot be read at all.
     """
     for kind in allow:
         if kind not in KINDS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import http.client
 import json
 import logging
@@ -173,7 +174,7 @@ def _remote(headers: Message) -> Remote:
 
 def _open(url: str, *, method: str = "GET", headers: dict[str, str] | None = None) -> Any:
     if not url.startswith(("http://", "https://")):
-        raise ValueError(f"{url}: only http and https addresses can be downloaded.")
+        raise UsageError(f"{url}: only http and https addresses can be downloaded.")
     own = {"User-Agent": f"prism-deco/{prism_deco.__version__}", "Accept-Encoding": "identity"}
     request = urllib.request.Request(url, headers=own | (headers or {}), method=method)
     return urllib.request.urlopen(request, timeout=_TIMEOUT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,12 +46,12 @@ def read_json_list(path: Path) -> Iterator[Any]:
     LLaVA's instruction data would take ten times as much memory.
 
     Raises:
-        ValueError: the file is no JSON list, or an empty one.
+        UsageError: the file is no JSON list, or an empty one.
     """
     try:
         yield from _entries(path)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Is the download complete?") from error
+        raise UsageError(f"{path} is not valid JSON ({error}). Is the download complete?") from error
 
 
 def _entries(path: Path) -> Iterator[Any]:
@@ -60,7 +61,7 @@ def _entries(path: Path) -> Iterator[Any]:
         text = file.read(size).lstrip()
         if text[:1] != "[" or text[1:].lstrip()[:1] == "]":
             json.loads(text + file.read())
-            raise ValueError(f"{path}: expected a non-empty JSON list of conversations.")
+            raise UsageError(f"{path}: expected a non-empty JSON list of conversations.")
         at = 1
         while True:
             try:

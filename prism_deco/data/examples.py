@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import hashlib
 import logging
 from collections.abc import Callable
@@ -86,7 +87,7 @@ class Encoder:
         """The record's tokens, and how many more there were before the cut.
 
         Raises:
-            ValueError: it cannot be rendered, leaves no room for text, or has nothing to learn from.
+            UsageError: it cannot be rendered, leaves no room for text, or has nothing to learn from.
         """
         return self.fit(self.encode(record))
 
@@ -99,7 +100,7 @@ class Encoder:
         """What there is room for, and the number of tokens cut."""
         encoded, cut = truncate(encoded, self._room(len(encoded.image_slots)))
         if all(label == IGNORE for label in encoded.labels):
-            raise ValueError("No token is supervised: there is nothing to learn from it.")
+            raise UsageError("No token is supervised: there is nothing to learn from it.")
         return encoded, cut
 
     @property
@@ -162,7 +163,7 @@ class Examples(Dataset[Example]):
         try:
             encoded, cut = self._encode(record)
         except ValueError as error:
-            raise ValueError(f"Record {record.id}: {error}") from error
+            raise UsageError(f"Record {record.id}: {error}") from error
         images = [self._prepare(record.id, name) for name in record.images]
         bad = sum(is_bad for _, is_bad in images)
         if bad and self._on_bad_image == "skip":

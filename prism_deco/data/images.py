@@ -6,6 +6,7 @@ together as they came out of Parquet files.
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import io
 import os
 from collections import defaultdict
@@ -112,9 +113,9 @@ def leaves_root(name: str) -> bool:
 
 
 def resolve_image(root: Path, name: str) -> Path:
-    """The file that `name` means under `root`; `ValueError` where it points outside (`..`, absolute)."""
+    """The file that `name` means under `root`; `UsageError` where it points outside (`..`, absolute)."""
     if leaves_root(name):
-        raise ValueError(f"The image path {name!r} leaves the image root {root}: image paths must be relative to it.")
+        raise UsageError(f"The image path {name!r} leaves the image root {root}: image paths must be relative to it.")
     return root / name
 
 

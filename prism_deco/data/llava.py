@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from pathlib import Path
 
 from prism_deco.data.base import SOURCES, Source
@@ -9,14 +10,14 @@ from prism_deco.data.base import SOURCES, Source
 
 @SOURCES.register("llava")
 def llava(json: str | None, image_root: str | None, val_json: str | None = None) -> Source:
-    """Takes the files as they are; `ValueError` names one that is missing."""
+    """Takes the files as they are; `UsageError` names one that is missing."""
     if json is None or image_root is None:
-        raise ValueError("data=llava needs data.json=FILE and data.image_root=FOLDER.")
+        raise UsageError("data=llava needs data.json=FILE and data.image_root=FOLDER.")
     root = Path(image_root)
     source = Source(Path(json), root, Path(val_json) if val_json else None)
     for key, path in (("json", source.train), ("val_json", source.val)):
         if path is not None and not path.is_file():
-            raise ValueError(f"data.{key}={path}: there is no such file.")
+            raise UsageError(f"data.{key}={path}: there is no such file.")
     if not root.is_dir():
-        raise ValueError(f"data.image_root={root}: there is no such folder.")
+        raise UsageError(f"data.image_root={root}: there is no such folder.")
     return source

@@ -6,6 +6,7 @@ that step needs pyarrow.
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import hashlib
 import logging
 import shutil
@@ -39,13 +40,13 @@ def read_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
     """The rows as LLaVA entries {id, image, conversations}; images as `{"bytes", "path"}`, or lists of such.
 
     Raises:
-        ValueError: pyarrow is missing, or a file has other columns.
+        UsageError: pyarrow is missing, or a file has other columns.
     """
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise ValueError("Reading Parquet and Arrow files needs pyarrow: pip install 'prism-deco[parquet]'") from error
+        raise UsageError("Reading Parquet and Arrow files needs pyarrow: pip install 'prism-deco[parquet]'") from error
     for file in files:
         try:
             if file.suffix == ".parquet":
@@ -57,7 +58,7 @@ def read_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
                 columns = _columns(file, reader.schema.names)
                 batches = (batch.select(columns) for batch in reader)
         except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{file} cannot be read ({error}). Is the download complete?") from error
+            raise UsageError(f"{file} cannot be read ({error}). Is the download complete?") from error
         for batch in batches:
             for row in batch.to_pylist():
                 yield _entry(row)
@@ -77,7 +78,7 @@ def _open_arrow(pa: Any, source: Any) -> Any:
 
 def _columns(file: Path, names: list[str]) -> list[str]:
     if "conversations" not in names:
-        raise ValueError(
+        raise UsageError(
             f"{file} has the columns {', '.join(names)}; needed are conversations, image and id (optional)."
         )
     return [name for name in COLUMNS if name in names]
@@ -126,11 +127,11 @@ class ImagePacker:
 
 
 def check_space(files: list[Path], folder: Path) -> None:
-    """`ValueError` where the unpacked images would not fit on the disk of `folder`."""
+    """`UsageError` where the unpacked images would not fit on the disk of `folder`."""
     needed, free = sum(file.stat().st_size for file in files), shutil.disk_usage(folder).free
     log.info("Unpacking images into %s: about %.1f GB, %.1f GB are free", folder, needed / 1e9, free / 1e9)
     if needed > free:
-        raise ValueError(
+        raise UsageError(
             f"{folder} has {free / 1e9:.1f} GB free; the unpacked images need about {needed / 1e9:.1f} GB. "
             "Choose another disk with the environment variable PRISM_DECO_CACHE."
         )

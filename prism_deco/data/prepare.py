@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 import shutil
 from collections.abc import Iterator
@@ -98,10 +99,10 @@ class Plan:
 
 
 def read_dataset(name: str) -> Dataset:
-    """The data set of a YAML under `conf/data`; `ValueError` where that names nothing to download."""
+    """The data set of a YAML under `conf/data`; `UsageError` where that names nothing to download."""
     content = load_choice("data", name)
     if "archives" not in content:
-        raise ValueError(f"data={name} has nothing to download: it is made of files of your own, or rendered.")
+        raise UsageError(f"data={name} has nothing to download: it is made of files of your own, or rendered.")
     archives = tuple(Archive(**archive) for archive in content["archives"])
     keys = ("repo", "json", "json_gigabytes", "image_root", "revision", "endpoint")
     return Dataset(name, **{key: content[key] for key in keys if key in content}, archives=archives)
@@ -132,13 +133,13 @@ def prepare(dataset: Dataset, root: Path) -> None:
     It can be interrupted at any time and goes on where it was.
 
     Raises:
-        ValueError: the disk is too small.
+        UsageError: the disk is too small.
         OSError: a download fails for good, or the archives lack images that the records show.
     """
     todo = plan(dataset, root)
     log.info("%s needs %s on disk, %s are free", dataset.name, _gb(todo.needed), _gb(todo.free))
     if todo.needed > todo.free:
-        raise ValueError(f"{root} has {_gb(todo.free)} free, {dataset.name} needs {_gb(todo.needed)}: choose another.")
+        raise UsageError(f"{root} has {_gb(todo.free)} free, {dataset.name} needs {_gb(todo.needed)}: choose another.")
     root.mkdir(parents=True, exist_ok=True)
     if not (root / dataset.json).is_file():
         _download_json(dataset, root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from prism_deco.data.base import SOURCES, Source
 def published(root: str | None, json: str, image_root: str, **_: Any) -> Source:
     """The files under the data set's folder; what remains of the YAML tells where they come from."""
     if root is None:
-        raise ValueError("Name the data set's folder: data.root=FOLDER (`prism-deco data prepare` fills it).")
+        raise UsageError("Name the data set's folder: data.root=FOLDER (`prism-deco data prepare` fills it).")
     source = Source(Path(root) / json, Path(root) / image_root)
     if not source.train.is_file():
-        raise ValueError(f"{source.train} does not exist: run `prism-deco data prepare` with --root {root} first.")
+        raise UsageError(f"{source.train} does not exist: run `prism-deco data prepare` with --root {root} first.")
     return source

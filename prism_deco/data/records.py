@@ -6,6 +6,7 @@ samplers need, so that 665 000 records cost a loader process no memory of its ow
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import hashlib
 import json
 import logging
@@ -81,7 +82,7 @@ def open_records(path: Path, cache: Path, *, allow_faults: bool = False) -> Reco
         allow_faults: leave out malformed records, to be found in `Records.faults`, instead of failing.
 
     Raises:
-        ValueError: the file cannot be read, or a record is malformed; names the file and the record.
+        UsageError: the file cannot be read, or a record is malformed; names the file and the record.
     """
     tables = table_files(path)
     digest = _fingerprint(tables) if tables else file_sha256(path)
@@ -92,7 +93,7 @@ def open_records(path: Path, cache: Path, *, allow_faults: bool = False) -> Reco
     records = Records(folder)
     if not allow_faults and (faults := records.faults):
         more = f" So are {len(faults) - 1} more: `prism-deco data check` lists them." if len(faults) > 1 else ""
-        raise ValueError(f"{path} {faults[0]['detail']}{more}")
+        raise UsageError(f"{path} {faults[0]['detail']}{more}")
     return records
 
 

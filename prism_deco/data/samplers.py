@@ -8,6 +8,7 @@ sampler state, and the order does not depend on loader processes.
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -102,10 +103,10 @@ def prismatic(population: Population, batch_size: int, seed: int, world_size: in
     longest record (an image counted as 24 x 24) is swapped to the front.
 
     Raises:
-        ValueError: the batch size is not a multiple of the world size.
+        UsageError: the batch size is not a multiple of the world size.
     """
     if batch_size % world_size:
-        raise ValueError(f"recipe.global_batch_size={batch_size} is not divisible by {world_size} processes.")
+        raise UsageError(f"recipe.global_batch_size={batch_size} is not divisible by {world_size} processes.")
     generator = torch.Generator().manual_seed(seed)
     permuted = {}
     for modality in (True, False):

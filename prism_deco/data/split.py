@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ def hold_out(records: Records, fraction: float) -> tuple[Subset, Subset]:
     so that a record never changes sides.
     """
     if not 0 <= fraction < 1:
-        raise ValueError(f"data.val_fraction={fraction} must be at least 0 and below 1.")
+        raise UsageError(f"data.val_fraction={fraction} must be at least 0 and below 1.")
     held = np.asarray(records.positions) < fraction
     return Subset(records, np.flatnonzero(~held)), Subset(records, np.flatnonzero(held))
 
@@ -47,7 +48,7 @@ def hold_out(records: Records, fraction: float) -> tuple[Subset, Subset]:
 def first(records: Records | Subset, limit: int | None) -> Subset:
     """The first `limit` records; all of them for None."""
     if limit is not None and limit < 1:
-        raise ValueError(f"data.limit={limit} must be at least 1.")
+        raise UsageError(f"data.limit={limit} must be at least 1.")
     return Subset(records, np.arange(len(records))[:limit])
 
 
@@ -82,7 +83,7 @@ def open_parts(source: Source, cache: Path, *, val_fraction: float, limit: int |
         limit: train on the first records only; None trains on all.
 
     Raises:
-        ValueError: a file cannot be read, a record is malformed, or there is none to train on.
+        UsageError: a file cannot be read, a record is malformed, or there is none to train on.
     """
     records = open_records(source.train, cache)
     if source.val is not None:
@@ -97,5 +98,5 @@ def open_parts(source: Source, cache: Path, *, val_fraction: float, limit: int |
             if val_records is records and len(val)
             else ""
         )
-        raise ValueError(f"There is nothing to train on: {source.train} has {len(records)} records{held}.")
+        raise UsageError(f"There is nothing to train on: {source.train} has {len(records)} records{held}.")
     return Parts(records, val_records, first(train, limit), val)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist: is root right?") from error
+        raise UsageError(f"{path} does not exist: is root right?") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not complete JSON ({error}): download it again.") from error
+        raise UsageError(f"{path} is not complete JSON ({error}): download it again.") from error
 
 
 def read_json_lines(path: Path) -> list[Any]:
@@ -27,9 +28,9 @@ def read_json_lines(path: Path) -> list[Any]:
         # Not splitlines(): it also splits at separators that may stand inside a JSON string.
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist: is root right?") from error
+        raise UsageError(f"{path} does not exist: is root right?") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file ({error}).") from error
+        raise UsageError(f"{path} is not a text file ({error}).") from error
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -37,7 +38,7 @@ def read_json_lines(path: Path) -> list[Any]:
         try:
             records.append(json.loads(line))
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is not complete JSON ({error}).") from error
+            raise UsageError(f"{path}, line {number} is not complete JSON ({error}).") from error
     return records
 
 
@@ -49,28 +50,28 @@ def checked(value: Any, fields: Mapping[str, Kind], where: str, what: str) -> di
         what: the benchmark whose record it should be.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is not a {what} record: it is a {type(value).__name__}, not an object.")
+        raise UsageError(f"{where} is not a {what} record: it is a {type(value).__name__}, not an object.")
     for field, kind in fields.items():
         if field not in value:
-            raise ValueError(f"{where} is not a {what} record: it has no {field!r} (it has {_some(value)}).")
+            raise UsageError(f"{where} is not a {what} record: it has no {field!r} (it has {_some(value)}).")
         if not isinstance(value[field], kind) or isinstance(value[field], bool):
-            raise ValueError(f"{where} is not a {what} record: {field!r} is {_short(value[field])}.")
+            raise UsageError(f"{where} is not a {what} record: {field!r} is {_short(value[field])}.")
     return value
 
 
 def checked_list(value: Any, fields: Mapping[str, Kind], path: Path, what: str) -> list[dict[str, Any]]:
     """`value` as a non-empty list of such records."""
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{path} is not a {what} file: expected a list of records, found {_short(value)}.")
+        raise UsageError(f"{path} is not a {what} file: expected a list of records, found {_short(value)}.")
     return [checked(record, fields, f"{path}, record {k}", what) for k, record in enumerate(value, start=1)]
 
 
 def index_unique(records: Iterable[dict[str, Any]], key: str, path: Path) -> dict[Any, dict[str, Any]]:
-    """Records by the value of `key`; `ValueError` where it occurs twice."""
+    """Records by the value of `key`; `UsageError` where it occurs twice."""
     index: dict[Any, dict[str, Any]] = {}
     for number, record in enumerate(records, start=1):
         if index.setdefault(record[key], record) is not record:
-            raise ValueError(f"{path}, record {number}: {key} {record[key]!r} occurs a second time.")
+            raise UsageError(f"{path}, record {number}: {key} {record[key]!r} occurs a second time.")
     return index
 
 
@@ -79,7 +80,7 @@ def ten_answers(answers: Sequence[Any], where: str) -> list[str]:
     texts = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
     strings = [text for text in texts if isinstance(text, str)]
     if len(texts) != 10 or len(strings) != 10:
-        raise ValueError(f"{where}: VQA accuracy needs the answers of ten annotators, found {_short(answers)}.")
+        raise UsageError(f"{where}: VQA accuracy needs the answers of ten annotators, found {_short(answers)}.")
     return strings
 
 

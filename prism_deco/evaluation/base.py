@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -82,11 +83,11 @@ class Benchmark(ABC):
             if variant not in self.VARIANTS:
                 raise unknown(f"variant of {name}", variant, self.VARIANTS)
         if not variants or len(set(variants)) < len(variants):
-            raise ValueError(f"{name}: variants must name one or more of {', '.join(self.VARIANTS)}, each once.")
+            raise UsageError(f"{name}: variants must name one or more of {', '.join(self.VARIANTS)}, each once.")
         if on_bad_image not in ON_BAD_IMAGE:
             raise unknown("on_bad_image", on_bad_image, ON_BAD_IMAGE)
         if limit is not None and limit < 1:
-            raise ValueError(f"{name}: limit={limit} asks nothing; null asks all questions.")
+            raise UsageError(f"{name}: limit={limit} asks nothing; null asks all questions.")
         self.name = name
         self.root = Path(root).expanduser() if root is not None else None
         self.image = image
@@ -101,7 +102,7 @@ class Benchmark(ABC):
         """All questions, in the files' order.
 
         Raises:
-            ValueError: a file is missing, damaged or of another benchmark; names it and the first bad record.
+            UsageError: a file is missing, damaged or of another benchmark; names it and the first bad record.
         """
 
     @abstractmethod
@@ -150,24 +151,24 @@ class Benchmark(ABC):
         """What to ask, variant after variant, in canonical order; `limit` overrides the YAML's."""
         questions = self.read()
         if not questions:
-            raise ValueError(f"{self.name}: there are no questions of split {self.split!r} in {self.root}.")
+            raise UsageError(f"{self.name}: there are no questions of split {self.split!r} in {self.root}.")
         questions = cut(questions, limit if limit is not None else self.limit)
         items = [self._ask(question, name) for name in self.variants for question in questions]
         seen: set[str] = set()
         for item in items:
             if item.question_id in seen:
-                raise ValueError(f"{self.name}: the question id {item.question_id} occurs twice in {self.root}.")
+                raise UsageError(f"{self.name}: the question id {item.question_id} occurs twice in {self.root}.")
             seen.add(item.question_id)
         return items
 
     def path(self, pattern: str, **fields: Any) -> Path:
-        """The file that a pattern means below the root; `ValueError` where that is outside of it."""
+        """The file that a pattern means below the root; `UsageError` where that is outside of it."""
         if self.root is None:
-            raise ValueError(f"{self.name} needs the folder of its files: set root=<folder>.")
+            raise UsageError(f"{self.name} needs the folder of its files: set root=<folder>.")
         try:
             name = pattern.format(split=self.split, **fields)
         except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(
+            raise UsageError(
                 f"{self.name}: the path pattern {pattern!r} does not fit the fields {', '.join(fields) or 'split'} "
                 f"({type(error).__name__}: {error})."
             ) from error
@@ -194,7 +195,7 @@ class Benchmark(ABC):
         try:
             path = self.path(self.image, **image)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise UsageError(f"{where}: {error}") from error
         assert self.root is not None
         name = path.relative_to(self.root).as_posix()
         return Question(str(question_id), name, path, fields, target, stratum=stratum, group=group)
@@ -218,7 +219,7 @@ def _most_likely(prediction: Prediction) -> str:
         probabilities = json.loads(prediction.text)
         return max(probabilities, key=probabilities.__getitem__)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UsageError(
             f"Prediction {prediction.question_id}: the output of a likelihood question is a JSON object of "
             f"probabilities by choice, not {prediction.text!r}."
         ) from error

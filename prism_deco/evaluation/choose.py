@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping
@@ -20,25 +21,25 @@ def build_benchmark(choice: str | Mapping[str, Any], **overrides: Any) -> Benchm
         overrides: keys to replace, such as `root`, `split` or `limit`.
 
     Raises:
-        ValueError: an unknown choice, family or key, with the nearest valid ones; a group.
+        UsageError: an unknown choice, family or key, with the nearest valid ones; a group.
     """
     content = dict(load_choice("benchmark", choice) if isinstance(choice, str) else choice) | overrides
     if "members" in content:
-        raise ValueError(f"{content['name']} is a group of benchmarks: {', '.join(content['members'])}. Name one.")
+        raise UsageError(f"{content['name']} is a group of benchmarks: {', '.join(content['members'])}. Name one.")
     if "family" not in content:
-        raise ValueError(f"The benchmark {content.get('name')!r} has no `family`. Families: {_families()}.")
+        raise UsageError(f"The benchmark {content.get('name')!r} has no `family`. Families: {_families()}.")
     family = BENCHMARKS.get(content.pop("family"))
     valid = _keys(family)
     for key in content:
         if key not in valid:
             near = difflib.get_close_matches(key, valid, n=3)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(
+            raise UsageError(
                 f"Unknown key {key} of the benchmark {content.get('name')}.{hint} Keys: {', '.join(valid)}."
             )
     missing = [key for key, required in valid.items() if required and key not in content]
     if missing:
-        raise ValueError(f"The benchmark {content.get('name')} lacks the key {' and '.join(missing)}.")
+        raise UsageError(f"The benchmark {content.get('name')} lacks the key {' and '.join(missing)}.")
     return family(**content)
 
 
@@ -49,7 +50,7 @@ def resolve(names: str | Iterable[str]) -> list[str]:
         names: a list, or a string with commas.
 
     Raises:
-        ValueError: an unknown name, or groups that contain each other.
+        UsageError: an unknown name, or groups that contain each other.
     """
     if isinstance(names, str):
         names = [name.strip() for name in names.split(",") if name.strip()]
@@ -68,20 +69,20 @@ def prepare(
         root: the folder of those that have none of their own.
 
     Raises:
-        ValueError: an unknown name or key, a value of a wrong type, a file that is missing or damaged, no questions.
+        UsageError: an unknown name or key, a value of a wrong type, a file that is missing or damaged, no questions.
     """
     given = {key: value for key, value in (options or {}).items() if value is not None}
     for key in ("limit", "max_new_tokens"):
         if key in given and type(given[key]) is not int:
-            raise ValueError(f"{key}={given[key]} must be a whole number.")
+            raise UsageError(f"{key}={given[key]} must be a whole number.")
     names = resolve(names)
     if not names:
-        raise ValueError("No benchmark is named.")
+        raise UsageError("No benchmark is named.")
     prepared = [build_benchmark(name, **given) for name in names]
     for benchmark in prepared:
         benchmark.root = benchmark.root or root
         if benchmark.root is None:
-            raise ValueError(
+            raise UsageError(
                 f"{benchmark.name} has no folder of its own, and the training data bring none: set `root` in a copy of "
                 f"its YAML and name that, or use `prism-deco evaluate` with root=FOLDER."
             )
@@ -89,9 +90,9 @@ def prepare(
             first = benchmark.items()[0]
         except ValueError as error:
             reason = str(error).removeprefix(f"{benchmark.name}: ")
-            raise ValueError(f"{benchmark.name}, split {benchmark.split!r}: {reason}") from error
+            raise UsageError(f"{benchmark.name}, split {benchmark.split!r}: {reason}") from error
         if benchmark.on_bad_image == "fail" and not first.path.is_file():
-            raise ValueError(f"{benchmark.name}: the image {first.path} is missing.")
+            raise UsageError(f"{benchmark.name}: the image {first.path} is missing.")
     return prepared
 
 
@@ -104,14 +105,14 @@ def prepare_one(
         boxes: it must ask for boxes.
 
     Raises:
-        ValueError: several benchmarks, or none with boxes, as well.
+        UsageError: several benchmarks, or none with boxes, as well.
     """
     names = resolve(name)
     if len(names) > 1:
-        raise ValueError(f"{name} is a group of benchmarks: {', '.join(names)}. Name one.")
+        raise UsageError(f"{name} is a group of benchmarks: {', '.join(names)}. Name one.")
     (benchmark,) = prepare(names, options, root=root)
     if boxes and not any("box" in item.target for item in benchmark.items()):
-        raise ValueError(f"{name} has no boxes that relevance could lie in: name one that has, such as mini_refcoco.")
+        raise UsageError(f"{name} has no boxes that relevance could lie in: name one that has, such as mini_refcoco.")
     return benchmark
 
 
@@ -123,7 +124,7 @@ def results_name(choice: str, split: str | None = None) -> str:
 
 def _expand(name: str, parents: tuple[str, ...]) -> list[str]:
     if name in parents:
-        raise ValueError(f"The benchmark groups {' > '.join((*parents, name))} contain each other.")
+        raise UsageError(f"The benchmark groups {' > '.join((*parents, name))} contain each other.")
     members = load_choice("benchmark", name).get("members")
     if members is None:
         return [name]

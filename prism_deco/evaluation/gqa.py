@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -31,7 +32,7 @@ class GQA(Benchmark):
         path = self.path(self.annotations)
         content = read_json(path)
         if not isinstance(content, dict) or not content:
-            raise ValueError(f"{path} is not a GQA file: expected an object of records by question id.")
+            raise UsageError(f"{path} is not a GQA file: expected an object of records by question id.")
         questions = []
         for question_id, record in content.items():
             where = f"{path}, question {question_id}"

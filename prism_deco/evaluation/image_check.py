@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 import os
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ def bad_images(items: Sequence[Item], on_bad_image: str) -> set[str]:
     looks sound until its last byte.
 
     Raises:
-        ValueError: there is one and `on_bad_image` is "fail"; names the first.
+        UsageError: there is one and `on_bad_image` is "fail"; names the first.
     """
     first_use: dict[str, Item] = {}
     for item in items:
@@ -38,7 +39,7 @@ def bad_images(items: Sequence[Item], on_bad_image: str) -> set[str]:
                 continue
             if on_bad_image == "fail":
                 pool.shutdown(cancel_futures=True)
-                raise ValueError(
+                raise UsageError(
                     f"Question {item.question_id}: the image {item.path} is missing or unreadable ({problem}). "
                     "Restore it, or set on_bad_image=count_wrong."
                 ) from problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import base64
 import binascii
 import csv
@@ -76,14 +77,14 @@ def _circular(predictions: Sequence[Prediction]) -> float:
 def _question(record: Mapping[str, str], where: str, folder: Path) -> Question:
     options = {letter: record[letter] for letter in "ABCD" if record.get(letter)}
     if not record["index"].isdecimal() or record["answer"] not in options:
-        raise ValueError(f"{where} is not an MMBench record: its index or answer is unknown.")
+        raise UsageError(f"{where} is not an MMBench record: its index or answer is unknown.")
     rotation, number = divmod(int(record["index"]), _ROTATION)
     image = folder / f"{number}.jpg"
     if not image.exists():
         try:
             image.write_bytes(base64.b64decode(record["image"], validate=True))
         except binascii.Error as error:
-            raise ValueError(f"{where}: the image is not base64 ({error}).") from error
+            raise UsageError(f"{where}: the image is not base64 ({error}).") from error
     fields = {
         "hint": f"{record['hint']}\n" if record["hint"] else "",
         "question": record["question"],
@@ -105,15 +106,15 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
     except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist: is root right?") from error
+        raise UsageError(f"{path} does not exist: is root right?") from error
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a table with tabs ({error}).") from error
+        raise UsageError(f"{path} is not a table with tabs ({error}).") from error
     finally:
         csv.field_size_limit(limit)
     if not rows:
-        raise ValueError(f"{path} holds no rows: download it again.")
+        raise UsageError(f"{path} holds no rows: download it again.")
     for number, row in enumerate(rows, start=1):
         missing = [column for column in _COLUMNS if row.get(column) is None]
         if missing:
-            raise ValueError(f"{path}, record {number} is not an MMBench record: it has no {', '.join(missing)}.")
+            raise UsageError(f"{path}, record {number} is not an MMBench record: it has no {', '.join(missing)}.")
     return rows

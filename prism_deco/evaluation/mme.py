@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,7 +45,7 @@ class MME(Benchmark):
         texts = folder / "questions_answers_YN" if (folder / "questions_answers_YN").is_dir() else folder
         files = sorted(texts.glob("*.txt"))
         if not files:
-            raise ValueError(f"{texts} holds no question files of the MME task {task}: is root right?")
+            raise UsageError(f"{texts} holds no question files of the MME task {task}: is root right?")
         inner = "images/" if texts != folder else ""
         questions = []
         for file in files:
@@ -102,13 +103,13 @@ def _read_pair(file: Path) -> list[tuple[str, str]]:
     try:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not a text file ({error}).") from error
+        raise UsageError(f"{file} is not a text file ({error}).") from error
     if len(lines) != 2:
-        raise ValueError(f"{file} holds {len(lines)} questions; MME pairs two with each image.")
+        raise UsageError(f"{file} holds {len(lines)} questions; MME pairs two with each image.")
     pairs = []
     for line in lines:
         question, _, answer = line.rpartition("\t")
         if not question or answer.strip().lower() not in ("yes", "no"):
-            raise ValueError(f"{file}: {line!r} is not an MME line `question <tab> Yes|No`.")
+            raise UsageError(f"{file}: {line!r} is not an MME line `question <tab> Yes|No`.")
         pairs.append((question.strip().removesuffix(_SUFFIX).strip(), answer.strip().lower()))
     return pairs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, ClassVar
@@ -33,7 +34,7 @@ class POPE(Benchmark):
     ):
         super().__init__(**common)
         if len(choices) != 2:
-            raise ValueError(f"{self.name}: choices are the words for yes and no, not {', '.join(choices)}.")
+            raise UsageError(f"{self.name}: choices are the words for yes and no, not {', '.join(choices)}.")
         self.annotations = annotations
         self.subsets = tuple(subsets)
         self.choices = tuple(choices)
@@ -48,7 +49,7 @@ class POPE(Benchmark):
             where = f"{path}, record {number}"
             record = checked(record, {"question_id": ID, "image": str, "text": str, "label": str}, where, "POPE")
             if record["label"] not in ("yes", "no"):
-                raise ValueError(f"{where} is not a POPE record: the label is {record['label']!r}, not yes or no.")
+                raise UsageError(f"{where} is not a POPE record: the label is {record['label']!r}, not yes or no.")
             target = {"answer": record["label"], "subset": subset}
             # Ids start anew in each subset.
             question_id = f"{subset}/{record['question_id']}"

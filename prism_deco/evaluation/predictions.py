@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,18 +21,18 @@ def load_predictions(path: str | Path) -> list[Prediction]:
     """The predictions of a file.
 
     Raises:
-        ValueError: it is missing or empty, a line is damaged, or a question occurs twice.
+        UsageError: it is missing or empty, a line is damaged, or a question occurs twice.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} does not exist.")
+        raise UsageError(f"{path} does not exist.")
     predictions, _ = _read(path, drop_torn=False)
     if not predictions:
-        raise ValueError(f"{path} holds no predictions.")
+        raise UsageError(f"{path} holds no predictions.")
     seen: set[str] = set()
     for prediction in predictions:
         if prediction.question_id in seen:
-            raise ValueError(f"{path}: question {prediction.question_id} occurs twice.")
+            raise UsageError(f"{path}: question {prediction.question_id} occurs twice.")
         seen.add(prediction.question_id)
     return predictions
 
@@ -86,21 +87,21 @@ class PredictionStore:
             # A setting that the file does not name cannot be compared.
             changed = [f"{k} was {old} and is {decoding.get(k)}" for k, old in before.items() if old != decoding.get(k)]
             if changed:
-                raise ValueError(f"{self.folder} holds answers of other settings: {', '.join(changed)}. {self._ways}")
+                raise UsageError(f"{self.folder} holds answers of other settings: {', '.join(changed)}. {self._ways}")
         if write:
             write_json(path, decoding)
 
     def _check(self, prediction: Prediction, path: Path, count: int) -> None:
         item = self.items.get(prediction.question_id)
         if item is None:
-            raise ValueError(
+            raise UsageError(
                 f"{path} holds {count} answers, one of them to the question {prediction.question_id}, which is not one "
                 f"of the {len(self.items)} that this evaluation asks (another benchmark, split or limit). {self._ways}"
             )
         for name in ("image", "prompt", "target"):
             old, new = getattr(prediction, name), getattr(item, name)
             if old != new:
-                raise ValueError(
+                raise UsageError(
                     f"{path} holds answers to other questions: the {name} of question {prediction.question_id} was "
                     f"{old!r} and is {new!r}. {self._ways}"
                 )
@@ -128,10 +129,10 @@ def _read(path: Path, drop_torn: bool) -> tuple[list[Prediction], int]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number} is damaged ({error}): remove the line.") from error
+            raise UsageError(f"{path}, line {number} is damaged ({error}): remove the line.") from error
         if not isinstance(record, dict) or _FIELDS - record.keys() or not isinstance(record["target"], dict):
-            raise ValueError(f"{path}, line {number} is no prediction: it needs {', '.join(sorted(_FIELDS))}.")
+            raise UsageError(f"{path}, line {number} is no prediction: it needs {', '.join(sorted(_FIELDS))}.")
         if not isinstance(record["output"], str | None):
-            raise ValueError(f"{path}, line {number}: `output` must be text or null.")
+            raise UsageError(f"{path}, line {number}: `output` must be text or null.")
         predictions.append(Prediction(**{name: record[name] for name in _FIELDS}))
     return predictions, length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,21 +65,21 @@ def asked_device(name: str) -> torch.device:
     """This process's own device of a name that somebody gave: unlike `local_device`, it never takes another instead.
 
     Raises:
-        ValueError: there is no such device, or not on this machine.
+        UsageError: there is no such device, or not on this machine.
     """
     device = _named("cuda" if name == "gpu" else name) if name != "auto" else local_device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count <= (device.index or 0):
             found = f"there are {count}" if count else "this machine has no GPU that torch can use"
-            raise ValueError(f"device {name}: {found}. Choose another, for example cpu.")
+            raise UsageError(f"device {name}: {found}. Choose another, for example cpu.")
         return device if device.index is not None else local_device("cuda")
     try:
         if device.type == "meta":
             raise RuntimeError("it computes nothing")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name} cannot be used ({str(error).splitlines()[0]}): choose cpu or cuda.") from error
+        raise UsageError(f"device {name} cannot be used ({str(error).splitlines()[0]}): choose cpu or cuda.") from error
     return device
 
 
@@ -86,4 +87,4 @@ def _named(name: str) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"{name!r} is no device: choose cpu, cuda, or cuda:N for one of several GPUs.") from error
+        raise UsageError(f"{name!r} is no device: choose cpu, cuda, or cuda:N for one of several GPUs.") from error

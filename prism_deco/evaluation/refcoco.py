@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import json
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median
@@ -51,7 +52,7 @@ class RefCOCO(Benchmark):
             where = f"{path}, record {number}"
             box, image = boxes.get(ref["ann_id"]), images.get(ref["image_id"])
             if box is None or image is None:
-                raise ValueError(
+                raise UsageError(
                     f"{where}: annotation {ref['ann_id']} or image {ref['image_id']} is not in {self.instances}."
                 )
             width, height = image["width"], image["height"]
@@ -79,7 +80,7 @@ class RefCOCO(Benchmark):
         for number, record in enumerate(annotations, start=1):
             box = record["bbox"]
             if len(box) != 4 or not all(isinstance(n, _NUMBER) for n in box) or box[2] <= 0 or box[3] <= 0:
-                raise ValueError(f"{path}, annotation {number}: {box} is not a box [x, y, width, height].")
+                raise UsageError(f"{path}, annotation {number}: {box} is not a box [x, y, width, height].")
         return index_unique(annotations, "id", path), index_unique(images, "id", path)
 
     def parse(self, text: str, target: Mapping[str, Any]) -> list[float] | None:

@@ -63,7 +63,7 @@ def evaluate(
         The content of `metrics.json` (see `summarise`).
 
     Raises:
-        ValueError: before any question is asked, for damaged files, bad images, or a folder with other answers.
+        UsageError: before any question is asked, for damaged files, bad images, or a folder with other answers.
     """
     out_dir = Path(out_dir)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

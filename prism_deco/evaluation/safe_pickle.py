@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import pickle
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,16 +19,16 @@ def load_data_pickle(path: Path) -> Any:
     """The content of a pickle of plain containers, strings and numbers.
 
     Raises:
-        ValueError: it is missing or damaged, or it names a class or function (unpickling may run those,
+        UsageError: it is missing or damaged, or it names a class or function (unpickling may run those,
             so nothing of it is executed).
     """
     try:
         with path.open("rb") as file:
             return _DataUnpickler(file, encoding="utf-8").load()
     except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist.") from error
+        raise UsageError(f"{path} does not exist.") from error
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(
+        raise UsageError(
             f"{path} is not a pickle of plain data ({type(error).__name__}: {error}). Nothing of it was executed; "
             "take the file from its publisher again."
         ) from error

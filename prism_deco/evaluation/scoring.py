@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -56,14 +57,14 @@ def score_file(path: str | Path, benchmark: Benchmark, *, seed: int = 0) -> dict
     """Scores a predictions file anew, from its outputs and targets alone; returns what `summarise` does.
 
     Raises:
-        ValueError: the file is damaged, or its targets are those of another benchmark.
+        UsageError: the file is damaged, or its targets are those of another benchmark.
     """
     path = Path(path)
     try:
         graded = [benchmark.grade(prediction) for prediction in load_predictions(path)]
         return summarise(benchmark, graded, read_decoding(path.parent), seed=seed)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{path} cannot be scored as {benchmark.name}: its targets are not this benchmark's "
             f"({type(error).__name__}: {error})."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -52,7 +53,7 @@ class SEED(Benchmark):
                 continue
             where = f"{path}, record {number}"
             if record["answer"] not in tuple("ABCD") or record["question_type_id"] not in names:
-                raise ValueError(f"{where} is not a SEED-Bench record: its answer or question_type_id is unknown.")
+                raise UsageError(f"{where} is not a SEED-Bench record: its answer or question_type_id is unknown.")
             options = "\n".join(f"{letter}. {record[f'choice_{letter.lower()}']}" for letter in "ABCD")
             fields = {"question": record["question"], "options": options}
             target = {"answer": record["answer"], "type": names[record["question_type_id"]]}

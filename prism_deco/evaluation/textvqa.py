@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -51,7 +52,7 @@ class TextVQA(AnnotatorBenchmark):
         self.ocr = ocr
         self.with_ocr = [variant for variant in self.variants if "{ocr}" in self.VARIANTS[variant].template]
         if self.with_ocr and ocr is None:
-            raise ValueError(
+            raise UsageError(
                 f"{self.name}: the variant {self.with_ocr[0]!r} needs the key ocr, the file of the OCR tokens."
             )
 
@@ -65,7 +66,7 @@ class TextVQA(AnnotatorBenchmark):
             where = f"{path}, record {number}"
             image_id = record["image_id"]
             if tokens is not None and image_id not in tokens:
-                raise ValueError(f"{where}: {self.ocr} has no OCR tokens of the image {image_id}.")
+                raise UsageError(f"{where}: {self.ocr} has no OCR tokens of the image {image_id}.")
             target = {"answers": ten_answers(record["answers"], where)}
             # TextVQA's questions are in small letters; in LLaVA's prompts, which the harness takes over, the first is
             # a capital.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from typing import Any, ClassVar
 
 from prism_deco.evaluation.annotations import ID, checked, checked_list, index_unique, read_json, ten_answers
@@ -54,7 +55,7 @@ class VQAv2(AnnotatorBenchmark):
             where = f"{path}, record {number}"
             annotation = annotations.get(record["question_id"])
             if annotation is None or annotation["image_id"] != record["image_id"]:
-                raise ValueError(
+                raise UsageError(
                     f"{where}: question {record['question_id']} about image {record['image_id']} is not in "
                     f"{answers_path}: are both files of the same split?"
                 )

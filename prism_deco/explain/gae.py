@@ -7,6 +7,7 @@ Text-to-Patch: the product of the two.
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,12 +105,12 @@ def relevance(
         max_new_tokens: length limit of the model's own answer.
 
     Raises:
-        ValueError: an empty answer, too long a text, an unknown method, too little memory.
+        UsageError: an empty answer, too long a text, an unknown method, too little memory.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     if through_backbone and method != DEFAULT_METHOD:
-        raise ValueError("through_backbone=true continues the relevance rules: it needs method=r-gae.")
+        raise UsageError("through_backbone=true continues the relevance rules: it needs method=r-gae.")
     opened = image if isinstance(image, Image.Image) else open_image(Path(image))
     pixels = image_pixels(vlm, opened)
     device = next(vlm.lm.parameters()).device

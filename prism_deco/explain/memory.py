@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 import os
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def plan(
         chunk: targets at once; None takes as many as fit into the free memory.
 
     Raises:
-        ValueError: not even one target at a time fits.
+        UsageError: not even one target at a time fits.
     """
     size = torch.finfo(dtype).bits // 8
     layers, width = config.num_hidden_layers, config.hidden_size
@@ -62,7 +63,7 @@ def plan(
     per_target = maps * (3 * size + 2 * max(size, 4)) + length * (8 * width + 4 * inner) * size
     room = free_memory(device)
     if room is not None and room < graph + per_target:
-        raise ValueError(
+        raise UsageError(
             f"Relevance over {length} positions needs about {_gb(graph + per_target)} beside the weights, and "
             f"{_gb(room)} are free on {device}. Use a smaller dtype (bfloat16), fewer visual tokens, a shorter text, "
             "or a larger device."
@@ -70,7 +71,7 @@ def plan(
     if chunk is None:
         chunk = targets if room is None else max(1, int(_SHARE * (room - graph)) // per_target)
     if chunk < 1:
-        raise ValueError(f"chunk={chunk} is no number of targets: choose 1 or more.")
+        raise UsageError(f"chunk={chunk} is no number of targets: choose 1 or more.")
     made = Plan(graph, per_target, min(chunk, targets))
     log.info(
         "Relevance of %d tokens over %d positions: %d at a time, about %s beside the weights (%s free)",

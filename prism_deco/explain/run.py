@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -116,7 +117,7 @@ def explain_set(
         The content of `metrics.json`, and the page's sections.
 
     Raises:
-        ValueError: no example has an answer to explain.
+        UsageError: no example has an answer to explain.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
@@ -142,7 +143,7 @@ def explain_set(
             if len(rows) % 25 == 0:
                 log.info("%s: %d examples explained", run, len(rows))
     if not rows:
-        raise ValueError(f"{run}: no example has an answer to explain ({skipped} answers of the model were empty).")
+        raise UsageError(f"{run}: no example has an answer to explain ({skipped} answers of the model were empty).")
     summary = {
         "run": run,
         "projector": _projector(vlm),

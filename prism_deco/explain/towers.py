@@ -7,6 +7,7 @@ itself, and their maps are averaged: both started from the same patches.
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Probe:
 @contextmanager
 def probe(block: nn.Module, found: list[Probe]) -> Iterator[None]:
     """Appends a block's `Probe` to `found` when it runs inside the context."""
-    raise ValueError(f"through_backbone does not know the attention of a {type(block).__name__}: leave it off.")
+    raise UsageError(f"through_backbone does not know the attention of a {type(block).__name__}: leave it off.")
 
 
 @probe.register

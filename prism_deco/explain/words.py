@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,17 +31,17 @@ def encode_answer(llm: LanguageModel, prompt: str, answer: str, visual_tokens: i
     Left out are the token that ends the answer and whitespace before it: they say nothing about the image.
 
     Raises:
-        ValueError: the answer is empty, or the text too long.
+        UsageError: the answer is empty, or the text too long.
     """
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     encoded = llm.encode(messages, num_images=1)
     try:
         ids = answer_ids(llm, encoded)
     except ValueError as error:
-        raise ValueError(f"{error} There is nothing to explain: give one, or ask something else.") from error
+        raise UsageError(f"{error} There is nothing to explain: give one, or ask something else.") from error
     length = sequence_length(encoded, visual_tokens)
     if length > llm.max_positions:
-        raise ValueError(
+        raise UsageError(
             f"Question, answer and image take {length} positions, the LLM has {llm.max_positions}: shorten the text."
         )
     return encoded, ids

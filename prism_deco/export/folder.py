@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def save_folder(
         max_shard_size: weights above it are split into several files, with an index.
 
     Raises:
-        ValueError: there is something in the folder already.
+        UsageError: there is something in the folder already.
     """
     check_empty(folder)
     merge_adapters(vlm)
@@ -64,9 +65,9 @@ def save_folder(
 
 
 def check_empty(folder: Path) -> None:
-    """`ValueError` if the folder exists and anything is in it."""
+    """`UsageError` if the folder exists and anything is in it."""
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: an export does not mix with other files. Name a new folder.")
+        raise UsageError(f"{folder} is not empty: an export does not mix with other files. Name a new folder.")
 
 
 def write_card(folder: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import copy
 import logging
 from pathlib import Path
@@ -49,7 +50,7 @@ def save_llava(
         dtype: type of the written weights; None keeps theirs.
 
     Raises:
-        ValueError: the class cannot hold this model (all reasons are given), or `folder` is not empty.
+        UsageError: the class cannot hold this model (all reasons are given), or `folder` is not empty.
     """
     check_empty(folder)
     merge_adapters(vlm)
@@ -80,7 +81,7 @@ def to_llava(vlm: VLM, llm: LanguageModel, image_id: int) -> LlavaForConditional
         image_id: the token that stands for one visual token; the embedding tables get rows up to it.
 
     Raises:
-        ValueError: lists every reason for which the class cannot hold it.
+        UsageError: lists every reason for which the class cannot hold it.
     """
     reasons = _reasons(vlm)
     tower = None
@@ -89,7 +90,7 @@ def to_llava(vlm: VLM, llm: LanguageModel, image_id: int) -> LlavaForConditional
     except ValueError as reason:
         reasons.append(str(reason))
     if reasons or tower is None:
-        raise ValueError(
+        raise UsageError(
             f"This model cannot become a LlavaForConditionalGeneration: {'; '.join(reasons)}. "
             "Export it without --hf instead, for prism_deco.load."
         )
@@ -120,7 +121,7 @@ def to_llava(vlm: VLM, llm: LanguageModel, image_id: int) -> LlavaForConditional
     strange = [name for name in homeless if name != "lm_head.bias"]
     strange += [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if strange:
-        raise ValueError(f"LlavaForConditionalGeneration and {type(vlm.lm).__name__} differ in {strange[0]}.")
+        raise UsageError(f"LlavaForConditionalGeneration and {type(vlm.lm).__name__} differ in {strange[0]}.")
     model.generation_config = GenerationConfig(
         bos_token_id=llm.tokenizer.bos_token_id,
         eos_token_id=list(llm.eos_ids),
@@ -136,7 +137,7 @@ def compare(model: LlavaForConditionalGeneration, vlm: VLM, llm: LanguageModel, 
     """Largest difference of the logits for one random image and a question.
 
     Raises:
-        ValueError: it is larger than rounding, so the class computes something else.
+        UsageError: it is larger than rounding, so the class computes something else.
     """
     [(tower, side)] = [(name, t.image_size) for name, t in vlm.backbone.transform.towers.items()]
     weight = next(vlm.backbone.parameters())
@@ -151,7 +152,7 @@ def compare(model: LlavaForConditionalGeneration, vlm: VLM, llm: LanguageModel, 
     difference = float((found - expected).abs().max())
     share = max(TOLERANCE, 4 * torch.finfo(weight.dtype).eps)
     if not difference <= share * float(expected.abs().max()):
-        raise ValueError(
+        raise UsageError(
             f"LlavaForConditionalGeneration computes something else with these weights: its logits differ by up to "
             f"{difference:.3g}. Export the model without --hf, for prism_deco.load."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import re
 from typing import Any, cast
 
@@ -23,10 +24,10 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
     Its `hidden_states[-1]` is what the tower gives, with the class token in front in CLIP.
 
     Raises:
-        ValueError: there is no such class for it; says why.
+        UsageError: there is no such class for it; says why.
     """
     if not isinstance(backbone, Tower):
-        raise ValueError("it has several vision towers, and that class has one")
+        raise UsageError("it has several vision towers, and that class has one")
     trunk = backbone.trunk
     if isinstance(trunk, OpenClipTrunk):
         block = cast(Any, trunk.blocks[0])
@@ -35,7 +36,7 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
     elif isinstance(trunk, TimmTrunk):
         embedding = trunk.vit.patch_embed
         if not isinstance(getattr(embedding, "proj", None), nn.Conv2d):
-            raise ValueError(
+            raise UsageError(
                 f"its tower embeds patches by a {type(embedding).__name__} (a convolutional stem), and transformers' "
                 "towers do by one convolution"
             )
@@ -43,7 +44,7 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
         sizes = _sizes(trunk, backbone.image_size, block.attn.num_heads, block.mlp.fc1, block.mlp.act, block.norm1)
         model = _hollow(SiglipVisionModel, SiglipVisionConfig(**sizes, vision_use_head=False))
     else:
-        raise ValueError(f"transformers has no class for the tower {type(trunk).__name__}")
+        raise UsageError(f"transformers has no class for the tower {type(trunk).__name__}")
     state, depth = trunk.vit.state_dict(), len(trunk.blocks)
     layout = recognise(state)
     assert layout is not None
@@ -54,7 +55,7 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     strange = sorted({_part(n) for n in own.keys() ^ state.keys()} | {n for n in own if _differs(state.get(n), own[n])})
     if strange:
-        raise ValueError(
+        raise UsageError(
             f"its tower is none of transformers' CLIP or SigLIP towers: they differ in {', '.join(strange[:4])}"
         )
     model.load_state_dict(state, assign=True)
@@ -66,7 +67,7 @@ def _sizes(
 ) -> dict[str, Any]:
     kind = type(activation).__name__
     if kind not in _ACTIVATIONS:
-        raise ValueError(f"its tower's activation {kind} has no name in transformers")
+        raise UsageError(f"its tower's activation {kind} has no name in transformers")
     return {
         "hidden_size": trunk.embed_dim,
         "intermediate_size": hidden.out_features,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -48,12 +49,12 @@ class FeatureCache:
         return sum(len(self.layout.rows_of(shard)) for shard in shards)
 
     def check_space(self) -> None:
-        """`ValueError` where what is missing does not fit on the disk."""
+        """`UsageError` where what is missing does not fit on the disk."""
         needed = sum(self.layout.size(n) for n in range(self.layout.shards) if not self.shards.is_recorded(n))
         place = next(path for path in (self.shards.folder, *self.shards.folder.parents) if path.exists())
         free = shutil.disk_usage(place).free
         if needed > free:
-            raise ValueError(
+            raise UsageError(
                 f"The cache of features in {self.shards.folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
                 "free: choose another disk with the environment variable PRISM_DECO_CACHE, or "
                 "trainer.feature_cache=off."
@@ -121,7 +122,7 @@ class FeatureReader:
         self._rows = np.argsort(hashes).astype(np.int32)
         self._hashes = hashes[self._rows]
         if len(np.unique(self._hashes)) < len(self._hashes):
-            raise ValueError("Two names of images have one hash: rename one, or trainer.feature_cache=off.")
+            raise UsageError("Two names of images have one hash: rename one, or trainer.feature_cache=off.")
         self._bad = np.zeros(len(hashes), dtype=np.bool_)
         self._offsets = []
         for shard in range(self._layout.shards):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import fcntl
 import hashlib
 import json
@@ -162,7 +163,7 @@ class Locks:
     """A lock per shard: a byte each of one file. The system takes them back from a process that is gone.
 
     Raises:
-        ValueError: the file system has no locks.
+        UsageError: the file system has no locks.
     """
 
     def __init__(self, folder: Path):
@@ -182,7 +183,7 @@ class Locks:
         except (BlockingIOError, PermissionError):
             return False
         except OSError as error:
-            raise ValueError(
+            raise UsageError(
                 f"{self._file.name} cannot be locked ({error}): choose another disk with the environment variable "
                 "PRISM_DECO_CACHE, or trainer.feature_cache=off."
             ) from error

@@ -5,6 +5,7 @@ lmms-eval --model prism_deco --model_args run=runs/RUN_ID --tasks pope --batch_s
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -62,9 +63,9 @@ class PrismDeco(lmms):
     ):
         super().__init__()
         if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype} is unknown: choose {' or '.join(DTYPES)}.")
+            raise UsageError(f"dtype={dtype} is unknown: choose {' or '.join(DTYPES)}.")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"batch_size={batch_size}: give the number of requests to answer at a time.")
+            raise UsageError(f"batch_size={batch_size}: give the number of requests to answer at a time.")
         self.batch_size = int(batch_size)
         self.max_new_tokens = max_new_tokens
         self.device = asked_device(device or "auto")
@@ -128,7 +129,7 @@ class PrismDeco(lmms):
             if key not in images:
                 found = request.to_images(self._record(request)) or []
                 if len(found) > 1 or not all(isinstance(image, Image.Image) for image in found):
-                    raise ValueError(
+                    raise UsageError(
                         f"{request.task}, record {request.record}: a run answers questions about one image, not about "
                         f"several, videos or sounds (found {', '.join(type(item).__name__ for item in found)})."
                     )
@@ -143,7 +144,7 @@ class PrismDeco(lmms):
     def _max_new_tokens(self, request: Request) -> int:
         settings = request.more
         if settings.get("do_sample") or settings.get("temperature") or settings.get("num_beams", 1) > 1:
-            raise ValueError(
+            raise UsageError(
                 f"{request.task} asks for sampling or beams, and a run answers greedily: add "
                 "--gen_kwargs temperature=0,do_sample=False,num_beams=1 to compare it so."
             )

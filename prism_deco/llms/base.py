@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,14 +37,14 @@ class LanguageModel:
         """The tokenizer; loaded when first used, so that planning a model needs no files.
 
         Raises:
-            ValueError: it cannot be found, or has more tokens than the model has embeddings.
+            UsageError: it cannot be found, or has more tokens than the model has embeddings.
         """
         tokenizer = load_tokenizer(self.spec.tokenizer, self.spec.weights, self.spec.hub, self.spec.revision)
         _add_special_tokens(tokenizer, self.spec)
         tokenizer.chat_template = self.spec.chat_template
         rows = self.embedding_rows
         if len(tokenizer) > rows:
-            raise ValueError(
+            raise UsageError(
                 f"The tokenizer of {self.spec.name} has {len(tokenizer)} tokens, the model only {rows} embeddings: "
                 f"set llm.tokenizer_size={len(tokenizer)}, or use the tokenizer that belongs to the weights."
             )
@@ -71,7 +72,7 @@ class LanguageModel:
         known = self.tokenizer.get_vocab()
         for token in tokens:
             if token not in known:
-                raise ValueError(f"The tokenizer of {self.spec.name} does not know the stop token {token!r}.")
+                raise UsageError(f"The tokenizer of {self.spec.name} does not know the stop token {token!r}.")
         return tuple(known[token] for token in tokens)
 
     @cached_property
@@ -112,9 +113,9 @@ def _add_special_tokens(tokenizer: PreTrainedTokenizerBase, spec: LLMSpec) -> No
     tokens: dict[str, Any] = dict(spec.special_tokens)
     if not spec.added_tokens and tokens["pad_token"] not in known:
         if tokenizer.unk_token is None:
-            raise ValueError(f"{spec.name}'s tokenizer has no unknown token to pad with: recipe.added_tokens=true.")
+            raise UsageError(f"{spec.name}'s tokenizer has no unknown token to pad with: recipe.added_tokens=true.")
         tokens["pad_token"] = tokenizer.unk_token
     for role, token in tokens.items():
         if token not in known and role != "pad_token":
-            raise ValueError(f"The tokenizer of {spec.name} does not know the {role} {token!r}: is it the right one?")
+            raise UsageError(f"The tokenizer of {spec.name} does not know the {role} {token!r}: is it the right one?")
     tokenizer.add_special_tokens(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -38,13 +39,13 @@ def build_llm(
         options: replace the YAML's keys (`LLMSpec`).
 
     Raises:
-        ValueError: an unknown key or choice, weights that cannot be found or do not fit.
+        UsageError: an unknown key or choice, weights that cannot be found or do not fit.
     """
     spec = read_spec((load_choice("llm", choice) if isinstance(choice, str) else dict(choice)) | options)
     pretrained = spec.pretrained if pretrained is None else pretrained
     device = torch.device(device or "cpu")
     if spec.quantize and not pretrained:
-        raise ValueError(f"{spec.name}: only pretrained weights can be quantised; train adapters with recipe.lm=lora.")
+        raise UsageError(f"{spec.name}: only pretrained weights can be quantised; train adapters with recipe.lm=lora.")
     model = _load(spec) if pretrained and device.type != "meta" else _random(spec, device)
     llm = LanguageModel(model, spec)
     _fit_embeddings(llm)
@@ -59,7 +60,7 @@ def weights_record(spec: LLMSpec) -> dict[str, Any]:
     """What names pretrained weights: where they come from, and the SHA-256 of their files.
 
     Raises:
-        ValueError: they cannot be found.
+        UsageError: they cannot be found.
     """
     path = _weights_path(spec)
     log.info("Hashing the language model's weights in %s", path)
@@ -76,7 +77,7 @@ def tensor_files(spec: LLMSpec) -> dict[str, Path] | None:
     """The safetensors file of each weight, for those who read them in pieces; None where there are no such files.
 
     Raises:
-        ValueError: the weights cannot be found, or belong to another architecture.
+        UsageError: the weights cannot be found, or belong to another architecture.
     """
     path = _weights_path(spec)
     if not path.is_dir() or not has_weights(path):
@@ -94,7 +95,7 @@ def _random(spec: LLMSpec, device: torch.device) -> PreTrainedModel:
         with device:
             return AutoModelForCausalLM.from_config(architecture(spec), trust_remote_code=False, **_options(spec))
     except ImportError as error:
-        raise ValueError(
+        raise UsageError(
             f"llm.attention={spec.attention} cannot be used here: {error} Install what it needs, or take "
             "llm.attention=sdpa."
         ) from error
@@ -114,7 +115,7 @@ def _check_architecture(spec: LLMSpec, config: PretrainedConfig, path: Path) -> 
         found = getattr(config, key, value)
         # The vocabulary may have been resized since; a nested value may be spelled in several ways.
         if key != "vocab_size" and isinstance(value, int | str) and found != value:
-            raise ValueError(f"The weights in {path} are not those of {spec.name}: {key} is {found}, not {value}.")
+            raise UsageError(f"The weights in {path} are not those of {spec.name}: {key} is {found}, not {value}.")
 
 
 def _weights_path(spec: LLMSpec) -> Path:
@@ -123,7 +124,7 @@ def _weights_path(spec: LLMSpec) -> Path:
 
 def _hub_folder(spec: LLMSpec) -> Path:
     if spec.hub is None:
-        raise ValueError(
+        raise UsageError(
             f"{spec.name} has no pretrained weights to download: give your own (llm.weights=PATH), or start from "
             "random ones (llm.pretrained=false)."
         )

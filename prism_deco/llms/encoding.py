@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -56,10 +57,10 @@ def truncate(encoded: Encoded, max_text_tokens: int) -> tuple[Encoded, int]:
     question goes instead, and the end of its answer if that alone fills half of the room.
 
     Raises:
-        ValueError: fewer than two tokens are allowed.
+        UsageError: fewer than two tokens are allowed.
     """
     if max_text_tokens < 2:
-        raise ValueError(f"max_text_tokens={max_text_tokens} has no room for a question and an answer.")
+        raise UsageError(f"max_text_tokens={max_text_tokens} has no room for a question and an answer.")
     length = len(encoded.input_ids)
     if length <= max_text_tokens:
         return encoded, 0

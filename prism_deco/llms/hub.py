@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def model_folder(repo: str, revision: str | None, hint: str) -> Path:
     """The local snapshot of a repository with a complete model; downloads what is missing.
 
     Raises:
-        ValueError: the hub cannot be reached or refuses; the message begins with `hint`.
+        UsageError: the hub cannot be reached or refuses; the message begins with `hint`.
     """
     # Pickles only where there is nothing better.
     return _snapshot(repo, revision, has_weights, [(*_SMALL, _SAFETENSORS), (*_SMALL, _BIN)], hint)
@@ -79,11 +80,11 @@ def _snapshot(
                 # The first line tells; what follows it is advice about another library's options.
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 if not local:
-                    raise ValueError(f"{hint} (Hugging Face hub: {reason})") from error
+                    raise UsageError(f"{hint} (Hugging Face hub: {reason})") from error
                 continue
             if complete(folder):
                 return folder
-    raise ValueError(f"{hint} (Hugging Face hub: {reason})")
+    raise UsageError(f"{hint} (Hugging Face hub: {reason})")
 
 
 def _is_complete(folder: Path, pattern: str) -> bool:

@@ -6,6 +6,7 @@ each adapted linear layer becomes one that holds the original as `base_layer`.
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -40,11 +41,11 @@ def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, base
         base: where the base weights come from, for the record.
 
     Raises:
-        ValueError: peft is not installed, or a number is out of range.
+        UsageError: peft is not installed, or a number is out of range.
     """
     peft = _peft()
     if r < 1 or not 0 <= dropout < 1:
-        raise ValueError(f"recipe.lora_r={r} must be at least 1, recipe.lora_dropout={dropout} in [0, 1).")
+        raise UsageError(f"recipe.lora_r={r} must be at least 1, recipe.lora_dropout={dropout} in [0, 1).")
     config = peft.LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -104,30 +105,30 @@ def load_lora(model: PreTrainedModel, folder: Path) -> None:
     """Adds the adapters that `save_lora` wrote.
 
     Raises:
-        ValueError: peft is not installed, or the adapters cannot be read or do not fit the model.
+        UsageError: peft is not installed, or the adapters cannot be read or do not fit the model.
     """
     peft = _peft()
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ValueError(f"{folder / ADAPTER_WEIGHTS} is missing: the run's folder is incomplete.")
+        raise UsageError(f"{folder / ADAPTER_WEIGHTS} is missing: the run's folder is incomplete.")
     config = peft.LoraConfig.from_pretrained(folder)
     _inject(model, config)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in open_tensors(folder / ADAPTER_WEIGHTS).items()}
     try:
         report = peft.set_peft_model_state_dict(model, tensors, _NAME)
     except RuntimeError as error:
-        raise ValueError(f"The adapters in {folder} do not fit the model: {error}") from error
+        raise UsageError(f"The adapters in {folder} do not fit the model: {error}") from error
     missing = [name for name in report.missing_keys if is_adapter(name)]
     if missing or report.unexpected_keys:
         wrong = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in report.unexpected_keys]
         listed = "; ".join(wrong[:5])
-        raise ValueError(f"The adapters in {folder} do not fit the model: {listed} ({len(wrong)} in all).")
+        raise UsageError(f"The adapters in {folder} do not fit the model: {listed} ({len(wrong)} in all).")
 
 
 def merge_lora(model: PreTrainedModel) -> None:
     """Adds the adapters' updates to the base weights, and takes the adapters away.
 
     Raises:
-        ValueError: a merged weight is not finite.
+        UsageError: a merged weight is not finite.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -155,7 +156,7 @@ def _peft() -> ModuleType:
     try:
         import peft
     except ImportError as error:
-        raise ValueError(
+        raise UsageError(
             "LoRA needs the package peft: pip install 'prism-deco[lora]' (or train the whole LLM: recipe.lm=full)."
         ) from error
     return peft

@@ -6,6 +6,7 @@ each of them. A model that is switched to it computes padded batches and generat
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from typing import Any, NamedTuple
 
 import torch
@@ -48,13 +49,13 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     """Switches a model to `PACKED`, for good: recomputed activations (checkpointing) must find it, too.
 
     Raises:
-        ValueError: it uses another attention than SDPA.
+        UsageError: it uses another attention than SDPA.
     """
     used = model.config._attn_implementation
     if used == PACKED:
         return
     if used != "sdpa":
-        raise ValueError(f"recipe.packing=true needs llm.attention=sdpa, not {used}.")
+        raise UsageError(f"recipe.packing=true needs llm.attention=sdpa, not {used}.")
     model.set_attn_implementation(PACKED)
 
 
@@ -82,7 +83,7 @@ def packed_attention(
     """
     if segments is None:
         if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:
-            raise ValueError(
+            raise UsageError(
                 f"{type(module).__name__} does not pass on `segments`: train it with recipe.packing=false."
             )
         return sdpa_attention_forward(

@@ -10,6 +10,7 @@ the special tokens by name:
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,7 @@ class PromptFormat:
             num_images: images of the conversation.
 
         Raises:
-            ValueError: roles out of order, no answer, images and `<image>` tags that do not match, or
+            UsageError: roles out of order, no answer, images and `<image>` tags that do not match, or
                 a message that the format has no place for.
         """
         check_roles(messages)
@@ -106,15 +107,15 @@ class PromptFormat:
                 **variables,
             )
         except TemplateError as error:
-            raise ValueError(f"The chat template cannot render the conversation: {error}") from error
+            raise UsageError(f"The chat template cannot render the conversation: {error}") from error
         (text,), (spans,) = rendered
         segments = list(self._segments(text, spans))
         if sum(s.image for s in segments) != num_images:
-            raise ValueError(
+            raise UsageError(
                 f"The chat template does not place {num_images} images: it must write {{{{ image }}}} once."
             )
         if not any(s.supervised for s in segments):
-            raise ValueError("No text is supervised: answers stand between {% generation %} and {% endgeneration %}.")
+            raise UsageError("No text is supervised: answers stand between {% generation %} and {% endgeneration %}.")
         return segments
 
     def _place(self, messages: Sequence[Message], num_images: int) -> list[dict[str, str]]:
@@ -161,23 +162,23 @@ def build_format(
 
 
 def check_roles(messages: Sequence[Message]) -> None:
-    """`ValueError` unless the messages are [system,] user, assistant, user, assistant ..."""
+    """`UsageError` unless the messages are [system,] user, assistant, user, assistant ..."""
     for message in messages:
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise ValueError(f'A message is {{"role": ..., "content": text}}, not {message!r}.')
+            raise UsageError(f'A message is {{"role": ..., "content": text}}, not {message!r}.')
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns:
-        raise ValueError("The conversation is empty: it needs a user's message and an answer.")
+        raise UsageError("The conversation is empty: it needs a user's message and an answer.")
     for number, role in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if role != expected:
-            raise ValueError(
+            raise UsageError(
                 f"Message {number + 1} of the conversation is from {role!r} where {expected!r} is expected: "
                 "messages alternate, the user's first (a system message may precede them)."
             )
     if len(turns) % 2:
-        raise ValueError("The conversation ends without an answer: nothing in it would be supervised.")
+        raise UsageError("The conversation ends without an answer: nothing in it would be supervised.")
 
 
 def _split_images(text: str, number: int) -> Iterator[Segment]:
@@ -199,7 +200,7 @@ def _tags_first(messages: Sequence[Message], num_images: int) -> list[dict[str, 
         # Plain questions about images: as if the first one began with the tags.
         tags[[m["role"] for m in messages].index("user")] = num_images
     if sum(tags) != num_images:
-        raise ValueError(f"The conversation has {sum(tags)} {IMAGE_TAG} tags and {num_images} images: they must match.")
+        raise UsageError(f"The conversation has {sum(tags)} {IMAGE_TAG} tags and {num_images} images: they must match.")
     placed = []
     for message, count in zip(messages, tags, strict=True):
         text = _neutral(message["content"])

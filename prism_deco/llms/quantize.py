@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import importlib.util
 import os
 from typing import Any
@@ -18,18 +19,18 @@ def quantization(kind: str) -> dict[str, Any]:
     """Options of `from_pretrained` that quantise the linear layers but the output head, on this process's GPU.
 
     Raises:
-        ValueError: the kind is unknown, a package is missing, or there is no GPU.
+        UsageError: the kind is unknown, a package is missing, or there is no GPU.
     """
     if kind not in KINDS:
         raise unknown("llm.quantize", kind, KINDS)
     missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"Four-bit weights (recipe.lm=qlora) need {' and '.join(missing)}: pip install 'prism-deco[qlora]', or "
             "train adapters on unquantised weights: recipe.lm=lora."
         )
     if not torch.cuda.is_available():
-        raise ValueError(
+        raise UsageError(
             "Four-bit weights (recipe.lm=qlora) need a CUDA GPU, and torch sees none here. Train adapters on "
             "unquantised weights instead: recipe.lm=lora."
         )

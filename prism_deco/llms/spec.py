@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -57,24 +58,24 @@ class LLMSpec:
 
 
 def read_spec(content: Mapping[str, Any]) -> LLMSpec:
-    """Checks the content of a YAML; `ValueError` names keys that are unknown or missing."""
+    """Checks the content of a YAML; `UsageError` names keys that are unknown or missing."""
     known = [f.name for f in fields(LLMSpec)]
     for key in content:
         if key not in known:
             raise unknown("key of an LLM", key, known)
     for key in ("name", "chat_template", "special_tokens"):
         if not content.get(key):
-            raise ValueError(f"The LLM {content.get('name', '')!r} has no `{key}`: its YAML must set it.")
+            raise UsageError(f"The LLM {content.get('name', '')!r} has no `{key}`: its YAML must set it.")
     spec = LLMSpec(**content)
     if not isinstance(getattr(torch, spec.dtype, None), torch.dtype):
-        raise ValueError(f"llm.dtype={spec.dtype} is no type of torch: float32, bfloat16 or float16.")
+        raise UsageError(f"llm.dtype={spec.dtype} is no type of torch: float32, bfloat16 or float16.")
     return spec
 
 
 def architecture(spec: LLMSpec) -> PretrainedConfig:
     """The architecture as transformers knows it; nothing is read or fetched."""
     if spec.architecture is None:
-        raise ValueError(f"{spec.name} has no `architecture`: it is needed to build the model without its weights.")
+        raise UsageError(f"{spec.name} has no `architecture`: it is needed to build the model without its weights.")
     if "model_type" not in spec.architecture:
-        raise ValueError(f"The architecture of {spec.name} has no model_type, for example `model_type: llama`.")
+        raise UsageError(f"The architecture of {spec.name} has no model_type, for example `model_type: llama`.")
     return AutoConfig.for_model(**spec.architecture)

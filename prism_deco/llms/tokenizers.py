@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def load_tokenizer(
         if has_tokenizer(beside):
             return _load(beside)
     if name is None and hub is None:
-        raise ValueError("The LLM names no tokenizer: set llm.tokenizer to a folder or a repository.")
+        raise UsageError("The LLM names no tokenizer: set llm.tokenizer to a folder or a repository.")
     if name is None:
         return _from_hub(str(hub), revision)
     folder = ASSETS / name.removeprefix(_ASSET) if name.startswith(_ASSET) else Path(name).expanduser()
@@ -44,7 +45,7 @@ def load_tokenizer(
         return _load(folder)
     if name.startswith(_ASSET):
         shipped = ", ".join(sorted(p.name for p in ASSETS.iterdir()))
-        raise ValueError(f"llm.tokenizer={name}: the package ships {shipped}.")
+        raise UsageError(f"llm.tokenizer={name}: the package ships {shipped}.")
     return _from_hub(name, None)
 
 

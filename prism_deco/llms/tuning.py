@@ -26,7 +26,7 @@ class Tuning:
     quantize: str | None = None
 
     def check(self) -> None:
-        """`ValueError` says why this machine cannot do it."""
+        """`UsageError` says why this machine cannot do it."""
         if self.quantize:
             quantization(self.quantize)
 
@@ -47,7 +47,7 @@ TUNINGS = {
 
 
 def tuning(name: str) -> Tuning:
-    """The way of that name; `ValueError` lists the choices otherwise."""
+    """The way of that name; `UsageError` lists the choices otherwise."""
     if name not in TUNINGS:
         raise unknown("recipe.lm", name, TUNINGS)
     return TUNINGS[name]

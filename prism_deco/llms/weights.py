@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import fcntl
 import hashlib
 import json
@@ -38,22 +39,22 @@ def load_model(path: Path, config: PretrainedConfig | None, **options: Any) -> P
         options: `dtype`, `attn_implementation`.
 
     Raises:
-        ValueError: nothing usable is there, or it does not fit the architecture.
+        UsageError: nothing usable is there, or it does not fit the architecture.
     """
     if not path.exists():
-        raise ValueError(f"llm.weights={path}: there is no such file or folder.")
+        raise UsageError(f"llm.weights={path}: there is no such file or folder.")
     log.info("Loading the language model's weights from %s", path)
     if path.suffix == ".gguf":
         return _from_pretrained(path, AutoModelForCausalLM, path.parent, gguf_file=path.name, **options)
     if path.is_file():
         if config is None:
-            raise ValueError(
+            raise UsageError(
                 f"{path} does not tell its architecture: give llm.architecture, or a folder with config.json."
             )
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         return _from_pretrained(path, model_class, None, config=config, state_dict=dict(open_tensors(path)), **options)
     if not has_weights(path):
-        raise ValueError(
+        raise UsageError(
             f"llm.weights={path}: expected config.json and all of model*.safetensors (or pytorch_model*.bin) there."
         )
     folder = path if has_safetensors(path) else convert_pickles(path)
@@ -123,9 +124,9 @@ def _from_pretrained(source: Path, loader: Any, folder: Path | None, **options: 
     try:
         model, report = loader.from_pretrained(folder, output_loading_info=True, **options)
     except _UNREADABLE as error:
-        raise ValueError(f"{source} cannot be loaded as a language model: {error}") from error
+        raise UsageError(f"{source} cannot be loaded as a language model: {error}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         # transformers fills gaps with random numbers.
-        raise ValueError(f"{source} lacks {len(missing)} weights of the architecture, for example {missing[0]}.")
+        raise UsageError(f"{source} lacks {len(missing)} weights of the architecture, for example {missing[0]}.")
     return model

@@ -42,7 +42,7 @@ ACCELERATORS = {
 
 
 def accelerator(name: str) -> Accelerator:
-    """The accelerator of that name; `ValueError` lists the choices otherwise."""
+    """The accelerator of that name; `UsageError` lists the choices otherwise."""
     if name not in ACCELERATORS:
         raise unknown("accelerator", name, ACCELERATORS)
     return ACCELERATORS[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import math
 from dataclasses import dataclass, replace
 
@@ -109,10 +110,10 @@ def plan_run(
             planned accelerator has, if there is one.
 
     Raises:
-        ValueError: an unknown accelerator, or a share outside (0, 1].
+        UsageError: an unknown accelerator, or a share outside (0, 1].
     """
     if not 0 < mfu <= 1:
-        raise ValueError(f"mfu={mfu} must be above 0 and at most 1.")
+        raise UsageError(f"mfu={mfu} must be above 0 and at most 1.")
     name = name or " ".join(config[part].name for part in ("backbone", "projector", "llm"))
     setup = setup_of(config)
     kind = accelerator_name or (DEFAULT_ACCELERATOR if setup.cuda else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import copy
 import json
 from functools import lru_cache
@@ -69,11 +70,11 @@ def projector_of(config: DictConfig) -> Projector:
     """The configured projector on the meta device; shared, so not to be changed.
 
     Raises:
-        ValueError: it does not fit the grid, or its tokens do not fit the LLM's positions.
+        UsageError: it does not fit the grid, or its tokens do not fit the LLM's positions.
     """
     projector, room = _projector(projector_key(config)), max_positions(config, llm_of(config))
     if projector.num_tokens >= room:
-        raise ValueError(
+        raise UsageError(
             f"{projector.num_tokens} visual tokens leave no room for text in the {room} positions of "
             f"{config.llm.name}: choose fewer (projector.num_tokens=...) or another LLM."
         )

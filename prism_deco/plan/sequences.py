@@ -62,7 +62,7 @@ def sequences_of(config: DictConfig) -> tuple[Sequences, str | None]:
     """The sequences of a configured data set, and what is wrong with its files, if anything.
 
     Raises:
-        ValueError: there are neither files nor statistics, or training would refuse the records.
+        UsageError: there are neither files nor statistics, or training would refuse the records.
     """
     statistics = config.data.statistics
     if statistics is not None and "root" not in config.data:

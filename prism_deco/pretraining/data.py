@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import re
 from collections.abc import Iterable, Sequence
 
@@ -34,14 +35,14 @@ class Vocabulary:
         """int64[len(texts), length]: padded on the right, the last word followed by `END`.
 
         Raises:
-            ValueError: a text is longer than `length`, or has a word that no caption has.
+            UsageError: a text is longer than `length`, or has a word that no caption has.
         """
         ids = torch.full((len(texts), length), PAD)
         for row, text in enumerate(texts):
             words = self.split(text)
             unknown = [word for word in words if word not in self._ids]
             if unknown or len(words) >= length:
-                raise ValueError(f"{text!r} has more than {length - 1} words, or unknown ones: {unknown}.")
+                raise UsageError(f"{text!r} has more than {length - 1} words, or unknown ones: {unknown}.")
             ids[row, : len(words) + 1] = torch.tensor([self._ids[word] for word in words] + [END])
         return ids
 

@@ -63,7 +63,7 @@ def pretrain_tower(
         The record.
 
     Raises:
-        ValueError: `name` is not among `mini_towers()`.
+        UsageError: `name` is not among `mini_towers()`.
     """
     if name not in mini_towers():
         raise unknown("miniature tower", name, mini_towers())

@@ -7,6 +7,7 @@ Shapes: B images, M queries, N = h·w patches, H heads, E channels per head, P p
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import math
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from prism_deco.projectors.layers import init_normal
 
 def _head_dim(dim: int, heads: int) -> int:
     if dim % heads:
-        raise ValueError(f"hidden_dim={dim} does not divide into heads={heads}: choose a multiple.")
+        raise UsageError(f"hidden_dim={dim} does not divide into heads={heads}: choose a multiple.")
     return dim // heads
 
 

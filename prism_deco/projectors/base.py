@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
@@ -60,14 +61,14 @@ class Projector(nn.Module):
         raise NotImplementedError
 
     def forward(self, features: Tensor) -> Tensor:
-        """float[B, N, in_dim], or compressed float[B, T, in_dim] -> float[B, M, out_dim]; `ValueError` on features of
+        """float[B, N, in_dim], or compressed float[B, T, in_dim] -> float[B, M, out_dim]; `UsageError` on features of
         another size."""
         height, width = self.in_grid
         if features.ndim == 3 and features.shape[1:] == (height * width, self.in_dim):
             return self.project(self.compress(features))
         if features.ndim == 3 and features.shape[1:] == (math.prod(self.compressed_grid), self.in_dim):
             return self.project(features)
-        raise ValueError(
+        raise UsageError(
             f"{type(self).__name__} was built for features [batch, {height * width}, {self.in_dim}] "
             f"(grid {height}x{width}) and got {list(features.shape)}. Use the backbone's grid and embed_dim."
         )
@@ -79,17 +80,17 @@ class Projector(nn.Module):
 
 
 def square_grid(num_tokens: int | None, in_grid: tuple[int, int]) -> tuple[int, int]:
-    """The square output grid of `num_tokens` visual tokens; `ValueError` where `in_grid` has none."""
+    """The square output grid of `num_tokens` visual tokens; `UsageError` where `in_grid` has none."""
     if num_tokens is None:
-        raise ValueError("num_tokens=None keeps every patch, as only `linear` does: set it to a square such as 144.")
+        raise UsageError("num_tokens=None keeps every patch, as only `linear` does: set it to a square such as 144.")
     side = math.isqrt(max(num_tokens, 0))
     height, width = in_grid
     if num_tokens < 1 or side * side != num_tokens:
-        raise ValueError(
+        raise UsageError(
             f"num_tokens={num_tokens} is not a square number; near it are {max(side, 1) ** 2} and {(side + 1) ** 2}."
         )
     if side > min(height, width):
-        raise ValueError(
+        raise UsageError(
             f"num_tokens={num_tokens} ({side}x{side}) does not fit the patch grid {height}x{width}: "
             f"choose at most {min(height, width) ** 2}."
         )

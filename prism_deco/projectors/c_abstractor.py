@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import torch
 from einops import rearrange
 from timm.layers.norm import LayerNorm2d
@@ -44,7 +45,7 @@ class CAbstractor(Projector):
     ):
         super().__init__(in_dim, out_dim, in_grid, square_grid(num_tokens, in_grid))
         if depth < 1:
-            raise ValueError(f"c_abstractor with depth={depth} has no convolutions: choose 1 or more, or avgpool.")
+            raise UsageError(f"c_abstractor with depth={depth} has no convolutions: choose 1 or more, or avgpool.")
         self.stage1 = _stage(depth, in_dim, hidden_dim)
         self.stage2 = _stage(depth, hidden_dim, hidden_dim)
         self.readout = build_mlp(hidden_dim, out_dim, readout_depth, activation=nn.SiLU)

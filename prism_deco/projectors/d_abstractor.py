@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -89,9 +90,9 @@ class DAbstractor(Projector):
     ):
         super().__init__(in_dim, out_dim, in_grid, square_grid(num_tokens, in_grid))
         if query_mode not in ("query", "tgt"):
-            raise ValueError(f"query_mode={query_mode!r} is unknown: choose query or tgt.")
+            raise UsageError(f"query_mode={query_mode!r} is unknown: choose query or tgt.")
         if depth < 1:
-            raise ValueError(f"d_abstractor with depth={depth} has no layers: choose 1 or more.")
+            raise UsageError(f"d_abstractor with depth={depth} has no layers: choose 1 or more.")
         self.pooled_is_content = query_mode == "tgt"
         # No projection between equal widths, here and at the end, as in the reference.
         self.input = nn.Linear(in_dim, hidden_dim) if in_dim != hidden_dim else nn.Identity()

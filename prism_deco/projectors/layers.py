@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
@@ -27,12 +28,12 @@ def build_mlp(
             `depth=3, ratio=4` is prismatic's fused MLP.
 
     Raises:
-        ValueError: no layers, or a hidden width without a hidden layer.
+        UsageError: no layers, or a hidden width without a hidden layer.
     """
     if depth < 1:
-        raise ValueError(f"An MLP of depth {depth} has no layers: choose a depth of at least 1.")
+        raise UsageError(f"An MLP of depth {depth} has no layers: choose a depth of at least 1.")
     if ratio is not None and depth < 2:
-        raise ValueError(f"mlp_ratio={ratio} sets a hidden width, which an MLP of depth 1 has not: use depth 2 or 3.")
+        raise UsageError(f"mlp_ratio={ratio} sets a hidden width, which an MLP of depth 1 has not: use depth 2 or 3.")
     widths = [in_dim] + [out_dim] * depth
     if ratio is not None:
         widths[1] = round(ratio * in_dim)

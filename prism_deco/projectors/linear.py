@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ class Linear(Projector):
         mlp_ratio: width of its first hidden layer as a multiple of `in_dim`; None takes `out_dim`.
 
     Raises:
-        ValueError: `num_tokens` is another number than that of the patches.
+        UsageError: `num_tokens` is another number than that of the patches.
     """
 
     compresses = False
@@ -36,7 +37,7 @@ class Linear(Projector):
     ):
         super().__init__(in_dim, out_dim, in_grid, out_grid=in_grid)
         if num_tokens is not None and num_tokens != self.num_tokens:
-            raise ValueError(
+            raise UsageError(
                 f"linear keeps all {self.num_tokens} patches of the grid {in_grid[0]}x{in_grid[1]} and cannot make "
                 f"num_tokens={num_tokens}: leave it at null, or choose a compressing projector such as avgpool."
             )

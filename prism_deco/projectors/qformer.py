@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -58,7 +59,7 @@ class QFormer(Projector):
     ):
         super().__init__(in_dim, out_dim, in_grid, square_grid(num_tokens, in_grid))
         if depth < 1:
-            raise ValueError(f"qformer with depth={depth} has no layers: choose 1 or more.")
+            raise UsageError(f"qformer with depth={depth} has no layers: choose 1 or more.")
         self.queries = nn.Parameter(torch.empty(1, self.num_tokens, hidden_dim))
         nn.init.normal_(self.queries, std=0.02)
         self.input_norm = nn.LayerNorm(in_dim) if weights else nn.Identity()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +53,14 @@ def load_qformer(projector: nn.Module, path: Path) -> LoadReport:
     initialisation: neither has a meaning here. Anything else has to be there and to fit.
 
     Raises:
-        ValueError: no checkpoint at `path`, no Q-Former in it, or one of another geometry.
+        UsageError: no checkpoint at `path`, no Q-Former in it, or one of another geometry.
     """
     found: dict[str, Tensor] = {}
     unused: list[str] = []
     wanted = {name: tensor for name, tensor in projector.state_dict().items() if _OURS.match(name)}
     files = tensor_files(path)
     if not files:
-        raise ValueError(f"{path}: expected a checkpoint file, or a folder with one of {', '.join(SUFFIXES)}.")
+        raise UsageError(f"{path}: expected a checkpoint file, or a folder with one of {', '.join(SUFFIXES)}.")
     for file in files:
         tensors = open_tensors(file)  # those of the tower are not read
         for key in tensors:
@@ -71,7 +72,7 @@ def load_qformer(projector: nn.Module, path: Path) -> LoadReport:
             elif _OURS.match(name) or key.startswith("Qformer."):
                 unused.append(key)
     if not any(name.startswith("body.") for name in found):
-        raise ValueError(f"{path} holds no Q-Former: expected keys such as Qformer.bert.encoder.layer.0.* (LAVIS).")
+        raise UsageError(f"{path} holds no Q-Former: expected keys such as Qformer.bert.encoder.layer.0.* (LAVIS).")
 
     reinitialised = {}
     for name, tensor in wanted.items():
@@ -80,7 +81,7 @@ def load_qformer(projector: nn.Module, path: Path) -> LoadReport:
         theirs = list(found[name].shape) if name in found else "absent"
         reason = f"checkpoint {theirs}, here {list(tensor.shape)}"
         if not _FREE.search(name):
-            raise ValueError(f"{path} does not fit: {name}: {reason}. Change depth, hidden_dim or ffn_dim.")
+            raise UsageError(f"{path} does not fit: {name}: {reason}. Change depth, hidden_dim or ffn_dim.")
         reinitialised[name] = reason
         # A bias means nothing without its matrix.
         bias = re.sub(r"weight$", "bias", name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import hashlib
 import json
 import shlex
@@ -48,11 +49,11 @@ def record(run: Path, path: Path) -> dict[str, Any]:
     same run again.
 
     Raises:
-        ValueError: the run was not trained with `recipe.blind=true`, or has not been scored.
+        UsageError: the run was not trained with `recipe.blind=true`, or has not been scored.
     """
     config = read_config(run / "config.yaml")
     if not config.recipe.blind:
-        raise ValueError(f"{run} was trained with its images: train its twin with recipe.blind=true.")
+        raise UsageError(f"{run} was trained with its images: train its twin with recipe.blind=true.")
     scores: dict[str, dict[str, float]] = {}
     for file in sorted((run / "eval").glob("*/metrics.json")):
         metrics = json.loads(file.read_text(encoding="utf-8"))
@@ -61,7 +62,7 @@ def record(run: Path, path: Path) -> dict[str, Any]:
         split = file.parent.name.removeprefix(benchmark).removeprefix("-") or _own_split(benchmark)
         scores.setdefault(split, {})[benchmark] = round(metrics["metrics"][metrics["primary"]], 2)
     if not scores:
-        raise ValueError(f"{run} has no scores: run prism-deco evaluate {run} benchmark=mini")
+        raise UsageError(f"{run} has no scores: run prism-deco evaluate {run} benchmark=mini")
     entry = {
         "llm": config.llm.name,
         "data": config.data.name,

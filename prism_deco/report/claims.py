@@ -18,6 +18,7 @@ Cells that were trained without their images are chosen by `recipe.blind: true` 
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -87,7 +88,7 @@ def parse(content: Sequence[Any]) -> list[Claim]:
     """The claims of a YAML's list.
 
     Raises:
-        ValueError: the list is not one of claims; the claim is named, and what is wrong with it.
+        UsageError: the list is not one of claims; the claim is named, and what is wrong with it.
     """
     return [_claim(one, number) for number, one in enumerate(content, start=1)]
 
@@ -95,11 +96,11 @@ def parse(content: Sequence[Any]) -> list[Claim]:
 def _claim(content: Any, number: int) -> Claim:
     name = str(content.get("name") or "") if isinstance(content, Mapping) else ""
     if not name:
-        raise ValueError(f"Claim {number} has no name.")
+        raise UsageError(f"Claim {number} has no name.")
     _check_keys(f"key (claim {name})", content, Claim)
     contrasts = content.get("contrasts") or []
     if not contrasts:
-        raise ValueError(f"The claim {name!r} has no contrasts to test it by.")
+        raise UsageError(f"The claim {name!r} has no contrasts to test it by.")
     made = tuple(_contrast(one, f"(claim {name})") for one in contrasts)
     return Claim(name, made, *(" ".join(str(content.get(key) or "").split()) for key in ("paper", "note")))
 
@@ -107,7 +108,7 @@ def _claim(content: Any, number: int) -> Claim:
 def _contrast(content: Any, of: str) -> Contrast:
     sides: list[Any] = [content.get(key) for key in ("first", "second")] if isinstance(content, Mapping) else [None]
     if not all(isinstance(side, Mapping) and side for side in sides):
-        raise ValueError(f"A contrast {of} does not say with labels what is first and what is second.")
+        raise UsageError(f"A contrast {of} does not say with labels what is first and what is second.")
     _check_keys(f"key of a contrast {of}", content, Contrast)
     first, second = ({str(key): str(value) for key, value in side.items()} for side in sides)
     measures = tuple(content.get("measures") or ("mean",))
@@ -121,9 +122,9 @@ def _contrast(content: Any, of: str) -> Contrast:
         if value not in known:
             raise unknown(f"{kind} of a contrast {of}", str(value), known)
     if (made.expect == "not_less") != (made.margin > 0):
-        raise ValueError(f"A contrast {of}: expect: not_less and a margin above 0 go together.")
+        raise UsageError(f"A contrast {of}: expect: not_less and a margin above 0 go together.")
     if not isinstance(made.judges, bool):
-        raise ValueError(f"A contrast {of}: judges is true or false, not {made.judges!r}.")
+        raise UsageError(f"A contrast {of}: judges is true or false, not {made.judges!r}.")
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import json
 import logging
 from collections import Counter
@@ -27,7 +28,7 @@ def collect(folders: Iterable[Path]) -> list[Cell]:
     """The cells of sweep folders, and of run folders or folders of such, in the given order.
 
     Raises:
-        ValueError: a folder is neither, or holds a ledger that cannot be read.
+        UsageError: a folder is neither, or holds a ledger that cannot be read.
     """
     cells: list[Cell] = []
     runs: list[Cell] = []
@@ -37,7 +38,7 @@ def collect(folders: Iterable[Path]) -> list[Cell]:
             continue
         found = [folder] if _is_run(folder) else sorted(path for path in folder.glob("*/") if _is_run(path))
         if not found:
-            raise ValueError(f"{folder} is neither a run folder (config.yaml) nor a sweep's (ledger.json).")
+            raise UsageError(f"{folder} is neither a run folder (config.yaml) nor a sweep's (ledger.json).")
         runs += [read_cell(run) for run in found]
     cells += _label(runs)
     repeated = {name for name, count in Counter(cell.id for cell in cells).items() if count > 1}
@@ -51,7 +52,7 @@ def _is_run(folder: Path) -> bool:
 def _read_sweep(folder: Path) -> list[Cell]:
     ledger = _read_json(folder / "ledger.json")
     if not isinstance(ledger.get("cells"), list):
-        raise ValueError(f"{folder / 'ledger.json'} lists no cells: is it a sweep's?")
+        raise UsageError(f"{folder / 'ledger.json'} lists no cells: is it a sweep's?")
     return [read_cell(folder / record["id"], record) for record in ledger["cells"]]
 
 
@@ -105,7 +106,7 @@ def _read_config(folder: Path, record: Mapping[str, Any]) -> DictConfig | None:
         groups = config if isinstance(config, DictConfig) else {}
         lacks = [name for name in _GROUPS if not isinstance(groups.get(name), DictConfig)]
         if lacks or not isinstance(config, DictConfig):
-            raise ValueError(f"{folder / 'config.yaml'} is no run's configuration: it lacks {', '.join(lacks)}.")
+            raise UsageError(f"{folder / 'config.yaml'} is no run's configuration: it lacks {', '.join(lacks)}.")
         return config
     overrides: Sequence[str] = record.get("overrides") or ()
     if not overrides:
@@ -199,7 +200,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}).") from error
+        raise UsageError(f"{path} is damaged ({error}).") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it is no JSON object.")
+        raise UsageError(f"{path} is damaged: it is no JSON object.")
     return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,10 +102,10 @@ def subtract(first: Strata, second: Strata) -> dict[str, list[float]]:
     """Differences unit by unit.
 
     Raises:
-        ValueError: the strata are not those of the same units.
+        UsageError: the strata are not those of the same units.
     """
     if {name: len(values) for name, values in first.items()} != {name: len(values) for name, values in second.items()}:
-        raise ValueError("The two do not hold the same questions.")
+        raise UsageError("The two do not hold the same questions.")
     return {
         name: (np.asarray(values) - np.asarray(second[name], dtype=np.float64)).tolist()
         for name, values in first.items()

@@ -75,7 +75,7 @@ def evaluate(claims: Sequence[Claim], cells: Sequence[Cell], benchmarks: Sequenc
         benchmarks: of the study; a cell that lacks one of them has no mean.
 
     Raises:
-        ValueError: the labels of a side are those of several cells of one seed.
+        UsageError: the labels of a side are those of several cells of one seed.
     """
     found = [
         _evaluate(claim, contrast, name, cells, benchmarks, split)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import json
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def _read_lines(path: Path) -> dict[str, dict[int, float]]:
                 if record.get(name) is not None:
                     curves.setdefault(name, {})[int(record["step"])] = float(record[name])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}, line {number} is damaged ({type(error).__name__}: {error}).") from error
+            raise UsageError(f"{path}, line {number} is damaged ({type(error).__name__}: {error}).") from error
     return curves
 
 

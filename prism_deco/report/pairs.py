@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -122,5 +123,5 @@ def _units(score: Score) -> _Units:
     predictions = main_predictions(benchmark, score.folder / "predictions.jsonl")
     strata = benchmark.strata(sorted(predictions, key=lambda prediction: prediction.question_id))
     if abs(combine_strata(strata, benchmark.combine) - score.value) > _ROUNDING:
-        raise ValueError(f"{score.folder}: the predictions do not give the score of metrics.json; score them again.")
+        raise UsageError(f"{score.folder}: the predictions do not give the score of metrics.json; score them again.")
     return _Units(dict(sorted(strata.items())), benchmark.combine, str(score.content["data_hash"]))

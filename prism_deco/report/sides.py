@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
@@ -75,14 +76,14 @@ def choose(cells: Sequence[Cell], labels: Mapping[str, str], read: Callable[[Cel
         of: the claim, for the error.
 
     Raises:
-        ValueError: several cells of one seed have them.
+        UsageError: several cells of one seed have them.
     """
     wanted = {key: value for key, value in labels.items() if key != _BLIND}
     found: dict[str, Cell] = {}
     for cell in cells:
         if cell.blind == _is_blind(labels) and all(cell.labels.get(key) == value for key, value in wanted.items()):
             if cell.seed in found:
-                raise ValueError(
+                raise UsageError(
                     f"The claim {of!r} means either {found[cell.seed].id} or {cell.id}: both have the labels "
                     f"{words(labels)}. Add a label that tells them apart."
                 )

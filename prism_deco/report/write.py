@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -56,7 +57,7 @@ def write_report(
         the page, and the tables of claims and scores.
 
     Raises:
-        ValueError: a folder is no run's or sweep's; cells do not compare (see `fair.disagreements`); claims that
+        UsageError: a folder is no run's or sweep's; cells do not compare (see `fair.disagreements`); claims that
             cannot be read.
     """
     cells = collect(folders)
@@ -69,7 +70,7 @@ def write_report(
     grids = build_grids(cells, chosen)
     for grid in grids:
         if grid.disagreements and not mixed:
-            raise ValueError(refusal(grid.title, grid.disagreements))
+            raise UsageError(refusal(grid.title, grid.disagreements))
     log.info("Comparing %d cells", len(cells))
     pairs = [differences(grid.entries, grid.benchmarks, chosen) for grid in grids]
     costs = compute.budgets([entry for grid in grids if grid.part for entry in grid.entries])
@@ -139,7 +140,7 @@ def _choose_split(cells: Sequence[Cell], split: str | None) -> tuple[str, list[s
         chosen = known[0] if known else ""  # the benchmarks' own sorts first
     if known and chosen not in known:
         names = ", ".join(name or OWN_SPLIT for name in known)
-        raise ValueError(f"No cell was scored on the split {split!r}. Scored splits: {names}.")
+        raise UsageError(f"No cell was scored on the split {split!r}. Scored splits: {names}.")
     return chosen, [name or OWN_SPLIT for name in known if name != chosen]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ def settle(cells: Sequence[Cell], ledger: Ledger) -> list[Cell]:
     part: each projector is given the learning rate that served it best. What the ledger has chosen before stays.
 
     Raises:
-        ValueError: no cell of the source part is like the choosing one, or none of those that are has succeeded.
+        UsageError: no cell of the source part is like the choosing one, or none of those that are has succeeded.
     """
     return [_settle(cell, cells, ledger) if cell.waits else cell for cell in cells]
 
@@ -47,7 +48,7 @@ def _choose(cell: Cell, key: str, part: Sequence[Cell], ledger: Ledger) -> str |
     varied = [name for name in others if len({other.settings.get(name) for other in part}) > 1]
     alike = [other for other in part if all(other.settings.get(n) == cell.settings.get(n) for n in varied)]
     if not alike:
-        raise ValueError(
+        raise UsageError(
             f"{cell.id} is to choose {key} from {cell.choose[key]}, which has no cell of the same "
             f"{', '.join(sorted(varied))}."
         )
@@ -59,12 +60,12 @@ def _choose(cell: Cell, key: str, part: Sequence[Cell], ledger: Ledger) -> str |
             losses.setdefault(other.settings[key], []).append(_last_loss(ledger.folder / other.id))
     if not losses:
         names = ", ".join(other.id for other in alike)
-        raise ValueError(f"{cell.id} cannot choose {key}: of {names} none has succeeded. Mend them, then go on.")
+        raise UsageError(f"{cell.id} cannot choose {key}: of {names} none has succeeded. Mend them, then go on.")
     return min(losses, key=lambda value: fmean(losses[value]))
 
 
 def _last_loss(run: Path) -> float:
     validated = [row[VAL_LOSS] for row in read_metrics(run) if VAL_LOSS in row]
     if not validated:
-        raise ValueError(f"{run} has no {VAL_LOSS} to choose by: its data holds nothing out for validation.")
+        raise UsageError(f"{run} has no {VAL_LOSS} to choose by: its data holds nothing out for validation.")
     return validated[-1] if math.isfinite(validated[-1]) else math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import hashlib
 import re
 from collections.abc import Mapping
@@ -57,7 +58,7 @@ def expand(spec: Spec) -> list[Cell]:
     of another is left at the recipe's own value.
 
     Raises:
-        ValueError: a cell that does not compose (named, with the reason), or two cells of one id.
+        UsageError: a cell that does not compose (named, with the reason), or two cells of one id.
     """
     combinations = [
         (grid, row, dict(zip(grid.axes, values, strict=True)))
@@ -73,13 +74,13 @@ def expand(spec: Spec) -> list[Cell]:
             config = final_config(overrides)
             _check_benchmarks(config)
         except ValueError as error:
-            raise ValueError(f"Cell {number} of {len(combinations)}, {name}: {error}") from error
+            raise UsageError(f"Cell {number} of {len(combinations)}, {name}: {error}") from error
         # Some file systems do not tell capitals from small letters.
         if name.casefold() in RESERVED:
-            raise ValueError(f"{name} cannot name a cell: every sweep has a folder of that name.")
+            raise UsageError(f"{name} cannot name a cell: every sweep has a folder of that name.")
         if name.casefold() in cells:
             other = " ".join(cells[name.casefold()].overrides)
-            raise ValueError(f"Two cells would share the folder {name}: {' '.join(overrides)} and {other}.")
+            raise UsageError(f"Two cells would share the folder {name}: {' '.join(overrides)} and {other}.")
         cells[name.casefold()] = Cell(name, _labels(row, values), overrides, config, grid.choose)
     return list(cells.values())
 

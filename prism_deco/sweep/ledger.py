@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import contextlib
 import fcntl
 import json
@@ -59,10 +60,10 @@ class Ledger:
 
     @classmethod
     def read(cls, folder: Path) -> Ledger:
-        """What an earlier driver wrote; `ValueError` where there is no sweep."""
+        """What an earlier driver wrote; `UsageError` where there is no sweep."""
         path = folder / "ledger.json"
         if not path.is_file():
-            raise ValueError(f"{folder} holds no sweep yet: it has no ledger.json.")
+            raise UsageError(f"{folder} holds no sweep yet: it has no ledger.json.")
         content = json.loads(path.read_text(encoding="utf-8"))
         return cls(folder, content["name"], [Entry(**entry) for entry in content["cells"]])
 
@@ -73,16 +74,16 @@ class Ledger:
         New cells are added, cells that are not asked for this time stay as they are.
 
         Raises:
-            ValueError: a cell that the folder already knows was defined differently, or other axes were swept.
+            UsageError: a cell that the folder already knows was defined differently, or other axes were swept.
         """
         if (folder / "config.yaml").exists():
-            raise ValueError(f"{folder} is the folder of a run: give the sweep another name, name=NAME.")
+            raise UsageError(f"{folder} is the folder of a run: give the sweep another name, name=NAME.")
         ledger = cls.read(folder) if (folder / "ledger.json").exists() else cls(folder, name)
         known_axes = {tuple(entry.labels) for entry in ledger.entries.values()}
         for cell in cells:
             if known_axes and not cell.part and tuple(cell.labels) not in known_axes:
                 before = " or ".join(sorted(", ".join(axes) for axes in known_axes))
-                raise ValueError(
+                raise UsageError(
                     f"{folder} is a sweep over {before}; this one is over {', '.join(cell.labels)}. Give it another "
                     "name: name=NAME."
                 )
@@ -118,7 +119,7 @@ def _update_definition(entry: Entry, cell: Cell, folder: Path) -> None:
         differences = "; ".join(
             f"{key} was {old.get(key, 'not given')} and is now {new.get(key, 'not given')}" for key in fixed
         )
-        raise ValueError(
+        raise UsageError(
             f"Cell {cell.id} of {folder} was defined differently: {differences}. Give the changed sweep another name "
             "(name=NAME), or repeat the old settings."
         )
@@ -133,7 +134,7 @@ def lock(folder: Path) -> Iterator[None]:
     """Holds the sweep for one driver. The lock goes with its process, so that a killed driver leaves none.
 
     Raises:
-        ValueError: another driver holds it.
+        UsageError: another driver holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
@@ -141,7 +142,7 @@ def lock(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise ValueError(
+            raise UsageError(
                 f"{folder} is being run by {file.read().strip()}: watch it with --status, or stop it first."
             ) from error
         file.truncate(0)

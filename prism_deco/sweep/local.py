@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import contextlib
 import os
 import shlex
@@ -28,7 +29,7 @@ class LocalLauncher:
         command: what runs a cell.
 
     Raises:
-        ValueError: a cell asks for more GPUs than there are, or for several nodes.
+        UsageError: a cell asks for more GPUs than there are, or for several nodes.
     """
 
     def __init__(
@@ -49,9 +50,9 @@ class LocalLauncher:
         self.running = 0
         for cell in cells:
             if cell.config.trainer.num_nodes > 1:
-                raise ValueError(f"Cell {cell.id} asks for {cell.config.trainer.num_nodes} nodes: use launcher=slurm.")
+                raise UsageError(f"Cell {cell.id} asks for {cell.config.trainer.num_nodes} nodes: use launcher=slurm.")
             if self.gpus and self._devices(cell) > len(self.gpus):
-                raise ValueError(
+                raise UsageError(
                     f"Cell {cell.id} asks for {self._devices(cell)} GPUs, this machine shows {len(self.gpus)}: set "
                     "trainer.devices, or use launcher=slurm."
                 )
@@ -81,7 +82,7 @@ class LocalLauncher:
 
     def attach(self, cell: Cell, entry: Entry) -> None:
         if entry.job is not None:
-            raise ValueError(f"Cell {cell.id} runs as SLURM job {entry.job}: use launcher=slurm, or scancel it.")
+            raise UsageError(f"Cell {cell.id} runs as SLURM job {entry.job}: use launcher=slurm, or scancel it.")
         # The guards of a killed driver stop their cells; those of this driver wait for the cells' locks.
 
     def describe(self, cell: Cell, entry: Entry) -> str:

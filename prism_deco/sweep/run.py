@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import contextlib
 from collections.abc import Sequence
 from functools import partial
@@ -62,12 +63,12 @@ def dry_run(spec: Spec, *, jobs: int | None) -> str:
 
 def _launcher(spec: Spec, cells: Sequence[Cell], jobs: int | None, *, dry: bool = False) -> Launcher:
     if jobs is not None and jobs < 1:
-        raise ValueError(f"--jobs {jobs}: give at least one.")
+        raise UsageError(f"--jobs {jobs}: give at least one.")
     command = partial(train_command, runs=runs_per_cache(cells))
     if spec.launcher == "slurm":
         return SlurmLauncher(spec.folder, spec.name, cells, spec.slurm, jobs=jobs, dry=dry, command=command)
     if spec.slurm:
-        raise ValueError(f"slurm.{next(iter(spec.slurm))} needs launcher=slurm.")
+        raise UsageError(f"slurm.{next(iter(spec.slurm))} needs launcher=slurm.")
     return LocalLauncher(spec.folder, cells, jobs=jobs or spec.jobs, command=command)
 
 

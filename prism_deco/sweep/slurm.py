@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import importlib
 import logging
 import shlex
@@ -49,7 +50,7 @@ class SlurmLauncher:
         command: what runs a cell.
 
     Raises:
-        ValueError: submitit or SLURM is missing, or a parameter is unknown or not for the user to set.
+        UsageError: submitit or SLURM is missing, or a parameter is unknown or not for the user to set.
     """
 
     def __init__(
@@ -71,14 +72,14 @@ class SlurmLauncher:
         self.parameters = DEFAULTS | dict(parameters)
         for key, setting in DERIVED.items():
             if key in parameters:
-                raise ValueError(f"slurm.{key} follows from {setting}: set that instead.")
+                raise UsageError(f"slurm.{key} follows from {setting}: set that instead.")
         if not isinstance(self.parameters["time"], int):
-            raise ValueError(f"slurm.time={self.parameters['time']}: give the minutes that a job may take.")
+            raise UsageError(f"slurm.time={self.parameters['time']}: give the minutes that a job may take.")
         for cell in cells:
             if cell.config.trainer.devices < 1:
-                raise ValueError(f"Cell {cell.id} leaves open how many GPUs it takes: set trainer.devices, say to 8.")
+                raise UsageError(f"Cell {cell.id} leaves open how many GPUs it takes: set trainer.devices, say to 8.")
             if cell.config.trainer.requeue:
-                raise ValueError(
+                raise UsageError(
                     f"Cell {cell.id} would be queued again twice, by itself too: set trainer.requeue=false."
                 )
             self._executor(cell)
@@ -93,7 +94,7 @@ class SlurmLauncher:
         try:
             job = SlurmJob(executor.submit(self._task(entry)), executor.folder)
         except RuntimeError as error:  # submitit's, with what sbatch said
-            raise ValueError(f"Cell {cell.id} was not accepted by SLURM: {error}") from error
+            raise UsageError(f"Cell {cell.id} was not accepted by SLURM: {error}") from error
         self.running.append(job)
         return job
 
@@ -137,7 +138,7 @@ class SlurmLauncher:
             executor = executor_class(self.folder / "jobs")
             executor.update_parameters(**own | self.parameters)
         except RuntimeError as error:
-            raise ValueError(f"launcher=slurm: {error} --dry-run shows the jobs without a cluster.") from error
+            raise UsageError(f"launcher=slurm: {error} --dry-run shows the jobs without a cluster.") from error
         return executor
 
 
@@ -193,4 +194,4 @@ def _import_submitit() -> ModuleType:
     try:
         return importlib.import_module("submitit")
     except ImportError as error:
-        raise ValueError('launcher=slurm needs submitit: pip install "prism-deco[slurm]".') from error
+        raise UsageError('launcher=slurm needs submitit: pip install "prism-deco[slurm]".') from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -80,12 +81,12 @@ def parse(arguments: Iterable[str]) -> Spec:
             about the sweep; a label of the rows (`row=B1,B2`) selects rows; all others are settings of `train`.
 
     Raises:
-        ValueError: an unknown sweep, a setting that the rows themselves set, or nothing to sweep over.
+        UsageError: an unknown sweep, a setting that the rows themselves set, or nothing to sweep over.
     """
     arguments = list(arguments)
     names = [argument for argument in arguments if "=" not in argument]
     if len(names) > 1:
-        raise ValueError(f"One sweep at a time: {' and '.join(names)} are names of sweeps, settings have key=value.")
+        raise UsageError(f"One sweep at a time: {' and '.join(names)} are names of sweeps, settings have key=value.")
     spec = _load(names[0]) if names else Spec(name="")
     own_name = None
     for argument in arguments:
@@ -103,11 +104,11 @@ def parse(arguments: Iterable[str]) -> Spec:
         elif key.startswith("slurm."):
             spec.slurm[key.removeprefix("slurm.")] = parse_value(key, text)
         elif key == "run_id":
-            raise ValueError("run_id is made for each cell of a sweep: name=NAME names the sweep's folder.")
+            raise UsageError("run_id is made for each cell of a sweep: name=NAME names the sweep's folder.")
         else:
             _set(spec, key, text)
     if all(not grid.axes and grid.rows == [Row()] for grid in spec.grids):
-        raise ValueError(
+        raise UsageError(
             "Nothing to sweep over: give a setting several values, for example projector=avgpool,c_abstractor, or name "
             f"a sweep: {', '.join(choices('sweep'))}."
         )
@@ -140,7 +141,7 @@ def scalar(text: str) -> Any:
 def _set(spec: Spec, key: str, text: str) -> None:
     values = [text] if key == BENCHMARKS else split_values(text)
     if "" in values and len(values) > 1:
-        raise ValueError(f"{key}={text}: there is an empty value between the commas.")
+        raise UsageError(f"{key}={text}: there is an empty value between the commas.")
     rows = [row for grid in spec.grids for row in grid.rows]
     if known := {str(row.labels[key]) for row in rows if key in row.labels}:
         for value in values:
@@ -152,7 +153,7 @@ def _set(spec: Spec, key: str, text: str) -> None:
         return
     if any(key in row.settings for row in rows):
         labels = " ".join(spec.grids[0].rows[0].labels)
-        raise ValueError(f"{key} is what tells the rows of {spec.name} apart: choose rows with {labels}=NAME instead.")
+        raise UsageError(f"{key} is what tells the rows of {spec.name} apart: choose rows with {labels}=NAME instead.")
     swept = [grid for grid in spec.grids if key in grid.axes]
     for grid in spec.grids if len(values) == 1 else swept or spec.grids:
         if len(values) > 1 or key in grid.axes:
@@ -167,13 +168,13 @@ def _load(name: str) -> Spec:
     _check_keys(f"key of the sweep {name}", content, KEYS)
     parts: Mapping[str, Any] = content.get("parts") or {}
     if parts and (content.get("rows") or content.get("axes")):
-        raise ValueError(f"The sweep {name} has parts: its rows and axes belong into them.")
+        raise UsageError(f"The sweep {name} has parts: its rows and axes belong into them.")
     for part, its in parts.items():
         _check_keys(f"key of the part {part} of the sweep {name}", its, PART_KEYS)
         for key, source in (its.get("choose") or {}).items():
             earlier = list(parts)[: list(parts).index(part)]
             if source not in earlier:
-                raise ValueError(f"The part {part} of the sweep {name} chooses {key} from {source}: no earlier part.")
+                raise UsageError(f"The part {part} of the sweep {name} chooses {key} from {source}: no earlier part.")
     shared = _texts(content.get("settings"))
     return Spec(
         name=content["name"],

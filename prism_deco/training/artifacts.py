@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -99,14 +100,14 @@ def load_model(folder: Path) -> tuple[VLM, LanguageModel, DictConfig]:
     LLM, and the weights are in memory once.
 
     Raises:
-        ValueError: a file is missing, a weight is missing or unexpected, or the backbone's weights
+        UsageError: a file is missing, a weight is missing or unexpected, or the backbone's weights
             are not those the model was trained with.
     """
     config = read_config(folder / CONFIG)
     weights, tower = tensor_files(folder / WEIGHTS), tensor_files(folder / TOWER)
     for name, found in ((WEIGHTS, weights), (TOWER_RECORD, (folder / TOWER_RECORD).is_file())):
         if not found:
-            raise ValueError(f"{folder / name} is missing: the run has not finished, or its folder is incomplete.")
+            raise UsageError(f"{folder / name} is missing: the run has not finished, or its folder is incomplete.")
     bare = config.copy()
     bare.llm.tokenizer = str(folder / TOKENIZER)
     if bare.llm.get("architecture") is None and (folder / LLM_RECORD).is_file():
@@ -128,12 +129,12 @@ def load_model(folder: Path) -> tuple[VLM, LanguageModel, DictConfig]:
         vlm.backbone = build_backbone(group(config, "backbone"))
     record = json.loads((folder / TOWER_RECORD).read_text())
     if vlm.backbone.sha256() != record["sha256"]:
-        raise ValueError(
+        raise UsageError(
             f"{folder}: the model was trained with backbone weights of SHA-256 {record['sha256'][:12]}…, those of "
             f"{config.backbone.name} found here differ. Point backbone.weights at the original file."
         )
     if record.get("transform", _transform(vlm)) != _transform(vlm):
-        raise ValueError(
+        raise UsageError(
             f"{folder}: the model was trained on images prepared by {record['transform']}, this version prepares them "
             f"by {_transform(vlm)}. Use the version that manifest.json or README.md names."
         )
@@ -152,10 +153,10 @@ def _named_base(folder: Path, config: DictConfig) -> PreTrainedModel:
         llm = build_llm(group(config, "llm"), **prompt_options(config))
         found = weights_record(llm.spec)
     except ValueError as error:
-        raise ValueError(f"{folder} holds no language model, it names the one it was trained on: {error}") from error
+        raise UsageError(f"{folder} holds no language model, it names the one it was trained on: {error}") from error
     wanted = json.loads((folder / BASE_RECORD).read_text())
     if found["sha256"] != wanted["sha256"]:
-        raise ValueError(
+        raise UsageError(
             f"{folder}: the model was trained on the weights of {wanted.get('hub') or wanted.get('path')} with SHA-256 "
             f"{wanted['sha256'][:12]}…, those found here differ. Set llm.weights (or llm.revision) in "
             f"{folder / CONFIG} to the original ones."
@@ -170,7 +171,7 @@ def load_strict(module: nn.Module, files: Sequence[Path], ignore: str | tuple[st
     loaded elsewhere.
 
     Raises:
-        ValueError: a file is not there or not readable, a weight is missing, unexpected or of another shape.
+        UsageError: a file is not there or not readable, a weight is missing, unexpected or of another shape.
     """
     own = module.state_dict().keys()
     loaded: set[str] = set()
@@ -179,7 +180,7 @@ def load_strict(module: nn.Module, files: Sequence[Path], ignore: str | tuple[st
         try:
             module.load_state_dict(state, strict=False, assign=True)
         except RuntimeError as error:
-            raise ValueError(f"{file} does not fit the model: {error}") from error
+            raise UsageError(f"{file} does not fit the model: {error}") from error
         loaded |= state.keys()
     missing = {name for name in own if name not in loaded and not (ignore and name.startswith(ignore))}
     for name, part in module.named_children():
@@ -193,7 +194,7 @@ def load_strict(module: nn.Module, files: Sequence[Path], ignore: str | tuple[st
     listed = [f"missing {name}" for name in sorted(missing)]
     listed += [f"unexpected {name}" for name in sorted(loaded.difference(own))]
     if listed:
-        raise ValueError(f"{files[0]} does not fit the model: {'; '.join(listed[:5])} ({len(listed)} in all).")
+        raise UsageError(f"{files[0]} does not fit the model: {'; '.join(listed[:5])} ({len(listed)} in all).")
 
 
 def _transform(vlm: VLM) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def prepare_features(config: DictConfig, plan: Plan, vlm: VLM, data: Conversatio
     All processes must call it, with the weights of the towers that the run has, whole and on the CPU.
 
     Raises:
-        ValueError: `trainer.feature_cache` is unknown, or the disk is too small.
+        UsageError: `trainer.feature_cache` is unknown, or the disk is too small.
     """
     asked = mode(config)
     if asked == "off" or not _shows_images(data):

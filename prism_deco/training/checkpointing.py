@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 from pathlib import Path
 from typing import Any, cast
@@ -49,7 +50,7 @@ class Checkpointing(Callback):
         self, folder: Path, resume: Path | None, *, every: int, keep: int, watch: Watch, preemption: Preemption
     ):
         if keep < 1 or every < 1:
-            raise ValueError("trainer.keep_checkpoints must be at least 1, trainer.checkpoint_every above 0.")
+            raise UsageError("trainer.keep_checkpoints must be at least 1, trainer.checkpoint_every above 0.")
         self._folder = folder
         self._resume = resume
         self._every = every

@@ -7,6 +7,7 @@ is on the disk: what has a valid name can be read.
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import json
 import logging
 import re
@@ -111,20 +112,20 @@ class Checkpoint:
         shapes: name of each tensor and its whole shape.
 
     Raises:
-        ValueError: it is no checkpoint, damaged, or one of another version.
+        UsageError: it is no checkpoint, damaged, or one of another version.
     """
 
     def __init__(self, folder: Path):
         if not (folder / INDEX).is_file():
-            raise ValueError(f"{folder} is no checkpoint: it has no {INDEX}.")
+            raise UsageError(f"{folder} is no checkpoint: it has no {INDEX}.")
         way_out = "Remove this checkpoint's folder: an earlier one, or the start, takes its place."
         try:
             self.content: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             version, step, files = (self.content[key] for key in ("format", "step", "files"))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / INDEX} is damaged ({type(error).__name__}). {way_out}") from error
+            raise UsageError(f"{folder / INDEX} is damaged ({type(error).__name__}). {way_out}") from error
         if version != _FORMAT:
-            raise ValueError(f"{folder} has format {version}; this version reads format {_FORMAT}.")
+            raise UsageError(f"{folder} has format {version}; this version reads format {_FORMAT}.")
         self.step: int = step
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[_Stored]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 from pathlib import Path
 
@@ -30,12 +31,12 @@ def consolidate(run: Path, checkpoint: str, folder: Path) -> None:
         folder: new, or empty.
 
     Raises:
-        ValueError: there is no such checkpoint, or it does not hold all that was trained.
+        UsageError: there is no such checkpoint, or it does not hold all that was trained.
     """
     config = read_config(run / CONFIG)
     known = {path.name: path for path in list_checkpoints(run / CHECKPOINTS)}
     if checkpoint not in known:
-        raise ValueError(f"{run} has no checkpoint {checkpoint}; it has: {', '.join(known) or 'none'}.")
+        raise UsageError(f"{run} has no checkpoint {checkpoint}; it has: {', '.join(known) or 'none'}.")
     stored = Checkpoint(known[checkpoint])
     log.info("Reading %s", known[checkpoint])
     if config.backbone.pretrained and (config.llm.pretrained or tuning(config.recipe.lm).base):
@@ -47,7 +48,7 @@ def consolidate(run: Path, checkpoint: str, folder: Path) -> None:
     # Tied weights are stored under the first of their names.
     names = {id(tensor): f"{MODEL}{name}" for name, tensor in reversed(vlm.state_dict(keep_vars=True).items())}
     if missing := [name for name, p in vlm.named_parameters() if p.requires_grad and names[id(p)] not in stored.shapes]:
-        raise ValueError(f"{known[checkpoint]} lacks {missing[0]} ({len(missing)} of the trained weights in all).")
+        raise UsageError(f"{known[checkpoint]} lacks {missing[0]} ({len(missing)} of the trained weights in all).")
 
     def read(tensor: Tensor) -> Tensor:
         name = names[id(tensor)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 from collections.abc import Mapping
 
@@ -31,7 +32,7 @@ class Conversations(pl.LightningDataModule):
     """Training and validation loaders whose items are optimizer steps.
 
     Raises:
-        ValueError: records are malformed, or none is left to train on, or images are missing and
+        UsageError: records are malformed, or none is left to train on, or images are missing and
             `data.on_bad_image` is "fail".
     """
 
@@ -99,7 +100,7 @@ class Conversations(pl.LightningDataModule):
         features in their place."""
         with_image = np.flatnonzero(self.train_records.has_image)
         if len(with_image) == 0:
-            raise ValueError("recipe.standardise_features needs training records with images; there are none.")
+            raise UsageError("recipe.standardise_features needs training records with images; there are none.")
         spread = with_image[np.linspace(0, len(with_image) - 1, min(count, len(with_image))).astype(int)]
         pixels = stack_pixels([p for i in spread.tolist() for p in self.train_examples[i].pixels])
         assert pixels is not None
@@ -134,12 +135,12 @@ class Conversations(pl.LightningDataModule):
 
 
 def _check_images(examples: Examples) -> None:
-    """`ValueError` names the first image that is missing: it must not end the run after hours."""
+    """`UsageError` names the first image that is missing: it must not end the run after hours."""
     log.info("Looking for the images of %d records", len(examples))
     owners = {image: record.id for record in examples.records for image in record.images}
     missing = examples.images.missing(owners)
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"{len(missing)} of {len(owners)} images are missing under {examples.images}; the first is {missing[0]} "
             f"(record {owners[missing[0]]}). Mend data.image_root, or go on without them: data.on_bad_image=skip"
         )

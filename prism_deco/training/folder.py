@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import fcntl
 import json
 import logging
@@ -49,7 +50,7 @@ def prepare_run(config: DictConfig, *, overwrite: bool = False) -> Plan:
     """Creates the run's folder with its `config.yaml`, or finds where the run in it stands.
 
     Raises:
-        ValueError: the folder holds a run of another configuration, or something else.
+        UsageError: the folder holds a run of another configuration, or something else.
     """
     folder = run_folder(config)
     if folder.exists() and overwrite:
@@ -70,18 +71,18 @@ def holds_run(config: DictConfig) -> bool:
     """Whether the run's folder holds this run already.
 
     Raises:
-        ValueError: it holds a run of another configuration, or something else.
+        UsageError: it holds a run of another configuration, or something else.
     """
     folder = run_folder(config)
     if not folder.exists() or not any(folder.iterdir()):
         return False
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} exists and is no run (it has no config.yaml). Choose another run_id=NAME.")
+        raise UsageError(f"{folder} exists and is no run (it has no config.yaml). Choose another run_id=NAME.")
     earlier, now = flat(read_config(folder / "config.yaml")), flat(config)
     differing = [key for key in sorted(earlier | now) if earlier.get(key) != now.get(key) and not is_free(key)]
     if differing:
         listed = "; ".join(f"{key} was {earlier.get(key)!r} and is {now.get(key)!r}" for key in differing[:5])
-        raise ValueError(
+        raise UsageError(
             f"{folder} already holds a run of another configuration: {listed}{' ...' * (len(differing) > 5)}. "
             "Name this one run_id=NAME, or replace the earlier one with --overwrite."
         )
@@ -119,7 +120,7 @@ def lock_run(folder: Path) -> TextIO | None:
     """Keeps other processes from training the same run for as long as the result stays open.
 
     Raises:
-        ValueError: another process trains it.
+        UsageError: another process trains it.
     """
     file = (folder / _LOCK).open("a")
     try:
@@ -127,7 +128,7 @@ def lock_run(folder: Path) -> TextIO | None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise ValueError(f"{folder} is being trained by another process. Wait for it, or use run_id=NAME.") from error
+        raise UsageError(f"{folder} is being trained by another process. Wait for it, or use run_id=NAME.") from error
     except OSError:
         file.close()  # a file system without locks
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ def read_weights(lm: PreTrainedModel, files: Mapping[str, Path], device: torch.d
         files: the file of each tensor.
 
     Raises:
-        ValueError: a weight is missing, or has another shape.
+        UsageError: a weight is missing, or has another shape.
     """
     fill_buffers(lm)
     buffers = {name: buffer.clone() for name, buffer in lm.named_buffers()}
@@ -44,7 +45,7 @@ def read_weights(lm: PreTrainedModel, files: Mapping[str, Path], device: torch.d
             continue
         name = base_name(adapted)
         if name not in files:
-            raise ValueError(f"The language model's files lack the weight {name}.")
+            raise UsageError(f"The language model's files lack the weight {name}.")
         file = handles.setdefault(files[name], safe_open(files[name], "pt"))
         _read(name, file.get_slice(name), local_piece(parameter), lm.config.initializer_range)
 
@@ -55,7 +56,7 @@ def _read(name: str, stored: Any, piece: Piece, std: float) -> None:
     # Tables have a row per token, and so has the head's bias: the tokenizer may need more of them or fewer.
     by_token = "embed" in name or "lm_head" in name
     if shape[1:] != piece.shape[1:] or (added and not by_token):
-        raise ValueError(f"The weight {name} is {list(shape)} in its file and {list(piece.shape)} in the model.")
+        raise UsageError(f"The weight {name} is {list(shape)} in its file and {list(piece.shape)} in the model.")
     if not piece.tensor.numel():
         return
     start, rows = piece.offset[0], piece.tensor.shape[0]

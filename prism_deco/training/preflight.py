@@ -58,7 +58,7 @@ def preflight(
         device: where the run trains. It needs the memory of training, and no more.
 
     Raises:
-        ValueError: a check failed; it is named, with what was found.
+        UsageError: a check failed; it is named, with what was found.
     """
     started = time.monotonic()
     with isolate_rng(include_cuda=device.type == "cuda"):

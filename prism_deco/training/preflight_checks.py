@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 import math
 import shutil
@@ -28,9 +29,9 @@ log = logging.getLogger(__name__)
 STEPS = 10
 
 
-def failed(check: str, found: str) -> ValueError:
+def failed(check: str, found: str) -> UsageError:
     """What to raise where a check finds something wrong."""
-    return ValueError(f"Preflight, {check}: {found}. trainer.preflight=false trains all the same.")
+    return UsageError(f"Preflight, {check}: {found}. trainer.preflight=false trains all the same.")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,7 +44,7 @@ def restore_tensors(checkpoint: Checkpoint, vlm: VLM, optimizer: Optimizer) -> N
     """Reads this process's part of a checkpoint into the model and its optimizer.
 
     Raises:
-        ValueError: the checkpoint lacks a tensor, or holds one of another shape.
+        UsageError: the checkpoint lacks a tensor, or holds one of another shape.
     """
     for name, tensor in model_tensors(vlm).items():
         _fill(checkpoint, f"{MODEL}{name}", tensor)
@@ -63,7 +64,7 @@ def restore_tensors(checkpoint: Checkpoint, vlm: VLM, optimizer: Optimizer) -> N
 def _fill(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
     if checkpoint.shapes.get(name) != tuple(tensor.shape):
         found = checkpoint.shapes.get(name, "missing")
-        raise ValueError(f"The checkpoint does not fit the model: {name} is {found}, not {tuple(tensor.shape)}.")
+        raise UsageError(f"The checkpoint does not fit the model: {name} is {found}, not {tuple(tensor.shape)}.")
     piece = local_piece(tensor)
     if piece.tensor.numel():
         piece.tensor.copy_(checkpoint.read(name, piece.tensor.shape, piece.offset))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 import os
 import signal
@@ -33,7 +34,7 @@ def local_devices(trainer: DictConfig) -> int:
     if trainer.devices >= 1:
         return trainer.devices
     if trainer.devices != -1:
-        raise ValueError(f"trainer.devices={trainer.devices} must be at least 1, or -1 for all GPUs.")
+        raise UsageError(f"trainer.devices={trainer.devices} must be at least 1, or -1 for all GPUs.")
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["LOCAL_WORLD_SIZE"])
     if _slurm_tasks() > 1:
@@ -56,7 +57,7 @@ class Ranks:
         trainer: the `trainer` group of the configuration.
 
     Raises:
-        ValueError: the number of processes is not the one configured.
+        UsageError: the number of processes is not the one configured.
     """
 
     def __init__(self, trainer: DictConfig):
@@ -70,7 +71,7 @@ class Ranks:
         self.local_rank = self.environment.local_rank()
         self.rank = self.environment.global_rank()
         if self.environment.world_size() != self.size:
-            raise ValueError(
+            raise UsageError(
                 f"{self.environment.world_size()} processes were started, but trainer.devices={self.devices} on "
                 f"trainer.num_nodes={trainer.num_nodes} makes {self.size}: start one per device (torchrun, srun), or "
                 "set both keys."
@@ -134,7 +135,7 @@ class Ranks:
                 process.wait()
 
     def decide(self, decision: Callable[[], T]) -> T:
-        """What the first process decides; all of them get its result, or its `ValueError`."""
+        """What the first process decides; all of them get its result, or its `UsageError`."""
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -144,7 +145,7 @@ class Ranks:
         if dist.is_initialized():
             dist.broadcast_object_list(outcome)
         if outcome[1] is not None:
-            raise ValueError(outcome[1])
+            raise UsageError(outcome[1])
         return outcome[0]
 
     def meet(self) -> None:

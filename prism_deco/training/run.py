@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 import os
 import time
@@ -205,7 +206,7 @@ def _is_readable_in_pieces(config: DictConfig) -> bool:
 
 
 def strategy_of(config: DictConfig, ranks: Ranks) -> Any:
-    """Lightning's strategy of that name; `ValueError` where it is unknown, or not for that many devices."""
+    """Lightning's strategy of that name; `UsageError` where it is unknown, or not for that many devices."""
     strategies = {
         "auto": lambda: "auto",
         "ddp": lambda: DDPStrategy(timeout=ranks.timeout),
@@ -215,7 +216,7 @@ def strategy_of(config: DictConfig, ranks: Ranks) -> Any:
     if config.trainer.strategy not in strategies:
         raise unknown("trainer.strategy", config.trainer.strategy, strategies)
     if config.trainer.strategy == "auto" and ranks.size > 1:
-        raise ValueError(f"{ranks.size} devices need trainer.strategy=ddp or trainer.strategy=fsdp.")
+        raise UsageError(f"{ranks.size} devices need trainer.strategy=ddp or trainer.strategy=fsdp.")
     return strategies[config.trainer.strategy]()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import logging
 import sys
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ class Scoring(Protocol):
             benchmarks: the folder of the benchmarks that come with the training data, if any do.
 
         Raises:
-            ValueError: there is something.
+            UsageError: there is something.
         """
         ...
 
@@ -80,7 +81,7 @@ def run(
         The exit code: 0 done, 75 preempted, 76 out of memory, 1 another failure.
 
     Raises:
-        ValueError: wrong input.
+        UsageError: wrong input.
     """
     ranks, preemption = Ranks(config.trainer), Preemption()
     try:
@@ -133,7 +134,7 @@ def check(
         force: do not mind what does not fit this machine's memory.
 
     Raises:
-        ValueError: the folder holds another run, data are missing, parts do not fit together, or not this machine.
+        UsageError: the folder holds another run, data are missing, parts do not fit together, or not this machine.
     """
     ranks = Ranks(config.trainer)
     if _is_through(config, overwrite):
@@ -158,12 +159,12 @@ def check(
 
 
 def _find_files(config: DictConfig) -> None:
-    """`ValueError` names a local file or folder that the configuration points at and that is not there: what is read
+    """`UsageError` names a local file or folder that the configuration points at and that is not there: what is read
     last must not wait for what is read first."""
     for name in ("backbone", "llm", "projector"):
         path = config[name].get("weights") if config[name].get("pretrained", True) else None
         if path and not path.startswith(ASSET) and not Path(path).expanduser().exists():
-            raise ValueError(f"{name}.weights={path}: there is no such file or folder.")
+            raise UsageError(f"{name}.weights={path}: there is no such file or folder.")
 
 
 def _is_through(config: DictConfig, overwrite: bool) -> bool:
@@ -199,7 +200,7 @@ def _prepare(config: DictConfig, overwrite: bool, held: ExitStack) -> Plan:
 
 
 def _fit(config: DictConfig, force: bool) -> str:
-    """How activations are to be kept or recomputed; `ValueError` where the plan says that a run needs more memory than
+    """How activations are to be kept or recomputed; `UsageError` where the plan says that a run needs more memory than
     there is, before time is spent."""
     asked = config.trainer.activation_checkpointing
     unplanned = ACTIVATION_CHECKPOINTING[-1] if asked == AUTO else asked
@@ -210,9 +211,9 @@ def _fit(config: DictConfig, force: bool) -> str:
         log.warning("The run's memory could not be planned (%s: %s)", type(error).__name__, error)
         return unplanned
     if run_plan.problems:
-        raise ValueError("; ".join(run_plan.problems))
+        raise UsageError("; ".join(run_plan.problems))
     if (found := problems(run_plan, memory)) and not force:
-        raise ValueError(f"This run cannot work: {'; '.join(found)}. --force starts it anyway.")
+        raise UsageError(f"This run cannot work: {'; '.join(found)}. --force starts it anyway.")
     chosen = run_plan.needs.setup.checkpointing if run_plan.needs else unplanned
     if asked == AUTO:
         log.info("Activations recomputed in the backward pass: %s", chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -41,10 +42,10 @@ class Sharding:
 
     @classmethod
     def of(cls, trainer: DictConfig, world_size: int) -> Sharding:
-        """As the `trainer` group says; `ValueError` where its `shard_size` does not divide the number of processes."""
+        """As the `trainer` group says; `UsageError` where its `shard_size` does not divide the number of processes."""
         size = trainer.shard_size
         if size is not None and world_size % size:
-            raise ValueError(f"trainer.shard_size={size} does not divide the {world_size} processes of the run.")
+            raise UsageError(f"trainer.shard_size={size} does not divide the {world_size} processes of the run.")
         compute = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
         timeout = patience(timedelta(minutes=trainer.timeout_minutes))
         return cls(size, compute, getattr(torch, trainer.reduce_dtype), timeout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import json
 import logging
 from pathlib import Path
@@ -44,7 +45,7 @@ def start_from(run: Path, config: DictConfig, vlm: VLM, llm: LanguageModel) -> N
         vlm: its model, whole and on the CPU; adapters may be there already.
 
     Raises:
-        ValueError: there is no finished run, or it is one of another projector, backbone or LLM.
+        UsageError: there is no finished run, or it is one of another projector, backbone or LLM.
     """
     folder = find_start(run, config)
     if config.backbone.pretrained:
@@ -64,27 +65,27 @@ def find_start(run: Path, config: DictConfig) -> Path:
     """The `model/` folder of the run to start from, by what can be said before a model is built.
 
     Raises:
-        ValueError: as for `start_from`, but for weights that differ.
+        UsageError: as for `start_from`, but for weights that differ.
     """
     folder = run / "model" if (run / "model").is_dir() else run
     if not (folder / WEIGHTS).is_file():
-        raise ValueError(f"recipe.start_from={run} holds no finished model: train that run first.")
+        raise UsageError(f"recipe.start_from={run} holds no finished model: train that run first.")
     check_start(read_config(folder / CONFIG), config)
     return folder
 
 
 def check_start(earlier: DictConfig, config: DictConfig) -> None:
-    """`ValueError` if the earlier run, which the configuration starts from, is one of another model, or one whose LLM
+    """`UsageError` if the earlier run, which the configuration starts from, is one of another model, or one whose LLM
     would be lost."""
     run, way = config.recipe.start_from, tuning(earlier.recipe.lm)
     differing = _differing(earlier, config)
     if differing:
         listed = "; ".join(f"{key} is {theirs!r} there and {ours!r} here" for key, theirs, ours in differing[:5])
-        raise ValueError(f"recipe.start_from={run} is a run of another model: {listed}. Start from one of the same.")
+        raise UsageError(f"recipe.start_from={run} is a run of another model: {listed}. Start from one of the same.")
     if way.adapters:
-        raise ValueError(f"recipe.start_from={run} trains adapters: only a run without them can be started from.")
+        raise UsageError(f"recipe.start_from={run} trains adapters: only a run without them can be started from.")
     if way.base and config.llm.pretrained:
-        raise ValueError(
+        raise UsageError(
             f"recipe.start_from={run} trains the whole LLM: start from one that leaves it alone (recipe.lm=frozen)."
         )
 
@@ -110,7 +111,7 @@ def _sha256(record: Path) -> str:
 
 def _check(key: str, run: Path, theirs: str, ours: str) -> None:
     if theirs != ours:
-        raise ValueError(
+        raise UsageError(
             f"recipe.start_from={run} was trained with weights of SHA-256 {theirs[:12]}…, the ones here have "
             f"{ours[:12]}…: point {key} at the same files."
         )
@@ -127,6 +128,6 @@ def _copy(file: Path, vlm: nn.Module, prefixes: tuple[str, ...]) -> None:
         found = {own[name].data_ptr() for name in names if name in own}
         wrong += [n for n, t in own.items() if n.startswith(prefixes) and t.numel() and t.data_ptr() not in found]
         if wrong:
-            raise ValueError(f"{file} does not fit the model: {wrong[0]} ({len(wrong)} in all).")
+            raise UsageError(f"{file} does not fit the model: {wrong[0]} ({len(wrong)} in all).")
         for name in names:
             own[name].copy_(tensors.get_tensor(name))

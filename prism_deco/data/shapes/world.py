@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_deco.errors import UsageError
 import hashlib
 import json
 import logging
@@ -54,7 +55,7 @@ def build_world(
         `root`. It appears only when it is complete; `world.json` in it holds the arguments and hashes of the content.
 
     Raises:
-        ValueError: `root` holds something else.
+        UsageError: `root` holds something else.
     """
     images = {"train": train_images, "val": val_images, "test": test_images}
     items = {"val": val_items, "test": test_items}
@@ -85,9 +86,9 @@ def _is_built(root: Path, arguments: Mapping[str, Any]) -> bool:
     try:
         found = json.loads((root / "world.json").read_text(encoding="utf-8"))["arguments"]
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{root} is not a miniature world: choose another folder, or remove this one.") from error
+        raise UsageError(f"{root} is not a miniature world: choose another folder, or remove this one.") from error
     if found != arguments:
-        raise ValueError(
+        raise UsageError(
             f"{root} holds a miniature world of {found}, not of {arguments}: choose another folder, or remove this one."
         )
     return True
