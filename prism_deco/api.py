@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +15,12 @@ from torch import Tensor
 
 from prism_deco.data.images import open_image
 from prism_deco.data.loader import stack_pixels
+from prism_deco.errors import UsageError
 from prism_deco.explain import Relevance, relevance
 from prism_deco.export import SHARD_SIZE, save_folder
 from prism_deco.inference import answer, answer_losses, first_token_probabilities
 from prism_deco.llms import LanguageModel
-from prism_deco.training.artifacts import load_model
+from prism_deco.training.model_folder import load_model
 from prism_deco.vlm import VLM
 
 ImageLike = Image.Image | str | Path | Tensor | None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from collections.abc import Sequence
 from typing import cast
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.generation.streamers import BaseStreamer
 
+from prism_deco.errors import UsageError
 from prism_deco.llms import Encoded, LanguageModel, Message
 from prism_deco.llms.encoding import IGNORE
 from prism_deco.sequence import Batch, build_batch

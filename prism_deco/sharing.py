@@ -3,13 +3,13 @@ and its driver imports nothing heavy."""
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import json
 
 from omegaconf import DictConfig, OmegaConf
 
-from prism_deco.registry import unknown
-from prism_deco.schema import DataConfig
+from prism_deco.config.registry import unknown
+from prism_deco.config.schema import DataConfig
+from prism_deco.errors import UsageError
 
 MODES = {"off": "off", "on": "on", "auto": "auto", "False": "off", "True": "on"}
 """Values of `trainer.feature_cache`; YAML reads an unquoted off or on as a truth value."""

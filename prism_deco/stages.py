@@ -12,7 +12,6 @@ The last stage is the run itself; the others are runs beside it (`<run_id>-align
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import logging
 import os
 import signal
@@ -26,6 +25,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from prism_deco.config import default_run_id, load_choice, load_config
+from prism_deco.errors import UsageError
 from prism_deco.stopping import PREEMPTED, SIGNALS, take_over
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,6 @@ A plain `nn.Module`; it knows nothing of trainers, configurations or files.
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from prism_deco.backbones import VisionBackbone
+from prism_deco.errors import UsageError
 from prism_deco.llms.encoding import IGNORE
 from prism_deco.llms.packed_attention import Segments, no_mask, use_packed_attention
 from prism_deco.loss import summed_cross_entropy

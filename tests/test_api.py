@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import prism_deco
 from prism_deco.api import Model
-from prism_deco.compose import build_model
+from prism_deco.build import build_model
 from prism_deco.config import load_config, read_config, save_config
 
 SMALL = ["projector=qformer", "projector.hidden_dim=24", "projector.ffn_dim=48"]

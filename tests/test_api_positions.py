@@ -5,8 +5,8 @@ import json
 import pytest
 
 import prism_deco
+from prism_deco.build import build_model
 from prism_deco.cli import main
-from prism_deco.compose import build_model
 from prism_deco.config import load_config
 from prism_deco.sequence import sequence_length
 

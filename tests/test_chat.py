@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from prism_deco.api import Model
+from prism_deco.build import build_model
 from prism_deco.chat import Chat, _Streamer, converse
-from prism_deco.compose import build_model
 from prism_deco.config import load_config
 
 PLAIN = ["llm=mini_qwen2", "recipe.standardise_features=false", "run_id=test"]

@@ -65,7 +65,7 @@ def test_options_may_stand_between_settings(capsys):
 
 def test_the_parts_of_the_miniature_are_its_towers_and_tokenizers():
     from prism_deco.commands.miniature import MINIATURE_PARTS
-    from prism_deco.pretraining import mini_towers
+    from prism_deco.miniature.pretraining import mini_towers
 
     assert {*mini_towers(), "tokenizers"} == set(MINIATURE_PARTS)
 

@@ -11,8 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "prism_deco"
 
 # A room may import rooms of lower rank only, and itself.
 RANKS = {
-    "registry": 0,
-    "schema": 0,
+    "errors": -1,
     "config": 1,
     "files": 0,
     "tensors": 0,
@@ -26,11 +25,10 @@ RANKS = {
     "sequence": 3,
     "vlm": 4,
     "data": 4,
-    "compose": 5,
+    "build": 5,
     "features": 5,
     "inference": 5,
     "plan": 6,
-    "pretraining": 5,
     "training": 7,
     "evaluation": 7,
     "explain": 7,
@@ -39,6 +37,7 @@ RANKS = {
     "sweep": 8,
     "report": 8,
     "api": 9,
+    "miniature": 10,
     "chat": 10,
     "integrations": 10,
     "commands": 11,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prism_deco.compose import group, prompt_options
+from prism_deco.build import group, prompt_options
 from prism_deco.config import choices, load_config
 from prism_deco.evaluation import resolve
 from prism_deco.llms import build_llm

@@ -73,7 +73,7 @@ def test_no_stage_has_the_name_of_a_group():
 
 
 def test_a_recipe_of_stages_is_no_single_run():
-    from prism_deco.compose import build_model
+    from prism_deco.build import build_model
     from prism_deco.config import load_config
 
     with pytest.raises(ValueError, match="recipe=llava_v1_5 is made of stages.*align: recipe=llava_v1_5_align"):

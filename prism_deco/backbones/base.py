@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from prism_deco.backbones.transforms import BackboneTransform
 from prism_deco.config import load_choice
-from prism_deco.registry import Registry
+from prism_deco.config.registry import Registry
+from prism_deco.errors import UsageError
 
 FEATURES = "features"
 """Where features that are ready stand among the pixels: float[B, T, D], all patches or already compressed ones."""

@@ -9,11 +9,10 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import _build_vision_tower
 from open_clip.timm_model import TimmModel
 
-import prism_deco.backbones.tiny  # noqa: F401  (registers the miniature architectures)
 from prism_deco.backbones.base import BACKBONES
 from prism_deco.backbones.tower import Tower
-from prism_deco.backbones.trunks import OpenClipTrunk, Trunk, check_image_size, timm_trunk
-from prism_deco.registry import unknown
+from prism_deco.backbones.trunks import OpenClipTrunk, Trunk, check_image_size, register_architectures, timm_trunk
+from prism_deco.config.registry import unknown
 
 
 @BACKBONES.register("clip")
@@ -46,6 +45,9 @@ class ClipBackbone(Tower):
 
 def _config(model: str) -> dict[str, Any]:
     config = open_clip.get_model_config(model)
+    if config is None:
+        register_architectures()
+        config = open_clip.get_model_config(model)
     if config is None:
         raise unknown("open_clip model", model, open_clip.list_models())
     return config

@@ -5,11 +5,10 @@ from __future__ import annotations
 import timm
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-import prism_deco.backbones.tiny  # noqa: F401  (registers the miniature architectures)
 from prism_deco.backbones.base import BACKBONES
 from prism_deco.backbones.tower import Tower
-from prism_deco.backbones.trunks import Trunk, timm_trunk
-from prism_deco.registry import unknown
+from prism_deco.backbones.trunks import Trunk, register_architectures, timm_trunk
+from prism_deco.config.registry import unknown
 
 
 @BACKBONES.register("dinov2")
@@ -26,6 +25,8 @@ class Dinov2Backbone(Tower):
 
     @classmethod
     def native_size(cls, model: str) -> int:
+        if not timm.is_model(model):
+            register_architectures()
         if not timm.is_model(model):
             raise unknown("timm model", model, timm.list_models("*dinov2*"))
         config = timm.get_pretrained_cfg(model)

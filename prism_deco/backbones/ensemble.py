@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from prism_deco.backbones.base import BACKBONES, VisionBackbone, build_backbone
 from prism_deco.backbones.transforms import BackboneTransform
+from prism_deco.errors import UsageError
 from prism_deco.tensors import SUFFIXES
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import logging
 from collections.abc import Mapping
 from typing import ClassVar
@@ -14,6 +13,7 @@ from prism_deco.backbones.base import VisionBackbone
 from prism_deco.backbones.transforms import BackboneTransform, TowerTransform
 from prism_deco.backbones.trunks import Trunk
 from prism_deco.backbones.weights import load_trunk, locate
+from prism_deco.errors import UsageError
 
 log = logging.getLogger(__name__)
 

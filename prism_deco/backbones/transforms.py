@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prism_deco.registry import unknown
+from prism_deco.config.registry import unknown
 
 
 @dataclass(frozen=True)

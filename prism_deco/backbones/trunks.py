@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
+import importlib
 from typing import Any, cast
 
 import open_clip.transformer
 import timm.models.vision_transformer
 from torch import Tensor, nn
+
+from prism_deco.errors import UsageError
 
 
 class Trunk(nn.Module):
@@ -111,3 +113,9 @@ def check_image_size(image_size: int, patch_size: int) -> None:
     """`UsageError` for an input that holds no patch."""
     if image_size < patch_size:
         raise UsageError(f"image_size={image_size} is smaller than one patch of {patch_size} px.")
+
+
+def register_architectures() -> None:
+    """Registers the architectures that ship with this package with timm and open_clip: for a name that they do not
+    have themselves."""
+    importlib.import_module("prism_deco.miniature.architectures")

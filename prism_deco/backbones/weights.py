@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import logging
 import math
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from prism_deco.backbones.layouts import recognise, split_vision, to_open_clip, to_timm
 from prism_deco.backbones.trunks import OpenClipTrunk, Trunk
+from prism_deco.errors import UsageError
 from prism_deco.tensors import indexed_files, open_tensors, tensor_files
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -18,12 +17,13 @@ from torch.optim import AdamW
 from prism_deco.bench.cache_report import Result, Way
 from prism_deco.bench.data import photographs
 from prism_deco.bench.measure import Usage, usage
-from prism_deco.bench.steps import GRAD_CLIP
 from prism_deco.bench.train_report import hardware
-from prism_deco.compose import build_model, group
+from prism_deco.bench.variants import GRAD_CLIP
+from prism_deco.build import build_model, group
 from prism_deco.data.examples import Examples
 from prism_deco.data.loader import Collate
 from prism_deco.data.records import open_records
+from prism_deco.errors import UsageError
 from prism_deco.features import FeatureCache, Key, image_names
 from prism_deco.features.key import names_hash
 from prism_deco.llms import LanguageModel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import json
 import logging
 import statistics
@@ -25,6 +24,7 @@ from prism_deco.data.examples import Examples, Transform
 from prism_deco.data.images import ImageFolder, decode_image
 from prism_deco.data.loader import Collate, stack_pixels
 from prism_deco.data.records import open_records
+from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel
 
 log = logging.getLogger(__name__)

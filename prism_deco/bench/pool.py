@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prism_deco.bench.hf_llava import image_token
 from prism_deco.bench.lengths import encode, sample
-from prism_deco.bench.peer import image_token
 from prism_deco.llms.encoding import Encoded
 from prism_deco.sequence import Batch, build_batch, sequence_length
 from prism_deco.vlm import VLM

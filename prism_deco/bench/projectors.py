@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import logging
 import statistics
 from collections.abc import Sequence
@@ -12,9 +11,10 @@ import torch
 from rich.table import Table
 
 from prism_deco.bench.measure import memory_kind, step_memory, step_seconds
+from prism_deco.config.registry import unknown
+from prism_deco.errors import UsageError
 from prism_deco.plan.counter import step_flops
 from prism_deco.projectors import PROJECTORS, Projector, build_projector
-from prism_deco.registry import unknown
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import logging
 from dataclasses import replace
 from typing import cast
@@ -14,12 +13,13 @@ from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
 from prism_deco.backbones import VisionBackbone, build_backbone
+from prism_deco.bench.hf_llava import WholeTowers, build_peer, peer_loss
 from prism_deco.bench.measure import Usage, matmul_flops
-from prism_deco.bench.peer import WholeTowers, build_peer, peer_loss
 from prism_deco.bench.pool import Group, build_batches, by_length, draw_pool
-from prism_deco.bench.steps import ALL, NONE, Means, Way, our_loss, take_step
 from prism_deco.bench.train_report import GROUPED, OURS, PLAIN, Agreement, Report, about, row
-from prism_deco.compose import build_model, group
+from prism_deco.bench.variants import ALL, NONE, Means, Way, our_loss, take_step
+from prism_deco.build import build_model, group
+from prism_deco.errors import UsageError
 from prism_deco.sequence import Batch
 from prism_deco.vlm import VLM
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prism_deco.bench.measure import Usage
-from prism_deco.bench.steps import Way
+from prism_deco.bench.variants import Way
 from prism_deco.vlm import VLM
 
 OURS, PLAIN, GROUPED = "prism_deco", "transformers, padded", "transformers, grouped by length"

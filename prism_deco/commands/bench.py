@@ -73,7 +73,7 @@ def bench_data(args: argparse.Namespace) -> None:
 
     from prism_deco.backbones import build_backbone
     from prism_deco.bench.data import bench_data, photographs, render
-    from prism_deco.compose import group
+    from prism_deco.build import group
     from prism_deco.llms import build_llm
 
     backbone = build_backbone(group(config, "backbone"), pretrained=False, device="meta")

@@ -31,7 +31,7 @@ def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
 def data_check(args: argparse.Namespace) -> int:
     """Walks a data set; 1 where there are faults."""
     config = load_config(args.arguments)
-    from prism_deco.compose import group, max_positions, prompt_options
+    from prism_deco.build import group, max_positions, prompt_options
     from prism_deco.data import build_source
     from prism_deco.data.check import check
     from prism_deco.data.examples import Encoder

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from prism_deco.commands.common import Subparsers, options_of, own_benchmarks, show
+from prism_deco.errors import UsageError
 
 
 def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
@@ -107,7 +107,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if path.is_file():
         from prism_deco.config import read_config
-        from prism_deco.registry import import_plugins
+        from prism_deco.config.registry import import_plugins
 
         import_plugins(read_config(folder / "model" / "config.yaml").plugins)
         return json.loads(path.read_text(encoding="utf-8"))

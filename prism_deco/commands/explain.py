@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import argparse
 import json
 import logging
@@ -11,6 +10,7 @@ from typing import Any
 
 from prism_deco.commands.common import Subparsers, options_of, own_benchmarks, show
 from prism_deco.commands.evaluate import finished_run
+from prism_deco.errors import UsageError
 
 log = logging.getLogger(__name__)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import argparse
 import logging
 from pathlib import Path
 
 from prism_deco.commands.common import Subparsers
+from prism_deco.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def _check_merge(run: Path, merges: bool) -> None:
-    from prism_deco.training.artifacts import ADAPTER
+    from prism_deco.training.model_folder import ADAPTER
 
     model = run / "model" if (run / "model").is_dir() else run
     if (model / ADAPTER).is_dir() and not merges:

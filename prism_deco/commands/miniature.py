@@ -38,10 +38,10 @@ def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
 
 def pretrain_mini(args: argparse.Namespace) -> None:
     """Makes the miniature's towers and tokenizers."""
-    from prism_deco.data.shapes import corpus
-    from prism_deco.llms.train_tokenizer import train_tokenizers
-    from prism_deco.pretraining import pretrain_tower
-    from prism_deco.registry import unknown
+    from prism_deco.config.registry import unknown
+    from prism_deco.miniature.conversations import corpus
+    from prism_deco.miniature.pretraining import pretrain_tower
+    from prism_deco.miniature.train_tokenizer import train_tokenizers
 
     for name in args.names:
         if name not in MINIATURE_PARTS:

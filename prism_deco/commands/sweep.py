@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import argparse
 import json
 import logging
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from prism_deco.commands.common import Subparsers, show
 from prism_deco.config import load_config
+from prism_deco.errors import UsageError
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import argparse
 import logging
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from prism_deco.commands.common import OVERRIDES, Subparsers, own_benchmarks
 from prism_deco.commands.evaluate import score_run
 from prism_deco.commands.explain import has_relevance, measure_relevance
 from prism_deco.config import load_config
+from prism_deco.errors import UsageError
 from prism_deco.stages import Stage, split
 from prism_deco.stages import run as run_stages
 
@@ -42,7 +42,7 @@ def train(args: argparse.Namespace) -> int:
         return _check(stages, config, overwrite=args.overwrite, force=args.force)
     if stages:
         return run_stages(args.arguments, [flag for flag, is_set in flags.items() if is_set])
-    from prism_deco.training.session import run
+    from prism_deco.training.entry import run
 
     # The other processes of this machine get the same settings; what becomes of an earlier run is decided once.
     arguments = ["train", *args.arguments, *(["--debug"] if args.debug else [])]
@@ -119,8 +119,8 @@ def _scoring(config: DictConfig) -> _Scoring | None:
 
 
 def _check(stages: Sequence[Stage], config: DictConfig, **options: bool) -> int:
-    from prism_deco.training.folder import run_folder
-    from prism_deco.training.session import check
+    from prism_deco.training.entry import check
+    from prism_deco.training.run_dir import run_folder
 
     before: dict[str, DictConfig] = {}
     for name, its in [(f"Stage {stage.name}: ", stage.config) for stage in stages] or [("", config)]:

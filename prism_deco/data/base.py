@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prism_deco.config import load_choice
+from prism_deco.config.registry import Registry
+from prism_deco.config.schema import DataConfig
 from prism_deco.data.images import ImageFolder, ImageSource
-from prism_deco.registry import Registry
-from prism_deco.schema import DataConfig
+from prism_deco.errors import UsageError
 
 if TYPE_CHECKING:  # reading records needs the LLM libraries; naming a source does not
     from prism_deco.data.records import Records
@@ -42,7 +42,9 @@ class Source:
         return ImageFolder(self.image_root)
 
 
-SOURCES: Registry[Callable[..., Source]] = Registry("data family", package="prism_deco.data")
+SOURCES: Registry[Callable[..., Source]] = Registry(
+    "data family", package="prism_deco.data", also=["prism_deco.miniature.source"]
+)
 
 
 def build_source(choice: str | Mapping[str, Any], **options: Any) -> Source:

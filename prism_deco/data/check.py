@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from prism_deco.config import cache_dir
+from prism_deco.config.registry import unknown
 from prism_deco.data.base import Source
 from prism_deco.data.check_journal import Journal, Result
 from prism_deco.data.check_report import Report, Totals
 from prism_deco.data.examples import Encoder
-from prism_deco.data.faults import KINDS, Fault, TextInspector, inspect_image
 from prism_deco.data.images import ImageSource
 from prism_deco.data.records import Records, open_records
-from prism_deco.registry import unknown
+from prism_deco.data.validators import KINDS, Fault, TextInspector, inspect_image
 
 log = logging.getLogger(__name__)
 

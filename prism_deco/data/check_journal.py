@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_deco.data.check_report import Totals
-from prism_deco.data.faults import Fault
+from prism_deco.data.validators import Fault
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from prism_deco.data.faults import KINDS, Fault, ImageFindings, TextFindings
+from prism_deco.data.validators import KINDS, Fault, ImageFindings, TextFindings
 
 _HASH_SPACE = 2**256
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import http.client
 import json
 import logging
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import prism_deco
+from prism_deco.errors import UsageError
 from prism_deco.files import file_sha256
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import hashlib
 import logging
 from collections.abc import Callable
@@ -16,13 +15,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from prism_deco.backbones.base import FEATURES
+from prism_deco.config.registry import unknown
 from prism_deco.data.images import ImageFolder, ImageSource, load_image
 from prism_deco.data.records import Record, Records
 from prism_deco.data.samplers import Filler
 from prism_deco.data.split import Subset
+from prism_deco.errors import UsageError
 from prism_deco.llms import Encoded, LanguageModel, truncate
 from prism_deco.llms.encoding import IGNORE, encode_segments
-from prism_deco.registry import unknown
 
 log = logging.getLogger(__name__)
 

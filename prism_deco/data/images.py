@@ -6,7 +6,6 @@ together as they came out of Parquet files.
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import io
 import os
 from collections import defaultdict
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from prism_deco.data.partial import PartialReader
+from prism_deco.errors import UsageError
 
 
 class ImageSource(Protocol):

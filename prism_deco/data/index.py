@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from prism_deco.data.entries import RecordError, parse_record, read_json_list
+from prism_deco.data.llava_json import RecordError, parse_record, read_json_list
 from prism_deco.data.packing import ImagePacker, check_space, read_rows
 
 

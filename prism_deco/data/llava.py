@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from pathlib import Path
 
 from prism_deco.data.base import SOURCES, Source
+from prism_deco.errors import UsageError
 
 
 @SOURCES.register("llava")

@@ -6,7 +6,6 @@ that step needs pyarrow.
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import hashlib
 import logging
 import shutil
@@ -16,6 +15,8 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+
+from prism_deco.errors import UsageError
 
 log = logging.getLogger(__name__)
 

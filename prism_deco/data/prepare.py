@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import logging
 import shutil
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from prism_deco.data.archives import extract
 from prism_deco.data.download import download, look_up
 from prism_deco.data.images import missing_images
 from prism_deco.data.records import open_records
+from prism_deco.errors import UsageError
 
 log = logging.getLogger(__name__)
 

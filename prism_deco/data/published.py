@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from pathlib import Path
 from typing import Any
 
 from prism_deco.data.base import SOURCES, Source
+from prism_deco.errors import UsageError
 
 
 @SOURCES.register("published")

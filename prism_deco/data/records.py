@@ -6,7 +6,6 @@ samplers need, so that 665 000 records cost a loader process no memory of its ow
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import hashlib
 import json
 import logging
@@ -16,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from prism_deco.data.entries import Record
 from prism_deco.data.images import PackedImages
 from prism_deco.data.index import build_index
+from prism_deco.data.llava_json import Record
 from prism_deco.data.packing import table_files
 from prism_deco.data.partial import PartialReader
+from prism_deco.errors import UsageError
 from prism_deco.files import file_sha256
 from prism_deco.llms.prompts import IMAGE_TAG
 

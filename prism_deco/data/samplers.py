@@ -8,7 +8,6 @@ sampler state, and the order does not depend on loader processes.
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from prism_deco.registry import Registry
+from prism_deco.config.registry import Registry
+from prism_deco.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from prism_deco.data.base import Source
 from prism_deco.data.records import Record, Records, open_records
+from prism_deco.errors import UsageError
 
 
 class Subset(Sequence[Record]):

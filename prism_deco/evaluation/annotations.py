@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from prism_deco.errors import UsageError
 
 Kind = type | tuple[type, ...]
 ID: Kind = (int, str)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_deco.config import load_choice
+from prism_deco.errors import UsageError
 from prism_deco.evaluation.base import BENCHMARKS, Benchmark
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from prism_deco.errors import UsageError
 from prism_deco.evaluation.annotations import ID, checked, read_json
 from prism_deco.evaluation.base import BENCHMARKS, SHORT, Benchmark
 from prism_deco.evaluation.items import Prediction, Question, Variant, mean_score

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import logging
 import os
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from prism_deco.data.images import decode_image
+from prism_deco.errors import UsageError
 from prism_deco.evaluation.items import Item
 
 log = logging.getLogger(__name__)

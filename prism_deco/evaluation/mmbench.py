@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import base64
 import binascii
 import csv
@@ -11,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
+from prism_deco.errors import UsageError
 from prism_deco.evaluation.base import BENCHMARKS, Benchmark
 from prism_deco.evaluation.items import Prediction, Question, Variant, by_part, mean_score
 from prism_deco.evaluation.metrics.choice import infer_option

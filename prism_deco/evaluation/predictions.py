@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from prism_deco.errors import UsageError
 from prism_deco.evaluation.items import Item, Prediction
 from prism_deco.files import write_json, write_whole
 

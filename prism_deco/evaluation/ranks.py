@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from prism_deco.errors import UsageError
 
 # A rank that has answered all its questions waits for the slowest one; torchrun ends all of them if one fails.
 _PATIENCE = timedelta(days=7)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import json
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any, ClassVar
 
+from prism_deco.errors import UsageError
 from prism_deco.evaluation.annotations import ID, checked, checked_list, index_unique, read_json
 from prism_deco.evaluation.base import BENCHMARKS, Benchmark
 from prism_deco.evaluation.items import Prediction, Question, Variant, mean_score

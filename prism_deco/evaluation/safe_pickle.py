@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import pickle
 from pathlib import Path
 from typing import Any, NoReturn
+
+from prism_deco.errors import UsageError
 
 
 class _DataUnpickler(pickle.Unpickler):

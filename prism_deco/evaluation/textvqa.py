@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from pathlib import Path
 from typing import Any, ClassVar
 
+from prism_deco.errors import UsageError
 from prism_deco.evaluation.annotations import (
     ID,
     checked,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from typing import Any, ClassVar
 
+from prism_deco.errors import UsageError
 from prism_deco.evaluation.annotations import ID, checked, checked_list, index_unique, read_json, ten_answers
 from prism_deco.evaluation.annotators import AnnotatorBenchmark
 from prism_deco.evaluation.base import BENCHMARKS, SHORT

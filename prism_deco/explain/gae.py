@@ -7,7 +7,6 @@ Text-to-Patch: the product of the two.
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from prism_deco.config.registry import unknown
 from prism_deco.data.images import open_image
+from prism_deco.errors import UsageError
 from prism_deco.explain.attention import Recording, eager_attention, frozen, record
 from prism_deco.explain.geometry import PatchFrame
 from prism_deco.explain.memory import plan
@@ -26,7 +27,6 @@ from prism_deco.explain.towers import through_towers
 from prism_deco.explain.words import Word, encode_answer, merge_words, token_texts
 from prism_deco.inference import answer as generate_answer
 from prism_deco.llms import LanguageModel
-from prism_deco.registry import unknown
 from prism_deco.sequence import build_batch
 from prism_deco.vlm import VLM
 

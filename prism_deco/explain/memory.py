@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import logging
 import os
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig
+
+from prism_deco.errors import UsageError
 
 log = logging.getLogger(__name__)
 

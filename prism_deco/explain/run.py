@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prism_deco.data.images import open_image
+from prism_deco.errors import UsageError
 from prism_deco.explain.diversity import redundancy, spread
 from prism_deco.explain.faithfulness import area, curves
 from prism_deco.explain.gae import DEFAULT_METHOD, METHODS, Relevance, image_pixels, relevance

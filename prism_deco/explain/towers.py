@@ -7,7 +7,6 @@ itself, and their maps are averaged: both started from the same patches.
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from prism_deco.backbones.tower import Tower
+from prism_deco.errors import UsageError
 from prism_deco.explain.attention import batched_gradients
 from prism_deco.explain.propagate import propagate_row, weigh
 from prism_deco.vlm import VLM

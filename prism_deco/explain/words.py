@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from prism_deco.errors import UsageError
 from prism_deco.inference import answer_ids
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.encoding import Encoded

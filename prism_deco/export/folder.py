@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from huggingface_hub import save_torch_state_dict
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config import compose, load_choice, save_config
+from prism_deco.errors import UsageError
 from prism_deco.export.card import card
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.lora import has_lora, merge_lora
-from prism_deco.training.artifacts import CONFIG, TOWER, WEIGHTS, describe_parts
+from prism_deco.training.model_folder import CONFIG, TOWER, WEIGHTS, describe_parts
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import re
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from prism_deco.backbones import VisionBackbone
 from prism_deco.backbones.layouts import recognise, to_hugging_face, to_timm
 from prism_deco.backbones.tower import Tower
 from prism_deco.backbones.trunks import OpenClipTrunk, TimmTrunk, Trunk
+from prism_deco.errors import UsageError
 
 _ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh"}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from prism_deco.backbones import VisionBackbone
 from prism_deco.data.images import ImageSource
 from prism_deco.data.records import Record
+from prism_deco.errors import UsageError
 from prism_deco.features.build import Encode, build
 from prism_deco.features.key import COMPUTE, Key, Layout
 from prism_deco.features.shards import Shards

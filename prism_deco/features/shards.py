@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import fcntl
 import hashlib
 import json
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prism_deco.data.images import ImageSource, load_image
+from prism_deco.errors import UsageError
 from prism_deco.features.key import Key, Layout
 from prism_deco.files import file_sha256, write_json, write_whole
 

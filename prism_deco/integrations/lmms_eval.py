@@ -5,7 +5,6 @@ lmms-eval --model prism_deco --model_args run=runs/RUN_ID --tasks pope --batch_s
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from prism_deco.api import load
+from prism_deco.errors import UsageError
 from prism_deco.evaluation.ranks import asked_device
 
 DTYPES = ("float32", "bfloat16")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prism_deco.errors import UsageError
 from prism_deco.llms.encoding import Encoded, encode_segments, prompt_of
 from prism_deco.llms.prompts import Message, PromptFormat, Segment, build_format
 from prism_deco.llms.spec import LLMSpec

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from prism_deco.config import load_choice
+from prism_deco.errors import UsageError
 from prism_deco.llms.base import LanguageModel
 from prism_deco.llms.hub import has_weights, model_folder, weight_files
 from prism_deco.llms.quantize import quantization

@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from prism_deco.registry import unknown
+from prism_deco.config.registry import unknown
 
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 

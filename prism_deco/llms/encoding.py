@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
+from prism_deco.errors import UsageError
 from prism_deco.llms.prompts import Segment
 
 IGNORE = -100

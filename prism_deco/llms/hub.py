@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from huggingface_hub import snapshot_download
 # The HTTP library's own base class, whichever library this version of the hub uses.
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
+from prism_deco.errors import UsageError
 from prism_deco.tensors import indexed_files
 
 log = logging.getLogger(__name__)

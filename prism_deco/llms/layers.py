@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from typing import Any, cast
 
 from torch import nn
+
+from prism_deco.errors import UsageError
 
 
 def decoder_layers(lm: nn.Module) -> list[nn.Module]:

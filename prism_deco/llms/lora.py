@@ -6,7 +6,6 @@ each adapted linear layer becomes one that holds the original as `base_layer`.
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prism_deco.errors import UsageError
 from prism_deco.tensors import open_tensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

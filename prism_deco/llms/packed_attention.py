@@ -6,7 +6,6 @@ each of them. A model that is switched to it computes padded batches and generat
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from prism_deco.errors import UsageError
 
 PACKED = "packed_sdpa"
 

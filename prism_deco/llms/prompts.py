@@ -10,7 +10,6 @@ the special tokens by name:
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from prism_deco.registry import unknown
+from prism_deco.config.registry import unknown
+from prism_deco.errors import UsageError
 
 IMAGE_TAG = "<image>"
 """What marks an image in a user's message (the convention of LLaVA's data)."""

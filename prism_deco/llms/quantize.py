@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import importlib.util
 import os
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from prism_deco.registry import unknown
+from prism_deco.config.registry import unknown
+from prism_deco.errors import UsageError
 
 KINDS = ("nf4",)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from prism_deco.registry import unknown
+from prism_deco.config.registry import unknown
+from prism_deco.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import logging
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from prism_deco.errors import UsageError
 from prism_deco.llms.hub import has_tokenizer, tokenizer_folder
 
 log = logging.getLogger(__name__)

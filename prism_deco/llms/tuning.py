@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from prism_deco.config.registry import unknown
 from prism_deco.llms.lora import add_lora
 from prism_deco.llms.quantize import quantization
-from prism_deco.registry import unknown
 
 
 @dataclass(frozen=True)

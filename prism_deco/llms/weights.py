@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import fcntl
 import hashlib
 import json
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from prism_deco.config import cache_dir
+from prism_deco.errors import UsageError
 from prism_deco.llms.hub import bin_shards, has_safetensors, has_weights, weight_files
 from prism_deco.tensors import open_tensors
 

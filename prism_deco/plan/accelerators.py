@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prism_deco.registry import unknown
+from prism_deco.config.registry import unknown
 
 GIB = 2**30
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from prism_deco.llms.layers import decoder_layers
-from prism_deco.plan.parts import backbone_key, llm_of, projector_key, projector_of
+from prism_deco.plan.meta_models import backbone_key, llm_of, projector_key, projector_of
 from prism_deco.plan.phases import walk_projector, walk_tower
 from prism_deco.plan.setup import Setup
 

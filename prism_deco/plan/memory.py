@@ -10,7 +10,7 @@ from torch import nn
 
 from prism_deco.backbones import VisionBackbone
 from prism_deco.llms.layers import decoder_layers
-from prism_deco.plan.parts import (
+from prism_deco.plan.meta_models import (
     backbone_key,
     backbone_of,
     count,

@@ -14,7 +14,7 @@ from prism_deco.backbones import VisionBackbone
 from prism_deco.llms.checkpointing import checkpoint_activations
 from prism_deco.llms.layers import decoder_layers
 from prism_deco.loss import summed_cross_entropy
-from prism_deco.plan.parts import build_projector_of, build_shallow, fresh_backbone
+from prism_deco.plan.meta_models import build_projector_of, build_shallow, fresh_backbone
 from prism_deco.plan.setup import Setup
 from prism_deco.plan.simulate import CudaTypes, Ledger, to_fake
 from prism_deco.projectors import build_projector

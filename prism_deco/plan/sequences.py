@@ -9,14 +9,14 @@ from functools import lru_cache
 import numpy as np
 from omegaconf import DictConfig
 
-from prism_deco.compose import group
+from prism_deco.build import group
 from prism_deco.config import cache_dir
 from prism_deco.data import Source, build_source
 from prism_deco.data.records import Records
 from prism_deco.data.split import Subset, first, open_parts
 from prism_deco.features import image_names
 from prism_deco.llms import LanguageModel
-from prism_deco.plan.parts import llm_of
+from prism_deco.plan.meta_models import llm_of
 
 log = logging.getLogger(__name__)
 

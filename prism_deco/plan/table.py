@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prism_deco.plan.accelerators import GIB
-from prism_deco.plan.cell import Needs, Plan, problems
+from prism_deco.plan.estimate import Needs, Plan, problems
 
 SOURCES = {
     "measured": "Lengths: from the data's records and the LLM's tokenizer",

@@ -7,7 +7,6 @@ Shapes: B images, M queries, N = h·w patches, H heads, E channels per head, P p
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import math
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prism_deco.errors import UsageError
 from prism_deco.projectors.layers import init_normal
 
 

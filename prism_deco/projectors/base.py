@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
@@ -10,7 +9,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from prism_deco.registry import Registry
+from prism_deco.config.registry import Registry
+from prism_deco.errors import UsageError
 
 
 class Projector(nn.Module):

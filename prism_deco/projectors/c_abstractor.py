@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import torch
 from einops import rearrange
 from timm.layers.norm import LayerNorm2d
 from timm.models.regnet import RegStage
 from torch import Tensor, nn
 
+from prism_deco.errors import UsageError
 from prism_deco.projectors.base import PROJECTORS, Projector, square_grid
 from prism_deco.projectors.layers import build_mlp, init_normal
 from prism_deco.projectors.windows import average_pool

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from prism_deco.errors import UsageError
 from prism_deco.projectors.attention import DeformableAttention, SelfAttention
 from prism_deco.projectors.base import PROJECTORS, Projector, square_grid
 from prism_deco.projectors.layers import init_normal, without_autocast

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import torch
 from torch import nn
+
+from prism_deco.errors import UsageError
 
 
 def build_mlp(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import torch
 from torch import Tensor
 
+from prism_deco.errors import UsageError
 from prism_deco.projectors.base import PROJECTORS, Projector
 from prism_deco.projectors.layers import build_mlp
 

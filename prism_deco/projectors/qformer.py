@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
+from prism_deco.errors import UsageError
 from prism_deco.projectors.base import PROJECTORS, Projector, square_grid
 from prism_deco.projectors.layers import build_mlp
 from prism_deco.projectors.qformer_weights import LoadReport, load_qformer

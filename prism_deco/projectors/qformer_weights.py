@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from prism_deco.errors import UsageError
 from prism_deco.tensors import SUFFIXES, open_tensors, tensor_files
 
 # Key names of LAVIS (first) and of transformers, rewritten to the projector's own, one after the other.

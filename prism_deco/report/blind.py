@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import hashlib
 import json
 import shlex
@@ -13,8 +12,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config import GROUPS, choices, load_choice, load_config, parse_value, read_config
+from prism_deco.config.schema import Config
+from prism_deco.errors import UsageError
 from prism_deco.files import write_json
-from prism_deco.schema import Config
 from prism_deco.training.manifest import config_hash
 
 REFERENCE = Path(__file__).parent.parent / "assets" / "reference" / "blind.json"

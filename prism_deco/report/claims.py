@@ -18,7 +18,6 @@ Cells that were trained without their images are chosen by `recipe.blind: true` 
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,7 +25,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from prism_deco.registry import unknown
+from prism_deco.config.registry import unknown
+from prism_deco.errors import UsageError
 from prism_deco.report.measures import MEASURES
 
 EXPECT = ("greater", "not_less")

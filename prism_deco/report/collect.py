@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import json
 import logging
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from prism_deco.errors import UsageError
 from prism_deco.report.curves import read_curves
 from prism_deco.report.study import Cell, Score
 from prism_deco.stages import final_config

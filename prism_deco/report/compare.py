@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from statistics import NormalDist, fmean, stdev
 
 import numpy as np
 
+from prism_deco.errors import UsageError
 from prism_deco.evaluation.metrics.bootstrap import Combine, bootstrap_interval, combine_strata
 
 Strata = Mapping[str, Sequence[float]]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import json
 from pathlib import Path
 
+from prism_deco.errors import UsageError
 from prism_deco.report.study import Curve
 
 SHOWN = ("train/loss", "val/loss", "speed/samples_per_s")

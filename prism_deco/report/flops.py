@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prism_deco.plan.cell import plan_run
-from prism_deco.schema import Config
+from prism_deco.config.schema import Config
+from prism_deco.plan.estimate import plan_run
 
 log = logging.getLogger(__name__)
 

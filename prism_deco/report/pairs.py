@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark
 from prism_deco.evaluation.metrics.bootstrap import Combine, combine_strata
 from prism_deco.report.compare import average, holm, mcnemar, paired_difference, seed_interval, subtract

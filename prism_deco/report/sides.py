@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
+from prism_deco.errors import UsageError
 from prism_deco.report.compare import seed_interval
 from prism_deco.report.study import Cell
 from prism_deco.training.status import THROUGH

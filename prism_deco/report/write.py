@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from prism_deco.errors import UsageError
 from prism_deco.report import (
     claim_tables,
     claim_text,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import hashlib
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from prism_deco.config import GROUPS, load_choice
+from prism_deco.errors import UsageError
 from prism_deco.stages import final_config
 from prism_deco.sweep.spec import PART, Grid, Row, Spec, scalar
 

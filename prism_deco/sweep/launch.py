@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
-from prism_deco.sweep import guard
+from prism_deco.sweep import supervisor as guard
 from prism_deco.sweep.expand import Cell
 from prism_deco.sweep.ledger import Entry
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import contextlib
 import fcntl
 import json
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_deco.config import is_free
+from prism_deco.errors import UsageError
 from prism_deco.files import write_json
 from prism_deco.sweep.expand import Cell
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import contextlib
 import os
 import shlex
@@ -12,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from prism_deco.errors import UsageError
 from prism_deco.sweep.expand import Cell
 from prism_deco.sweep.launch import GRACE, clean_environment, lock_path, log_path, start_guard, train_command
 from prism_deco.sweep.ledger import Entry

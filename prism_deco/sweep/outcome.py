@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prism_deco.stopping import OUT_OF_MEMORY, PREEMPTED
-from prism_deco.sweep.guard import STOP_SIGNALS
+from prism_deco.sweep.supervisor import STOP_SIGNALS
 from prism_deco.training.status import read_status
 
 TAIL_LINES, TAIL_BYTES = 20, 16_384

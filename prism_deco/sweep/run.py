@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import contextlib
 from collections.abc import Sequence
 from functools import partial
@@ -10,7 +9,7 @@ from functools import partial
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from prism_deco.sweep.choose import settle
+from prism_deco.errors import UsageError
 from prism_deco.sweep.driver import Driver
 from prism_deco.sweep.expand import Cell, expand
 from prism_deco.sweep.features import runs_per_cache
@@ -18,6 +17,7 @@ from prism_deco.sweep.launch import Launcher, train_command
 from prism_deco.sweep.ledger import Entry, Ledger, lock
 from prism_deco.sweep.live import LiveView, LogView, live_on
 from prism_deco.sweep.local import LocalLauncher
+from prism_deco.sweep.select import settle
 from prism_deco.sweep.slurm import SlurmLauncher
 from prism_deco.sweep.spec import Spec
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import importlib
 import logging
 import shlex
@@ -14,12 +13,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from prism_deco.errors import UsageError
 from prism_deco.stopping import OUT_OF_MEMORY, PREEMPTED
 from prism_deco.sweep.expand import Cell
-from prism_deco.sweep.guard import STOP_SIGNALS
 from prism_deco.sweep.launch import lock_path, log_path, train_command
 from prism_deco.sweep.ledger import Entry
-from prism_deco.sweep.task import Task
+from prism_deco.sweep.slurm_task import Task
+from prism_deco.sweep.supervisor import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
 

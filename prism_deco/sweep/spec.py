@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from prism_deco.config import choices, is_free, load_choice, parse_value
-from prism_deco.registry import unknown
+from prism_deco.config.registry import unknown
+from prism_deco.errors import UsageError
 
 LAUNCHERS = ("local", "slurm")
 KEYS = ("name", "settings", "rows", "axes", "with", "jobs", "parts", "claims")

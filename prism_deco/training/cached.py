@@ -15,7 +15,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 
 from prism_deco.backbones import VisionBackbone
-from prism_deco.compose import group
+from prism_deco.build import group
 from prism_deco.config import cache_dir
 from prism_deco.features import COMPUTE, FeatureCache, Key, at_rest, image_names
 from prism_deco.features.key import names_hash
@@ -27,8 +27,8 @@ from prism_deco.plan.flops import TrainingFlops
 from prism_deco.plan.setup import setup_of
 from prism_deco.sharing import mode
 from prism_deco.training.datamodule import Conversations
-from prism_deco.training.folder import Plan
 from prism_deco.training.ranks import Ranks
+from prism_deco.training.run_dir import Plan
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)

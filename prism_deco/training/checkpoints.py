@@ -7,7 +7,6 @@ is on the disk: what has a valid name can be read.
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import json
 import logging
 import re
@@ -22,11 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prism_deco.errors import UsageError
 from prism_deco.files import sync_folder, write_json
 from prism_deco.tensors import open_safetensors
-from prism_deco.training.pieces import piece_of
+from prism_deco.training.safetensors_writer import write_safetensors
+from prism_deco.training.shard_blocks import piece_of
 from prism_deco.training.stops import CheckpointFailed
-from prism_deco.training.streaming import write_safetensors
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import logging
 from pathlib import Path
 
@@ -10,11 +9,12 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from prism_deco.backbones import build_backbone
-from prism_deco.compose import build_model, group
+from prism_deco.build import build_model, group
 from prism_deco.config import read_config
+from prism_deco.errors import UsageError
 from prism_deco.llms.tuning import tuning
-from prism_deco.training.artifacts import CONFIG, save_model
 from prism_deco.training.checkpoints import CHECKPOINTS, MODEL, Checkpoint, list_checkpoints
+from prism_deco.training.model_folder import CONFIG, save_model
 
 log = logging.getLogger(__name__)
 

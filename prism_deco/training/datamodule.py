@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import logging
 from collections.abc import Mapping
 
@@ -13,7 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from prism_deco.compose import max_positions
+from prism_deco.build import max_positions
 from prism_deco.config import cache_dir
 from prism_deco.data import Source
 from prism_deco.data.examples import Features
@@ -22,6 +21,7 @@ from prism_deco.data.loader import Collate, Examples, Step, build_loader, stack_
 from prism_deco.data.records import Records
 from prism_deco.data.samplers import Population, StepSampler, in_order
 from prism_deco.data.split import Subset, open_parts
+from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel
 from prism_deco.vlm import VLM
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from prism_deco.training.streaming import full
+from prism_deco.training.safetensors_writer import full
 
 
 def parameter_groups(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import logging
 import math
 import shutil
@@ -16,11 +15,12 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from prism_deco.data.examples import Example
+from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.lora import is_adapter
 from prism_deco.sequence import Batch
-from prism_deco.training.artifacts import adapter_dtype, load_model, save_model
 from prism_deco.training.datamodule import Conversations
+from prism_deco.training.model_folder import adapter_dtype, load_model, save_model
 from prism_deco.training.optim import adamw, clip_gradients, grad_norm, parameter_groups
 from prism_deco.vlm import VLM
 

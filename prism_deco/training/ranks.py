@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 import logging
 import os
 import signal
@@ -21,6 +20,8 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf import DictConfig
 from torch.distributed.distributed_c10d import _abort_process_group as abort_process_group
+
+from prism_deco.errors import UsageError
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prism_deco.errors import UsageError
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,12 +13,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import tensor_files
 from prism_deco.llms.layers import decoder_layers
 from prism_deco.projectors import Projector
-from prism_deco.training.materialise import read_weights
 from prism_deco.training.ranks import patience
+from prism_deco.training.sharded_loading import read_weights
 from prism_deco.vlm import VLM
 
 

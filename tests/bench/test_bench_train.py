@@ -10,9 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from prism_deco.bench.hf_llava import WholeTowers, build_peer, peer_loss
 from prism_deco.bench.lengths import MIXTURE, encode, json_bytes, sample
 from prism_deco.bench.measure import usage
-from prism_deco.bench.peer import WholeTowers, build_peer, peer_loss
 from prism_deco.bench.presets import PRESETS
 from prism_deco.bench.train import ABLATION, bench_train
 from prism_deco.bench.train_report import GROUPED, OURS, PLAIN, Agreement, Report, Row, render

@@ -4,7 +4,7 @@ import pickle
 import numpy as np
 import pytest
 
-from prism_deco.data import entries
+from prism_deco.data import llava_json as entries
 from prism_deco.data.images import missing_images, open_image, resolve_image
 from prism_deco.data.records import open_records
 from prism_deco.data.split import first, hold_out

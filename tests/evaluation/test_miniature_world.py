@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from prism_deco.data.shapes.world import build_world
 from prism_deco.evaluation import build_benchmark, chance, evaluate, resolve
+from prism_deco.miniature.world import build_world
 
 
 @pytest.fixture(scope="module")

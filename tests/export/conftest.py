@@ -8,7 +8,7 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 
-from prism_deco.compose import build_model
+from prism_deco.build import build_model
 from prism_deco.config import load_config
 from prism_deco.vlm import VLM
 

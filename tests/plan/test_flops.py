@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from prism_deco.compose import build_model
+from prism_deco.build import build_model
 from prism_deco.config import load_config
 from prism_deco.plan.flops import training_flops
 from prism_deco.sequence import Batch

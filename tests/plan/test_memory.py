@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from prism_deco.compose import build_model
+from prism_deco.build import build_model
 from prism_deco.config import load_config
 from prism_deco.data.loader import Step
 from prism_deco.llms.checkpointing import checkpoint_activations

@@ -8,8 +8,8 @@ import torch
 from omegaconf import OmegaConf
 
 from prism_deco.config import load_config
+from prism_deco.config.registry import import_plugins
 from prism_deco.projectors import PROJECTORS, build_projector
-from prism_deco.registry import import_plugins
 
 EXAMPLE = Path(__file__).parent / "example"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from scipy import stats  # comes with scikit-image
 
-from prism_deco.schema import EvaluateConfig
+from prism_deco.config.schema import EvaluateConfig
 from prism_deco.sweep import parse
 from prism_deco.sweep.expand import expand
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
-        "prism_deco.training.session",
+        "prism_deco.training.entry",
         "prism_deco.backbones.siglip",
         "prism_deco.projectors.qformer",
         "prism_deco.projectors.pooling",

@@ -5,8 +5,8 @@ import torch
 
 from prism_deco.cli import main
 from prism_deco.config import load_config, save_config
-from prism_deco.training import session
-from prism_deco.training.session import check
+from prism_deco.training import entry as session
+from prism_deco.training.entry import check
 from prism_deco.training.status import set_status
 
 SECOND_STAGE = ["recipe=llava_v1_5_finetune", "backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from prism_deco.training.checkpoint_state import checkpoint_tensors, restore_tensors
 from prism_deco.training.checkpoints import (
     Checkpoint,
     checkpoint_name,
@@ -16,9 +17,8 @@ from prism_deco.training.checkpoints import (
     remove_leftovers,
     save_checkpoint,
 )
-from prism_deco.training.progress import checkpoint_tensors, restore_tensors
+from prism_deco.training.safetensors_writer import write_safetensors
 from prism_deco.training.stops import CheckpointFailed
-from prism_deco.training.streaming import write_safetensors
 
 
 @pytest.fixture

@@ -12,16 +12,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 import prism_deco
+from prism_deco.build import build_model
 from prism_deco.cli import main
-from prism_deco.compose import build_model
 from prism_deco.config import load_config
 from prism_deco.llms import build_llm
 from prism_deco.llms.build import tensor_files
 from prism_deco.llms.lora import merge_lora
 from prism_deco.sequence import build_batch
-from prism_deco.training.artifacts import load_model, save_model
-from prism_deco.training.materialise import read_weights
-from prism_deco.training.start import start_from
+from prism_deco.training.init_from import start_from
+from prism_deco.training.model_folder import load_model, save_model
+from prism_deco.training.sharded_loading import read_weights
 
 SMALL = ["llm=mini_llama", "recipe=mini_finetune", "recipe.lora_r=4", "backbone=mini_clip"]
 
@@ -233,7 +233,7 @@ def test_a_run_of_another_model_is_refused(tmp_path, base, overrides, message):
 
 
 def test_the_command_says_so_before_it_reads_the_llm(colors, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("prism_deco.training.run.build_model", None)
+    monkeypatch.setattr("prism_deco.training.trainer.build_model", None)
     data = ["data=llava", f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}"]
     command = ["train", *SMALL, *data, f"runs_dir={tmp_path}", "recipe.start_from=nowhere", "evaluate.benchmarks=null"]
     assert main(command) == 2

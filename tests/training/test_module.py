@@ -5,9 +5,9 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 
+from prism_deco.config.schema import RecipeConfig
 from prism_deco.data.loader import Collate, Examples, Step
 from prism_deco.data.records import open_records
-from prism_deco.schema import RecipeConfig
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.stops import NonFinite
 

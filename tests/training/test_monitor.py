@@ -10,10 +10,10 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prism_deco.config import load_config
+from prism_deco.config.schema import RecipeConfig
 from prism_deco.data.loader import Collate, Examples
 from prism_deco.data.records import open_records
 from prism_deco.plan.flops import TrainingFlops
-from prism_deco.schema import RecipeConfig
 from prism_deco.training import monitor
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.monitor import SpeedMonitor, choices_of

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from prism_deco.build import build_model, group
 from prism_deco.cli import main
-from prism_deco.compose import build_model, group
 from prism_deco.config import load_config
 from prism_deco.data import build_source
 from prism_deco.sweep.launch import train_command

@@ -1,0 +1,119 @@
+"""transformers' own LLaVA around the weights of a `VLM`: the step that a user of its Trainer would take."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from prism_deco.backbones import VisionBackbone
+from prism_deco.backbones.tower import Tower
+from prism_deco.errors import UsageError
+from prism_deco.projectors.linear import Linear
+from prism_deco.sequence import Batch
+from prism_deco.vlm import VLM
+
+
+class WholeTowers(VisionBackbone):
+    """The towers of a backbone, each run to its last block as transformers runs them; the features are the same.
+
+    Args:
+        backbone: cut off after the tapped block; its weights are copied.
+        whole: the same choice with all blocks (`layer=-1`); the blocks behind the tap keep its weights.
+    """
+
+    def __init__(self, backbone: VisionBackbone, whole: VisionBackbone):
+        super().__init__()
+        whole.load_state_dict(backbone.state_dict(), strict=False)
+        self.whole = whole
+        self._taps = [tower.trunk.tap for tower in _towers(backbone)]
+        self.towers, self.transform = backbone.towers, backbone.transform
+        self.image_size, self.patch_size = backbone.image_size, backbone.patch_size
+        self.grid, self.embed_dim = backbone.grid, backbone.embed_dim
+        self.freeze()
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return self.whole.blocks
+
+    def features(self, pixels: Mapping[str, Tensor]) -> Tensor:
+        """dict[tower, float[B, 3, S, S]] -> float[B, N, D]."""
+        taken = []
+        for tower, tap in zip(_towers(self.whole), self._taps, strict=True):
+            images = pixels[tower.towers[0]].to(next(tower.parameters()).dtype)
+            output = tower.trunk.vit.forward_intermediates(
+                images, indices=[tap], stop_early=False, output_fmt="NLC", intermediates_only=True
+            )
+            # timm returns a list, open_clip a dictionary.
+            taken += output["image_intermediates"] if isinstance(output, dict) else output
+        return torch.cat(taken, dim=-1)
+
+
+def _towers(backbone: VisionBackbone) -> list[Tower]:
+    return [module for module in backbone.modules() if isinstance(module, Tower)]
+
+
+class _VisionTower(nn.Module):
+    def __init__(self, backbone: VisionBackbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, pixels: Mapping[str, Tensor], **_: Any) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(hidden_states=(self.backbone(pixels),))  # type: ignore[arg-type]
+
+
+def build_peer(vlm: VLM, towers: VisionBackbone) -> LlavaForConditionalGeneration:
+    """transformers' model around the very parameters of `vlm`'s projector and LLM.
+
+    Its output layer is the LLM's own: transformers' has no bias, which Phi-2 needs.
+
+    Args:
+        towers: what it sees through.
+
+    Raises:
+        UsageError: the projector is not `linear` with two layers, the only one that transformers has, or
+            features or tokens are changed by an option of the recipe.
+    """
+    projector = vlm.projector
+    layers = [m for m in projector.modules() if isinstance(m, nn.Linear)] if isinstance(projector, Linear) else []
+    if len(layers) != 2 or vlm.feature_mean is not None or vlm.token_scale is not None or vlm.turn_mask != "causal":
+        raise UsageError("transformers' LLaVA has only the plain two-layer projector: projector=linear recipe=prism")
+    language = cast(Any, vlm.lm)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=projector.in_dim, num_hidden_layers=1),
+        text_config=copy.deepcopy(language.config),
+        image_token_index=image_token(vlm),
+        projector_hidden_act="gelu",
+        vision_feature_layer=0,
+        vision_feature_select_strategy="full",
+    )
+    with torch.device("meta"):
+        peer = LlavaForConditionalGeneration(config)
+    peer.model.vision_tower = _VisionTower(towers)
+    peer.model.multi_modal_projector.linear_1, peer.model.multi_modal_projector.linear_2 = layers
+    peer.model.language_model = language.base_model
+    peer.lm_head = language.get_output_embeddings()
+    return peer
+
+
+def image_token(vlm: VLM) -> int:
+    """The last row of the vocabulary stands for an image's place in the peer's input."""
+    return cast(nn.Embedding, vlm.lm.get_input_embeddings()).num_embeddings - 1
+
+
+def peer_loss(peer: LlavaForConditionalGeneration, batch: Batch, num_targets: int) -> Tensor:
+    """float[]: the mean loss of a padded batch, as transformers' Trainer asks for it."""
+    output = peer(
+        input_ids=batch.input_ids.masked_fill(batch.visual, peer.config.image_token_id),
+        pixel_values=batch.pixels,
+        attention_mask=batch.attention_mask.long(),
+        labels=batch.labels,
+        num_items_in_batch=torch.tensor(num_targets, device=batch.labels.device),
+        use_cache=False,
+    )
+    return output.loss

@@ -1,0 +1,110 @@
+"""From the configuration to the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from prism_deco.backbones import VisionBackbone, build_backbone
+from prism_deco.config.registry import import_plugins
+from prism_deco.errors import UsageError
+from prism_deco.llms import LanguageModel, build_llm
+from prism_deco.llms.tuning import tuning
+from prism_deco.projectors import Projector, build_projector
+from prism_deco.vlm import VLM
+
+
+def group(config: DictConfig, name: str) -> dict[str, Any]:
+    """One group of the configuration as a plain dict, interpolations resolved."""
+    content = OmegaConf.to_container(config[name], resolve=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def prompt_options(config: DictConfig) -> dict[str, Any]:
+    """What the recipe says about tokens and the text around images, as options of `build_llm`."""
+    recipe = config.recipe
+    tokenize = {} if recipe.tokenize is None else {"tokenize": recipe.tokenize}
+    return {
+        "image_slot": recipe.image_slot,
+        "prompt": recipe.prompt,
+        "added_tokens": recipe.added_tokens,
+        **tokenize,
+    }
+
+
+def max_positions(config: DictConfig, llm: LanguageModel) -> int:
+    """Longest sequence, visual tokens included: the LLM's own, or less where the recipe says so."""
+    return min(llm.max_positions, config.recipe.max_positions or llm.max_positions)
+
+
+def build_model(
+    config: DictConfig, *, device: str | torch.device | None = None, defer_llm: bool = False
+) -> tuple[VLM, LanguageModel]:
+    """Composes backbone, projector and LLM as configured; random parts follow torch's global seed.
+
+    Args:
+        device: where the model lives; on "meta" it is the bare architecture, and no weights are read.
+        defer_llm: leave the LLM on the meta device, for a caller that reads its weights in pieces.
+
+    Raises:
+        UsageError: the parts do not fit together (grid, tokens, positions), or the recipe is no single run.
+    """
+    import_plugins(config.plugins)
+    recipe = config.recipe
+    if recipe.stages:
+        raise UsageError(
+            f"recipe={recipe.name} is made of stages, each a run of its own: name one of them "
+            f"({'; '.join(f'{name}: {stage[0]}' for name, stage in recipe.stages.items())})."
+        )
+    if recipe.turn_mask == "block" and recipe.image_slot == "in_place":
+        raise UsageError(
+            "recipe.turn_mask=block needs recipe.image_slot=after_bos: in place, the image belongs to the round that "
+            "shows it, and later rounds would not see it."
+        )
+    device = torch.device(device or "cpu")
+    bare = device.type == "meta"
+    backbone = build_backbone(group(config, "backbone"), pretrained=not bare, device=device)
+    way = tuning(recipe.lm)
+    if way.quantize and config.trainer.strategy == "fsdp":
+        raise UsageError(
+            f"recipe.lm={recipe.lm} cannot be sharded: choose trainer=gpu or trainer=ddp, or recipe.lm=lora."
+        )
+    place = "meta" if defer_llm else device
+    llm = build_llm(group(config, "llm"), quantize=way.quantize, device=place, **prompt_options(config))
+    with device:
+        projector = compose_projector(config, backbone, llm, bare=bare)
+    if projector.num_tokens >= max_positions(config, llm):
+        raise UsageError(
+            f"{projector.num_tokens} visual tokens leave no room for text in {max_positions(config, llm)} positions of "
+            f"{config.llm.name}: choose fewer (projector.num_tokens=...) or another LLM."
+        )
+    source = llm.spec.weights or llm.spec.hub
+    way.apply(llm.model, r=recipe.lora_r, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout, source=source)
+    vlm = VLM(
+        backbone,
+        projector,
+        llm.model,
+        standardise_features=recipe.standardise_features,
+        token_scale=recipe.token_scale,
+        turn_mask=recipe.turn_mask,
+        blind=recipe.blind,
+        max_logits=recipe.max_logits,
+    )
+    return vlm if defer_llm else vlm.to(device), llm
+
+
+def compose_projector(config: DictConfig, backbone: VisionBackbone, llm: LanguageModel, *, bare: bool) -> Projector:
+    """The configured projector between these two, on torch's default device.
+
+    Args:
+        bare: without the weights that the configuration may name for it.
+    """
+    options = group(config, "projector")
+    if bare and "weights" in options:
+        options["weights"] = None
+    return build_projector(
+        options.pop("name"), in_dim=backbone.embed_dim, out_dim=llm.embed_dim, in_grid=backbone.grid, **options
+    )

@@ -1,0 +1,84 @@
+"""Exact-name registries: a component adds itself by its own file, nobody keeps a list."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+from prism_deco.errors import UsageError
+
+T = TypeVar("T")
+
+
+def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
+    """The error for a name that is not among the choices: nearest names first, then all of them."""
+    choices = sorted(choices)
+    near = difflib.get_close_matches(name, choices, n=3)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return UsageError(f"Unknown {kind} {name!r}.{hint} Choices: {', '.join(choices) or 'none'}.")
+
+
+class Registry(Generic[T]):
+    """Maps exact names to components of one kind.
+
+    Args:
+        kind: what the components are, for error messages ("projector").
+        package: the package whose modules are imported on the first look-up, so that dropping a
+            file into it is all a new component needs. Components from outside register themselves
+            when their module is imported (the `plugins` list of the configuration).
+        also: modules elsewhere that are imported with them.
+    """
+
+    def __init__(self, kind: str, package: str | None = None, also: Iterable[str] = ()):
+        self.kind = kind
+        self._package = package
+        self._also = tuple(also)
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that registers its target under `name`; a name can be taken once."""
+
+        def add(entry: T) -> T:
+            if name in self._entries:
+                raise UsageError(f"The {self.kind} {name!r} is registered twice: choose another name.")
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def get(self, name: str) -> T:
+        """The component of that exact name; `UsageError` lists the choices otherwise."""
+        if name not in self._entries:
+            self._discover()
+        if name not in self._entries:
+            raise unknown(self.kind, name, self._entries)
+        return self._entries[name]
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        self._discover()
+        return sorted(self._entries)
+
+    def _discover(self) -> None:
+        if self._package is None:
+            return
+        package = importlib.import_module(self._package)
+        for module in pkgutil.iter_modules(package.__path__, prefix=f"{self._package}."):
+            importlib.import_module(module.name)
+        for name in self._also:
+            importlib.import_module(name)
+
+
+def import_plugins(modules: Iterable[str]) -> None:
+    """Imports the modules by which components from outside the package register themselves."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                f"The plug-in module {module!r} cannot be imported ({error}). Install it, or put its folder on "
+                "PYTHONPATH."
+            ) from error

@@ -1,0 +1,156 @@
+"""Chooses questions so that answers are balanced, and joins them to conversations that do not give themselves away."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence, Set
+from typing import Any
+
+from prism_deco.miniature.captions import caption
+from prism_deco.miniature.questions import Fact, Question, Template
+from prism_deco.miniature.rng import Dice
+from prism_deco.miniature.scene import Scene, draw_scene
+from prism_deco.miniature.templates import TEMPLATES
+
+TURNS = 5
+_TRIES = 20
+_CAPTION_PERCENT = 10
+_TEXT_PERCENT = 5
+_SLACK = 4
+"""How many questions a class of answers may be ahead of its share."""
+
+CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."
+_BY_NAME = {template.name: template for template in TEMPLATES}
+_FROM_CAPTION = [_BY_NAME[name] for name in ("count", "count_all", "color", "shape")]
+_DRAWS = [template for template in TEMPLATES for _ in range(template.weight)]
+
+
+class Pool:
+    """Every question about a scene, by family; each family is asked for its questions once."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self._questions: dict[str, list[Question]] = {}
+
+    def of(self, template: Template) -> list[Question]:
+        """The questions of a family."""
+        if template.name not in self._questions:
+            self._questions[template.name] = list(template.make(template, self.scene))
+        return self._questions[template.name]
+
+
+class Balance:
+    """Asks about one scene after the other, and keeps the answers to each question equally frequent.
+
+    Whoever knows the question but not the image should be able to do no better than guess.
+    """
+
+    def __init__(self) -> None:
+        self._counts: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+
+    def ask(self, template: Template, pool: Pool, dice: Dice, revealed: Set[Fact] = frozenset()) -> Question | None:
+        """A question of that family, or None where the scene, the balance or what is `revealed` allows none."""
+        candidates = [question for question in pool.of(template) if revealed.isdisjoint(question.asks)]
+        if template.contrast:
+            if len({question.side for question in candidates}) < 2:
+                return None
+            drawn = dice.pick([side for side, share in template.sides.items() for _ in range(share)])
+            candidates = [question for question in candidates if question.side == drawn]
+        elif template.sides:
+            slack = _SLACK * sum(template.sides.values())
+            candidates = [q for q in candidates if self._excess(template, "", q.side) <= slack]
+        if not candidates:
+            return None
+        dice.shuffle(candidates)
+        if not template.sides:
+            return candidates[0]
+        chosen = min(
+            candidates,
+            key=lambda q: (self._excess(template, q.text, q.side), self._excess(template, "", q.side)),
+        )
+        self._counts[template.name, chosen.text][chosen.side] += 1
+        self._counts[template.name, ""][chosen.side] += 1
+        return chosen
+
+    def ask_any(self, templates: Sequence[Template], pool: Pool, dice: Dice) -> Question | None:
+        """A question of one of these families, those of more weight preferred; None where all fail."""
+        draws = [template for template in templates for _ in range(template.weight)]
+        dice.shuffle(draws)
+        order = {template.name: template for template in draws}.values()
+        return next(filter(None, (self.ask(template, pool, dice) for template in order)), None)
+
+    def _excess(self, template: Template, text: str, side: str) -> int:
+        """How far a class is above its share among the answers to a text ("": to the family), in whole numbers."""
+        counts = self._counts[template.name, text]
+        return counts[side] * sum(template.sides.values()) - counts.total() * template.sides[side]
+
+
+def converse(pool: Pool, dice: Dice, balance: Balance) -> list[Question]:
+    """Up to five questions about a scene, none of which earlier ones answer; a caption tells all and stands alone."""
+    if dice.chance(_CAPTION_PERCENT):
+        return [Question("caption", "caption", CAPTION_REQUEST, caption(pool.scene))]
+    draws = [dice.pick(_DRAWS) for _ in range(_TRIES)]
+    draws[:TURNS] = sorted(draws[:TURNS], key=lambda template: template.stage)
+    turns: list[Question] = []
+    revealed: set[Fact] = set()
+    for template in draws:
+        question = balance.ask(template, pool, dice, revealed)
+        if question is not None:
+            turns.append(question)
+            revealed |= question.reveals
+        if len(turns) == TURNS:
+            break
+    return turns
+
+
+def records(seed: int, split: str, scenes: Sequence[tuple[str, Scene]], per_image: int) -> Iterator[dict[str, Any]]:
+    """LLaVA records about images, with some text-only ones in between.
+
+    Args:
+        scenes: the path of each image (relative to the image root) and what it shows.
+        per_image: conversations about each image.
+    """
+    balance, text_balance = Balance(), Balance()
+    texts = 0
+    for index, (path, scene) in enumerate(scenes):
+        pool, dice = Pool(scene), Dice(seed, split, index, "questions")
+        for repeat in range(per_image):
+            turns = [(question.prompt, question.answer) for question in converse(pool, dice, balance)]
+            if turns:
+                yield _record(f"{split}-{index:06d}-{repeat}", turns, path)
+            if dice.chance(_TEXT_PERCENT):
+                yield _record(f"{split}-text-{texts:06d}", _read(seed, split, texts, text_balance))
+                texts += 1
+
+
+def caption_records(split: str, scenes: Sequence[tuple[str, Scene]]) -> Iterator[dict[str, Any]]:
+    """LLaVA records of one caption per image (`scenes` as in `records`)."""
+    for index, (path, scene) in enumerate(scenes):
+        yield _record(f"{split}-caption-{index:06d}", [(CAPTION_REQUEST, caption(scene))], path)
+
+
+def corpus(seed: int, count: int) -> Iterator[str]:
+    """Texts of that many conversations, prompts and answers on lines of their own, to train tokenizers on."""
+    scenes = [("", draw_scene(seed, "corpus", index)) for index in range(count)]
+    for _, record in zip(range(count), records(seed, "corpus", scenes, per_image=1), strict=False):
+        yield "\n".join(turn["value"].removeprefix("<image>\n") for turn in record["conversations"])
+
+
+def _read(seed: int, split: str, index: int, balance: Balance) -> list[tuple[str, str]]:
+    """Turns that are answered by the text before each question; every turn brings its own text."""
+    dice = Dice(seed, split, index, "text questions")
+    turns = []
+    for turn in range(3):
+        pool = Pool(draw_scene(seed, f"{split} text", 3 * index + turn))
+        question = balance.ask_any(_FROM_CAPTION, pool, dice)
+        if question is not None:
+            turns.append((f"There is {caption(pool.scene)}. {question.prompt}", question.answer))
+    return turns
+
+
+def _record(name: str, turns: Sequence[tuple[str, str]], image: str | None = None) -> dict[str, Any]:
+    conversations = []
+    for prompt, answer in turns:
+        opening = "<image>\n" if image is not None and not conversations else ""
+        conversations += [{"from": "human", "value": opening + prompt}, {"from": "gpt", "value": answer}]
+    return {"id": name} | ({} if image is None else {"image": image}) | {"conversations": conversations}

@@ -1,0 +1,152 @@
+"""CLIP's and SigLIP's objectives: whole open_clip models, text tower and loss included, trained on captions.
+
+In two things they differ from the originals, in both for the sake of what patches hold. Texts are the phrases of the
+captions, one per object, so an image has several positives. And an image is compared patch by patch, with a soft
+maximum over its patches (FILIP, arXiv 2111.07783, takes the hard one), so some patch has to hold what a phrase says.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any, cast
+
+import open_clip
+import torch
+from open_clip.loss import ClipLoss, SigLipLoss
+from torch import Tensor
+from torch.nn import functional as F
+
+from prism_deco.miniature.pretraining.data import Vocabulary, phrases
+from prism_deco.miniature.pretraining.objectives import OBJECTIVES, Objective
+
+_LENGTH = 14
+"""Tokens of a phrase: ten words and digits at most, the end, padding."""
+_MAX_PHRASES = 128
+"""Phrases per batch; more cost time in the text tower."""
+
+
+def soft_maximum(patches: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+    """float[B, N, D], float[T, D], float[] -> float[B, T]: log-sum-exp of scaled similarities over patches."""
+    return torch.logsumexp(scale * patches @ texts.T, dim=1)
+
+
+class PhraseClipLoss(ClipLoss):
+    """CLIP's softmax loss (arXiv 2103.00020) over images and over phrases.
+
+    Where there are several positives, they share the target evenly (UniCL, arXiv 2204.03610).
+    """
+
+    positives: Tensor
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor:
+        """float[B, N, D], float[T, D] of length 1 -> float[]; `positives` is bool[B, T]."""
+        logits = soft_maximum(image_features, text_features, logit_scale)
+        targets = self.positives.to(logits.dtype)
+        # An image none of whose phrases was drawn has no target, and adds nothing.
+        by_image = F.cross_entropy(logits, targets / targets.sum(1, keepdim=True).clamp(min=1))
+        by_phrase = F.cross_entropy(logits.T, (targets / targets.sum(0)).T)
+        return (by_image + by_phrase) / 2
+
+
+class PhraseSigLipLoss(SigLipLoss):
+    """SigLIP's sigmoid loss (arXiv 2303.15343) over all pairs of images and phrases."""
+
+    positives: Tensor
+
+    def get_ground_truth(
+        self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:
+        """float[B, T]: 1 where the caption has the phrase, else -1."""
+        return self.positives.to(dtype) * 2 - 1
+
+    def get_logits(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+    ) -> Tensor:
+        """float[B, N, D], float[T, D] of length 1 -> float[B, T]."""
+        logits = soft_maximum(image_features, text_features, logit_scale)
+        return logits if logit_bias is None else logits + logit_bias
+
+
+class ContrastivePretraining(Objective):
+    """An open_clip model and a loss over images and phrases."""
+
+    def __init__(self, model: str, captions: Sequence[str], seed: int, loss: PhraseClipLoss | PhraseSigLipLoss):
+        super().__init__()
+        self.model = cast(Any, open_clip.create_model(model, load_weights=False))
+        self.vit = self.model.visual.trunk
+        self.vocabulary = Vocabulary(captions)
+        self.dice = random.Random(seed)
+        self.loss = loss
+
+    def forward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        parts = [set(phrases(caption)) for caption in captions]
+        known = sorted(set().union(*parts))
+        chosen = self.dice.sample(known, min(len(known), _MAX_PHRASES))
+        self.loss.positives = torch.tensor([[phrase in part for phrase in chosen] for part in parts])
+        return self.loss(self.patches(images), self.texts(chosen), self.model.logit_scale.exp(), self.model.logit_bias)
+
+    def patches(self, images: Tensor) -> Tensor:
+        """float[B, 3, S, S] -> float[B, N, D] of length 1, in the space of the phrases."""
+        return F.normalize(self.vit.forward_features(images), dim=-1)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """T phrases -> float[T, D] of length 1."""
+        return self.model.encode_text(self.vocabulary.encode(texts, _LENGTH), normalize=True)
+
+    def evaluate(self, images: Tensor, captions: Sequence[str]) -> dict[str, float]:
+        """Top-1 retrieval among the given images and their captions."""
+        parts = [phrases(caption) for caption in captions]
+        known = sorted({phrase for part in parts for phrase in part})
+        has = torch.tensor([[phrase in part for phrase in known] for part in parts])
+        logits = soft_maximum(self.patches(images), self.texts(known), self.model.logit_scale.exp())
+        if self.model.logit_bias is not None:
+            logits = logits + self.model.logit_bias
+        return retrieval(self.score(logits, has), captions)
+
+    def score(self, logits: Tensor, has: Tensor) -> Tensor:
+        """float[B, T], bool[captions, T] -> float[B, captions]: how well each caption fits each image."""
+        raise NotImplementedError
+
+
+@OBJECTIVES.register("clip")
+class ClipPretraining(ContrastivePretraining):
+    """`PhraseClipLoss`."""
+
+    def __init__(self, model: str, captions: Sequence[str], seed: int):
+        super().__init__(model, captions, seed, PhraseClipLoss())
+
+    def score(self, logits: Tensor, has: Tensor) -> Tensor:
+        """The mean over the caption's phrases, as FILIP's over a text's tokens."""
+        return logits @ (has / has.sum(1, keepdim=True)).T
+
+
+@OBJECTIVES.register("siglip")
+class SiglipPretraining(ContrastivePretraining):
+    """`PhraseSigLipLoss`."""
+
+    def __init__(self, model: str, captions: Sequence[str], seed: int):
+        super().__init__(model, captions, seed, PhraseSigLipLoss())
+
+    def score(self, logits: Tensor, has: Tensor) -> Tensor:
+        """The log-likelihood of which of all phrases hold: every phrase is a yes or no of its own."""
+        return F.logsigmoid(logits) @ has.float().T + F.logsigmoid(-logits) @ (~has).float().T
+
+
+def retrieval(scores: Tensor, captions: Sequence[str]) -> dict[str, float]:
+    """Top-1 accuracies of float[B, B] scores of images and captions; equal captions count as the same."""
+    names = list(captions)
+    to_text = [names[found] == names[own] for own, found in enumerate(scores.argmax(1).tolist())]
+    to_image = [names[found] == names[own] for own, found in enumerate(scores.argmax(0).tolist())]
+    return {
+        "image_to_text": sum(to_text) / len(names),
+        "text_to_image": sum(to_image) / len(names),
+        "candidates": len(names),
+    }

@@ -1,0 +1,76 @@
+"""Scenes to pixels, in integers only: the same bytes on every machine."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prism_deco.miniature import glyphs
+from prism_deco.miniature.scene import IMAGE_SIZE, PALETTE, PLATE_SIZE, Plate, Scene
+
+_SCALE = 2
+"""Pixels per dot of the plate's font."""
+_NOISE_CELL = 4
+"""Side of a patch of constant noise, in pixels; noise of single pixels would only swell the files."""
+
+
+def render(scene: Scene) -> NDArray[np.uint8]:
+    """The image of a scene: uint8[64, 64, 3]."""
+    image = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    image[:] = _background(scene)[:, :, None]
+    for thing in scene.things:
+        x1, y1, x2, y2 = thing.box
+        levels = zip(PALETTE[thing.color], thing.tint, strict=True)
+        image[y1:y2, x1:x2][mask(thing.shape, thing.size)] = [min(255, level + tint) for level, tint in levels]
+    if scene.plate is not None:
+        x1, y1, x2, y2 = scene.plate.box
+        image[y1:y2, x1:x2] = _plate(scene.plate)[:, :, None]
+    return image
+
+
+@functools.cache
+def mask(shape: str, size: int) -> NDArray[np.bool_]:
+    """The pixels of a shape in its box: bool[size, size]. It touches all four sides."""
+    row, column = np.arange(size)[:, None], np.arange(size)[None, :]
+    # Twice the distance from the middle, so that even sizes need no halves.
+    down, right = np.abs(2 * row - (size - 1)), np.abs(2 * column - (size - 1))
+    inside = {
+        "circle": down**2 + right**2 <= size**2,
+        "square": (down <= size) & (right <= size),
+        "triangle": right <= row + 1,
+        "cross": (3 * down <= size) | (3 * right <= size),
+    }
+    return inside[shape]
+
+
+def _background(scene: Scene) -> NDArray[np.uint8]:
+    """uint8[64, 64]: the grey level with patches of noise, at most 12 levels off."""
+    cells = IMAGE_SIZE // _NOISE_CELL
+    # An extendable hash is a noise source that no library version changes.
+    noise = np.frombuffer(hashlib.shake_128(scene.noise.encode()).digest(cells * cells), np.uint8) % 25
+    levels = (scene.background - 12 + noise.astype(np.int16)).astype(np.uint8).reshape(cells, cells)
+    return levels.repeat(_NOISE_CELL, axis=0).repeat(_NOISE_CELL, axis=1)
+
+
+def _plate(plate: Plate) -> NDArray[np.uint8]:
+    """uint8[20, 28]: white with a dark frame and dark digits."""
+    width, height = PLATE_SIZE
+    levels = np.full((height, width), 240, np.uint8)
+    levels[[0, -1], :] = 30
+    levels[:, [0, -1]] = 30
+    left, top = _digit(plate.number // 10), (height - glyphs.HEIGHT * _SCALE) // 2
+    gap, span = _SCALE, glyphs.WIDTH * _SCALE
+    start = (width - 2 * span - gap) // 2
+    for x, digit in ((start, left), (start + span + gap, _digit(plate.number % 10))):
+        levels[top : top + digit.shape[0], x : x + span][digit] = 20
+    return levels
+
+
+@functools.cache
+def _digit(value: int) -> NDArray[np.bool_]:
+    """bool[14, 10]: a digit of the font, enlarged."""
+    rows = [[bool(row >> (glyphs.WIDTH - 1 - bit) & 1) for bit in range(glyphs.WIDTH)] for row in glyphs.DIGITS[value]]
+    return np.array(rows).repeat(_SCALE, axis=0).repeat(_SCALE, axis=1)

@@ -1,0 +1,71 @@
+"""Settings that the results of an earlier part decide: the rung of a learning-rate ladder, say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+from prism_deco.errors import UsageError
+from prism_deco.stages import final_config
+from prism_deco.sweep.expand import Cell
+from prism_deco.sweep.ledger import Ledger
+from prism_deco.training.metrics import VAL_LOSS, read_metrics
+
+ENDED = ("done", "failed", "out_of_memory")
+"""States from which a sweep's driver expects nothing more."""
+
+
+def settle(cells: Sequence[Cell], ledger: Ledger) -> list[Cell]:
+    """The cells with every setting filled in that can be chosen by now.
+
+    A key's value is that of the source part's cells with the lowest `val/loss` after their last validation, in the
+    mean over their seeds. Only cells count that agree with the choosing one in whatever else varies within the source
+    part: each projector is given the learning rate that served it best. What the ledger has chosen before stays.
+
+    Raises:
+        UsageError: no cell of the source part is like the choosing one, or none of those that are has succeeded.
+    """
+    return [_settle(cell, cells, ledger) if cell.waits else cell for cell in cells]
+
+
+def _settle(cell: Cell, cells: Sequence[Cell], ledger: Ledger) -> Cell:
+    before = dict(override.split("=", 1) for override in ledger.entries[cell.id].overrides)
+    overrides = cell.overrides
+    for key, part in cell.choose.items():
+        value = before.get(key) or _choose(cell, key, [other for other in cells if other.part == part], ledger)
+        if value is None:
+            return cell
+        overrides = (*overrides, f"{key}={value}")
+    return replace(cell, overrides=overrides, config=final_config(overrides))
+
+
+def _choose(cell: Cell, key: str, part: Sequence[Cell], ledger: Ledger) -> str | None:
+    """The best value; None while the part is not through."""
+    others = {name for other in part for name in other.settings} - {key, "seed"}
+    varied = [name for name in others if len({other.settings.get(name) for other in part}) > 1]
+    alike = [other for other in part if all(other.settings.get(n) == cell.settings.get(n) for n in varied)]
+    if not alike:
+        raise UsageError(
+            f"{cell.id} is to choose {key} from {cell.choose[key]}, which has no cell of the same "
+            f"{', '.join(sorted(varied))}."
+        )
+    if any(ledger.entries[other.id].state not in ENDED for other in alike):
+        return None
+    losses: dict[str, list[float]] = {}
+    for other in alike:
+        if ledger.entries[other.id].state == "done":
+            losses.setdefault(other.settings[key], []).append(_last_loss(ledger.folder / other.id))
+    if not losses:
+        names = ", ".join(other.id for other in alike)
+        raise UsageError(f"{cell.id} cannot choose {key}: of {names} none has succeeded. Mend them, then go on.")
+    return min(losses, key=lambda value: fmean(losses[value]))
+
+
+def _last_loss(run: Path) -> float:
+    validated = [row[VAL_LOSS] for row in read_metrics(run) if VAL_LOSS in row]
+    if not validated:
+        raise UsageError(f"{run} has no {VAL_LOSS} to choose by: its data holds nothing out for validation.")
+    return validated[-1] if math.isfinite(validated[-1]) else math.inf

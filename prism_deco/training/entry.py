@@ -1,0 +1,220 @@
+"""What `prism-deco train` does, from the processes it takes to the exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from omegaconf import DictConfig
+
+from prism_deco.backbones.weights import ASSET
+from prism_deco.build import build_model, group
+from prism_deco.config import cache_dir, read_config, save_config
+from prism_deco.config.registry import import_plugins
+from prism_deco.data import build_source
+from prism_deco.data.split import open_parts
+from prism_deco.errors import UsageError
+from prism_deco.llms.checkpointing import ACTIVATION_CHECKPOINTING
+from prism_deco.llms.tuning import tuning
+from prism_deco.plan import AUTO, plan_run, problems
+from prism_deco.plan.accelerators import device_memory
+from prism_deco.training.init_from import check_start, find_start
+from prism_deco.training.module import TrainingModule
+from prism_deco.training.preemption import Preemption
+from prism_deco.training.ranks import Ranks
+from prism_deco.training.run_dir import Plan, holds_run, lock_run, prepare_run, run_folder
+from prism_deco.training.sharding import Sharding
+from prism_deco.training.status import THROUGH, read_status, set_status
+from prism_deco.training.stops import Preempted, Stop
+from prism_deco.training.trainer import strategy_of, train
+from prism_deco.training.watch import forget
+
+log = logging.getLogger(__name__)
+
+
+class Scoring(Protocol):
+    """What is to be measured of a trained run."""
+
+    def prepare(self, benchmarks: Path | None) -> None:
+        """Looks for what would stop it, before there is a model.
+
+        Args:
+            benchmarks: the folder of the benchmarks that come with the training data, if any do.
+
+        Raises:
+            UsageError: there is something.
+        """
+        ...
+
+    def missing(self, folder: Path) -> Scoring | None:
+        """What of it the run in a folder does not have yet; None where it has all."""
+        ...
+
+    def __call__(self, folder: Path) -> None:
+        """Measures it; all processes call this."""
+        ...
+
+
+def run(
+    config: DictConfig,
+    scoring: Scoring | None,
+    *,
+    overwrite: bool = False,
+    force: bool = False,
+    arguments: Sequence[str] = (),
+) -> int:
+    """Trains and scores what the configuration says, or goes on with it where an earlier call has stopped.
+
+    Args:
+        scoring: what follows training, also of a run that is done, as far as it lacks it; None is nothing.
+        overwrite: replace an earlier run in the folder.
+        force: train even what does not fit this machine's memory by its plan.
+        arguments: the command line, for the other processes of this machine.
+
+    Returns:
+        The exit code: 0 done, 75 preempted, 76 out of memory, 1 another failure.
+
+    Raises:
+        UsageError: wrong input.
+    """
+    ranks, preemption = Ranks(config.trainer), Preemption()
+    try:
+        with preemption.watched(), ranks.started(arguments), ExitStack() as held:
+            run_folder(config)
+            if not _is_through(config, overwrite):
+                _find_files(config)
+            import_plugins(config.plugins)  # what is planned, and the benchmarks, may be theirs
+            config.trainer.activation_checkpointing = ranks.decide(lambda: _fit(config, force))
+            ranks.decide(partial(_prepare_scoring, config, scoring, overwrite))
+            plan = ranks.decide(lambda: _prepare(config, overwrite, held))
+            if plan.state == "done":
+                scoring = ranks.decide(partial(_newly_asked, config, plan.folder, scoring))
+                if scoring is None:
+                    log.info("The run in %s is done. Another one: run_id=NAME; in its place: --overwrite", plan.folder)
+                    return 0
+                log.info("The run in %s is done but for the scoring that is newly asked for", plan.folder)
+            if plan.state == "train":
+                train(config, plan, ranks, preemption)
+            if preemption.requested:
+                raise Preempted("made way before the scoring")
+            if scoring is not None:
+                scoring(plan.folder)
+            if ranks.is_main:
+                spent = {key: value for key, value in read_status(plan.folder).items() if key != "state"}
+                set_status(plan.folder, "done", **spent)
+            log.info("The run is in %s; watch it with: tensorboard --logdir %s", plan.folder, config.runs_dir)
+            return 0
+    except Stop as stop:
+        if ranks.is_main:
+            sys.stderr.write(f"prism-deco: {stop.state.replace('_', ' ')}: {' '.join(str(stop).split())}\n")
+        return stop.exit_code
+
+
+def check(
+    config: DictConfig,
+    *,
+    scoring: Scoring | None = None,
+    after: DictConfig | None = None,
+    overwrite: bool = False,
+    force: bool = False,
+) -> None:
+    """Looks for what would stop a run, as far as that can be told without its weights and from its data's files alone;
+    trains nothing. Nothing would stop a run that is through.
+
+    Args:
+        scoring: what is to be measured of the run; None is nothing.
+        after: the run that this one starts from, if it is still to be trained.
+        overwrite: an earlier run in the folder is to be replaced.
+        force: do not mind what does not fit this machine's memory.
+
+    Raises:
+        UsageError: the folder holds another run, data are missing, parts do not fit together, or not this machine.
+    """
+    ranks = Ranks(config.trainer)
+    if _is_through(config, overwrite):
+        return
+    _find_files(config)
+    if after is not None:
+        check_start(after, config)
+    elif config.recipe.start_from:
+        find_start(Path(config.recipe.start_from), config)
+    vlm, _ = build_model(config, device="meta")
+    tuning(config.recipe.lm).check()
+    TrainingModule(vlm, config.recipe, total_steps=1, nonfinite=config.trainer.nonfinite)
+    strategy_of(config, ranks)
+    if config.trainer.strategy == "fsdp":
+        Sharding.of(config.trainer, ranks.size)
+    source = build_source(group(config, "data"))
+    if scoring is not None:
+        scoring.prepare(source.benchmarks)
+    if ranks.is_main:  # it may index the data
+        open_parts(source, cache_dir(), val_fraction=config.data.val_fraction, limit=config.data.limit)
+        _fit(config, force)
+
+
+def _find_files(config: DictConfig) -> None:
+    """`UsageError` names a local file or folder that the configuration points at and that is not there: what is read
+    last must not wait for what is read first."""
+    for name in ("backbone", "llm", "projector"):
+        path = config[name].get("weights") if config[name].get("pretrained", True) else None
+        if path and not path.startswith(ASSET) and not Path(path).expanduser().exists():
+            raise UsageError(f"{name}.weights={path}: there is no such file or folder.")
+
+
+def _is_through(config: DictConfig, overwrite: bool) -> bool:
+    return not overwrite and holds_run(config) and read_status(run_folder(config)).get("state") in THROUGH
+
+
+def _prepare_scoring(config: DictConfig, scoring: Scoring | None, overwrite: bool) -> None:
+    """What is wrong with the benchmarks must not wait for the end of training, nor cost an earlier run its folder."""
+    # The scoring of a run that is through begins at once, and looks for itself.
+    if scoring is not None and not _is_through(config, overwrite):
+        scoring.prepare(build_source(group(config, "data")).benchmarks)
+
+
+def _newly_asked(config: DictConfig, folder: Path, scoring: Scoring | None) -> Scoring | None:
+    """What a run that is done has not been scored on; its `config.yaml` then names it, and keeps how it was trained."""
+    missing = scoring.missing(folder) if scoring is not None else None
+    if missing is not None:
+        recorded = read_config(folder / "config.yaml")
+        recorded.evaluate = config.evaluate
+        save_config(recorded, folder / "config.yaml")
+    return missing
+
+
+def _prepare(config: DictConfig, overwrite: bool, held: ExitStack) -> Plan:
+    folder = run_folder(config)
+    if (folder / "config.yaml").is_file() and (lock := lock_run(folder)):
+        lock.close()
+    plan = prepare_run(config, overwrite=overwrite)
+    if lock := lock_run(plan.folder):
+        held.enter_context(lock)
+    forget(plan.folder)
+    return plan
+
+
+def _fit(config: DictConfig, force: bool) -> str:
+    """How activations are to be kept or recomputed; `UsageError` where the plan says that a run needs more memory than
+    there is, before time is spent."""
+    asked = config.trainer.activation_checkpointing
+    unplanned = ACTIVATION_CHECKPOINTING[-1] if asked == AUTO else asked
+    memory = device_memory() // (1 if torch.cuda.is_available() else max(1, config.trainer.devices))
+    try:
+        run_plan = plan_run(config, memory_bytes=memory)
+    except Exception as error:  # a plug-in's code may not bear being walked through without data
+        log.warning("The run's memory could not be planned (%s: %s)", type(error).__name__, error)
+        return unplanned
+    if run_plan.problems:
+        raise UsageError("; ".join(run_plan.problems))
+    if (found := problems(run_plan, memory)) and not force:
+        raise UsageError(f"This run cannot work: {'; '.join(found)}. --force starts it anyway.")
+    chosen = run_plan.needs.setup.checkpointing if run_plan.needs else unplanned
+    if asked == AUTO:
+        log.info("Activations recomputed in the backward pass: %s", chosen)
+    return chosen

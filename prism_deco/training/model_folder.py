@@ -1,0 +1,214 @@
+"""The `model/` folder of a run: everything that `prism_deco.load` needs, in safetensors and JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prism_deco.backbones import build_backbone
+from prism_deco.build import build_model, compose_projector, group, prompt_options
+from prism_deco.config import read_config, save_config
+from prism_deco.errors import UsageError
+from prism_deco.files import file_sha256
+from prism_deco.llms import LanguageModel, build_llm
+from prism_deco.llms.buffers import fill_buffers
+from prism_deco.llms.build import weights_record
+from prism_deco.llms.lora import ADAPTER_WEIGHTS, base_name, is_adapter, load_lora, save_lora
+from prism_deco.llms.tuning import tuning
+from prism_deco.tensors import open_tensors, tensor_files
+from prism_deco.training.safetensors_writer import full, write_safetensors
+from prism_deco.vlm import VLM
+
+WEIGHTS = "model.safetensors"
+TOWER = "backbone.safetensors"
+TOWER_RECORD = "backbone.json"
+LLM_RECORD = "llm.json"
+BASE_RECORD = "base.json"
+ADAPTER = "adapter"
+TOKENIZER = "tokenizer"
+CONFIG = "config.yaml"
+
+
+def save_model(
+    folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel, *, read: Callable[[Tensor], Tensor] = full
+) -> None:
+    """Writes projector and LLM weights, the tokenizer, the configuration, and what was frozen (the backbone, the LLM
+    under adapters): by the SHA-256 of its weights where they can be had again, whole where they were random. Adapters
+    go to a folder of their own, in peft's format and in `adapter_dtype`.
+
+    Weights that are sharded among processes are gathered one by one: all processes must call it, the first writes.
+
+    Args:
+        read: makes the values of a weight out of the model's own tensor.
+    """
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    way = tuning(config.recipe.lm)
+    is_named = config.llm.pretrained and not way.base
+    state = _distinct(vlm)
+    elsewhere = ("backbone.", "lm.") if is_named else ("backbone.",)
+    parts = {WEIGHTS: {base_name(k): v for k, v in state.items() if not k.startswith(elsewhere) and not is_adapter(k)}}
+    dtype = adapter_dtype(config)
+    adapters = {k.removeprefix("lm."): read(v).to(dtype) for k, v in state.items() if is_adapter(k)}
+    if not config.backbone.pretrained:
+        parts[TOWER] = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    if is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / CONFIG)
+    for name, tensors in parts.items():
+        write_safetensors(folder / name if is_main else None, tensors, read=read)
+    if is_main:
+        describe_parts(folder, config, vlm, llm)
+        if is_named:
+            (folder / BASE_RECORD).write_text(json.dumps(weights_record(llm.spec), indent=2) + "\n")
+        if adapters:
+            save_lora(vlm.lm, folder / ADAPTER, adapters)
+    else:
+        vlm.backbone.sha256()  # gathers what the first process hashes
+
+
+def adapter_dtype(config: DictConfig) -> torch.dtype:
+    """What adapters are stored in. In a `bf16-mixed` run every product was taken with their bfloat16 values, so these
+    are what was trained, in half the space."""
+    return torch.bfloat16 if config.trainer.precision == "bf16-mixed" else torch.float32
+
+
+def describe_parts(folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel) -> None:
+    """Writes the tokenizer with the chat template, the LLM's architecture, and the tower's hash and transform."""
+    llm.tokenizer.save_pretrained(folder / TOKENIZER)
+    architecture = vlm.lm.config.to_diff_dict() | {"vocab_size": llm.embedding_rows}
+    # Where and how its weights were stored says nothing about these.
+    architecture = {k: v for k, v in architecture.items() if k not in ("_name_or_path", "quantization_config")}
+    (folder / LLM_RECORD).write_text(json.dumps(architecture, indent=2) + "\n")
+    record = {"name": config.backbone.name, "sha256": vlm.backbone.sha256(), "transform": _transform(vlm)}
+    (folder / TOWER_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def load_model(folder: Path) -> tuple[VLM, LanguageModel, DictConfig]:
+    """Rebuilds what `save_model` or an export wrote, on the CPU and in eval mode.
+
+    The model is built without weights and takes over the tensors of the files: nothing random is drawn for the
+    LLM, and the weights are in memory once.
+
+    Raises:
+        UsageError: a file is missing, a weight is missing or unexpected, or the backbone's weights
+            are not those the model was trained with.
+    """
+    config = read_config(folder / CONFIG)
+    weights, tower = tensor_files(folder / WEIGHTS), tensor_files(folder / TOWER)
+    for name, found in ((WEIGHTS, weights), (TOWER_RECORD, (folder / TOWER_RECORD).is_file())):
+        if not found:
+            raise UsageError(f"{folder / name} is missing: the run has not finished, or its folder is incomplete.")
+    bare = config.copy()
+    bare.llm.tokenizer = str(folder / TOKENIZER)
+    if bare.llm.get("architecture") is None and (folder / LLM_RECORD).is_file():
+        OmegaConf.update(bare, "llm.architecture", json.loads((folder / LLM_RECORD).read_text()), force_add=True)
+    bare.recipe.lm = "full"  # its adapters come from their file
+    vlm, llm = build_model(bare, device="meta")
+    is_named = (folder / BASE_RECORD).is_file()
+    if is_named:
+        vlm.lm = llm.model = _named_base(folder, bare)
+    with torch.random.fork_rng(devices=[]):
+        # Small, and a plug-in's may compute buffers that no file holds.
+        vlm.projector = compose_projector(bare, vlm.backbone, llm, bare=True)
+    load_strict(vlm, weights, ignore=("backbone.", "lm.") if is_named else "backbone.")
+    if (folder / ADAPTER).is_dir():
+        load_lora(vlm.lm, folder / ADAPTER)
+    if tower:
+        load_strict(vlm.backbone, tower)
+    else:
+        vlm.backbone = build_backbone(group(config, "backbone"))
+    record = json.loads((folder / TOWER_RECORD).read_text())
+    if vlm.backbone.sha256() != record["sha256"]:
+        raise UsageError(
+            f"{folder}: the model was trained with backbone weights of SHA-256 {record['sha256'][:12]}…, those of "
+            f"{config.backbone.name} found here differ. Point backbone.weights at the original file."
+        )
+    if record.get("transform", _transform(vlm)) != _transform(vlm):
+        raise UsageError(
+            f"{folder}: the model was trained on images prepared by {record['transform']}, this version prepares them "
+            f"by {_transform(vlm)}. Use the version that manifest.json or README.md names."
+        )
+    return vlm.eval(), llm, config
+
+
+def trained_sha256(folder: Path) -> str:
+    """SHA-256 of the weights that `save_model` wrote; with adapters, of both files' hashes."""
+    hashes = [file_sha256(file) for file in (folder / WEIGHTS, folder / ADAPTER / ADAPTER_WEIGHTS) if file.is_file()]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _named_base(folder: Path, config: DictConfig) -> PreTrainedModel:
+    """The LLM that the folder names and does not hold."""
+    try:
+        llm = build_llm(group(config, "llm"), **prompt_options(config))
+        found = weights_record(llm.spec)
+    except ValueError as error:
+        raise UsageError(f"{folder} holds no language model, it names the one it was trained on: {error}") from error
+    wanted = json.loads((folder / BASE_RECORD).read_text())
+    if found["sha256"] != wanted["sha256"]:
+        raise UsageError(
+            f"{folder}: the model was trained on the weights of {wanted.get('hub') or wanted.get('path')} with SHA-256 "
+            f"{wanted['sha256'][:12]}…, those found here differ. Set llm.weights (or llm.revision) in "
+            f"{folder / CONFIG} to the original ones."
+        )
+    return llm.model
+
+
+def load_strict(module: nn.Module, files: Sequence[Path], ignore: str | tuple[str, ...] | None = None) -> None:
+    """Puts the tensors of safetensors files in the place of the module's own; fills what no file holds.
+
+    Tied parameters are stored once and may be missing under their other names; those that begin with `ignore` are
+    loaded elsewhere.
+
+    Raises:
+        UsageError: a file is not there or not readable, a weight is missing, unexpected or of another shape.
+    """
+    own = module.state_dict().keys()
+    loaded: set[str] = set()
+    for file in files:
+        state = dict(open_tensors(file))
+        try:
+            module.load_state_dict(state, strict=False, assign=True)
+        except RuntimeError as error:
+            raise UsageError(f"{file} does not fit the model: {error}") from error
+        loaded |= state.keys()
+    missing = {name for name in own if name not in loaded and not (ignore and name.startswith(ignore))}
+    for name, part in module.named_children():
+        if isinstance(part, PreTrainedModel):
+            absent = {key.removeprefix(f"{name}.") for key in missing if key.startswith(f"{name}.")}
+            # Takes out of `absent` what is tied to a weight that was there, whichever of the two names it had.
+            missing -= {f"{name}.{key}" for key in absent}
+            part.tie_weights(missing_keys=absent, recompute_mapping=False)
+            missing |= {f"{name}.{key}" for key in absent}
+            fill_buffers(part)
+    listed = [f"missing {name}" for name in sorted(missing)]
+    listed += [f"unexpected {name}" for name in sorted(loaded.difference(own))]
+    if listed:
+        raise UsageError(f"{files[0]} does not fit the model: {'; '.join(listed[:5])} ({len(listed)} in all).")
+
+
+def _transform(vlm: VLM) -> dict[str, Any]:
+    """What becomes of an image before each tower sees it, as JSON."""
+    towers = {name: asdict(tower) for name, tower in vlm.backbone.transform.towers.items()}
+    return json.loads(json.dumps(towers))
+
+
+def _distinct(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by their names; tied ones once, under the first."""
+    seen: set[int] = set()
+    distinct = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            distinct[name] = tensor
+    return distinct

@@ -1,0 +1,305 @@
+"""A training run: from the configuration to a self-describing run folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor
+
+from prism_deco.build import build_model, group
+from prism_deco.config.registry import unknown
+from prism_deco.data import Source, build_source
+from prism_deco.errors import UsageError
+from prism_deco.files import write_json
+from prism_deco.llms import LanguageModel, build_llm
+from prism_deco.llms.build import tensor_files
+from prism_deco.llms.checkpointing import checkpoint_activations
+from prism_deco.plan.flops import training_flops
+from prism_deco.training.cached import Towers, prepare_features
+from prism_deco.training.callbacks import ProgressBar, SampleAnswers
+from prism_deco.training.checkpoint_callback import Checkpointing
+from prism_deco.training.checkpoints import step_of
+from prism_deco.training.datamodule import Conversations
+from prism_deco.training.init_from import find_start, start_from
+from prism_deco.training.manifest import build_manifest
+from prism_deco.training.model_folder import save_model, trained_sha256
+from prism_deco.training.module import TrainingModule
+from prism_deco.training.monitor import SpeedMonitor, choices_of
+from prism_deco.training.preemption import Preemption, requeue
+from prism_deco.training.preflight import preflight
+from prism_deco.training.ranks import Ranks
+from prism_deco.training.run_dir import Plan
+from prism_deco.training.sharding import Sharding, reshard
+from prism_deco.training.status import read_status, set_status
+from prism_deco.training.stops import Preempted, RankFailed, Stop, as_stop
+from prism_deco.training.watch import Watch
+from prism_deco.vlm import VLM
+
+log = logging.getLogger(__name__)
+
+FEATURE_STATISTICS_IMAGES = 512
+
+
+def train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption) -> None:
+    """Trains the configured model and writes `model/`, `manifest.json` and `status.json`.
+
+    Args:
+        plan: what `prepare_run` found; training goes on from its checkpoint.
+        ranks: the processes of the run; each of them calls this.
+
+    Raises:
+        Stop: the run ended early: preempted, out of memory, a guard, another process.
+    """
+    started = time.time()
+    finish = partial(_finish, plan.folder, config.trainer.requeue)
+    with _logged(plan.folder, ranks), Watch(plan.folder, ranks, finish) as watch:
+        if ranks.is_main:
+            set_status(plan.folder, "running", pid=os.getpid(), started=started)
+        try:
+            _train(config, plan, ranks, preemption, watch)
+        except BaseException as error:
+            raise _stopped(error, ranks, watch, finish) from error
+    if ranks.is_main:
+        watch.clear()
+        set_status(plan.folder, "trained", started=started, seconds=round(time.time() - started, 1))
+    ranks.meet()  # what follows reads the model that the first process has written
+
+
+def _stopped(error: BaseException, ranks: Ranks, watch: Watch, finish: Any) -> BaseException:
+    """Records why a run ends, in its first process, and tells the others; returns what to raise."""
+    stop = as_stop(error)
+    if stop is None and not isinstance(error, KeyboardInterrupt | SystemExit | ValueError | OSError):
+        # A broken connection is what another process's failure looks like from here.
+        stop = watch.origin()
+    told = stop or RankFailed(f"{type(error).__name__}: {error}")
+    if not (isinstance(told, Preempted) and told.agreed):
+        watch.fail(told)
+    (log.warning if isinstance(told, Preempted) else log.error)("The run stops: %s", told)
+    if ranks.is_main:
+        finish(told)
+    return stop or error
+
+
+def _finish(folder: Path, requeues: bool, stop: Stop) -> None:
+    set_status(folder, stop.state, reason=" ".join(str(stop).split()))
+    if requeues and isinstance(stop, Preempted):
+        requeue()
+
+
+@contextmanager
+def _logged(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """The first process keeps a log in the run's folder; the others speak up only when something is wrong."""
+    logger = logging.getLogger("prism_deco")
+    if not ranks.is_main:
+        logger.setLevel(logging.WARNING)
+        yield
+        return
+    handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def _train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption, watch: Watch) -> None:
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    if config.recipe.start_from:
+        find_start(Path(config.recipe.start_from), config)  # a wrong one must not wait for the LLM's weights
+    with ranks.main_first():
+        source = build_source(group(config, "data"))
+    sharding = Sharding.of(config.trainer, ranks.size) if config.trainer.strategy == "fsdp" else None
+    vlm, llm = build_model(config, defer_llm=sharding is not None and _is_readable_in_pieces(config))
+    checkpoint_activations(vlm.lm, config.trainer.activation_checkpointing)
+    with ranks.main_first():
+        data = Conversations(source, config, vlm, llm)
+    if ranks.is_main:
+        set_status(plan.folder, **read_status(plan.folder), total_steps=data.total_steps)
+    if config.recipe.standardise_features and plan.checkpoint is None:
+        _fit_features(vlm, data, ranks)
+    if config.recipe.start_from:
+        start_from(Path(config.recipe.start_from), config, vlm, llm)
+    # From here on the examples have features, so that what needs pixels stands above.
+    towers = prepare_features(config, plan, vlm, data, ranks)
+    if config.trainer.preflight and plan.checkpoint is None:
+        ranks.decide(lambda: preflight(config, plan.folder, vlm, llm, data, ranks.device))
+    module = TrainingModule(
+        vlm,
+        config.recipe,
+        data.total_steps,
+        seed=config.seed,
+        nonfinite=config.trainer.nonfinite,
+        shard=partial(sharding.apply, vlm, llm) if sharding else None,
+        preempted=lambda: preemption.requested,
+    )
+    trainer = _trainer(config, plan, ranks, data, llm, watch, preemption, towers)
+    log.info(
+        "Training %s: %d records, %d steps, %d visual tokens per image, %d processes",
+        config.run_id,
+        len(data.train_records),
+        data.total_steps,
+        vlm.projector.num_tokens,
+        ranks.size,
+    )
+    with preemption.at_boundaries():
+        with towers.placed(vlm):
+            _fit(trainer, module, data)
+            watch.rest()
+            reshard(vlm)
+        _save(config, plan.folder, vlm, llm, data, module, source, ranks, towers)
+
+
+def _fit_features(vlm: VLM, data: Conversations, ranks: Ranks) -> None:
+    """In the first process, for all: on another number of threads the others would round otherwise."""
+
+    def fit() -> tuple[Tensor | None, Tensor | None]:
+        vlm.fit_features(data.sample_pixels(FEATURE_STATISTICS_IMAGES), ranks.device)
+        return vlm.feature_mean, vlm.feature_std
+
+    vlm.feature_mean, vlm.feature_std = ranks.decide(fit)
+
+
+class _Errors(Callback):
+    """Keeps what ended the training: Lightning may raise something else while it cleans up."""
+
+    first: BaseException | None = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.first = self.first or exception
+
+
+def _fit(trainer: pl.Trainer, module: TrainingModule, data: Conversations) -> None:
+    errors = _Errors()
+    trainer.callbacks.insert(0, errors)  # type: ignore[attr-defined]
+    try:
+        trainer.fit(module, datamodule=data)
+    except BaseException as error:
+        raise errors.first or error from None
+
+
+def _is_readable_in_pieces(config: DictConfig) -> bool:
+    """Whether each process can read just its part of the LLM's weights: there are files, and nothing else in them.
+
+    Random weights are drawn whole, so that they do not depend on how they are sharded.
+    """
+    if not config.llm.pretrained:
+        return False
+    spec = build_llm(group(config, "llm"), pretrained=False, device="meta").spec
+    return tensor_files(spec) is not None
+
+
+def strategy_of(config: DictConfig, ranks: Ranks) -> Any:
+    """Lightning's strategy of that name; `UsageError` where it is unknown, or not for that many devices."""
+    strategies = {
+        "auto": lambda: "auto",
+        "ddp": lambda: DDPStrategy(timeout=ranks.timeout),
+        # Its defaults shard nothing and synchronise nothing.
+        "fsdp": lambda: ModelParallelStrategy(data_parallel_size=ranks.size, tensor_parallel_size=1),
+    }
+    if config.trainer.strategy not in strategies:
+        raise unknown("trainer.strategy", config.trainer.strategy, strategies)
+    if config.trainer.strategy == "auto" and ranks.size > 1:
+        raise UsageError(f"{ranks.size} devices need trainer.strategy=ddp or trainer.strategy=fsdp.")
+    return strategies[config.trainer.strategy]()
+
+
+def _trainer(
+    config: DictConfig,
+    plan: Plan,
+    ranks: Ranks,
+    data: Conversations,
+    llm: LanguageModel,
+    watch: Watch,
+    preemption: Preemption,
+    towers: Towers,
+) -> pl.Trainer:
+    settings = config.trainer
+    every = settings.checkpoint_every
+    every = max(1, round(every * data.total_steps)) if 0 < every < 1 else int(every)
+    start = step_of(plan.checkpoint) if plan.checkpoint else 0
+    keeping = Checkpointing(
+        plan.folder, plan.checkpoint, every=every, keep=settings.keep_checkpoints, watch=watch, preemption=preemption
+    )
+    # Only GPUs have a known peak to compare with.
+    flops = towers.counted(training_flops(config)) if torch.cuda.is_available() else None
+    monitor = SpeedMonitor(flops, settings.log_every, choices_of(config))
+    callbacks: list[Callback] = [SampleAnswers(llm, settings.samples), monitor, keeping]
+    if ranks.is_main:
+        callbacks.insert(0, ProgressBar())
+    return pl.Trainer(
+        accelerator=settings.accelerator,
+        devices=ranks.devices,
+        num_nodes=settings.num_nodes,
+        strategy=strategy_of(config, ranks),
+        # Sharded weights have their types set where they are sharded.
+        precision="32-true" if settings.strategy == "fsdp" else settings.precision,
+        plugins=[ranks.environment] if ranks.is_group else None,
+        max_epochs=1,
+        max_steps=data.total_steps,
+        # The loader runs through all epochs in one pass; see StepSampler.
+        val_check_interval=max(1, round(data.total_steps * settings.val_every)),
+        check_val_every_n_epoch=None,
+        # A validation before the first step, after resuming, would leave FSDP's buffers unfit for training.
+        inference_mode=False,
+        limit_val_batches=1.0 if len(data.val_records) else 0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=ranks.is_main,
+        enable_model_summary=False,
+        log_every_n_steps=settings.log_every,
+        callbacks=callbacks,
+        # What is taken back on resuming must not be shown twice.
+        logger=TensorBoardLogger(
+            plan.folder, name=None, version="tensorboard", default_hp_metric=False, purge_step=start or None
+        ),
+        default_root_dir=plan.folder,
+    )
+
+
+def _save(
+    config: DictConfig,
+    folder: Path,
+    vlm: VLM,
+    llm: LanguageModel,
+    data: Conversations,
+    module: TrainingModule,
+    source: Source,
+    ranks: Ranks,
+    towers: Towers,
+) -> None:
+    save_model(folder / "model", config, vlm, llm)
+    if not ranks.is_main:
+        return
+    manifest = build_manifest(
+        config,
+        vlm,
+        data_hash=data.data_hash,
+        steps=data.total_steps,
+        samples=min(data.total_steps * config.recipe.global_batch_size, len(data.train_records) * config.recipe.epochs),
+        bad_images=module.counts["bad_images"],
+        text_tokens_cut=module.counts["tokens_cut"],
+        steps_skipped=module.counts["steps_skipped"],
+        devices=ranks.size,
+        feature_caches=list(towers.caches),
+        model_sha256=trained_sha256(folder / "model"),
+        benchmarks=str(source.benchmarks) if source.benchmarks else None,
+    )
+    write_json(folder / "manifest.json", manifest)
