@@ -1,6 +1,6 @@
 """Runs one command in a session of its own and leaves nothing of it behind, whatever happens to either side.
 
-Run as a script, with the standard library only: `python -I guard.py GRACE LOCK COMMAND...`. Whoever starts it holds
+Run as a script, with the standard library only: `python -I supervisor.py GRACE LOCK COMMAND...`. Whoever starts it holds
 the other end of its standard input:
 
 - nothing is written: the command runs to its end, and its exit code (128 + signal for a killed one) is the guard's;

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from prism_deco.config import load_config
 from prism_deco.stopping import PREEMPTED, SIGNALS
-from prism_deco.sweep import Cell, Ledger, guard, render
+from prism_deco.sweep import Cell, Ledger, render, supervisor
 from prism_deco.sweep.live import LiveView, duration, live_on, seconds_left
 from prism_deco.sweep.outcome import Heartbeat, judge, progress, stamp, tail
 
@@ -193,6 +193,6 @@ def test_nothing_known_is_no_estimate(tmp_path):
     assert seconds_left(ledger, cells) is None
 
 
-def test_the_guard_which_imports_nothing_knows_the_exit_code():
-    assert guard.PREEMPTED == PREEMPTED
-    assert set(SIGNALS) < set(guard.STOP_SIGNALS)
+def test_the_supervisor_which_imports_nothing_knows_the_exit_code():
+    assert supervisor.PREEMPTED == PREEMPTED
+    assert set(SIGNALS) < set(supervisor.STOP_SIGNALS)
