@@ -1,9 +1,9 @@
-"""Many trainings: a grid of command lines, each in processes of its own, with a ledger of what became of them."""
+"""Sweeps: a grid of training command lines, each run as processes of its own and tracked in a ledger."""
 
-from prism_deco.sweep.expand import Cell, expand
-from prism_deco.sweep.ledger import Entry, Ledger
+from prism_deco.sweep.expand import SweepCell, expand
+from prism_deco.sweep.ledger import Ledger, LedgerEntry
 from prism_deco.sweep.live import render
 from prism_deco.sweep.run import dry_run, run
 from prism_deco.sweep.spec import Spec, parse
 
-__all__ = ["Cell", "Entry", "Ledger", "Spec", "dry_run", "expand", "parse", "render", "run"]
+__all__ = ["Ledger", "LedgerEntry", "Spec", "SweepCell", "dry_run", "expand", "parse", "render", "run"]

@@ -13,14 +13,19 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from prism_deco.sweep.expand import Cell
-from prism_deco.sweep.launch import Handle, Launcher, log_path
-from prism_deco.sweep.ledger import Entry, Ledger
-from prism_deco.sweep.live import View
+from prism_deco.sweep.expand import SweepCell
+from prism_deco.sweep.launchers import LocalLauncher, Process, log_path
+from prism_deco.sweep.ledger import Ledger, LedgerEntry
+from prism_deco.sweep.live import LiveView, LogView
 from prism_deco.sweep.outcome import Heartbeat, Outcome, judge, stamp, tail
+from prism_deco.sweep.slurm import SlurmJob, SlurmLauncher
 from prism_deco.training.status import read_status
 
 log = logging.getLogger(__name__)
+
+Launcher = LocalLauncher | SlurmLauncher
+Handle = Process | SlurmJob
+View = LiveView | LogView
 
 POLL = 0.5
 """Seconds between two looks at the processes."""
@@ -33,7 +38,7 @@ MICRO_BATCH = "recipe.micro_batch_size"
 
 @dataclass
 class _Attempt:
-    cell: Cell
+    cell: SweepCell
     handle: Handle
     heartbeat: Heartbeat
     before: int | None
@@ -55,10 +60,18 @@ class Driver:
             hung; None waits for ever.
     """
 
-    def __init__(self, ledger: Ledger, cells: Sequence[Cell], launcher: Launcher, view: View, *, timeout: float | None):
+    def __init__(
+        self,
+        ledger: Ledger,
+        cells: Sequence[SweepCell],
+        launcher: Launcher,
+        view: View,
+        *,
+        timeout: float | None,
+    ):
         self.ledger, self.launcher, self.view, self.timeout = ledger, launcher, view, timeout
         self.cells = {cell.id: cell for cell in cells}
-        self.queue: deque[Cell] = deque()
+        self.queue: deque[SweepCell] = deque()
         self.active: list[_Attempt] = []
         self.preemptions: Counter[str] = Counter()
         self.interrupts = self._heeded = 0
@@ -78,7 +91,7 @@ class Driver:
             raise KeyboardInterrupt
         return all(self.ledger.entries[name].state == "done" for name in self.cells)
 
-    def _take_up(self, cell: Cell) -> None:
+    def _take_up(self, cell: SweepCell) -> None:
         """Decides about a cell by what an earlier driver left of it."""
         entry = self.ledger.entries[cell.id]
         if entry.state == "running":
@@ -107,7 +120,9 @@ class Driver:
                 self.ledger.update(cell.id, job=handle.job)
             self._watch(cell, entry, handle, heartbeat, before)
 
-    def _watch(self, cell: Cell, entry: Entry, handle: Handle, heartbeat: Heartbeat, before: int | None) -> None:
+    def _watch(
+        self, cell: SweepCell, entry: LedgerEntry, handle: Handle, heartbeat: Heartbeat, before: int | None
+    ) -> None:
         self.active.append(_Attempt(cell, handle, heartbeat, before, time.monotonic(), entry.seconds))
 
     def _heed_interrupts(self) -> None:
@@ -156,7 +171,7 @@ class Driver:
         else:
             self._record(entry, outcome.state, reason=outcome.reason)
 
-    def _out_of_memory(self, cell: Cell, entry: Entry, outcome: Outcome) -> None:
+    def _out_of_memory(self, cell: SweepCell, entry: LedgerEntry, outcome: Outcome) -> None:
         """Once again at half the micro-batch: the global batch stays, only it takes more forward passes.
 
         Where the loss is a mean over micro-batches that changes its weights: the report does not put such a cell into
@@ -171,7 +186,7 @@ class Driver:
         self._record(entry, "planned", reason=f"out of memory at {MICRO_BATCH}={size}, tried again at {size // 2}")
         self.queue.appendleft(cell)
 
-    def _preempted(self, cell: Cell, entry: Entry) -> None:
+    def _preempted(self, cell: SweepCell, entry: LedgerEntry) -> None:
         self.preemptions[cell.id] += 1
         if self.interrupts:
             reason = "stopped with the sweep"
@@ -182,11 +197,11 @@ class Driver:
             self.queue.append(cell)
         self._record(entry, "preempted", reason=reason)
 
-    def _record(self, entry: Entry, state: str, **changes: object) -> None:
+    def _record(self, entry: LedgerEntry, state: str, **changes: object) -> None:
         self.ledger.update(entry.id, state=state, **changes)
         self.view.changed(entry)
 
-    def _places(self, entry: Entry) -> tuple[Path, Path]:
+    def _places(self, entry: LedgerEntry) -> tuple[Path, Path]:
         return log_path(self.ledger.folder, entry.id), self.ledger.folder / entry.id
 
     @contextlib.contextmanager

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from prism_deco.config import GROUPS, load_choice
 from prism_deco.errors import UsageError
 from prism_deco.stages import final_config
-from prism_deco.sweep.spec import PART, Grid, Row, Spec, scalar
+from prism_deco.sweep.spec import PART, RunGrid, Spec, SweepRow, scalar
 
 LONGEST_ID = 100
 RESERVED = ("logs", "jobs")
@@ -23,7 +23,7 @@ RESERVED = ("logs", "jobs")
 
 
 @dataclass(frozen=True)
-class Cell:
+class SweepCell:
     """One training of a sweep."""
 
     id: str
@@ -53,7 +53,7 @@ class Cell:
         return any(key not in self.settings for key in self.choose)
 
 
-def expand(spec: Spec) -> list[Cell]:
+def expand(spec: Spec) -> list[SweepCell]:
     """All cells of a sweep, part by part, rows first, each composed and checked. What a part chooses by the results
     of another is left at the recipe's own value.
 
@@ -66,7 +66,7 @@ def expand(spec: Spec) -> list[Cell]:
         for row in grid.rows
         for values in product(*grid.axes.values())
     ]
-    cells: dict[str, Cell] = {}
+    cells: dict[str, SweepCell] = {}
     for number, (grid, row, values) in enumerate(combinations, start=1):
         name = cell_id(row, values)
         overrides = tuple(f"{key}={value}" for key, value in _settings(spec, grid, row, values).items())
@@ -81,11 +81,11 @@ def expand(spec: Spec) -> list[Cell]:
         if name.casefold() in cells:
             other = " ".join(cells[name.casefold()].overrides)
             raise UsageError(f"Two cells would share the folder {name}: {' '.join(overrides)} and {other}.")
-        cells[name.casefold()] = Cell(name, _labels(row, values), overrides, config, grid.choose)
+        cells[name.casefold()] = SweepCell(name, _labels(row, values), overrides, config, grid.choose)
     return list(cells.values())
 
 
-def cell_id(row: Row, values: Mapping[str, str]) -> str:
+def cell_id(row: SweepRow, values: Mapping[str, str]) -> str:
     """A short, readable, stable folder name: `B1-avgpool-seed7`."""
     parts = [key.rpartition(".")[2] if label is True else _slug(str(label)) for key, label in row.labels.items()]
     for key, value in values.items():
@@ -102,7 +102,7 @@ def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.+-]+", "_", text).strip("._")
 
 
-def _settings(spec: Spec, grid: Grid, row: Row, values: Mapping[str, str]) -> dict[str, str]:
+def _settings(spec: Spec, grid: RunGrid, row: SweepRow, values: Mapping[str, str]) -> dict[str, str]:
     settings = {**grid.settings, **row.settings, **values}
     for choice, more in spec.choices.items():
         key, _, value = choice.partition("=")
@@ -111,7 +111,7 @@ def _settings(spec: Spec, grid: Grid, row: Row, values: Mapping[str, str]) -> di
     return settings
 
 
-def _labels(row: Row, values: Mapping[str, str]) -> dict[str, Any]:
+def _labels(row: SweepRow, values: Mapping[str, str]) -> dict[str, Any]:
     return {**row.labels, **{key: _label(key, value) for key, value in values.items()}}
 
 

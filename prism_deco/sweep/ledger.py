@@ -16,13 +16,13 @@ from typing import Any
 from prism_deco.config import is_free
 from prism_deco.errors import UsageError
 from prism_deco.files import write_json
-from prism_deco.sweep.expand import Cell
+from prism_deco.sweep.expand import SweepCell
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class Entry:
+class LedgerEntry:
     """What is known of one cell."""
 
     id: str
@@ -53,22 +53,32 @@ class Ledger:
         name: the sweep's name.
     """
 
-    def __init__(self, folder: Path, name: str, entries: Iterable[Entry] = ()):
+    def __init__(self, folder: Path, name: str, entries: Iterable[LedgerEntry] = ()):
         self.folder = folder
         self.name = name
         self.entries = {entry.id: entry for entry in entries}
 
     @classmethod
     def read(cls, folder: Path) -> Ledger:
-        """What an earlier driver wrote; `UsageError` where there is no sweep."""
+        """The ledger that an earlier driver wrote.
+
+        Raises:
+            UsageError: the folder holds no sweep, or its ledger is damaged.
+        """
         path = folder / "ledger.json"
         if not path.is_file():
-            raise UsageError(f"{folder} holds no sweep yet: it has no ledger.json.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return cls(folder, content["name"], [Entry(**entry) for entry in content["cells"]])
+            raise UsageError(f"{folder} is not a sweep folder: it has no ledger.json.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(folder, content["name"], [LedgerEntry(**entry) for entry in content["cells"]])
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{path} is damaged ({type(error).__name__}: {error}). Restore it, or move it away: the same sweep "
+                "command then rebuilds it and keeps the cells that are done."
+            ) from error
 
     @classmethod
-    def merge(cls, folder: Path, name: str, cells: Iterable[Cell]) -> Ledger:
+    def merge(cls, folder: Path, name: str, cells: Iterable[SweepCell]) -> Ledger:
         """The ledger of an old or new sweep with the given cells among its entries. Nothing is written yet.
 
         New cells are added, cells that are not asked for this time stay as they are.
@@ -89,12 +99,12 @@ class Ledger:
                 )
             entry = ledger.entries.get(cell.id)
             if entry is None:
-                ledger.entries[cell.id] = Entry(cell.id, dict(cell.labels), list(cell.overrides))
+                ledger.entries[cell.id] = LedgerEntry(cell.id, dict(cell.labels), list(cell.overrides))
             else:
                 _update_definition(entry, cell, folder)
         return ledger
 
-    def update(self, id: str, **changes: Any) -> Entry:
+    def update(self, id: str, **changes: Any) -> LedgerEntry:
         """Changes an entry and writes the ledger."""
         entry = self.entries[id]
         for key, value in changes.items():
@@ -109,7 +119,7 @@ class Ledger:
         write_json(self.folder / "ledger.json", content)
 
 
-def _update_definition(entry: Entry, cell: Cell, folder: Path) -> None:
+def _update_definition(entry: LedgerEntry, cell: SweepCell, folder: Path) -> None:
     old = dict(override.split("=", 1) for override in entry.overrides)
     new = dict(override.split("=", 1) for override in cell.overrides)
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]

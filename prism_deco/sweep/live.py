@@ -6,15 +6,14 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
-from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from prism_deco.sweep.expand import Cell
-from prism_deco.sweep.ledger import Entry, Ledger
+from prism_deco.sweep.expand import SweepCell
+from prism_deco.sweep.ledger import Ledger, LedgerEntry
 from prism_deco.sweep.outcome import progress
 from prism_deco.training.status import read_status
 
@@ -23,28 +22,16 @@ log = logging.getLogger(__name__)
 STYLES = {"done": "green", "running": "cyan", "failed": "red", "out_of_memory": "red", "preempted": "yellow"}
 
 
-class View(Protocol):
-    """Something that shows a sweep."""
-
-    def changed(self, entry: Entry) -> None:
-        """A cell has a new state."""
-        ...
-
-    def show(self, ledger: Ledger, cells: Mapping[str, Cell]) -> None:
-        """Called a few times a second."""
-        ...
-
-
 class LogView:
-    """A line for every change of state."""
+    """Logs every change of state."""
 
-    def changed(self, entry: Entry) -> None:
+    def changed(self, entry: LedgerEntry) -> None:
         level = logging.WARNING if entry.state in ("failed", "out_of_memory") else logging.INFO
         attempt = f", attempt {entry.attempts}" if entry.state == "running" and entry.attempts > 1 else ""
         log.log(level, "%s: %s%s%s", entry.id, entry.state, attempt, f" ({entry.reason})" if entry.reason else "")
 
-    def show(self, ledger: Ledger, cells: Mapping[str, Cell]) -> None:
-        pass
+    def show(self, ledger: Ledger, cells: Mapping[str, SweepCell]) -> None:
+        """Does nothing: there is no table to redraw."""
 
 
 class LiveView:
@@ -53,10 +40,10 @@ class LiveView:
     def __init__(self, live: Live):
         self._live = live
 
-    def changed(self, entry: Entry) -> None:
-        pass
+    def changed(self, entry: LedgerEntry) -> None:
+        """Does nothing: `show` redraws the whole table."""
 
-    def show(self, ledger: Ledger, cells: Mapping[str, Cell]) -> None:
+    def show(self, ledger: Ledger, cells: Mapping[str, SweepCell]) -> None:
         self._live.update(render(ledger, cells), refresh=True)
 
 
@@ -65,7 +52,7 @@ def live_on(console: Console) -> Live:
     return Live(console=console, auto_refresh=False)
 
 
-def render(ledger: Ledger, cells: Mapping[str, Cell] | None = None) -> Table:
+def render(ledger: Ledger, cells: Mapping[str, SweepCell] | None = None) -> Table:
     """The ledger as a table.
 
     Args:
@@ -99,7 +86,7 @@ def render(ledger: Ledger, cells: Mapping[str, Cell] | None = None) -> Table:
     return table
 
 
-def seconds_left(ledger: Ledger, cells: Mapping[str, Cell]) -> float | None:
+def seconds_left(ledger: Ledger, cells: Mapping[str, SweepCell]) -> float | None:
     """The time that the sweep still takes; None as long as nothing is known to judge by.
 
     A running cell is extrapolated from its own steps, every other one takes the mean of those that are known, and
@@ -133,12 +120,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def _fraction(ledger: Ledger, cell: Cell) -> float | None:
+def _fraction(ledger: Ledger, cell: SweepCell) -> float | None:
     steps = progress(ledger.folder / cell.id, cell.config.recipe.max_steps)
     return steps[0] / steps[1] if steps and steps[1] else None
 
 
-def _progress_text(ledger: Ledger, entry: Entry, cells: Mapping[str, Cell] | None) -> str:
+def _progress_text(ledger: Ledger, entry: LedgerEntry, cells: Mapping[str, SweepCell] | None) -> str:
     if entry.state in ("planned", "done"):
         return ""
     run = ledger.folder / entry.id

@@ -10,13 +10,12 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from prism_deco.errors import UsageError
-from prism_deco.sweep.driver import Driver
-from prism_deco.sweep.expand import Cell, expand
+from prism_deco.sweep.driver import Driver, Launcher
+from prism_deco.sweep.expand import SweepCell, expand
 from prism_deco.sweep.features import runs_per_cache
-from prism_deco.sweep.launch import Launcher, train_command
-from prism_deco.sweep.ledger import Entry, Ledger, lock
+from prism_deco.sweep.launchers import LocalLauncher, train_command
+from prism_deco.sweep.ledger import Ledger, LedgerEntry, lock
 from prism_deco.sweep.live import LiveView, LogView, live_on
-from prism_deco.sweep.local import LocalLauncher
 from prism_deco.sweep.select import settle
 from prism_deco.sweep.slurm import SlurmLauncher
 from prism_deco.sweep.spec import Spec
@@ -61,7 +60,7 @@ def dry_run(spec: Spec, *, jobs: int | None) -> str:
     return "\n\n".join(f"# {_title(cell, entry)}\n{launcher.describe(cell, entry)}" for cell, entry in entries) + "\n"
 
 
-def _launcher(spec: Spec, cells: Sequence[Cell], jobs: int | None, *, dry: bool = False) -> Launcher:
+def _launcher(spec: Spec, cells: Sequence[SweepCell], jobs: int | None, *, dry: bool = False) -> Launcher:
     if jobs is not None and jobs < 1:
         raise UsageError(f"--jobs {jobs}: give at least one.")
     command = partial(train_command, runs=runs_per_cache(cells))
@@ -87,6 +86,6 @@ def _asked(spec: Spec) -> dict[str, object]:
     return asked | {"with": spec.choices, "jobs": spec.jobs}
 
 
-def _title(cell: Cell, entry: Entry) -> str:
+def _title(cell: SweepCell, entry: LedgerEntry) -> str:
     waits = "".join(f", {key} is chosen by the results of {part}" for key, part in cell.choose.items() if cell.waits)
     return f"{entry.id}, {entry.state}{waits}"

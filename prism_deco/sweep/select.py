@@ -10,7 +10,7 @@ from statistics import fmean
 
 from prism_deco.errors import UsageError
 from prism_deco.stages import final_config
-from prism_deco.sweep.expand import Cell
+from prism_deco.sweep.expand import SweepCell
 from prism_deco.sweep.ledger import Ledger
 from prism_deco.training.metrics import VAL_LOSS, read_metrics
 
@@ -18,7 +18,7 @@ ENDED = ("done", "failed", "out_of_memory")
 """States from which a sweep's driver expects nothing more."""
 
 
-def settle(cells: Sequence[Cell], ledger: Ledger) -> list[Cell]:
+def settle(cells: Sequence[SweepCell], ledger: Ledger) -> list[SweepCell]:
     """The cells with every setting filled in that can be chosen by now.
 
     A key's value is that of the source part's cells with the lowest `val/loss` after their last validation, in the
@@ -31,7 +31,7 @@ def settle(cells: Sequence[Cell], ledger: Ledger) -> list[Cell]:
     return [_settle(cell, cells, ledger) if cell.waits else cell for cell in cells]
 
 
-def _settle(cell: Cell, cells: Sequence[Cell], ledger: Ledger) -> Cell:
+def _settle(cell: SweepCell, cells: Sequence[SweepCell], ledger: Ledger) -> SweepCell:
     before = dict(override.split("=", 1) for override in ledger.entries[cell.id].overrides)
     overrides = cell.overrides
     for key, part in cell.choose.items():
@@ -42,7 +42,7 @@ def _settle(cell: Cell, cells: Sequence[Cell], ledger: Ledger) -> Cell:
     return replace(cell, overrides=overrides, config=final_config(overrides))
 
 
-def _choose(cell: Cell, key: str, part: Sequence[Cell], ledger: Ledger) -> str | None:
+def _choose(cell: SweepCell, key: str, part: Sequence[SweepCell], ledger: Ledger) -> str | None:
     """The best value; None while the part is not through."""
     others = {name for other in part for name in other.settings} - {key, "seed"}
     varied = [name for name in others if len({other.settings.get(name) for other in part}) > 1]

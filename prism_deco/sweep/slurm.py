@@ -15,9 +15,9 @@ from typing import Any
 
 from prism_deco.errors import UsageError
 from prism_deco.stopping import OUT_OF_MEMORY, PREEMPTED
-from prism_deco.sweep.expand import Cell
-from prism_deco.sweep.launch import lock_path, log_path, train_command
-from prism_deco.sweep.ledger import Entry
+from prism_deco.sweep.expand import SweepCell
+from prism_deco.sweep.launchers import lock_path, log_path, train_command
+from prism_deco.sweep.ledger import LedgerEntry
 from prism_deco.sweep.slurm_task import Task
 from prism_deco.sweep.supervisor import STOP_SIGNALS
 
@@ -57,12 +57,12 @@ class SlurmLauncher:
         self,
         folder: Path,
         name: str,
-        cells: Sequence[Cell],
+        cells: Sequence[SweepCell],
         parameters: Mapping[str, Any],
         *,
         jobs: int | None = None,
         dry: bool = False,
-        command: Callable[[Path, Entry], list[str]] = train_command,
+        command: Callable[[Path, LedgerEntry], list[str]] = train_command,
     ):
         self.folder, self.name, self.command = folder.absolute(), name, command
         self.jobs = jobs or len(cells)
@@ -84,11 +84,11 @@ class SlurmLauncher:
                 )
             self._executor(cell)
 
-    def fits(self, cell: Cell) -> bool:
+    def fits(self, cell: SweepCell) -> bool:
         self.running = [job for job in self.running if not job.ended]
         return len(self.running) < self.jobs
 
-    def start(self, cell: Cell, entry: Entry) -> SlurmJob:
+    def start(self, cell: SweepCell, entry: LedgerEntry) -> SlurmJob:
         executor = self._executor(cell)
         executor.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -98,7 +98,7 @@ class SlurmLauncher:
         self.running.append(job)
         return job
 
-    def attach(self, cell: Cell, entry: Entry) -> SlurmJob | None:
+    def attach(self, cell: SweepCell, entry: LedgerEntry) -> SlurmJob | None:
         if entry.job is None:
             return None
         executor = self._executor(cell)
@@ -108,17 +108,17 @@ class SlurmLauncher:
         self.running.append(job)
         return job
 
-    def describe(self, cell: Cell, entry: Entry) -> str:
+    def describe(self, cell: SweepCell, entry: LedgerEntry) -> str:
         executor = self._executor(cell)
         script = executor._make_submission_file_text(executor._submitit_command_str, cell.id)
         return f"{script}\n# which runs, in every task:\n# {shlex.join(self._task(entry).command)}"
 
-    def _task(self, entry: Entry) -> Task:
+    def _task(self, entry: LedgerEntry) -> Task:
         command = tuple(self.command(self.folder, entry))
         log_file, lock_file = log_path(self.folder, entry.id), lock_path(self.folder, entry.id)
         return Task(command, log_file, lock_file, self.folder / "jobs")
 
-    def _executor(self, cell: Cell) -> Any:
+    def _executor(self, cell: SweepCell) -> Any:
         """submitit's executor with the parameters of one cell."""
         settings = cell.config.trainer
         own = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prism_deco.files import write_whole
 from prism_deco.stopping import PREEMPTED
-from prism_deco.sweep.launch import clean_environment, start_guard
+from prism_deco.sweep.launchers import clean_environment, start_supervised
 
 
 class CellFailed(RuntimeError):
@@ -20,7 +20,7 @@ class CellFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Task:
-    """What every task of a job runs: the cell's command under its guard."""
+    """What every task of a job runs: the cell's command under its supervisor."""
 
     command: tuple[str, ...]
     log: Path
@@ -35,17 +35,17 @@ class Task:
             if rank == 0:
                 file.write(f"--- job {job}, {time.strftime('%F %T')}: {shlex.join(self.command)}\n")
                 file.flush()
-            guard = start_guard(
+            supervisor = start_supervised(
                 self.command,
                 log=file if rank == 0 else None,  # the other tasks' output goes to the job's own files
                 lock=self.lock if rank == 0 else None,
                 env=clean_environment(cluster=True),
             )
-        assert guard.stdin is not None
+        assert supervisor.stdin is not None
         # Instead of submitit's own requeueing: the driver counts attempts and submits the next job.
         for number in (signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, lambda *_, pipe=guard.stdin: pipe.close())
-        code = guard.wait()
+            signal.signal(number, lambda *_, pipe=supervisor.stdin: pipe.close())
+        code = supervisor.wait()
         write_whole(self.codes / f"{job}_{rank}.code", str(code if code >= 0 else 128 - code))
         if code not in (0, PREEMPTED):
             raise CellFailed(f"exit code {code}")

@@ -28,7 +28,7 @@ BENCHMARKS = "evaluate.benchmarks"
 
 
 @dataclass(frozen=True)
-class Row:
+class SweepRow:
     """One line of a grid: settings that belong together, and the labels that tables call them by."""
 
     labels: Mapping[str, Any] = field(default_factory=dict)
@@ -36,14 +36,14 @@ class Row:
 
 
 @dataclass
-class Grid:
+class RunGrid:
     """Every row with every combination of the axes' values."""
 
     name: str = ""
     """Of the part; empty where the sweep is one grid."""
     settings: dict[str, str] = field(default_factory=dict)
     """Shared by all cells, as on the command line of `train`."""
-    rows: list[Row] = field(default_factory=lambda: [Row()])
+    rows: list[SweepRow] = field(default_factory=lambda: [SweepRow()])
     axes: dict[str, list[str]] = field(default_factory=dict)
     """Values of each key that varies."""
     choose: dict[str, str] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Spec:
     """A sweep: one grid of cells, or several that are its parts."""
 
     name: str
-    grids: list[Grid] = field(default_factory=lambda: [Grid()])
+    grids: list[RunGrid] = field(default_factory=lambda: [RunGrid()])
     choices: dict[str, dict[str, str]] = field(default_factory=dict)
     """Settings that go with a choice: `projector=qformer` -> {`projector.heads`: `4`}."""
     claims: list[Any] = field(default_factory=list)
@@ -107,7 +107,7 @@ def parse(arguments: Iterable[str]) -> Spec:
             raise UsageError("run_id is made for each cell of a sweep: name=NAME names the sweep's folder.")
         else:
             _set(spec, key, text)
-    if all(not grid.axes and grid.rows == [Row()] for grid in spec.grids):
+    if all(not grid.axes and grid.rows == [SweepRow()] for grid in spec.grids):
         raise UsageError(
             "Nothing to sweep over: give a setting several values, for example projector=avgpool,c_abstractor, or name "
             f"a sweep: {', '.join(choices('sweep'))}."
@@ -191,13 +191,13 @@ def _check_keys(kind: str, content: Mapping[str, Any], known: Iterable[str]) -> 
             raise unknown(kind, key, known)
 
 
-def _grid(content: Mapping[str, Any], shared: Mapping[str, str], part: str) -> Grid:
+def _grid(content: Mapping[str, Any], shared: Mapping[str, str], part: str) -> RunGrid:
     label = {PART: part} if part else {}
-    return Grid(
+    return RunGrid(
         name=part,
         settings={**shared, **_texts(content.get("settings"))},
         rows=[
-            Row({**label, **(row.get("labels") or {})}, _texts(row.get("settings")))
+            SweepRow({**label, **(row.get("labels") or {})}, _texts(row.get("settings")))
             for row in content.get("rows") or [{}]
         ],
         axes={key: [_text(value) for value in values] for key, values in (content.get("axes") or {}).items()},

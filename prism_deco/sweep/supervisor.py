@@ -1,15 +1,15 @@
 """Runs one command in a session of its own and leaves nothing of it behind, whatever happens to either side.
 
-Run as a script, with the standard library only: `python -I supervisor.py GRACE LOCK COMMAND...`. Whoever starts it holds
-the other end of its standard input:
+Run as a script, with the standard library only: `python -I supervisor.py GRACE LOCK COMMAND...`. The process that
+starts it holds the other end of its standard input:
 
-- nothing is written: the command runs to its end, and its exit code (128 + signal for a killed one) is the guard's;
-- `s`, or the end of the file, because the starter was killed: the command gets SIGTERM, after GRACE seconds SIGKILL;
+- nothing is written: the command runs to its end, and the supervisor exits with its code (128 + signal if killed);
+- `s`, or end of file because the starter was killed: the command gets SIGTERM, and SIGKILL after GRACE seconds;
 - `k`: SIGKILL now.
 
-In every case all processes that the command started, in whatever session they are, are killed and waited for
-before the guard ends. LOCK is a file that is locked meanwhile: a second guard with the same file waits for its turn.
-An empty LOCK locks nothing.
+In every case all processes that the command started, in whatever session they are, are killed and waited for before
+the supervisor exits. LOCK is a file that is locked meanwhile: a second supervisor with the same file waits for its
+turn. An empty LOCK locks nothing.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 PREEMPTED = 75
 """Exit code of `prism-deco train` after a checkpoint that it was asked for (EX_TEMPFAIL: try again)."""
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""By these a cluster or a user asks to stop. They may reach every process of a job, the guard included."""
+"""By these a cluster or a user asks to stop. They may reach every process of a job, the supervisor included."""
 
 
-class Guard:
-    """The state of one guarded command."""
+class Supervisor:
+    """Supervises one command."""
 
     def __init__(self, grace: float):
         self.grace = grace
@@ -61,7 +61,7 @@ class Guard:
                 self.deadline = 0.0
 
     def acquire(self, path: str) -> int | None:
-        """Locks the file; None where the guard is asked to stop before it could."""
+        """Locks the file; None where the supervisor is asked to stop before it could."""
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         while self.deadline is None:
             try:
@@ -72,7 +72,7 @@ class Guard:
         return None
 
     def run(self, command: list[str], locks: tuple[int, ...]) -> int:
-        # With the lock in the command's hands, too, it stays taken should the guard itself be killed.
+        # With the lock in the command's hands, too, it stays taken should the supervisor itself be killed.
         leader = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=locks, preexec_fn=_tie(os.getpid())
         )
@@ -96,25 +96,25 @@ class Guard:
 
 
 def main(grace: float, lock: str, command: list[str]) -> int:
-    guard = Guard(grace)
+    supervisor = Supervisor(grace)
     if sys.platform == "linux":
-        # Orphans of the command become children of the guard.
+        # Orphans of the command become children of the supervisor.
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     if not lock:
-        return guard.run(command, ())
-    taken = guard.acquire(lock)
-    return PREEMPTED if taken is None else guard.run(command, (taken,))
+        return supervisor.run(command, ())
+    taken = supervisor.acquire(lock)
+    return PREEMPTED if taken is None else supervisor.run(command, (taken,))
 
 
-def _tie(guard: int):
-    """What the command does before it starts: it dies with the guard, and before it when memory runs out."""
+def _tie(supervisor: int):
+    """What the command does before it starts: it dies with the supervisor, and before it when memory runs out."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def tie() -> None:
         if libc is None:
             return
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != guard:
+        if os.getppid() != supervisor:
             os._exit(128 + signal.SIGKILL)
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("500")
@@ -128,7 +128,7 @@ def _signal_group(leader: int, number: int) -> None:
 
 
 def _bury_children() -> None:
-    """Kills and waits for all that is left; their own children come to the guard in turn."""
+    """Kills and waits for all that is left; their own children become children of the supervisor in turn."""
     while True:
         try:
             pid, _ = os.waitpid(-1, os.WNOHANG)

@@ -8,20 +8,20 @@ from pathlib import Path
 
 from prism_deco.config import load_config
 from prism_deco.sweep.driver import Driver
-from prism_deco.sweep.expand import Cell
-from prism_deco.sweep.ledger import Entry, Ledger, lock
+from prism_deco.sweep.expand import SweepCell
+from prism_deco.sweep.launchers import LocalLauncher
+from prism_deco.sweep.ledger import Ledger, LedgerEntry, lock
 from prism_deco.sweep.live import LogView
-from prism_deco.sweep.local import LocalLauncher
 
 SCRIPT = Path(__file__).parent / "fake_cell.py"
 
 
-def cells_of(behaviours: list[str]) -> list[Cell]:
+def cells_of(behaviours: list[str]) -> list[SweepCell]:
     config = load_config(["trainer.threads=1"])
-    return [Cell(f"{i}-{name}", {"behaviour": name}, (f"seed={i}",), config) for i, name in enumerate(behaviours)]
+    return [SweepCell(f"{i}-{name}", {"behaviour": name}, (f"seed={i}",), config) for i, name in enumerate(behaviours)]
 
 
-def command(folder: Path, entry: Entry) -> list[str]:
+def command(folder: Path, entry: LedgerEntry) -> list[str]:
     behaviour = entry.id.partition("-")[2]
     return [sys.executable, "-S", str(SCRIPT), behaviour, str(folder / entry.id), *entry.overrides, *entry.adjusted]
 

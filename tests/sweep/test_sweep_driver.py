@@ -197,7 +197,9 @@ def test_kills_at_random_moments_change_nothing_in_the_end(tmp_path):
     for _ in range(4):
         process = _start(folder, behaviours, grace=choose.choice([0, 5]))
         time.sleep(choose.uniform(0.5, 1.2))
-        cells = [p for p in _processes_of(folder) if "-S" in p.cmdline() and "supervisor.py" not in " ".join(p.cmdline())]
+        cells = [
+            p for p in _processes_of(folder) if "-S" in p.cmdline() and "supervisor.py" not in " ".join(p.cmdline())
+        ]
         for cell in cells[:1]:
             cell.kill()
         process.kill()

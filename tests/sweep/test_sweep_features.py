@@ -5,7 +5,7 @@ import pytest
 from prism_deco.config import load_config
 from prism_deco.sweep import expand, parse
 from prism_deco.sweep.features import runs_per_cache
-from prism_deco.sweep.launch import train_command
+from prism_deco.sweep.launchers import train_command
 from prism_deco.sweep.ledger import Ledger
 
 

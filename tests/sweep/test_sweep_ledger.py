@@ -9,21 +9,24 @@ import pytest
 from rich.console import Console
 
 from prism_deco.config import load_config
+from prism_deco.errors import UsageError
 from prism_deco.stopping import PREEMPTED, SIGNALS
-from prism_deco.sweep import Cell, Ledger, render, supervisor
-from prism_deco.sweep.live import LiveView, duration, live_on, seconds_left
+from prism_deco.sweep import Ledger, SweepCell, render, supervisor
+from prism_deco.sweep.driver import Driver
+from prism_deco.sweep.launchers import LocalLauncher
+from prism_deco.sweep.live import LiveView, LogView, duration, live_on, seconds_left
 from prism_deco.sweep.outcome import Heartbeat, judge, progress, stamp, tail
 
 CONFIG = load_config(["recipe.max_steps=100"])
 
 
-def _cells(labels: dict[str, list], *settings: str) -> list[Cell]:
+def _cells(labels: dict[str, list], *settings: str) -> list[SweepCell]:
     """Cells of axes, as `expand` makes them."""
     cells = []
     for values in itertools.product(*labels.values()):
         own = dict(zip(labels, values, strict=True))
         overrides = (*settings, *(f"{key}={value}" for key, value in own.items()))
-        cells.append(Cell("-".join(f"{key}{value}" for key, value in own.items()), own, overrides, CONFIG))
+        cells.append(SweepCell("-".join(f"{key}{value}" for key, value in own.items()), own, overrides, CONFIG))
     return cells
 
 
@@ -43,6 +46,26 @@ def test_the_file_holds_what_readers_rely_on(tmp_path):
         "started": None, "seconds": 0.0, "reason": "why", "log_tail": "a\nb", "adjusted": [], "job": None,
     }  # fmt: skip
     assert Ledger.read(tmp_path).entries == ledger.entries
+
+
+@pytest.mark.parametrize("text", ['{"name": "s", "cel', "[]", "{}", '{"name": "s", "cells": [{"id": "a"}]}', "\x00"])
+def test_a_damaged_ledger_is_named_with_the_way_out(tmp_path, text):
+    (tmp_path / "ledger.json").write_text(text)
+    with pytest.raises(UsageError, match=r"ledger\.json is damaged .* move it away"):
+        Ledger.read(tmp_path)
+
+
+def test_without_its_ledger_a_sweep_knows_what_is_done(tmp_path):
+    (tmp_path / "seed7").mkdir()
+    (tmp_path / "seed7" / "status.json").write_text('{"state": "done"}')
+    cells = _cells({"seed": [7]})
+    ledger = Ledger.merge(tmp_path, "s", cells)
+    Driver(ledger, cells, LocalLauncher(tmp_path, cells, command=_never), LogView(), timeout=None).run()
+    assert ledger.entries["seed7"].state == "done"
+
+
+def _never(folder, entry):
+    raise AssertionError("a cell that is done was started")
 
 
 def test_cells_are_added_and_those_not_asked_for_stay(tmp_path):

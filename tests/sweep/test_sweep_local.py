@@ -13,14 +13,14 @@ from fake_sweep import command
 from prism_deco.config import load_config
 from prism_deco.sweep import driver
 from prism_deco.sweep.driver import Driver
-from prism_deco.sweep.expand import Cell
-from prism_deco.sweep.ledger import Entry, Ledger
+from prism_deco.sweep.expand import SweepCell
+from prism_deco.sweep.launchers import LocalLauncher, visible_gpus
+from prism_deco.sweep.ledger import Ledger, LedgerEntry
 from prism_deco.sweep.live import LogView
-from prism_deco.sweep.local import LocalLauncher, visible_gpus
 
 
-def _cells(number: int, *settings: str) -> list[Cell]:
-    return [Cell(f"{i}-environment", {}, (), load_config(settings)) for i in range(number)]
+def _cells(number: int, *settings: str) -> list[SweepCell]:
+    return [SweepCell(f"{i}-environment", {}, (), load_config(settings)) for i in range(number)]
 
 
 def _environments(folder, cells, **options) -> tuple[list[dict[str, str]], LocalLauncher]:
@@ -72,7 +72,7 @@ def test_cells_share_the_cores(tmp_path, monkeypatch, cores, jobs, own, settings
         monkeypatch.setenv("OMP_NUM_THREADS", own)
     (cell,) = _cells(1, *settings)
     launcher = LocalLauncher(tmp_path, [cell], jobs=jobs, gpus=[])
-    line = launcher.describe(cell, Entry("a", {}, ["seed=1"], adjusted=["recipe.micro_batch_size=8"]))
+    line = launcher.describe(cell, LedgerEntry("a", {}, ["seed=1"], adjusted=["recipe.micro_batch_size=8"]))
     place = f"trainer.preflight=true seed=1 recipe.micro_batch_size=8 runs_dir={tmp_path} run_id=a"
     assert line == f"OMP_NUM_THREADS={threads} {sys.executable} -m prism_deco.cli train {place}"
 
@@ -101,4 +101,4 @@ def test_gpus_are_those_that_this_process_may_see(tmp_path, monkeypatch):
 def test_a_slurm_job_of_an_earlier_driver_is_not_run_beside_it(tmp_path):
     (cell,) = _cells(1)
     with pytest.raises(ValueError, match=r"runs as SLURM job 12: use launcher=slurm, or scancel"):
-        LocalLauncher(tmp_path, [cell], gpus=[]).attach(cell, Entry(cell.id, {}, [], job="12"))
+        LocalLauncher(tmp_path, [cell], gpus=[]).attach(cell, LedgerEntry(cell.id, {}, [], job="12"))

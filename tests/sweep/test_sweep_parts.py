@@ -13,7 +13,7 @@ from fake_cell import __file__ as fake_cell
 from prism_deco.config import load_config
 from prism_deco.plan import plan_run
 from prism_deco.sweep import Ledger, driver, dry_run, expand, parse, run
-from prism_deco.sweep.local import LocalLauncher
+from prism_deco.sweep.launchers import LocalLauncher
 
 YAML = """
 jobs: 2

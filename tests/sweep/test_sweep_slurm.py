@@ -19,8 +19,8 @@ from fake_sweep import cells_of, command
 from prism_deco.config import load_config
 from prism_deco.sweep import driver, expand, parse
 from prism_deco.sweep.driver import Driver
-from prism_deco.sweep.expand import Cell
-from prism_deco.sweep.ledger import Entry, Ledger
+from prism_deco.sweep.expand import SweepCell
+from prism_deco.sweep.ledger import Ledger, LedgerEntry
 from prism_deco.sweep.live import LogView
 from prism_deco.sweep.slurm import SlurmJob, SlurmLauncher
 
@@ -36,7 +36,7 @@ drive(Path(sys.argv[1]), cells_of(sys.argv[2:]))
 """
 
 
-def drive(folder: Path, cells: list[Cell], **options) -> Ledger:
+def drive(folder: Path, cells: list[SweepCell], **options) -> Ledger:
     folder.mkdir(exist_ok=True)
     ledger = Ledger.merge(folder, folder.name, cells)
     launcher = SlurmLauncher(folder, folder.name, cells, {"time": 10}, command=command, **options)
@@ -90,7 +90,7 @@ def test_jobs_end_as_local_cells_do(cluster):
 
 def test_each_device_is_a_task_that_knows_its_rank_and_not_submitit(cluster):
     config = load_config(["trainer.devices=2", "trainer.num_nodes=1", "trainer.threads=3"])
-    (entry,) = drive(cluster / "sweep", [Cell("0-environment", {}, (), config)]).entries.values()
+    (entry,) = drive(cluster / "sweep", [SweepCell("0-environment", {}, (), config)]).entries.values()
     assert entry.state == "done"
     found = [json.loads((cluster / "sweep" / entry.id / f"environment{rank}.json").read_text()) for rank in (0, 1)]
     assert [(f["SLURM_NTASKS"], f["SLURM_PROCID"], f["SLURM_LOCALID"]) for f in found] == [
@@ -135,7 +135,7 @@ def test_a_job_that_left_no_exit_code_ended_as_slurm_says(tmp_path, state, code)
 @pytest.mark.slow
 def test_a_rank_that_crashes_ends_its_job(cluster):
     config = load_config(["trainer.devices=2"])
-    (entry,) = drive(cluster / "sweep", [Cell("0-unequal", {}, (), config)]).entries.values()
+    (entry,) = drive(cluster / "sweep", [SweepCell("0-unequal", {}, (), config)]).entries.values()
     assert entry.state == "failed"
     _wait_until_nothing_is_left(cluster)
 
@@ -168,7 +168,7 @@ def test_the_script_asks_for_what_the_cell_needs(tmp_path, monkeypatch):
     (cell,) = expand(parse([*settings, "data.num_workers=3", "trainer.threads=2"]))
     parameters = {"partition": "gpu", "time": 90, "account": "lab"}
     launcher = SlurmLauncher(tmp_path, "mini", [cell], parameters, dry=True)
-    script = launcher.describe(cell, Entry(cell.id, {}, list(cell.overrides)))
+    script = launcher.describe(cell, LedgerEntry(cell.id, {}, list(cell.overrides)))
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(.*)$", script, re.M))
     expected = {
         "job-name": "mini-M1-avgpool", "partition": "gpu", "account": "lab", "time": "90", "nodes": "2",
@@ -194,7 +194,7 @@ def test_the_script_asks_for_what_the_cell_needs(tmp_path, monkeypatch):
     ],
 )
 def test_mistakes_are_errors_before_anything_is_submitted(tmp_path, settings, parameters, message):
-    cell = Cell("a", {}, (), load_config(settings))
+    cell = SweepCell("a", {}, (), load_config(settings))
     with pytest.raises(ValueError, match=message):
         SlurmLauncher(tmp_path, "s", [cell], parameters, dry=True)
 
@@ -203,7 +203,7 @@ def test_what_sbatch_refuses_is_said(cluster):
     (cell,) = cells_of(["well"])
     launcher = SlurmLauncher(cluster / "sweep", "s", [cell], {"partition": "closed"}, command=command)
     with pytest.raises(ValueError, match=r"Cell 0-well was not accepted by SLURM: .*invalid partition"):
-        launcher.start(cell, Entry(cell.id, {}, []))
+        launcher.start(cell, LedgerEntry(cell.id, {}, []))
 
 
 def test_without_submitit_there_is_a_way_out(tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def test_the_command_shows_what_it_would_do_and_what_was_done(tmp_path, capsys):
     assert lines[1].endswith(f"projector=c_abstractor runs_dir={tmp_path / 'mini'} run_id=M1-c_abstractor")
     assert not list(tmp_path.iterdir())
     assert main([*arguments, "--status"]) == 2
-    assert "holds no sweep yet" in capsys.readouterr().err
+    assert "is not a sweep folder" in capsys.readouterr().err
     with lock(tmp_path / "mini"):
         Ledger.merge(tmp_path / "mini", "mini", expand(parse(arguments[1:]))).write()
         assert main(arguments) == 2

@@ -14,8 +14,8 @@ from prism_deco.build import build_model, group
 from prism_deco.cli import main
 from prism_deco.config import load_config
 from prism_deco.data import build_source
-from prism_deco.sweep.launch import train_command
-from prism_deco.sweep.ledger import Entry
+from prism_deco.sweep.launchers import train_command
+from prism_deco.sweep.ledger import LedgerEntry
 from prism_deco.training import preflight_checks
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.preflight import preflight
@@ -208,7 +208,7 @@ def test_what_the_first_process_finds_holds_for_all(start, lr, codes):
 
 def test_sweeps_ask_for_it_unless_they_say_otherwise(tmp_path):
     def asked(*overrides: str) -> bool:
-        command = train_command(tmp_path, Entry("cell", {}, list(overrides)))
+        command = train_command(tmp_path, LedgerEntry("cell", {}, list(overrides)))
         return load_config(command[command.index("train") + 1 :]).trainer.preflight
 
     assert asked() and asked("trainer=gpu") and not asked("trainer.preflight=false")

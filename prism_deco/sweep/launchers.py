@@ -1,4 +1,4 @@
-"""Cells on this machine: a few at a time, each with its own GPUs or its share of the CPU cores."""
+"""How cells are started: their command line and environment, the supervisor around it, and this machine's launcher."""
 
 from __future__ import annotations
 
@@ -7,14 +7,74 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from prism_deco.errors import UsageError
-from prism_deco.sweep.expand import Cell
-from prism_deco.sweep.launch import GRACE, clean_environment, lock_path, log_path, start_guard, train_command
-from prism_deco.sweep.ledger import Entry
+from prism_deco.sweep import supervisor
+from prism_deco.sweep.expand import SweepCell
+from prism_deco.sweep.ledger import LedgerEntry
+
+GRACE = 120.0
+"""Seconds between SIGTERM and SIGKILL: a large model needs them to write its checkpoint."""
+
+DEFAULTS = ("trainer.preflight=true",)
+"""Settings of every cell unless its sweep says otherwise: nobody watches the first steps of a cell."""
+
+# Variables that would tell a cell that it is part of another job.
+FOREIGN = ("SUBMITIT_", "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "PL_", "MASTER_")
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE")
+
+
+def train_command(folder: Path, entry: LedgerEntry, runs: Mapping[str, int] | None = None) -> list[str]:
+    """The ordinary command line of a cell; nobody watches its first steps, so that `train` checks them.
+
+    Args:
+        runs: see `runs_per_cache`.
+    """
+    settings = [*entry.overrides, *entry.adjusted, f"runs_dir={folder}", f"run_id={entry.id}"]
+    shared = (runs or {}).get(entry.id, 1)
+    sharing = [f"trainer.feature_cache_runs={shared}"] if shared > 1 else []
+    return [sys.executable, "-m", "prism_deco.cli", "train", *DEFAULTS, *sharing, *settings]
+
+
+def log_path(folder: Path, cell_id: str) -> Path:
+    return folder / "logs" / f"{cell_id}.log"
+
+
+def lock_path(folder: Path, cell_id: str) -> Path:
+    return folder / "logs" / f".{cell_id}.lock"
+
+
+def clean_environment(*, cluster: bool = False) -> dict[str, str]:
+    """This process's environment without what would tell a cell that it is a part of something else.
+
+    Args:
+        cluster: keep SLURM's variables: the cell is the job.
+    """
+    foreign = FOREIGN if cluster else (*FOREIGN, "SLURM_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign) and name not in RANKS}
+    # A log must show the last words of a process that dies, and where a segmentation fault happened.
+    return kept | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+
+
+def start_supervised(
+    command: Sequence[str], *, log: IO[str] | None, lock: Path | None, env: Mapping[str, str], grace: float = GRACE
+) -> subprocess.Popen[bytes]:
+    """Starts a command under `supervisor.py`; closing the supervisor's standard input stops the command."""
+    # Isolated (-I): neither the script's folder nor the user's PYTHON* variables change what it imports.
+    return subprocess.Popen(
+        [sys.executable, "-I", supervisor.__file__, str(grace), str(lock or ""), *command],
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=subprocess.STDOUT if log else None,
+        bufsize=0,
+        start_new_session=True,
+        env=env,
+    )
 
 
 class LocalLauncher:
@@ -35,12 +95,12 @@ class LocalLauncher:
     def __init__(
         self,
         folder: Path,
-        cells: Sequence[Cell],
+        cells: Sequence[SweepCell],
         *,
         jobs: int | None = None,
         gpus: Sequence[str] | None = None,
         grace: float = GRACE,
-        command: Callable[[Path, Entry], list[str]] = train_command,
+        command: Callable[[Path, LedgerEntry], list[str]] = train_command,
     ):
         self.folder = folder.absolute()
         self.grace = grace
@@ -59,10 +119,10 @@ class LocalLauncher:
         most = max((self._devices(cell) for cell in cells), default=0)
         self.jobs = jobs or (max(1, len(self.gpus) // most) if most and self.gpus else 1)
 
-    def fits(self, cell: Cell) -> bool:
+    def fits(self, cell: SweepCell) -> bool:
         return self.running < self.jobs and (not self.gpus or self._devices(cell) <= len(self.free))
 
-    def start(self, cell: Cell, entry: Entry) -> Process:
+    def start(self, cell: SweepCell, entry: LedgerEntry) -> Process:
         taken, self.free = self.free[: self._devices(cell)], self.free[self._devices(cell) :]
         command = self.command(self.folder, entry)
         log = log_path(self.folder, cell.id)
@@ -70,7 +130,7 @@ class LocalLauncher:
         with open(log, "a", encoding="utf-8") as file:
             file.write(f"--- attempt {entry.attempts}, {time.strftime('%F %T')}: {shlex.join(command)}\n")
             file.flush()
-            guard = start_guard(
+            process = start_supervised(
                 command,
                 log=file,
                 lock=lock_path(self.folder, cell.id),
@@ -78,18 +138,18 @@ class LocalLauncher:
                 grace=self.grace,
             )
         self.running += 1
-        return Process(guard, lambda: self._release(taken))
+        return Process(process, lambda: self._release(taken))
 
-    def attach(self, cell: Cell, entry: Entry) -> None:
+    def attach(self, cell: SweepCell, entry: LedgerEntry) -> None:
         if entry.job is not None:
             raise UsageError(f"Cell {cell.id} runs as SLURM job {entry.job}: use launcher=slurm, or scancel it.")
-        # The guards of a killed driver stop their cells; those of this driver wait for the cells' locks.
+        # The supervisors of a killed driver stop their cells; those of this driver wait for the cells' locks.
 
-    def describe(self, cell: Cell, entry: Entry) -> str:
+    def describe(self, cell: SweepCell, entry: LedgerEntry) -> str:
         own = self._environment(cell, self.gpus[: self._devices(cell)])
         return shlex.join([*(f"{name}={value}" for name, value in own.items()), *self.command(self.folder, entry)])
 
-    def _environment(self, cell: Cell, gpus: Sequence[str]) -> dict[str, str]:
+    def _environment(self, cell: SweepCell, gpus: Sequence[str]) -> dict[str, str]:
         """GPUs and CPU threads of a cell; a smaller OMP_NUM_THREADS of the user's stays."""
         processes = max(1, self._devices(cell), cell.config.trainer.devices)
         share = max(1, _cores() // (self.jobs * processes))
@@ -101,7 +161,7 @@ class LocalLauncher:
             own["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         return own
 
-    def _devices(self, cell: Cell) -> int:
+    def _devices(self, cell: SweepCell) -> int:
         """GPUs that a cell needs; Lightning's -1 is all of them."""
         settings = cell.config.trainer
         if settings.accelerator == "cpu" or (settings.accelerator == "auto" and not self.gpus):
@@ -114,23 +174,23 @@ class LocalLauncher:
 
 
 class Process:
-    """An attempt on this machine: its guard."""
+    """An attempt on this machine, by its supervisor process."""
 
     job: str | None = None
 
-    def __init__(self, guard: subprocess.Popen[bytes], release: Callable[[], None]):
-        self._guard = guard
+    def __init__(self, process: subprocess.Popen[bytes], release: Callable[[], None]):
+        self._supervisor = process
         self._release: Callable[[], None] | None = release
 
     def poll(self) -> int | None:
-        code = self._guard.poll()
+        code = self._supervisor.poll()
         if code is None:
             return None
         if self._release is not None:
             self._release()
             self._release = None
-            assert self._guard.stdin is not None
-            self._guard.stdin.close()
+            assert self._supervisor.stdin is not None
+            self._supervisor.stdin.close()
         return code if code >= 0 else 128 - code
 
     def stop(self) -> None:
@@ -140,9 +200,9 @@ class Process:
         self._say(b"k")
 
     def _say(self, word: bytes) -> None:
-        assert self._guard.stdin is not None
+        assert self._supervisor.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._guard.stdin.write(word)
+            self._supervisor.stdin.write(word)
 
 
 def visible_gpus() -> list[str]:
