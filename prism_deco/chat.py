@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from prism_deco.api import Model
-from prism_deco.explain import Example, explain_image
+from prism_deco.explain import ExplainExample, explain_image
 from prism_deco.explain.gae import DEFAULT_METHOD
 from prism_deco.inference import reply
 from prism_deco.llms import Message
@@ -82,7 +82,8 @@ class Chat:
 
     def _explain(self, folder: Path, question: str, answer: str) -> None:
         assert self._image is not None
-        explain_image(self.model.vlm, self.model.llm, Example(self._image, question, answer), folder, run=self._name)
+        example = ExplainExample(self._image, question, answer)
+        explain_image(self.model.vlm, self.model.llm, example, folder, run=self._name)
         self._write(f"[{folder / DEFAULT_METHOD / 'sentence.png'}]\n")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=Path, help="explain an answer about this image")
     parser.add_argument("--prompt", help="the question about it")
     parser.add_argument("--answer", help="the text to explain; the model's own answer by default")
-    parser.add_argument("--out", type=Path, help="folder for pictures, numbers and pages (one in RUN/explain)")
+    parser.add_argument("--out", type=Path, help="folder for pictures, numbers and pages (default: one in RUN/explain)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="compute in this type; the run's by default")
     parser.add_argument("--device", default="cpu", help="cpu | cuda")
     parser.add_argument("--chunk", type=int, help="answer tokens per backward pass; what memory allows by default")
@@ -38,11 +40,12 @@ def explain(args: argparse.Namespace) -> None:
     import torch
 
     from prism_deco.api import load
+    from prism_deco.evaluation.choose import results_name
     from prism_deco.evaluation.ranks import asked_device
-    from prism_deco.explain import Example, explain_image, side_by_side, table, write_page
+    from prism_deco.explain import ExplainExample, explain_image, side_by_side, table, write_page
 
     place = {"device": asked_device(args.device), "dtype": getattr(torch, args.dtype) if args.dtype else None}
-    example = Example(args.image, args.prompt, args.answer) if args.image is not None else None
+    example = ExplainExample(args.image, args.prompt, args.answer) if args.image is not None else None
     name = options.pop("benchmark", None)
     if example is None:  # what is wrong with one of the runs must not wait for those before it
         for run in runs:
@@ -53,8 +56,11 @@ def explain(args: argparse.Namespace) -> None:
         if example is not None:
             model = load(run, **place)
             more = {"chunk": args.chunk, "through_backbone": args.through_backbone}
-            folder = out or run / "explain" / "image"
-            sections.append([explain_image(model.vlm, model.llm, example, folder, run=run.name, **more)])
+            folder = out or run / "explain" / "images" / _question_name(args)
+            section = explain_image(model.vlm, model.llm, example, folder, run=run.name, **more)
+            answer = next(iter(section.panels[0].maps.values())).answer
+            sys.stdout.write(f"{run.name}: {answer}\n{folder / 'index.html'}\n")
+            sections.append([section])
             continue
         result, pages = measure_relevance(run, name, options, out=out, chunk=args.chunk, **place)
         results.append(result)
@@ -62,9 +68,24 @@ def explain(args: argparse.Namespace) -> None:
     if results:
         show(table(results))
     if len(runs) > 1:
-        page = (args.out or runs[0].parent) / "explain.html"
+        about = _question_name(args) if example is not None else results_name(name, options.get("split"))
+        page = (args.out or runs[0].parent) / _comparison_name(runs, about)
         write_page(page, " and ".join(run.name for run in runs), side_by_side(sections))
         log.info("The runs stand side by side in %s", page)
+
+
+def _question_name(args: argparse.Namespace) -> str:
+    """A folder name for one question about one image: other questions about it get other folders."""
+    asked = json.dumps([str(args.image.absolute()), args.prompt, args.answer, args.through_backbone])
+    return f"{args.image.stem[:40]}-{hashlib.sha256(asked.encode()).hexdigest()[:6]}"
+
+
+def _comparison_name(runs: list[Path], about: str) -> str:
+    """The file name of a page that compares runs: another comparison gets another page."""
+    names = "-vs-".join(run.name for run in runs)
+    if len(names) > 150:  # file systems allow 255 bytes
+        names = f"{names[:140]}-{hashlib.sha256(names.encode()).hexdigest()[:6]}"
+    return f"explain-{about}-{names}.html"
 
 
 def measure_relevance(
@@ -129,7 +150,7 @@ def _benchmark(run: Path, name: str, options: dict[str, Any]) -> Any:
 
 def _examples(benchmark: Any) -> list[Any]:
     """A benchmark's questions as examples to explain; a box that is asked for is also the answer."""
-    from prism_deco.explain import Example
+    from prism_deco.explain import ExplainExample
 
     first = benchmark.variants[0]
     examples = []
@@ -137,5 +158,7 @@ def _examples(benchmark: Any) -> list[Any]:
         if item.target.get("variant", first) == first:
             box = item.target.get("box")
             answer = f"[{', '.join(f'{edge:.2f}' for edge in box)}]" if box else None
-            examples.append(Example(item.path, item.prompt, answer, tuple(box) if box else None, item.question_id))
+            examples.append(
+                ExplainExample(item.path, item.prompt, answer, tuple(box) if box else None, item.question_id)
+            )
     return examples

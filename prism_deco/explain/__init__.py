@@ -2,12 +2,12 @@
 
 from prism_deco.explain.gae import METHODS, Relevance, relevance
 from prism_deco.explain.page import Panel, Section, side_by_side, write_page
-from prism_deco.explain.run import Example, explain_image, explain_set
+from prism_deco.explain.run import ExplainExample, explain_image, explain_set
 from prism_deco.explain.table import table
 
 __all__ = [
     "METHODS",
-    "Example",
+    "ExplainExample",
     "Panel",
     "Relevance",
     "Section",

@@ -36,6 +36,22 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def float32_weights(module: nn.Module) -> Iterator[None]:
+    """Weights and buffers of half precision in float32 for as long as the context lasts: products of many small
+    derivatives lose their order in bfloat16."""
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+    halves = [tensor for tensor in tensors if tensor.dtype.itemsize < 4]
+    before = [tensor.data for tensor in halves]
+    for tensor in halves:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, data in zip(halves, before, strict=True):
+            tensor.data = data
+
+
+@contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """Plain matrix attention for as long as the context lasts: fused kernels return no probabilities."""
     before = cast(str, model.config._attn_implementation)

@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from prism_deco.config.registry import unknown
 from prism_deco.data.images import open_image
 from prism_deco.errors import UsageError
-from prism_deco.explain.attention import Recording, eager_attention, frozen, record
+from prism_deco.explain.attention import Recording, eager_attention, float32_weights, frozen, record
 from prism_deco.explain.geometry import PatchFrame
-from prism_deco.explain.memory import plan
+from prism_deco.explain.memory import tokens_at_once
 from prism_deco.explain.query_maps import QueryMaps, trace
+from prism_deco.explain.render import overlay
 from prism_deco.explain.text_to_query import attention_rows, propagated_rows
 from prism_deco.explain.towers import through_towers
 from prism_deco.explain.words import Word, encode_answer, merge_words, token_texts
@@ -31,7 +33,7 @@ from prism_deco.sequence import build_batch
 from prism_deco.vlm import VLM
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Relevance:
     """Maps of one answer about one image; T answer tokens, M visual tokens, N patches. All on the CPU.
 
@@ -45,6 +47,7 @@ class Relevance:
         text_to_patch: float[T, N].
         query_grid: (height, width) of the visual tokens.
         patches: the patch grid, and where it lies on the image.
+        image: the image, for `plot`.
     """
 
     method: str
@@ -57,6 +60,30 @@ class Relevance:
     text_to_patch: Tensor
     query_grid: tuple[int, int]
     patches: PatchFrame
+    image: Image.Image
+
+    def __repr__(self) -> str:
+        height, width = self.patches.grid
+        return (
+            f"Relevance({self.method}, answer={self.answer!r}, {len(self.tokens)} answer tokens, "
+            f"{self.query_grid[0]}x{self.query_grid[1]} visual tokens, {height}x{width} patches)"
+        )
+
+    def plot(self) -> Figure:
+        """A figure of the image under the whole answer's map and under each word's."""
+        maps = {self.answer: self.sentence_text_to_patch}
+        for number, (word, values) in enumerate(zip(self.words, self.by_word(self.text_to_patch), strict=True), 1):
+            maps[f"{number}: {word.text}"] = values
+        columns = min(4, len(maps))
+        rows = -(-len(maps) // columns)
+        figure = Figure(figsize=(3 * columns, 3 * rows), layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for ax in axes:
+            ax.set_axis_off()
+        for ax, (title, values) in zip(axes, maps.items(), strict=False):
+            ax.imshow(overlay(self.image, values, self.patches))
+            ax.set_title(title, fontsize="medium", parse_math=False, wrap=True)
+        return figure
 
     @property
     def sentence_text_to_query(self) -> Tensor:
@@ -115,15 +142,16 @@ def relevance(
     pixels = image_pixels(vlm, opened)
     device = next(vlm.lm.parameters()).device
     patches = PatchFrame(vlm.backbone.transform.frame(opened.size), vlm.backbone.grid, vlm.backbone.patch_size)
-    with frozen(vlm):
-        maps = trace(vlm.projector, vlm.project, vlm.features(pixels))
+    with frozen(vlm), float32_weights(vlm.projector):
+        features = vlm.features(pixels)
+        dtype = features.dtype
+        maps = trace(vlm.projector, vlm.project, features.to(torch.promote_types(dtype, torch.float32)))
         if answer is None:
             visual = [list(maps.tokens.detach())]
             answer = generate_answer(vlm, llm, visual, [prompt], max_new_tokens=max_new_tokens)[0]
         encoded, ids = encode_answer(llm, prompt, answer, vlm.projector.num_tokens)
         batch = build_batch([encoded], vlm.projector.num_tokens).to(device)
-        dtype = maps.tokens.dtype
-        size = plan(vlm.lm.config, batch.input_ids.shape[1], len(ids), dtype, device, chunk).chunk
+        size = tokens_at_once(vlm.lm.config, batch.input_ids.shape[1], len(ids), dtype, device, chunk)
         with eager_attention(vlm.lm):
             recording = record(vlm, batch, maps.tokens.detach(), targets=len(ids))
         text_to_query, query_to_patch, by_token = METHODS[method](recording, batch.visual[0], maps, size)
@@ -144,6 +172,7 @@ def relevance(
         text_to_patch=text_to_patch.cpu(),
         query_grid=vlm.projector.out_grid,
         patches=patches,
+        image=opened,
     )
 
 
@@ -155,6 +184,7 @@ def image_pixels(vlm: VLM, image: Image.Image) -> dict[str, Tensor]:
 
 def _gae(recording: Recording, visual: Tensor, maps: QueryMaps, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     text_to_query, by_token = propagated_rows(recording, visual, chunk)
+    by_token = by_token.to(maps.tokens.dtype)
     return text_to_query, maps.relevance(by_token), by_token
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prism_deco.explain.gae import Relevance
 from prism_deco.explain.geometry import Box
+from prism_deco.explain.measures import padding_fraction
 from prism_deco.explain.render import COLORS, scaled
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -45,7 +46,7 @@ class Section:
     """An image, a question, and what one or more runs made of it.
 
     Attributes:
-        box: what the question is about, in shares of the image's sides; None: not known.
+        box: what the question is about, in fractions of the image's sides; None: not known.
     """
 
     image: Image.Image
@@ -99,12 +100,15 @@ def _panel(panel: Panel) -> dict[str, Any]:
     }
 
 
-def _maps(result: Relevance) -> dict[str, str]:
-    """Maps as bytes: for display each by its own minimum and maximum."""
+def _maps(result: Relevance) -> dict[str, Any]:
+    """Maps as bytes, each scaled by its own minimum and maximum, and the fraction of each map that lies in padding:
+    the answer's, then each word's."""
     words = result.by_word(result.text_to_patch)
     # Which word looked at a patch most: words differ in strength, so each map counts by its shares.
     shares = words / words.sum(dim=1, keepdim=True).clamp(min=torch.finfo(words.dtype).tiny)
+    rows = [result.sentence_text_to_patch, *words]
     return {
+        "padding": [padding_fraction(row, result.patches) for row in rows],
         "sentence": _bytes(result.sentence_text_to_patch[None]),
         "words": _bytes(words),
         "shares": _encode(shares / shares.max().clamp(min=torch.finfo(words.dtype).tiny)),

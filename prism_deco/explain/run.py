@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,20 +13,19 @@ from typing import Any
 
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
 from prism_deco.data.images import open_image
 from prism_deco.errors import UsageError
-from prism_deco.explain.diversity import redundancy, spread
 from prism_deco.explain.faithfulness import area, curves
 from prism_deco.explain.gae import DEFAULT_METHOD, METHODS, Relevance, image_pixels, relevance
 from prism_deco.explain.geometry import Box
-from prism_deco.explain.localisation import energy_in_box, pointing_hit
-from prism_deco.explain.memory import quietly
+from prism_deco.explain.measures import energy_in_box, mean_interval, padding_fraction, pointing_hit, redundancy, spread
 from prism_deco.explain.page import Panel, Section, write_page
 from prism_deco.explain.render import mosaic, overlay
-from prism_deco.explain.statistics import mean_interval
 from prism_deco.explain.words import encode_answer
 from prism_deco.inference import answer as generate_answer
 from prism_deco.llms import LanguageModel
@@ -40,12 +39,12 @@ RANDOM = "random"
 
 
 @dataclass(frozen=True)
-class Example:
+class ExplainExample:
     """A question about an image.
 
     Attributes:
         answer: the text to explain; None takes the model's own.
-        box: what the question is about, in shares of the image's width and height; None: not known.
+        box: what the question is about, in fractions of the image's width and height; None: not known.
         id: its name in `examples.jsonl`.
     """
 
@@ -59,7 +58,7 @@ class Example:
 def explain_image(
     vlm: VLM,
     llm: LanguageModel,
-    example: Example,
+    example: ExplainExample,
     out_dir: Path,
     *,
     run: str,
@@ -86,14 +85,13 @@ def explain_image(
         _write_maps(out_dir / method, image, result)
     section = Section(image, example.prompt, [Panel(run, _projector(vlm), maps)], example.box)
     write_page(out_dir / "index.html", example.prompt, [section])
-    log.info("Pictures and the page are in %s", out_dir)
     return section
 
 
 def explain_set(
     vlm: VLM,
     llm: LanguageModel,
-    examples: Iterable[Example],
+    examples: Sequence[ExplainExample],
     out_dir: Path,
     *,
     run: str,
@@ -125,14 +123,16 @@ def explain_set(
     sections: list[Section] = []
     skipped = 0
     with (out_dir / "examples.jsonl").open("w", encoding="utf-8") as lines:
-        for example in examples:
+        shown = track(examples, f"Explaining {run}", console=Console(stderr=True), disable=not sys.stderr.isatty())
+        for number, example in enumerate(shown, start=1):
+            if number % 25 == 0 and not sys.stderr.isatty():
+                log.info("%s: explaining %d of %d examples", run, number, len(examples))
             image = open_image(example.image)
             answer = example.answer or _own_answer(vlm, llm, image, example.prompt, max_new_tokens)
             if not answer.strip():
                 skipped += 1
                 continue
-            with quietly() if rows else nullcontext():  # the examples are much alike
-                maps = _by_method(vlm, llm, image, example.prompt, answer, chunk=chunk)
+            maps = _by_method(vlm, llm, image, example.prompt, answer, chunk=chunk)
             measure = partial(_measure, vlm, llm, image, example, maps[DEFAULT_METHOD], steps)
             values = {m: measure(r.sentence_text_to_patch) | _diversity(r) for m, r in maps.items()}
             values[RANDOM] = measure(torch.rand(vlm.backbone.num_patches, generator=generator))
@@ -140,8 +140,6 @@ def explain_set(
             lines.write(json.dumps(rows[-1]) + "\n")
             if len(sections) < show:
                 sections.append(Section(image, example.prompt, [Panel(run, _projector(vlm), maps)], example.box))
-            if len(rows) % 25 == 0:
-                log.info("%s: %d examples explained", run, len(rows))
     if not rows:
         raise UsageError(f"{run}: no example has an answer to explain ({skipped} answers of the model were empty).")
     summary = {
@@ -172,18 +170,23 @@ def _by_method(
     through_backbone: bool = False,
     **options: Any,
 ) -> dict[str, Relevance]:
-    """One answer's maps by every method; R-GAE, which takes the most memory, goes first and says how much."""
+    """One answer's maps by every method; R-GAE, which takes the most memory, comes first."""
     first = relevance(vlm, llm, image, prompt, answer, through_backbone=through_backbone, **options)
     maps = {DEFAULT_METHOD: first}
-    with quietly():
-        for method in METHODS:
-            if method not in maps:
-                maps[method] = relevance(vlm, llm, image, prompt, first.answer, method=method, **options)
+    for method in METHODS:
+        if method not in maps:
+            maps[method] = relevance(vlm, llm, image, prompt, first.answer, method=method, **options)
     return maps
 
 
 def _measure(
-    vlm: VLM, llm: LanguageModel, image: Image.Image, example: Example, result: Relevance, steps: int, scores: Tensor
+    vlm: VLM,
+    llm: LanguageModel,
+    image: Image.Image,
+    example: ExplainExample,
+    result: Relevance,
+    steps: int,
+    scores: Tensor,
 ) -> dict[str, float]:
     """The numbers of one map over the patches, float[N], of the answer in `result`."""
     encoded, ids = encode_answer(llm, result.prompt, result.answer, vlm.projector.num_tokens)
@@ -239,6 +242,7 @@ def _write_maps(folder: Path, image: Image.Image, result: Relevance) -> None:
         "method": result.method,
         "prompt": result.prompt,
         "answer": result.answer,
+        "padding_fraction": padding_fraction(result.sentence_text_to_patch, result.patches),
         "tokens": result.tokens,
         "words": [{"text": word.text, "tokens": list(word.tokens)} for word in result.words],
         "query_grid": list(result.query_grid),

@@ -46,7 +46,11 @@ def propagated_rows(recording: Recording, visual: Tensor, chunk: int) -> tuple[T
 
 
 def _rows(recording: Recording, chosen: slice) -> tuple[Tensor, Tensor]:
-    """Rows float[T, n] of the relevance after all layers, and the gradients by the inputs float[T, n, E].
+    """Rows float[T, n] of what all layers add to the relevance, and the gradients by the inputs float[T, n, E].
+
+    The identity that relevance starts from is left out, as in the authors' code (transformer-explainability, "R - I"):
+    where an answer follows the image directly, its first token is predicted at a visual token, which would count as
+    relevant to itself.
 
     The backward pass and the vector rule both go from the top layer down, so they go together: one
     layer's gradients, float[T, H, n, n], are alive at a time.
@@ -55,12 +59,13 @@ def _rows(recording: Recording, chosen: slice) -> tuple[Tensor, Tensor]:
     gradients = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)[chosen]
     length = recording.inputs.shape[1]
     dtype = torch.promote_types(outputs.dtype, torch.float32)
-    row = torch.eye(length, dtype=dtype, device=outputs.device)[recording.positions[chosen]]
+    start = torch.eye(length, dtype=dtype, device=outputs.device)[recording.positions[chosen]]
+    row = start
     for layer_input, attention in recording.layers_top_down():
         gradients, by_attention = batched_gradients(outputs, (layer_input, attention), gradients)
         row = propagate_row(row, weigh(attention.detach()[0], by_attention[:, 0]))
         outputs = layer_input
-    return row, gradients[:, 0]
+    return row - start, gradients[:, 0]
 
 
 def attention_rows(recording: Recording, visual: Tensor) -> Tensor:

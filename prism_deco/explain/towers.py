@@ -109,7 +109,7 @@ def through_towers(vlm: VLM, pixels: Mapping[str, Tensor], text_to_patch: Tensor
         for tower in towers:
             for block in tower.blocks:
                 probes.enter_context(probe(block, found))
-        tokens = vlm.project(vlm.standardise(vlm.backbone(leaves)))
+        tokens = vlm.project(vlm.standardise(vlm.backbone(leaves)).to(by_token.dtype))
     taken = batched_gradients(tokens, [p.node for p in found], by_token[:, None])
     weighed = [weigh(p.attention, p.gradient(gradients)) for p, gradients in zip(found, taken, strict=True)]
     patches = text_to_patch.shape[1]

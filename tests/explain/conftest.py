@@ -24,11 +24,19 @@ SMALL = {
 def small():
     """(llm choice, projector) -> (VLM, LanguageModel), random weights in float64, seeded."""
 
-    def build(llm="mini_qwen2", projector="avgpool", tokens=16, backbone="mini_siglip", architecture=None, **options):
+    def build(
+        llm="mini_qwen2",
+        projector="avgpool",
+        tokens=16,
+        backbone="mini_siglip",
+        architecture=None,
+        prompt="chat",
+        **options,
+    ):
         torch.manual_seed(0)
         tower = build_backbone(backbone, pretrained=False)
         numbers = load_choice("llm", llm)["architecture"] | {"initializer_range": 0.02} | (architecture or {})
-        language = build_llm(llm, pretrained=False, architecture=numbers)
+        language = build_llm(llm, pretrained=False, architecture=numbers, prompt=prompt)
         # So initialised, attention is all but uniform: larger weights make layers, heads and rows differ.
         for name, parameter in language.model.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):

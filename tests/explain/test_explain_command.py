@@ -1,6 +1,7 @@
 """`prism-deco explain`: what it refuses, and where it writes."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -41,11 +42,25 @@ def test_every_measurement_has_a_folder_of_its_own(run, choice, colors):
     image = ["--image", str(colors / "images/red90.png"), "--prompt", "What color is it?", "--answer", "red"]
     for arguments in ([choice], [choice, "split=test"], image):
         assert main(["explain", str(run), *arguments]) == 0
-    assert sorted(path.name for path in (run / "explain").iterdir()) == ["image", "one", "one-test"]
+    assert sorted(path.name for path in (run / "explain").iterdir()) == ["images", "one", "one-test"]
     splits = [json.loads((run / "explain" / n / "metrics.json").read_text())["split"] for n in ("one", "one-test")]
-    assert splits == ["val", "test"] and (run / "explain/image/index.html").is_file()
+    (explained,) = (run / "explain/images").iterdir()
+    assert splits == ["val", "test"] and (explained / "index.html").is_file()
     assert main(["explain", str(run), choice, "--out", str(run / "mine")]) == 0
     assert (run / "mine/metrics.json").is_file()
+
+
+def test_another_question_or_comparison_replaces_nothing(run, colors, capsys):
+    other = run.parent / "other"
+    shutil.copytree(run, other)
+    for prompt in ("What color is it?", "Is it red?"):
+        image = ["--image", str(colors / "images/red90.png"), "--prompt", prompt, "--answer", "red"]
+        assert main(["explain", str(run), str(other), *image]) == 0
+    said = capsys.readouterr().out
+    for folder in (run, other):
+        pages = [path / "index.html" for path in (folder / "explain/images").iterdir()]
+        assert len(pages) == 2 and all(str(page) in said for page in pages) and f"{folder.name}: red" in said
+    assert len(list(run.parent.glob("explain-red90-*-run-vs-other.html"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,9 @@ import pytest
 import torch
 
 from prism_deco.backbones.transforms import frame
-from prism_deco.explain.diversity import redundancy, spread
 from prism_deco.explain.faithfulness import area, curves
 from prism_deco.explain.geometry import PatchFrame
-from prism_deco.explain.localisation import energy_in_box, pointing_hit
-from prism_deco.explain.statistics import mean_interval
+from prism_deco.explain.measures import energy_in_box, mean_interval, padding_fraction, pointing_hit, redundancy, spread
 from prism_deco.explain.words import encode_answer
 from prism_deco.sequence import build_batch
 
@@ -30,6 +28,13 @@ def test_energy_is_the_share_of_the_map_inside_the_box():
     assert energy_in_box(torch.ones(64), PATCHES, box) == pytest.approx(2 / 64)
     assert energy_in_box(one_hot(3, 2), PATCHES, (25.0, 10.0, 40.0, 15.0)) == pytest.approx(0.25)
     assert energy_in_box(torch.zeros(64), PATCHES, box) == 0
+
+
+def test_relevance_in_the_padding_is_a_fraction_of_the_map():
+    # The image covers rows 2 to 5 of the 8 x 8 patches.
+    assert padding_fraction(one_hot(3, 3) + 3 * one_hot(0, 4), PATCHES) == pytest.approx(0.75)
+    assert padding_fraction(torch.ones(64), PATCHES) == pytest.approx(0.5)
+    assert padding_fraction(torch.zeros(64), PATCHES) == 0
 
 
 def test_pointing_asks_where_the_maximum_is():

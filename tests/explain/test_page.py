@@ -25,7 +25,7 @@ def one_run(name, grid, query_grid, words, image):
     def maps(method):
         query, patch = torch.rand(t, m, generator=generator), torch.rand(m, n, generator=generator)
         return Relevance(
-            method, NASTY, " ".join(words), words, merged, query, patch, query @ patch, query_grid, patches
+            method, NASTY, " ".join(words), words, merged, query, patch, query @ patch, query_grid, patches, image
         )
 
     return Section(
@@ -107,3 +107,40 @@ def test_pointing_at_words_patches_and_visual_tokens_changes_the_page(browser, p
     find("css selector", ".methods button")[1].click()
     assert browser.execute_script(PIXELS)[0] != at_rest[0]
     assert not browser.get_log("browser")
+
+
+def test_keys_move_through_the_grids(browser, page):
+    from selenium.webdriver import ActionChains, Keys
+
+    browser.get(page.as_uri())
+    tokens, picture = (browser.find_elements("css selector", name)[0] for name in (".tokens canvas", ".picture"))
+    caption = browser.find_elements("css selector", ".caption")[0]
+    ActionChains(browser).send_keys(Keys.TAB).perform()  # keys from here on: the focus is shown
+    browser.execute_script("arguments[0].focus()", tokens)
+    ActionChains(browser).send_keys(Keys.ARROW_DOWN, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT).perform()
+    assert "visual token 7 of 16" in caption.text
+    ActionChains(browser).send_keys(Keys.ARROW_UP, Keys.ARROW_UP).perform()
+    assert "visual token 3 of 16" in caption.text
+    browser.execute_script("arguments[0].focus()", picture)
+    ActionChains(browser).send_keys(Keys.ARROW_DOWN).perform()
+    assert "row 2, column 1" in caption.text
+
+
+def test_relevance_in_the_padding_is_said(browser, page):
+    """A letterboxed image of 120 x 70 fills 58 % of the grid's height."""
+    browser.get(page.as_uri())
+    said = browser.find_elements("css selector", ".caption")[0].text
+    share = int(re.search(r"\((\d+) % in the padding around the image\)", said).group(1))
+    assert 30 < share < 55  # of a random map
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_nothing_is_wider_than_the_window(browser, page, width):
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    )
+    try:
+        browser.get(page.as_uri())
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

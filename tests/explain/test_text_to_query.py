@@ -5,7 +5,7 @@ import torch
 
 from prism_deco.explain import text_to_query
 from prism_deco.explain.gae import relevance
-from prism_deco.explain.memory import plan
+from prism_deco.explain.memory import estimate, tokens_at_once
 from prism_deco.sequence import build_batch
 
 PROMPT, ANSWER = "What color is the circle?", "a red circle"
@@ -44,7 +44,7 @@ def literal_text_to_query(vlm, llm, image):
         for attention, gradient in zip(output.attentions, gradients, strict=True):
             weighed = sum(torch.relu(g * a) for g, a in zip(gradient[0], attention[0], strict=True))
             relevance = relevance + weighed.detach() / attention.shape[1] @ relevance
-        rows.append(relevance[position, columns])
+        rows.append((relevance - torch.eye(len(columns), dtype=torch.float64))[position, columns])
     return torch.stack(rows)
 
 
@@ -58,6 +58,16 @@ def test_vector_rule_is_the_row_of_the_full_matrices(small, picture, model):
     torch.testing.assert_close(result.text_to_query, expected, rtol=1e-9, atol=1e-15)
     single = relevance(vlm.float(), llm, picture, PROMPT, ANSWER).text_to_query
     assert (single - expected).abs().max() < 1e-5
+
+
+def test_a_caption_s_first_token_is_not_about_the_patch_before_it(small, picture):
+    """Under `prompt: plain` the last visual token predicts it: its own identity says nothing about the image."""
+    vlm, llm = small(prompt="plain")
+    expected = literal_text_to_query(vlm, llm, picture)
+    result = relevance(vlm, llm, picture, PROMPT, ANSWER)
+    # The line break that ends a caption is supervised, but not about the image.
+    torch.testing.assert_close(result.text_to_query, expected[:-1], rtol=1e-9, atol=1e-15)
+    assert result.text_to_query[0].max() < 0.5
 
 
 def test_text_to_patch_is_the_product_of_the_two_maps(small, picture):
@@ -154,19 +164,17 @@ def test_too_little_memory_is_said_before_it_is_taken(small, picture, monkeypatc
         relevance(vlm, llm, picture, PROMPT, ANSWER)
 
 
-def test_as_many_targets_go_at_once_as_fit(small, monkeypatch, caplog):
+def test_as_many_tokens_go_at_once_as_fit(small, monkeypatch):
     _, llm = small()
     cpu = torch.device("cpu")
 
     def chunk(room, asked=None):
         monkeypatch.setattr("prism_deco.explain.memory.free_memory", lambda _: room)
-        return plan(llm.model.config, 700, 20, torch.float32, cpu, asked)
+        return tokens_at_once(llm.model.config, 700, 20, torch.float32, cpu, asked)
 
-    ample = chunk(None)
-    assert ample.chunk == 20 and ample.peak == ample.graph + 20 * ample.per_target
+    graph, per_token = estimate(llm.model.config, 700, torch.float32)
     # 3 layers of 4 heads keep 700 x 700 probabilities each, in float32.
-    assert ample.graph > 3 * 4 * 700 * 700 * 4 and ample.per_target > 4 * 700 * 700 * 4
-    with caplog.at_level("INFO", logger="prism_deco"):
-        assert chunk(ample.graph + 3 * ample.per_target).chunk == 2  # a third is left to others
-    assert f"2 at a time, about {(ample.graph + 2 * ample.per_target) / 2**30:.2f} GiB" in caplog.text
-    assert chunk(None, asked=5).chunk == 5 and chunk(None, asked=50).chunk == 20
+    assert graph > 3 * 4 * 700 * 700 * 4 and per_token > 4 * 700 * 700 * 4
+    assert chunk(None) == 20
+    assert chunk(graph + 3 * per_token) == 2  # a third is left to others
+    assert chunk(None, asked=5) == 5 and chunk(None, asked=50) == 20
