@@ -111,14 +111,16 @@ def test_any_precision_can_be_explained(small, examples, tmp_path):
     assert correlation > 0.95
 
 
-@pytest.mark.parametrize("projector", ["c_abstractor", "d_abstractor", "qformer"])
-def test_maps_of_a_model_in_bfloat16_name_the_same_patch(small, examples, projector):
-    """The projector's maps are computed in float32 whatever the model's type is."""
-    vlm, llm = small(projector=projector)
-    exact = relevance(vlm.float(), llm, examples[0].image, "What color is it?", "a red square")
-    rough = relevance(vlm.bfloat16(), llm, examples[0].image, "What color is it?", "a red square")
-    same = exact.query_to_patch.argmax(dim=-1) == rough.query_to_patch.argmax(dim=-1)
-    assert same.float().mean() > 0.8
+def test_projector_maps_of_a_model_in_bfloat16_are_computed_in_float32(small):
+    """Against the same rounded weights in float32 throughout. Computed in bfloat16 the maps differ by 0.15."""
+    vlm, llm = small(projector="c_abstractor", hidden_dim=64, depth=3)
+    noise = torch.randint(0, 255, (64, 64, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    image = Image.fromarray(noise.numpy())
+    vlm.bfloat16()
+    exact = relevance(vlm.float(), llm, image, "What?", "a red square")
+    rough = relevance(vlm.bfloat16(), llm, image, "What?", "a red square")
+    difference = (exact.query_to_patch - rough.query_to_patch).abs().sum(dim=-1).mean()
+    assert difference < 0.09  # every row sums to one
 
 
 def test_a_relevance_shows_itself_in_one_line_and_as_a_figure(small, examples, tmp_path):
