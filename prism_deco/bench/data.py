@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One way to read the images."""
+class PipelineRow:
+    """One pipeline's throughput."""
 
     pipeline: str
     """What it does."""
@@ -51,7 +51,7 @@ def bench_data(
     images: int = 64,
     micro_batch_size: int = 16,
     repeats: int = 5,
-) -> list[Row]:
+) -> list[PipelineRow]:
     """Measures images per second on one core (torch limited to one thread) in steps of one micro-batch.
 
     Repeats are interleaved, so that a machine that slows down meanwhile slows both pipelines. All
@@ -104,7 +104,7 @@ def bench_data(
     return [_row(name, len(chosen), values) for name, values in seconds.items()]
 
 
-def render(rows: Sequence[Row], title: str) -> Table:
+def render(rows: Sequence[PipelineRow], title: str) -> Table:
     """The rows as a table; the last is what the others are compared with."""
     caption = "Processor time, one thread; median ± interquartile range."
     table = Table(title=Text(title, "table.title"), caption=caption)
@@ -158,6 +158,6 @@ def _plain_transform(side: int) -> Callable[[Image.Image], torch.Tensor]:
     )
 
 
-def _row(name: str, images: int, seconds: Sequence[float]) -> Row:
+def _row(name: str, images: int, seconds: Sequence[float]) -> PipelineRow:
     lower, median, upper = statistics.quantiles([images / s for s in seconds], n=4, method="inclusive")
-    return Row(name, median, upper - lower)
+    return PipelineRow(name, median, upper - lower)

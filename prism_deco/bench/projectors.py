@@ -38,7 +38,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Row:
+class ProjectorRow:
     """One projector in one dtype."""
 
     projector: str
@@ -69,7 +69,7 @@ def bench_projectors(
     device: torch.device | str = "cpu",
     repeats: int = 10,
     warmup: int = 2,
-) -> list[Row]:
+) -> list[ProjectorRow]:
     """Measures projectors in training mode with their default options.
 
     The repeats are interleaved (each round times every projector once), so that a machine that slows
@@ -108,7 +108,7 @@ def bench_projectors(
             forward_flops, flops = _flops(name, sizes)
             lower, median, upper = statistics.quantiles(seconds[name], n=4, method="inclusive")
             rows.append(
-                Row(
+                ProjectorRow(
                     projector=name,
                     dtype=dtype,
                     num_tokens=module.num_tokens,
@@ -123,7 +123,7 @@ def bench_projectors(
     return rows
 
 
-def render(rows: Sequence[Row], sizes: Sizes, device: torch.device | str) -> Table:
+def render(rows: Sequence[ProjectorRow], sizes: Sizes, device: torch.device | str) -> Table:
     """The rows as a table; its title names the sizes, its caption what was counted."""
     (height, width), device = sizes.in_grid, torch.device(device)
     table = Table(

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from prism_deco.backbones import VisionBackbone, build_backbone
 from prism_deco.bench.hf_llava import WholeTowers, build_peer, peer_loss
 from prism_deco.bench.measure import Usage, matmul_flops
-from prism_deco.bench.pool import Group, build_batches, by_length, draw_pool
-from prism_deco.bench.train_report import GROUPED, OURS, PLAIN, Agreement, Report, about, row
-from prism_deco.bench.variants import ALL, NONE, Means, Way, our_loss, take_step
+from prism_deco.bench.records import Group, build_batches, by_length, draw_pool
+from prism_deco.bench.train_report import GROUPED, OURS, PLAIN, Agreement, TrainReport, about, row
+from prism_deco.bench.variants import ALL, NONE, Optimisations, StepVariant, our_loss, take_step
 from prism_deco.build import build_model, group
 from prism_deco.errors import UsageError
 from prism_deco.sequence import Batch
@@ -25,7 +25,7 @@ from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
 
-ABLATION: dict[str, Means] = {
+ABLATION: dict[str, Optimisations] = {
     "none of them": NONE,
     "logits at supervised positions": replace(NONE, supervised=True),
     "the same, in chunks": replace(NONE, supervised=True, chunked=True),
@@ -33,7 +33,7 @@ ABLATION: dict[str, Means] = {
     "towers cut off at the tap": replace(NONE, truncated=True),
     "AdamW not fused": replace(NONE, fused=False),
 }
-"""What each of the means does alone."""
+"""Each optimisation alone."""
 
 TOLERANCE = {False: 1e-4, True: 3e-2}
 """Relative difference of losses and of gradients that is float error, by whether bfloat16 computes."""
@@ -48,10 +48,10 @@ def bench_train(
     rounds: int = 3,
     ablation: bool = False,
     seed: int = 0,
-) -> Report:
+) -> TrainReport:
     """Measures both steps, first making sure that they compute the same.
 
-    In each round every way takes all steps, the ways alternating step by step, so that a machine that
+    In each round every variant takes all steps, the variants alternating step by step, so that a machine that
     slows down meanwhile slows all of them.
 
     Args:
@@ -59,7 +59,7 @@ def bench_train(
             `recipe.max_logits` and `trainer.precision` are heeded.
         batch_size: records per optimizer step, all in one forward pass.
         steps: optimizer steps of a round.
-        ablation: also our step with each of its means alone.
+        ablation: also our step with each of its optimisations alone.
 
     Raises:
         UsageError: losses or gradients differ, too few rounds, or a model that the peer has no words for.
@@ -72,24 +72,28 @@ def bench_train(
     groups = draw_pool(
         vlm, batch_size=batch_size, steps=steps, max_text_tokens=config.recipe.max_text_tokens, seed=seed
     )
-    ways = _ways(config, vlm, whole, groups, ablation)
+    variants = _variants(config, vlm, whole, groups, ablation)
     parameters = [p for p in vlm.parameters() if p.requires_grad]
-    agreement = _compare(vlm, ways[0], ways[1], autocast)
+    agreement = _compare(vlm, variants[0], variants[1], autocast)
     vlm.train()
-    taken: dict[str, list[list[Usage]]] = {way.name: [[] for _ in range(rounds)] for way in ways}
-    log.info("%d ways, %d rounds of %d steps of %d records each, on %s", len(ways), rounds, steps, batch_size, device)
+    taken: dict[str, list[list[Usage]]] = {variant.name: [[] for _ in range(rounds)] for variant in variants}
+    log.info(
+        "%d variants, %d rounds of %d steps of %d records each, on %s", len(variants), rounds, steps, batch_size, device
+    )
     with FlopCounterMode(display=False) as counter:  # also warms up
-        for batch in ways[0].batches:
-            take_step(ways[0], batch, parameters, autocast=autocast)
-    for way in ways[1:]:
-        take_step(way, way.batches[0], parameters, autocast=autocast)
+        for batch in variants[0].batches:
+            take_step(variants[0], batch, parameters, autocast=autocast)
+    for variant in variants[1:]:
+        take_step(variant, variant.batches[0], parameters, autocast=autocast)
     for round_ in range(rounds):
         for step in range(steps):
-            for way in ways:
-                taken[way.name][round_].append(take_step(way, way.batches[step], parameters, autocast=autocast))
+            for variant in variants:
+                taken[variant.name][round_].append(
+                    take_step(variant, variant.batches[step], parameters, autocast=autocast)
+                )
     best = matmul_flops(device, torch.bfloat16 if autocast else torch.float32, 8192 if device.type == "cuda" else 1024)
-    rows = [row(way, taken[way.name], counter.get_total_flops() / best) for way in ways]
-    return Report(about(config, vlm, ways[0], steps), agreement, rows)
+    rows = [row(variant, taken[variant.name], counter.get_total_flops() / best) for variant in variants]
+    return TrainReport(about(config, vlm, variants[0], steps), agreement, rows)
 
 
 def _models(config: DictConfig, device: torch.device, seed: int) -> tuple[VLM, VisionBackbone]:
@@ -105,7 +109,9 @@ def _models(config: DictConfig, device: torch.device, seed: int) -> tuple[VLM, V
     return vlm, WholeTowers(vlm.backbone, whole)
 
 
-def _ways(config: DictConfig, vlm: VLM, whole: VisionBackbone, groups: list[Group], ablation: bool) -> list[Way]:
+def _variants(
+    config: DictConfig, vlm: VLM, whole: VisionBackbone, groups: list[Group], ablation: bool
+) -> list[StepVariant]:
     parameters = [p for p in vlm.parameters() if p.requires_grad]
     device = parameters[0].device
     optimizer = AdamW(parameters, lr=1e-5, fused=True)
@@ -115,28 +121,32 @@ def _ways(config: DictConfig, vlm: VLM, whole: VisionBackbone, groups: list[Grou
     peer = build_peer(vlm, whole)
     untouched = VLM(whole, vlm.projector, vlm.lm)
 
-    def ours(name: str, means: Means) -> Way:
-        model = vlm if means.truncated else untouched
-        best = optimizer if means.fused else AdamW(parameters, lr=1e-5, foreach=False)
-        loss = our_loss(model, means, config.recipe.max_logits)
-        return Way(name, packed if means.packed else padded, loss, best)
+    def ours(name: str, chosen: Optimisations) -> StepVariant:
+        model = vlm if chosen.truncated else untouched
+        best = optimizer if chosen.fused else AdamW(parameters, lr=1e-5, foreach=False)
+        loss = our_loss(model, chosen, config.recipe.max_logits)
+        return StepVariant(name, packed if chosen.packed else padded, loss, best)
 
     def theirs(batch: Batch, targets: int) -> Tensor:
         return peer_loss(peer, batch, targets)
 
-    ways = [ours(OURS, ALL), Way(PLAIN, padded, theirs, optimizer), Way(GROUPED, grouped, theirs, optimizer)]
-    return ways + [ours(name, means) for name, means in ABLATION.items()] if ablation else ways
+    variants = [
+        ours(OURS, ALL),
+        StepVariant(PLAIN, padded, theirs, optimizer),
+        StepVariant(GROUPED, grouped, theirs, optimizer),
+    ]
+    return variants + [ours(name, chosen) for name, chosen in ABLATION.items()] if ablation else variants
 
 
-def _compare(vlm: VLM, ours: Way, peer: Way, autocast: bool) -> Agreement:
+def _compare(vlm: VLM, ours: StepVariant, peer: StepVariant, autocast: bool) -> Agreement:
     """The two steps' losses and gradients on the same records, without dropout; leaves no gradients."""
     vlm.eval()
     parameters = [p for p in vlm.parameters() if p.requires_grad]
     losses, gradients = [], []
-    for way in (ours, peer):
-        batch = way.batches[0]
+    for variant in (ours, peer):
+        batch = variant.batches[0]
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=autocast):
-            loss = way.loss(batch, batch.num_targets)
+            loss = variant.loss(batch, batch.num_targets)
         loss.backward()
         losses.append(float(loss.detach()))
         gradients.append([cast(Tensor, p.grad) for p in parameters])
@@ -145,6 +155,6 @@ def _compare(vlm: VLM, ours: Way, peer: Way, autocast: bool) -> Agreement:
     difference = norm([a - b for a, b in zip(*gradients, strict=True)]) / norm(gradients[1])
     agreement = Agreement(abs(losses[0] / losses[1] - 1), float(difference))
     if max(agreement.loss, agreement.gradient) > TOLERANCE[autocast]:
-        raise UsageError(f"The steps do not compute the same, so that their times say nothing: {agreement}")
+        raise UsageError(f"The two steps disagree numerically ({agreement}), so their timings cannot be compared.")
     log.info("Losses differ by %.1e, gradients by %.1e of their norm", agreement.loss, agreement.gradient)
     return agreement

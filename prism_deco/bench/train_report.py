@@ -1,4 +1,4 @@
-"""What `bench train` found: a row per way, ratios, a table and JSON."""
+"""What `bench train` found: a row per variant, ratios, a table and JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prism_deco.bench.measure import Usage
-from prism_deco.bench.variants import Way
+from prism_deco.bench.variants import StepVariant
 from prism_deco.vlm import VLM
 
 OURS, PLAIN, GROUPED = "prism_deco", "transformers, padded", "transformers, grouped by length"
@@ -32,8 +32,8 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One way, measured over the pool."""
+class VariantRow:
+    """One variant, measured over the pool."""
 
     name: str
     samples_per_s: float
@@ -54,12 +54,12 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class TrainReport:
     """All that was measured, and on what."""
 
     about: dict[str, Any]
     agreement: Agreement
-    rows: list[Row]
+    rows: list[VariantRow]
 
     def ratio(self, ours: str, peer: str, clock: str = "seconds") -> tuple[float, float, float]:
         """How many times faster `ours` is: the median, least and largest ratio of rounds timed side by side.
@@ -76,7 +76,7 @@ class Report:
         mine, theirs = self._row(ours).peak, self._row(peer).peak
         return mine / theirs if mine is not None and theirs else None
 
-    def _row(self, name: str) -> Row:
+    def _row(self, name: str) -> VariantRow:
         return next(row for row in self.rows if row.name == name)
 
     def write(self, path: Path) -> None:
@@ -91,7 +91,7 @@ class Report:
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def render(report: Report) -> Table:
+def render(report: TrainReport) -> Table:
     """The rows as a table."""
     facts, agreement = report.about, report.agreement
     shape = facts["architecture"]
@@ -106,7 +106,7 @@ def render(report: Report) -> Table:
         "Times: how much faster, median of rounds timed side by side (least-largest), by the clock and, below, by "
         "processor time. MiB: peak of a step above weights, gradients and optimizer.",
     )
-    table.add_column("way")
+    table.add_column("variant")
     for header in ("samples/s", "tokens/s", "MFU", "padding", "times padded", "times grouped", "MiB", "of padded"):
         table.add_column(header, justify="right", no_wrap=header.startswith("times"))
     for row in report.rows:
@@ -124,7 +124,7 @@ def render(report: Report) -> Table:
     return table
 
 
-def _ratio(report: Report, name: str, peer: str) -> str:
+def _ratio(report: TrainReport, name: str, peer: str) -> str:
     lines = []
     for clock in ("seconds", "cpu_seconds"):
         median, least, largest = report.ratio(name, peer, clock)
@@ -132,8 +132,8 @@ def _ratio(report: Report, name: str, peer: str) -> str:
     return "\n".join(lines)
 
 
-def row(way: Way, taken: Sequence[Sequence[Usage]], ideal_seconds: float) -> Row:
-    """A way's row.
+def row(variant: StepVariant, taken: Sequence[Sequence[Usage]], ideal_seconds: float) -> VariantRow:
+    """A variant's row.
 
     Args:
         taken: of each round each step.
@@ -142,24 +142,24 @@ def row(way: Way, taken: Sequence[Sequence[Usage]], ideal_seconds: float) -> Row
     seconds = tuple(sum(step.seconds for step in round_) for round_ in taken)
     median = statistics.median(seconds)
     peaks = [step.peak for round_ in taken for step in round_ if step.peak is not None]
-    positions = sum(batch.attention_mask.numel() for batch in way.batches)
-    return Row(
-        name=way.name,
-        samples_per_s=sum(len(batch.ids) for batch in way.batches) / median,
-        tokens_per_s=sum(batch.num_targets for batch in way.batches) / median,
+    positions = sum(batch.attention_mask.numel() for batch in variant.batches)
+    return VariantRow(
+        name=variant.name,
+        samples_per_s=sum(len(batch.ids) for batch in variant.batches) / median,
+        tokens_per_s=sum(batch.num_targets for batch in variant.batches) / median,
         peak=max(peaks, default=None),
         mfu=ideal_seconds / median,
-        padding=1 - sum(int(batch.attention_mask.sum()) for batch in way.batches) / positions,
+        padding=1 - sum(int(batch.attention_mask.sum()) for batch in variant.batches) / positions,
         seconds=seconds,
         cpu_seconds=tuple(sum(step.cpu_seconds for step in round_) for round_ in taken),
     )
 
 
-def about(config: DictConfig, vlm: VLM, ours: Way, steps: int) -> dict[str, Any]:
+def about(config: DictConfig, vlm: VLM, ours: StepVariant, steps: int) -> dict[str, Any]:
     """What was measured, and on what.
 
     Args:
-        ours: a way of packed batches.
+        ours: a variant of packed batches.
     """
     lengths = [length for batch in ours.batches for length in batch.lengths or ()]
     return {

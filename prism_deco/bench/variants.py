@@ -1,4 +1,4 @@
-"""Training steps that can be compared: ours with its means switched on or off, and transformers'."""
+"""Training steps to compare: ours with its optimisations switched on or off, and transformers'."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRAD_CLIP = 1.0
 
 
 @dataclass(frozen=True)
-class Means:
+class Optimisations:
     """What makes our step fast and small; each can be switched."""
 
     supervised: bool = False
@@ -34,19 +34,19 @@ class Means:
     """AdamW in one kernel (the default of transformers' Trainer as well)."""
 
 
-ALL = Means(supervised=True, chunked=True, packed=True, truncated=True)
-NONE = Means()
+ALL = Optimisations(supervised=True, chunked=True, packed=True, truncated=True)
+NONE = Optimisations()
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to take the steps of a pool of records.
+class StepVariant:
+    """One variant to take the steps of a pool of records.
 
     Attributes:
         name: for tables.
         batches: one forward pass each, which together hold every record of the pool once.
         loss: a batch and its number of supervised tokens -> float[], their mean loss.
-        optimizer: over the same parameters as every other way's.
+        optimizer: over the same parameters as every other variant's.
     """
 
     name: str
@@ -55,21 +55,23 @@ class Way:
     optimizer: AdamW
 
 
-def our_loss(vlm: VLM, means: Means, max_logits: int) -> Callable[[Batch, int], Tensor]:
-    """The loss of a `VLM` by these means; `truncated` and `packed` are up to the VLM and the batch."""
+def our_loss(vlm: VLM, chosen: Optimisations, max_logits: int) -> Callable[[Batch, int], Tensor]:
+    """The loss of a `VLM` with these optimisations; `truncated` and `packed` are up to the VLM and the batch."""
 
     def loss(batch: Batch, targets: int) -> Tensor:
-        if not means.supervised:
+        if not chosen.supervised:
             logits = vlm.logits(vlm.hidden_states(batch)).float()[:, :-1].flatten(0, 1)
             return F.cross_entropy(logits, batch.labels[:, 1:].flatten(), ignore_index=IGNORE)
-        vlm.max_logits = max_logits if means.chunked else None
+        vlm.max_logits = max_logits if chosen.chunked else None
         return vlm(batch).total / targets
 
     return loss
 
 
-def take_step(way: Way, batch: Batch, parameters: Sequence[nn.Parameter], *, autocast: bool = False) -> Usage:
-    """One optimizer step; what it takes.
+def take_step(
+    variant: StepVariant, batch: Batch, parameters: Sequence[nn.Parameter], *, autocast: bool = False
+) -> Usage:
+    """Takes one optimizer step and measures it.
 
     The peak is above the static state: weights, gradients and the optimizer's moments. Gradients are
     made within the step, so their size is taken off.
@@ -78,11 +80,11 @@ def take_step(way: Way, batch: Batch, parameters: Sequence[nn.Parameter], *, aut
     targets = batch.num_targets
     with usage(device) as taken:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            loss = way.loss(batch, targets)
+            loss = variant.loss(batch, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, GRAD_CLIP)
-        way.optimizer.step()
+        variant.optimizer.step()
     if taken.peak is not None:
         taken.peak -= sum(p.grad.nbytes for p in parameters if p.grad is not None)
-    way.optimizer.zero_grad(set_to_none=True)
+    variant.optimizer.zero_grad(set_to_none=True)
     return taken

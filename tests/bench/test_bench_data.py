@@ -6,7 +6,7 @@ from PIL import Image
 from rich.console import Console
 
 from prism_deco.backbones import build_backbone
-from prism_deco.bench.data import Row, bench_data, photographs, render
+from prism_deco.bench.data import PipelineRow, bench_data, photographs, render
 from prism_deco.data.base import Source
 from prism_deco.llms import build_llm
 
@@ -44,7 +44,7 @@ def test_images_per_second_are_those_of_the_clock(colors, llm):
 
 def test_the_table_compares_with_the_last_row():
     console = Console(width=100, file=io.StringIO())
-    console.print(render([Row("ours", 50.0, 1.0), Row("plain", 40.0, 2.0)], "Title"))
+    console.print(render([PipelineRow("ours", 50.0, 1.0), PipelineRow("plain", 40.0, 2.0)], "Title"))
     assert "1.25" in console.file.getvalue() and "50.0 ± 1.0" in console.file.getvalue()
 
 

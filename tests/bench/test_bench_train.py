@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 
 from prism_deco.bench.hf_llava import WholeTowers, build_peer, peer_loss
-from prism_deco.bench.lengths import MIXTURE, encode, json_bytes, sample
 from prism_deco.bench.measure import usage
 from prism_deco.bench.presets import PRESETS
+from prism_deco.bench.records import MIXTURE, encode, json_bytes, sample
 from prism_deco.bench.train import ABLATION, bench_train
-from prism_deco.bench.train_report import GROUPED, OURS, PLAIN, Agreement, Report, Row, render
+from prism_deco.bench.train_report import GROUPED, OURS, PLAIN, Agreement, TrainReport, VariantRow, render
 from prism_deco.cli import main
 from prism_deco.config import load_config
 from prism_deco.sequence import build_batch
@@ -51,13 +51,13 @@ def test_every_way_is_measured(report):
 
 def test_ratios_pair_the_rounds(tmp_path):
     rows = [
-        Row(OURS, 4.0, 8.0, 200, 0.5, 0.0, (1.0, 2.0, 4.0), (1.0, 1.0, 2.0)),
-        Row(PLAIN, 2.0, 4.0, 800, 0.2, 0.4, (3.0, 4.0, 20.0), (2.0, 2.0, 2.0)),
-        Row(GROUPED, 2.0, 4.0, None, 0.2, 0.1, (2.0, 3.0, 4.0), (3.0, 1.0, 2.0)),
+        VariantRow(OURS, 4.0, 8.0, 200, 0.5, 0.0, (1.0, 2.0, 4.0), (1.0, 1.0, 2.0)),
+        VariantRow(PLAIN, 2.0, 4.0, 800, 0.2, 0.4, (3.0, 4.0, 20.0), (2.0, 2.0, 2.0)),
+        VariantRow(GROUPED, 2.0, 4.0, None, 0.2, 0.1, (2.0, 3.0, 4.0), (3.0, 1.0, 2.0)),
     ]
     about = {"llm": "x", "architecture": {"hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 9000}}
     about |= {"visual_tokens": 4, "batch_size": 2, "precision": "32-true", "hardware": "abacus", "threads": 1}
-    report = Report(about, Agreement(1e-8, 2e-7), rows)
+    report = TrainReport(about, Agreement(1e-8, 2e-7), rows)
     assert report.ratio(OURS, PLAIN) == (3.0, 2.0, 5.0)
     assert report.ratio(OURS, PLAIN, "cpu_seconds") == (2.0, 1.0, 2.0)
     assert report.memory_ratio(OURS, PLAIN) == 0.25 and report.memory_ratio(OURS, GROUPED) is None
@@ -140,7 +140,7 @@ def test_steps_that_differ_are_not_compared(monkeypatch):
     from prism_deco.bench import train
 
     monkeypatch.setattr(train, "peer_loss", lambda peer, batch, targets: 1.01 * peer_loss(peer, batch, targets))
-    with pytest.raises(ValueError, match="do not compute the same"):
+    with pytest.raises(ValueError, match="disagree numerically"):
         bench_train(load_config([*TINY, "llm=mini_qwen2"]), batch_size=2, steps=1, rounds=2)
 
 

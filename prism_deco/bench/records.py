@@ -1,4 +1,4 @@
-"""Records with the lengths of LLaVA's 665K mixture, made of random tokens.
+"""The records that `bench train` trains on: random tokens and pixels with the lengths of LLaVA's 665K mixture.
 
 The composition is published (arXiv 2310.03744, Table 7); the rounds follow from it and from the data sets' own sizes
 (VQAv2: 443,757 questions on 82,783 images; GQA: 943,000 on 72,140; region questions come in tens). The words per
@@ -12,8 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from prism_deco.bench.hf_llava import image_token
 from prism_deco.llms.encoding import IGNORE, Encoded, truncate
+from prism_deco.sequence import Batch, build_batch, sequence_length
+from prism_deco.vlm import VLM
+
+Group = list[tuple[Encoded, dict[str, Tensor] | None]]
+"""The records of one forward pass, with the pixels (per tower float[3, S, S]) of those that have an image."""
 
 TOKENS_PER_WORD = 1.3
 TOKENS_PER_BOX = 20
@@ -23,8 +31,8 @@ TEMPLATE_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Source:
-    """One part of the mixture.
+class MixturePart:
+    """One data set of the mixture.
 
     Attributes:
         records: how many there are.
@@ -45,18 +53,18 @@ class Source:
 
 
 MIXTURE = {
-    "llava_conversation": Source(57_669, 4.5, 11, 33, spread=0.6),
-    "llava_detail": Source(23_240, 1, 10, 95),
-    "llava_reasoning": Source(76_803, 1, 16, 110),
-    "sharegpt": Source(40_688, 5, 55, 155, image=False, spread=1.0),
-    "vqav2": Source(82_783, 5.4, 7, 1.1),
-    "gqa": Source(72_140, 13, 9, 1),
-    "okvqa": Source(8_998, 1, 18, 1.2),
-    "ocrvqa": Source(80_000, 4.8, 8, 4),
-    "aokvqa": Source(66_160, 1, 28, 1),
-    "textcaps": Source(21_953, 1, 25, 12),
-    "refcoco": Source(48_447, 8, 10, 4, boxes=0.5),
-    "vg": Source(86_417, 10, 10, 4, boxes=0.5),
+    "llava_conversation": MixturePart(57_669, 4.5, 11, 33, spread=0.6),
+    "llava_detail": MixturePart(23_240, 1, 10, 95),
+    "llava_reasoning": MixturePart(76_803, 1, 16, 110),
+    "sharegpt": MixturePart(40_688, 5, 55, 155, image=False, spread=1.0),
+    "vqav2": MixturePart(82_783, 5.4, 7, 1.1),
+    "gqa": MixturePart(72_140, 13, 9, 1),
+    "okvqa": MixturePart(8_998, 1, 18, 1.2),
+    "ocrvqa": MixturePart(80_000, 4.8, 8, 4),
+    "aokvqa": MixturePart(66_160, 1, 28, 1),
+    "textcaps": MixturePart(21_953, 1, 25, 12),
+    "refcoco": MixturePart(48_447, 8, 10, 4, boxes=0.5),
+    "vg": MixturePart(86_417, 10, 10, 4, boxes=0.5),
 }
 """665,298 records, 624,610 of them with an image."""
 
@@ -79,19 +87,19 @@ class Shape:
 def sample(count: int, seed: int = 0) -> list[Shape]:
     """Records drawn from the mixture."""
     rng = np.random.default_rng(seed)
-    weights = np.array([source.records for source in MIXTURE.values()], dtype=float)
+    weights = np.array([part.records for part in MIXTURE.values()], dtype=float)
     names = rng.choice(list(MIXTURE), size=count, p=weights / weights.sum())
     return [_shape(str(name), MIXTURE[str(name)], rng) for name in names]
 
 
-def _shape(name: str, source: Source, rng: np.random.Generator) -> Shape:
+def _shape(name: str, part: MixturePart, rng: np.random.Generator) -> Shape:
     rounds = []
-    for _ in range(1 + rng.poisson(source.rounds - 1)):
-        box = source.boxes and rng.random()
-        asks, tells = 0 < box < source.boxes, source.boxes <= box < 2 * source.boxes
-        answer = 0 if asks else _words(source.answer, source.spread, rng)
-        rounds.append(((_words(source.question, source.spread, rng), int(tells)), (answer, int(asks))))
-    return Shape(name, source.image, tuple(rounds))
+    for _ in range(1 + rng.poisson(part.rounds - 1)):
+        box = part.boxes and rng.random()
+        asks, tells = 0 < box < part.boxes, part.boxes <= box < 2 * part.boxes
+        answer = 0 if asks else _words(part.answer, part.spread, rng)
+        rounds.append(((_words(part.question, part.spread, rng), int(tells)), (answer, int(asks))))
+    return Shape(name, part.image, tuple(rounds))
 
 
 def _words(mean: float, spread: float, rng: np.random.Generator) -> int:
@@ -124,3 +132,38 @@ def json_bytes(shapes: Sequence[Shape]) -> float:
         90 + sum(33 + 6 * words + 24 * boxes for turns in shape.rounds for words, boxes in turns) for shape in shapes
     ]
     return float(np.mean(sizes))
+
+
+def draw_pool(vlm: VLM, *, batch_size: int, steps: int, max_text_tokens: int, seed: int) -> list[Group]:
+    """Global batches of records with the lengths of the real mixture, in random order."""
+    rng = np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed)
+    records: Group = []
+    for shape in sample(batch_size * steps, seed):
+        encoded = encode(shape, image_token(vlm), rng, max_text_tokens=max_text_tokens)
+        side = vlm.backbone.image_size
+        pixels = {tower: torch.randn(3, side, side, generator=generator) for tower in vlm.backbone.towers}
+        records.append((encoded, pixels if shape.image else None))
+    return [records[i : i + batch_size] for i in range(0, len(records), batch_size)]
+
+
+def build_batches(vlm: VLM, groups: Sequence[Group], device: torch.device, *, pack: bool) -> list[Batch]:
+    """A forward pass for each group, padded or packed, on the device."""
+    batches = []
+    for members in groups:
+        images = [pixels for _, pixels in members if pixels is not None]
+        stacked = {tower: torch.stack([p[tower] for p in images]) for tower in vlm.backbone.towers} if images else None
+        encoded = [e for e, _ in members]
+        names = [str(i) for i in range(len(members))]
+        batch = build_batch(encoded, vlm.projector.num_tokens, pixels=stacked, pack=pack, ids=names)
+        batches.append(batch.to(device))
+    return batches
+
+
+def by_length(groups: Sequence[Group], tokens_per_image: int) -> list[Group]:
+    """The same records regrouped by length, images included: padding at its least."""
+    size = len(groups[0])
+    ordered = sorted(
+        (record for group in groups for record in group), key=lambda r: -sequence_length(r[0], tokens_per_image)
+    )
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
