@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from prism_deco.plan.features import CachePlan
 from rich.console import Console
 
 from prism_deco.bench.cache import bench_cache
@@ -14,7 +15,6 @@ from prism_deco.bench.measure import Usage
 from prism_deco.bench.presets import CACHE
 from prism_deco.cli import main
 from prism_deco.config import load_config
-from prism_deco.plan.features import CachePlan
 from prism_deco.plan.flops import training_flops
 
 TINY = ["recipe=prism", "projector=avgpool", "recipe.num_tokens=4", "backbone=mini_siglip", "backbone.image_size=32",
