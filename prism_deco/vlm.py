@@ -104,11 +104,7 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def features(self, pixels: dict[str, Tensor]) -> Tensor:
-        """Per tower float[I, 3, S, S] -> patch features float[I, N, D], standardised if asked for.
-
-        Features that come ready with the pixels (`backbones.base.FEATURES`) may be compressed, float[I, T, D]:
-        standardising them afterwards is the same up to rounding, and to the bit for maxima.
-        """
+        """Per tower float[I, 3, S, S] -> patch features float[I, N, D], standardised if asked for."""
         return self.standardise(self.backbone(pixels))
 
     def standardise(self, features: Tensor) -> Tensor:
@@ -141,8 +137,7 @@ class VLM(nn.Module):
         return self.project(self.features(pixels))
 
     def project(self, features: Tensor) -> Tensor:
-        """float[I, N, D] (or compressed, see `Projector`) -> float[I, M, E]: the projector, and the options on its
-        output."""
+        """float[I, N, D] -> float[I, M, E]: the projector, and the options on its output."""
         tokens = self.projector(features)
         if self.token_scale is not None:
             tokens = tokens * self.token_scale

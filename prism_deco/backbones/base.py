@@ -15,9 +15,6 @@ from prism_deco.config import load_choice
 from prism_deco.config.registry import Registry
 from prism_deco.errors import UsageError
 
-FEATURES = "features"
-"""Where features that are ready stand among the pixels: float[B, T, D], all patches or already compressed ones."""
-
 
 class VisionBackbone(nn.Module):
     """Frozen vision tower(s): pixels in, patch features out.
@@ -53,13 +50,11 @@ class VisionBackbone(nn.Module):
         raise NotImplementedError
 
     def forward(self, pixels: Mapping[str, Tensor]) -> Tensor:
-        """dict[tower, float[B, 3, S, S]] -> float[B, N, D], in the dtype of the weights; `FEATURES` as they are.
+        """dict[tower, float[B, 3, S, S]] -> float[B, N, D], in the dtype of the weights.
 
         Raises:
             UsageError: the pixels of a tower are missing.
         """
-        if FEATURES in pixels:
-            return pixels[FEATURES]
         missing = [name for name in self.towers if name not in pixels]
         if missing:
             raise UsageError(

@@ -33,18 +33,3 @@ PRESETS: dict[str, tuple[str, ...]] = {
     ),
     "real": ("recipe=prism", "projector=linear", "trainer=gpu"),
 }
-
-
-def _llm(width: int, depth: int) -> tuple[str, ...]:
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth}
-    return ("llm=mini_phi", *(f"llm.architecture.{key}={value}" for key, value in sizes.items()))
-
-
-_PAIR = ("recipe=prism", "projector=avgpool", "recipe.num_tokens=36")
-CACHE: dict[str, tuple[str, ...]] = {
-    "B5": (*_PAIR, "backbone=mini_dinov2_siglip", "backbone.image_size=192", *_llm(256, 3)),
-    "B4": (*_PAIR, "backbone=mini_dinov2_siglip", "backbone.image_size=144", *_llm(320, 5)),
-    "B1": (*_PAIR, "backbone=mini_siglip", "backbone.image_size=96", *_llm(320, 6)),
-}
-"""For `bench cache`: small models whose towers have about the share of the arithmetic that they have in these cells of
-the paper's Table 3 (51, 15 and 3 %)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from prism_deco.bench.presets import CACHE, PRESETS
+from prism_deco.bench.presets import PRESETS
 from prism_deco.commands.common import Subparsers, show
 from prism_deco.config import load_config
 
@@ -42,17 +42,6 @@ def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
     steps.add_argument("--device", default="cpu", help="cpu | cuda")
     steps.add_argument("--out", type=Path, metavar="FILE", help="write the numbers to this JSON file")
     steps.set_defaults(command=bench_train)
-
-    cache = benches.add_parser("cache", parents=[common], help="training on cached features beside live towers")
-    cache.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="as for train: what the presets build on")
-    cache.add_argument("--presets", nargs="+", choices=list(CACHE), default=list(CACHE), help="proportions; all")
-    cache.add_argument("--shown", type=float, default=8.0, help="times that an image is shown, over epochs and runs")
-    cache.add_argument("--batch-size", type=int, default=8, help="records per step")
-    cache.add_argument("--steps", type=int, default=4, help="steps per round; a round shows every image once")
-    cache.add_argument("--rounds", type=int, default=5, help="timed rounds, both ways alternating")
-    cache.add_argument("--device", default="cpu", help="cpu | cuda")
-    cache.add_argument("--out", type=Path, metavar="FILE", help="write the numbers to this JSON file")
-    cache.set_defaults(command=bench_cache)
 
 
 def bench_projectors(args: argparse.Namespace) -> None:
@@ -100,26 +89,3 @@ def bench_train(args: argparse.Namespace) -> None:
     show(render(report))
     if args.out:
         report.write(args.out)
-
-
-def bench_cache(args: argparse.Namespace) -> None:
-    """Compares training on cached features with live towers."""
-    configs = {name: load_config([*CACHE[name], *args.arguments]) for name in args.presets}
-    import tempfile
-
-    import torch
-
-    from prism_deco.bench.cache import bench_cache
-    from prism_deco.bench.cache_report import render, write
-    from prism_deco.evaluation.ranks import asked_device
-
-    device = str(asked_device(args.device))
-    sizes = {"batch_size": args.batch_size, "steps": args.steps, "rounds": args.rounds}
-    results = []
-    for name, config in configs.items():
-        torch.set_num_threads(config.trainer.threads or torch.get_num_threads())
-        with tempfile.TemporaryDirectory() as folder:
-            results.append(bench_cache(config, name, Path(folder), device=device, **sizes))
-    show(render(results, args.shown))
-    if args.out:
-        write(results, args.shown, args.out)

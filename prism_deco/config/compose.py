@@ -40,6 +40,14 @@ def is_free(key: str) -> bool:
     return key in _FREE or key.startswith(("trainer.", "evaluate."))
 
 
+RETIRED = {
+    "trainer.feature_cache=auto": "auto is no longer a choice, since it needed a plan of every run: use true where an "
+    "image is seen several times, by epochs or by runs of a sweep, and the towers are much of the work, else false",
+    "trainer.feature_cache_runs": "only trainer.feature_cache=auto used it, which is no longer a choice",
+}
+"""Keys and values of earlier versions: `read_config` leaves them out, a new configuration must not hold them."""
+
+
 def cache_dir() -> Path:
     """Folder for what can be made again: indexes, rendered worlds, converted weights. `PRISM_DECO_CACHE` moves it."""
     # A variable that is set to nothing is not set: it would be the working directory.
@@ -86,6 +94,11 @@ def load_config(overrides: Iterable[str] = ()) -> DictConfig:
 
 def compose(contents: Mapping[Any, Any], values: Iterable[str] = ()) -> DictConfig:
     """Merges the schema, the given contents (one mapping per group) and `key=value` overrides."""
+    values = list(values)
+    update = parse_overrides(values)
+    retired = [*_retired(contents), *_retired(update)]
+    if retired:
+        raise UsageError(f"{retired[0]}: {RETIRED[retired[0]]}.")
     groups = []
     for group in GROUPS:
         base = Config.__dataclass_fields__[group].default_factory
@@ -93,8 +106,6 @@ def compose(contents: Mapping[Any, Any], values: Iterable[str] = ()) -> DictConf
         groups.append((group, kind, field(default_factory=kind)))
     schema = OmegaConf.structured(make_dataclass("Config", groups, bases=(Config,)))
     config = _merge(schema, OmegaConf.create(dict(contents)))
-    values = list(values)
-    update = parse_overrides(values)
     try:
         return _merge(config, update)
     except Exception:  # one by one they take longer, but the error names the value
@@ -151,7 +162,11 @@ def read_config(path: Path) -> DictConfig:
     """Reads what `save_config` wrote."""
     if not path.is_file():
         raise UsageError(f"{path} does not exist: {path.parent} is not a run folder.")
-    return compose(read_yaml(path))
+    content = read_yaml(path)
+    for key in _retired(content):
+        group, _, leaf = key.partition("=")[0].rpartition(".")
+        del content[group][leaf]
+    return compose(content)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -249,6 +264,18 @@ def _split(overrides: Iterable[str]) -> tuple[dict[str, str], list[str]]:
         else:
             values.append(override)
     return chosen, values
+
+
+def _retired(content: Mapping[Any, Any] | DictConfig) -> list[str]:
+    """What of `RETIRED` a configuration, one mapping per group, holds."""
+    found = []
+    for key in RETIRED:
+        name, _, value = key.partition("=")
+        group, _, leaf = name.rpartition(".")
+        settings = content.get(group)
+        if isinstance(settings, Mapping | DictConfig) and leaf in settings and value in ("", settings[leaf]):
+            found.append(key)
+    return found
 
 
 def _extend(base: type, content: Mapping[str, Any]) -> type:

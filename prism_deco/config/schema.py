@@ -251,11 +251,9 @@ class TrainerConfig:
     """Devices that wait for another one that long give up, and name it."""
     requeue: bool = False
     """SLURM: ask for the job to be queued again when it is preempted."""
-    feature_cache: str = "auto"
-    """Compute the features of the frozen towers once, on disk, for all epochs and all runs that share them: off | on |
-    auto (where the plan says that it pays)."""
-    feature_cache_runs: int = number(1, least=1)
-    """Runs that will use the same cache, this one included: `auto` divides its cost among them. Sweeps count them."""
+    feature_cache: bool = False
+    """Compute the features of the frozen towers once and keep them on disk, for all epochs and for all runs with the
+    same towers and images. Pays where an image is seen several times and the towers are much of the work."""
     threads: int | None = number(None, least=1)
     """CPU threads of torch per process; None leaves torch's choice."""
     log_every: int = number(10, least=1)

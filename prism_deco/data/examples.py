@@ -7,14 +7,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from prism_deco.backbones.base import FEATURES
 from prism_deco.config.registry import unknown
 from prism_deco.data.images import ImageFolder, ImageSource, load_image
 from prism_deco.data.records import Record, Records
@@ -35,7 +33,7 @@ class Example:
     """One record, ready for the model.
 
     Attributes:
-        pixels: per image a dict tower -> float[3, S, S], or `FEATURES` -> float[T, D] where these are ready.
+        pixels: per image a dict tower -> float[3, S, S].
         tokens_cut: text tokens that truncation removed.
         bad_images: images that could not be read and were handled by `on_bad_image`.
         filler: nothing is learned from it, and it counts for nothing (`samplers.Filler`).
@@ -47,19 +45,6 @@ class Example:
     tokens_cut: int
     bad_images: int
     filler: bool = False
-
-
-class Features(Protocol):
-    """Features of images that were computed before; see `prism_deco.features`. Picklable: loader processes take it
-    along."""
-
-    def read(self, name: str) -> Tensor:
-        """float[T, D]; those of a blank image for an image that could not be read."""
-        ...
-
-    def is_bad(self, name: str) -> bool:
-        """Whether the image could not be read."""
-        ...
 
 
 class Encoder:
@@ -124,9 +109,6 @@ class Examples(Dataset[Example]):
         max_text_tokens, max_positions, tokens_per_image: see `Encoder`.
         on_bad_image: fail | skip (the record stays in place but is not learned from, so that all
             ranks keep in step) | blank (an image of the towers' mean colour).
-
-    Attributes:
-        features: of all images, to be used instead of their pixels; None decodes the images.
     """
 
     def __init__(
@@ -148,9 +130,8 @@ class Examples(Dataset[Example]):
         self._encode = Encoder(
             llm, max_text_tokens=max_text_tokens, max_positions=max_positions, tokens_per_image=tokens_per_image
         )
-        self._transform = transform
+        self.transform = transform
         self._on_bad_image = on_bad_image
-        self.features: Features | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -164,27 +145,19 @@ class Examples(Dataset[Example]):
             encoded, cut = self._encode(record)
         except ValueError as error:
             raise UsageError(f"Record {record.id}: {error}") from error
-        images = [self._prepare(record.id, name) for name in record.images]
+        images = [self.read_image(record.id, name) for name in record.images]
         bad = sum(is_bad for _, is_bad in images)
         if bad and self._on_bad_image == "skip":
             encoded = _ignore(encoded)
         return Example(record.id, encoded, [pixels for pixels, _ in images], cut, bad)
 
-    def _prepare(self, record: str, name: str) -> tuple[dict[str, Tensor], bool]:
-        """What the model is given of an image, and whether the image is bad."""
-        if self.features is not None and not self.features.is_bad(name):
-            return {FEATURES: self.features.read(name)}, False
-        image = self._open(record, name)
-        if self.features is None:
-            return (self._transform(image), False) if image is not None else (self._blank(), True)
-        if image is not None:
-            raise OSError(
-                f"Record {record}: {self.images.location(name)} could not be read when features were computed, and "
-                "now it can. Run again: its features will be computed, too."
-            )
-        return {FEATURES: self.features.read(name)}, True
+    def read_image(self, record: str, name: str) -> tuple[dict[str, Tensor], bool]:
+        """What the model is given of an image of a record, and whether the image is bad."""
+        image = self.open_image(record, name)
+        return (self.transform(image), False) if image is not None else (blank_pixels(self.transform), True)
 
-    def _open(self, record: str, name: str) -> Image.Image | None:
+    def open_image(self, record: str, name: str) -> Image.Image | None:
+        """An image of a record; None if it cannot be read and `on_bad_image` allows that, else `OSError`."""
         try:
             return load_image(self.images, name)
         except OSError as error:
@@ -195,9 +168,10 @@ class Examples(Dataset[Example]):
             log.warning("Record %s: %s (data.on_bad_image=%s)", record, error, self._on_bad_image)
             return None
 
-    def _blank(self) -> dict[str, Tensor]:
-        # Zero is each tower's mean colour after its normalisation.
-        return {k: torch.zeros_like(v) for k, v in self._transform(Image.new("RGB", (8, 8))).items()}
+
+def blank_pixels(transform: Transform) -> dict[str, Tensor]:
+    """The input for an image that cannot be read: each tower's mean colour, which its normalisation maps to zero."""
+    return {tower: torch.zeros_like(pixels) for tower, pixels in transform(Image.new("RGB", (8, 8))).items()}
 
 
 def _ignore(encoded: Encoded) -> Encoded:

@@ -66,13 +66,6 @@ class Parts:
     train: Subset
     val: Subset
 
-    @property
-    def by_file(self) -> list[tuple[Records, list[Subset]]]:
-        """Each file and what is used of it."""
-        if self.records is self.val_records:
-            return [(self.records, [self.train, self.val])]
-        return [(self.records, [self.train]), (self.val_records, [self.val])]
-
 
 def open_parts(source: Source, cache: Path, *, val_fraction: float, limit: int | None) -> Parts:
     """The records of a source, divided into those to train and those to validate on.

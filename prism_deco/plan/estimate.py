@@ -14,14 +14,12 @@ from prism_deco.data.samplers import SAMPLERS, Population
 from prism_deco.errors import UsageError
 from prism_deco.llms.checkpointing import ACTIVATION_CHECKPOINTING
 from prism_deco.plan.accelerators import GIB, accelerator
-from prism_deco.plan.features import CachePlan, compute_of, layouts
 from prism_deco.plan.flops import training_flops
 from prism_deco.plan.memory import FLOAT32, Memory, step_memory
 from prism_deco.plan.meta_models import backbone_of, count, llm_of, projector_of
 from prism_deco.plan.phases import Layout
 from prism_deco.plan.sequences import Sequences, sequences_of
 from prism_deco.plan.setup import Setup, setup_of
-from prism_deco.sharing import mode, sharing
 
 AUTO = "auto"
 
@@ -50,7 +48,6 @@ class Needs:
         hours: None where the accelerator's speed is not known.
         checkpoint: one checkpoint: trained weights in float32 and AdamW's moments.
         checkpoints_kept: the newest ones and the best.
-        cache: the features of all images on the disk (pooled ones for projectors that pool first), and what they save.
     """
 
     parameters: int
@@ -70,7 +67,6 @@ class Needs:
     hours: float | None
     checkpoint: int
     checkpoints_kept: int
-    cache: CachePlan
 
 
 @dataclass(frozen=True)
@@ -187,16 +183,6 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, speed: float 
         targets=sequences.supervised * kept,
     )
     trained = count(projector, llm.model, trained=True)
-    mode(config)  # a wrong one must not wait for the weights
-    cache = CachePlan.of(
-        layouts(sequences.distinct, projector, compute_of(setup)),
-        visits=seen * images,
-        tower=costs.tower,
-        flops=flops,
-        speed=speed,
-        devices=setup.devices,
-        sharing=sharing(config),
-    )
     return Needs(
         parameters=count(backbone, projector, llm.model),
         trained=trained,
@@ -215,7 +201,6 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, speed: float 
         hours=flops / speed / setup.devices / 3600 if speed else None,
         checkpoint=3 * FLOAT32 * trained,
         checkpoints_kept=config.trainer.keep_checkpoints + 1,
-        cache=cache,
     )
 
 

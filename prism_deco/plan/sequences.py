@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from omegaconf import DictConfig
 
 from prism_deco.build import group
 from prism_deco.config import cache_dir
-from prism_deco.data import Source, build_source
+from prism_deco.data import build_source
 from prism_deco.data.records import Records
 from prism_deco.data.split import Subset, first, open_parts
-from prism_deco.features import image_names
 from prism_deco.llms import LanguageModel
 from prism_deco.plan.meta_models import llm_of
 
@@ -34,7 +32,6 @@ class Sequences:
     Attributes:
         records: records to train on.
         images: how many of them show an image.
-        distinct: different images that are shown, in training and validation, of each file of records.
         text: tokens of a record, on average.
         supervised: of these, the supervised ones.
         longest_text: tokens of the longest record.
@@ -50,7 +47,6 @@ class Sequences:
     longest_text: float
     longest_supervised: float
     source: str
-    distinct: tuple[int, ...]
     lengths: np.ndarray | None = None
 
     def share_cut(self, room: int) -> float | None:
@@ -76,19 +72,7 @@ def sequences_of(config: DictConfig) -> tuple[Sequences, str | None]:
     # As training opens them: what that refuses is no run to be planned.
     parts = open_parts(source, cache_dir(), val_fraction=config.data.val_fraction, limit=config.data.limit)
     records = first(parts.records, config.data.limit)
-    distinct = distinct_images(source, records.data_hash, config.data.val_fraction, config.data.limit)
-    return _measure(records, distinct, llm_of(config), config.recipe.micro_batch_size), None
-
-
-@lru_cache(maxsize=8)
-def distinct_images(source: Source, data_hash: str, val_fraction: float, limit: int | None) -> tuple[int, ...]:
-    """See `Sequences.distinct`. All records are read once for it.
-
-    Args:
-        data_hash: of its records; other ones are read again.
-    """
-    parts = open_parts(source, cache_dir(), val_fraction=val_fraction, limit=limit)
-    return tuple(len(image_names(*subsets)) for _, subsets in parts.by_file)
+    return _measure(records, llm_of(config), config.recipe.micro_batch_size), None
 
 
 def _estimate(config: DictConfig) -> Sequences:
@@ -104,11 +88,10 @@ def _estimate(config: DictConfig) -> Sequences:
         longest_text=known.longest_text_tokens,
         longest_supervised=known.longest_supervised_tokens,
         source="estimate",
-        distinct=(round(known.images * limit),),
     )
 
 
-def _measure(records: Subset, distinct: tuple[int, ...], llm: LanguageModel, micro_batch_size: int) -> Sequences:
+def _measure(records: Subset, llm: LanguageModel, micro_batch_size: int) -> Sequences:
     try:
         per_word, supervised = _tokens_per_word(records, llm)
         source = "measured"
@@ -125,7 +108,6 @@ def _measure(records: Subset, distinct: tuple[int, ...], llm: LanguageModel, mic
         longest_text=float(longest.max()),
         longest_supervised=supervised * float(longest.mean()),
         source=source,
-        distinct=distinct,
         lengths=lengths,
     )
 

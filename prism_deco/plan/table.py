@@ -35,7 +35,7 @@ def table(plans: Sequence[Plan], mfu: float) -> Table:
     result.add_column("run", overflow="fold")
     columns = (
         "params\n(trained)", "visual\ntokens", "sequence\nmean/longest/max", "text\ncut", "GiB per\ndevice",
-        "PFLOP", "hours", "checkpoints\nGiB", "features\nGiB", "",
+        "PFLOP", "hours", "checkpoints\nGiB", "",
     )  # fmt: skip
     for column in columns:
         result.add_column(column, justify="right", no_wrap=True)
@@ -56,20 +56,18 @@ def _cells(needs: Needs) -> list[str]:
         f"{needs.flops / 1e15:,.0f}" if needs.flops > 1e16 else f"{needs.flops / 1e15:.2g}",
         "?" if needs.hours is None else f"{needs.hours:.1f}",
         _gib(needs.checkpoint * needs.checkpoints_kept),
-        _gib(needs.cache.bytes),
     ]
 
 
 def _notes(plans: Sequence[Plan]) -> list[str]:
     notes = [
         "Memory is that of tensors in the forward pass of the longest record; --json has its parts. Hours are without",
-        "validation and scoring, and without a cache. On disk: the checkpoints kept, and the cache of frozen features.",
+        "validation and scoring. On disk: the checkpoints kept.",
     ]
     policies = sorted({plan.needs.setup.checkpointing for plan in plans if plan.needs is not None} - {"none"})
     for policy in policies:
         names = [plan.name for plan in plans if plan.needs is not None and plan.needs.setup.checkpointing == policy]
         notes.append(f"Activations recomputed ({policy}): {', '.join(names) if len(names) < len(plans) else 'all'}")
-    notes += _cache_notes(plans)
     sources = {plan.needs.source for plan in plans if plan.needs is not None}
     notes += [text for source, text in SOURCES.items() if source in sources]
     said: dict[str, list[str]] = {}
@@ -79,36 +77,6 @@ def _notes(plans: Sequence[Plan]) -> list[str]:
     return notes + [f"{', '.join(names) if len(names) < len(plans) else 'all'}: {text}" for text, names in said.items()]
 
 
-def _runs(needs: Needs, plans: Sequence[Plan]) -> int:
-    """How many of the planned runs share one cache."""
-    return sum(plan.needs is not None and plan.needs.cache.sharing == needs.cache.sharing for plan in plans)
-
-
-def _cache_notes(plans: Sequence[Plan]) -> list[str]:
-    """Per cache what it saves over all runs that share it."""
-    groups: dict[str, list[Plan]] = {}
-    for plan in plans:
-        if plan.needs is not None:
-            groups.setdefault(plan.needs.cache.sharing, []).append(plan)
-    notes = []
-    for members in groups.values():
-        caches = [plan.needs.cache for plan in members if plan.needs is not None]
-        runs = len(caches)
-        saved, total = sum(cache.saved(runs) for cache in caches), sum(cache.flops for cache in caches)
-        hours = [cache.hours(runs) for cache in caches]
-        shares = sorted(cache.tower_share for cache in caches)
-        towers = " to ".join(dict.fromkeys(f"{share:.0%}" for share in (shares[0], shares[-1])))
-        names = ", ".join(plan.name for plan in members)
-        verb = "saves" if saved > 0 else "costs"
-        time = "" if hours[0] is None else f" ({abs(sum(h for h in hours if h is not None)):.1f} h)"
-        decision = "on" if any(cache.pays(runs) for cache in caches) else "off"
-        notes.append(
-            f"Features, {names}: the towers are {towers} of the arithmetic; one cache of {_gib(caches[0].bytes)} GiB "
-            f"{verb} {abs(saved) / total:.0%}{time} of it; trainer.feature_cache=auto is {decision}"
-        )
-    return notes
-
-
 def as_json(plans: Sequence[Plan]) -> list[dict[str, Any]]:
     """The plans with all their parts, bytes and operations as plain numbers."""
     result = []
@@ -116,9 +84,6 @@ def as_json(plans: Sequence[Plan]) -> list[dict[str, Any]]:
         content: dict[str, Any] = asdict(plan) | {"problems": problems(plan)}
         if plan.needs is not None:
             content["needs"]["memory"]["peak"] = plan.needs.memory.peak
-            cache, runs = plan.needs.cache, _runs(plan.needs, plans)
-            found = {"runs": runs, "tower_share": cache.tower_share, "ratio": cache.ratio(runs)}
-            content["needs"]["cache"] |= found | {"hours": cache.hours(runs), "pays": cache.pays(runs)}
         result.append(content)
     return result
 

@@ -16,9 +16,6 @@ from prism_deco.errors import UsageError
 class Projector(nn.Module):
     """Base class: fixes and checks the contract, subclasses implement `project`.
 
-    What a projector does to the patches before anything that has parameters may stand in `compress`: such features
-    can be kept instead of all patches, and are accepted in their place.
-
     Args:
         in_dim: channels D of a patch feature.
         out_dim: embedding size of the LLM.
@@ -28,9 +25,6 @@ class Projector(nn.Module):
 
     compresses: ClassVar[bool] = True
     """Whether the number of visual tokens is free; False where every patch becomes one (`linear`)."""
-
-    pooling: ClassVar[str | None] = None
-    """What `compress` does, for telling kept features apart: avg | max; None where it does nothing."""
 
     compute_dtype: ClassVar[torch.dtype | None] = None
     """What its weights are computed in where others are in half precision, sharded or cast; None: like the others."""
@@ -47,31 +41,19 @@ class Projector(nn.Module):
         """Number M of visual tokens handed to the LLM."""
         return self.out_grid[0] * self.out_grid[1]
 
-    @property
-    def compressed_grid(self) -> tuple[int, int]:
-        """Grid (height, width) of what `compress` gives."""
-        return self.out_grid if self.pooling else self.in_grid
-
-    def compress(self, features: Tensor) -> Tensor:
-        """float[B, N, in_dim] -> float[B, T, in_dim], T of `compressed_grid`; has no parameters."""
-        return features
-
     def project(self, features: Tensor) -> Tensor:
-        """float[B, T, in_dim] -> float[B, M, out_dim]."""
+        """float[B, N, in_dim] -> float[B, M, out_dim]."""
         raise NotImplementedError
 
     def forward(self, features: Tensor) -> Tensor:
-        """float[B, N, in_dim], or compressed float[B, T, in_dim] -> float[B, M, out_dim]; `UsageError` on features of
-        another size."""
+        """float[B, N, in_dim] -> float[B, M, out_dim]; `UsageError` on features of another size."""
         height, width = self.in_grid
-        if features.ndim == 3 and features.shape[1:] == (height * width, self.in_dim):
-            return self.project(self.compress(features))
-        if features.ndim == 3 and features.shape[1:] == (math.prod(self.compressed_grid), self.in_dim):
-            return self.project(features)
-        raise UsageError(
-            f"{type(self).__name__} was built for features [batch, {height * width}, {self.in_dim}] "
-            f"(grid {height}x{width}) and got {list(features.shape)}. Use the backbone's grid and embed_dim."
-        )
+        if features.ndim != 3 or features.shape[1:] != (height * width, self.in_dim):
+            raise UsageError(
+                f"{type(self).__name__} was built for features [batch, {height * width}, {self.in_dim}] "
+                f"(grid {height}x{width}) and got {list(features.shape)}. Use the backbone's grid and embed_dim."
+            )
+        return self.project(features)
 
     def query_to_patch(self) -> Tensor | None:
         """float[M, N], rows summing to 1, where the geometry alone fixes which patches a visual

@@ -33,18 +33,20 @@ class Pooling(Projector):
         super().__init__(in_dim, out_dim, in_grid, square_grid(num_tokens, in_grid))
         self.mlp = build_mlp(in_dim, out_dim, mlp_depth, ratio=mlp_ratio)
 
+    def pool_patches(self, features: Tensor) -> Tensor:
+        """float[B, N, in_dim] -> float[B, M, in_dim]."""
+        raise NotImplementedError
+
     def project(self, features: Tensor) -> Tensor:
-        """float[B, M, in_dim], pooled -> float[B, M, out_dim]."""
-        return self.mlp(features)
+        """float[B, N, in_dim] -> float[B, M, out_dim]."""
+        return self.mlp(self.pool_patches(features))
 
 
 @PROJECTORS.register("avgpool")
 class AvgPool(Pooling):
     """DeCo: 2D adaptive average pooling, then the MLP of `linear`."""
 
-    pooling = "avg"
-
-    def compress(self, features: Tensor) -> Tensor:
+    def pool_patches(self, features: Tensor) -> Tensor:
         """float[B, N, in_dim] -> float[B, M, in_dim]."""
         grid = rearrange(features, "b (h w) d -> b h w d", h=self.in_grid[0])
         return rearrange(average_pool(grid, self.out_grid), "b i j d -> b (i j) d")
@@ -61,8 +63,6 @@ class AvgPool(Pooling):
 class MaxPool(Pooling):
     """2D adaptive max pooling, then the MLP. A hook on `pool` sees which patch won each channel."""
 
-    pooling = "max"
-
     def __init__(
         self,
         in_dim: int,
@@ -76,7 +76,7 @@ class MaxPool(Pooling):
         super().__init__(in_dim, out_dim, in_grid, num_tokens, mlp_depth=mlp_depth, mlp_ratio=mlp_ratio)
         self.pool = GridMaxPool(in_grid, self.out_grid)
 
-    def compress(self, features: Tensor) -> Tensor:
+    def pool_patches(self, features: Tensor) -> Tensor:
         """float[B, N, in_dim] -> float[B, M, in_dim]."""
         return self.pool(features)[0]
 

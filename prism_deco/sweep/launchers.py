@@ -29,16 +29,10 @@ FOREIGN = ("SUBMITIT_", "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "PL_", "MASTE
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE")
 
 
-def train_command(folder: Path, entry: LedgerEntry, runs: Mapping[str, int] | None = None) -> list[str]:
-    """The ordinary command line of a cell; nobody watches its first steps, so that `train` checks them.
-
-    Args:
-        runs: see `runs_per_cache`.
-    """
+def train_command(folder: Path, entry: LedgerEntry) -> list[str]:
+    """The ordinary command line of a cell; nobody watches its first steps, so `train` checks them."""
     settings = [*entry.overrides, *entry.adjusted, f"runs_dir={folder}", f"run_id={entry.id}"]
-    shared = (runs or {}).get(entry.id, 1)
-    sharing = [f"trainer.feature_cache_runs={shared}"] if shared > 1 else []
-    return [sys.executable, "-m", "prism_deco.cli", "train", *DEFAULTS, *sharing, *settings]
+    return [sys.executable, "-m", "prism_deco.cli", "train", *DEFAULTS, *settings]
 
 
 def log_path(folder: Path, cell_id: str) -> Path:

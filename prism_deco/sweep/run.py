@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from functools import partial
 
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -12,8 +11,7 @@ from rich.console import Console
 from prism_deco.errors import UsageError
 from prism_deco.sweep.driver import Driver, Launcher
 from prism_deco.sweep.expand import SweepCell, expand
-from prism_deco.sweep.features import runs_per_cache
-from prism_deco.sweep.launchers import LocalLauncher, train_command
+from prism_deco.sweep.launchers import LocalLauncher
 from prism_deco.sweep.ledger import Ledger, LedgerEntry, lock
 from prism_deco.sweep.live import LiveView, LogView, live_on
 from prism_deco.sweep.select import settle
@@ -63,12 +61,11 @@ def dry_run(spec: Spec, *, jobs: int | None) -> str:
 def _launcher(spec: Spec, cells: Sequence[SweepCell], jobs: int | None, *, dry: bool = False) -> Launcher:
     if jobs is not None and jobs < 1:
         raise UsageError(f"--jobs {jobs}: give at least one.")
-    command = partial(train_command, runs=runs_per_cache(cells))
     if spec.launcher == "slurm":
-        return SlurmLauncher(spec.folder, spec.name, cells, spec.slurm, jobs=jobs, dry=dry, command=command)
+        return SlurmLauncher(spec.folder, spec.name, cells, spec.slurm, jobs=jobs, dry=dry)
     if spec.slurm:
         raise UsageError(f"slurm.{next(iter(spec.slurm))} needs launcher=slurm.")
-    return LocalLauncher(spec.folder, cells, jobs=jobs or spec.jobs, command=command)
+    return LocalLauncher(spec.folder, cells, jobs=jobs or spec.jobs)
 
 
 def _asked(spec: Spec) -> dict[str, object]:

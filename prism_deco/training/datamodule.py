@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 
 import numpy as np
 import pytorch_lightning as pl
@@ -15,10 +14,8 @@ from torch.utils.data import DataLoader
 from prism_deco.build import max_positions
 from prism_deco.config import cache_dir
 from prism_deco.data import Source
-from prism_deco.data.examples import Features
 from prism_deco.data.images import ImageSource
 from prism_deco.data.loader import Collate, Examples, Step, build_loader, stack_pixels
-from prism_deco.data.records import Records
 from prism_deco.data.samplers import Population, StepSampler, in_order
 from prism_deco.data.split import Subset, open_parts
 from prism_deco.errors import UsageError
@@ -40,11 +37,11 @@ class Conversations(pl.LightningDataModule):
         super().__init__()
         self._config = config
         settings = config.data
-        self.parts = open_parts(source, cache_dir(), val_fraction=settings.val_fraction, limit=settings.limit)
-        self.data_hash = self.parts.records.data_hash
-        self.train_records, self.val_records = self.parts.train, self.parts.val
-        self.train_examples = self._examples(self.train_records, source.images(self.parts.records), vlm, llm)
-        self.val_examples = self._examples(self.val_records, source.images(self.parts.val_records), vlm, llm)
+        parts = open_parts(source, cache_dir(), val_fraction=settings.val_fraction, limit=settings.limit)
+        self.data_hash = parts.records.data_hash
+        self.train_records, self.val_records = parts.train, parts.val
+        self.train_examples = self._examples(self.train_records, source.images(parts.records), vlm, llm)
+        self.val_examples = self._examples(self.val_records, source.images(parts.val_records), vlm, llm)
         if config.data.on_bad_image == "fail":
             for examples in (self.train_examples, self.val_examples):
                 _check_images(examples)
@@ -80,24 +77,8 @@ class Conversations(pl.LightningDataModule):
         batch.batches = [b.to(device, non_blocking=True) for b in batch.batches]
         return batch
 
-    @property
-    def by_file(self) -> list[tuple[Records, list[Subset], ImageSource]]:
-        """Each file of records, what is used of it, and where its images are."""
-        places = (self.train_examples.images, self.val_examples.images)
-        return [(records, used, place) for (records, used), place in zip(self.parts.by_file, places, strict=False)]
-
-    def use_features(self, features: Mapping[str, Features]) -> None:
-        """Examples have features from now on instead of pixels.
-
-        Args:
-            features: by the `data_hash` of the file of records.
-        """
-        self.train_examples.features = features.get(self.parts.records.data_hash)
-        self.val_examples.features = features.get(self.parts.val_records.data_hash)
-
     def sample_pixels(self, count: int) -> dict[str, Tensor]:
-        """Per tower float[I, 3, S, S]: images of up to `count` training records, evenly spread; before there are
-        features in their place."""
+        """Per tower float[I, 3, S, S]: images of up to `count` training records, evenly spread."""
         with_image = np.flatnonzero(self.train_records.has_image)
         if len(with_image) == 0:
             raise UsageError("recipe.standardise_features needs training records with images; there are none.")

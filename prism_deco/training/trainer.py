@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,11 @@ from prism_deco.llms import LanguageModel, build_llm
 from prism_deco.llms.build import tensor_files
 from prism_deco.llms.checkpointing import checkpoint_activations
 from prism_deco.plan.flops import training_flops
-from prism_deco.training.cached import Towers, prepare_features
 from prism_deco.training.callbacks import ProgressBar, SampleAnswers
 from prism_deco.training.checkpoint_callback import Checkpointing
 from prism_deco.training.checkpoints import step_of
 from prism_deco.training.datamodule import Conversations
+from prism_deco.training.feature_cache import build_caches, cached
 from prism_deco.training.init_from import find_start, start_from
 from prism_deco.training.manifest import build_manifest
 from prism_deco.training.model_folder import save_model, trained_sha256
@@ -136,10 +137,9 @@ def _train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption,
         _fit_features(vlm, data, ranks)
     if config.recipe.start_from:
         start_from(Path(config.recipe.start_from), config, vlm, llm)
-    # From here on the examples have features, so that what needs pixels stands above.
-    towers = prepare_features(config, plan, vlm, data, ranks)
     if config.trainer.preflight and plan.checkpoint is None:
         ranks.decide(lambda: preflight(config, plan.folder, vlm, llm, data, ranks.device))
+    caches = build_caches(config, vlm, data, ranks)
     module = TrainingModule(
         vlm,
         config.recipe,
@@ -149,7 +149,7 @@ def _train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption,
         shard=partial(sharding.apply, vlm, llm) if sharding else None,
         preempted=lambda: preemption.requested,
     )
-    trainer = _trainer(config, plan, ranks, data, llm, watch, preemption, towers)
+    trainer = _trainer(config, plan, ranks, data, llm, watch, preemption, cached=bool(caches))
     log.info(
         "Training %s: %d records, %d steps, %d visual tokens per image, %d processes",
         config.run_id,
@@ -159,11 +159,12 @@ def _train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption,
         ranks.size,
     )
     with preemption.at_boundaries():
-        with towers.placed(vlm):
+        with cached(vlm, data, caches):
             _fit(trainer, module, data)
             watch.rest()
             reshard(vlm)
-        _save(config, plan.folder, vlm, llm, data, module, source, ranks, towers)
+        digests = [cache.digest for cache in caches if cache.names]
+        _save(config, plan.folder, vlm, llm, data, module, source, ranks, digests)
 
 
 def _fit_features(vlm: VLM, data: Conversations, ranks: Ranks) -> None:
@@ -228,7 +229,8 @@ def _trainer(
     llm: LanguageModel,
     watch: Watch,
     preemption: Preemption,
-    towers: Towers,
+    *,
+    cached: bool,
 ) -> pl.Trainer:
     settings = config.trainer
     every = settings.checkpoint_every
@@ -238,7 +240,9 @@ def _trainer(
         plan.folder, plan.checkpoint, every=every, keep=settings.keep_checkpoints, watch=watch, preemption=preemption
     )
     # Only GPUs have a known peak to compare with.
-    flops = towers.counted(training_flops(config)) if torch.cuda.is_available() else None
+    flops = training_flops(config) if torch.cuda.is_available() else None
+    if flops is not None and cached:
+        flops = replace(flops, tower=0)
     monitor = SpeedMonitor(flops, settings.log_every, choices_of(config))
     callbacks: list[Callback] = [SampleAnswers(llm, settings.samples), monitor, keeping]
     if ranks.is_main:
@@ -283,7 +287,7 @@ def _save(
     module: TrainingModule,
     source: Source,
     ranks: Ranks,
-    towers: Towers,
+    feature_caches: list[str],
 ) -> None:
     save_model(folder / "model", config, vlm, llm)
     if not ranks.is_main:
@@ -298,7 +302,7 @@ def _save(
         text_tokens_cut=module.counts["tokens_cut"],
         steps_skipped=module.counts["steps_skipped"],
         devices=ranks.size,
-        feature_caches=list(towers.caches),
+        feature_caches=feature_caches,
         model_sha256=trained_sha256(folder / "model"),
         benchmarks=str(source.benchmarks) if source.benchmarks else None,
     )

@@ -5,6 +5,7 @@ from omegaconf import OmegaConf
 
 from prism_deco.cli import main
 from prism_deco.config import CONF_DIR, GROUPS, cache_dir, choices, load_choice, load_config, read_config, save_config
+from prism_deco.errors import UsageError
 from prism_deco.sweep import parse
 
 
@@ -130,3 +131,23 @@ def test_the_cache_is_never_the_working_directory(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path / "prism_deco"
     monkeypatch.setenv("PRISM_DECO_CACHE", str(tmp_path / "own"))
     assert cache_dir() == tmp_path / "own"
+
+
+@pytest.mark.parametrize(("text", "expected"), [("true", True), ("on", True), ("'off'", False), ("false", False)])
+def test_the_feature_cache_is_a_switch(text, expected):
+    assert load_config([f"trainer.feature_cache={text}"]).trainer.feature_cache is expected
+
+
+def test_retired_keys_are_refused_with_the_reason_and_read_from_earlier_runs(tmp_path):
+    with pytest.raises(UsageError, match=r"trainer\.feature_cache=auto: auto is no longer a choice.*use true where"):
+        load_config(["trainer.feature_cache=auto"])
+    with pytest.raises(UsageError, match=r"trainer\.feature_cache_runs: only trainer\.feature_cache=auto used it"):
+        load_config(["trainer.feature_cache_runs=2"])
+    config = load_config([])
+    save_config(config, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    for earlier, now in (("auto", False), ("'on'", True), ("'True'", True), ("'off'", False)):
+        old = text.replace("feature_cache: false", f"feature_cache: {earlier}\n  feature_cache_runs: 3")
+        assert old != text
+        (tmp_path / "config.yaml").write_text(old)
+        assert read_config(tmp_path / "config.yaml").trainer.feature_cache is now

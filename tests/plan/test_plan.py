@@ -38,8 +38,6 @@ def test_the_largest_cell_of_the_paper(b6):
     assert language + tower < needs.flops < 1.1 * (language + tower)
     assert needs.hours == pytest.approx(needs.flops / (8 * 989.4e12 * 0.4) / 3600)
     assert needs.checkpoint == 12 * needs.trained
-    pooled_first = 624_610 * 144 * 2176 * 2
-    assert pooled_first < needs.cache.bytes < pooled_first + 1502 * 128  # a header for each shard
 
 
 def test_shards_of_weights_gradients_and_moments(b6):

@@ -11,9 +11,9 @@ import prism_deco
 from prism_deco.data.images import open_image
 from prism_deco.training.metrics import read_metrics
 
-ON, OFF = "trainer.feature_cache=on", "trainer.feature_cache=off"
+ON, OFF = "trainer.feature_cache=true", "trainer.feature_cache=false"
 CLOSE = {"rel": 2e-5}
-"""Towers that see another number of images at a time round otherwise, and so do all steps after them."""
+"""Kernels may round differently for another number of images at a time, and so do all steps after them."""
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def _assert_same(folder, reference):
         assert mine == pytest.approx(theirs, **CLOSE)
     counts = ("bad_images", "text_tokens_cut", "samples", "params")
     assert [_manifest(folder)[key] for key in counts] == [_manifest(reference)[key] for key in counts]
-    assert len(_manifest(folder)["feature_caches"]) == 1 and _manifest(reference)["feature_caches"] == []
+    assert _manifest(folder)["feature_caches"] and _manifest(reference)["feature_caches"] == []
 
 
 @pytest.mark.parametrize(
@@ -69,10 +69,10 @@ def test_losses_are_those_of_towers_at_work(start, tmp_path, world, options):
         assert job.wait() == [0], job.log.read_text()[-3000:]
     _assert_same(tmp_path / "cached", tmp_path / "live")
     assert _manifest(tmp_path / "live")["bad_images"] == 4
-    [digest] = _manifest(tmp_path / "cached")["feature_caches"]
-    key = json.loads((tmp_path / "cached" / "features.json").read_text())["keys"]
+    digest, *rest = _manifest(tmp_path / "cached")["feature_caches"]
+    assert len(rest) == ("data.val_fraction=0.3" in options)
     stored = Path(os.environ["PRISM_DECO_CACHE"]) / "features" / digest / "key.json"
-    assert key == [digest] and json.loads(stored.read_text())["compute"] == "float32"
+    assert json.loads(stored.read_text())["compute"] == "float32"
     live, cached = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("live", "cached"))
     assert live.keys() == cached.keys()
     statistics = [name for name in live if name.startswith("feature_")]
@@ -93,21 +93,17 @@ def test_a_bad_image_ends_the_run_as_ever(start, tmp_path, world):
     assert messages[0] == messages[1] and "Record broken: " in messages[0]
 
 
-def test_a_run_goes_on_as_it_began(start, tmp_path):
+def test_a_run_may_go_on_without_its_cache(start, tmp_path):
     every = ["trainer.checkpoint_every=2", "recipe.epochs=4"]
     whole = start(*every, ON, run="whole")
     assert whole.wait() == [0], whole.log.read_text()[-3000:]
     job = start(*every, ON)
     job.until(lambda folder: (folder / "checkpoints" / "step_000004").is_dir())
     job.kill()
-    # By itself, so small a run would not use a cache.
-    again = start(*every, "trainer.feature_cache=auto")
+    again = start(*every, OFF)
     assert again.wait() == [0], again.log.read_text()[-3000:]
-    assert _rows(tmp_path / "run") == _rows(tmp_path / "whole")
-    assert _manifest(tmp_path / "run")["feature_caches"] == _manifest(tmp_path / "whole")["feature_caches"] != []
-    new = start(*every, "trainer.feature_cache=auto", "recipe.max_steps=1", run="new")
-    assert new.wait() == [0] and _manifest(tmp_path / "new")["feature_caches"] == []
-    assert not (tmp_path / "new" / "features.json").exists()
+    for mine, theirs in zip(_rows(tmp_path / "run"), _rows(tmp_path / "whole"), strict=True):
+        assert mine == pytest.approx(theirs, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +128,3 @@ def test_every_process_builds_and_none_waits(start, tmp_path, world, strategy, r
     assert _manifest(tmp_path / "run")["params"] == _manifest(tmp_path / "alone")["params"]
     assert len(_manifest(tmp_path / "run")["feature_caches"]) == 1
     assert prism_deco.load(tmp_path / "run").config.trainer.strategy == strategy
-
-
-def test_an_unknown_mode_is_refused(start, tmp_path):
-    job = start("trainer.feature_cache=sometimes")
-    assert job.wait() == [2] and "Choices: auto, off, on" in job.log.read_text()

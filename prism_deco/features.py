@@ -1,0 +1,352 @@
+"""A cache of the frozen towers' features on disk (`trainer.feature_cache=true`).
+
+The towers are frozen and images are not augmented, so an image has the same features in every epoch, for every seed and
+in every run with the same towers. They are computed once, before the first step; training then reads them in place of
+images. Nothing else knows of it: `CachedExamples` stands in for the data set, `CachedBackbone` for the towers.
+
+A cache is a folder, named by the hash of its `key.json`. The images are in it by name, in shards: `00000.safetensors`
+holds one tensor `features`, dtype[n, N, D], and `00000.json` is its record. Both are written under another name, synced
+and renamed, the record last: a shard without a record does not count, so a killed run leaves nothing half done and the
+next one continues. Images that are replaced under their old names are not noticed: delete the folder then.
+
+Shapes: N patches, D channels.
+"""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from prism_deco.backbones import VisionBackbone
+from prism_deco.data.examples import Examples, blank_pixels
+from prism_deco.data.images import load_image
+from prism_deco.data.loader import stack_pixels
+from prism_deco.errors import UsageError
+from prism_deco.files import file_sha256, write_json, write_whole
+from prism_deco.tensors import open_safetensors
+
+log = logging.getLogger(__name__)
+
+FORMAT = 2
+"""Raise it with every change of what is stored, so that no old cache is taken for a new one."""
+
+COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.bfloat16}
+"""How towers compute, and the dtype their features are stored in. Under autocast to bfloat16 a tower's residual stream
+is float32; it is stored as the next matrix product would round it. A projector that begins with a matrix product sees
+the same bits, one that begins with a norm sees a rounded input."""
+
+TOWER = "features"
+"""The name under which features stand among the pixels of an example."""
+
+BATCH = 32
+"""Images per forward pass. Kernels may round differently for other batch sizes: with a fixed one, and shards of whole
+batches, a feature does not depend on which process computed it."""
+
+SHARD_BYTES, SHARD_IMAGES = 2**28, 512
+"""The most that a shard holds, though at least one batch."""
+
+REPORT_EVERY = 60.0
+"""Seconds between two lines in the log."""
+
+_ORIGIN = ("weights", "pretrained", "hub", "file", "file_gb")
+"""Keys of the `backbone` group that say where weights come from; their hash says what they are."""
+
+
+class FeatureCache:
+    """The features of the images of a data set.
+
+    Args:
+        root: folder of all caches.
+        backbone: the towers, whole and on the CPU.
+        settings: the `backbone` group of the configuration.
+        weights: `backbone.sha256()`.
+        compute: one of `COMPUTE`.
+        examples: whose images are cached.
+
+    Attributes:
+        digest: names the cache's folder.
+        shards: names of the images in each shard.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        backbone: VisionBackbone,
+        settings: Mapping[str, Any],
+        weights: str,
+        compute: str,
+        examples: Examples,
+    ):
+        self.backbone = backbone
+        self.compute, self.dtype = compute, COMPUTE[compute]
+        self.examples = examples
+        self.names = sorted({name for record in examples.records for name in record.images})
+        self.key = {
+            "format": FORMAT,
+            "backbone": {name: value for name, value in settings.items() if name not in _ORIGIN},
+            "weights": weights,
+            "transform": asdict(backbone.transform),
+            "compute": compute,
+            "data": examples.records.data_hash,
+            "images": os.path.realpath(str(examples.images)),
+            "names": hashlib.sha256("\0".join(self.names).encode()).hexdigest(),
+            "least_side": examples.images.least_side,
+        }
+        self.digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = root / self.digest
+        self.image_bytes = backbone.num_patches * backbone.embed_dim * self.dtype.itemsize
+        self.shard_images = max(BATCH, min(SHARD_IMAGES, SHARD_BYTES // self.image_bytes) // BATCH * BATCH)
+        starts = range(0, len(self.names), self.shard_images)
+        self.shards = [self.names[start : start + self.shard_images] for start in starts]
+
+    def path(self, shard: int) -> Path:
+        """The file of a shard."""
+        return _path(self.folder, shard)
+
+    def check_space(self) -> None:
+        """`UsageError` if the shards that have no record yet do not fit on the disk."""
+        missing = [names for shard, names in enumerate(self.shards) if not self._record_path(shard).is_file()]
+        needed = sum(map(len, missing)) * self.image_bytes
+        existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        if needed > free:
+            raise UsageError(
+                f"The feature cache {self.folder} needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free: "
+                "point PRISM_DECO_CACHE at another disk, or set trainer.feature_cache=false."
+            )
+
+    def build(self, device: torch.device, *, rank: int = 0, ranks: int = 1, num_workers: int = 0) -> None:
+        """Computes those of every `ranks`-th shard, from shard `rank` on, that are missing or damaged.
+
+        Another run that uses the same cache waits for the process that computes, and then finds its shards.
+
+        Args:
+            device: where the towers compute.
+            num_workers: processes that decode images.
+        """
+        if not self.shards:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _lock(self.folder / f".lock{rank}"):
+            wanted = []
+            for shard in range(rank, len(self.shards), ranks):
+                problem = self.problem(shard)
+                if problem is None:
+                    continue
+                wanted.append(shard)
+                if self.path(shard).exists():
+                    log.warning("%s %s; computing it again", self.path(shard), problem)
+            if wanted:
+                write_json(self.folder / "key.json", self.key)
+                self._compute(wanted, device, num_workers)
+
+    def problem(self, shard: int) -> str | None:
+        """Why a shard cannot be used; None if it can.
+
+        A file is hashed only if its size or time is not that of the file that was written; a copy is hashed once.
+        """
+        record, path = self._record(shard), self.path(shard)
+        if not record or not path.is_file():
+            return "is incomplete"
+        if record["stamp"] != _stamp(path):
+            if record["sha256"] != file_sha256(path):
+                return "does not have the content that was written"
+            self._write_record(shard, record | {"stamp": _stamp(path)})
+        for name in record["unreadable"]:
+            if not _Pixels(self.examples, [name])[0][1]:
+                return f"lacks the image {name}, which can be read now"
+        return None
+
+    def unreadable(self) -> set[str]:
+        """The images that could not be read. A complete cache has the features of a blank image for them."""
+        return {name for shard in range(len(self.shards)) for name in self._record(shard)["unreadable"]}
+
+    def _compute(self, shards: Sequence[int], device: torch.device, num_workers: int) -> None:
+        names = [name for shard in shards for name in self.shards[shard]]
+        size = len(names) * self.image_bytes / 1e9
+        log.info("Feature cache: computing %d images (%.2f GB) in %s", len(names), size, self.folder)
+        loader = DataLoader(
+            _Pixels(self.examples, names),
+            batch_size=BATCH,  # no batch has images of two shards: all shards but the last are whole batches
+            collate_fn=_collate,
+            num_workers=num_workers,
+            generator=torch.Generator(),  # leaves the run's random numbers alone
+        )
+        encode, batches = _encoder(self.backbone, self.compute, device), iter(loader)
+        start = reported = time.monotonic()
+        done = 0
+        for shard in shards:
+            features, unreadable = [], []
+            for _ in range(0, len(self.shards[shard]), BATCH):
+                pixels, failed = next(batches)
+                features.append(encode(pixels))
+                unreadable += failed
+            self._write(shard, torch.cat(features), unreadable)
+            done += len(self.shards[shard])
+            if time.monotonic() - reported > REPORT_EVERY:
+                reported = time.monotonic()
+                log.info("Feature cache: %d of %d images, %.1f images/s", done, len(names), done / (reported - start))
+        log.info("Feature cache: %d images computed in %.1f s", len(names), time.monotonic() - start)
+
+    def _write(self, shard: int, features: Tensor, unreadable: list[str]) -> None:
+        path = self.path(shard)
+        building = path.with_name(f".{path.name}.tmp")
+        save_file({"features": features}, building)
+        with building.open("rb") as file:
+            os.fsync(file.fileno())
+        sha256 = file_sha256(building)
+        os.replace(building, path)
+        self._write_record(shard, {"sha256": sha256, "stamp": _stamp(path), "unreadable": unreadable})
+
+    def _record_path(self, shard: int) -> Path:
+        return self.path(shard).with_suffix(".json")
+
+    def _record(self, shard: int) -> dict[str, Any]:
+        """What was written of a shard; empty if there is no whole record."""
+        try:
+            return json.loads(self._record_path(shard).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+
+    def _write_record(self, shard: int, record: Mapping[str, Any]) -> None:
+        write_whole(self._record_path(shard), json.dumps(record))
+
+
+class CachedExamples(Examples):
+    """The examples of a complete cache, with features in place of pixels. Loader processes take it along."""
+
+    def __init__(self, cache: FeatureCache):
+        vars(self).update(vars(cache.examples))
+        self._folder, self._shard_images = cache.folder, cache.shard_images
+        # An array, since each loader process would come to own a copy of a list.
+        self._names = np.array([name.encode() for name in cache.names])
+        self._unreadable = cache.unreadable()
+
+    def read_image(self, record: str, name: str) -> tuple[dict[str, Tensor], bool]:
+        unreadable = name in self._unreadable
+        # Opening the image once more handles it as `data.on_bad_image` says.
+        if unreadable and self.open_image(record, name) is not None:
+            raise OSError(
+                f"Record {record}: {self.images.location(name)} could not be read when features were cached, but can "
+                "be read now. Run again: its features will be computed."
+            )
+        return {TOWER: self.features(name)}, unreadable
+
+    def features(self, name: str) -> Tensor:
+        """dtype[N, D] of an image."""
+        index = int(np.searchsorted(self._names, name.encode()))
+        assert self._names[index] == name.encode(), name
+        shard, row = divmod(index, self._shard_images)
+        # Opened each time: a cache may have more shards than a process may have open files.
+        with open_safetensors(_path(self._folder, shard), "Run again: it will be computed again.") as file:
+            return file.get_slice("features")[row]
+
+
+class CachedBackbone(VisionBackbone):
+    """Stands in for the towers and hands on the features that come in place of pixels.
+
+    It has no parameters: while the model is trained, the towers are neither moved to the device nor sharded.
+
+    Args:
+        backbone: the towers.
+        dtype: of the cached features.
+    """
+
+    def __init__(self, backbone: VisionBackbone, dtype: torch.dtype):
+        super().__init__()
+        self.towers = (TOWER,)
+        self.image_size, self.patch_size = backbone.image_size, backbone.patch_size
+        self.grid, self.embed_dim = backbone.grid, backbone.embed_dim
+        self.transform = backbone.transform
+        self._dtype = dtype
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return []
+
+    def features(self, pixels: Mapping[str, Tensor]) -> Tensor:
+        return pixels[TOWER]
+
+    def blank(self, device: torch.device) -> dict[str, Tensor]:
+        return {TOWER: torch.zeros(1, self.num_patches, self.embed_dim, dtype=self._dtype, device=device)}
+
+
+class _Pixels(Dataset[tuple[dict[str, Tensor], list[str]]]):
+    """Per tower float32[3, S, S] of each named image, blank if it cannot be read; and its name in that case."""
+
+    def __init__(self, examples: Examples, names: Sequence[str]):
+        self._images, self._transform = examples.images, examples.transform
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], list[str]]:
+        name = self._names[index]
+        try:
+            return self._transform(load_image(self._images, name)), []
+        except OSError as error:
+            log.warning("%s", error)
+            return blank_pixels(self._transform), [name]
+
+
+def _collate(images: list[tuple[dict[str, Tensor], list[str]]]) -> tuple[dict[str, Tensor] | None, list[str]]:
+    return stack_pixels([pixels for pixels, _ in images]), [name for _, unreadable in images for name in unreadable]
+
+
+def _encoder(backbone: VisionBackbone, compute: str, device: torch.device) -> Callable[[dict[str, Tensor]], Tensor]:
+    """Per tower float32[n, 3, S, S] on the CPU -> dtype[n, N, D] on the CPU, computed as in a training step."""
+    tower = copy.deepcopy(backbone).to(device, torch.bfloat16 if compute == "bfloat16" else None)
+
+    @torch.no_grad()
+    def encode(pixels: dict[str, Tensor]) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=compute == "autocast"):
+            features = tower({name: images.to(device) for name, images in pixels.items()})
+        return features.to("cpu", COMPUTE[compute])
+
+    return encode
+
+
+def _path(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05d}.safetensors"
+
+
+def _stamp(path: Path) -> list[int]:
+    """Changes whenever a file is written or replaced."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Only one process at a time holds the lock; a process that is killed gives it back."""
+    with path.open("a") as file:
+        try:
+            # Not flock, which loader processes would inherit.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            log.info("Feature cache: waiting for another process that writes to %s", path.parent)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UsageError(
+                f"{path} cannot be locked ({error}): point PRISM_DECO_CACHE at another disk, or set "
+                "trainer.feature_cache=false."
+            ) from error
+        yield
