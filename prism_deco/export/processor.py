@@ -81,6 +81,8 @@ def llava_processor(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizer
     )
     template = chat_template(llm)
     tokenizer.chat_template = template
+    # Training pads on the right, but a batch of prompts must end where the answers begin.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what is saved
     # The number of `<image>` is computed from the pixels, less one for the class token: added here for all towers.
     return LlavaProcessor(
         image_processor=images,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Regex, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prism_deco.errors import UsageError
 from prism_deco.llms.hub import has_tokenizer, tokenizer_folder
@@ -58,4 +59,20 @@ def _from_hub(repo: str, revision: str | None) -> PreTrainedTokenizerBase:
 
 
 def _load(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
+    bare = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    # For a bare tokenizer.model, classes such as `LlamaTokenizer` order the merges by the pieces' ids. The generic
+    # class orders them by score, as SentencePiece does, and saves the result as tokenizer.json.
+    loader = PreTrainedTokenizerFast if bare and not options else AutoTokenizer
+    tokenizer = loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
+    if bare or options:
+        _prefix_every_text(tokenizer)
+    return tokenizer
+
+
+def _prefix_every_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    """SentencePiece's dummy prefix also goes before a text that begins with a space, where transformers omits it."""
+    backend = cast(Any, tokenizer).backend_tokenizer
+    if "prepend_scheme=first" in str(backend.pre_tokenizer):
+        steps = [backend.normalizer] if backend.normalizer else []
+        doubled = [normalizers.Replace(" ", "▁"), normalizers.Replace(Regex(r"\A▁"), "▁▁")]
+        backend.normalizer = normalizers.Sequence([*steps, *doubled])

@@ -95,11 +95,11 @@ class DeformableAttention(nn.Module):
         points: number P of places that a head reads.
         grid: (h, w) of the patches.
         directional: start with head k looking in the k-th compass direction, its points 1..P patches
-            away, and uniform weights (Deformable DETR); False draws offsets and weights from N(0, 0.02)
-            as Honeybee's later re-initialisation of all linear layers does.
+            away, and uniform weights (Deformable DETR). False is Honeybee's start, which draws all linear
+            layers from N(0, 0.02): heads begin near the reference point and learn where to look.
     """
 
-    def __init__(self, dim: int, heads: int, points: int, grid: tuple[int, int], directional: bool = True):
+    def __init__(self, dim: int, heads: int, points: int, grid: tuple[int, int], directional: bool = False):
         super().__init__()
         _head_dim(dim, heads)
         self.heads = heads

@@ -67,7 +67,8 @@ class DAbstractor(Projector):
         dropout: share of dropped activations in training.
         query_mode: what the pooled features are. `query`: the queries' position embedding, while a learned
             table is their content; `tgt`: the other way round.
-        directional_offsets: start with offsets in the compass directions, see `DeformableAttention`.
+        directional_offsets: start with offsets in the compass directions, as Deformable DETR does (see
+            `DeformableAttention`). Honeybee builds on it, but draws all linear layers anew afterwards.
     """
 
     compute_dtype = torch.float32
@@ -86,7 +87,7 @@ class DAbstractor(Projector):
         ffn_dim: int = 1024,
         dropout: float = 0.1,
         query_mode: str = "query",
-        directional_offsets: bool = True,
+        directional_offsets: bool = False,
     ):
         super().__init__(in_dim, out_dim, in_grid, square_grid(num_tokens, in_grid))
         if query_mode not in ("query", "tgt"):

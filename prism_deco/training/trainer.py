@@ -20,7 +20,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
-from prism_deco.build import build_model, group
+from prism_deco.build import build_model, group, max_positions
 from prism_deco.config.registry import unknown
 from prism_deco.data import Source, build_source
 from prism_deco.errors import UsageError
@@ -28,6 +28,7 @@ from prism_deco.files import write_json
 from prism_deco.llms import LanguageModel, build_llm
 from prism_deco.llms.build import tensor_files
 from prism_deco.llms.checkpointing import checkpoint_activations
+from prism_deco.llms.isolation import check_isolation
 from prism_deco.plan.flops import training_flops
 from prism_deco.training.callbacks import ProgressBar, SampleAnswers
 from prism_deco.training.checkpoint_callback import Checkpointing
@@ -128,6 +129,8 @@ def _train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption,
         source = build_source(group(config, "data"))
     sharding = Sharding.of(config.trainer, ranks.size) if config.trainer.strategy == "fsdp" else None
     vlm, llm = build_model(config, defer_llm=sharding is not None and _is_readable_in_pieces(config))
+    recipe = config.recipe
+    check_isolation(vlm.lm, packing=recipe.packing, turn_mask=recipe.turn_mask, longest=max_positions(config, llm))
     checkpoint_activations(vlm.lm, config.trainer.activation_checkpointing)
     with ranks.main_first():
         data = Conversations(source, config, vlm, llm)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -99,6 +100,74 @@ print(json.dumps({{"ids": inputs["input_ids"][0].tolist(), "pixels": inputs["pix
     pixels = vlm.backbone.transform(photo())["tiny_clip"].flatten()
     assert (torch.tensor(found["pixels"]) - pixels).abs().max() < 1.01 / 255 / 0.26
     assert found["text"] == Model(vlm, llm, config).generate([photo()], QUESTIONS[:1], max_new_tokens=6)[0]
+
+
+def test_answers_in_a_batch_are_the_answers_one_by_one(random_model, tmp_path):
+    """In a process that never imports this package; questions of very different lengths."""
+    questions = ["What color is it" + " or how many circles are there" * n + "?" for n in range(8)]
+    photo().save(tmp_path / "photo.png")
+    for llm in ("mini_qwen2", "mini_llama", "mini_phi"):
+        config, vlm, language = random_model("clip", f"llm={llm}", "backbone.resize=pad")
+        save_llava(tmp_path / llm, config, vlm, language)
+        if llm == "mini_qwen2":  # whose prompts are the same tokens there
+            expected = Model(vlm, language, config).generate([photo()] * 8, questions, max_new_tokens=6)
+    script = f"""
+import json
+from pathlib import Path
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+def answers(model, processor, image, questions):
+    talks = [[{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": q}}]}}] for q in questions]
+    prompts = [processor.apply_chat_template(talk, add_generation_prompt=True) for talk in talks]
+    inputs = processor(
+        images=[image] * len(prompts), text=prompts, padding=True, add_special_tokens=False, return_tensors="pt"
+    )
+    new = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1]:]
+    return [processor.decode(row, skip_special_tokens=True).strip() for row in new]
+
+for llm in ("mini_qwen2", "mini_llama", "mini_phi"):
+    folder = Path({str(tmp_path)!r}) / llm
+    parts = [kind.from_pretrained(folder) for kind in (LlavaForConditionalGeneration, AutoProcessor)]
+    parts.append(Image.open(folder.with_name("photo.png")))
+    batched = answers(*parts, {questions!r})
+    print(json.dumps([llm, batched, [answers(*parts, [question])[0] for question in {questions!r}]]))
+"""
+    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin", "HF_HUB_OFFLINE": "1"}
+    shown = subprocess.run([sys.executable, "-c", script], check=True, env=environment, capture_output=True, text=True)
+    answers = {llm: (batched, single) for llm, batched, single in map(json.loads, shown.stdout.splitlines()[-3:])}
+    for batched, single in answers.values():
+        assert batched == single and len(set(single)) > 1
+    assert answers["mini_qwen2"][1] == expected
+
+
+@pytest.mark.parametrize("kind", ["rotated", "16-bit"])
+def test_the_card_shows_how_to_open_images_as_in_training(random_model, tmp_path, kind):
+    """From a path, transformers turns images by their EXIF tag and does not scale 16-bit values."""
+    config, vlm, llm = random_model("clip", "llm=mini_qwen2", "backbone.resize=pad")
+    save_llava(tmp_path / "hf", config, vlm, llm)
+    path = tmp_path / "image.png"
+    if kind == "rotated":
+        image = photo()
+        image.paste((255, 0, 0), (0, 0, 10, 10))
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(path, exif=exif)
+    else:
+        Image.fromarray((np.add.outer(np.arange(40), np.arange(50)) * 700).astype(np.uint16)).save(path)
+    expected = vlm.backbone.transform(Image.open(path))["tiny_clip"]
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+
+    def pixels(**source):
+        talk = [{"role": "user", "content": [{"type": "image", **source}, {"type": "text", "text": "What is it?"}]}]
+        return processor.apply_chat_template(talk, tokenize=True, return_dict=True, return_tensors="pt")["pixel_values"]
+
+    level = 1.01 / 255 / 0.26
+    assert (pixels(image=Image.open(path).convert("RGB"))[0] - expected).abs().max() < level
+    assert (pixels(url=str(path))[0] - expected).abs().max() > 50 * level
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert '"image": Image.open("image.jpg").convert("RGB")' in card
+    assert "EXIF" in card and "16-bit" in card and "padding=True" in card
 
 
 @pytest.mark.parametrize("slot", ["after_bos", "in_place"])

@@ -16,7 +16,7 @@ CHOICES = [
 
 # What a supervised answer decodes to. Llama's dummy space is the tokenizer's own, and gone after decoding.
 ENDINGS = {
-    "vicuna_7b_v1_5": lambda a: f"{a}</s>",
+    "vicuna_7b_v1_5": lambda a: f"{a or ' '}</s>",
     "phi2": lambda a: f"{a or ' '}\n<|endoftext|>",
     "qwen1_5_0_5b_chat": lambda a: f"{a}<|im_end|>",
     "smollm2_135m_instruct": lambda a: f"{a}<|im_end|>",

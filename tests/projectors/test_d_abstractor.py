@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from prism_deco.config import load_choice
 from prism_deco.projectors import build_projector
 from prism_deco.projectors.attention import DeformableAttention, SelfAttention, sample
 from prism_deco.projectors.d_abstractor import reference_points
@@ -133,7 +134,7 @@ def test_sampling_is_exact_in_bfloat16():
 
 
 def test_directional_start():
-    attention = DeformableAttention(dim=16, heads=8, points=4, grid=(6, 6))
+    attention = DeformableAttention(dim=16, heads=8, points=4, grid=(6, 6), directional=True)
     offsets = attention.offsets.bias.view(8, 4, 2)
     compass = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
     expected = torch.tensor([[(x * p, y * p) for p in (1, 2, 3, 4)] for x, y in compass], dtype=torch.float32)
@@ -148,7 +149,7 @@ def test_directional_start():
 
 
 def test_normal_start():
-    attention = DeformableAttention(dim=64, heads=8, points=4, grid=(6, 6), directional=False)
+    attention = DeformableAttention(dim=64, heads=8, points=4, grid=(6, 6))
     for layer in (attention.offsets, attention.weights, attention.value, attention.out):
         assert layer.weight.detach().std() == pytest.approx(0.02, rel=0.1) and not layer.bias.any()
 
@@ -163,6 +164,46 @@ def test_reference_points():
     torch.testing.assert_close(points[0, 12] - points[0, 0], torch.tensor([0.0, step]))
     wide = reference_points((2, 2), (4, 8))
     torch.testing.assert_close(wide[0, 3], torch.tensor([7.5 / 8, 3.5 / 4]))
+
+
+def honeybee_start(name: str, parameter: torch.Tensor, out_grid: tuple[int, int], grid: tuple[int, int]) -> None:
+    """What a tensor of Honeybee's model is after the `post_init` of its whole model: every linear layer and embedding
+    is drawn anew, Deformable DETR's directional offsets among them; norms and plain parameters are left alone."""
+    values = parameter.detach()
+    if name == "reference":
+        y, x = (np.linspace(0.5, n - 0.5, m) / n for n, m in zip(grid, out_grid, strict=True))
+        expected = np.stack([np.tile(x, len(y)), np.repeat(y, len(x))], axis=-1)[None]
+        np.testing.assert_allclose(values.numpy(), expected, atol=1e-6)
+    elif name.endswith("norm.weight"):
+        assert (values == 1).all(), name
+    elif name.endswith(".bias"):
+        assert not values.any(), name
+    else:
+        assert values.std() == pytest.approx(0.02, rel=0.1) and abs(values.mean()) < 0.003, name
+
+
+def test_the_start_is_honeybees():
+    """Behind CLIP-L, as its YAML builds it: no input layer, 2 decoder layers, 57 tensors."""
+    torch.manual_seed(0)
+    options = load_choice("projector", "d_abstractor")
+    options |= {"num_tokens": 144}
+    projector = build_projector(options.pop("name"), 1024, 96, (24, 24), **options)
+    tensors = dict(projector.named_parameters())
+    assert len(tensors) == 57
+    for name, parameter in tensors.items():
+        honeybee_start(name, parameter, (12, 12), (24, 24))
+    directional = build_projector("d_abstractor", 1024, 96, (24, 24), 144, directional_offsets=True)
+    others = [n for n, p in directional.named_parameters() if _differs(n, p)]
+    parts = ("offsets.weight", "offsets.bias", "weights.weight", "value.weight", "out.weight")
+    assert others == [f"layers.{layer}.cross_attention.{part}" for layer in (0, 1) for part in parts]
+
+
+def _differs(name: str, parameter: torch.Tensor) -> bool:
+    try:
+        honeybee_start(name, parameter, (12, 12), (24, 24))
+    except AssertionError:
+        return True
+    return False
 
 
 @pytest.mark.parametrize("query_mode", ["query", "tgt"])
