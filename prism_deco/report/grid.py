@@ -71,7 +71,12 @@ class Grid:
     @property
     def has_mean(self) -> bool:
         """Whether the mean over benchmarks means something: all are percentages."""
-        return len(self.benchmarks) > 1 and not any(name in MAXIMA for name in self.benchmarks)
+        return len(self.benchmarks) > 1 and all(self.maximum(name) == 100 for name in self.benchmarks)
+
+    def maximum(self, benchmark: str) -> float:
+        """The highest score that there could be."""
+        scores = (score for entry in self.entries for score in entry.scores(benchmark, self.split).values())
+        return next((score.maximum for score in scores), MAXIMA.get(benchmark, 100.0))
 
     def ours(self, variant: str) -> dict[Hashable, float | None]:
         """Scores of a projector by row and benchmark."""

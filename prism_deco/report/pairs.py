@@ -113,13 +113,13 @@ def _read_units(entry: Entry, benchmark: str, split: str) -> dict[str, _Units] |
         return f"{entry.variant}: {entry.missing}"
     try:
         return {seed: _units(score) for seed, score in scores.items()}
-    except (ValueError, KeyError, TypeError) as error:
+    except UsageError as error:
         log.warning("%s, %s: the predictions cannot be compared: %s", entry.name, benchmark, error)
         return f"{entry.variant}: {error}"
 
 
 def _units(score: Score) -> _Units:
-    benchmark = build_benchmark(score.benchmark)
+    benchmark = build_benchmark(score.choice)
     predictions = main_predictions(benchmark, score.folder / "predictions.jsonl")
     strata = benchmark.strata(sorted(predictions, key=lambda prediction: prediction.question_id))
     if abs(combine_strata(strata, benchmark.combine) - score.value) > _ROUNDING:

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from prism_deco.report.budget import Cost, Point, front, points
 from prism_deco.report.grid import Grid
 from prism_deco.report.pairs import Difference
-from prism_deco.report.study import MAXIMA, Entry, Summary
+from prism_deco.report.study import Entry, Summary
 from prism_deco.report.style import Figure, label_axes, legend, panels, settings, styles, to_svg
 
 
@@ -90,7 +90,7 @@ def pareto(grid: Grid, cost: Cost) -> Figure | None:
 
 def forest(grid: Grid, pairs: Sequence[Difference]) -> Figure | None:
     """The differences of pairs with their intervals, a panel per row and pair; None where none is available."""
-    shown = [pair for pair in pairs if pair.value is not None and pair.benchmark not in MAXIMA]
+    shown = [pair for pair in pairs if pair.value is not None and grid.maximum(pair.benchmark) == 100]
     groups: dict[tuple[str, str, str], list[Difference]] = {}
     for pair in shown:
         groups.setdefault((pair.row, pair.first, pair.second), []).append(pair)

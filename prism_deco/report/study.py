@@ -20,7 +20,7 @@ PROJECTORS = ("linear", "avgpool", "maxpool", "qformer", "c_abstractor", "d_abst
 """Their order in tables and figures; projectors from elsewhere follow by name."""
 
 MAXIMA = {"mme": 2000.0}
-"""Highest scores of benchmarks that are no percentages (ten tasks of 200 points)."""
+"""Highest scores by family of benchmark, of those that are no percentages (ten tasks of 200 points)."""
 
 Curve = list[tuple[int, float]]
 """(optimizer step, value)"""
@@ -37,11 +37,18 @@ class Score:
     """95 %, over items."""
     content: Mapping[str, Any]
     folder: Path
+    choice: str = ""
+    """What builds the benchmark: its shipped name, or its YAML file."""
+    family: str = ""
+
+    @property
+    def maximum(self) -> float:
+        return MAXIMA.get(self.family, 100.0)
 
     @property
     def percent(self) -> float:
         """The score as a share of the highest one."""
-        return 100 * self.value / MAXIMA.get(self.benchmark, 100.0)
+        return 100 * self.value / self.maximum
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Cell:
     attempts: int | None = None
     seconds: float | None = None
     config: DictConfig | None = None
+    asked: Mapping[str, str] = field(default_factory=dict)
+    """By name, the choices of the benchmarks that it is to be scored on."""
     manifest: Mapping[str, Any] = field(default_factory=dict)
     """Empty until the training is finished."""
     scores: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
@@ -215,7 +224,7 @@ class Entry:
         if not complete:
             return None
         values = [fmean(scores[name].percent for name in benchmarks) for scores in complete]
-        scales = {name: 100 / MAXIMA.get(name, 100.0) for name in benchmarks}
+        scales = {name: 100 / complete[0][name].maximum for name in benchmarks}
         halves = [scales[name] * (high - low) / 2 for name in benchmarks for low, high in [complete[0][name].interval]]
         half = math.hypot(*halves) / len(halves)
         return _summary(values, (values[0] - half, values[0] + half), len(self.cells))

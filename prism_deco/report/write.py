@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from prism_deco.config.registry import import_plugins
 from prism_deco.errors import UsageError
 from prism_deco.report import (
     claim_tables,
@@ -61,6 +62,7 @@ def write_report(
             cannot be read.
     """
     cells = collect(folders)
+    _import_plugins(cells)
     out = out or _default_out(folders)
     chosen, others = _choose_split(cells, split)
     # Claims are about one study; several side by side are tables only.
@@ -110,6 +112,16 @@ def write_report(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return out / "report.html", [section.tables[0] for section in (*claimed[:1], *scored)]
+
+
+def _import_plugins(cells: Sequence[Cell]) -> None:
+    """Imports what the runs' benchmarks may be registered by; where that is not there, they are not compared."""
+    configs = (cell.config for cell in cells if cell.config is not None)
+    for module in dict.fromkeys(module for config in configs for module in config.get("plugins") or ()):
+        try:
+            import_plugins([module])
+        except UsageError as error:
+            log.warning("%s", error)
 
 
 def _results(sweep: Mapping[str, Any], cells: Sequence[Cell], split: str) -> list[Result]:

@@ -1,16 +1,24 @@
 """What the tables say: scores beside the paper's, missing cells, floors, wins, budgets."""
 
+import csv
 import json
 import statistics
 
 import pytest
 
+from prism_deco.config import CONF_DIR
+from prism_deco.errors import UsageError
+from prism_deco.evaluation import BENCHMARKS
 from prism_deco.report import blind, paper, tables
+from prism_deco.report.benchmarks import families_of
 from prism_deco.report.budget import COSTS, budget, front, points
 from prism_deco.report.collect import collect
 from prism_deco.report.floors import chance
 from prism_deco.report.grid import build_grids, records
 from prism_deco.report.layout import Field, Table, comma_separated, markdown
+from prism_deco.report.measures import MEASURES
+from prism_deco.report.pairs import differences
+from prism_deco.report.write import write_report
 
 PRISM = ("recipe=prism", "data=llava", "data.json=x.json", "evaluate.benchmarks=table3")
 
@@ -198,3 +206,93 @@ def test_markdown_and_csv_escape_what_they_are_given():
     made = comma_separated([{"name": "=1+1", "value": -1.5, "text": 'a,"b"', "none": None}])
     assert made == 'name,value,text,none\n\'=1+1,-1.5,"a,""b""",\n'
     assert comma_separated([]) == "\n"
+
+
+@pytest.fixture
+def own_benchmark(make, tmp_path):
+    """Two projectors, two seeds, asked `mini_gqa` and copies of MME and RefCOCO in YAMLs of one's own; the folder."""
+    (tmp_path / "own").mkdir()
+    names = {"my_mme": ("mme", "mme"), "my_boxes": ("mini_refcoco", "refcoco"), "mini_gqa": ("mini_gqa", "gqa")}
+    paths = []
+    for name, (shipped, _) in names.items():
+        path = tmp_path / "own" / f"{name}.yaml"
+        path.write_text((CONF_DIR / "benchmark" / f"{shipped}.yaml").read_text())
+        paths.append(str(path) if name.startswith("my") else name)
+    for projector in ("avgpool", "maxpool"):
+        for seed in (7, 8):
+            folder = tmp_path / "runs" / f"{projector}-{seed}"
+            overrides = (f"projector={projector}", f"seed={seed}", f"evaluate.benchmarks='{','.join(paths)}'")
+            make.run(folder, *overrides, benchmarks=())
+            skill = make.skill[projector]
+            for name in ("my_boxes", "mini_gqa"):
+                make.scores(folder / "eval" / name, name, skill, seed, kind=names[name][1])
+            make.scores(folder / "eval/my_mme", "my_mme", skill, seed, kind="mme")
+            path = folder / "eval/my_mme/metrics.json"
+            content = json.loads(path.read_text())
+            content |= {"primary": "score", "metrics": {"score": 1000.0 + seed}, "interval95": [900.0, 1100.0]}
+            path.write_text(json.dumps(content))
+    return tmp_path / "runs"
+
+
+def test_a_benchmark_of_ones_own_is_the_one_that_its_yaml_names(own_benchmark):
+    cells = collect([own_benchmark])
+    [grid] = build_grids(cells, "")
+    assert grid.benchmarks == ["mini_gqa", "my_boxes", "my_mme"] and not grid.has_mean
+    shown = tables.scores(grid)
+    assert "not scored" not in [field.text for row in shown.rows for field in row]
+    # Scored, graded and compared as its family does, whatever its name.
+    assert cells[0].scores[""]["my_mme"].percent == pytest.approx(100 * 1007 / 2000)
+    assert grid.chance["my_boxes"] > 0 and grid.chance["mini_gqa"] > 0
+    found = {pair.benchmark: pair for pair in differences(grid.entries, grid.benchmarks, "")}
+    assert found["my_boxes"].value is not None and found["my_boxes"].seeds == 2
+    families = families_of(cells, grid.benchmarks)
+    boxes, questions = (MEASURES[name].read(cells[0], families, "") for name in ("boxes", "questions"))
+    scores = cells[0].scores[""]
+    assert boxes == pytest.approx(scores["my_boxes"].value)
+    assert questions == pytest.approx((scores["mini_gqa"].value + scores["my_mme"].percent) / 2)
+
+
+def test_a_benchmark_whose_yaml_is_gone_keeps_its_name(own_benchmark):
+    for path in (own_benchmark.parent / "own").iterdir():
+        path.unlink()
+    [grid] = build_grids(collect([own_benchmark]), "")
+    assert grid.benchmarks == ["mini_gqa", "my_boxes", "my_mme"]
+    found = {pair.benchmark: pair for pair in differences(grid.entries, grid.benchmarks, "")}
+    assert found["mini_gqa"].value is not None and "my_boxes.yaml: there is no such file" in found["my_boxes"].note
+
+
+PLUGIN = """
+from prism_deco.evaluation import BENCHMARKS
+from prism_deco.evaluation.gqa import GQA
+
+@BENCHMARKS.register("{family}")
+class Own(GQA):
+    def strata(self, predictions):
+        {body}
+"""
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_plug_in_benchmark_is_compared_and_its_bugs_are_not_hidden(make, tmp_path, monkeypatch, works):
+    """A report reads its predictions by the plug-in's own code, which a run names in its configuration."""
+    name = f"plugged_{works}"
+    body = "return super().strata(predictions)" if works else "first, second = [1]"
+    (tmp_path / f"{name}.py").write_text(PLUGIN.format(family=name, body=body))
+    shipped = (CONF_DIR / "benchmark/mini_gqa.yaml").read_text()
+    (tmp_path / f"{name}.yaml").write_text(shipped.replace("family: gqa", f"family: {name}"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(BENCHMARKS, "_entries", dict(BENCHMARKS._entries))
+    for projector in ("avgpool", "maxpool"):
+        options = (f"evaluate.benchmarks={tmp_path}/{name}.yaml", f"plugins=[{name}]", f"projector={projector}")
+        make.run(tmp_path / "runs" / projector, *options, benchmarks=())
+        make.scores(tmp_path / "runs" / projector / "eval" / name, name, make.skill[projector], 7, kind="gqa")
+    if not works:
+        with pytest.raises(ValueError, match="not enough values to unpack") as raised:
+            write_report([tmp_path / "runs"], tmp_path / "out")
+        assert not isinstance(raised.value, UsageError) and raised.traceback[-1].path.name == f"{name}.py"
+        return
+    write_report([tmp_path / "runs"], tmp_path / "out")
+    [row] = csv.DictReader((tmp_path / "out/differences.csv").open())
+    assert (row["benchmark"], row["note"]) == (name, "") and float(row["value"]) > 0
+    [row, _] = csv.DictReader((tmp_path / "out/scores.csv").open())
+    assert float(row["chance"]) > 0
