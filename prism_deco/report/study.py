@@ -208,8 +208,8 @@ class Entry:
         scores = self.scores(benchmark, split)
         if not scores:
             return None
-        values = [score.value for score in scores.values()]
-        return _summary(values, next(iter(scores.values())).interval, len(self.cells))
+        values, first = [score.value for score in scores.values()], next(iter(scores.values()))
+        return _summary(values, first.interval, len(self.cells), first.maximum)
 
     def overall(self, benchmarks: Sequence[str], split: str) -> Summary | None:
         """The mean over benchmarks, each as a share of its highest score; None unless a seed has them all.
@@ -227,7 +227,7 @@ class Entry:
         scales = {name: 100 / complete[0][name].maximum for name in benchmarks}
         halves = [scales[name] * (high - low) / 2 for name in benchmarks for low, high in [complete[0][name].interval]]
         half = math.hypot(*halves) / len(halves)
-        return _summary(values, (values[0] - half, values[0] + half), len(self.cells))
+        return _summary(values, (values[0] - half, values[0] + half), len(self.cells), 100.0)
 
     @property
     def missing(self) -> str:
@@ -236,10 +236,11 @@ class Entry:
         return "/".join("not scored" if state in THROUGH else state for state in states)
 
 
-def _summary(values: Sequence[float], interval: tuple[float, float], planned: int) -> Summary:
-    if len(values) == 1:
-        return Summary(values[0], None, interval, 1, planned)
-    return Summary(fmean(values), stdev(values), seed_interval(values), len(values), planned)
+def _summary(values: Sequence[float], interval: tuple[float, float], planned: int, maximum: float) -> Summary:
+    low, high = interval if len(values) == 1 else seed_interval(values)
+    # Neither Student's t nor a sum of squares knows where a score ends. A score of one's own may exceed the maximum.
+    bounds = max(low, min(0.0, *values)), min(high, max(maximum, *values))
+    return Summary(fmean(values), stdev(values) if len(values) > 1 else None, bounds, len(values), planned)
 
 
 def projector_rank(name: str) -> tuple[int, str]:

@@ -296,3 +296,45 @@ def test_a_plug_in_benchmark_is_compared_and_its_bugs_are_not_hidden(make, tmp_p
     assert (row["benchmark"], row["note"]) == (name, "") and float(row["value"]) > 0
     [row, _] = csv.DictReader((tmp_path / "out/scores.csv").open())
     assert float(row["chance"]) > 0
+
+
+def _set_score(folder, benchmark, value):
+    """Answers of which the first `value` per cent are right, and their score."""
+    path = folder / "eval" / benchmark
+    lines = (path / "predictions.jsonl").read_text().splitlines()
+    graded = [json.loads(line) | {"score": float(100 * k < value * len(lines))} for k, line in enumerate(lines)]
+    (path / "predictions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in graded))
+    content = json.loads((path / "metrics.json").read_text())
+    content |= {"metrics": {"accuracy": 100 * statistics.mean(record["score"] for record in graded)}}
+    (path / "metrics.json").write_text(json.dumps(content | {"interval95": [value - 2, value + 2]}))
+
+
+def _scored(make, folder, **scores):
+    """A grid of one row: projector -> scores of `mini_gqa` by seed."""
+    for projector, values in scores.items():
+        for seed, value in enumerate(values, start=1):
+            run = folder / f"{projector}-{seed}"
+            make.run(run, f"projector={projector}", f"seed={seed}", benchmarks=("gqa",), n=100)
+            _set_score(run, "mini_gqa", value)
+    [grid] = build_grids(collect([folder]), "")
+    return grid
+
+
+def test_intervals_stay_within_what_a_score_can_be(make, tmp_path):
+    """Student's t over seeds knows of no ends."""
+    grid = _scored(make, tmp_path, avgpool=(0, 4, 17), linear=(99, 100, 94), maxpool=(40, 50, 60))
+    shown = tables.scores(grid)
+    assert statistics.mean((0, 4, 17)) - 4.3027 * statistics.stdev((0, 4, 17)) / 3**0.5 < 0
+    assert _cell(shown, "mini_siglip + mini_qwen2", "avgpool", "mini_gqa").lines[0].startswith("0.0 to 29.")
+    assert _cell(shown, "mini_siglip + mini_qwen2", "linear", "mini_gqa").lines[0].endswith(" to 100.0")
+    assert _cell(shown, "mini_siglip + mini_qwen2", "maxpool", "mini_gqa").lines[0] == "25.2 to 74.8"
+    by_projector = {record["projector"]: record for record in records(grid) if record["benchmark"] == "mini_gqa"}
+    assert (by_projector["avgpool"]["low95"], by_projector["linear"]["high95"]) == (0, 100)
+    overall = {entry.variant: entry.overall(["mini_gqa"], "").interval for entry in grid.entries}
+    assert overall["avgpool"][0] == 0 and overall["linear"][1] == 100
+
+
+def test_the_mean_of_one_seed_stays_within_what_it_can_be(make, tmp_path):
+    grid = _scored(make, tmp_path, avgpool=(1,), linear=(99,))
+    low, high = (entry.overall(["mini_gqa"], "").interval for entry in sorted(grid.entries, key=lambda e: e.variant))
+    assert low == (0, 3) and high == (97, 100)
