@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -46,6 +47,12 @@ class Difference:
     adjusted: float | None = None
     note: str = ""
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether there is a difference, and no interval of it includes zero."""
+        bounds = [bounds for bounds in (self.interval, self.over_seeds) if bounds is not None]
+        return bool(bounds) and not any(low <= 0 <= high for low, high in bounds)
+
 
 @dataclass(frozen=True)
 class _Units:
@@ -70,6 +77,22 @@ def differences(entries: Sequence[Entry], benchmarks: Sequence[str], split: str)
     return [
         Difference(**{**vars(difference), "adjusted": adjusted.get(number)}) for number, difference in enumerate(found)
     ]
+
+
+def leads(first: Entry, second: Entry, benchmarks: Sequence[str], split: str, found: Sequence[Difference]) -> bool:
+    """Whether the mean over benchmarks, all in per cent, is clearly higher for `first` than for `second`: by the
+    differences seed by seed, or with one seed by the intervals of the benchmarks' differences, taken for independent.
+
+    Args:
+        found: the differences of the row.
+    """
+    means = [entry.means(benchmarks, split) for entry in (first, second)]
+    gains = [value - means[1][seed] for seed, value in means[0].items() if seed in means[1]]
+    if len(gains) > 1:
+        return seed_interval(gains)[0] > 0
+    own = [pair for pair in found if {pair.first, pair.second} == {first.variant, second.variant}]
+    halves = [(pair.interval[1] - pair.interval[0]) / 2 for pair in own if pair.interval is not None]
+    return bool(gains) and len(halves) == len(benchmarks) and gains[0] > math.hypot(*halves) / len(halves)
 
 
 def _compare(

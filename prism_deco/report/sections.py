@@ -66,7 +66,7 @@ def _of_grid(grid: Grid, found: Sequence[Difference], ablation: Sequence[Figure]
     if not grid.benchmarks:
         curves = curve_figures.convergence(grid)
         return Section([tables.losses(grid)], [curves] if curves else [], grid.disagreements)
-    shown = [tables.scores(grid), readings.table(grid), tables.wins(grid)]
+    shown = [tables.scores(grid, found), readings.table(grid), tables.wins(grid)]
     if grid.table == 1:
         shown += [tables.gains(grid), tables.spatial(grid)]
     first = [pair for pair in found if BASE in (pair.first, pair.second)] or found

@@ -211,21 +211,26 @@ class Entry:
         values, first = [score.value for score in scores.values()], next(iter(scores.values()))
         return _summary(values, first.interval, len(self.cells), first.maximum)
 
+    def means(self, benchmarks: Sequence[str], split: str) -> dict[str, float]:
+        """By seed that has them all, the mean over benchmarks, each as a share of its highest score."""
+        found = {}
+        for cell in self.cells:
+            scores = cell.scores.get(split, {})
+            if benchmarks and all(name in scores for name in benchmarks):
+                found[cell.seed] = fmean(scores[name].percent for name in benchmarks)
+        return found
+
     def overall(self, benchmarks: Sequence[str], split: str) -> Summary | None:
         """The mean over benchmarks, each as a share of its highest score; None unless a seed has them all.
 
         With one seed the interval takes the benchmarks for independent.
         """
-        complete = [
-            scores
-            for cell in self.cells
-            if benchmarks and all(name in (scores := cell.scores.get(split, {})) for name in benchmarks)
-        ]
-        if not complete:
+        means = self.means(benchmarks, split)
+        if not means:
             return None
-        values = [fmean(scores[name].percent for name in benchmarks) for scores in complete]
-        scales = {name: 100 / complete[0][name].maximum for name in benchmarks}
-        halves = [scales[name] * (high - low) / 2 for name in benchmarks for low, high in [complete[0][name].interval]]
+        values, first = list(means.values()), next(cell for cell in self.cells if cell.seed in means).scores[split]
+        own = [first[name] for name in benchmarks]
+        halves = [100 / score.maximum * (score.interval[1] - score.interval[0]) / 2 for score in own]
         half = math.hypot(*halves) / len(halves)
         return _summary(values, (values[0] - half, values[0] + half), len(self.cells), 100.0)
 
