@@ -3,6 +3,7 @@
 import csv
 import json
 import statistics
+from dataclasses import replace
 
 import pytest
 
@@ -11,13 +12,14 @@ from prism_deco.errors import UsageError
 from prism_deco.evaluation import BENCHMARKS
 from prism_deco.report import blind, paper, tables
 from prism_deco.report.benchmarks import families_of
-from prism_deco.report.budget import COSTS, budget, front, points
+from prism_deco.report.budget import COSTS, Point, budget, front, points
 from prism_deco.report.collect import collect
 from prism_deco.report.floors import chance
 from prism_deco.report.grid import build_grids, records
 from prism_deco.report.layout import Field, Table, comma_separated, markdown
 from prism_deco.report.measures import MEASURES
 from prism_deco.report.pairs import differences
+from prism_deco.report.study import Entry, Summary
 from prism_deco.report.write import write_report
 
 PRISM = ("recipe=prism", "data=llava", "data.json=x.json", "evaluate.benchmarks=table3")
@@ -181,14 +183,44 @@ def test_budgets_pick_what_nothing_cheaper_beats(make, tmp_path):
     tokens, time = COSTS
     assert [p.entry.tokens for p in front(points(grid, tokens))] == [4, 64]
     assert [(p.cost, p.entry.tokens) for p in points(grid, time)] == [(0.25, 4), (0.5, 64), (1.0, 16)]
-    words = [row[0].text for row in budget(grid).rows]
-    assert words == [
-        "at most 4 visual tokens",
-        "at most 64 visual tokens",
-        "at most 0.25 s per step",
-        "at most 0.5 s per step",
+    # How busy the machine was decides nothing.
+    rows = budget(grid).rows
+    assert [row[0].text for row in rows] == ["at most 4 visual tokens", "at most 64 visual tokens"]
+    assert rows[1][4].text.endswith("num_tokens=4: avgpool") and not any(field.best for row in rows for field in row)
+
+
+@pytest.mark.parametrize(
+    ("found", "best"),
+    [
+        ([(4, 50.0), (4, 50.0), (4, 49.0)], [0, 1]),  # as good for as little
+        ([(4, 50.0), (16, 50.0), (64, 50.5)], [0, 2]),  # as good for more is worse
+        ([(4, 50.0), (16, 51.0), (16, 51.0), (16, 50.5), (64, 51.0)], [0, 1, 2]),
+        ([(4, 50.0), (16, 49.0), (64, 48.0)], [0]),
+    ],
+)
+def test_ties_on_the_front(found, best):
+    """By trying all pairs: a point is on the front unless another is no worse in both and better in one."""
+    entries = [Entry("row", str(k), ()) for k in range(len(found))]
+    made = [
+        Point(entry, cost, Summary(score, None, (score, score), 1, 1))
+        for entry, (cost, score) in zip(entries, found, strict=True)
     ]
-    assert budget(grid).rows[1][4].text.endswith("num_tokens=4: avgpool")
+    beaten = {
+        k
+        for k, (cost, score) in enumerate(found)
+        for other, its in found
+        if other <= cost and its >= score and (other < cost or its > score)
+    }
+    assert [k for k in range(len(found)) if k not in beaten] == best
+    assert [int(point.entry.variant) for point in front(made)] == best
+
+
+def test_a_budget_names_all_that_tie(make, tmp_path):
+    """Both projectors answer alike."""
+    grid = _scored(make, tmp_path, avgpool=(50,), maxpool=(50,), qformer=(40,))
+    [row] = budget(replace(grid, benchmarks=["mini_gqa"])).rows
+    row_name = "mini_siglip + mini_qwen2"
+    assert row[1].text == f"{row_name}: avgpool; {row_name}: maxpool" and row[4].text == f"{row_name}: qformer"
 
 
 def test_chance_needs_only_the_predictions(make, tmp_path):
