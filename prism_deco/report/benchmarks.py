@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from prism_deco.config import load_choice
 from prism_deco.errors import UsageError
 from prism_deco.report import paper
-from prism_deco.report.study import Cell
+from prism_deco.report.cells import Cell
 
 
 def benchmarks_of(cells: Sequence[Cell], split: str) -> list[str]:

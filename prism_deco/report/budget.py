@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from prism_deco.report.cells import Entry, Summary
 from prism_deco.report.grid import Grid
-from prism_deco.report.layout import MISSING, Field, Table, interval, number
-from prism_deco.report.study import Entry, Summary
+from prism_deco.report.tabular import MISSING, Field, Table, interval, number
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.errors import UsageError
 from prism_deco.report.benchmarks import asked_by, family_of
+from prism_deco.report.cells import Cell, Score
 from prism_deco.report.curves import read_curves
-from prism_deco.report.study import Cell, Score
 from prism_deco.stages import final_config
 
 log = logging.getLogger(__name__)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+from prism_deco.report.arms import Side, choose, values
 from prism_deco.report.benchmarks import families_of
-from prism_deco.report.claims import Claim, Contrast
-from prism_deco.report.compare import holm, seed_interval, t_test
+from prism_deco.report.cells import Cell
 from prism_deco.report.compute import is_equal
+from prism_deco.report.hypotheses import Claim, Contrast
 from prism_deco.report.measures import MEASURES, Relevance, Scores
-from prism_deco.report.sides import Side, choose, values
-from prism_deco.report.study import Cell
+from prism_deco.report.stats import holm, seed_interval, t_test
 
 HOLDS, REVERSED, UNRESOLVED, MIXED = "holds", "reversed", "not resolved", "mixed"
 

@@ -8,10 +8,10 @@ from statistics import fmean
 from typing import Any
 
 from prism_deco.report import paper
+from prism_deco.report.baselines import blind, chance, mean_scores
 from prism_deco.report.benchmarks import benchmarks_of
-from prism_deco.report.fair import disagreements
-from prism_deco.report.floors import blind, chance, mean_scores
-from prism_deco.report.study import MAXIMA, Cell, Entry, Summary, group, projector_rank
+from prism_deco.report.cells import MAXIMA, Cell, Entry, Summary, group, projector_rank
+from prism_deco.report.comparability import disagreements
 
 
 @dataclass(frozen=True)

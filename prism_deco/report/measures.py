@@ -11,7 +11,7 @@ from typing import Any
 from prism_deco.explain.gae import DEFAULT_METHOD
 from prism_deco.report import paper
 from prism_deco.report.benchmarks import family_of
-from prism_deco.report.study import Cell
+from prism_deco.report.cells import Cell
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from prism_deco.report.budget import Cost, Point, front, points
+from prism_deco.report.cells import Entry, Summary
 from prism_deco.report.grid import Grid
-from prism_deco.report.pairs import Difference
-from prism_deco.report.study import Entry, Summary
-from prism_deco.report.style import Figure, label_axes, legend, panels, settings, styles, to_svg
+from prism_deco.report.paired_tests import Difference
+from prism_deco.report.plotting import Figure, label_axes, legend, panels, settings, styles, to_svg
 
 _MOVED = "Points with the same number of tokens are drawn side by side."
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
 from prism_deco.report import paper
-from prism_deco.report.compare import Wins, count_wins
+from prism_deco.report.cells import Entry, Summary
 from prism_deco.report.grid import Grid, Line, paper_mean
-from prism_deco.report.layout import MISSING, Field, Table, interval, number
-from prism_deco.report.pairs import BASE, Difference, leads
-from prism_deco.report.study import Entry, Summary
+from prism_deco.report.paired_tests import BASE, Difference, leads
+from prism_deco.report.stats import Wins, count_wins
+from prism_deco.report.tabular import MISSING, Field, Table, interval, number
 
 
 def scores(grid: Grid, found: Sequence[Difference] = ()) -> Table:

@@ -12,8 +12,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from prism_deco.report.compare import seed_interval
 from prism_deco.report.flops import flops_per_sample
+from prism_deco.report.stats import seed_interval
 from prism_deco.training.status import THROUGH
 
 PROJECTORS = ("linear", "avgpool", "maxpool", "qformer", "c_abstractor", "d_abstractor")

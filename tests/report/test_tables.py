@@ -11,16 +11,16 @@ from prism_deco.config import CONF_DIR
 from prism_deco.errors import UsageError
 from prism_deco.evaluation import BENCHMARKS
 from prism_deco.report import blind, paper, tables
+from prism_deco.report.assemble import write_report
+from prism_deco.report.baselines import chance
 from prism_deco.report.benchmarks import families_of
 from prism_deco.report.budget import COSTS, Point, budget, front, points
+from prism_deco.report.cells import Entry, Summary
 from prism_deco.report.collect import collect
-from prism_deco.report.floors import chance
 from prism_deco.report.grid import build_grids, records
-from prism_deco.report.layout import Field, Table, comma_separated, markdown
 from prism_deco.report.measures import MEASURES
-from prism_deco.report.pairs import differences
-from prism_deco.report.study import Entry, Summary
-from prism_deco.report.write import write_report
+from prism_deco.report.paired_tests import differences
+from prism_deco.report.tabular import Field, Table, comma_separated, markdown
 
 PRISM = ("recipe=prism", "data=llava", "data.json=x.json", "evaluate.benchmarks=table3")
 

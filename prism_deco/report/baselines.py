@@ -11,7 +11,7 @@ from prism_deco.errors import UsageError
 from prism_deco.evaluation import Benchmark, Item, Prediction, build_benchmark, load_predictions
 from prism_deco.evaluation.scoring import best_constant
 from prism_deco.report.blind import blind_scores, settings_key
-from prism_deco.report.study import Cell, Score
+from prism_deco.report.cells import Cell, Score
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from itertools import combinations
 from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark
 from prism_deco.evaluation.metrics.bootstrap import Combine, combine_strata
-from prism_deco.report.compare import average, holm, mcnemar, paired_difference, seed_interval, subtract
-from prism_deco.report.floors import main_predictions
-from prism_deco.report.study import Entry, Score
+from prism_deco.report.baselines import main_predictions
+from prism_deco.report.cells import Entry, Score
+from prism_deco.report.stats import average, holm, mcnemar, paired_difference, seed_interval, subtract
 
 log = logging.getLogger(__name__)
 
