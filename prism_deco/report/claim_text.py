@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prism_deco.report.claim_tables import effect, is_clear, judging, with_deviation
-from prism_deco.report.claims import EQUAL
+from prism_deco.report.cells import Cell
+from prism_deco.report.claim_report import effect, is_clear, judging, with_deviation
 from prism_deco.report.contrasts import HOLDS, MIXED, REVERSED, UNRESOLVED, Result, verdict
-from prism_deco.report.layout import escape, number
-from prism_deco.report.study import Cell
+from prism_deco.report.hypotheses import EQUAL
 from prism_deco.report.tables import p_value
+from prism_deco.report.tabular import escape, number
 
 
 def text(title: str, results: Sequence[Result], cells: Sequence[Cell], split: str) -> str:

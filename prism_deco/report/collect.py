@@ -13,8 +13,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.errors import UsageError
+from prism_deco.report.benchmarks import asked_by, family_of
+from prism_deco.report.cells import Cell, Score
 from prism_deco.report.curves import read_curves
-from prism_deco.report.study import Cell, Score
 from prism_deco.stages import final_config
 
 log = logging.getLogger(__name__)
@@ -65,17 +66,18 @@ def read_cell(folder: Path, record: Mapping[str, Any] | None = None) -> Cell:
     """
     record = record or {}
     state, reason = str(record.get("state") or "unknown"), str(record.get("reason") or "")
-    config, names, status, manifest, scores, relevance, curves = None, {}, {}, {}, {}, {}, {}
+    config, names, status, asked, manifest, scores, relevance, curves = None, {}, {}, {}, {}, {}, {}, {}
     try:
         config = _read_config(folder, record)
         names = _names(config)
+        asked = asked_by(config) if config is not None else {}
         if (folder / "status.json").is_file():
             status = _read_json(folder / "status.json")
             # A run that was killed could not say so; the sweep saw it end.
             if status["state"] != "running" or state in ("planned", "unknown"):
                 state, reason = str(status["state"]), str(status.get("reason") or reason)
         if (folder / "manifest.json").is_file():
-            scores, manifest = _read_scores(folder / "eval"), _read_json(folder / "manifest.json")
+            scores, manifest = _read_scores(folder / "eval", asked), _read_json(folder / "manifest.json")
             relevance = _read_relevance(folder / "explain", config)
         curves = read_curves(folder)
     except Exception as error:  # files can be damaged in many ways, and one must not hide the other cells
@@ -92,6 +94,7 @@ def read_cell(folder: Path, record: Mapping[str, Any] | None = None) -> Cell:
         attempts=record.get("attempts"),
         seconds=status.get("seconds") or record.get("seconds"),
         config=config,
+        asked=asked,
         manifest=manifest,
         scores=scores,
         relevance=relevance,
@@ -122,13 +125,14 @@ def _names(config: DictConfig | None) -> dict[str, str]:
     return {key: str(config[key].name) for key in ("backbone", "llm", "projector")} | {"seed": str(config.seed)}
 
 
-def _read_scores(folder: Path) -> dict[str, dict[str, Score]]:
+def _read_scores(folder: Path, asked: Mapping[str, str]) -> dict[str, dict[str, Score]]:
     scores: dict[str, dict[str, Score]] = {}
     for path in sorted(folder.glob("*/metrics.json")):
         content = _read_json(path)
         name = str(content["benchmark"])
         low, high = content["interval95"]
-        score = Score(name, float(content["metrics"][content["primary"]]), (low, high), content, path.parent)
+        value, choice = float(content["metrics"][content["primary"]]), asked.get(name, name)
+        score = Score(name, value, (low, high), content, path.parent, choice, family_of(choice))
         # eval/<benchmark> holds the benchmark's own split, eval/<benchmark>-<split> another one.
         scores.setdefault(path.parent.name.removeprefix(name).removeprefix("-"), {})[name] = score
     return scores

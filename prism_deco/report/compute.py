@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from prism_deco.report.layout import MISSING, Field, Table, number
-from prism_deco.report.study import Cell, Entry
+from prism_deco.report.cells import Cell, Entry
+from prism_deco.report.tabular import MISSING, Field, Table, number
 
 TOLERANCE = 0.01
 """Relative difference of two trainings' arithmetic that still counts as equal: steps are whole."""

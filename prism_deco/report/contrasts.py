@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from prism_deco.report.claims import Claim, Contrast
-from prism_deco.report.compare import holm, seed_interval, t_test
+from prism_deco.report.arms import Side, choose, values
+from prism_deco.report.benchmarks import families_of
+from prism_deco.report.cells import Cell
 from prism_deco.report.compute import is_equal
+from prism_deco.report.hypotheses import Claim, Contrast
 from prism_deco.report.measures import MEASURES, Relevance, Scores
-from prism_deco.report.sides import Side, choose, values
-from prism_deco.report.study import Cell
+from prism_deco.report.stats import holm, seed_interval, t_test
 
 HOLDS, REVERSED, UNRESOLVED, MIXED = "holds", "reversed", "not resolved", "mixed"
 
@@ -77,8 +78,9 @@ def evaluate(claims: Sequence[Claim], cells: Sequence[Cell], benchmarks: Sequenc
     Raises:
         UsageError: the labels of a side are those of several cells of one seed.
     """
+    families = families_of(cells, benchmarks)
     found = [
-        _evaluate(claim, contrast, name, cells, benchmarks, split)
+        _evaluate(claim, contrast, name, cells, families, split)
         for claim in claims
         for contrast in claim.contrasts
         for name in contrast.measures
@@ -97,12 +99,12 @@ def verdict(results: Sequence[Result]) -> str:
 
 
 def _evaluate(
-    claim: Claim, contrast: Contrast, name: str, cells: Sequence[Cell], benchmarks: Sequence[str], split: str
+    claim: Claim, contrast: Contrast, name: str, cells: Sequence[Cell], families: Mapping[str, str], split: str
 ) -> Result:
     measure = MEASURES[name]
 
     def read(cell: Cell) -> float | None:
-        return measure.read(cell, benchmarks, split)
+        return measure.read(cell, families, split)
 
     first, second = (choose(cells, labels, read, claim.name) for labels in (contrast.first, contrast.second))
     unlike = first.tokens != second.tokens
@@ -113,7 +115,7 @@ def _evaluate(
         claim,
         contrast,
         name,
-        measure.words(benchmarks),
+        measure.words(families),
         contrast.judges and name == contrast.measures[0],
         first,
         second,
@@ -124,7 +126,7 @@ def _evaluate(
     )
     pairs = [(first.cells[seed], second.cells[seed]) for seed in seeds]
     notes = [*first.missing(planned), *second.missing(planned)]
-    obstacles = _obstacles(contrast, lambda cell: measure.asked(cell, benchmarks, split), pairs)
+    obstacles = _obstacles(contrast, lambda cell: measure.asked(cell, families, split), pairs)
     if not seeds or obstacles:
         return replace(result, notes=(*notes, *obstacles))
     if isinstance(measure, Scores):

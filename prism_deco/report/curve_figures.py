@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from prism_deco.report.cells import Cell, Curve, Entry
 from prism_deco.report.grid import Grid
-from prism_deco.report.study import Cell, Curve, Entry
-from prism_deco.report.style import STEPS, Figure, label_axes, legend, panels, settings, styles, to_svg
+from prism_deco.report.plotting import STEPS, Figure, label_axes, legend, panels, settings, styles, to_svg
 
 _MARKERS = 8  # along a curve
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from prism_deco.errors import UsageError
-from prism_deco.report.study import Curve
+from prism_deco.report.cells import Curve
 
 SHOWN = ("train/loss", "val/loss", "speed/samples_per_s")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prism_deco.report.layout import escape, markdown
-from prism_deco.report.page import Report
-from prism_deco.report.style import Figure
+from prism_deco.report.html_page import Report
+from prism_deco.report.plotting import Figure
+from prism_deco.report.tabular import escape, markdown
 
 
 def named(report: Report) -> list[tuple[str, Figure]]:

@@ -8,10 +8,10 @@ from statistics import fmean
 from typing import Any
 
 from prism_deco.report import paper
+from prism_deco.report.baselines import blind, chance, mean_scores
 from prism_deco.report.benchmarks import benchmarks_of
-from prism_deco.report.fair import disagreements
-from prism_deco.report.floors import blind, chance, mean_scores
-from prism_deco.report.study import MAXIMA, Cell, Entry, Summary, group, projector_rank
+from prism_deco.report.cells import MAXIMA, Cell, Entry, Summary, group, projector_rank
+from prism_deco.report.comparability import disagreements
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,12 @@ class Grid:
     @property
     def has_mean(self) -> bool:
         """Whether the mean over benchmarks means something: all are percentages."""
-        return len(self.benchmarks) > 1 and not any(name in MAXIMA for name in self.benchmarks)
+        return len(self.benchmarks) > 1 and all(self.maximum(name) == 100 for name in self.benchmarks)
+
+    def maximum(self, benchmark: str) -> float:
+        """The highest score that there could be."""
+        scores = (score for entry in self.entries for score in entry.scores(benchmark, self.split).values())
+        return next((score.maximum for score in scores), MAXIMA.get(benchmark, 100.0))
 
     def ours(self, variant: str) -> dict[Hashable, float | None]:
         """Scores of a projector by row and benchmark."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from prism_deco.explain.gae import DEFAULT_METHOD
 from prism_deco.report import paper
-from prism_deco.report.study import Cell
-
-_BOXES = frozenset({"refcoco", "refcocoplus", "refcocog"})
+from prism_deco.report.benchmarks import family_of
+from prism_deco.report.cells import Cell
 
 
 @dataclass(frozen=True)
@@ -28,20 +27,20 @@ class Scores:
     unit: str = "points"
     """Measures of one unit share an axis."""
 
-    def words(self, benchmarks: Sequence[str]) -> str:
-        """What it is called, given the benchmarks of the study."""
-        count = len(self._own(benchmarks))
+    def words(self, families: Mapping[str, str]) -> str:
+        """What it is called, given the benchmarks of the study with their families."""
+        count = len(self._own(families))
         return f"{count} {self.name}{'s' if count != 1 else ''}"
 
-    def read(self, cell: Cell, benchmarks: Sequence[str], split: str) -> float | None:
+    def read(self, cell: Cell, families: Mapping[str, str], split: str) -> float | None:
         """None where the cell was not scored on all of them."""
-        scores, own = cell.scores.get(split, {}), self._own(benchmarks)
+        scores, own = cell.scores.get(split, {}), self._own(families)
         complete = bool(own) and all(name in scores for name in own)
         return _finite(fmean(scores[name].percent for name in own)) if complete else None
 
-    def asked(self, cell: Cell, benchmarks: Sequence[str], split: str) -> Any:
+    def asked(self, cell: Cell, families: Mapping[str, str], split: str) -> Any:
         """What identifies the questions of a cell that was read; numbers of different questions do not compare."""
-        contents = [cell.scores[split][name].content for name in self._own(benchmarks)]
+        contents = [cell.scores[split][name].content for name in self._own(families)]
         return [(content["data_hash"], content["prompt_hash"]) for content in contents]
 
     def paper(self, first: str, second: str) -> float | None:
@@ -50,10 +49,11 @@ class Scores:
         printed = {line.projector: line.scores for line in paper.lines(1) if not line.cited}
         if first not in printed or second not in printed:
             return None
-        return fmean(printed[first][name] - printed[second][name] for name in self._own(paper.COLUMNS[3]))
+        columns = {name: family_of(name) for name in paper.COLUMNS[3]}
+        return fmean(printed[first][name] - printed[second][name] for name in self._own(columns))
 
-    def _own(self, benchmarks: Sequence[str]) -> list[str]:
-        return [n for n in benchmarks if self.boxes is None or (n.removeprefix("mini_") in _BOXES) == self.boxes]
+    def _own(self, families: Mapping[str, str]) -> list[str]:
+        return [name for name, family in families.items() if self.boxes in (None, family == "refcoco")]
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class Relevance:
     key: str
     unit: str = "hundredths"
 
-    def words(self, benchmarks: Sequence[str]) -> str:
+    def words(self, families: Mapping[str, str]) -> str:
         return self.name
 
-    def read(self, cell: Cell, benchmarks: Sequence[str], split: str) -> float | None:
+    def read(self, cell: Cell, families: Mapping[str, str], split: str) -> float | None:
         values = cell.relevance.get("methods", {}).get(DEFAULT_METHOD, {}).get(self.key)
         return _finite(100 * float(values["mean"])) if values else None
 
-    def asked(self, cell: Cell, benchmarks: Sequence[str], split: str) -> Any:
+    def asked(self, cell: Cell, families: Mapping[str, str], split: str) -> Any:
         return [cell.relevance.get(key) for key in ("benchmark", "split", "n")]
 
 

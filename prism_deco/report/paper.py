@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from prism_deco.report.compare import relative_gain
-from prism_deco.report.study import Cell
+from prism_deco.report.cells import Cell
+from prism_deco.report.stats import relative_gain
 
 FOLDER = Path(__file__).parent.parent / "assets" / "paper"
 

@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from prism_deco.report.grid import Grid, Line
-from prism_deco.report.layout import MISSING, Field, Table, number
+from prism_deco.report.tabular import MISSING, Field, Table, number
 
 SECOND: Mapping[str, str] = {
     "f1": "f1: mean over POPE's subsets, yes is the positive answer.",

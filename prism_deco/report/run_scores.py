@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prism_deco.explain.gae import DEFAULT_METHOD
-from prism_deco.report.study import Cell
+from prism_deco.report.cells import Cell
 
 
 def records(cells: Sequence[Cell], split: str) -> list[dict[str, Any]]:

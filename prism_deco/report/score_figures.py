@@ -10,10 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from prism_deco.report.budget import Cost, Point, front, points
+from prism_deco.report.cells import Entry, Summary
 from prism_deco.report.grid import Grid
-from prism_deco.report.pairs import Difference
-from prism_deco.report.study import MAXIMA, Entry, Summary
-from prism_deco.report.style import Figure, label_axes, legend, panels, settings, styles, to_svg
+from prism_deco.report.paired_tests import Difference
+from prism_deco.report.plotting import Figure, label_axes, legend, panels, settings, styles, to_svg
+
+_MOVED = "Points with the same number of tokens are drawn side by side."
 
 
 def ablation(grid: Grid, beside: Sequence[Entry] = ()) -> list[Figure]:
@@ -36,18 +38,24 @@ def ablation(grid: Grid, beside: Sequence[Entry] = ()) -> list[Figure]:
         looks = styles(entry.variant for entry in entries)
         with settings():
             figure, axes = panels(len(names), width=3.1, height=2.3)
+            moved = False
             for name, ax in zip(names, axes, strict=True):
-                for place, (variant, line) in enumerate(lines.items()):
-                    values = [(entry.tokens, _summary(grid, entry, name)) for entry in line]
-                    known = [(float(tokens), summary) for tokens, summary in values if tokens and summary]
-                    _errorbars(ax, known, variant, looks[variant], place, len(lines))
+                marks = [
+                    (variant, float(entry.tokens or 0), summary)
+                    for variant, line in lines.items()
+                    for entry in line
+                    if (summary := _summary(grid, entry, name)) is not None
+                ]
+                places = _side_by_side([tokens for _, tokens, _ in marks])
+                moved |= places != [tokens for _, tokens, _ in marks]
+                for variant in lines:
+                    own = [(x, mark[2]) for x, mark in zip(places, marks, strict=True) if mark[0] == variant]
+                    _errorbars(ax, own, variant, looks[variant])
                 _token_axis(ax, [float(entry.tokens) for entry in members if entry.tokens])
                 label_axes(ax, name, "visual tokens per image", "score (%)" if grid.has_mean else "score")
             legend(figure, axes, looks)
-            caption = (
-                f"{family}: score against the number of visual tokens, with 95 % intervals. Points that would lie on "
-                "each other are moved aside."
-            )
+            caption = f"{family}: score against the number of visual tokens, with 95 % intervals."
+            caption += f" {_MOVED}" if moved else ""
             found.append(Figure(f"tokens{number or ''}", to_svg(figure), caption))
     return found
 
@@ -63,16 +71,20 @@ def pareto(grid: Grid, cost: Cost) -> Figure | None:
     looks = styles(variants)
     low = min(point.score.interval[0] for point in found)
     high = max(point.score.interval[1] for point in found)
+    moved = False
     with settings():
         figure, axes = panels(len(families), width=5.0 if len(families) == 1 else 3.5)
         for family, ax in zip(families, axes, strict=True):
             own = [point for point in found if point.entry.family == family]
-            _front(ax, front(own))
-            for point in own:
-                variant = point.entry.variant
-                place, number = (variants.index(variant), len(variants)) if cost.log else (0, 1)
-                look = looks[variant] | {"linestyle": "none", "markersize": 7}
-                _errorbars(ax, [(point.cost, point.score)], variant, look, place, number)
+            own.sort(key=lambda point: variants.index(point.entry.variant))
+            costs = [point.cost for point in own]
+            places = costs if cost.measured else _side_by_side(costs)
+            moved |= places != costs
+            if not cost.measured:
+                _front(ax, front(sorted(own, key=lambda point: (point.cost, -point.score.mean))))
+            for x, point in zip(places, own, strict=True):
+                look = looks[point.entry.variant] | {"linestyle": "none", "markersize": 7}
+                _errorbars(ax, [(x, point.score)], point.entry.variant, look)
             if cost.log:
                 _token_axis(ax, [point.cost for point in found])
             else:
@@ -81,16 +93,18 @@ def pareto(grid: Grid, cost: Cost) -> Figure | None:
             ax.set_ylim(low - margin, high + margin)
             label_axes(ax, family, cost.label, "mean score (%)")
         legend(figure, axes, looks)
-        caption = (
-            f"Mean score over the benchmarks against {cost.label}, with 95 % intervals; the grey line joins what "
-            "nothing cheaper beats."
-        )
+        caption = f"Mean score over the benchmarks against {cost.label}, with 95 % intervals."
+        if cost.measured:
+            caption += " Times depend on what else the machine was doing."
+        else:
+            caption += " The grey line joins what nothing cheaper beats."
+        caption += f" {_MOVED}" if moved else ""
         return Figure(f"score-against-{cost.label.split(' per ')[0].replace(' ', '-')}", to_svg(figure), caption)
 
 
 def forest(grid: Grid, pairs: Sequence[Difference]) -> Figure | None:
     """The differences of pairs with their intervals, a panel per row and pair; None where none is available."""
-    shown = [pair for pair in pairs if pair.value is not None and pair.benchmark not in MAXIMA]
+    shown = [pair for pair in pairs if pair.value is not None and grid.maximum(pair.benchmark) == 100]
     groups: dict[tuple[str, str, str], list[Difference]] = {}
     for pair in shown:
         groups.setdefault((pair.row, pair.first, pair.second), []).append(pair)
@@ -134,14 +148,21 @@ def _front(ax: Axes, best: Sequence[Point]) -> None:
     ax.plot(x, y, color="#b0b0b0", drawstyle="steps-post", linewidth=3, solid_capstyle="round", zorder=1)
 
 
-def _errorbars(
-    ax: Axes, values: Sequence[tuple[float, Summary]], label: str, look: dict[str, Any], place: int, number: int
-) -> None:
-    """Points with their intervals; `place` of `number` lines moves them aside on a logarithmic axis."""
+def _side_by_side(costs: Sequence[float]) -> list[float]:
+    """Where to draw marks on a logarithmic axis: those of the same cost on both sides of it, so that none covers
+    another; single ones where they are."""
+    places = []
+    for k, cost in enumerate(costs):
+        before, number = costs[:k].count(cost), costs.count(cost)
+        places.append(cost * 2 ** (0.09 * (before - (number - 1) / 2)))
+    return places
+
+
+def _errorbars(ax: Axes, values: Sequence[tuple[float, Summary]], label: str, look: dict[str, Any]) -> None:
+    """Points with their intervals."""
     if not values:
         return
-    aside = 2 ** (0.09 * (place - (number - 1) / 2)) if number > 1 else 1.0
-    x = [cost * aside for cost, _ in values]
+    x = [place for place, _ in values]
     y = np.array([summary.mean for _, summary in values])
     bounds = np.array([summary.interval for _, summary in values]).T
     # A percentile interval need not contain the score.

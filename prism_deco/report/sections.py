@@ -7,22 +7,22 @@ from typing import Any
 
 from prism_deco.report import (
     budget,
-    claim_figures,
-    claim_tables,
+    claim_report,
     compute,
     curve_figures,
-    departures,
-    ladder,
+    forest_plot,
+    lr_search,
     readings,
+    recipe_diff,
     score_figures,
     tables,
 )
 from prism_deco.report.contrasts import Result
 from prism_deco.report.grid import Grid
-from prism_deco.report.ladder import Ladder
-from prism_deco.report.page import Section
-from prism_deco.report.pairs import BASE, Difference
-from prism_deco.report.style import Figure
+from prism_deco.report.html_page import Section
+from prism_deco.report.lr_search import Ladder
+from prism_deco.report.paired_tests import BASE, Difference
+from prism_deco.report.plotting import Figure
 
 
 def of_claims(results: Sequence[Result]) -> list[Section]:
@@ -30,8 +30,8 @@ def of_claims(results: Sequence[Result]) -> list[Section]:
     if not results:
         return []
     return [
-        Section([claim_tables.summary(results)], claim_figures.forests(results)),
-        Section([claim_tables.contrasts(results)]),
+        Section([claim_report.summary(results)], forest_plot.forests(results)),
+        Section([claim_report.contrasts(results)]),
     ]
 
 
@@ -41,7 +41,7 @@ def of_settings(ladders: Sequence[Ladder], costs: Sequence[dict[str, Any]]) -> l
     Args:
         costs: of `compute.budgets`.
     """
-    shown = [*ladder.tables(ladders), *([compute.table(costs)] if costs else [])]
+    shown = [*lr_search.tables(ladders), *([compute.table(costs)] if costs else [])]
     return [Section([table]) for table in shown]
 
 
@@ -66,7 +66,7 @@ def _of_grid(grid: Grid, found: Sequence[Difference], ablation: Sequence[Figure]
     if not grid.benchmarks:
         curves = curve_figures.convergence(grid)
         return Section([tables.losses(grid)], [curves] if curves else [], grid.disagreements)
-    shown = [tables.scores(grid), readings.table(grid), tables.wins(grid)]
+    shown = [tables.scores(grid, found), readings.table(grid), tables.wins(grid)]
     if grid.table == 1:
         shown += [tables.gains(grid), tables.spatial(grid)]
     first = [pair for pair in found if BASE in (pair.first, pair.second)] or found
@@ -80,6 +80,6 @@ def _of_grid(grid: Grid, found: Sequence[Difference], ablation: Sequence[Figure]
         tables=[table for table in shown if table is not None],
         figures=[figure for figure in drawn if figure is not None],
         warnings=grid.disagreements,
-        departures=departures.sentences(cell for entry in grid.entries for cell in entry.cells) if grid.table else [],
+        departures=recipe_diff.sentences(cell for entry in grid.entries for cell in entry.cells) if grid.table else [],
         folded=folded,
     )

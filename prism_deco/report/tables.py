@@ -6,17 +6,21 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
 from prism_deco.report import paper
-from prism_deco.report.compare import Wins, count_wins
+from prism_deco.report.cells import Entry, Summary
 from prism_deco.report.grid import Grid, Line, paper_mean
-from prism_deco.report.layout import MISSING, Field, Table, interval, number
-from prism_deco.report.pairs import BASE, Difference
-from prism_deco.report.study import Entry, Summary
+from prism_deco.report.paired_tests import BASE, Difference, leads
+from prism_deco.report.stats import Wins, count_wins
+from prism_deco.report.tabular import MISSING, Field, Table, interval, number
 
 
-def scores(grid: Grid) -> Table:
-    """The grid itself: ours, and in smaller print its interval and the paper's number."""
+def scores(grid: Grid, found: Sequence[Difference] = ()) -> Table:
+    """The grid itself: ours, and in smaller print its interval and the paper's number.
+
+    Args:
+        found: differences of the grid, by which a best score is clear.
+    """
     columns = ["row", "projector", "tokens", *grid.benchmarks, *(["mean"] if grid.has_mean else [])]
-    best = {(row, name): _best(grid, row, name) for row in {line.row for line in grid.lines} for name in columns[3:]}
+    best = {(line.row, name): _leader(grid, line.row, name, found) for line in grid.lines for name in columns[3:]}
     rows, starts = [], set()
     for position, line in enumerate(grid.lines):
         first = position == 0 or grid.lines[position - 1].row != line.row
@@ -41,7 +45,7 @@ def scores(grid: Grid) -> Table:
     return Table(grid.title, columns, rows, heads=2, caption=_caption(grid), starts=frozenset(starts))
 
 
-def _score(grid: Grid, line: Line, name: str, best: float | None) -> Field:
+def _score(grid: Grid, line: Line, name: str, best: Line | None) -> Field:
     summary, printed = _ours(grid, line, name), _paper(grid, line, name)
     if line.cited:
         return Field(MISSING, (f"paper {number(printed)}",), muted=True)
@@ -53,7 +57,7 @@ def _score(grid: Grid, line: Line, name: str, best: float | None) -> Field:
     spread = f" ±{number(summary.deviation)}" if summary.deviation is not None else ""
     few = [f"{summary.seeds} of {summary.planned} seeds"] if summary.seeds < summary.planned else []
     lines = (interval(summary.interval), *beside, *few)
-    return Field(f"{number(summary.mean)}{spread}", lines, best=round(summary.mean, 1) == best)
+    return Field(f"{number(summary.mean)}{spread}", lines, best=line is best)
 
 
 def _ours(grid: Grid, line: Line, name: str) -> Summary | None:
@@ -66,11 +70,22 @@ def _paper(grid: Grid, line: Line, name: str) -> float | None:
     return paper_mean(line, grid.benchmarks) if name == "mean" else line.paper.get(name)
 
 
-def _best(grid: Grid, row: str, name: str) -> float | None:
-    """The highest printed score of a row that has several."""
-    found = [_ours(grid, line, name) for line in grid.lines if line.row == row]
-    values = [round(summary.mean, 1) for summary in found if summary is not None]
-    return max(values) if len(values) > 1 else None
+def _leader(grid: Grid, row: str, name: str, found: Sequence[Difference]) -> Line | None:
+    """The line that is clearly ahead of all others of its row."""
+    known = [(line, summary.mean) for line in grid.lines if line.row == row and (summary := _ours(grid, line, name))]
+    if len(known) < 2:
+        return None
+    (first, _), *others = sorted(known, key=lambda item: -item[1])
+    names = grid.benchmarks if name == "mean" else [name]
+    own = [pair for pair in found if pair.row == row and pair.benchmark in names]
+    return first if all(_leads(grid, first, other, name, own) for other, _ in others) else None
+
+
+def _leads(grid: Grid, first: Line, second: Line, name: str, found: Sequence[Difference]) -> bool:
+    if name == "mean":
+        assert first.entry is not None and second.entry is not None
+        return leads(first.entry, second.entry, grid.benchmarks, grid.split, found)
+    return any(pair.is_clear for pair in found if {pair.first, pair.second} == {first.variant, second.variant})
 
 
 def _floor(values: Mapping[str, float], names: Sequence[str]) -> list[Field]:
@@ -86,7 +101,7 @@ def _caption(grid: Grid) -> str:
         "where only one seed is scored)."
         if several
         else "One seed per cell; below each score its 95 % interval over items, which says nothing about other seeds.",
-        "The best of a row is bold.",
+        "Bold: ahead of all others of its row, zero outside the intervals of the differences.",
     ]
     if grid.table:
         parts.append("Then the paper's number, and Δ: ours minus the paper's.")
@@ -224,7 +239,7 @@ def differences(found: Sequence[Difference], title: str = "Differences") -> Tabl
             note = Field("not available", (one.note,), muted=True)
             rows.append([*heads, Field(one.benchmark), note, *[Field(MISSING)] * 5])
             continue
-        clear = one.adjusted is not None and one.adjusted < 0.05 and not _spans_zero(one.over_seeds)
+        clear = one.adjusted is not None and one.adjusted < 0.05 and one.is_clear
         rows.append(
             [
                 *heads,
@@ -242,13 +257,9 @@ def differences(found: Sequence[Difference], title: str = "Differences") -> Tabl
         "Differences in the benchmark's unit. Over items: paired bootstrap of the same questions. Over seeds: "
         "Student's t of the differences seed by seed. p: exact McNemar test (a sign test where an item's score is not "
         "just right or wrong); p (Holm) is adjusted for all tests of all pairs. Bold: p (Holm) below 0.05, and zero "
-        "outside the interval over seeds. With one seed all of this is about these two models, not their projectors."
+        "outside both intervals. With one seed all of this is about these two models, not their projectors."
     )
     return Table(title, columns, rows, heads=3, caption=caption, starts=frozenset(starts))
-
-
-def _spans_zero(bounds: tuple[float, float] | None) -> bool:
-    return bounds is not None and bounds[0] <= 0 <= bounds[1]
 
 
 def p_value(p: float | None) -> str:

@@ -27,10 +27,10 @@ SECOND = {
 MINI = ("pope", "refcoco", "refcocoplus", "refcocog", "vizwiz", "vqav2", "gqa", "textvqa")
 
 
-def targets(benchmark, n):
-    """Targets such as the benchmark's files have."""
+def targets(benchmark, n, kind=None):
+    """Targets such as the benchmark's files have; `kind` is its family where its name does not say."""
     rng = random.Random(benchmark)
-    name = benchmark.removeprefix("mini_")
+    name = kind or benchmark.removeprefix("mini_")
     for k in range(n):
         if name == "pope":
             subset = ("random", "popular", "adversarial")[k * 3 // n]
@@ -40,16 +40,18 @@ def targets(benchmark, n):
             yield {"box": [x, y, x + 0.3, y + 0.3], "width": 64, "height": 64}
         elif name in ("vizwiz", "vqav2", "textvqa"):
             yield {"answers": [rng.choice(["red", "2", "yes"])] * 10, "type": "other"}
+        elif name == "mme":
+            yield {"answer": ("yes", "no")[k % 2], "task": ("count", "color")[k * 2 // n]}
         else:
             yield {"answer": rng.choice(["red", "blue", "yes", "no"])}
 
 
-def write_scores(folder, benchmark, skill, seed, n=60):
+def write_scores(folder, benchmark, skill, seed, n=60, kind=None):
     """predictions.jsonl and metrics.json; an item is right where its difficulty is below the skill, with some luck."""
     rng, difficulty = random.Random(f"{seed}{benchmark}{skill}"), random.Random(f"items{benchmark}")
     folder.mkdir(parents=True)
     parts, lines = {}, []
-    for k, target in enumerate(targets(benchmark, n)):
+    for k, target in enumerate(targets(benchmark, n, kind)):
         right = 0.7 * difficulty.random() + 0.3 * rng.random() < skill
         record = {
             "question_id": f"{k:04d}",

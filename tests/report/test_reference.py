@@ -47,6 +47,12 @@ def test_a_page_names_no_machine(name):
         assert not re.search(r"(?<![\w.])/(work|home|root|tmp|Users)/", path.read_text(encoding="utf-8")), path
 
 
+@pytest.mark.parametrize("name", SWEEPS)
+def test_scores_and_their_intervals_are_percentages(name):
+    for row in rows(REFERENCE / name / "scores.csv"):
+        assert 0 <= float(row["low95"]) <= float(row["score"]) <= float(row["high95"]) <= 100, row
+
+
 def _verdict(kinds):
     both = {"holds", "reversed"} <= kinds
     return "mixed" if both else next(iter(kinds)) if len(kinds) == 1 else "not resolved"

@@ -3,9 +3,9 @@ import json
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from prism_deco.report.cells import group
 from prism_deco.report.collect import collect
 from prism_deco.report.curves import read_curves
-from prism_deco.report.study import group
 
 
 def test_a_sweeps_cells_come_with_their_states_and_scores(mini_sweep):

@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from prism_deco.report.compare import (
+from prism_deco.report.stats import (
     Wins,
     average,
     count_wins,

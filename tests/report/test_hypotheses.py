@@ -10,11 +10,11 @@ from omegaconf import OmegaConf
 from scipy import stats  # comes with scikit-image
 
 from prism_deco.config import load_config
-from prism_deco.report import claim_tables
-from prism_deco.report.claims import Claim, Contrast, parse
-from prism_deco.report.compare import holm, t_test
+from prism_deco.report import claim_report
+from prism_deco.report.cells import Cell, Score
 from prism_deco.report.contrasts import evaluate, verdict
-from prism_deco.report.study import Cell, Score
+from prism_deco.report.hypotheses import Claim, Contrast, parse
+from prism_deco.report.stats import holm, t_test
 
 NAMES = ["mini_refcoco", "mini_gqa"]
 AVG = [40.0, 42.5, 39.0, 41.0, 43.5]
@@ -140,7 +140,7 @@ def test_one_common_seed_has_no_interval_and_none_no_effect():
     assert one.notes == ("one seed has no interval",)
     assert none.effect is None and none.verdict == "not resolved"
     assert none.notes == ("no cell has the labels part=steps projector=qformer",)
-    [row] = [row for row in claim_tables.contrasts([none]).rows]
+    [row] = [row for row in claim_report.contrasts([none]).rows]
     assert row[4].text == "-" and row[1].lines == none.notes and row[-1].text == "not resolved"
 
 
@@ -234,7 +234,7 @@ def test_a_contrast_that_cannot_fail_judges_nothing():
     cells = [*cells_of("avgpool", low), *cells_of("c_abstractor", AVG)]
     results = run(cells, (AVGPOOL, CABS, {}), (CABS, AVGPOOL, {"judges": False}))
     assert [(result.verdict, result.judged) for result in results] == [("reversed", True), ("holds", False)]
-    assert claim_tables.summary(results).rows[0][1].text == "reversed"  # with the other it would be mixed
+    assert claim_report.summary(results).rows[0][1].text == "reversed"  # with the other it would be mixed
 
 
 def test_a_yaml_of_claims():

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from prism_deco.report.layout import Field, Table
-from prism_deco.report.style import Figure
+from prism_deco.report.plotting import Figure
+from prism_deco.report.tabular import Field, Table
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"data_uri": _data_uri, "merged": _merged}
-    return environment.get_template("page.html").render(report=report)
+    return environment.get_template("html_page.html").render(report=report)
 
 
 def _merged(table: Table) -> list[list[tuple[Field, bool, int]]]:

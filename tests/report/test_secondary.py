@@ -10,11 +10,11 @@ from omegaconf import OmegaConf
 from prism_deco.config import choices, load_config
 from prism_deco.evaluation import Prediction, build_benchmark, resolve
 from prism_deco.report import readings
+from prism_deco.report.assemble import write_report
 from prism_deco.report.collect import collect
-from prism_deco.report.departures import departures, sentences
 from prism_deco.report.grid import build_grids
-from prism_deco.report.layout import MISSING, Field
-from prism_deco.report.write import write_report
+from prism_deco.report.recipe_diff import departures, sentences
+from prism_deco.report.tabular import MISSING, Field
 from prism_deco.stages import final_config
 
 TABLE_1 = ("backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5", "data=llava", "data.json=x.json")

@@ -8,29 +8,30 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from prism_deco.config.registry import import_plugins
 from prism_deco.errors import UsageError
 from prism_deco.report import (
-    claim_tables,
+    claim_report,
     claim_text,
     compute,
     curve_figures,
-    ladder,
+    lr_search,
     readings,
     run_scores,
     sections,
-    states,
+    status_tables,
 )
 from prism_deco.report.benchmarks import asked_of
-from prism_deco.report.claims import parse, read_sweep
+from prism_deco.report.cells import Cell
 from prism_deco.report.collect import collect
+from prism_deco.report.comparability import refusal
 from prism_deco.report.contrasts import Result, evaluate
 from prism_deco.report.document import document, named
-from prism_deco.report.fair import refusal
 from prism_deco.report.grid import build_grids, records
-from prism_deco.report.layout import Table, comma_separated
-from prism_deco.report.page import Report, render
-from prism_deco.report.pairs import Difference, differences
-from prism_deco.report.study import Cell
+from prism_deco.report.html_page import Report, render
+from prism_deco.report.hypotheses import parse, read_sweep
+from prism_deco.report.paired_tests import Difference, differences
+from prism_deco.report.tabular import Table, comma_separated
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +62,13 @@ def write_report(
             cannot be read.
     """
     cells = collect(folders)
+    _import_plugins(cells)
     out = out or _default_out(folders)
     chosen, others = _choose_split(cells, split)
     # Claims are about one study; several side by side are tables only.
     sweep: Mapping[str, Any] = read_sweep(folders[0]) if len(folders) == 1 else {}
     results = _results(sweep, cells, chosen)
-    ladders = ladder.read_ladders(sweep, cells)
+    ladders = lr_search.read_ladders(sweep, cells)
     grids = build_grids(cells, chosen)
     for grid in grids:
         if grid.disagreements and not mixed:
@@ -79,30 +81,30 @@ def write_report(
     curves = [figure for cell in _drawn(cells) if (figure := curve_figures.cell_curves(cell)) is not None]
     report = Report(
         title=_title(folders),
-        progress=states.progress(cells),
+        progress=status_tables.progress(cells),
         notes=_notes(cells, chosen, others),
-        unfinished=states.states(cells) if states.unfinished(cells) else None,
-        logs=[(cell.id, cell.log_tail) for cell in states.unfinished(cells) if cell.log_tail],
+        unfinished=status_tables.states(cells) if status_tables.unfinished(cells) else None,
+        logs=[(cell.id, cell.log_tail) for cell in status_tables.unfinished(cells) if cell.log_tail],
         sections=[*claimed, *sections.of_settings(ladders, costs), *scored],
         curves=curves,
-        cells=states.cells_table(cells) if cells else None,
+        cells=status_tables.cells_table(cells) if cells else None,
     )
     files: dict[str, str | bytes] = {
         "report.html": render(report),
         "report.md": document(report),
         "scores.csv": comma_separated([record for grid in grids for record in records(grid)]),
         "differences.csv": comma_separated([_record(pair) for found in pairs for pair in found]),
-        "cells.csv": comma_separated(states.records(cells)),
+        "cells.csv": comma_separated(status_tables.records(cells)),
         "run_scores.csv": comma_separated(run_scores.records(cells, chosen)),
         **{f"figures/{name}.svg": figure.svg for name, figure in named(report)},
     }
     if second := [record for grid in grids for record in readings.records(grid)]:
         files["readings.csv"] = comma_separated(second)
     if results:
-        files["claims.csv"] = comma_separated(claim_tables.records(results))
+        files["claims.csv"] = comma_separated(claim_report.records(results))
         files["claims.md"] = claim_text.text(report.title, results, cells, chosen)
     if ladders:
-        files["ladder.csv"] = comma_separated(ladder.records(ladders))
+        files["ladder.csv"] = comma_separated(lr_search.records(ladders))
     if costs:
         files["compute.csv"] = comma_separated(costs)
     for name, content in files.items():
@@ -112,13 +114,23 @@ def write_report(
     return out / "report.html", [section.tables[0] for section in (*claimed[:1], *scored)]
 
 
+def _import_plugins(cells: Sequence[Cell]) -> None:
+    """Imports what the runs' benchmarks may be registered by; where that is not there, they are not compared."""
+    configs = (cell.config for cell in cells if cell.config is not None)
+    for module in dict.fromkeys(module for config in configs for module in config.get("plugins") or ()):
+        try:
+            import_plugins([module])
+        except UsageError as error:
+            log.warning("%s", error)
+
+
 def _results(sweep: Mapping[str, Any], cells: Sequence[Cell], split: str) -> list[Result]:
     claims = parse(sweep.get("claims") or [])
     return evaluate(claims, cells, asked_of(cells), split)
 
 
 def _drawn(cells: Sequence[Cell]) -> Sequence[Cell]:
-    return cells if len(cells) <= MOST_CURVES else states.unfinished(cells)
+    return cells if len(cells) <= MOST_CURVES else status_tables.unfinished(cells)
 
 
 def _title(folders: Sequence[Path]) -> str:

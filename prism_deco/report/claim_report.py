@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prism_deco.report.claims import EQUAL
+from prism_deco.report.arms import Side, words
 from prism_deco.report.contrasts import MIXED, UNRESOLVED, Result, verdict
-from prism_deco.report.layout import MISSING, Field, Table, interval, number
-from prism_deco.report.sides import Side, words
+from prism_deco.report.hypotheses import EQUAL
 from prism_deco.report.tables import p_value
+from prism_deco.report.tabular import MISSING, Field, Table, interval, number
 
 _ALPHA = 0.05
 

@@ -7,8 +7,8 @@ import pytest
 
 from prism_deco.config import load_config
 from prism_deco.report import paper
-from prism_deco.report.compare import Wins, count_wins
-from prism_deco.report.study import Cell
+from prism_deco.report.cells import Cell
+from prism_deco.report.stats import Wins, count_wins
 
 
 def _rows(table):

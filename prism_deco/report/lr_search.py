@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from prism_deco.report.layout import MISSING, Field, Table, number
-from prism_deco.report.study import Cell, projector_rank
+from prism_deco.report.cells import Cell, projector_rank
+from prism_deco.report.tabular import MISSING, Field, Table, number
 from prism_deco.training.status import THROUGH
 
 _CRITERION = "val/loss"

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from prism_deco.report import curve_figures, paper, score_figures, sections
+from prism_deco.report.budget import COSTS, TOKENS
 from prism_deco.report.collect import collect
 from prism_deco.report.grid import build_grids
 
@@ -84,3 +85,49 @@ def test_convergence_has_a_line_per_projector(make, tmp_path):
         "linear": ("3.000", "3.500"),
         "avgpool": ("2.000", "2.500"),
     }
+
+
+MOVED = "Points with the same number of tokens are drawn side by side."
+
+
+@pytest.mark.usefixtures("drawn")
+def test_marks_stand_at_their_tokens_unless_they_would_cover_each_other(make, tmp_path):
+    for name, tokens in (("avgpool", 16), ("maxpool", 16), ("linear", 64)):
+        options = (f"projector={name}", "evaluate.benchmarks=mini_gqa")
+        make.run(tmp_path / name, *options, benchmarks=("gqa",), tokens={"visual_in": 64, "visual_out": tokens})
+    [grid] = build_grids(collect([tmp_path]), "")
+    figure = score_figures.pareto(grid, TOKENS)
+    [panel] = _panels(figure.svg).values()
+    x = {name: line[0][0] for name, line in panel.items() if name in ("avgpool", "maxpool", "linear")}
+    assert x["linear"] == 64 and x["avgpool"] < 16 < x["maxpool"]
+    assert x["avgpool"] * x["maxpool"] == pytest.approx(16**2) and x["maxpool"] / x["avgpool"] < 1.1
+    assert MOVED in figure.caption
+
+
+@pytest.mark.usefixtures("drawn")
+def test_single_marks_are_not_moved_and_nothing_is_said_of_it(make, tmp_path):
+    for name, numbers in (("avgpool", (4, 16, 64)), ("maxpool", (16,))):
+        for k in numbers:
+            options = (f"projector={name}", f"recipe.num_tokens={k}", "evaluate.benchmarks=mini_gqa")
+            tokens = {"visual_in": 64, "visual_out": k}
+            make.run(tmp_path / "both" / f"{name}{k}", *options, benchmarks=("gqa",), tokens=tokens)
+            if name == "avgpool":
+                make.run(tmp_path / "one" / f"{name}{k}", *options, benchmarks=("gqa",), tokens=tokens)
+    for name, x in (("one", [4, 16, 64]), ("both", [4, 16 * 2**-0.045, 64])):
+        [grid] = build_grids(collect([tmp_path / name]), "")
+        [figure] = score_figures.ablation(grid)
+        assert _panels(figure.svg)["mini_gqa"]["avgpool"][0] == pytest.approx(x)
+        assert (MOVED in figure.caption) == (name == "both")
+
+
+@pytest.mark.usefixtures("drawn")
+def test_no_front_is_drawn_against_a_measured_time(make, tmp_path):
+    for name in ("avgpool", "linear"):
+        make.run(tmp_path / name, f"projector={name}", "evaluate.benchmarks=mini_gqa", benchmarks=("gqa",))
+    [grid] = build_grids(collect([tmp_path]), "")
+    tokens, time = (score_figures.pareto(grid, cost) for cost in COSTS)
+    fronts = [
+        [line for line in f.svg.axes[0].get_lines() if line.get_drawstyle() == "steps-post"] for f in (tokens, time)
+    ]
+    assert [len(lines) for lines in fronts] == [1, 0]
+    assert "grey line" in tokens.caption and "grey line" not in time.caption and "was doing" in time.caption

@@ -10,12 +10,12 @@ from omegaconf import OmegaConf
 from scipy import stats  # comes with scikit-image
 
 from prism_deco.cli import main
-from prism_deco.report import claim_figures, ladder
-from prism_deco.report.claims import Claim, Contrast, read_sweep
-from prism_deco.report.claims import parse as claims_of
+from prism_deco.report import forest_plot, lr_search
+from prism_deco.report.assemble import write_report
 from prism_deco.report.collect import collect
 from prism_deco.report.contrasts import evaluate
-from prism_deco.report.write import write_report
+from prism_deco.report.hypotheses import Claim, Contrast, read_sweep
+from prism_deco.report.hypotheses import parse as claims_of
 from prism_deco.sweep.expand import expand
 from prism_deco.sweep.spec import parse
 
@@ -139,13 +139,13 @@ def test_claims_csv_holds_what_was_planted(study, report):
 
 def test_the_ladder_says_what_was_chosen_and_where_its_edge_is(study, report):
     cells = collect([study[0]])
-    found = {one.name: one for one in ladder.read_ladders(read_sweep(study[0]), cells)}
+    found = {one.name: one for one in lr_search.read_ladders(read_sweep(study[0]), cells)}
     assert {name: (one.chosen, one.at_edge, one.used) for name, one in found.items()} == {
         "avgpool": ("0.003", False, ("0.003",)),
         "linear": ("0.006", True, ("0.006",)),
         "avgpool (blind)": ("0.0015", True, ("0.003",)),
     }
-    rows = {row[0].text: row[1:] for row in ladder.tables(list(found.values()))[0].rows}
+    rows = {row[0].text: row[1:] for row in lr_search.tables(list(found.values()))[0].rows}
     assert [field.text for field in rows["avgpool"]] == ["0.9000", "0.5000", "0.7000", "0.003"]
     assert [field.best for field in rows["avgpool"]] == [False, True, False, False]
     assert rows["linear"][2].lines == ("at the edge",)
@@ -197,7 +197,7 @@ def test_a_wrong_claim_is_an_error_of_the_user(study, tmp_path, make, capsys):
 
 def test_no_text_of_the_forest_plot_lies_on_another(study, monkeypatch):
     drawn = []
-    monkeypatch.setattr(claim_figures, "to_svg", lambda figure: drawn.append(figure) or b"")
+    monkeypatch.setattr(forest_plot, "to_svg", lambda figure: drawn.append(figure) or b"")
     cells = collect([study[0]])
     long = {"part": "tokens", "recipe.num_tokens": "9"}
     text = {key: str(value) for key, value in STEPS.items()}
@@ -207,7 +207,7 @@ def test_no_text_of_the_forest_plot_lies_on_another(study, monkeypatch):
         Contrast(text, {"a": "b"}),
     )
     claims = [Claim(f"A claim with a name that takes some room, number {k}", contrasts) for k in range(3)]
-    [figure] = claim_figures.forests(evaluate(claims, cells, ["mini_refcoco", "mini_gqa"], ""))
+    [figure] = forest_plot.forests(evaluate(claims, cells, ["mini_refcoco", "mini_gqa"], ""))
     assert figure.name == "claims-points"
     [canvas] = drawn
     renderer = FigureCanvasAgg(canvas).get_renderer()
@@ -221,11 +221,11 @@ def test_no_text_of_the_forest_plot_lies_on_another(study, monkeypatch):
 
 def test_marks_are_filled_hollow_or_go_on(study, monkeypatch):
     drawn = []
-    monkeypatch.setattr(claim_figures, "to_svg", lambda figure: drawn.append(figure) or b"")
+    monkeypatch.setattr(forest_plot, "to_svg", lambda figure: drawn.append(figure) or b"")
     cells = collect([study[0]])
     sides = [{key: str(value) for key, value in side.items()} for side in (STEPS, LINEAR)]
     contrasts = (Contrast(*sides), Contrast(sides[0], sides[1] | {"part": "compute"}, equal="compute"))
-    claim_figures.forests(evaluate([Claim("one", contrasts)], cells, ["mini_refcoco", "mini_gqa"], ""))
+    forest_plot.forests(evaluate([Claim("one", contrasts)], cells, ["mini_refcoco", "mini_gqa"], ""))
     lines = drawn[0].axes[0].lines
     marks = {line.get_label(): line for line in lines if line.get_label().startswith("equal")}
     assert marks["equal steps"].get_markerfacecolor() == "#000000"

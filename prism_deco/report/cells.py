@@ -12,15 +12,15 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from prism_deco.report.compare import seed_interval
 from prism_deco.report.flops import flops_per_sample
+from prism_deco.report.stats import seed_interval
 from prism_deco.training.status import THROUGH
 
 PROJECTORS = ("linear", "avgpool", "maxpool", "qformer", "c_abstractor", "d_abstractor")
 """Their order in tables and figures; projectors from elsewhere follow by name."""
 
 MAXIMA = {"mme": 2000.0}
-"""Highest scores of benchmarks that are no percentages (ten tasks of 200 points)."""
+"""Highest scores by family of benchmark, of those that are no percentages (ten tasks of 200 points)."""
 
 Curve = list[tuple[int, float]]
 """(optimizer step, value)"""
@@ -37,11 +37,18 @@ class Score:
     """95 %, over items."""
     content: Mapping[str, Any]
     folder: Path
+    choice: str = ""
+    """What builds the benchmark: its shipped name, or its YAML file."""
+    family: str = ""
+
+    @property
+    def maximum(self) -> float:
+        return MAXIMA.get(self.family, 100.0)
 
     @property
     def percent(self) -> float:
         """The score as a share of the highest one."""
-        return 100 * self.value / MAXIMA.get(self.benchmark, 100.0)
+        return 100 * self.value / self.maximum
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Cell:
     attempts: int | None = None
     seconds: float | None = None
     config: DictConfig | None = None
+    asked: Mapping[str, str] = field(default_factory=dict)
+    """By name, the choices of the benchmarks that it is to be scored on."""
     manifest: Mapping[str, Any] = field(default_factory=dict)
     """Empty until the training is finished."""
     scores: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
@@ -199,26 +208,31 @@ class Entry:
         scores = self.scores(benchmark, split)
         if not scores:
             return None
-        values = [score.value for score in scores.values()]
-        return _summary(values, next(iter(scores.values())).interval, len(self.cells))
+        values, first = [score.value for score in scores.values()], next(iter(scores.values()))
+        return _summary(values, first.interval, len(self.cells), first.maximum)
+
+    def means(self, benchmarks: Sequence[str], split: str) -> dict[str, float]:
+        """By seed that has them all, the mean over benchmarks, each as a share of its highest score."""
+        found = {}
+        for cell in self.cells:
+            scores = cell.scores.get(split, {})
+            if benchmarks and all(name in scores for name in benchmarks):
+                found[cell.seed] = fmean(scores[name].percent for name in benchmarks)
+        return found
 
     def overall(self, benchmarks: Sequence[str], split: str) -> Summary | None:
         """The mean over benchmarks, each as a share of its highest score; None unless a seed has them all.
 
         With one seed the interval takes the benchmarks for independent.
         """
-        complete = [
-            scores
-            for cell in self.cells
-            if benchmarks and all(name in (scores := cell.scores.get(split, {})) for name in benchmarks)
-        ]
-        if not complete:
+        means = self.means(benchmarks, split)
+        if not means:
             return None
-        values = [fmean(scores[name].percent for name in benchmarks) for scores in complete]
-        scales = {name: 100 / MAXIMA.get(name, 100.0) for name in benchmarks}
-        halves = [scales[name] * (high - low) / 2 for name in benchmarks for low, high in [complete[0][name].interval]]
+        values, first = list(means.values()), next(cell for cell in self.cells if cell.seed in means).scores[split]
+        own = [first[name] for name in benchmarks]
+        halves = [100 / score.maximum * (score.interval[1] - score.interval[0]) / 2 for score in own]
         half = math.hypot(*halves) / len(halves)
-        return _summary(values, (values[0] - half, values[0] + half), len(self.cells))
+        return _summary(values, (values[0] - half, values[0] + half), len(self.cells), 100.0)
 
     @property
     def missing(self) -> str:
@@ -227,10 +241,11 @@ class Entry:
         return "/".join("not scored" if state in THROUGH else state for state in states)
 
 
-def _summary(values: Sequence[float], interval: tuple[float, float], planned: int) -> Summary:
-    if len(values) == 1:
-        return Summary(values[0], None, interval, 1, planned)
-    return Summary(fmean(values), stdev(values), seed_interval(values), len(values), planned)
+def _summary(values: Sequence[float], interval: tuple[float, float], planned: int, maximum: float) -> Summary:
+    low, high = interval if len(values) == 1 else seed_interval(values)
+    # Neither Student's t nor a sum of squares knows where a score ends. A score of one's own may exceed the maximum.
+    bounds = max(low, min(0.0, *values)), min(high, max(maximum, *values))
+    return Summary(fmean(values), stdev(values) if len(values) > 1 else None, bounds, len(values), planned)
 
 
 def projector_rank(name: str) -> tuple[int, str]:

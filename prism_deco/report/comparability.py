@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from prism_deco.report.cells import Cell, Entry
 from prism_deco.report.compute import is_equal
-from prism_deco.report.study import Cell, Entry
 
 _RUN: dict[str, Callable[[Cell], Any]] = {
     "training data (data_hash)": lambda cell: cell.manifest["data_hash"][:12],

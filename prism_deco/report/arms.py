@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
 from prism_deco.errors import UsageError
-from prism_deco.report.compare import seed_interval
-from prism_deco.report.study import Cell
+from prism_deco.report.cells import Cell
+from prism_deco.report.stats import seed_interval
 from prism_deco.training.status import THROUGH
 
 _BLIND = "recipe.blind"

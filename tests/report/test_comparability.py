@@ -2,10 +2,10 @@ import json
 
 import pytest
 
+from prism_deco.report.assemble import write_report
+from prism_deco.report.cells import group
 from prism_deco.report.collect import collect
-from prism_deco.report.fair import disagreements
-from prism_deco.report.study import group
-from prism_deco.report.write import write_report
+from prism_deco.report.comparability import disagreements
 
 
 def _check(folder):

@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.textpath import TextPath
 
-from prism_deco.report.claim_tables import is_clear, ordered, with_deviation
+from prism_deco.report.claim_report import is_clear, ordered, with_deviation
 from prism_deco.report.contrasts import UNRESOLVED, Result
-from prism_deco.report.layout import MISSING, interval, number
-from prism_deco.report.style import Figure, legend, settings, to_svg
+from prism_deco.report.plotting import Figure, legend, settings, to_svg
 from prism_deco.report.tables import p_value
+from prism_deco.report.tabular import MISSING, interval, number
 
 _SIZE = 8.0  # of all texts, in points
 _ROW, _HEAD = 0.22, 0.36  # heights in inches

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from prism_deco.errors import UsageError
 from prism_deco.evaluation import Benchmark, Item, Prediction, build_benchmark, load_predictions
 from prism_deco.evaluation.scoring import best_constant
 from prism_deco.report.blind import blind_scores, settings_key
-from prism_deco.report.study import Cell, Score
+from prism_deco.report.cells import Cell, Score
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +32,13 @@ def chance(score: Score) -> float | None:
     if int(score.content["n"]) > MOST_QUESTIONS:
         return None
     try:
-        benchmark = build_benchmark(score.benchmark)
+        benchmark = build_benchmark(score.choice)
         predictions = main_predictions(benchmark, score.folder / "predictions.jsonl")
         likelihood = benchmark.VARIANTS[benchmark.variant_of(predictions[0])].likelihood
         choices = tuple(benchmark.choices) if likelihood else ()
         items = [Item(p.question_id, p.image, Path(p.image), p.prompt, p.target, choices) for p in predictions]
         return best_constant(benchmark, items)
-    except (ValueError, KeyError, TypeError) as error:
+    except UsageError as error:
         log.warning("%s: no chance level: %s", score.folder, error)
         return None
 

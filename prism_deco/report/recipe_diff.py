@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config import choices, load_choice, load_config
-from prism_deco.report.study import Cell
+from prism_deco.report.cells import Cell
 
 _ELSEWHERE = {"name", "stages", "start_from", "num_tokens"}
 """Keys of a recipe that are looked at by themselves, or that tables show."""

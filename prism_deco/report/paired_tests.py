@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -10,9 +11,9 @@ from itertools import combinations
 from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark
 from prism_deco.evaluation.metrics.bootstrap import Combine, combine_strata
-from prism_deco.report.compare import average, holm, mcnemar, paired_difference, seed_interval, subtract
-from prism_deco.report.floors import main_predictions
-from prism_deco.report.study import Entry, Score
+from prism_deco.report.baselines import main_predictions
+from prism_deco.report.cells import Entry, Score
+from prism_deco.report.stats import average, holm, mcnemar, paired_difference, seed_interval, subtract
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,12 @@ class Difference:
     adjusted: float | None = None
     note: str = ""
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether there is a difference, and no interval of it includes zero."""
+        bounds = [bounds for bounds in (self.interval, self.over_seeds) if bounds is not None]
+        return bool(bounds) and not any(low <= 0 <= high for low, high in bounds)
+
 
 @dataclass(frozen=True)
 class _Units:
@@ -70,6 +77,22 @@ def differences(entries: Sequence[Entry], benchmarks: Sequence[str], split: str)
     return [
         Difference(**{**vars(difference), "adjusted": adjusted.get(number)}) for number, difference in enumerate(found)
     ]
+
+
+def leads(first: Entry, second: Entry, benchmarks: Sequence[str], split: str, found: Sequence[Difference]) -> bool:
+    """Whether the mean over benchmarks, all in per cent, is clearly higher for `first` than for `second`: by the
+    differences seed by seed, or with one seed by the intervals of the benchmarks' differences, taken for independent.
+
+    Args:
+        found: the differences of the row.
+    """
+    means = [entry.means(benchmarks, split) for entry in (first, second)]
+    gains = [value - means[1][seed] for seed, value in means[0].items() if seed in means[1]]
+    if len(gains) > 1:
+        return seed_interval(gains)[0] > 0
+    own = [pair for pair in found if {pair.first, pair.second} == {first.variant, second.variant}]
+    halves = [(pair.interval[1] - pair.interval[0]) / 2 for pair in own if pair.interval is not None]
+    return bool(gains) and len(halves) == len(benchmarks) and gains[0] > math.hypot(*halves) / len(halves)
 
 
 def _compare(
@@ -113,13 +136,13 @@ def _read_units(entry: Entry, benchmark: str, split: str) -> dict[str, _Units] |
         return f"{entry.variant}: {entry.missing}"
     try:
         return {seed: _units(score) for seed, score in scores.items()}
-    except (ValueError, KeyError, TypeError) as error:
+    except UsageError as error:
         log.warning("%s, %s: the predictions cannot be compared: %s", entry.name, benchmark, error)
         return f"{entry.variant}: {error}"
 
 
 def _units(score: Score) -> _Units:
-    benchmark = build_benchmark(score.benchmark)
+    benchmark = build_benchmark(score.choice)
     predictions = main_predictions(benchmark, score.folder / "predictions.jsonl")
     strata = benchmark.strata(sorted(predictions, key=lambda prediction: prediction.question_id))
     if abs(combine_strata(strata, benchmark.combine) - score.value) > _ROUNDING:

@@ -9,8 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from prism_deco.report.layout import MISSING, Field, Table, number
-from prism_deco.report.study import Cell
+from prism_deco.report.cells import Cell
+from prism_deco.report.tabular import MISSING, Field, Table, number
 
 _MEANING = {"trained": "scoring is outstanding"}
 

@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from prism_deco.cli import main
-from prism_deco.report.write import write_report
+from prism_deco.report.assemble import write_report
 
 NASTY = '</style><script>document.title = "broken"</script><img src=x onerror="document.title = 1">'
 

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
+from prism_deco.report.cells import group
 from prism_deco.report.collect import collect
-from prism_deco.report.pairs import differences
-from prism_deco.report.study import group
+from prism_deco.report.paired_tests import differences
 
 
 def _scores(folder, benchmark):

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
-from prism_deco.report.study import PROJECTORS
+from prism_deco.report.cells import PROJECTORS
 
 STEPS = "optimizer steps"
 
