@@ -76,18 +76,21 @@ def evaluate(
     bad = bad_images(todo, benchmark.on_bad_image)
     meet()  # nobody generates before all images are known to be sound
     store.append(benchmark.grade(predict(item, None)) for item in todo if item.image in bad)
-    without = bad | {p.image for p in store.done.values() if p.output is None}
     log.info("%s: %d questions, %d of them already answered", benchmark.name, len(mine), len(mine) - len(todo))
     with _bar(enabled=progress and rank == 0) as bar:
         task = bar.add_task(benchmark.name, total=len(mine), completed=len(mine) - len(todo))
-        usable = [item for item in mine if item.image not in without]
+        usable = [item for item in mine if item.image not in bad]
         for predictions in _answers(model, benchmark, usable, store, batch_size, image_cache):
             store.append(predictions)
             bar.advance(task, len(predictions))
         bar.update(task, completed=len(mine))
     meet()
     if rank == 0:
-        summary = summarise(benchmark, store.merge(), decoding, seed=seed)
+        predictions = store.merge()
+        unanswered = sum(prediction.output is None for prediction in predictions)
+        if unanswered:
+            log.warning("%s: %d of %d questions stay unanswered", benchmark.name, unanswered, len(predictions))
+        summary = summarise(benchmark, predictions, decoding, seed=seed)
         write_json(out_dir / "metrics.json", summary)
     meet()
     return json.loads((out_dir / "metrics.json").read_text(encoding="utf-8"))

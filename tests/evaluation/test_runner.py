@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
+from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark, evaluate, load_predictions, local_device, process_group, score_file
 from prism_deco.evaluation.choose import prepare, prepare_one, results_name
 from prism_deco.evaluation.ranks import asked_device
@@ -198,6 +199,38 @@ def test_bad_images_count_as_wrong(files, fake_model, tmp_path):
     assert result["metrics"]["accuracy"] == pytest.approx(100 / 3) and result["invalid_rate"] == pytest.approx(1 / 3)
     again = fake_model()
     assert evaluate(again, benchmark, tmp_path, progress=False) == result and not again.calls
+
+
+@pytest.mark.parametrize("again", ["fail", "count_wrong"])
+def test_a_question_is_asked_once_its_image_is_back(files, fake_model, tmp_path, again, caplog):
+    keys = files.gqa(on_bad_image="count_wrong")
+    whole = evaluate(fake_model(), build_benchmark(keys), tmp_path / "whole", progress=False)
+    image = files.path / "images/n0.png"
+    content = image.read_bytes()
+    image.unlink()
+    folder = tmp_path / "answers"
+    caplog.set_level("INFO")
+    evaluate(fake_model(), build_benchmark(keys), folder, progress=False)
+    assert "tiny_gqa: 1 of 3 questions stay unanswered" in caplog.text
+    if again == "fail":
+        with pytest.raises(UsageError, match=r"Question 200: .*n0\.png"):
+            evaluate(fake_model(), build_benchmark(keys, on_bad_image="fail"), folder, progress=False)
+    image.write_bytes(content)
+    caplog.clear()
+    model = fake_model()
+    assert evaluate(model, build_benchmark(keys, on_bad_image=again), folder, progress=False) == whole
+    assert model.calls == [[build_benchmark(keys).items()[0].prompt]]
+    assert "stay unanswered" not in caplog.text
+    assert (folder / "predictions.jsonl").read_bytes() == (tmp_path / "whole/predictions.jsonl").read_bytes()
+
+
+def test_an_evaluation_killed_without_an_image_leaves_no_question_twice(files, fake_model, tmp_path):
+    keys = files.vqav2(on_bad_image="count_wrong")
+    (files.path / "images/000.png").unlink()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(fake_model(dies_at=1), build_benchmark(keys), tmp_path, batch_size=1, progress=False)
+        assert [(p.question_id, p.output) for p in load_predictions(tmp_path / "predictions.jsonl")] == [("0", None)]
 
 
 def test_damage_within_the_file_is_named(files, fake_model, tmp_path):
