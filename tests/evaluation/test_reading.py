@@ -35,7 +35,12 @@ def test_refcoco_asks_once_per_sentence_of_the_split(files):
     assert asked[3].prompt == (
         'Please provide the bounding box coordinate of the region this sentence describes: "thing 1 1"'
     )
-    assert asked[3].target == {"box": [0.1, 0.0, 0.6, 1.0], "width": 100, "height": 50}
+    assert asked[3].target == {
+        "box": [0.1, 0.0, 0.6, 1.0],
+        "exact_box": [0.1, 0.0, 0.6, 1.0],
+        "width": 100,
+        "height": 50,
+    }
     trained = items(files, "refcoco", variants=["trained"], split="train")
     assert [item.question_id for item in trained] == ["2-4", "2-5"]
     assert trained[0].prompt.endswith("describes: thing 2 0.")

@@ -76,6 +76,18 @@ def test_refcoco_threshold_is_included(files):
     assert metrics(benchmark, ["[0, 0, 0.25, 1]"] * 4)["accuracy"] == 50  # IoU .25/.5 with [0, 0, .5, 1]
 
 
+def test_refcoco_lenient_compares_with_the_exact_box(files):
+    """An image of 300 x 50: the exact boxes of 50 x 50 pixels end at 1/6 and 1/5, the rounded ones at .17 and .2."""
+    benchmark = build_benchmark(files.refcoco(size=(300, 50)))
+    # IoU with [0, 0, 1/6, 1]: .0834 / (1/6) = .5004; with [0, 0, .17, 1]: .0834 / .17 = .4906
+    values = metrics(benchmark, ["[0.0, 0.0, 0.0834, 1.0]"] * 2 + [""] * 2)
+    assert values["accuracy"] == 0 and values["accuracy_lenient"] == 50
+    earlier = graded(benchmark, ["[0.0, 0.0, 0.0834, 1.0]"] * 2 + [""] * 2)
+    for prediction in earlier:
+        prediction.target.pop("exact_box", None)  # the sentences of an expression share their target
+    assert summarise(benchmark, earlier, None)["metrics"]["accuracy_lenient"] == 0
+
+
 def test_vqav2_conventions_and_types(files):
     values = metrics(build_benchmark(files.vqav2()), ["zero", "1", " 3 "])
     assert values["accuracy"] == pytest.approx(200 / 3)  # "zero" becomes 0

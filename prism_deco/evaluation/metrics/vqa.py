@@ -44,8 +44,8 @@ def evalai(prediction: str, answers: Sequence[str]) -> float:
 
 
 def llava(prediction: str, answers: Sequence[str]) -> float:
-    """LLaVA's result on VQAv2's test server (its `scripts/convert_vqav2_for_submission.py`): EvalAI's processor rewrites
-    the prediction, and only that, before it is submitted; the server then runs the official script on it.
+    """LLaVA's result on VQAv2's test server (its `scripts/convert_vqav2_for_submission.py`): EvalAI's processor
+    rewrites the prediction, and only that, before it is submitted; the server then runs the official script on it.
 
     So where all annotators wrote the same, an answer that the processor changes is lost: "Coca Cola" scores 0
     against ten times "Coca Cola".
