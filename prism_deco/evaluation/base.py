@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,8 @@ class Benchmark(ABC):
     """How the primary follows from the means of the `strata`."""
     choices: Sequence[str] = ()
     """The answers that a likelihood variant compares."""
+    parts: Sequence[str] = ()
+    """The strata that the primary is made of, where the YAML names them: without questions one would be left out."""
 
     def __init__(
         self,
@@ -147,19 +150,41 @@ class Benchmark(ABC):
             raise unknown(f"variant of {self.name}", str(name), self.VARIANTS)
         return name
 
-    def items(self, limit: int | None = None) -> list[Item]:
-        """What to ask, variant after variant, in canonical order; `limit` overrides the YAML's."""
+    def select(self, limit: int | None = None) -> list[Question]:
+        """The questions to ask, in the files' order; `limit` overrides the YAML's.
+
+        Raises:
+            UsageError: there are none, or none of one of the `parts`; an id occurs twice.
+        """
         questions = self.read()
         if not questions:
             raise UsageError(f"{self.name}: there are no questions of split {self.split!r} in {self.root}.")
-        questions = cut(questions, limit if limit is not None else self.limit)
-        items = [self._ask(question, name) for name in self.variants for question in questions]
+        self.check_parts(Counter(question.stratum for question in questions), f"the files in {self.root}")
         seen: set[str] = set()
-        for item in items:
-            if item.question_id in seen:
-                raise UsageError(f"{self.name}: the question id {item.question_id} occurs twice in {self.root}.")
-            seen.add(item.question_id)
-        return items
+        for question in questions:
+            if question.question_id in seen:
+                raise UsageError(f"{self.name}: the question id {question.question_id} occurs twice in {self.root}.")
+            seen.add(question.question_id)
+        limit = limit if limit is not None else self.limit
+        questions = cut(questions, limit)
+        self.check_parts(Counter(question.stratum for question in questions), f"what limit={limit} keeps")
+        return questions
+
+    def items(self, limit: int | None = None) -> list[Item]:
+        """What to ask, variant after variant, in canonical order; see `select`."""
+        questions = self.select(limit)
+        return [self._ask(question, name) for name in self.variants for question in questions]
+
+    def check_parts(self, counts: Mapping[str, int], where: str) -> None:
+        """Raises `UsageError` where one of the parts has no questions.
+
+        Args:
+            counts: questions by stratum.
+            where: what was counted, for the message.
+        """
+        if empty := [part for part in self.parts if not counts.get(part)]:
+            found = ", ".join(f"{part}: {counts.get(part, 0)}" for part in self.parts)
+            raise UsageError(f"{self.name}: no questions of {' and '.join(empty)} in {where} (questions of {found}).")
 
     def path(self, pattern: str, **fields: Any) -> Path:
         """The file that a pattern means below the root; `UsageError` where that is outside of it."""

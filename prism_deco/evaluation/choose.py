@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prism_deco.config import load_choice
 from prism_deco.errors import UsageError
 from prism_deco.evaluation.base import BENCHMARKS, Benchmark
+from prism_deco.evaluation.items import Question
+
+log = logging.getLogger(__name__)
 
 
 def build_benchmark(choice: str | Mapping[str, Any], **overrides: Any) -> Benchmark:
@@ -87,10 +92,12 @@ def prepare(
                 f"its YAML and name that, or use `prism-deco evaluate` with root=FOLDER."
             )
         try:
-            first = benchmark.items()[0]
-        except ValueError as error:
+            questions = benchmark.select()
+        except UsageError as error:
             reason = str(error).removeprefix(f"{benchmark.name}: ")
             raise UsageError(f"{benchmark.name}, split {benchmark.split!r}: {reason}") from error
+        log.info("%s: read %s", benchmark.name, _counted(questions))
+        first = questions[0]
         if benchmark.on_bad_image == "fail" and not first.path.is_file():
             raise UsageError(f"{benchmark.name}: the image {first.path} is missing.")
     return prepared
@@ -111,7 +118,7 @@ def prepare_one(
     if len(names) > 1:
         raise UsageError(f"{name} is a group of benchmarks: {', '.join(names)}. Name one.")
     (benchmark,) = prepare(names, options, root=root)
-    if boxes and not any("box" in item.target for item in benchmark.items()):
+    if boxes and not any("box" in question.target for question in benchmark.select()):
         raise UsageError(f"{name} has no boxes that relevance could lie in: name one that has, such as mini_refcoco.")
     return benchmark
 
@@ -129,6 +136,13 @@ def _expand(name: str, parents: tuple[str, ...]) -> list[str]:
     if members is None:
         return [name]
     return [leaf for member in members for leaf in _expand(member, (*parents, name))]
+
+
+def _counted(questions: Sequence[Question]) -> str:
+    """`5 questions (random 3, popular 2)`."""
+    counts = Counter(question.stratum for question in questions)
+    parts = ", ".join(f"{part} {count}" for part, count in counts.items())
+    return f"{len(questions)} questions" + (f" ({parts})" if len(counts) > 1 else "")
 
 
 def _families() -> str:

@@ -35,6 +35,8 @@ def summarise(
         variants.setdefault(benchmark.variant_of(prediction), []).append(prediction)
     variants = {name: members for name, members in variants.items() if members}
     first = next(iter(variants))
+    strata = benchmark.strata(variants[first])
+    benchmark.check_parts({name: len(values) for name, values in strata.items()}, "the predictions")
     metrics: dict[str, float] = {}
     for name, members in variants.items():
         own = benchmark.metrics(members) | {"invalid_rate": _invalid_rate(benchmark, members)}
@@ -46,7 +48,7 @@ def summarise(
         "primary": benchmark.primary,
         "n": len(variants[first]),
         "invalid_rate": _invalid_rate(benchmark, written or predictions),
-        "interval95": list(bootstrap_interval(benchmark.strata(variants[first]), benchmark.combine, seed=seed)),
+        "interval95": list(bootstrap_interval(strata, benchmark.combine, seed=seed)),
         "decoding": dict(decoding) if decoding is not None else None,
         "prompt_hash": _hash([p.question_id, p.prompt] for p in predictions),
         "data_hash": _hash([p.question_id, p.image, p.target] for p in predictions),

@@ -5,7 +5,9 @@ import pickle
 import pytest
 from PIL import Image
 
+from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark
+from prism_deco.evaluation.choose import prepare
 from prism_deco.evaluation.image_check import bad_images
 from prism_deco.evaluation.textvqa import read_ocr
 
@@ -162,8 +164,11 @@ def test_mmbench_unpacks_its_images(files):
         ("gqa", 2, ["200", "201"]),
         ("pope", 2, ["random/0", "popular/0"]),
         ("pope", 3, ["random/0", "random/1", "popular/0"]),
-        ("mme", 1, ["count/a/0", "count/a/1"]),  # pairs stay together
-        ("mme", 3, ["count/a/0", "count/a/1", "scene/c/0", "scene/c/1"]),
+        (
+            "mme",
+            3,  # pairs stay together
+            ["count/a/0", "count/a/1", "scene/c/0", "scene/c/1"],
+        ),
         ("mmbench", 1, ["5", "1000005"]),
         ("seed", 2, ["0", "1"]),
         ("gqa", 99, ["200", "201", "202"]),
@@ -260,7 +265,7 @@ def test_duplicated_ids(files):
     keys = files.pope()
     path = files.path / "coco_pope_random.json"
     path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
-    with pytest.raises(ValueError, match="random/0/likelihood occurs twice"):
+    with pytest.raises(ValueError, match="the question id random/0 occurs twice"):
         build_benchmark(keys).items()
     keys = files.vqav2()
     content = json.loads((files.path / "annotations.json").read_text())
@@ -348,6 +353,34 @@ def test_an_mmbench_image_that_is_no_base64(files):
 def test_a_split_without_questions(files):
     with pytest.raises(ValueError, match="no questions of split 'testA'"):
         items(files, "refcoco", split="testA")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_a_subset_without_questions(files, content):
+    """Its mean would be over the other subsets alone."""
+    keys = files.pope()
+    (files.path / "coco_pope_popular.json").write_text(content)
+    with pytest.raises(
+        UsageError, match=r"tiny_pope: no questions of popular in .*\(questions of random: 4, popular: 0\)"
+    ):
+        build_benchmark(keys).items()
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("pope", 1), ("mme", 2)])
+def test_a_limit_that_leaves_out_a_part(files, kind, limit):
+    with pytest.raises(UsageError, match=rf"in what limit={limit} keeps \(questions of .*: 0\)"):
+        items(files, kind, limit=limit)
+
+
+def test_what_was_read_of_each_part_is_logged(files, tmp_path, caplog):
+    caplog.set_level("INFO")
+    for kind in ("pope", "seed", "gqa"):
+        path = tmp_path / f"tiny_{kind}.yaml"
+        path.write_text(json.dumps({k: v for k, v in getattr(files, kind)().items() if k != "name"}))
+        prepare(str(path))
+    assert "tiny_pope: read 8 questions (random 4, popular 4)" in caplog.text
+    assert "tiny_seed: read 3 questions (Instance Location 1, Spatial Relation 2)" in caplog.text
+    assert "tiny_gqa: read 3 questions\n" in caplog.text
 
 
 def test_annotations_are_not_unpickled_blindly(files, tmp_path):

@@ -3,6 +3,7 @@ from dataclasses import asdict
 
 import pytest
 
+from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark, chance, load_predictions, score_file
 from prism_deco.evaluation.metrics.bootstrap import combine_strata
 from prism_deco.evaluation.scoring import predict, summarise
@@ -177,6 +178,17 @@ def test_predictions_of_another_benchmark_are_refused(files, tmp_path):
     path.write_text("".join(json.dumps(asdict(predict(i, "yes"))) + "\n" for i in gqa.items()))
     with pytest.raises(ValueError, match="cannot be scored as tiny_vizwiz"):
         score_file(path, build_benchmark(files.vizwiz()))
+
+
+@pytest.mark.parametrize(("kind", "part"), [("pope", "popular"), ("mme", "scene")])
+def test_predictions_without_one_of_the_parts(files, tmp_path, kind, part):
+    benchmark = build_benchmark(getattr(files, kind)())
+    kept = [predict(i, "yes") for i in benchmark.items() if part not in i.question_id]
+    kept = [p for p in kept if p.target.get("variant") != "likelihood"]
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps(asdict(p)) + "\n" for p in kept))
+    with pytest.raises(UsageError, match=f"no questions of {part} in the predictions"):
+        score_file(path, benchmark)
 
 
 @pytest.mark.parametrize(
