@@ -137,8 +137,13 @@ class Benchmark(ABC):
         if prediction.output is None:
             return replace(prediction, answer=None, score=0.0)
         text = prediction.text
+        probabilities = _probabilities(text)
         if self.VARIANTS[self.variant_of(prediction)].likelihood:
-            text = _most_likely(prediction)
+            if probabilities is None:
+                raise self._other_variant(prediction, "text, not probabilities", likelihood=False)
+            text = max(probabilities, key=probabilities.__getitem__)  # the first of equals, like argmax
+        elif probabilities is not None and set(probabilities) == set(self.choices):
+            raise self._other_variant(prediction, "probabilities, not text", likelihood=True)
         answer = self.parse(text, prediction.target)
         score = 0.0 if answer is None else self.score(answer, text, prediction.target)
         return replace(prediction, answer=answer, score=score)
@@ -225,6 +230,13 @@ class Benchmark(ABC):
         name = path.relative_to(self.root).as_posix()
         return Question(str(question_id), name, path, fields, target, stratum=stratum, group=group)
 
+    def _other_variant(self, prediction: Prediction, found: str, *, likelihood: bool) -> UsageError:
+        fitting = [name for name, variant in self.VARIANTS.items() if variant.likelihood == likelihood]
+        return UsageError(
+            f"{self.name}: the output of question {prediction.question_id} is {found}. The variant "
+            f"{self.variant_of(prediction)} cannot have produced it: set variants=[{' or '.join(fitting)}]."
+        )
+
     def _ask(self, question: Question, name: str) -> Item:
         variant = self.VARIANTS[name]
         several = len(self.variants) > 1
@@ -238,16 +250,16 @@ class Benchmark(ABC):
         )
 
 
-def _most_likely(prediction: Prediction) -> str:
-    """The choice of the highest probability; the first of equals, like argmax."""
+def _probabilities(text: str) -> dict[str, float] | None:
+    """The probabilities by choice that the output of a likelihood question is; None for other text."""
+    if not text.startswith("{"):
+        return None
     try:
-        probabilities = json.loads(prediction.text)
-        return max(probabilities, key=probabilities.__getitem__)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"Prediction {prediction.question_id}: the output of a likelihood question is a JSON object of "
-            f"probabilities by choice, not {prediction.text!r}."
-        ) from error
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    is_table = isinstance(content, dict) and content and all(isinstance(p, float) for p in content.values())
+    return content if is_table else None
 
 
 BENCHMARKS: Registry[type[Benchmark]] = Registry("benchmark family", package="prism_deco.evaluation")

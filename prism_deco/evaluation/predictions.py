@@ -13,6 +13,8 @@ from prism_deco.evaluation.items import Item, Prediction
 from prism_deco.files import write_json, write_whole
 
 FILE = "predictions.jsonl"
+VARIANTS = "variants"
+"""Key of `decoding.json`: how the questions were asked."""
 _FIELDS = frozenset(field.name for field in fields(Prediction))
 
 

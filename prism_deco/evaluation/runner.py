@@ -24,7 +24,7 @@ from rich.text import Text
 from prism_deco.evaluation.base import Benchmark, Model
 from prism_deco.evaluation.image_check import bad_images
 from prism_deco.evaluation.items import Item, Prediction
-from prism_deco.evaluation.predictions import PredictionStore
+from prism_deco.evaluation.predictions import VARIANTS, PredictionStore
 from prism_deco.evaluation.ranks import meet
 from prism_deco.evaluation.scoring import predict, summarise
 from prism_deco.files import write_json
@@ -69,7 +69,7 @@ def evaluate(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     items = benchmark.items(limit)
     decoding = {"strategy": "greedy", "max_new_tokens": benchmark.max_new_tokens, "dtype": dtype, "model": model_id}
-    store = PredictionStore(out_dir, items, decoding, rank, world)
+    store = PredictionStore(out_dir, items, decoding | {VARIANTS: list(benchmark.variants)}, rank, world)
     meet()  # nobody writes before all have read what is there
     mine = _shard(items, rank, world)
     todo = [item for item in mine if item.question_id not in store.done]

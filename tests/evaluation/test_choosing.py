@@ -86,25 +86,42 @@ def test_overrides_replace_keys(files):
 
 RESULT = {
     "benchmark": "pope",
-    "metrics": {"accuracy": 86.96, "f1": 85.0},
+    "variants": ["likelihood", "generate"],
+    "metrics": {
+        "accuracy": 86.96,
+        "f1": 85.0,
+        "invalid_rate": 0.0,
+        "generate/accuracy": 81.04,
+        "generate/invalid_rate": 0.0123,
+    },
     "primary": "accuracy",
     "n": 8910,
-    "invalid_rate": 0.0123,
+    "invalid_rate": 0.0,
     "interval95": [86.04, 87.88],
     "decoding": None,
 }
 
 
-def rendered(*args):
-    console = Console(width=120, file=io.StringIO())
+def rendered(*args, width=120) -> list[str]:
+    """The lines of a table, runs of spaces as one."""
+    console = Console(width=width, file=io.StringIO())
     console.print(table(*args))
-    return console.file.getvalue()
+    return [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
 
 
-def test_table_without_and_with_a_blind_column():
-    text = rendered([RESULT], {"pope": 50.0})
-    for cell in ("pope", "accuracy", "8910", "87.0", "86.0 to 87.9", "50.0", "1.2%"):
-        assert cell in text
-    assert "blind" not in text
-    text = rendered([RESULT], None, {"pope": 61.25})
-    assert "blind" in text and "61.2" in text and " - " in text
+def test_the_table_has_a_row_per_variant_beside_chance_and_blindness():
+    """Every score stands beside the invalid rate of the same variant."""
+    head, _, likelihood, generate = rendered([RESULT], {"pope": 50.0}, {"pope": 61.25})
+    assert head == "benchmark metric (variant) n score 95 % interval chance blind invalid"
+    assert likelihood == "pope accuracy (likelihood) 8910 87.0 86.0 to 87.9 50.0 61.2 0.0%"
+    assert generate == "accuracy (generate) 8910 81.0 1.2%"
+
+
+def test_the_table_says_where_chance_or_blindness_is_not_known():
+    assert rendered([RESULT])[2].endswith("86.0 to 87.9 - - 0.0%")
+
+
+def test_the_table_fits_a_terminal_of_80_columns():
+    lines = rendered([RESULT | {"benchmark": "mini_refcocoplus", "n": 214354}], width=80)
+    assert any(line.startswith("mini_refcocoplus accuracy 214354 87.0 86.0 to 87.9") for line in lines)
+    assert "\u2026" not in "".join(lines)

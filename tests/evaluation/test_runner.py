@@ -32,8 +32,10 @@ def test_predictions_and_metrics(files, fake_model, tmp_path, kind):
         == result
         == score_file(tmp_path / "predictions.jsonl", benchmark)
     )
+    assert result["variants"] == list(benchmark.variants)
     assert result.keys() == {
         "benchmark",
+        "variants",
         "metrics",
         "primary",
         "n",
@@ -174,6 +176,11 @@ def test_answers_are_not_mixed(files, fake_model, tmp_path):
 
     refused(build_benchmark(keys), "other settings: model was a and is b", model_id="b")
     refused(build_benchmark(keys, max_new_tokens=5), "max_new_tokens was 128 and is 5")
+    other = evaluate(fake_model(), build_benchmark(files.refcoco()), tmp_path / "boxes", progress=False)
+    assert other["variants"] == ["quoted"]
+    with pytest.raises(UsageError, match=r"variants was \['quoted'\] and is \['trained'\]"):
+        trained = build_benchmark(files.refcoco(variants=["trained"]))
+        evaluate(fake_model(), trained, tmp_path / "boxes", progress=False)
     refused(build_benchmark(keys), "dtype was float32 and is bfloat16", dtype="bfloat16")
     refused(build_benchmark(keys), "holds 3 answers, .* is not one of the 1 that this evaluation asks", limit=1)
     refused(build_benchmark(files.vizwiz()), "is not one of the 2 that this evaluation asks")

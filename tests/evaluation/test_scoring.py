@@ -36,7 +36,8 @@ def test_pope(files):
     # written, random: yes no no yes -> tp 1 fp 1 tn 1 fn 1; popular: all right
     assert values["generate/accuracy"] == 75 and values["generate/f1"] == pytest.approx((50 + 100) / 2)
     assert result["primary"] == "accuracy" and result["n"] == 8
-    assert values["generate/invalid_rate"] == 1 / 8 == result["invalid_rate"]
+    assert values["generate/invalid_rate"] == 1 / 8
+    assert result["variants"] == ["likelihood", "generate"] and result["invalid_rate"] == values["invalid_rate"] == 0
 
 
 def test_pope_ties_are_a_yes_like_argmax(files):
@@ -178,6 +179,38 @@ def test_predictions_of_another_benchmark_are_refused(files, tmp_path):
     path.write_text("".join(json.dumps(asdict(predict(i, "yes"))) + "\n" for i in gqa.items()))
     with pytest.raises(ValueError, match="cannot be scored as tiny_vizwiz"):
         score_file(path, build_benchmark(files.vizwiz()))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "variants", "says"),
+    [
+        (True, ["likelihood"], r"holds answers of the variant generate, not likelihood: .* variants=\[generate\]"),
+        (False, ["likelihood"], r"question random/0 is text, not probabilities\. .* set variants=\[generate\]"),
+        (True, ["generate"], None),
+        (False, ["generate"], None),
+    ],
+)
+def test_answers_of_another_variant(files, tmp_path, recorded, variants, says):
+    asked = build_benchmark(files.pope(variants=["generate"]))
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps(asdict(predict(i, "Yes"))) + "\n" for i in asked.items()))
+    if recorded:
+        (tmp_path / "decoding.json").write_text(json.dumps({"strategy": "greedy", "variants": ["generate"]}))
+    benchmark = build_benchmark(files.pope(variants=variants))
+    if says:
+        with pytest.raises(UsageError, match=says):
+            score_file(path, benchmark)
+    else:
+        result = score_file(path, benchmark)
+        assert result["variants"] == ["generate"] and result["metrics"]["accuracy"] == 50
+        assert result["decoding"] == ({"strategy": "greedy"} if recorded else None)
+
+
+def test_probabilities_are_not_read_as_text(files):
+    benchmark = build_benchmark(files.pope(variants=["generate"]))
+    with pytest.raises(UsageError, match=r"is probabilities, not text\. .* set variants=\[likelihood\]"):
+        graded(benchmark, ['{"Yes": 0.1, "No": 0.9}'] * 8)
+    assert graded(benchmark, ['{"Maybe": 0.1, "No": 0.9}'] * 8)[0].answer == "yes"
 
 
 @pytest.mark.parametrize(("kind", "part"), [("pope", "popular"), ("mme", "scene")])
