@@ -88,19 +88,26 @@ def read_decoding(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def chance(benchmark: Benchmark, limit: int | None = None) -> float:
-    """The primary metric of the best constant answer, which needs no image.
+def chance(benchmark: Benchmark, predictions: Sequence[Prediction]) -> float:
+    """The primary metric of the best constant answer, which needs no image, to the questions of some predictions.
 
     The candidates (both words, all letters, the most frequent answers, the mean and the median box) are scored by
-    the benchmark itself.
+    the benchmark itself, in the first of the variants that were asked.
     """
-    first = benchmark.variants[0]
-    items = [item for item in benchmark.items(limit) if item.target.get("variant", first) == first]
+    asked = [(benchmark.variant_of(prediction), prediction) for prediction in predictions]
+    used = {variant for variant, _ in asked}
+    first = next(variant for variant in (*benchmark.variants, *benchmark.VARIANTS) if variant in used)
+    choices = tuple(benchmark.choices) if benchmark.VARIANTS[first].likelihood else ()
+    items = [
+        Item(p.question_id, p.image, Path(p.image), p.prompt, p.target, choices)
+        for variant, p in asked
+        if variant == first
+    ]
     return best_constant(benchmark, items)
 
 
 def best_constant(benchmark: Benchmark, items: Sequence[Item]) -> float:
-    """The primary metric of the best constant answer to some items of the benchmark's first variant."""
+    """The primary metric of the best constant answer to some items of one variant."""
     outputs = benchmark.constants([item.target for item in items])
     return max(_constant_score(benchmark, items, output) for output in outputs)
 

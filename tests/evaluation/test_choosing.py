@@ -1,10 +1,13 @@
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from prism_deco.config import choices
+from prism_deco.errors import UsageError
 from prism_deco.evaluation import BENCHMARKS, build_benchmark, resolve, table
+from prism_deco.evaluation.gqa import GQA
 
 MINI = [f"mini_{n}" for n in ("pope", "refcoco", "refcocoplus", "refcocog", "vizwiz", "vqav2", "gqa", "textvqa")]
 
@@ -51,21 +54,55 @@ def test_groups_that_contain_each_other(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"imagee": "x"}, "Unknown key imagee .*Did you mean image"),
+        ({"imagee": "x"}, "Unknown key of the benchmark tiny_gqa 'imagee'. Did you mean 'image'"),
         ({"variants": ["shrt"]}, "Did you mean 'short'"),
         ({"variants": []}, "one or more"),
         ({"variants": ["short", "short"]}, "each once"),
         ({"on_bad_image": "skip"}, "fail"),
         ({"limit": 0}, "limit=0"),
         ({"family": "gqaa"}, "Did you mean 'gqa'"),
-        ({"family": "vqav2"}, "lacks the key questions"),
+        ({"family": "vqav2"}, "is missing the key questions"),
         ({"members": ["pope"]}, "is a group"),
+        ({"root": 5}, "tiny_gqa: root=5 must be text"),
+        ({"annotations": None}, "annotations=None must be text"),
+        ({"image": True}, "image=True must be text"),
+        ({"limit": "x"}, "tiny_gqa: limit=x must be a whole number"),
+        ({"limit": 2.5}, "limit=2.5 must be a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens=True must be a whole number"),
+        ({"max_new_tokens": None}, "max_new_tokens=None must be a whole number"),
+        ({"variants": [True]}, r"variants=\[True\] must be a list of texts"),
+        ({"variants": 3}, "variants=3 must be a list of texts"),
+        ({"variants": "[short"}, r"variants=\[short must be a list of texts"),
         ({"image": "images/{name}.png"}, "does not fit the fields imageId"),
     ],
 )
 def test_mistakes_in_a_choice(files, changes, message):
     with pytest.raises(ValueError, match=message):
         build_benchmark(files.gqa() | changes).items()
+
+
+def test_text_is_read_by_the_type_of_its_key(files):
+    """As on the command line: YAML would make a number of 5 and a boolean of Yes."""
+    assert build_benchmark(files.gqa(), root="5", split="007", limit="null").path("{split}") == Path("5/007")
+    pope = build_benchmark(files.pope(), variants="generate", choices="[Yes, No]", limit="3", subsets="popular")
+    assert pope.variants == ("generate",) and pope.choices == ("Yes", "No") and pope.limit == 3
+    assert pope.parts == ("popular",)
+    with pytest.raises(UsageError, match="words for yes and no, not Yes"):
+        build_benchmark(files.pope(), choices="[Yes]")
+
+
+def test_keys_of_a_plug_in_are_read_by_their_types(files):
+    class Mine(GQA):
+        def __init__(self, *, share: float = 0.5, names: list[str] | None = None, **common):
+            super().__init__(**common)
+            self.share, self.names = share, names
+
+    BENCHMARKS.register("mine_of_this_test")(Mine)
+    try:
+        mine = build_benchmark(files.gqa(family="mine_of_this_test"), share="0.25", names="[No, 5]")
+        assert mine.share == 0.25 and mine.names == ["No", "5"]
+    finally:
+        del BENCHMARKS._entries["mine_of_this_test"]
 
 
 def test_variants_need_their_files(files):

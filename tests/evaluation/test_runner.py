@@ -9,7 +9,7 @@ import torch.multiprocessing
 
 from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark, evaluate, load_predictions, local_device, process_group, score_file
-from prism_deco.evaluation.choose import prepare, prepare_one, results_name
+from prism_deco.evaluation.choose import check_names, prepare, prepare_one, results_name
 from prism_deco.evaluation.ranks import asked_device
 from prism_deco.evaluation.scoring import predict
 
@@ -351,19 +351,31 @@ def test_all_benchmarks_are_looked_at_before_any_is_asked(files, shipped):
     assert [(benchmark.name, benchmark.limit, benchmark.split) for benchmark in prepared] == [
         ("refcoco", 2, "val"), ("gqa", 2, "")]  # fmt: skip
     for options, says in [
-        ({"limt": 3}, "Unknown key limt .*Did you mean limit"),
+        ({"limt": 3}, "Unknown key of the benchmark refcoco 'limt'. Did you mean 'limit'"),
         ({"limit": "x"}, "limit=x must be a whole number"),
         ({"split": "tset"}, "refcoco, split 'tset': there are no questions"),
     ]:
         with pytest.raises(ValueError, match=says):
             prepare(shipped, options)
-    with pytest.raises(ValueError, match="mini_gqa has no folder of its own"):
+    with pytest.raises(
+        ValueError, match="mini_gqa needs the folder of its files, .* set benchmark.mini_gqa.root=FOLDER"
+    ):
         prepare("mini_gqa")
     with pytest.raises(ValueError, match="nowhere.*does not exist"):
         prepare("mini_gqa", root=files.path / "nowhere")
     (files.path / "images/7.png").unlink()
     with pytest.raises(ValueError, match="refcoco: the image .*7.png is missing"):
         prepare(shipped)
+
+
+def test_keys_of_single_benchmarks(files, shipped):
+    """They precede those of all benchmarks, and do not need a folder of the training data."""
+    elsewhere = files.path.rename(files.path.with_name("elsewhere"))
+    own = {"gqa": {"root": str(elsewhere), "limit": 1}, "refcoco": {"root": str(elsewhere)}}
+    boxes, answers = prepare(shipped, {"limit": 2}, own, root=files.path)
+    assert (boxes.limit, answers.limit) == (2, 1) and boxes.root == answers.root == elsewhere
+    with pytest.raises(UsageError, match=r"Unknown benchmark.* 'gqu'\. Did you mean 'gqa'\?"):
+        check_names(shipped, {"gqu": {}})
 
 
 def test_relevance_is_measured_where_there_are_boxes(shipped):

@@ -263,8 +263,19 @@ def test_a_question_answered_twice(files, tmp_path):
     ],
 )
 def test_chance(files, kind, expected):
-    assert chance(build_benchmark(getattr(files, kind)())) == pytest.approx(expected)
+    benchmark = build_benchmark(getattr(files, kind)())
+    assert chance(benchmark, [predict(item, None) for item in benchmark.items()]) == pytest.approx(expected)
 
 
-def test_chance_obeys_the_limit(files):
-    assert chance(build_benchmark(files.gqa()), limit=2) == 100  # "yes" twice
+def test_chance_is_that_of_the_questions_that_were_asked(files):
+    benchmark = build_benchmark(files.gqa())
+    assert chance(benchmark, [predict(item, None) for item in benchmark.items(limit=2)]) == 100  # "yes" twice
+
+
+def test_chance_of_the_only_variant_that_was_asked(files):
+    """The YAML's first variant is another one."""
+    asked = build_benchmark(files.pope(variants=["generate"]))
+    answers = [predict(item, "Yes") for item in asked.items()]
+    for prediction in answers:
+        prediction.target["variant"] = "generate"
+    assert chance(build_benchmark(files.pope()), answers) == 50
