@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import yaml
 
 from prism_deco.cli import main
 from prism_deco.config import load_config, read_config, save_config
-from prism_deco.evaluation import resolve
+from prism_deco.evaluation import build_benchmark, resolve
+from prism_deco.evaluation.scoring import predict
 
 FAST = ["data.val_fraction=0", "data.num_workers=0", "recipe.max_steps=2", "recipe.global_batch_size=2",
         "recipe.micro_batch_size=2", "trainer.threads=1", "backbone.pretrained=false",
@@ -212,6 +214,19 @@ def test_what_is_no_run_is_told_before_it_is_loaded(tmp_path, no_model, capsys, 
     (tmp_path / kept).touch()
     assert main([command, str(tmp_path), "benchmark=mini_gqa"]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("folder", "blind"), [("mini_gqa", "46.4"), ("mini_gqa-test", "42.0"), (None, "-")])
+def test_a_predictions_file_is_scored_beside_chance_and_blindness(finished, files, tmp_path, capsys, folder, blind):
+    """The blind score is the recorded one of the settings and the split that the file belongs to."""
+    benchmark = build_benchmark(files.gqa())
+    place = finished / "eval" / folder if folder else tmp_path / "elsewhere"
+    place.mkdir(parents=True)
+    path = place / "predictions.jsonl"
+    path.write_text("".join(json.dumps(asdict(predict(i, "no"))) + "\n" for i in benchmark.items()))
+    assert main(["evaluate", "--score-only", str(path), "benchmark=mini_gqa"]) == 0
+    cells = capsys.readouterr().out.split()
+    assert cells[-8:] == ["3", "0.0", "0.0", "to", "0.0", "66.7", blind, "0.0%"]  # "yes" is right twice
 
 
 def test_a_predictions_file_takes_nothing_else(tmp_path, capsys):
