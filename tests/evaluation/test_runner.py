@@ -142,9 +142,13 @@ def test_a_killed_evaluation_resumes(files, fake_model, tmp_path, kind, torn):
     assert (folder / "predictions.jsonl").read_bytes() == (tmp_path / "whole/predictions.jsonl").read_bytes()
 
 
-def test_progress_shows_the_count(files, fake_model, tmp_path, capsys):
-    evaluate(fake_model(), build_benchmark(files.gqa()), tmp_path, batch_size=1)
-    assert "tiny_gqa" in (shown := capsys.readouterr().out) and "3/3" in shown
+def test_progress_shows_the_count(files, fake_model, tmp_path, capsys, caplog):
+    """Of the answers: two variants ask every question twice."""
+    caplog.set_level("INFO")
+    evaluate(fake_model(), build_benchmark(files.pope()), tmp_path, batch_size=1)
+    shown = capsys.readouterr().out
+    assert "tiny_pope" in shown and "16/16 answers" in shown
+    assert "8 questions in 2 variants (likelihood, generate), 0 of 16 answers are there already" in caplog.text
 
 
 def test_a_finished_evaluation_asks_nothing(files, fake_model, tmp_path):
@@ -218,7 +222,7 @@ def test_a_question_is_asked_once_its_image_is_back(files, fake_model, tmp_path,
     folder = tmp_path / "answers"
     caplog.set_level("INFO")
     evaluate(fake_model(), build_benchmark(keys), folder, progress=False)
-    assert "tiny_gqa: 1 of 3 questions stay unanswered" in caplog.text
+    assert "tiny_gqa: 1 of 3 answers are missing" in caplog.text
     if again == "fail":
         with pytest.raises(UsageError, match=r"Question 200: .*n0\.png"):
             evaluate(fake_model(), build_benchmark(keys, on_bad_image="fail"), folder, progress=False)
@@ -227,7 +231,8 @@ def test_a_question_is_asked_once_its_image_is_back(files, fake_model, tmp_path,
     model = fake_model()
     assert evaluate(model, build_benchmark(keys, on_bad_image=again), folder, progress=False) == whole
     assert model.calls == [[build_benchmark(keys).items()[0].prompt]]
-    assert "stay unanswered" not in caplog.text
+    assert "tiny_gqa: 3 questions, 2 of 3 answers are there already" in caplog.text
+    assert "answers are missing" not in caplog.text
     assert (folder / "predictions.jsonl").read_bytes() == (tmp_path / "whole/predictions.jsonl").read_bytes()
 
 
