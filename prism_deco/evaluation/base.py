@@ -170,6 +170,7 @@ class Benchmark(ABC):
             if question.question_id in seen:
                 raise UsageError(f"{self.name}: the question id {question.question_id} occurs twice in {self.root}.")
             seen.add(question.question_id)
+            _check_encoding(question, f"{self.name}, in {self.root}")
         limit = limit if limit is not None else self.limit
         questions = cut(questions, limit)
         self.check_parts(Counter(question.stratum for question in questions), f"what limit={limit} keeps")
@@ -248,6 +249,18 @@ class Benchmark(ABC):
             target=question.target | ({"variant": name} if several else {}),
             choices=tuple(self.choices) if variant.likelihood else (),
         )
+
+
+def _check_encoding(question: Question, where: str) -> None:
+    """Raises `UsageError` for half a surrogate pair, which JSON can hold but no file and no tokenizer takes."""
+    content = [question.question_id, question.image, *question.fields.values(), question.target]
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{where}: question {question.question_id!a} holds half a surrogate pair, which is no character: "
+            "correct the file."
+        ) from error
 
 
 def _probabilities(text: str) -> dict[str, float] | None:

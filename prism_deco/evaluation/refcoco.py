@@ -16,7 +16,7 @@ from prism_deco.evaluation.safe_pickle import load_data_pickle
 
 _ASK = "Please provide the bounding box coordinate of the region this sentence describes: "
 _REF = {"ref_id": ID, "ann_id": ID, "image_id": ID, "split": str, "sentences": list}
-_NUMBER = (int, float)
+_LARGEST = 1_000_000  # pixels
 
 
 @BENCHMARKS.register("refcoco")
@@ -80,9 +80,13 @@ class RefCOCO(Benchmark):
         sizes = {"id": ID, "width": int, "height": int, "file_name": str}
         images = checked_list(content["images"], sizes, path, "COCO image")
         for number, record in enumerate(annotations, start=1):
-            box = record["bbox"]
-            if len(box) != 4 or not all(isinstance(n, _NUMBER) for n in box) or box[2] <= 0 or box[3] <= 0:
-                raise UsageError(f"{path}, annotation {number}: {box} is not a box [x, y, width, height].")
+            if not _is_box(record["bbox"]):
+                raise UsageError(f"{path}, annotation {number}: {record['bbox']} is not a box [x, y, width, height].")
+        for number, record in enumerate(images, start=1):
+            if not (0 < record["width"] <= _LARGEST and 0 < record["height"] <= _LARGEST):
+                raise UsageError(
+                    f"{path}, image {number}: {record['width']} x {record['height']} pixels are no size of an image."
+                )
         return index_unique(annotations, "id", path), index_unique(images, "id", path)
 
     def parse(self, text: str, target: Mapping[str, Any]) -> list[float] | None:
@@ -106,6 +110,11 @@ class RefCOCO(Benchmark):
         corners = list(zip(*(target["box"] for target in targets), strict=True))
         mean, middle = ([round(pick(corner), 2) for corner in corners] for pick in (fmean, median))
         return [json.dumps(box) for box in (mean, middle, [0.0, 0.0, 1.0, 1.0])]
+
+
+def _is_box(value: list[Any]) -> bool:
+    numbers = [number for number in value if isinstance(number, (int, float)) and abs(number) <= _LARGEST]
+    return len(value) == len(numbers) == 4 and numbers[2] > 0 and numbers[3] > 0
 
 
 def _accuracy(

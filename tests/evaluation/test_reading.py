@@ -1,4 +1,5 @@
 import base64
+import copy
 import json
 import pickle
 
@@ -9,6 +10,7 @@ from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark
 from prism_deco.evaluation.choose import prepare
 from prism_deco.evaluation.image_check import bad_images
+from prism_deco.evaluation.scoring import predict, summarise
 from prism_deco.evaluation.textvqa import read_ocr
 
 KINDS = ("pope", "refcoco", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "seed", "mmbench")
@@ -381,6 +383,86 @@ def test_what_was_read_of_each_part_is_logged(files, tmp_path, caplog):
     assert "tiny_pope: read 8 questions (random 4, popular 4)" in caplog.text
     assert "tiny_seed: read 3 questions (Instance Location 1, Spatial Relation 2)" in caplog.text
     assert "tiny_gqa: read 3 questions\n" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("width", 0, r"instances\.json, image 1: 0 x 50 pixels are no size of an image"),
+        ("height", -3, r"instances\.json, image 1: 100 x -3 pixels are no size of an image"),
+    ],
+)
+def test_an_image_without_a_size(files, key, value, says):
+    keys = files.refcoco()
+    content = json.loads((files.path / "instances.json").read_text())
+    content["images"][0][key] = value
+    files.json("instances.json", content)
+    with pytest.raises(UsageError, match=says):
+        build_benchmark(keys).items()
+
+
+ODD = [None, True, 0, -1, 10**400, float("nan"), "", "x", "\ud800", [], [None], {}]
+RECORDS = {
+    "coco_pope_random.json": "pope",
+    "refs(unc).p": "refcoco",
+    "instances.json": "refcoco",
+    "questions.json": "vqav2",
+    "annotations.json": "vqav2",
+    "val.json": "vizwiz",
+    "text.json": "textvqa",
+    "ocr.json": "textvqa",
+    "gqa.json": "gqa",
+    "seed.json": "seed",
+}
+
+
+def places(value, path=()):
+    """The paths of all values inside a value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, member in inner:
+        yield (*path, key)
+        yield from places(member, (*path, key))
+
+
+def with_value(content, path, value):
+    content = copy.deepcopy(content)
+    place = content
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return content
+
+
+@pytest.mark.parametrize("file", RECORDS)
+def test_odd_values_are_read_or_refused_by_name(files, file):
+    """No value of an annotation file ends in another error than a `UsageError` that names the file; what is read can be
+    scored."""
+    keys = getattr(files, RECORDS[file])()
+    path = files.path / file
+    pickled, lines = file.endswith(".p"), file.startswith("coco_pope")
+    text = path.read_bytes()
+    content = pickle.loads(text) if pickled else [json.loads(line) for line in text.splitlines()] if lines else None
+    content = content if content is not None else json.loads(text)
+    seen = set()
+    for place in places(content):
+        kind = tuple("#" if isinstance(key, int) else key for key in place)
+        if kind in seen:
+            continue  # the first record stands for all
+        seen.add(kind)
+        for value in ODD:
+            changed = with_value(content, place, value)
+            if pickled:
+                path.write_bytes(pickle.dumps(changed))
+            else:
+                rows = "".join(json.dumps(row) + "\n" for row in changed) if lines else json.dumps(changed)
+                path.write_text(rows)
+            benchmark = build_benchmark(keys)
+            try:
+                asked = benchmark.items()
+            except UsageError as error:
+                assert file in str(error) or str(files.path) in str(error), (place, value, error)
+                continue
+            summarise(benchmark, [benchmark.grade(predict(item, None)) for item in asked], None)
 
 
 def test_annotations_are_not_unpickled_blindly(files, tmp_path):
