@@ -6,7 +6,10 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
+
+from prism_deco.errors import UsageError
 
 
 def write_whole(path: Path, content: bytes | str, *, durable: bool = True) -> None:
@@ -28,6 +31,18 @@ def write_whole(path: Path, content: bytes | str, *, durable: bool = True) -> No
 def write_json(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:
     """Writes JSON, as `write_whole` does."""
     write_whole(path, json.dumps(content, indent=2) + "\n", durable=durable)
+
+
+def check_writable(folder: Path, way_out: str) -> None:
+    """Raises `UsageError` where nothing can be written to a folder, or to the place where it is to be made."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written ({error.strerror}). {way_out}") from error
 
 
 def sync_folder(folder: Path) -> None:

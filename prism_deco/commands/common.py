@@ -6,12 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
-from prism_deco.config import parse_overrides
+from prism_deco.config import parse_value
+from prism_deco.errors import UsageError
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -21,11 +21,61 @@ else:
 OVERRIDES = "choices and settings, for example: projector=linear recipe.epochs=2 seed=3"
 
 
-def options_of(overrides: Iterable[str]) -> dict[str, Any]:
-    """`key=value` arguments as a mapping, values read as YAML."""
-    options = OmegaConf.to_container(parse_overrides(overrides))
-    assert isinstance(options, dict)
-    return {str(key): value for key, value in options.items()}
+@dataclass(frozen=True)
+class Asked:
+    """The arguments of a command that asks benchmarks of runs; values are the text of the command line.
+
+    Attributes:
+        runs: arguments that are no `key=value`.
+        benchmarks: names (`benchmark=`); None where none are given.
+        options: keys of all these benchmarks, such as `limit`.
+        own: keys of single ones (`benchmark.NAME.KEY=`), by their name.
+        others: the command's own keys.
+    """
+
+    runs: list[Path]
+    benchmarks: str | None
+    options: dict[str, str]
+    own: dict[str, dict[str, str]]
+    others: dict[str, str]
+
+
+def asked_of(arguments: Iterable[str], others: Iterable[str] = ()) -> Asked:
+    """Sorts the arguments of `evaluate` and `explain`.
+
+    Args:
+        others: keys of the command that are no benchmark's.
+
+    Raises:
+        UsageError: `benchmark.NAME` without a key.
+    """
+    asked = Asked([], None, {}, {}, {})
+    benchmarks = None
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        group, _, rest = key.partition(".")
+        if not equals:
+            asked.runs.append(Path(argument))
+        elif key == "benchmark":
+            benchmarks = text
+        elif group == "benchmark":
+            name, _, leaf = rest.rpartition(".")
+            if not name or not leaf:
+                raise UsageError(f"{argument}: write benchmark.NAME.KEY=VALUE, for example benchmark.pope.root=DIR.")
+            asked.own.setdefault(name, {})[leaf] = text
+        elif key in others:
+            asked.others[key] = text
+        else:
+            asked.options[key] = text
+    return replace(asked, benchmarks=benchmarks)
+
+
+def import_named_plugins(asked: Asked) -> None:
+    """Imports the modules of `plugins=`, a name or a list of names: benchmarks may be theirs."""
+    from prism_deco.config.registry import import_plugins
+
+    named = parse_value("plugins", asked.others.get("plugins", "[]"))
+    import_plugins([named] if isinstance(named, str) else named)
 
 
 def own_benchmarks(run: Path) -> Path | None:

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prism_deco.commands.common import Subparsers, options_of, own_benchmarks, show
+from omegaconf import DictConfig
+
+from prism_deco.commands.common import Asked, Subparsers, asked_of, import_named_plugins, own_benchmarks, show
+from prism_deco.config import parse_value, read_config
 from prism_deco.errors import UsageError
+from prism_deco.files import check_writable
+
+if TYPE_CHECKING:  # benchmarks need torch
+    from prism_deco.evaluation import Benchmark
+
+KEYS = ("batch_size", "plugins")
+FILE = "predictions.jsonl"
 
 
 def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
@@ -17,7 +28,10 @@ def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--score-only", type=Path, metavar="FILE", help="score this predictions.jsonl, load no model")
     # argparse cannot tell an optional run folder from the first option; the equals sign can.
     parser.add_argument(
-        "arguments", nargs="*", metavar="RUN KEY=VALUE", help="run folder; benchmark=NAMES split=S limit=N batch_size=N"
+        "arguments",
+        nargs="*",
+        metavar="RUN KEY=VALUE",
+        help="run folder; benchmark=NAMES split=S limit=N batch_size=N benchmark.NAME.root=DIR plugins=[MODULE]",
     )
     parser.add_argument("--out", type=Path, help="folder of the results, one folder per benchmark in it (RUN/eval)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="compute in this type; the run's by default")
@@ -27,30 +41,58 @@ def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Scores a finished run, or a predictions file."""
-    folders = [argument for argument in args.arguments if "=" not in argument]
-    options = options_of([argument for argument in args.arguments if "=" in argument])
-    if args.score_only is None:
-        if len(folders) != 1:
-            raise UsageError("Name the one run to score, for example: prism-deco evaluate runs/RUN_ID benchmark=mini")
-        run = Path(folders[0])
-        finished_run(run)
-        options["benchmarks"] = options.pop("benchmark", None) or _trained_with(run)
-        score_run(run, options, out=args.out, device=args.device, dtype=args.dtype)
+    asked = asked_of(args.arguments, KEYS)
+    import_named_plugins(asked)
+    if args.score_only is not None:
+        given = {"--out": args.out, "--dtype": args.dtype, "--device": args.device, "a run": asked.runs}
+        if unused := [name for name, value in given.items() if value]:
+            raise UsageError(f"--score-only loads no model and writes nothing: leave out {', '.join(unused)}.")
+        _score_file(args.score_only, asked)
         return
-    from prism_deco.evaluation import build_benchmark, score_file, table
+    if len(asked.runs) != 1:
+        raise UsageError("Name the one run to score, for example: prism-deco evaluate runs/RUN_ID benchmark=mini")
+    (run,) = asked.runs
+    finished_run(run)
+    names = asked.benchmarks or _trained_with(run)
+    from prism_deco.evaluation.choose import check_keys, check_names
 
-    given = {"--out": args.out, "--dtype": args.dtype, "--device": args.device, "a run": folders}
-    if unused := [name for name, value in given.items() if value]:
-        raise UsageError(f"--score-only loads no model and writes nothing: leave out {', '.join(unused)}.")
-    if "benchmark" not in options:
+    check_keys(names, asked.options, also=("benchmark", *KEYS))
+    check_names(names, asked.own)
+    batch_size = parse_value("batch_size", asked.others.get("batch_size", "64"))
+    if type(batch_size) is not int or batch_size < 1:
+        raise UsageError(f"batch_size={batch_size} must be a whole number above 0.")
+    more = {"batch_size": batch_size, "out": args.out, "device": args.device, "dtype": args.dtype}
+    score_run(run, names, asked.options, asked.own, **more)
+
+
+def _score_file(path: Path, asked: Asked) -> None:
+    """Prints what a predictions file scores, beside chance and, where the file lies in a run, blindness."""
+    from prism_deco.evaluation import build_benchmark, chance, load_predictions, score_file, table
+    from prism_deco.evaluation.choose import check_keys, check_names
+
+    if asked.benchmarks is None:
         raise UsageError("Name the benchmark of the predictions, for example: benchmark=pope")
-    show(table([score_file(args.score_only, build_benchmark(options.pop("benchmark"), **options))]))
+    check_keys(asked.benchmarks, asked.options, also=("benchmark", "plugins"))
+    check_names([asked.benchmarks], asked.own)
+    own = next(iter(asked.own.values()), {})
+    benchmark = build_benchmark(asked.benchmarks, **asked.options, **own)
+    result = score_file(path, benchmark)
+    name, folder = benchmark.name, path.absolute().parent  # eval/<benchmark> or eval/<benchmark>-<split> of a run
+    config = folder.parents[1] / "config.yaml"
+    blind = {}
+    if config.is_file():
+        benchmark.split = folder.name.removeprefix(name).removeprefix("-") or benchmark.split
+        blind = _blind(read_config(config), [benchmark])
+    show(table([result], {name: chance(benchmark, load_predictions(path))}, blind))
 
 
 def score_run(
     folder: Path,
-    options: dict[str, Any],
+    names: str | Sequence[str],
+    options: Mapping[str, Any] | None = None,
+    own: Mapping[str, Mapping[str, Any]] | None = None,
     *,
+    batch_size: int = 64,
     out: Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -60,7 +102,10 @@ def score_run(
     Everything that can be wrong with what is asked is found before the model is loaded.
 
     Args:
-        options: `benchmarks` (names), `batch_size`, and keys of the benchmarks' YAMLs (split, limit, root).
+        names: of benchmarks and groups.
+        options: keys of all their YAMLs to replace (split, limit, root); None keeps what a YAML says.
+        own: keys of single YAMLs, by the benchmark's name.
+        batch_size: questions per generation.
         out: folder of the results; None is the run's `eval`.
         device: cpu | cuda, which must be there; None is what the run was trained on, or the CPU.
         dtype: float32 | bfloat16; None is bfloat16 after training in `bf16-mixed`, else that of the weights.
@@ -69,31 +114,45 @@ def score_run(
     import torch
 
     from prism_deco.api import load
-    from prism_deco.evaluation import chance, evaluate, local_device, process_group, resolve, table
+    from prism_deco.evaluation import chance, evaluate, load_predictions, local_device, process_group, resolve, table
     from prism_deco.evaluation.choose import prepare, results_name
     from prism_deco.evaluation.ranks import asked_device
-    from prism_deco.report.blind import blind_scores
 
     chosen = asked_device(device) if device else None
-    names, batch_size = resolve(options.pop("benchmarks")), options.pop("batch_size", 64)
-    if type(batch_size) is not int or batch_size < 1:
-        raise UsageError(f"batch_size={batch_size} must be a whole number above 0.")
-    benchmarks = prepare(names, options, root=own_benchmarks(folder))
+    names = resolve(names)
+    benchmarks = prepare(names, options, own, root=own_benchmarks(folder))
+    folders = [
+        (out or folder / "eval") / results_name(name, benchmark.split)
+        for name, benchmark in zip(names, benchmarks, strict=True)
+    ]
+    for results_folder in folders:
+        check_writable(results_folder, "Name a folder for the results with --out.")
     model = load(folder)
     if dtype := dtype or ("bfloat16" if model.config.trainer.precision == "bf16-mixed" else None):
         model.vlm.cast(getattr(torch, dtype))
     model.vlm.to(chosen or local_device(model.config.trainer.accelerator))
     computed_in = str(next(model.vlm.lm.parameters()).dtype).removeprefix("torch.")
     about = {"batch_size": batch_size, "model_id": manifest["model_sha256"], "dtype": computed_in}
-    results, floors = [], {}
+    results, constant = [], {}
     with process_group() as is_first:
-        for name, benchmark in zip(names, benchmarks, strict=True):
-            results_folder = (out or folder / "eval") / results_name(name, benchmark.split)
+        for benchmark, results_folder in zip(benchmarks, folders, strict=True):
             results.append(evaluate(model, benchmark, results_folder, **about))
             if is_first:
-                floors[benchmark.name] = chance(benchmark)
+                constant[benchmark.name] = chance(benchmark, load_predictions(results_folder / FILE))
     if is_first:
-        show(table(results, floors, blind_scores(model.config, options.get("split"))))
+        show(table(results, constant, _blind(model.config, benchmarks)))
+
+
+def _blind(config: DictConfig, benchmarks: Iterable[Benchmark]) -> dict[str, float]:
+    """Recorded scores of a model trained with these settings but without images, by benchmark."""
+    from prism_deco.report.blind import blind_scores
+
+    found = {}
+    for benchmark in benchmarks:
+        scores = blind_scores(config, benchmark.split or "own") or {}
+        if benchmark.name in scores:
+            found[benchmark.name] = scores[benchmark.name]
+    return found
 
 
 def finished_run(folder: Path) -> dict[str, Any]:
@@ -106,7 +165,6 @@ def finished_run(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
     path = folder / "manifest.json"
     if path.is_file():
-        from prism_deco.config import read_config
         from prism_deco.config.registry import import_plugins
 
         import_plugins(read_config(folder / "model" / "config.yaml").plugins)
@@ -120,8 +178,6 @@ def finished_run(folder: Path) -> dict[str, Any]:
 
 
 def _trained_with(run: Path) -> str:
-    from prism_deco.config import read_config
-
     benchmarks = read_config(run / "config.yaml").evaluate.benchmarks
     if not benchmarks:
         raise UsageError(f"{run} names no benchmarks of its own: choose some, for example benchmark=table3")

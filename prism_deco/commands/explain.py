@@ -7,12 +7,15 @@ import hashlib
 import json
 import logging
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from prism_deco.commands.common import Subparsers, options_of, own_benchmarks, show
+from prism_deco.commands.common import Asked, Subparsers, asked_of, import_named_plugins, own_benchmarks, show
 from prism_deco.commands.evaluate import finished_run
+from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
+from prism_deco.files import check_writable
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +37,11 @@ def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
 
 def explain(args: argparse.Namespace) -> None:
     """Explains one answer, or measures the maps of a benchmark's questions, for one or more runs."""
-    runs = [Path(argument) for argument in args.arguments if "=" not in argument]
-    options = options_of([argument for argument in args.arguments if "=" in argument])
-    _check_arguments(args, runs, options)
+    asked = asked_of(args.arguments, ["plugins"])
+    runs, name = asked.runs, asked.benchmarks
+    options: dict[str, Any] = dict(asked.options)
+    import_named_plugins(asked)
+    _check_arguments(args, asked)
     import torch
 
     from prism_deco.api import load
@@ -46,14 +51,16 @@ def explain(args: argparse.Namespace) -> None:
 
     place = {"device": asked_device(args.device), "dtype": getattr(torch, args.dtype) if args.dtype else None}
     example = ExplainExample(args.image, args.prompt, args.answer) if args.image is not None else None
-    name = options.pop("benchmark", None)
-    if example is None:  # what is wrong with one of the runs must not wait for those before it
+    if name is not None:  # what is wrong with one of the runs must not wait for those before it
+        options |= next(iter(asked.own.values()), {})
         for run in runs:
+            check_writable(args.out or run / "explain", "Name a folder for the results with --out.")
             _benchmark(run, name, options)
     results, sections = [], []
     for run in runs:
         out = (args.out / run.name if len(runs) > 1 else args.out) if args.out else None
-        if example is not None:
+        if name is None:
+            assert example is not None
             model = load(run, **place)
             more = {"chunk": args.chunk, "through_backbone": args.through_backbone}
             folder = out or run / "explain" / "images" / _question_name(args)
@@ -68,7 +75,7 @@ def explain(args: argparse.Namespace) -> None:
     if results:
         show(table(results))
     if len(runs) > 1:
-        about = _question_name(args) if example is not None else results_name(name, options.get("split"))
+        about = _question_name(args) if name is None else results_name(name, options.get("split"))
         page = (args.out or runs[0].parent) / _comparison_name(runs, about)
         write_page(page, " and ".join(run.name for run in runs), side_by_side(sections))
         log.info("The runs stand side by side in %s", page)
@@ -121,21 +128,30 @@ def has_relevance(run: Path, name: str, split: str | None) -> bool:
     return (about.get("benchmark"), about.get("split")) == (own.name, split or own.split)
 
 
-def _check_arguments(args: argparse.Namespace, runs: list[Path], options: dict[str, Any]) -> None:
+def _check_arguments(args: argparse.Namespace, asked: Asked) -> None:
     given = {"--image": args.image, "--prompt": args.prompt, "--answer": args.answer}
     one = [name for name, value in given.items() if value is not None]
     one += ["--through-backbone"] * args.through_backbone
-    if one and options:
-        others = ", ".join(f"{key}=" for key in options)
+    keys = [*(["benchmark"] if asked.benchmarks else []), *asked.options, *(f"benchmark.{name}" for name in asked.own)]
+    if one and keys:
+        others = ", ".join(f"{key}=" for key in keys)
         raise UsageError(f"{', '.join(one)} concern one image, {others} a benchmark: leave out one or the other.")
-    if not runs or ("benchmark" not in options and (args.image is None or not args.prompt)):
+    if asked.benchmarks:
+        from prism_deco.evaluation.choose import check_keys, check_names
+
+        check_keys(asked.benchmarks, asked.options, also=("benchmark", "plugins"))
+        check_names(asked.benchmarks, asked.own)
+    for key in asked.options if asked.benchmarks is None else ():
+        if get_close_matches(key, ["benchmark", "plugins"]):  # a slip; others are a benchmark's that was not named
+            raise unknown("key", key, ["benchmark", "plugins"])
+    if not asked.runs or (asked.benchmarks is None and (args.image is None or not args.prompt)):
         raise UsageError(
             "Name runs and either one question or a benchmark, for example: prism-deco explain runs/RUN_ID --image "
             'cat.jpg --prompt "What is it?"  or  prism-deco explain runs/RUN_ID benchmark=mini_refcoco limit=100'
         )
     if args.image is not None and not args.image.is_file():
         raise UsageError(f"--image {args.image}: there is no such file.")
-    for run in runs:
+    for run in asked.runs:
         if not run.is_dir():
             raise UsageError(f"{run} is not a folder: give a run folder such as runs/RUN_ID.")
 

@@ -114,8 +114,8 @@ def plan(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     """Writes the report of a sweep or of runs."""
-    from prism_deco.report.tabular import terminal
     from prism_deco.report.assemble import write_report
+    from prism_deco.report.tabular import terminal
 
     page, scores = write_report(args.folders, args.out, split=args.split, mixed=args.mixed)
     for table in scores:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.commands.common import OVERRIDES, Subparsers, own_benchmarks
 from prism_deco.commands.evaluate import score_run
@@ -57,33 +57,37 @@ class _Scoring:
     relevance: str | None
     relevance_limit: int
     options: dict[str, Any]
-    """Of the benchmarks: split, limit, batch_size."""
+    """Of all benchmarks: split, limit."""
+    own: dict[str, dict[str, Any]]
+    """Of single benchmarks, by name."""
+    batch_size: int
     accelerator: str
 
     def prepare(self, benchmarks: Path | None) -> None:
         """Reads all questions; a wrong name, split or file must not wait for the end of training."""
-        from prism_deco.evaluation.choose import prepare, prepare_one
+        from prism_deco.evaluation.choose import check_names, prepare, prepare_one
 
+        check_names([*self.benchmarks, *([self.relevance] if self.relevance else [])], self.own)
         try:
             if self.benchmarks:
-                about = {key: value for key, value in self.options.items() if key != "batch_size"}
-                prepare(self.benchmarks, about, root=benchmarks)
-        except ValueError as error:
+                prepare(self.benchmarks, self.options, self.own, root=benchmarks)
+        except UsageError as error:
             raise UsageError(f"evaluate.benchmarks: {error}") from error
         try:
             if self.relevance:
                 prepare_one(self.relevance, self._about_relevance, root=benchmarks, boxes=True)
-        except ValueError as error:
+        except UsageError as error:
             raise UsageError(f"evaluate.relevance: {error}") from error
 
     def missing(self, folder: Path) -> _Scoring | None:
         """What of it the folder has no numbers of, whatever else they were asked with; None where it has all."""
         from prism_deco.evaluation.choose import results_name
 
-        split = self.options["split"]
         scored = {path.parent.name for path in folder.glob("eval/*/metrics.json")}
-        benchmarks = (name for name in self.benchmarks if results_name(name, split) not in scored)
-        relevance = self.relevance if self.relevance and not has_relevance(folder, self.relevance, split) else None
+        benchmarks = [name for name in self.benchmarks if results_name(name, self._split(name)) not in scored]
+        relevance = self.relevance
+        if relevance and has_relevance(folder, relevance, self._split(relevance)):
+            relevance = None
         rest = replace(self, benchmarks=tuple(benchmarks), relevance=relevance)
         return rest if rest.benchmarks or rest.relevance else None
 
@@ -94,7 +98,7 @@ class _Scoring:
         if self.relevance:
             prepare_one(self.relevance, self._about_relevance, root=own_benchmarks(folder), boxes=True)
         if self.benchmarks:
-            score_run(folder, {**self.options, "benchmarks": self.benchmarks})
+            score_run(folder, self.benchmarks, self.options, self.own, batch_size=self.batch_size)
         if self.relevance:
             with process_group() as is_first:
                 if is_first:  # `explain` shares nothing out, and its files are those of one process
@@ -104,7 +108,17 @@ class _Scoring:
 
     @property
     def _about_relevance(self) -> dict[str, Any]:
-        return {"split": self.options["split"], "limit": self.relevance_limit}
+        assert self.relevance is not None
+        own = {key: value for key, value in self._own(self.relevance).items() if key != "limit"}
+        return {"split": self.options["split"], "limit": self.relevance_limit} | own
+
+    def _own(self, choice: str) -> dict[str, Any]:
+        from prism_deco.evaluation.choose import choice_name
+
+        return self.own.get(choice_name(choice), {})
+
+    def _split(self, choice: str) -> str | None:
+        return self._own(choice).get("split", self.options["split"])
 
 
 def _scoring(config: DictConfig) -> _Scoring | None:
@@ -113,9 +127,15 @@ def _scoring(config: DictConfig) -> _Scoring | None:
         return None
     from prism_deco.evaluation import resolve
 
-    options = {key: asked[key] for key in ("split", "limit", "batch_size")}
-    names = tuple(resolve(asked.benchmarks or ""))
-    return _Scoring(names, asked.relevance, asked.relevance_limit, options, config.trainer.accelerator)
+    return _Scoring(
+        benchmarks=tuple(resolve(asked.benchmarks or "")),
+        relevance=asked.relevance,
+        relevance_limit=asked.relevance_limit,
+        options={"split": asked.split, "limit": asked.limit},
+        own=OmegaConf.to_container(config.benchmark),  # type: ignore[arg-type]
+        batch_size=asked.batch_size,
+        accelerator=config.trainer.accelerator,
+    )
 
 
 def _check(stages: Sequence[Stage], config: DictConfig, **options: bool) -> int:

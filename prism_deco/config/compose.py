@@ -29,7 +29,9 @@ _PACKAGE = Path(__file__).parents[1]
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
 
-GROUPS = tuple(f.name for f in fields(Config) if f.name not in ("evaluate", "seed", "runs_dir", "run_id", "plugins"))
+GROUPS = tuple(
+    f.name for f in fields(Config) if f.name not in ("evaluate", "benchmark", "seed", "runs_dir", "run_id", "plugins")
+)
 
 _FREE = ("trainer", "recipe.micro_batch_size", "data.num_workers", "runs_dir")
 
@@ -37,7 +39,7 @@ _FREE = ("trainer", "recipe.micro_batch_size", "data.num_workers", "runs_dir")
 def is_free(key: str) -> bool:
     """Whether an unfinished run may go on under another value of a key, or group: it says where and how the run is
     computed, not what is learned (but for rounding, and see `training.folder`)."""
-    return key in _FREE or key.startswith(("trainer.", "evaluate."))
+    return key in _FREE or key.startswith(("trainer.", "evaluate.", "benchmark."))
 
 
 RETIRED = {

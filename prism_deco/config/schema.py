@@ -296,6 +296,8 @@ class Config:
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    benchmark: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Keys of single benchmarks to replace, by the benchmark's name: `benchmark.vqav2.root=DIR`."""
     seed: int = number(7, least=0, most=2**32 - 1)
     """Seeds initialisation, data order and dropout."""
     runs_dir: str = "runs"

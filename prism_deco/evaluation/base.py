@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,8 @@ class Benchmark(ABC):
     """How the primary follows from the means of the `strata`."""
     choices: Sequence[str] = ()
     """The answers that a likelihood variant compares."""
+    parts: Sequence[str] = ()
+    """The strata that the primary is made of, where the YAML names them: without questions one would be left out."""
 
     def __init__(
         self,
@@ -134,8 +137,13 @@ class Benchmark(ABC):
         if prediction.output is None:
             return replace(prediction, answer=None, score=0.0)
         text = prediction.text
+        probabilities = _probabilities(text)
         if self.VARIANTS[self.variant_of(prediction)].likelihood:
-            text = _most_likely(prediction)
+            if probabilities is None:
+                raise self._other_variant(prediction, "text, not probabilities", likelihood=False)
+            text = max(probabilities, key=probabilities.__getitem__)  # the first of equals, like argmax
+        elif probabilities is not None and set(probabilities) == set(self.choices):
+            raise self._other_variant(prediction, "probabilities, not text", likelihood=True)
         answer = self.parse(text, prediction.target)
         score = 0.0 if answer is None else self.score(answer, text, prediction.target)
         return replace(prediction, answer=answer, score=score)
@@ -147,19 +155,42 @@ class Benchmark(ABC):
             raise unknown(f"variant of {self.name}", str(name), self.VARIANTS)
         return name
 
-    def items(self, limit: int | None = None) -> list[Item]:
-        """What to ask, variant after variant, in canonical order; `limit` overrides the YAML's."""
+    def select(self, limit: int | None = None) -> list[Question]:
+        """The questions to ask, in the files' order; `limit` overrides the YAML's.
+
+        Raises:
+            UsageError: there are none, or none of one of the `parts`; an id occurs twice.
+        """
         questions = self.read()
         if not questions:
             raise UsageError(f"{self.name}: there are no questions of split {self.split!r} in {self.root}.")
-        questions = cut(questions, limit if limit is not None else self.limit)
-        items = [self._ask(question, name) for name in self.variants for question in questions]
+        self.check_parts(Counter(question.stratum for question in questions), f"the files in {self.root}")
         seen: set[str] = set()
-        for item in items:
-            if item.question_id in seen:
-                raise UsageError(f"{self.name}: the question id {item.question_id} occurs twice in {self.root}.")
-            seen.add(item.question_id)
-        return items
+        for question in questions:
+            if question.question_id in seen:
+                raise UsageError(f"{self.name}: the question id {question.question_id} occurs twice in {self.root}.")
+            seen.add(question.question_id)
+            _check_encoding(question, f"{self.name}, in {self.root}")
+        limit = limit if limit is not None else self.limit
+        questions = cut(questions, limit)
+        self.check_parts(Counter(question.stratum for question in questions), f"what limit={limit} keeps")
+        return questions
+
+    def items(self, limit: int | None = None) -> list[Item]:
+        """What to ask, variant after variant, in canonical order; see `select`."""
+        questions = self.select(limit)
+        return [self._ask(question, name) for name in self.variants for question in questions]
+
+    def check_parts(self, counts: Mapping[str, int], where: str) -> None:
+        """Raises `UsageError` where one of the parts has no questions.
+
+        Args:
+            counts: questions by stratum.
+            where: what was counted, for the message.
+        """
+        if empty := [part for part in self.parts if not counts.get(part)]:
+            found = ", ".join(f"{part}: {counts.get(part, 0)}" for part in self.parts)
+            raise UsageError(f"{self.name}: no questions of {' and '.join(empty)} in {where} (questions of {found}).")
 
     def path(self, pattern: str, **fields: Any) -> Path:
         """The file that a pattern means below the root; `UsageError` where that is outside of it."""
@@ -200,6 +231,13 @@ class Benchmark(ABC):
         name = path.relative_to(self.root).as_posix()
         return Question(str(question_id), name, path, fields, target, stratum=stratum, group=group)
 
+    def _other_variant(self, prediction: Prediction, found: str, *, likelihood: bool) -> UsageError:
+        fitting = [name for name, variant in self.VARIANTS.items() if variant.likelihood == likelihood]
+        return UsageError(
+            f"{self.name}: the output of question {prediction.question_id} is {found}. The variant "
+            f"{self.variant_of(prediction)} cannot have produced it: set variants=[{' or '.join(fitting)}]."
+        )
+
     def _ask(self, question: Question, name: str) -> Item:
         variant = self.VARIANTS[name]
         several = len(self.variants) > 1
@@ -213,16 +251,28 @@ class Benchmark(ABC):
         )
 
 
-def _most_likely(prediction: Prediction) -> str:
-    """The choice of the highest probability; the first of equals, like argmax."""
+def _check_encoding(question: Question, where: str) -> None:
+    """Raises `UsageError` for half a surrogate pair, which JSON can hold but no file and no tokenizer takes."""
+    content = [question.question_id, question.image, *question.fields.values(), question.target]
     try:
-        probabilities = json.loads(prediction.text)
-        return max(probabilities, key=probabilities.__getitem__)
-    except (ValueError, TypeError, AttributeError) as error:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
         raise UsageError(
-            f"Prediction {prediction.question_id}: the output of a likelihood question is a JSON object of "
-            f"probabilities by choice, not {prediction.text!r}."
+            f"{where}: question {question.question_id!a} holds half a surrogate pair, which is no character: "
+            "correct the file."
         ) from error
+
+
+def _probabilities(text: str) -> dict[str, float] | None:
+    """The probabilities by choice that the output of a likelihood question is; None for other text."""
+    if not text.startswith("{"):
+        return None
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    is_table = isinstance(content, dict) and content and all(isinstance(p, float) for p in content.values())
+    return content if is_table else None
 
 
 BENCHMARKS: Registry[type[Benchmark]] = Registry("benchmark family", package="prism_deco.evaluation")

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
-from prism_deco.config import load_choice
+import yaml
+
+from prism_deco.config import load_choice, parse_value
+from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
 from prism_deco.evaluation.base import BENCHMARKS, Benchmark
+from prism_deco.evaluation.items import Question
+
+log = logging.getLogger(__name__)
 
 
 def build_benchmark(choice: str | Mapping[str, Any], **overrides: Any) -> Benchmark:
@@ -18,28 +26,27 @@ def build_benchmark(choice: str | Mapping[str, Any], **overrides: Any) -> Benchm
 
     Args:
         choice: a name under `conf/benchmark` (or the path of a YAML), or the mapping of one.
-        overrides: keys to replace, such as `root`, `split` or `limit`.
+        overrides: keys to replace, such as `root`, `split` or `limit`. Text, as on a command line, is read by the type
+            of its key.
 
     Raises:
-        UsageError: an unknown choice, family or key, with the nearest valid ones; a group.
+        UsageError: an unknown choice, family or key, with the nearest valid ones; a value of a wrong type; a group.
     """
     content = dict(load_choice("benchmark", choice) if isinstance(choice, str) else choice) | overrides
     if "members" in content:
         raise UsageError(f"{content['name']} is a group of benchmarks: {', '.join(content['members'])}. Name one.")
+    name = content.get("name")
     if "family" not in content:
-        raise UsageError(f"The benchmark {content.get('name')!r} has no `family`. Families: {_families()}.")
+        raise UsageError(f"The benchmark {name!r} has no `family`. Families: {', '.join(BENCHMARKS.names())}.")
     family = BENCHMARKS.get(content.pop("family"))
     valid = _keys(family)
-    for key in content:
+    for key, value in content.items():
         if key not in valid:
-            near = difflib.get_close_matches(key, valid, n=3)
-            hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise UsageError(
-                f"Unknown key {key} of the benchmark {content.get('name')}.{hint} Keys: {', '.join(valid)}."
-            )
-    missing = [key for key, required in valid.items() if required and key not in content]
+            raise unknown(f"key of the benchmark {name}", key, valid)
+        content[key] = _typed(f"{name}: {key}", value, valid[key])
+    missing = [key for key, parameter in valid.items() if parameter.default is parameter.empty and key not in content]
     if missing:
-        raise UsageError(f"The benchmark {content.get('name')} lacks the key {' and '.join(missing)}.")
+        raise UsageError(f"The benchmark {name} is missing the key {' and '.join(missing)}.")
     return family(**content)
 
 
@@ -57,8 +64,25 @@ def resolve(names: str | Iterable[str]) -> list[str]:
     return list(dict.fromkeys(member for name in names for member in _expand(name, ())))
 
 
+def check_keys(names: str | Iterable[str], keys: Iterable[str], also: Iterable[str] = ()) -> None:
+    """Raises `UsageError` for a key that none of the benchmarks has.
+
+    Args:
+        also: other keys that may be given where these are.
+    """
+    families = [BENCHMARKS.get(load_choice("benchmark", name)["family"]) for name in resolve(names)]
+    known = {*also, *(key for family in families for key in _keys(family) if key != "name")}
+    for key in keys:
+        if key not in known:
+            raise unknown("key", key, known)
+
+
 def prepare(
-    names: str | Iterable[str], options: Mapping[str, Any] | None = None, *, root: Path | None = None
+    names: str | Iterable[str],
+    options: Mapping[str, Any] | None = None,
+    own: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    root: Path | None = None,
 ) -> list[Benchmark]:
     """Builds benchmarks and reads their annotation files, so that what is wrong with any of them is known before a
     model is trained or loaded. Of the images only the first is looked for: all of them would take minutes.
@@ -66,34 +90,51 @@ def prepare(
     Args:
         names: see `resolve`.
         options: keys to replace in all of them; None keeps what a YAML says.
+        own: keys to replace in single ones, by their names.
         root: the folder of those that have none of their own.
 
     Raises:
         UsageError: an unknown name or key, a value of a wrong type, a file that is missing or damaged, no questions.
     """
-    given = {key: value for key, value in (options or {}).items() if value is not None}
-    for key in ("limit", "max_new_tokens"):
-        if key in given and type(given[key]) is not int:
-            raise UsageError(f"{key}={given[key]} must be a whole number.")
+    shared = {key: value for key, value in (options or {}).items() if value is not None}
     names = resolve(names)
     if not names:
         raise UsageError("No benchmark is named.")
-    prepared = [build_benchmark(name, **given) for name in names]
+    prepared = []
+    for name in names:
+        keys = shared | dict((own or {}).get(choice_name(name), {}))
+        prepared.append(build_benchmark(name, **keys))
     for benchmark in prepared:
         benchmark.root = benchmark.root or root
         if benchmark.root is None:
             raise UsageError(
-                f"{benchmark.name} has no folder of its own, and the training data bring none: set `root` in a copy of "
-                f"its YAML and name that, or use `prism-deco evaluate` with root=FOLDER."
+                f"{benchmark.name} needs the folder of its files, and the training data bring none: set "
+                f"benchmark.{benchmark.name}.root=FOLDER, choose other benchmarks, or train with "
+                "evaluate.benchmarks=null."
             )
         try:
-            first = benchmark.items()[0]
-        except ValueError as error:
+            questions = benchmark.select()
+        except UsageError as error:
             reason = str(error).removeprefix(f"{benchmark.name}: ")
             raise UsageError(f"{benchmark.name}, split {benchmark.split!r}: {reason}") from error
+        log.info("%s: read %s", benchmark.name, _counted(questions))
+        first = questions[0]
         if benchmark.on_bad_image == "fail" and not first.path.is_file():
             raise UsageError(f"{benchmark.name}: the image {first.path} is missing.")
     return prepared
+
+
+def check_names(names: str | Iterable[str], own: Mapping[str, Any]) -> None:
+    """Raises `UsageError` where keys are given for a benchmark that is not among the names.
+
+    Args:
+        names: of benchmarks and groups.
+        own: keys by benchmark.
+    """
+    asked = [choice_name(name) for name in resolve(names)]
+    for name in own:
+        if name not in asked:
+            raise unknown("benchmark, among those that are asked for,", name, asked)
 
 
 def prepare_one(
@@ -111,9 +152,14 @@ def prepare_one(
     if len(names) > 1:
         raise UsageError(f"{name} is a group of benchmarks: {', '.join(names)}. Name one.")
     (benchmark,) = prepare(names, options, root=root)
-    if boxes and not any("box" in item.target for item in benchmark.items()):
+    if boxes and not any("box" in question.target for question in benchmark.select()):
         raise UsageError(f"{name} has no boxes that relevance could lie in: name one that has, such as mini_refcoco.")
     return benchmark
+
+
+def choice_name(choice: str) -> str:
+    """The name that a choice gives a benchmark: its own, or that of its YAML."""
+    return Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice
 
 
 def results_name(choice: str, split: str | None = None) -> str:
@@ -131,16 +177,58 @@ def _expand(name: str, parents: tuple[str, ...]) -> list[str]:
     return [leaf for member in members for leaf in _expand(member, (*parents, name))]
 
 
-def _families() -> str:
-    return ", ".join(BENCHMARKS.names())
+def _counted(questions: Sequence[Question]) -> str:
+    """`5 questions (random 3, popular 2)`."""
+    counts = Counter(question.stratum for question in questions)
+    parts = ", ".join(f"{part} {count}" for part, count in counts.items())
+    return f"{len(questions)} questions" + (f" ({parts})" if len(counts) > 1 else "")
 
 
-def _keys(family: type[Benchmark]) -> dict[str, bool]:
-    """Keyword arguments of a family, its bases' included: whether each is required."""
-    keys: dict[str, bool] = {}
+def _keys(family: type[Benchmark]) -> dict[str, inspect.Parameter]:
+    """Keyword arguments of a family, its bases' included, their annotations resolved."""
+    keys: dict[str, inspect.Parameter] = {}
     for base in family.__mro__:
         if "__init__" in vars(base) and issubclass(base, Benchmark):
-            for name, parameter in inspect.signature(base.__init__).parameters.items():
+            for name, parameter in _parameters(base).items():
                 if parameter.kind is parameter.KEYWORD_ONLY:
-                    keys.setdefault(name, parameter.default is parameter.empty)
+                    keys.setdefault(name, parameter)
     return keys
+
+
+def _parameters(base: type) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(base.__init__, eval_str=True).parameters
+    except NameError:  # a plug-in may import the names of its annotations for type checkers only
+        return inspect.signature(base.__init__).parameters
+
+
+def _typed(key: str, value: Any, parameter: inspect.Parameter) -> Any:
+    """A value as its key's type has it; text is read by that type. Types other than these are taken as they are."""
+    annotation = parameter.annotation
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    if NoneType in kinds and value in (None, "null"):
+        return None
+    if str in kinds:
+        if not isinstance(value, str | Path):
+            raise UsageError(f"{key}={value} must be text: write it in quotes.")
+        return value
+    if any(get_origin(kind) in (Sequence, list, tuple) and get_args(kind)[:1] == (str,) for kind in kinds):
+        texts = _texts(value) if isinstance(value, str) else value
+        if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+            raise UsageError(f"{key}={value} must be a list of texts; in YAML, Yes, No and numbers need quotes.")
+        return texts
+    if isinstance(value, str):
+        value = parse_value(key, value)
+    if int in kinds and type(value) is not int:
+        raise UsageError(f"{key}={value} must be a whole number.")
+    return value
+
+
+def _texts(text: str) -> Any:
+    """`[Yes, 5]` -> ["Yes", "5"]; what is no list is the only one."""
+    if not text.startswith("["):
+        return [text]
+    try:
+        return yaml.load(text, Loader=yaml.BaseLoader)  # this loader makes text of all scalars
+    except yaml.YAMLError:
+        return None

@@ -35,10 +35,10 @@ class MME(Benchmark):
     def __init__(self, *, annotations: str, tasks: Sequence[str], **common: Any):
         super().__init__(**common)
         self.annotations = annotations
-        self.tasks = tuple(tasks)
+        self.parts = tuple(tasks)
 
     def read(self) -> list[Question]:
-        return [question for task in self.tasks for question in self._read_task(task)]
+        return [question for task in self.parts for question in self._read_task(task)]
 
     def _read_task(self, task: str) -> list[Question]:
         folder = self.path(self.annotations, task=task)

@@ -36,11 +36,11 @@ class POPE(Benchmark):
         if len(choices) != 2:
             raise UsageError(f"{self.name}: choices are the words for yes and no, not {', '.join(choices)}.")
         self.annotations = annotations
-        self.subsets = tuple(subsets)
+        self.parts = tuple(subsets)
         self.choices = tuple(choices)
 
     def read(self) -> list[Question]:
-        return [question for subset in self.subsets for question in self._read_subset(subset)]
+        return [question for subset in self.parts for question in self._read_subset(subset)]
 
     def _read_subset(self, subset: str) -> list[Question]:
         path = self.path(self.annotations, subset=subset)

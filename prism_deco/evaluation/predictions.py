@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,6 +13,8 @@ from prism_deco.evaluation.items import Item, Prediction
 from prism_deco.files import write_json, write_whole
 
 FILE = "predictions.jsonl"
+VARIANTS = "variants"
+"""Key of `decoding.json`: how the questions were asked."""
 _FIELDS = frozenset(field.name for field in fields(Prediction))
 
 
@@ -26,7 +27,7 @@ def load_predictions(path: str | Path) -> list[Prediction]:
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{path} does not exist.")
-    predictions, _ = _read(path, drop_torn=False)
+    predictions = _read(path, drop_torn=False)
     if not predictions:
         raise UsageError(f"{path} holds no predictions.")
     seen: set[str] = set()
@@ -41,7 +42,8 @@ class PredictionStore:
     """The predictions of one evaluation while it runs, one file per rank.
 
     Args:
-        folder: where they are written; those that an interrupted evaluation left there are taken over.
+        folder: where they are written. Answers that an earlier evaluation left there are kept; questions that it could
+            not ask, because their image was missing or unreadable, are asked again.
         items: what is asked, in canonical order.
         decoding: how answers are produced. Kept in `decoding.json`: answers of different settings are not mixed.
         rank, world: this process among those that share the work; one process writes the final file directly.
@@ -55,12 +57,13 @@ class PredictionStore:
         self._own = folder / (FILE if world == 1 else f"predictions.rank{rank}.jsonl")
         self.done: dict[str, Prediction] = {}
         for path in sorted(folder.glob("predictions*.jsonl")):
-            predictions, length = _read(path, drop_torn=True)
+            predictions = _read(path, drop_torn=True)
             for prediction in predictions:
                 self._check(prediction, path, len(predictions))
-                self.done[prediction.question_id] = prediction
+            answered = [prediction for prediction in predictions if prediction.output is not None]
+            self.done |= {prediction.question_id: prediction for prediction in answered}
             if path == self._own:
-                os.truncate(path, length)
+                write_whole(path, "".join(map(_line, answered)))
 
     def append(self, predictions: Iterable[Prediction]) -> None:
         """Writes predictions at once, so that a kill loses no finished batch."""
@@ -73,7 +76,10 @@ class PredictionStore:
         """All predictions in canonical order, written to the final file; the ranks' files are removed."""
         shards = [path for path in self.folder.glob("predictions*.jsonl") if path.name != FILE]
         for path in shards:
-            self.done |= {p.question_id: p for p in _read(path, drop_torn=True)[0]}
+            for prediction in _read(path, drop_torn=True):
+                # A file of an earlier evaluation may still say that the image of a question was missing.
+                if prediction.output is not None or prediction.question_id not in self.done:
+                    self.done[prediction.question_id] = prediction
         ordered = [self.done[question_id] for question_id in self.items]
         write_whole(self.folder / FILE, "".join(map(_line, ordered)))
         for path in shards:
@@ -115,24 +121,25 @@ def _line(prediction: Prediction) -> str:
     return json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
 
 
-def _read(path: Path, drop_torn: bool) -> tuple[list[Prediction], int]:
-    """The predictions, and the length in bytes of the complete lines.
+def _read(path: Path, drop_torn: bool) -> list[Prediction]:
+    """The predictions of a file.
 
     A line without its newline was being written when the process died; `drop_torn` leaves it out.
     """
     content = path.read_bytes()
-    length = content.rfind(b"\n") + 1 if drop_torn else len(content)
+    if drop_torn:
+        content = content[: content.rfind(b"\n") + 1]
     predictions = []
-    for number, line in enumerate(content[:length].split(b"\n"), start=1):
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UsageError(f"{path}, line {number} is damaged ({error}): remove the line.") from error
         if not isinstance(record, dict) or _FIELDS - record.keys() or not isinstance(record["target"], dict):
             raise UsageError(f"{path}, line {number} is no prediction: it needs {', '.join(sorted(_FIELDS))}.")
         if not isinstance(record["output"], str | None):
             raise UsageError(f"{path}, line {number}: `output` must be text or null.")
         predictions.append(Prediction(**{name: record[name] for name in _FIELDS}))
-    return predictions, length
+    return predictions

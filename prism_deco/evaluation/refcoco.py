@@ -11,12 +11,12 @@ from prism_deco.errors import UsageError
 from prism_deco.evaluation.annotations import ID, checked, checked_list, index_unique, read_json
 from prism_deco.evaluation.base import BENCHMARKS, Benchmark
 from prism_deco.evaluation.items import Prediction, Question, Variant, mean_score
-from prism_deco.evaluation.metrics.boxes import Box, iou, normalise_box, parse_lenient, parse_strict, unpad
+from prism_deco.evaluation.metrics.boxes import Box, iou, normalise_box, parse_lenient, parse_strict, round_box, unpad
 from prism_deco.evaluation.safe_pickle import load_data_pickle
 
 _ASK = "Please provide the bounding box coordinate of the region this sentence describes: "
 _REF = {"ref_id": ID, "ann_id": ID, "image_id": ID, "split": str, "sentences": list}
-_NUMBER = (int, float)
+_LARGEST = 1_000_000  # pixels
 
 
 @BENCHMARKS.register("refcoco")
@@ -24,9 +24,10 @@ class RefCOCO(Benchmark):
     """REFER's files: a pickle of expressions and COCO's `instances.json`. One question per sentence.
 
     Acc@0.5: the share of boxes that overlap the true one with an IoU of at least 0.5. `accuracy` is the PRISM
-    harness's number: the output must be a well-formed list, and its frame is taken for the image's (raw).
-    A model trained on images padded to squares answers in the padded frame; `accuracy_pad_corrected` undoes
-    that. The `_lenient` pair takes the first four bracketed numbers of the output (lmms-eval).
+    harness's number: the output must be a well-formed list, its frame is taken for the image's (raw), and the true box
+    is rounded to two decimals. A model trained on images padded to squares answers in the padded frame;
+    `accuracy_pad_corrected` undoes that. The `_lenient` pair is lmms-eval's: the first four bracketed numbers of the
+    output against the exact box.
 
     Variants: `quoted` is the harness's prompt, `trained` the wording of LLaVA's training conversations.
 
@@ -56,7 +57,8 @@ class RefCOCO(Benchmark):
                     f"{where}: annotation {ref['ann_id']} or image {ref['image_id']} is not in {self.instances}."
                 )
             width, height = image["width"], image["height"]
-            target = {"box": list(normalise_box(box["bbox"], width, height)), "width": width, "height": height}
+            exact = normalise_box(box["bbox"], width, height)
+            target = {"box": list(round_box(exact)), "exact_box": list(exact), "width": width, "height": height}
             for sentence in ref["sentences"]:
                 sentence = checked(sentence, {"sent": str, "sent_id": ID}, f"{where}, sentences", "RefCOCO")
                 questions.append(
@@ -78,9 +80,13 @@ class RefCOCO(Benchmark):
         sizes = {"id": ID, "width": int, "height": int, "file_name": str}
         images = checked_list(content["images"], sizes, path, "COCO image")
         for number, record in enumerate(annotations, start=1):
-            box = record["bbox"]
-            if len(box) != 4 or not all(isinstance(n, _NUMBER) for n in box) or box[2] <= 0 or box[3] <= 0:
-                raise UsageError(f"{path}, annotation {number}: {box} is not a box [x, y, width, height].")
+            if not _is_box(record["bbox"]):
+                raise UsageError(f"{path}, annotation {number}: {record['bbox']} is not a box [x, y, width, height].")
+        for number, record in enumerate(images, start=1):
+            if not (0 < record["width"] <= _LARGEST and 0 < record["height"] <= _LARGEST):
+                raise UsageError(
+                    f"{path}, image {number}: {record['width']} x {record['height']} pixels are no size of an image."
+                )
         return index_unique(annotations, "id", path), index_unique(images, "id", path)
 
     def parse(self, text: str, target: Mapping[str, Any]) -> list[float] | None:
@@ -96,8 +102,8 @@ class RefCOCO(Benchmark):
         return {
             "accuracy": mean_score(predictions),
             "accuracy_pad_corrected": _accuracy(predictions, strict, corrected=True),
-            "accuracy_lenient": _accuracy(predictions, lenient, corrected=False),
-            "accuracy_lenient_pad_corrected": _accuracy(predictions, lenient, corrected=True),
+            "accuracy_lenient": _accuracy(predictions, lenient, corrected=False, exact=True),
+            "accuracy_lenient_pad_corrected": _accuracy(predictions, lenient, corrected=True, exact=True),
         }
 
     def constants(self, targets: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -106,14 +112,24 @@ class RefCOCO(Benchmark):
         return [json.dumps(box) for box in (mean, middle, [0.0, 0.0, 1.0, 1.0])]
 
 
-def _accuracy(predictions: Sequence[Prediction], boxes: Sequence[Box | None], corrected: bool) -> float:
+def _is_box(value: list[Any]) -> bool:
+    numbers = [number for number in value if isinstance(number, (int, float)) and abs(number) <= _LARGEST]
+    return len(value) == len(numbers) == 4 and numbers[2] > 0 and numbers[3] > 0
+
+
+def _accuracy(
+    predictions: Sequence[Prediction], boxes: Sequence[Box | None], *, corrected: bool, exact: bool = False
+) -> float:
     hits = 0
     for prediction, box in zip(predictions, boxes, strict=True):
         if box is None:
             continue
         target = prediction.target
-        box = unpad(box, target["width"], target["height"]) if corrected else box
-        hits += iou(box, _box(target["box"])) >= 0.5
+        if corrected:
+            box = unpad(box, target["width"], target["height"])
+        # Predictions of earlier versions have the rounded box only.
+        truth = target.get("exact_box", target["box"]) if exact else target["box"]
+        hits += iou(box, _box(truth)) >= 0.5
     return 100 * hits / len(predictions)
 
 

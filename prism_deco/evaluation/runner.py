@@ -24,7 +24,7 @@ from rich.text import Text
 from prism_deco.evaluation.base import Benchmark, Model
 from prism_deco.evaluation.image_check import bad_images
 from prism_deco.evaluation.items import Item, Prediction
-from prism_deco.evaluation.predictions import PredictionStore
+from prism_deco.evaluation.predictions import VARIANTS, PredictionStore
 from prism_deco.evaluation.ranks import meet
 from prism_deco.evaluation.scoring import predict, summarise
 from prism_deco.files import write_json
@@ -69,28 +69,42 @@ def evaluate(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     items = benchmark.items(limit)
     decoding = {"strategy": "greedy", "max_new_tokens": benchmark.max_new_tokens, "dtype": dtype, "model": model_id}
-    store = PredictionStore(out_dir, items, decoding, rank, world)
+    store = PredictionStore(out_dir, items, decoding | {VARIANTS: list(benchmark.variants)}, rank, world)
     meet()  # nobody writes before all have read what is there
     mine = _shard(items, rank, world)
     todo = [item for item in mine if item.question_id not in store.done]
     bad = bad_images(todo, benchmark.on_bad_image)
     meet()  # nobody generates before all images are known to be sound
+    if rank == 0:
+        log.info("%s: %s, %d of %d answers are there already", *_progress(benchmark, items, store))
     store.append(benchmark.grade(predict(item, None)) for item in todo if item.image in bad)
-    without = bad | {p.image for p in store.done.values() if p.output is None}
-    log.info("%s: %d questions, %d of them already answered", benchmark.name, len(mine), len(mine) - len(todo))
     with _bar(enabled=progress and rank == 0) as bar:
         task = bar.add_task(benchmark.name, total=len(mine), completed=len(mine) - len(todo))
-        usable = [item for item in mine if item.image not in without]
+        usable = [item for item in mine if item.image not in bad]
         for predictions in _answers(model, benchmark, usable, store, batch_size, image_cache):
             store.append(predictions)
             bar.advance(task, len(predictions))
         bar.update(task, completed=len(mine))
     meet()
     if rank == 0:
-        summary = summarise(benchmark, store.merge(), decoding, seed=seed)
+        predictions = store.merge()
+        unanswered = sum(prediction.output is None for prediction in predictions)
+        if unanswered:
+            log.warning(
+                "%s: %d of %d answers are missing and count as wrong: their image is missing or unreadable",
+                benchmark.name, unanswered, len(predictions),
+            )  # fmt: skip
+        summary = summarise(benchmark, predictions, decoding, seed=seed)
         write_json(out_dir / "metrics.json", summary)
     meet()
     return json.loads((out_dir / "metrics.json").read_text(encoding="utf-8"))
+
+
+def _progress(benchmark: Benchmark, items: Sequence[Item], store: PredictionStore) -> tuple[str, str, int, int]:
+    questions = f"{len(items) // len(benchmark.variants)} questions"
+    if len(benchmark.variants) > 1:
+        questions += f" in {len(benchmark.variants)} variants ({', '.join(benchmark.variants)})"
+    return benchmark.name, questions, len(store.done), len(items)
 
 
 def _shard(items: Sequence[Item], rank: int, world: int) -> list[Item]:
@@ -164,7 +178,7 @@ def _ask(model: Model, images: list[Any], batch: Sequence[Item], max_new_tokens:
 
 
 class _Rate(ProgressColumn):
-    """Questions per second."""
+    """Answers per second."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.1f}/s" if task.speed else "")
@@ -175,6 +189,7 @@ def _bar(enabled: bool) -> Progress:
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("answers"),
         _Rate(),
         TimeRemainingColumn(),
     )

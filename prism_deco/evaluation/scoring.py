@@ -12,7 +12,7 @@ from prism_deco.errors import UsageError
 from prism_deco.evaluation.base import Benchmark
 from prism_deco.evaluation.items import Item, Prediction
 from prism_deco.evaluation.metrics.bootstrap import bootstrap_interval, combine_strata
-from prism_deco.evaluation.predictions import load_predictions
+from prism_deco.evaluation.predictions import VARIANTS, load_predictions
 
 
 def summarise(
@@ -26,27 +26,30 @@ def summarise(
         seed: of the bootstrap.
 
     Returns:
-        benchmark, metrics{name: value} in the paper's unit (per cent, or MME's sum), primary (the name of the
-        paper's metric), n (questions), invalid_rate (share 0..1 of the written answers that could not be read),
-        interval95 of the primary, decoding, prompt_hash, data_hash.
+        benchmark, variants (how the questions were asked; the first variant's metrics have plain names, those of the
+        others a prefix), metrics{name: value} in the paper's unit (per cent, or MME's sum), primary (the name of the
+        paper's metric), n (questions), invalid_rate (fraction 0..1 of the first variant's answers that could not be
+        read), interval95 of the primary, decoding, prompt_hash, data_hash.
     """
     variants: dict[str, list[Prediction]] = {name: [] for name in benchmark.variants}
     for prediction in predictions:
         variants.setdefault(benchmark.variant_of(prediction), []).append(prediction)
     variants = {name: members for name, members in variants.items() if members}
     first = next(iter(variants))
+    strata = benchmark.strata(variants[first])
+    benchmark.check_parts({name: len(values) for name, values in strata.items()}, "the predictions")
     metrics: dict[str, float] = {}
     for name, members in variants.items():
         own = benchmark.metrics(members) | {"invalid_rate": _invalid_rate(benchmark, members)}
         metrics |= own if name == first else {f"{name}/{metric}": value for metric, value in own.items()}
-    written = [p for p in predictions if not benchmark.VARIANTS[benchmark.variant_of(p)].likelihood]
     return {
         "benchmark": benchmark.name,
+        "variants": list(variants),
         "metrics": metrics,
         "primary": benchmark.primary,
         "n": len(variants[first]),
-        "invalid_rate": _invalid_rate(benchmark, written or predictions),
-        "interval95": list(bootstrap_interval(benchmark.strata(variants[first]), benchmark.combine, seed=seed)),
+        "invalid_rate": metrics["invalid_rate"],
+        "interval95": list(bootstrap_interval(strata, benchmark.combine, seed=seed)),
         "decoding": dict(decoding) if decoding is not None else None,
         "prompt_hash": _hash([p.question_id, p.prompt] for p in predictions),
         "data_hash": _hash([p.question_id, p.image, p.target] for p in predictions),
@@ -60,9 +63,18 @@ def score_file(path: str | Path, benchmark: Benchmark, *, seed: int = 0) -> dict
         UsageError: the file is damaged, or its targets are those of another benchmark.
     """
     path = Path(path)
+    predictions = load_predictions(path)
+    decoding = read_decoding(path.parent) or {}
+    asked = decoding.pop(VARIANTS, None)
+    # Predictions of several variants name theirs.
+    if asked is not None and len(asked) == 1 and asked[0] != benchmark.variants[0]:
+        raise UsageError(
+            f"{path} holds answers of the variant {asked[0]}, not {benchmark.variants[0]}: score it with "
+            f"variants=[{asked[0]}]."
+        )
     try:
-        graded = [benchmark.grade(prediction) for prediction in load_predictions(path)]
-        return summarise(benchmark, graded, read_decoding(path.parent), seed=seed)
+        graded = [benchmark.grade(prediction) for prediction in predictions]
+        return summarise(benchmark, graded, decoding or None, seed=seed)
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{path} cannot be scored as {benchmark.name}: its targets are not this benchmark's "
@@ -76,19 +88,26 @@ def read_decoding(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def chance(benchmark: Benchmark, limit: int | None = None) -> float:
-    """The primary metric of the best constant answer, which needs no image.
+def chance(benchmark: Benchmark, predictions: Sequence[Prediction]) -> float:
+    """The primary metric of the best constant answer, which needs no image, to the questions of some predictions.
 
     The candidates (both words, all letters, the most frequent answers, the mean and the median box) are scored by
-    the benchmark itself.
+    the benchmark itself, in the first of the variants that were asked.
     """
-    first = benchmark.variants[0]
-    items = [item for item in benchmark.items(limit) if item.target.get("variant", first) == first]
+    asked = [(benchmark.variant_of(prediction), prediction) for prediction in predictions]
+    used = {variant for variant, _ in asked}
+    first = next(variant for variant in (*benchmark.variants, *benchmark.VARIANTS) if variant in used)
+    choices = tuple(benchmark.choices) if benchmark.VARIANTS[first].likelihood else ()
+    items = [
+        Item(p.question_id, p.image, Path(p.image), p.prompt, p.target, choices)
+        for variant, p in asked
+        if variant == first
+    ]
     return best_constant(benchmark, items)
 
 
 def best_constant(benchmark: Benchmark, items: Sequence[Item]) -> float:
-    """The primary metric of the best constant answer to some items of the benchmark's first variant."""
+    """The primary metric of the best constant answer to some items of one variant."""
     outputs = benchmark.constants([item.target for item in items])
     return max(_constant_score(benchmark, items, output) for output in outputs)
 

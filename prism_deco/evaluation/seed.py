@@ -12,6 +12,7 @@ from prism_deco.evaluation.items import Prediction, Question, Variant, by_part, 
 from prism_deco.evaluation.metrics.choice import parse_first_letter, parse_letter
 
 LETTER = "{question}\n{options}\nAnswer with the option's letter from the given choices directly."
+_WHAT = "SEED-Bench"
 _RECORD = {
     "question_id": ID,
     "question": str,
@@ -45,10 +46,11 @@ class SEED(Benchmark):
 
     def read(self) -> list[Question]:
         path = self.path(self.annotations)
-        content = checked(read_json(path), {"questions": list, "question_type": dict}, str(path), "SEED-Bench")
-        names = {number: name for name, number in content["question_type"].items()}
+        content = checked(read_json(path), {"questions": list, "question_type": dict}, str(path), _WHAT)
+        types = content["question_type"]
+        names = {number: name for name, number in checked(types, dict.fromkeys(types, int), str(path), _WHAT).items()}
         questions = []
-        for number, record in enumerate(checked_list(content["questions"], _RECORD, path, "SEED-Bench"), start=1):
+        for number, record in enumerate(checked_list(content["questions"], _RECORD, path, _WHAT), start=1):
             if record["data_type"] != "image":
                 continue
             where = f"{path}, record {number}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -14,30 +15,33 @@ def table(
     chance: Mapping[str, float] | None = None,
     blind: Mapping[str, float] | None = None,
 ) -> Table:
-    """One row per benchmark.
+    """A row per benchmark and variant.
 
     Args:
         results: contents of `metrics.json` files.
         chance: score of the best constant answer by benchmark (see `scoring.chance`).
-        blind: score of a trained image-blind model by benchmark; None leaves the column out.
+        blind: score of a trained image-blind model by benchmark.
     """
-    grid = Table("benchmark", "metric")
-    numbers = ["n", "score", "95 % interval", "chance", "blind", "invalid"]
-    for name in numbers if blind is not None else [name for name in numbers if name != "blind"]:
-        grid.add_column(name, justify="right")
+    # In 80 columns only the metric is folded, between its name and the variant.
+    grid = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    grid.add_column("benchmark", no_wrap=True)
+    grid.add_column("metric (variant)")
+    for name in ("n", "score", "95 % interval", "chance", "blind", "invalid"):
+        grid.add_column(name, justify="right", no_wrap=True)
     for result in results:
         name = result["benchmark"]
         low, high = result["interval95"]
-        grid.add_row(
-            Text(name),
-            result["primary"],
-            str(result["n"]),
-            f"{result['metrics'][result['primary']]:.1f}",
-            f"{low:.1f} to {high:.1f}",
-            _cell(chance, name),
-            *([_cell(blind, name)] if blind is not None else []),
-            f"{result['invalid_rate']:.1%}",
-        )
+        compared = [f"{low:.1f} to {high:.1f}", _cell(chance, name), _cell(blind, name)]
+        for number, variant in enumerate(result["variants"]):
+            prefix = f"{variant}/" if number else ""
+            grid.add_row(
+                Text("" if number else name),
+                f"{result['primary']} ({variant})",
+                str(result["n"]),
+                f"{result['metrics'][prefix + result['primary']]:.1f}",
+                *(["", "", ""] if number else compared),
+                f"{result['metrics'][f'{prefix}invalid_rate']:.1%}",
+            )
     return grid
 
 

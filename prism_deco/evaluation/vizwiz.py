@@ -15,7 +15,7 @@ from prism_deco.evaluation.metrics import vqa, vqa_text
 class VizWiz(AnnotatorBenchmark):
     """A JSON list {image, question, answers, answerable}; a question's id is its place in the list.
 
-    `accuracy` is scored as the PRISM harness does, `accuracy_official` as the VQA challenge's script does, and
+    `accuracy` is scored as the PRISM harness does, `accuracy_official` as VizWiz's own script does, and
     `accuracy_llava` as that script does after LLaVA's processing of the prediction.
 
     Args:
@@ -28,11 +28,11 @@ class VizWiz(AnnotatorBenchmark):
             "\nAnswer the question using a single word or phrase."
         )
     }
-    process = staticmethod(vqa_text.process_vizwiz)
+    process = staticmethod(vqa_text.process_prism_vizwiz)
     conventions: ClassVar = {
         "accuracy": vqa.prism_vizwiz,
-        "accuracy_official": vqa.official,
-        "accuracy_llava": vqa.llava,
+        "accuracy_official": vqa.vizwiz,
+        "accuracy_llava": vqa.vizwiz_llava,
     }
 
     def __init__(self, *, annotations: str, **common: Any):

@@ -93,8 +93,8 @@ def test_an_empty_yaml_changes_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
-        (["evaluate", "runs/x", "benchmark=[x"], "benchmark"),
-        (["explain", "runs/x", "benchmark=[x"], "benchmark"),
+        (["evaluate", "runs/x", "plugins=[x"], "plugins"),
+        (["explain", "runs/x", "plugins=[x"], "plugins"),
         (["sweep", "seed=1,2", "slurm.time=[1", "--dry-run"], "slurm.time"),
         (["train", "recipe.betas=[1", "--check"], "recipe.betas"),
     ],

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from prism_deco.evaluation.metrics.boxes import iou, normalise_box, parse_lenient, parse_strict, unpad
+from prism_deco.evaluation.metrics.boxes import iou, normalise_box, parse_lenient, parse_strict, round_box, unpad
 
 
 @pytest.mark.parametrize(
@@ -9,7 +9,9 @@ from prism_deco.evaluation.metrics.boxes import iou, normalise_box, parse_lenien
     [
         ("[0.1, 0.2, 0.3, 0.4]", (0.1, 0.2, 0.3, 0.4), (0.1, 0.2, 0.3, 0.4)),
         ("[0,0,1,1]", (0, 0, 1, 1), (0, 0, 1, 1)),
-        (" [0.1,0.2 ,0.3, 0.4]", (0.1, 0.2, 0.3, 0.4), (0.1, 0.2, 0.3, 0.4)),
+        (" [0.1,0.2 ,0.3, 0.4]", (0.1, 0.2, 0.3, 0.4), (0, 0, 0, 0)),  # lmms-eval allows no space before a comma
+        ("[ 0.1,  0.2,\n0.3,0.4 ]", (0.1, 0.2, 0.3, 0.4), (0.1, 0.2, 0.3, 0.4)),
+        ("[0.1 , 0.2, 0.3, 0.4] [0, 0, 1, 1]", None, (0, 0, 1, 1)),
         ("The box is [0.1, 0.2, 0.3, 0.4].", None, (0.1, 0.2, 0.3, 0.4)),
         ("[0.1, 0.2, 0.3, 0.4] [0.5, 0.5, 1, 1]", None, (0.1, 0.2, 0.3, 0.4)),
         ("(0.1, 0.2, 0.3, 0.4)", None, (0, 0, 0, 0)),
@@ -121,4 +123,7 @@ def test_unpad(box, size, expected):
     ],
 )
 def test_boxes_are_normalised_to_two_decimals(xywh, size, expected):
-    assert normalise_box(xywh, *size) == expected
+    box = normalise_box(xywh, *size)
+    assert round_box(box) == expected
+    x, y, w, h = xywh
+    assert box == pytest.approx([x / size[0], y / size[1], (x + w) / size[0], (y + h) / size[1]])

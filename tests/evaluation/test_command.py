@@ -1,9 +1,11 @@
 """`prism-deco evaluate` on a real run, alone and under torchrun."""
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ import yaml
 
 from prism_deco.cli import main
 from prism_deco.config import load_config, read_config, save_config
+from prism_deco.evaluation import build_benchmark, resolve
+from prism_deco.evaluation.scoring import predict
 
 FAST = ["data.val_fraction=0", "data.num_workers=0", "recipe.max_steps=2", "recipe.global_batch_size=2",
         "recipe.micro_batch_size=2", "trainer.threads=1", "backbone.pretrained=false",
@@ -43,7 +47,7 @@ def test_two_processes_write_what_one_writes(run, files, tmp_path):
     assert done.returncode == 0, done.stderr
     assert {path.name: path.read_bytes() for path in (run / "eval/mine").iterdir()} == alone
     assert done.stdout.count("│ mine") == 1, "one of the processes prints"
-    assert done.stderr.count("questions, 0 of them already answered") == 2
+    assert done.stderr.count("questions, 0 of 3 answers are there already") == 1
 
 
 @pytest.mark.slow
@@ -70,6 +74,7 @@ def finished(tmp_path) -> Path:
     (folder / "model").mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps({"benchmarks": None, "model_sha256": "0"}))
     save_config(load_config([]), folder / "model/config.yaml")
+    save_config(load_config([]), folder / "config.yaml")
     return folder
 
 
@@ -84,9 +89,18 @@ def no_model(monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (["limt=3"], "Unknown key limt"),
+        (["limt=3"], "Unknown key 'limt'. Did you mean 'limit' or"),
+        (["benchmarks=mini_vqav2"], "Unknown key 'benchmarks'. Did you mean 'benchmark'?"),
+        (["benchmark.gqa.root=/nowhere"], "Unknown benchmark, among those that are asked for, 'gqa'"),
+        (["benchmark.mine.rot=/nowhere"], "Unknown key of the benchmark mine 'rot'. Did you mean 'root'?"),
+        (["benchmark.mine.root=/nowhere"], "mine, split 'val': /nowhere/instances.json does not exist"),
+        (["benchmark.mine=/nowhere"], "write benchmark.NAME.KEY=VALUE"),
+        (["root=5"], "mine, split 'val': 5/instances.json does not exist"),
+        (["limit=x"], "mine: limit=x must be a whole number"),
+        (["variants=quted"], "Unknown variant of mine 'quted'. Did you mean 'quoted'"),
+        (["plugins=not_a_module"], "The plug-in module 'not_a_module' cannot be imported"),
         (["benchmark=nothing"], "Unknown benchmark 'nothing'"),
-        (["benchmark=mini_gqa"], "mini_gqa has no folder of its own"),
+        (["benchmark=mini_gqa"], "mini_gqa needs the folder of its files"),
         (["benchmark=mini_gqa", "root=/nowhere"], "mini_gqa, split 'val': /nowhere/benchmarks/val/gqa"),
         (["--device=cuda"], "device cuda: this machine has no GPU"),
         (["--device=foo"], "'foo' is no device"),
@@ -96,6 +110,89 @@ def test_mistakes_are_found_before_the_model_is_loaded(finished, files, no_model
     mine = _yaml(files.refcoco(), finished / "mine")
     assert main([command, str(finished), f"benchmark={mine}", *wrong]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", ["evaluate", "explain"])
+def test_a_slip_in_the_name_of_the_key_scores_nothing(finished, no_model, capsys, command):
+    assert main([command, str(finished), "benchmarks=mini_vqav2"]) == 2
+    assert "Unknown key 'benchmarks'. Did you mean 'benchmark'?" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", ["evaluate", "explain"])
+def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(
+    finished, files, no_model, capsys, command, tmp_path
+):
+    """A run of somebody else's, read by an ordinary user."""
+    mine = _yaml(files.refcoco(), tmp_path / "mine")
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        assert main([command, str(finished), f"benchmark={mine}"]) == 2
+    finally:
+        os.seteuid(0)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "cannot be written (Permission denied). Name a folder for the results with --out." in said
+    assert not (finished / "eval").exists()
+
+
+PLUGIN = """
+from prism_deco.evaluation import BENCHMARKS
+from prism_deco.evaluation.gqa import GQA
+
+@BENCHMARKS.register("{name}")
+class Mine(GQA):
+    pass
+"""
+
+
+def test_a_plug_in_that_the_run_was_trained_without(run, files, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_benchmark.py").write_text(PLUGIN.format(name="plugged_in"))
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = _yaml(files.gqa(family="plugged_in"), tmp_path / "mine")
+    arguments = ["evaluate", str(run), f"benchmark={mine}", "benchmark.mine.limit=2", "max_new_tokens=4"]
+    assert main(arguments) == 2
+    assert "Unknown benchmark family 'plugged_in'" in capsys.readouterr().err
+    assert main([*arguments, "plugins=my_benchmark"]) == 0
+    assert json.loads((run / "eval/mine/metrics.json").read_text())["n"] == 2
+    score_only = ["evaluate", "--score-only", str(run / "eval/mine/predictions.jsonl")]
+    assert main([*score_only, f"benchmark={mine}", "plugins=[my_benchmark]"]) == 0
+
+
+def test_training_takes_the_keys_of_single_benchmarks(colors, files, tmp_path, capsys):
+    keys = files.gqa()
+    elsewhere = files.path.rename(tmp_path / "elsewhere")
+    mine = _yaml(keys, tmp_path / "mine")
+    source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}", f"runs_dir={tmp_path}"]
+    asked = ["train", "data=llava", *source, *FAST, f"evaluate.benchmarks={mine}", "run_id=scored"]
+    assert main([*asked, "--check"]) == 2
+    assert main([*asked, "--check", "benchmark.mini_gqa.root=x"]) == 2
+    assert main([*asked, "--check", "benchmark.mine.root=5"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "evaluate.benchmarks: mine, split '':" in said and "'mini_gqa'. Choices: mine." in said
+    assert "mine: root=5 must be text" in said
+    own = [f"benchmark.mine.root={elsewhere}", "benchmark.mine.max_new_tokens=3", "benchmark.mine.limit=1"]
+    assert main([*asked, *own]) == 0
+    metrics = json.loads((tmp_path / "scored/eval/mine/metrics.json").read_text())
+    assert (metrics["n"], metrics["decoding"]["max_new_tokens"]) == (1, 3)
+    assert main([*asked, *own, "benchmark.mine.limit=2"]) == 0, "it says nothing about what was trained"
+
+
+def test_a_sweep_hands_them_on(capsys):
+    asked = ["sweep", "seed=1,2", "evaluate.benchmarks=gqa", "benchmark.gqa.root=/data/gqa", "--dry-run"]
+    assert main(asked) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " train " in line]
+    assert len(lines) == 2 and all("benchmark.gqa.root=/data/gqa" in line for line in lines)
+
+
+@pytest.mark.parametrize("benchmark", ["mini_gqa", "mini"])
+def test_training_on_own_data_says_how_the_default_benchmarks_find_their_files(colors, tmp_path, capsys, benchmark):
+    source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}", f"runs_dir={tmp_path}"]
+    assert main(["train", "data=llava", *source, *FAST, f"evaluate.benchmarks={benchmark}", "--check"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    first = resolve(benchmark)[0]
+    assert f"evaluate.benchmarks: {first} needs the folder of its files, and the training data bring none" in said
+    assert f"benchmark.{first}.root=FOLDER" in said and "evaluate.benchmarks=null" in said
 
 
 def test_a_conversation_has_the_device_that_was_asked_for(finished, no_model, capsys):
@@ -108,7 +205,7 @@ def test_no_benchmark_is_scored_before_the_last_one_s_files_are_read(finished, f
     assert main(["evaluate", str(finished), f"benchmark={mine},mini_gqa"]) == 2
     assert main(["evaluate", str(finished), f"benchmark={mine}", "batch_size=many"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "mini_gqa has no folder of its own" in said and "batch_size=many must be a whole number" in said
+    assert "mini_gqa needs the folder of its files" in said and "batch_size=many must be a whole number" in said
 
 
 @pytest.mark.parametrize("command", ["evaluate", "explain"])
@@ -117,6 +214,19 @@ def test_what_is_no_run_is_told_before_it_is_loaded(tmp_path, no_model, capsys, 
     (tmp_path / kept).touch()
     assert main([command, str(tmp_path), "benchmark=mini_gqa"]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("folder", "blind"), [("mini_gqa", "46.4"), ("mini_gqa-test", "42.0"), (None, "-")])
+def test_a_predictions_file_is_scored_beside_chance_and_blindness(finished, files, tmp_path, capsys, folder, blind):
+    """The blind score is the recorded one of the settings and the split that the file belongs to."""
+    benchmark = build_benchmark(files.gqa())
+    place = finished / "eval" / folder if folder else tmp_path / "elsewhere"
+    place.mkdir(parents=True)
+    path = place / "predictions.jsonl"
+    path.write_text("".join(json.dumps(asdict(predict(i, "no"))) + "\n" for i in benchmark.items()))
+    assert main(["evaluate", "--score-only", str(path), "benchmark=mini_gqa"]) == 0
+    cells = capsys.readouterr().out.split()
+    assert cells[-8:] == ["3", "0.0", "0.0", "to", "0.0", "66.7", blind, "0.0%"]  # "yes" is right twice
 
 
 def test_a_predictions_file_takes_nothing_else(tmp_path, capsys):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from prism_deco.evaluation import build_benchmark, chance, evaluate, resolve
+from prism_deco.evaluation import build_benchmark, chance, evaluate, load_predictions, resolve
 from prism_deco.miniature.world import build_world
 
 
@@ -36,4 +36,4 @@ def test_the_truth_scores_full_marks(world, fake_model, tmp_path, name, split):
     assert result["metrics"]["accuracy"] == 100 and result["invalid_rate"] == 0
     assert 8 <= result["n"] <= 20
     assert all(item.path.parent == world / "images" / split for item in benchmark.items())
-    assert chance(benchmark) < 100
+    assert chance(benchmark, load_predictions(tmp_path / "predictions.jsonl")) < 100

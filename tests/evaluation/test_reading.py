@@ -1,12 +1,16 @@
 import base64
+import copy
 import json
 import pickle
 
 import pytest
 from PIL import Image
 
+from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark
+from prism_deco.evaluation.choose import prepare
 from prism_deco.evaluation.image_check import bad_images
+from prism_deco.evaluation.scoring import predict, summarise
 from prism_deco.evaluation.textvqa import read_ocr
 
 KINDS = ("pope", "refcoco", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "seed", "mmbench")
@@ -35,7 +39,12 @@ def test_refcoco_asks_once_per_sentence_of_the_split(files):
     assert asked[3].prompt == (
         'Please provide the bounding box coordinate of the region this sentence describes: "thing 1 1"'
     )
-    assert asked[3].target == {"box": [0.1, 0.0, 0.6, 1.0], "width": 100, "height": 50}
+    assert asked[3].target == {
+        "box": [0.1, 0.0, 0.6, 1.0],
+        "exact_box": [0.1, 0.0, 0.6, 1.0],
+        "width": 100,
+        "height": 50,
+    }
     trained = items(files, "refcoco", variants=["trained"], split="train")
     assert [item.question_id for item in trained] == ["2-4", "2-5"]
     assert trained[0].prompt.endswith("describes: thing 2 0.")
@@ -157,8 +166,11 @@ def test_mmbench_unpacks_its_images(files):
         ("gqa", 2, ["200", "201"]),
         ("pope", 2, ["random/0", "popular/0"]),
         ("pope", 3, ["random/0", "random/1", "popular/0"]),
-        ("mme", 1, ["count/a/0", "count/a/1"]),  # pairs stay together
-        ("mme", 3, ["count/a/0", "count/a/1", "scene/c/0", "scene/c/1"]),
+        (
+            "mme",
+            3,  # pairs stay together
+            ["count/a/0", "count/a/1", "scene/c/0", "scene/c/1"],
+        ),
         ("mmbench", 1, ["5", "1000005"]),
         ("seed", 2, ["0", "1"]),
         ("gqa", 99, ["200", "201", "202"]),
@@ -255,7 +267,7 @@ def test_duplicated_ids(files):
     keys = files.pope()
     path = files.path / "coco_pope_random.json"
     path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
-    with pytest.raises(ValueError, match="random/0/likelihood occurs twice"):
+    with pytest.raises(ValueError, match="the question id random/0 occurs twice"):
         build_benchmark(keys).items()
     keys = files.vqav2()
     content = json.loads((files.path / "annotations.json").read_text())
@@ -343,6 +355,114 @@ def test_an_mmbench_image_that_is_no_base64(files):
 def test_a_split_without_questions(files):
     with pytest.raises(ValueError, match="no questions of split 'testA'"):
         items(files, "refcoco", split="testA")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_a_subset_without_questions(files, content):
+    """Its mean would be over the other subsets alone."""
+    keys = files.pope()
+    (files.path / "coco_pope_popular.json").write_text(content)
+    with pytest.raises(
+        UsageError, match=r"tiny_pope: no questions of popular in .*\(questions of random: 4, popular: 0\)"
+    ):
+        build_benchmark(keys).items()
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("pope", 1), ("mme", 2)])
+def test_a_limit_that_leaves_out_a_part(files, kind, limit):
+    with pytest.raises(UsageError, match=rf"in what limit={limit} keeps \(questions of .*: 0\)"):
+        items(files, kind, limit=limit)
+
+
+def test_what_was_read_of_each_part_is_logged(files, tmp_path, caplog):
+    caplog.set_level("INFO")
+    for kind in ("pope", "seed", "gqa"):
+        path = tmp_path / f"tiny_{kind}.yaml"
+        path.write_text(json.dumps({k: v for k, v in getattr(files, kind)().items() if k != "name"}))
+        prepare(str(path))
+    assert "tiny_pope: read 8 questions (random 4, popular 4)" in caplog.text
+    assert "tiny_seed: read 3 questions (Instance Location 1, Spatial Relation 2)" in caplog.text
+    assert "tiny_gqa: read 3 questions\n" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("width", 0, r"instances\.json, image 1: 0 x 50 pixels are no size of an image"),
+        ("height", -3, r"instances\.json, image 1: 100 x -3 pixels are no size of an image"),
+    ],
+)
+def test_an_image_without_a_size(files, key, value, says):
+    keys = files.refcoco()
+    content = json.loads((files.path / "instances.json").read_text())
+    content["images"][0][key] = value
+    files.json("instances.json", content)
+    with pytest.raises(UsageError, match=says):
+        build_benchmark(keys).items()
+
+
+ODD = [None, True, 0, -1, 10**400, float("nan"), "", "x", "\ud800", [], [None], {}]
+RECORDS = {
+    "coco_pope_random.json": "pope",
+    "refs(unc).p": "refcoco",
+    "instances.json": "refcoco",
+    "questions.json": "vqav2",
+    "annotations.json": "vqav2",
+    "val.json": "vizwiz",
+    "text.json": "textvqa",
+    "ocr.json": "textvqa",
+    "gqa.json": "gqa",
+    "seed.json": "seed",
+}
+
+
+def places(value, path=()):
+    """The paths of all values inside a value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, member in inner:
+        yield (*path, key)
+        yield from places(member, (*path, key))
+
+
+def with_value(content, path, value):
+    content = copy.deepcopy(content)
+    place = content
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return content
+
+
+@pytest.mark.parametrize("file", RECORDS)
+def test_odd_values_are_read_or_refused_by_name(files, file):
+    """No value of an annotation file ends in another error than a `UsageError` that names the file; what is read can be
+    scored."""
+    keys = getattr(files, RECORDS[file])()
+    path = files.path / file
+    pickled, lines = file.endswith(".p"), file.startswith("coco_pope")
+    text = path.read_bytes()
+    content = pickle.loads(text) if pickled else [json.loads(line) for line in text.splitlines()] if lines else None
+    content = content if content is not None else json.loads(text)
+    seen = set()
+    for place in places(content):
+        kind = tuple("#" if isinstance(key, int) else key for key in place)
+        if kind in seen:
+            continue  # the first record stands for all
+        seen.add(kind)
+        for value in ODD:
+            changed = with_value(content, place, value)
+            if pickled:
+                path.write_bytes(pickle.dumps(changed))
+            else:
+                rows = "".join(json.dumps(row) + "\n" for row in changed) if lines else json.dumps(changed)
+                path.write_text(rows)
+            benchmark = build_benchmark(keys)
+            try:
+                asked = benchmark.items()
+            except UsageError as error:
+                assert file in str(error) or str(files.path) in str(error), (place, value, error)
+                continue
+            summarise(benchmark, [benchmark.grade(predict(item, None)) for item in asked], None)
 
 
 def test_annotations_are_not_unpickled_blindly(files, tmp_path):

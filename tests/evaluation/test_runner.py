@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.multiprocessing
 
+from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark, evaluate, load_predictions, local_device, process_group, score_file
-from prism_deco.evaluation.choose import prepare, prepare_one, results_name
+from prism_deco.evaluation.choose import check_names, prepare, prepare_one, results_name
 from prism_deco.evaluation.ranks import asked_device
 from prism_deco.evaluation.scoring import predict
 
@@ -31,8 +32,10 @@ def test_predictions_and_metrics(files, fake_model, tmp_path, kind):
         == result
         == score_file(tmp_path / "predictions.jsonl", benchmark)
     )
+    assert result["variants"] == list(benchmark.variants)
     assert result.keys() == {
         "benchmark",
+        "variants",
         "metrics",
         "primary",
         "n",
@@ -139,9 +142,13 @@ def test_a_killed_evaluation_resumes(files, fake_model, tmp_path, kind, torn):
     assert (folder / "predictions.jsonl").read_bytes() == (tmp_path / "whole/predictions.jsonl").read_bytes()
 
 
-def test_progress_shows_the_count(files, fake_model, tmp_path, capsys):
-    evaluate(fake_model(), build_benchmark(files.gqa()), tmp_path, batch_size=1)
-    assert "tiny_gqa" in (shown := capsys.readouterr().out) and "3/3" in shown
+def test_progress_shows_the_count(files, fake_model, tmp_path, capsys, caplog):
+    """Of the answers: two variants ask every question twice."""
+    caplog.set_level("INFO")
+    evaluate(fake_model(), build_benchmark(files.pope()), tmp_path, batch_size=1)
+    shown = capsys.readouterr().out
+    assert "tiny_pope" in shown and "16/16 answers" in shown
+    assert "8 questions in 2 variants (likelihood, generate), 0 of 16 answers are there already" in caplog.text
 
 
 def test_a_finished_evaluation_asks_nothing(files, fake_model, tmp_path):
@@ -173,6 +180,11 @@ def test_answers_are_not_mixed(files, fake_model, tmp_path):
 
     refused(build_benchmark(keys), "other settings: model was a and is b", model_id="b")
     refused(build_benchmark(keys, max_new_tokens=5), "max_new_tokens was 128 and is 5")
+    other = evaluate(fake_model(), build_benchmark(files.refcoco()), tmp_path / "boxes", progress=False)
+    assert other["variants"] == ["quoted"]
+    with pytest.raises(UsageError, match=r"variants was \['quoted'\] and is \['trained'\]"):
+        trained = build_benchmark(files.refcoco(variants=["trained"]))
+        evaluate(fake_model(), trained, tmp_path / "boxes", progress=False)
     refused(build_benchmark(keys), "dtype was float32 and is bfloat16", dtype="bfloat16")
     refused(build_benchmark(keys), "holds 3 answers, .* is not one of the 1 that this evaluation asks", limit=1)
     refused(build_benchmark(files.vizwiz()), "is not one of the 2 that this evaluation asks")
@@ -198,6 +210,39 @@ def test_bad_images_count_as_wrong(files, fake_model, tmp_path):
     assert result["metrics"]["accuracy"] == pytest.approx(100 / 3) and result["invalid_rate"] == pytest.approx(1 / 3)
     again = fake_model()
     assert evaluate(again, benchmark, tmp_path, progress=False) == result and not again.calls
+
+
+@pytest.mark.parametrize("again", ["fail", "count_wrong"])
+def test_a_question_is_asked_once_its_image_is_back(files, fake_model, tmp_path, again, caplog):
+    keys = files.gqa(on_bad_image="count_wrong")
+    whole = evaluate(fake_model(), build_benchmark(keys), tmp_path / "whole", progress=False)
+    image = files.path / "images/n0.png"
+    content = image.read_bytes()
+    image.unlink()
+    folder = tmp_path / "answers"
+    caplog.set_level("INFO")
+    evaluate(fake_model(), build_benchmark(keys), folder, progress=False)
+    assert "tiny_gqa: 1 of 3 answers are missing" in caplog.text
+    if again == "fail":
+        with pytest.raises(UsageError, match=r"Question 200: .*n0\.png"):
+            evaluate(fake_model(), build_benchmark(keys, on_bad_image="fail"), folder, progress=False)
+    image.write_bytes(content)
+    caplog.clear()
+    model = fake_model()
+    assert evaluate(model, build_benchmark(keys, on_bad_image=again), folder, progress=False) == whole
+    assert model.calls == [[build_benchmark(keys).items()[0].prompt]]
+    assert "tiny_gqa: 3 questions, 2 of 3 answers are there already" in caplog.text
+    assert "answers are missing" not in caplog.text
+    assert (folder / "predictions.jsonl").read_bytes() == (tmp_path / "whole/predictions.jsonl").read_bytes()
+
+
+def test_an_evaluation_killed_without_an_image_leaves_no_question_twice(files, fake_model, tmp_path):
+    keys = files.vqav2(on_bad_image="count_wrong")
+    (files.path / "images/000.png").unlink()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(fake_model(dies_at=1), build_benchmark(keys), tmp_path, batch_size=1, progress=False)
+        assert [(p.question_id, p.output) for p in load_predictions(tmp_path / "predictions.jsonl")] == [("0", None)]
 
 
 def test_damage_within_the_file_is_named(files, fake_model, tmp_path):
@@ -311,19 +356,31 @@ def test_all_benchmarks_are_looked_at_before_any_is_asked(files, shipped):
     assert [(benchmark.name, benchmark.limit, benchmark.split) for benchmark in prepared] == [
         ("refcoco", 2, "val"), ("gqa", 2, "")]  # fmt: skip
     for options, says in [
-        ({"limt": 3}, "Unknown key limt .*Did you mean limit"),
+        ({"limt": 3}, "Unknown key of the benchmark refcoco 'limt'. Did you mean 'limit'"),
         ({"limit": "x"}, "limit=x must be a whole number"),
         ({"split": "tset"}, "refcoco, split 'tset': there are no questions"),
     ]:
         with pytest.raises(ValueError, match=says):
             prepare(shipped, options)
-    with pytest.raises(ValueError, match="mini_gqa has no folder of its own"):
+    with pytest.raises(
+        ValueError, match="mini_gqa needs the folder of its files, .* set benchmark.mini_gqa.root=FOLDER"
+    ):
         prepare("mini_gqa")
     with pytest.raises(ValueError, match="nowhere.*does not exist"):
         prepare("mini_gqa", root=files.path / "nowhere")
     (files.path / "images/7.png").unlink()
     with pytest.raises(ValueError, match="refcoco: the image .*7.png is missing"):
         prepare(shipped)
+
+
+def test_keys_of_single_benchmarks(files, shipped):
+    """They precede those of all benchmarks, and do not need a folder of the training data."""
+    elsewhere = files.path.rename(files.path.with_name("elsewhere"))
+    own = {"gqa": {"root": str(elsewhere), "limit": 1}, "refcoco": {"root": str(elsewhere)}}
+    boxes, answers = prepare(shipped, {"limit": 2}, own, root=files.path)
+    assert (boxes.limit, answers.limit) == (2, 1) and boxes.root == answers.root == elsewhere
+    with pytest.raises(UsageError, match=r"Unknown benchmark.* 'gqu'\. Did you mean 'gqa'\?"):
+        check_names(shipped, {"gqu": {}})
 
 
 def test_relevance_is_measured_where_there_are_boxes(shipped):

@@ -3,6 +3,7 @@ from dataclasses import asdict
 
 import pytest
 
+from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark, chance, load_predictions, score_file
 from prism_deco.evaluation.metrics.bootstrap import combine_strata
 from prism_deco.evaluation.scoring import predict, summarise
@@ -35,7 +36,8 @@ def test_pope(files):
     # written, random: yes no no yes -> tp 1 fp 1 tn 1 fn 1; popular: all right
     assert values["generate/accuracy"] == 75 and values["generate/f1"] == pytest.approx((50 + 100) / 2)
     assert result["primary"] == "accuracy" and result["n"] == 8
-    assert values["generate/invalid_rate"] == 1 / 8 == result["invalid_rate"]
+    assert values["generate/invalid_rate"] == 1 / 8
+    assert result["variants"] == ["likelihood", "generate"] and result["invalid_rate"] == values["invalid_rate"] == 0
 
 
 def test_pope_ties_are_a_yes_like_argmax(files):
@@ -76,6 +78,18 @@ def test_refcoco_threshold_is_included(files):
     assert metrics(benchmark, ["[0, 0, 0.25, 1]"] * 4)["accuracy"] == 50  # IoU .25/.5 with [0, 0, .5, 1]
 
 
+def test_refcoco_lenient_compares_with_the_exact_box(files):
+    """An image of 300 x 50: the exact boxes of 50 x 50 pixels end at 1/6 and 1/5, the rounded ones at .17 and .2."""
+    benchmark = build_benchmark(files.refcoco(size=(300, 50)))
+    # IoU with [0, 0, 1/6, 1]: .0834 / (1/6) = .5004; with [0, 0, .17, 1]: .0834 / .17 = .4906
+    values = metrics(benchmark, ["[0.0, 0.0, 0.0834, 1.0]"] * 2 + [""] * 2)
+    assert values["accuracy"] == 0 and values["accuracy_lenient"] == 50
+    earlier = graded(benchmark, ["[0.0, 0.0, 0.0834, 1.0]"] * 2 + [""] * 2)
+    for prediction in earlier:
+        prediction.target.pop("exact_box", None)  # the sentences of an expression share their target
+    assert summarise(benchmark, earlier, None)["metrics"]["accuracy_lenient"] == 0
+
+
 def test_vqav2_conventions_and_types(files):
     values = metrics(build_benchmark(files.vqav2()), ["zero", "1", " 3 "])
     assert values["accuracy"] == pytest.approx(200 / 3)  # "zero" becomes 0
@@ -89,8 +103,7 @@ def test_vizwiz_by_answerability(files):
     values = metrics(build_benchmark(files.vizwiz()), ["Unanswerable", ""])
     assert values["accuracy"] == 50
     assert values["accuracy/unanswerable"] == 100 and values["accuracy/answerable"] == 0
-    assert values["accuracy_official"] == 0  # capital, and identical answers
-    assert values["accuracy_llava"] == 50  # the capital is gone before
+    assert values["accuracy_official"] == 50 and values["accuracy_llava"] == 50
     assert values["invalid_rate"] == 0.5
 
 
@@ -169,6 +182,49 @@ def test_predictions_of_another_benchmark_are_refused(files, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("recorded", "variants", "says"),
+    [
+        (True, ["likelihood"], r"holds answers of the variant generate, not likelihood: .* variants=\[generate\]"),
+        (False, ["likelihood"], r"question random/0 is text, not probabilities\. .* set variants=\[generate\]"),
+        (True, ["generate"], None),
+        (False, ["generate"], None),
+    ],
+)
+def test_answers_of_another_variant(files, tmp_path, recorded, variants, says):
+    asked = build_benchmark(files.pope(variants=["generate"]))
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps(asdict(predict(i, "Yes"))) + "\n" for i in asked.items()))
+    if recorded:
+        (tmp_path / "decoding.json").write_text(json.dumps({"strategy": "greedy", "variants": ["generate"]}))
+    benchmark = build_benchmark(files.pope(variants=variants))
+    if says:
+        with pytest.raises(UsageError, match=says):
+            score_file(path, benchmark)
+    else:
+        result = score_file(path, benchmark)
+        assert result["variants"] == ["generate"] and result["metrics"]["accuracy"] == 50
+        assert result["decoding"] == ({"strategy": "greedy"} if recorded else None)
+
+
+def test_probabilities_are_not_read_as_text(files):
+    benchmark = build_benchmark(files.pope(variants=["generate"]))
+    with pytest.raises(UsageError, match=r"is probabilities, not text\. .* set variants=\[likelihood\]"):
+        graded(benchmark, ['{"Yes": 0.1, "No": 0.9}'] * 8)
+    assert graded(benchmark, ['{"Maybe": 0.1, "No": 0.9}'] * 8)[0].answer == "yes"
+
+
+@pytest.mark.parametrize(("kind", "part"), [("pope", "popular"), ("mme", "scene")])
+def test_predictions_without_one_of_the_parts(files, tmp_path, kind, part):
+    benchmark = build_benchmark(getattr(files, kind)())
+    kept = [predict(i, "yes") for i in benchmark.items() if part not in i.question_id]
+    kept = [p for p in kept if p.target.get("variant") != "likelihood"]
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps(asdict(p)) + "\n" for p in kept))
+    with pytest.raises(UsageError, match=f"no questions of {part} in the predictions"):
+        score_file(path, benchmark)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "holds no predictions"),
@@ -207,8 +263,19 @@ def test_a_question_answered_twice(files, tmp_path):
     ],
 )
 def test_chance(files, kind, expected):
-    assert chance(build_benchmark(getattr(files, kind)())) == pytest.approx(expected)
+    benchmark = build_benchmark(getattr(files, kind)())
+    assert chance(benchmark, [predict(item, None) for item in benchmark.items()]) == pytest.approx(expected)
 
 
-def test_chance_obeys_the_limit(files):
-    assert chance(build_benchmark(files.gqa()), limit=2) == 100  # "yes" twice
+def test_chance_is_that_of_the_questions_that_were_asked(files):
+    benchmark = build_benchmark(files.gqa())
+    assert chance(benchmark, [predict(item, None) for item in benchmark.items(limit=2)]) == 100  # "yes" twice
+
+
+def test_chance_of_the_only_variant_that_was_asked(files):
+    """The YAML's first variant is another one."""
+    asked = build_benchmark(files.pope(variants=["generate"]))
+    answers = [predict(item, "Yes") for item in asked.items()]
+    for prediction in answers:
+        prediction.target["variant"] = "generate"
+    assert chance(build_benchmark(files.pope()), answers) == 50

@@ -1,7 +1,13 @@
 import pytest
 
 from prism_deco.evaluation.metrics import vqa
-from prism_deco.evaluation.metrics.vqa_text import process, process_evalai, process_vizwiz, strip_punctuation
+from prism_deco.evaluation.metrics.vqa_text import (
+    process,
+    process_evalai,
+    process_prism_vizwiz,
+    process_vizwiz,
+    strip_punctuation,
+)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +96,48 @@ def test_official_processing(text, expected):
     ],
 )
 def test_vizwiz_processing(text, expected):
+    assert process_prism_vizwiz(text) == expected
+    if "'" not in text:  # VizWiz's own table has another apostrophe, and nothing else
+        assert process_vizwiz(text) == expected.replace("`", "\u2019")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("couldnt\u2019ve", "couldn\u2019t\u2019ve"),
+        ("couldn\u2019tve", "couldn\u2019tve"),  # its key has the plain apostrophe
+        ("couldn'tve", "couldn\u2019t\u2019ve"),
+        ("hadn'tve", "hadn\u2019t\u2019ve"),
+        ("mightn\u2019tve", "mightn\u2019t\u2019ve"),
+        ("somebody\u2019d", "somebodyd"),
+        ("it\u2019s", "it\u2019s"),
+        ("it`s", "it s"),
+    ],
+)
+def test_vizwiz_own_processing(text, expected):
     assert process_vizwiz(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "official", "llava"),
+    [
+        # VizWiz's script processes the prediction even where all annotators agree, and never their answers.
+        ("Coca-Cola", ["coca-cola"] * 6 + ["coke"] * 4, 0, 0),
+        ("Coca Cola", ["coca cola"] * 6 + ["coke"] * 4, 1, 1),
+        ("Unanswerable", ["unanswerable"] * 10, 1, 1),
+        ("the dog", ["the dog"] * 10, 0, 0),
+        ("The dog.", ["dog"] * 3 + ["cat"] * 7, 0.9, 0.9),
+        ("two", ["2"] * 2 + ["two"] * 8, 0.6, 0.6),
+        ("dont know", ["don\u2019t know"] * 10, 1, 0),  # EvalAI's processor has made "don't know" of it
+        ("dont know", ["don't know"] * 10, 0, 1),
+        ("cant read", ["can't read"] * 10, 1, 1),
+        ("man's", ["man's"] * 10, 1, 0),  # EvalAI's processor makes "man 's" of it
+        ("1,000", ["1000"] * 10, 1, 1),
+    ],
+)
+def test_vizwiz_conventions(prediction, answers, official, llava):
+    assert vqa.vizwiz(prediction, answers) == pytest.approx(official)
+    assert vqa.vizwiz_llava(prediction, answers) == pytest.approx(llava)
 
 
 def test_stripping_punctuation_keeps_case_and_words():

@@ -11,14 +11,20 @@ from collections.abc import Sequence
 
 Box = tuple[float, float, float, float]
 
-_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
-_BRACKETED = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
+_NUMBER = r"(-?\d+(?:\.\d+)?)"
+_BRACKETED = re.compile(rf"\[\s*{_NUMBER},\s*{_NUMBER},\s*{_NUMBER},\s*{_NUMBER}\s*\]")  # no space before a comma
 
 
 def normalise_box(xywh: Sequence[float], width: int, height: int) -> Box:
-    """A COCO box (x, y, width, height in pixels) in shares of the image, two decimals (PRISM harness)."""
+    """A COCO box (x, y, width, height in pixels) in shares of the image, as lmms-eval compares it."""
     x, y, w, h = xywh
-    return (round(x / width, 2), round(y / height, 2), round((x + w) / width, 2), round((y + h) / height, 2))
+    return (x / width, y / height, (x + w) / width, (y + h) / height)
+
+
+def round_box(box: Box) -> Box:
+    """A box with two decimals, as the PRISM harness compares it."""
+    x1, y1, x2, y2 = box
+    return (round(x1, 2), round(y1, 2), round(x2, 2), round(y2, 2))
 
 
 def parse_strict(output: str) -> Box | None:

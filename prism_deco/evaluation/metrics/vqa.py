@@ -12,6 +12,7 @@ from prism_deco.evaluation.metrics.vqa_text import (
     flatten,
     process,
     process_evalai,
+    process_prism_vizwiz,
     process_vizwiz,
     strip_punctuation,
 )
@@ -43,9 +44,8 @@ def evalai(prediction: str, answers: Sequence[str]) -> float:
 
 
 def llava(prediction: str, answers: Sequence[str]) -> float:
-    """LLaVA's results on the test servers of VQAv2 and VizWiz (its `scripts/convert_vqav2_for_submission.py` and
-    `convert_vizwiz_for_submission.py`): EvalAI's processor rewrites the prediction, and only that, before it is
-    handed in; the server then runs the official script on it.
+    """LLaVA's result on VQAv2's test server (its `scripts/convert_vqav2_for_submission.py`): EvalAI's processor
+    rewrites the prediction, and only that, before it is submitted; the server then runs the official script on it.
 
     So where all annotators wrote the same, an answer that the processor changes is lost: "Coca Cola" scores 0
     against ten times "Coca Cola".
@@ -58,6 +58,17 @@ def prism_vqav2(prediction: str, answers: Sequence[str]) -> float:
     return agreement(process(prediction), [strip_punctuation(answer) for answer in answers])
 
 
-def prism_vizwiz(prediction: str, answers: Sequence[str]) -> float:
-    """The PRISM harness on VizWiz: answers are compared as the annotators wrote them."""
+def vizwiz(prediction: str, answers: Sequence[str]) -> float:
+    """VizWiz's own script: the prediction is always processed, the annotators' answers never."""
     return agreement(process_vizwiz(prediction), answers)
+
+
+def vizwiz_llava(prediction: str, answers: Sequence[str]) -> float:
+    """LLaVA's result on VizWiz's test server (its `scripts/convert_vizwiz_for_submission.py`): EvalAI's processor
+    rewrites the prediction before it is submitted; VizWiz's script then processes it again."""
+    return vizwiz(process_evalai(prediction), answers)
+
+
+def prism_vizwiz(prediction: str, answers: Sequence[str]) -> float:
+    """The PRISM harness on VizWiz: VizWiz's script but for the apostrophes of its contraction table."""
+    return agreement(process_prism_vizwiz(prediction), answers)

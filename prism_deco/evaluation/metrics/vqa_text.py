@@ -1,7 +1,7 @@
 """How the VQA challenges rewrite an answer before they compare it, quirks included.
 
-Three processors are in use: the official VQA script's (`process`), the EvalAI server's as TextVQA and
-LLaVA apply it (`process_evalai`), and the one that the PRISM harness uses for VizWiz (`process_vizwiz`).
+Four processors are in use: the VQA challenge's (`process`), the EvalAI server's as TextVQA and LLaVA apply it
+(`process_evalai`), VizWiz's own (`process_vizwiz`), and the PRISM harness's copy of that (`process_prism_vizwiz`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TWO_APOSTROPHES = """
 couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've
 there'd've they'd've we'd've who'd've wouldn't've you'd've y'all'll
 """.split()  # noqa: SIM905
-# The PRISM harness's VizWiz table lost most apostrophes to backticks; these entries kept theirs.
+# VizWiz's table has a typographic apostrophe nearly everywhere; these entries kept the plain one.
 _VIZWIZ_KEPT = frozenset(("ain't", "aren't", "can't", "could've", "couldn't", "we've", "where's", "who've"))
 
 
@@ -50,9 +50,19 @@ def _contractions() -> dict[str, str]:
 
 
 CONTRACTIONS: Mapping[str, str] = _contractions()
-_VIZWIZ_CONTRACTIONS: Mapping[str, str] = {
-    word.replace("'", ""): word if word in _VIZWIZ_KEPT else word.replace("'", "`") for word in _ONE_APOSTROPHE
-} | {"couldn'tve": "couldn`t`ve", "hadn'tve": "hadn`t`ve"}  # keys with backticks never match: punctuation went first
+
+
+def _vizwiz_contractions(apostrophe: str) -> dict[str, str]:
+    table = {key.replace("'", apostrophe): word.replace("'", apostrophe) for key, word in CONTRACTIONS.items()}
+    table |= {word.replace("'", ""): word for word in _VIZWIZ_KEPT}
+    for key in ("couldn'tve", "hadn'tve"):  # in these two only the value has the other apostrophe
+        table[key] = table.pop(key.replace("'", apostrophe))
+    return table
+
+
+_VIZWIZ_CONTRACTIONS: Mapping[str, str] = _vizwiz_contractions("\u2019")
+# In the PRISM harness's copy it became a backtick, which is punctuation: keys with one never match.
+_PRISM_VIZWIZ_CONTRACTIONS: Mapping[str, str] = _vizwiz_contractions("`")
 
 
 def strip_punctuation(text: str) -> str:
@@ -92,5 +102,11 @@ def process_evalai(text: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def process_vizwiz(text: str) -> str:
-    """The PRISM harness's processing of a VizWiz prediction: a contraction table with backticks."""
+    """The processing of a prediction by VizWiz's own script."""
     return normalise_words(strip_punctuation(flatten(text)), _VIZWIZ_CONTRACTIONS)
+
+
+@lru_cache(maxsize=1 << 16)
+def process_prism_vizwiz(text: str) -> str:
+    """The PRISM harness's processing of a VizWiz prediction."""
+    return normalise_words(strip_punctuation(flatten(text)), _PRISM_VIZWIZ_CONTRACTIONS)
