@@ -25,8 +25,9 @@ def test_the_module_runs_as_the_script_does():
 def test_a_predictions_file_is_scored_without_a_model(tmp_path, capsys):
     path = tmp_path / "predictions.jsonl"
     rows = [
-        {"question_id": f"random/{i}", "image": "x.png", "prompt": "?", "output": output, "answer": None,
-         "target": {"answer": label, "subset": "random", "variant": "generate"}, "score": 0.0}
+        {"question_id": f"{subset}/{i}", "image": "x.png", "prompt": "?", "output": output, "answer": None,
+         "target": {"answer": label, "subset": subset, "variant": "generate"}, "score": 0.0}
+        for subset in ("random", "popular", "adversarial")
         for i, (output, label) in enumerate([("Yes", "yes"), ("No.", "no"), ("yes", "no"), ("maybe", "yes")])
     ]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
