@@ -151,7 +151,7 @@ def test_what_stands_after_holm_s_adjustment_is_counted_right():
     assert "So do eight details" in text and len(claims) == 58
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", STUDY / "README.md"])
+@pytest.mark.parametrize("page", [REFERENCE / "README.md", STUDY / "README.md"])
 def test_the_texts_quote_the_verdicts(page):
     expected = verdicts()
     table = next(table for table in tables(page) if table[0][0] in expected)
@@ -196,7 +196,7 @@ def effects(**wanted):
     }
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", STUDY / "README.md"])
+@pytest.mark.parametrize("page", [REFERENCE / "README.md", STUDY / "README.md"])
 def test_the_texts_quote_the_effects(page):
     """Every effect with an interval in a text is one of the study's, and in the table one that judges that claim."""
     text = page.read_text(encoding="utf-8")
@@ -455,7 +455,7 @@ def _on_the_study_in_the_readme():
 
 
 SENTENCES = {
-    ROOT / "README.md": (_on_the_study_in_the_readme,),
+    REFERENCE / "README.md": (_on_the_study_in_the_readme,),
     STUDY / "README.md": (
         _on_the_c_abstractor,
         _on_the_q_former,
@@ -472,7 +472,7 @@ SENTENCES = {
 def _prose(page):
     """What a page says of the study, without its tables and code."""
     text = page.read_text(encoding="utf-8")
-    if page == ROOT / "README.md":
+    if page == REFERENCE / "README.md":
         text = text.partition("What the paper claims about projectors, tested")[2].partition("\n## ")[0]
     return " ".join(re.sub(r"^```[^`]*```|^\|.*$", " ", text, flags=re.MULTILINE).split())
 
@@ -498,7 +498,7 @@ def test_no_number_on_the_study_is_without_a_test(page):
 
 
 def test_the_readme_quotes_the_twins():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (REFERENCE / "README.md").read_text(encoding="utf-8")
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     place = next(k for k, cells in enumerate(lines) if cells[0] == "`linear` (64 tokens)")
     projectors = twin("mini_projectors") | twin("mini_pooling")
