@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 
 from prism_deco.config import default_run_id, load_choice, load_config
 from prism_deco.errors import UsageError
-from prism_deco.stopping import PREEMPTED, SIGNALS, take_over
+from prism_deco.exits import PREEMPTED, SIGNALS, take_over
 
 log = logging.getLogger(__name__)
 

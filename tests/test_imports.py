@@ -15,7 +15,7 @@ RANKS = {
     "config": 1,
     "files": 0,
     "tensors": 0,
-    "stopping": 0,
+    "exits": 0,
     "stages": 2,
     "sharing": 2,
     "backbones": 2,

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from prism_deco.stopping import OUT_OF_MEMORY, PREEMPTED
+from prism_deco.exits import OUT_OF_MEMORY, PREEMPTED
 from prism_deco.sweep.supervisor import STOP_SIGNALS
 from prism_deco.training.status import read_status
 

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from prism_deco.errors import UsageError
+from prism_deco.exits import Preempted
 from prism_deco.training.checkpoint_state import (
     checkpoint_tensors,
     fast_forward,
@@ -29,7 +30,6 @@ from prism_deco.training.metrics import VAL_LOSS, Metrics
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.preemption import Preemption
 from prism_deco.training.sharding import reshard
-from prism_deco.training.stops import Preempted
 from prism_deco.training.watch import Watch
 
 log = logging.getLogger(__name__)

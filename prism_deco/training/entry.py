@@ -20,6 +20,7 @@ from prism_deco.config.registry import import_plugins
 from prism_deco.data import build_source
 from prism_deco.data.split import open_parts
 from prism_deco.errors import UsageError
+from prism_deco.exits import Preempted, Stop
 from prism_deco.llms.checkpointing import ACTIVATION_CHECKPOINTING
 from prism_deco.llms.tuning import tuning
 from prism_deco.plan import AUTO, plan_run, problems
@@ -31,7 +32,6 @@ from prism_deco.training.ranks import Ranks
 from prism_deco.training.run_dir import Plan, holds_run, lock_run, prepare_run, run_folder
 from prism_deco.training.sharding import Sharding
 from prism_deco.training.status import THROUGH, read_status, set_status
-from prism_deco.training.stops import Preempted, Stop
 from prism_deco.training.trainer import strategy_of, train
 from prism_deco.training.watch import forget
 

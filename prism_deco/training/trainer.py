@@ -24,6 +24,7 @@ from prism_deco.build import build_model, group, max_positions
 from prism_deco.config.registry import unknown
 from prism_deco.data import Source, build_source
 from prism_deco.errors import UsageError
+from prism_deco.exits import Preempted, RankFailed, Stop, as_stop
 from prism_deco.files import write_json
 from prism_deco.llms import LanguageModel, build_llm
 from prism_deco.llms.build import tensor_files
@@ -46,7 +47,6 @@ from prism_deco.training.ranks import Ranks
 from prism_deco.training.run_dir import Plan
 from prism_deco.training.sharding import Sharding, reshard
 from prism_deco.training.status import read_status, set_status
-from prism_deco.training.stops import Preempted, RankFailed, Stop, as_stop
 from prism_deco.training.watch import Watch
 from prism_deco.vlm import VLM
 

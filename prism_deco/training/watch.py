@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from prism_deco.exits import STOPS, Preempted, RankFailed, Stop
 from prism_deco.files import write_json
 from prism_deco.training.ranks import Ranks
-from prism_deco.training.stops import STOPS, Preempted, RankFailed, Stop
 
 log = logging.getLogger(__name__)
 
