@@ -76,10 +76,6 @@ class RankFailed(Stop):
     """Another process of the run failed, or stopped answering."""
 
 
-STOPS = {stop.state: stop for stop in (Preempted, OutOfMemory, RankFailed)}
-"""The class of stop that a state stands for."""
-
-
 def as_stop(error: BaseException) -> Stop | None:
     """The stop that an exception amounts to; None for an error of another kind."""
     if isinstance(error, Stop):
