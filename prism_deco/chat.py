@@ -103,7 +103,7 @@ def converse(chat: Chat, read: Callable[[], str], write: Callable[[str], object]
         except (EOFError, KeyboardInterrupt):
             write("\n")
             return
-        except (ValueError, OSError) as error:
+        except (UsageError, OSError) as error:
             write(f"{error}\n")
 
 

@@ -216,7 +216,7 @@ def failure_recorded(folder: Path, world: World, record: Callable[[Stop], None])
         elif stop is not None and not agreed and world.rank:
             stop = type(stop)(f"rank {world.rank}: {stop}")
         place = f"rank {world.rank}: " if world.rank else ""
-        told = stop or RankFailed(f"{place}{type(error).__name__}: {error}")
+        told = stop or RankFailed(f"{place}{type(error).__name__}: {error}{_location(error)}")
         if world.size > 1 and not agreed:
             _claim(shared, world, told, exit_code(stop or error))
         if world.is_main or not agreed:
@@ -231,6 +231,15 @@ def failure_recorded(folder: Path, world: World, record: Callable[[Stop], None])
 def clear_failures(folder: Path) -> None:
     """Removes what the processes of a run have shared."""
     shutil.rmtree(folder / _SHARED, ignore_errors=True)
+
+
+def _location(error: BaseException) -> str:
+    """The innermost line of code that is no library's; empty for refused input, which has nothing to do with it."""
+    if isinstance(error, UsageError):
+        return ""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
 
 
 def _claim(shared: Path, world: World, reason: Stop, code: int) -> None:

@@ -113,7 +113,7 @@ def run(arguments: Sequence[str], options: Sequence[str] = ()) -> int:
 def _compose(name: str, arguments: Sequence[str]) -> DictConfig:
     try:
         return load_config(arguments)
-    except ValueError as error:
+    except UsageError as error:
         raise UsageError(f"Stage {name}: {error}") from error
 
 

@@ -146,7 +146,7 @@ def _check(stages: Sequence[Stage], config: DictConfig, **options: bool) -> int:
     for name, its in [(f"Stage {stage.name}: ", stage.config) for stage in stages] or [("", config)]:
         try:
             check(its, scoring=_scoring(its), after=before.get(its.recipe.start_from), **options)
-        except ValueError as error:
+        except UsageError as error:
             raise UsageError(f"{name}{error}") from error
         log.info("%snothing was found that would stop it", name)
         before[str(run_folder(its))] = its

@@ -227,7 +227,7 @@ def _fit(config: DictConfig, force: bool) -> str:
     memory = device_memory() // (1 if torch.cuda.is_available() else max(1, config.trainer.devices))
     try:
         run_plan = plan_run(config, memory_bytes=memory)
-    except Exception as error:  # a plug-in's code may not bear being walked through without data
+    except RuntimeError as error:  # as torch raises where code asks for the values of tensors that have none
         log.warning("The run's memory could not be planned (%s: %s)", type(error).__name__, error)
         return unplanned
     if run_plan.problems:
