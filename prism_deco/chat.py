@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from prism_deco.api import Model
+from prism_deco.errors import UsageError
 from prism_deco.explain import ExplainExample, explain_image
 from prism_deco.explain.gae import DEFAULT_METHOD
 from prism_deco.inference import reply
