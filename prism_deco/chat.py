@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from prism_deco.api import Model
+from prism_deco.errors import UsageError
 from prism_deco.explain import ExplainExample, explain_image
 from prism_deco.explain.gae import DEFAULT_METHOD
 from prism_deco.inference import reply
@@ -103,7 +104,7 @@ def converse(chat: Chat, read: Callable[[], str], write: Callable[[str], object]
         except (EOFError, KeyboardInterrupt):
             write("\n")
             return
-        except (ValueError, OSError) as error:
+        except (UsageError, OSError) as error:
             write(f"{error}\n")
 
 

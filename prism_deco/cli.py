@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
 
 from prism_deco import commands
 from prism_deco.errors import UsageError
-
-log = logging.getLogger("prism_deco")
+from prism_deco.logs import configure_logging
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code (0 done, 1 faults found or a failed run, 2 wrong input, 75 preempted,
     76 out of memory, 130 interrupted)."""
     args = _parse(argv)
-    _configure_logging(debug=args.debug)
+    configure_logging(debug=args.debug)
     try:
         return args.command(args) or 0
     except (UsageError, OSError) as error:
@@ -49,24 +46,6 @@ def _parser() -> argparse.ArgumentParser:
     for module in commands.MODULES:
         module.add(subparsers, common)
     return parser
-
-
-def _configure_logging(*, debug: bool) -> None:
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.logging import RichHandler
-
-        handler, form, date = RichHandler(console=Console(stderr=True), show_path=debug), "%(message)s", "%X"
-    else:
-        # A file has no width to fold lines at: paths stay whole, and a message is one line to grep for.
-        handler, date = logging.StreamHandler(), "%Y-%m-%d %X"
-        form = f"%(asctime)s %(levelname)s {'%(name)s:%(lineno)d ' if debug else ''}%(message)s"
-    if not debug:
-        # Lightning's hardware report and product tips, and deprecations between the libraries themselves.
-        handler.addFilter(lambda record: record.name.startswith("prism_deco") or record.levelno >= logging.WARNING)
-        warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|torch)\.")
-    logging.basicConfig(level=logging.WARNING, format=form, datefmt=date, handlers=[handler])
-    log.setLevel(logging.DEBUG if debug else logging.INFO)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 
 from prism_deco.config import default_run_id, load_choice, load_config
 from prism_deco.errors import UsageError
-from prism_deco.stopping import PREEMPTED, SIGNALS, take_over
+from prism_deco.exits import PREEMPTED, SIGNALS, take_over
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def run(arguments: Sequence[str], options: Sequence[str] = ()) -> int:
 def _compose(name: str, arguments: Sequence[str]) -> DictConfig:
     try:
         return load_config(arguments)
-    except ValueError as error:
+    except UsageError as error:
         raise UsageError(f"Stage {name}: {error}") from error
 
 

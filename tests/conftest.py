@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def colors(tmp_path_factory) -> Path:
 def llava_turns(*texts: str) -> list[dict[str, str]]:
     """Alternating turns in LLaVA's format."""
     return [{"from": "human" if i % 2 == 0 else "gpt", "value": text} for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture

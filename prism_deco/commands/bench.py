@@ -47,10 +47,10 @@ def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
 def bench_projectors(args: argparse.Namespace) -> None:
     """Compares the projectors."""
     from prism_deco.bench.projectors import Sizes, bench_projectors, render
-    from prism_deco.evaluation.ranks import asked_device
+    from prism_deco.distributed import requested_device
 
     sizes = Sizes(args.in_dim, args.out_dim, tuple(args.in_grid), args.num_tokens, args.batch_size)
-    device = str(asked_device(args.device))
+    device = str(requested_device(args.device))
     rows = bench_projectors(args.names, sizes, dtypes=args.dtypes, device=device, repeats=args.repeats)
     show(render(rows, sizes, args.device))
 
@@ -80,12 +80,12 @@ def bench_train(args: argparse.Namespace) -> None:
 
     from prism_deco.bench.train import bench_train
     from prism_deco.bench.train_report import render
-    from prism_deco.evaluation.ranks import asked_device
+    from prism_deco.distributed import requested_device
 
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     sizes = {"batch_size": args.batch_size, "steps": args.steps, "rounds": args.rounds}
-    report = bench_train(config, device=str(asked_device(args.device)), ablation=args.ablation, **sizes)
+    report = bench_train(config, device=str(requested_device(args.device)), ablation=args.ablation, **sizes)
     show(render(report))
     if args.out:
         report.write(args.out)

@@ -28,13 +28,15 @@ def chat(args: argparse.Namespace) -> None:
 
     from prism_deco.api import load
     from prism_deco.chat import Chat, converse, read_line
-    from prism_deco.evaluation.ranks import asked_device
+    from prism_deco.distributed import requested_device
 
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    model = load(args.run, device=asked_device(args.device), dtype=getattr(torch, args.dtype) if args.dtype else None)
+    model = load(
+        args.run, device=requested_device(args.device), dtype=getattr(torch, args.dtype) if args.dtype else None
+    )
     relevance = (args.out or args.run / "chat") if args.relevance else None
     talk = Chat(model, write, max_new_tokens=args.max_new_tokens, relevance=relevance, name=args.run.name)
     if args.image is not None:

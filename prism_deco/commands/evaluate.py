@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # benchmarks need torch
 KEYS = ("batch_size", "plugins")
 FILE = "predictions.jsonl"
 
+if TYPE_CHECKING:
+    from prism_deco.distributed import World
+
 
 def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
     """Adds `evaluate`."""
@@ -62,7 +65,11 @@ def evaluate(args: argparse.Namespace) -> None:
     if type(batch_size) is not int or batch_size < 1:
         raise UsageError(f"batch_size={batch_size} must be a whole number above 0.")
     more = {"batch_size": batch_size, "out": args.out, "device": args.device, "dtype": args.dtype}
-    score_run(run, names, asked.options, asked.own, **more)
+    from prism_deco.distributed import World
+
+    world = World.of_torchrun()
+    with world.joined():
+        score_run(run, names, asked.options, asked.own, world=world, **more)
 
 
 def _score_file(path: Path, asked: Asked) -> None:
@@ -92,6 +99,7 @@ def score_run(
     options: Mapping[str, Any] | None = None,
     own: Mapping[str, Mapping[str, Any]] | None = None,
     *,
+    world: World,
     batch_size: int = 64,
     out: Path | None = None,
     device: str | None = None,
@@ -105,6 +113,7 @@ def score_run(
         names: of benchmarks and groups.
         options: keys of all their YAMLs to replace (split, limit, root); None keeps what a YAML says.
         own: keys of single YAMLs, by the benchmark's name.
+        world: the processes that share the images, all of which call this.
         batch_size: questions per generation.
         out: folder of the results; None is the run's `eval`.
         device: cpu | cuda, which must be there; None is what the run was trained on, or the CPU.
@@ -114,11 +123,11 @@ def score_run(
     import torch
 
     from prism_deco.api import load
-    from prism_deco.evaluation import chance, evaluate, load_predictions, local_device, process_group, resolve, table
+    from prism_deco.distributed import local_device, requested_device
+    from prism_deco.evaluation import chance, evaluate, load_predictions, resolve, table
     from prism_deco.evaluation.choose import prepare, results_name
-    from prism_deco.evaluation.ranks import asked_device
 
-    chosen = asked_device(device) if device else None
+    chosen = requested_device(device) if device else None
     names = resolve(names)
     benchmarks = prepare(names, options, own, root=own_benchmarks(folder))
     folders = [
@@ -134,12 +143,11 @@ def score_run(
     computed_in = str(next(model.vlm.lm.parameters()).dtype).removeprefix("torch.")
     about = {"batch_size": batch_size, "model_id": manifest["model_sha256"], "dtype": computed_in}
     results, constant = [], {}
-    with process_group() as is_first:
-        for benchmark, results_folder in zip(benchmarks, folders, strict=True):
-            results.append(evaluate(model, benchmark, results_folder, **about))
-            if is_first:
-                constant[benchmark.name] = chance(benchmark, load_predictions(results_folder / FILE))
-    if is_first:
+    for benchmark, results_folder in zip(benchmarks, folders, strict=True):
+        results.append(evaluate(model, benchmark, results_folder, **about, world=world))
+        if world.is_main:
+            constant[benchmark.name] = chance(benchmark, load_predictions(results_folder / FILE))
+    if world.is_main:
         show(table(results, constant, _blind(model.config, benchmarks)))
 
 

@@ -45,11 +45,11 @@ def explain(args: argparse.Namespace) -> None:
     import torch
 
     from prism_deco.api import load
+    from prism_deco.distributed import requested_device
     from prism_deco.evaluation.choose import results_name
-    from prism_deco.evaluation.ranks import asked_device
     from prism_deco.explain import ExplainExample, explain_image, side_by_side, table, write_page
 
-    place = {"device": asked_device(args.device), "dtype": getattr(torch, args.dtype) if args.dtype else None}
+    place = {"device": requested_device(args.device), "dtype": getattr(torch, args.dtype) if args.dtype else None}
     example = ExplainExample(args.image, args.prompt, args.answer) if args.image is not None else None
     if name is not None:  # what is wrong with one of the runs must not wait for those before it
         options |= next(iter(asked.own.values()), {})

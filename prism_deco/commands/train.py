@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,6 +18,9 @@ from prism_deco.config import load_config
 from prism_deco.errors import UsageError
 from prism_deco.stages import Stage, split
 from prism_deco.stages import run as run_stages
+
+if TYPE_CHECKING:
+    from prism_deco.distributed import World
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +47,7 @@ def train(args: argparse.Namespace) -> int:
         return run_stages(args.arguments, [flag for flag, is_set in flags.items() if is_set])
     from prism_deco.training.entry import run
 
-    # The other processes of this machine get the same settings; what becomes of an earlier run is decided once.
-    arguments = ["train", *args.arguments, *(["--debug"] if args.debug else [])]
-    return run(config, scoring, overwrite=args.overwrite, force=args.force, arguments=arguments)
+    return run(config, scoring, overwrite=args.overwrite, force=args.force)
 
 
 @dataclass(frozen=True)
@@ -91,20 +92,19 @@ class _Scoring:
         rest = replace(self, benchmarks=tuple(benchmarks), relevance=relevance)
         return rest if rest.benchmarks or rest.relevance else None
 
-    def __call__(self, folder: Path) -> None:
-        from prism_deco.evaluation import local_device, meet, process_group
+    def __call__(self, folder: Path, world: World) -> None:
+        from prism_deco.distributed import local_device
         from prism_deco.evaluation.choose import prepare_one
 
         if self.relevance:
             prepare_one(self.relevance, self._about_relevance, root=own_benchmarks(folder), boxes=True)
-        if self.benchmarks:
-            score_run(folder, self.benchmarks, self.options, self.own, batch_size=self.batch_size)
-        if self.relevance:
-            with process_group() as is_first:
-                if is_first:  # `explain` shares nothing out, and its files are those of one process
-                    device = local_device(self.accelerator)
-                    measure_relevance(folder, self.relevance, self._about_relevance, device=device)
-                meet()  # with more patience than the end of training has
+        with world.patient():
+            if self.benchmarks:
+                score_run(folder, self.benchmarks, self.options, self.own, world=world, batch_size=self.batch_size)
+            if self.relevance and world.is_main:  # its files are those of one process
+                device = local_device(self.accelerator)
+                measure_relevance(folder, self.relevance, self._about_relevance, device=device)
+            world.barrier()
 
     @property
     def _about_relevance(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _check(stages: Sequence[Stage], config: DictConfig, **options: bool) -> int:
     for name, its in [(f"Stage {stage.name}: ", stage.config) for stage in stages] or [("", config)]:
         try:
             check(its, scoring=_scoring(its), after=before.get(its.recipe.start_from), **options)
-        except ValueError as error:
+        except UsageError as error:
             raise UsageError(f"{name}{error}") from error
         log.info("%snothing was found that would stop it", name)
         before[str(run_folder(its))] = its

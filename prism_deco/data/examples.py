@@ -143,7 +143,7 @@ class Examples(Dataset[Example]):
         record = self.records[item]
         try:
             encoded, cut = self._encode(record)
-        except ValueError as error:
+        except UsageError as error:
             raise UsageError(f"Record {record.id}: {error}") from error
         images = [self.read_image(record.id, name) for name in record.images]
         bad = sum(is_bad for _, is_bad in images)

@@ -15,6 +15,7 @@ from PIL import Image
 from prism_deco.data.examples import Encoder
 from prism_deco.data.images import ImageSource, decoding_problem
 from prism_deco.data.llava_json import Record
+from prism_deco.errors import UsageError
 from prism_deco.llms.encoding import IGNORE
 
 KINDS: Mapping[str, str] = {
@@ -142,7 +143,7 @@ class TextInspector:
             full = self._encoder.encode(record)
             kept, cut = self._encoder.fit(full)
             faults += self._control_tokens(record, full.input_ids)
-        except ValueError as error:
+        except UsageError as error:
             return TextFindings(faults=[*faults, ("unrenderable", str(error))])
         supervised, remaining = (sum(label != IGNORE for label in e.labels) for e in (full, kept))
         return TextFindings(len(full.input_ids), supervised, cut, supervised - remaining, faults)

@@ -4,7 +4,6 @@ from prism_deco.evaluation.base import BENCHMARKS, Benchmark, Model
 from prism_deco.evaluation.choose import build_benchmark, resolve
 from prism_deco.evaluation.items import Item, Prediction, Question, Variant
 from prism_deco.evaluation.predictions import load_predictions
-from prism_deco.evaluation.ranks import local_device, meet, process_group
 from prism_deco.evaluation.runner import evaluate
 from prism_deco.evaluation.scoring import chance, score_file
 from prism_deco.evaluation.table import table
@@ -21,9 +20,6 @@ __all__ = [
     "chance",
     "evaluate",
     "load_predictions",
-    "local_device",
-    "meet",
-    "process_group",
     "resolve",
     "score_file",
     "table",

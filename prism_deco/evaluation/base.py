@@ -225,7 +225,7 @@ class Benchmark(ABC):
         """
         try:
             path = self.path(self.image, **image)
-        except ValueError as error:
+        except UsageError as error:
             raise UsageError(f"{where}: {error}") from error
         assert self.root is not None
         name = path.relative_to(self.root).as_posix()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,11 +20,11 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from prism_deco.distributed import World
 from prism_deco.evaluation.base import Benchmark, Model
 from prism_deco.evaluation.image_check import bad_images
 from prism_deco.evaluation.items import Item, Prediction
 from prism_deco.evaluation.predictions import VARIANTS, PredictionStore
-from prism_deco.evaluation.ranks import meet
 from prism_deco.evaluation.scoring import predict, summarise
 from prism_deco.files import write_json
 
@@ -44,12 +43,12 @@ def evaluate(
     dtype: str | None = None,
     seed: int = 0,
     progress: bool = True,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Answers and scores a benchmark; writes `predictions.jsonl` and `metrics.json` into `out_dir`.
 
     A killed evaluation goes on where it stopped, with the same batches as an uninterrupted one (their composition
-    can change an answer in low precision). Where torch.distributed is initialised (`process_group`), the ranks share
-    the images and rank 0 merges; `out_dir` must then be a folder that all of them see.
+    can change an answer in low precision).
 
     Args:
         batch_size: questions per generation, images per encoding.
@@ -58,6 +57,7 @@ def evaluate(
         model_id: tells models apart (a hash of the weights, say): answers of two are never mixed in a folder.
         dtype: what the model computes in; recorded, and not mixed either.
         seed: of the bootstrap.
+        world: the processes that share the images, all of which call this and see `out_dir`; None is this one alone.
 
     Returns:
         The content of `metrics.json` (see `summarise`).
@@ -66,27 +66,27 @@ def evaluate(
         UsageError: before any question is asked, for damaged files, bad images, or a folder with other answers.
     """
     out_dir = Path(out_dir)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    world = world or World()
     items = benchmark.items(limit)
     decoding = {"strategy": "greedy", "max_new_tokens": benchmark.max_new_tokens, "dtype": dtype, "model": model_id}
-    store = PredictionStore(out_dir, items, decoding | {VARIANTS: list(benchmark.variants)}, rank, world)
-    meet()  # nobody writes before all have read what is there
-    mine = _shard(items, rank, world)
+    store = PredictionStore(out_dir, items, decoding | {VARIANTS: list(benchmark.variants)}, world.rank, world.size)
+    world.barrier()  # nobody writes before all have read what is there
+    mine = _shard(items, world.rank, world.size)
     todo = [item for item in mine if item.question_id not in store.done]
     bad = bad_images(todo, benchmark.on_bad_image)
-    meet()  # nobody generates before all images are known to be sound
-    if rank == 0:
+    world.barrier()  # nobody generates before all images are known to be sound
+    if world.is_main:
         log.info("%s: %s, %d of %d answers are there already", *_progress(benchmark, items, store))
     store.append(benchmark.grade(predict(item, None)) for item in todo if item.image in bad)
-    with _bar(enabled=progress and rank == 0) as bar:
+    with _bar(enabled=progress and world.is_main) as bar:
         task = bar.add_task(benchmark.name, total=len(mine), completed=len(mine) - len(todo))
         usable = [item for item in mine if item.image not in bad]
         for predictions in _answers(model, benchmark, usable, store, batch_size, image_cache):
             store.append(predictions)
             bar.advance(task, len(predictions))
         bar.update(task, completed=len(mine))
-    meet()
-    if rank == 0:
+    world.barrier()
+    if world.is_main:
         predictions = store.merge()
         unanswered = sum(prediction.output is None for prediction in predictions)
         if unanswered:
@@ -96,7 +96,7 @@ def evaluate(
             )  # fmt: skip
         summary = summarise(benchmark, predictions, decoding, seed=seed)
         write_json(out_dir / "metrics.json", summary)
-    meet()
+    world.barrier()
     return json.loads((out_dir / "metrics.json").read_text(encoding="utf-8"))
 
 

@@ -37,7 +37,7 @@ def encode_answer(llm: LanguageModel, prompt: str, answer: str, visual_tokens: i
     encoded = llm.encode(messages, num_images=1)
     try:
         ids = answer_ids(llm, encoded)
-    except ValueError as error:
+    except UsageError as error:
         raise UsageError(f"{error} There is nothing to explain: give one, or ask something else.") from error
     length = sequence_length(encoded, visual_tokens)
     if length > llm.max_positions:

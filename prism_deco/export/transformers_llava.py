@@ -87,7 +87,7 @@ def to_llava(vlm: VLM, llm: LanguageModel, image_id: int) -> LlavaForConditional
     tower = None
     try:
         tower = vision_model(vlm.backbone)
-    except ValueError as reason:
+    except UsageError as reason:
         reasons.append(str(reason))
     if reasons or tower is None:
         raise UsageError(

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from prism_deco.api import load
+from prism_deco.distributed import requested_device
 from prism_deco.errors import UsageError
-from prism_deco.evaluation.ranks import asked_device
 
 DTYPES = ("float32", "bfloat16")
 
@@ -68,7 +68,7 @@ class PrismDeco(lmms):
             raise UsageError(f"batch_size={batch_size}: give the number of requests to answer at a time.")
         self.batch_size = int(batch_size)
         self.max_new_tokens = max_new_tokens
-        self.device = asked_device(device or "auto")
+        self.device = requested_device(device or "auto")
         self.model = load(run, device=self.device, dtype=getattr(torch, dtype) if dtype else None)
 
     @property

@@ -123,7 +123,7 @@ def plan_run(
         if memory_bytes is None and kind:
             memory_bytes = accelerator(kind).memory
         needs = _least_recomputation(config, setup, sequences, peak and peak * mfu, memory_bytes)
-    except ValueError as error:
+    except UsageError as error:
         return Plan(name, kind, None, (str(error),), ())
     warnings = [missing] if missing else []
     return Plan(name, kind, needs, tuple(_batch_problems(config, setup)), tuple(warnings))
@@ -225,6 +225,6 @@ def _batch_problems(config: DictConfig, setup: Setup) -> list[str]:
     one = Population(np.ones(1, dtype=int), np.ones(1, dtype=bool))
     try:
         SAMPLERS.get(config.recipe.sampler)(one, config.recipe.global_batch_size, 0, setup.devices)
-    except ValueError as error:
+    except UsageError as error:
         return [str(error)]
     return []

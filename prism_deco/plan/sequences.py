@@ -13,6 +13,7 @@ from prism_deco.config import cache_dir
 from prism_deco.data import build_source
 from prism_deco.data.records import Records
 from prism_deco.data.split import Subset, first, open_parts
+from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel
 from prism_deco.plan.meta_models import llm_of
 
@@ -65,7 +66,7 @@ def sequences_of(config: DictConfig) -> tuple[Sequences, str | None]:
         return _estimate(config), None  # a data set that is made when it is first trained on
     try:
         source = build_source(group(config, "data"))
-    except ValueError as error:
+    except UsageError as error:
         if statistics is None:
             raise
         return _estimate(config), str(error)
@@ -95,7 +96,7 @@ def _measure(records: Subset, llm: LanguageModel, micro_batch_size: int) -> Sequ
     try:
         per_word, supervised = _tokens_per_word(records, llm)
         source = "measured"
-    except (ValueError, OSError) as error:
+    except UsageError as error:
         log.warning("Lengths are estimated from words, as the tokenizer is not here: %s", error)
         per_word, supervised, source = TOKENS_PER_WORD, SUPERVISED, "words"
     lengths = per_word * records.words

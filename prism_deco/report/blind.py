@@ -97,7 +97,7 @@ def _own_split(benchmark: str) -> str:
     """The split that a benchmark is scored on when none is asked for; `own` where it has no splits."""
     try:
         return load_choice("benchmark", benchmark).get("split") or "own"
-    except ValueError:  # the user's own YAML, which its name alone does not find
+    except UsageError:  # the user's own YAML, which its name alone does not find
         return "own"
 
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prism_deco.config.schema import Config
+from prism_deco.errors import UsageError
 from prism_deco.plan.estimate import plan_run
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def _flops_per_sample(text: str) -> float | None:
     config: Any = OmegaConf.create(text)
     try:
         needs = plan_run(config).needs
-    except (ValueError, OmegaConfBaseException) as error:
+    except (UsageError, OmegaConfBaseException) as error:
         log.warning("What a step costs is not known: %s", error)
         return None
     return needs.flops / needs.records / config.recipe.epochs if needs is not None else None

@@ -73,7 +73,7 @@ def expand(spec: Spec) -> list[SweepCell]:
         try:
             config = final_config(overrides)
             _check_benchmarks(config)
-        except ValueError as error:
+        except UsageError as error:
             raise UsageError(f"Cell {number} of {len(combinations)}, {name}: {error}") from error
         # Some file systems do not tell capitals from small letters.
         if name.casefold() in RESERVED:

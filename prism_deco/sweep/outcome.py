@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from prism_deco.stopping import OUT_OF_MEMORY, PREEMPTED
+from prism_deco.exits import OUT_OF_MEMORY, PREEMPTED
 from prism_deco.sweep.supervisor import STOP_SIGNALS
 from prism_deco.training.status import read_status
 
 TAIL_LINES, TAIL_BYTES = 20, 16_384
+_FRAME = re.compile(r'^  File "(.+)", line (\d+)', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,9 @@ def judge(code: int, run: Path, log: Path, before: object = None) -> Outcome:
         name = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"signal {code - 128}"
         hint = " (the machine's memory may have run out)" if name == "SIGKILL" else ""
         return Outcome("failed", f"killed by {name}{hint}")
-    last = tail(log).splitlines()[-1:]
-    return Outcome("failed", f"exit code {code}" + (f": {last[0].strip()}" if last else ""))
+    end = tail(log)
+    said = f": {end.splitlines()[-1].strip()}" if end else ""
+    return Outcome("failed", f"exit code {code}{said}{_location(end) if code == 1 else ''}")
 
 
 def stamp(run: Path) -> int:
@@ -72,6 +75,12 @@ def tail(log: Path) -> str:
         return ""
     lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
     return "\n".join([line for line in lines if line][-TAIL_LINES:])
+
+
+def _location(text: str) -> str:
+    """The innermost line of a traceback at the end of a log that is no library's code; empty where there is none."""
+    files = [(file, line) for file, line in _FRAME.findall(text) if "site-packages" not in file]
+    return f" ({files[-1][0]}, line {files[-1][1]})" if files else ""
 
 
 def progress(run: Path, total: int | None) -> tuple[int, int | None] | None:

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from prism_deco.errors import UsageError
-from prism_deco.stopping import OUT_OF_MEMORY, PREEMPTED
+from prism_deco.exits import OUT_OF_MEMORY, PREEMPTED
 from prism_deco.sweep.expand import SweepCell
 from prism_deco.sweep.launchers import lock_path, log_path, train_command
 from prism_deco.sweep.ledger import LedgerEntry

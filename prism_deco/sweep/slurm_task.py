@@ -9,8 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from prism_deco.exits import PREEMPTED
 from prism_deco.files import write_whole
-from prism_deco.stopping import PREEMPTED
 from prism_deco.sweep.launchers import clean_environment, start_supervised
 
 

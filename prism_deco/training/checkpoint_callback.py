@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from prism_deco.errors import UsageError
+from prism_deco.exits import Preempted
 from prism_deco.training.checkpoint_state import (
     checkpoint_tensors,
     fast_forward,
@@ -29,8 +30,6 @@ from prism_deco.training.metrics import VAL_LOSS, Metrics
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.preemption import Preemption
 from prism_deco.training.sharding import reshard
-from prism_deco.training.stops import Preempted
-from prism_deco.training.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -43,19 +42,15 @@ class Checkpointing(Callback):
         resume: the checkpoint to go on from; None begins at the start.
         every: steps between checkpoints.
         keep: checkpoints that stay.
-        watch: is told of every step.
     """
 
-    def __init__(
-        self, folder: Path, resume: Path | None, *, every: int, keep: int, watch: Watch, preemption: Preemption
-    ):
+    def __init__(self, folder: Path, resume: Path | None, *, every: int, keep: int, preemption: Preemption):
         if keep < 1 or every < 1:
             raise UsageError("trainer.keep_checkpoints must be at least 1, trainer.checkpoint_every above 0.")
         self._folder = folder
         self._resume = resume
         self._every = every
         self._keep = keep
-        self._watch = watch
         self._preemption = preemption
         self._metrics: Metrics | None = None
         self._best: int | None = None
@@ -75,7 +70,6 @@ class Checkpointing(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._preemption.claim()
-        self._watch.beat()
         step = trainer.global_step
         known = bool(self._metrics and step in self._metrics.validated)
         if step and self._validates(trainer, step) and not trainer.strategy.broadcast(known):
@@ -83,12 +77,6 @@ class Checkpointing(Callback):
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self._watch.beat()
-
-    def on_validation_batch_start(self, *_: Any) -> None:
-        self._watch.beat()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         module, step = cast(TrainingModule, pl_module), trainer.global_step
@@ -109,9 +97,6 @@ class Checkpointing(Callback):
             self._best = step
             self._save(trainer, cast(TrainingModule, pl_module))
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._watch.rest()
-
     def _save(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
         module, optimizer, scheduler = _parts(trainer, pl_module)
         reshard(module.vlm)
@@ -122,7 +107,6 @@ class Checkpointing(Callback):
         save_checkpoint(folder, step, checkpoint_tensors(module.vlm, optimizer), content)
         if trainer.is_global_zero:
             prune_checkpoints(folder, self._keep, self._best)
-        self._watch.beat()
 
     def _validates(self, trainer: pl.Trainer, step: int) -> bool:
         return bool(trainer.limit_val_batches) and step % int(trainer.val_check_interval or 1) == 0

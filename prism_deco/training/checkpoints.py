@@ -22,11 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prism_deco.errors import UsageError
+from prism_deco.exits import CheckpointFailed
 from prism_deco.files import sync_folder, write_json
 from prism_deco.tensors import open_safetensors
 from prism_deco.training.safetensors_writer import write_safetensors
 from prism_deco.training.shard_blocks import piece_of
-from prism_deco.training.stops import CheckpointFailed
 
 log = logging.getLogger(__name__)
 

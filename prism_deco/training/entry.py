@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.backbones.weights import ASSET
 from prism_deco.build import build_model, group
-from prism_deco.config import cache_dir, read_config, save_config
+from prism_deco.config import cache_dir, compose, read_config, save_config
 from prism_deco.config.registry import import_plugins
 from prism_deco.data import build_source
 from prism_deco.data.split import open_parts
+from prism_deco.distributed import World
 from prism_deco.errors import UsageError
+from prism_deco.exits import Preempted, RankFailed, Stop
 from prism_deco.llms.checkpointing import ACTIVATION_CHECKPOINTING
 from prism_deco.llms.tuning import tuning
 from prism_deco.plan import AUTO, plan_run, problems
 from prism_deco.plan.accelerators import device_memory
+from prism_deco.processes import clear_failures, start_ranks
 from prism_deco.training.init_from import check_start, find_start
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.preemption import Preemption
-from prism_deco.training.ranks import Ranks
 from prism_deco.training.run_dir import Plan, holds_run, lock_run, prepare_run, run_folder
 from prism_deco.training.sharding import Sharding
 from prism_deco.training.status import THROUGH, read_status, set_status
-from prism_deco.training.stops import Preempted, Stop
 from prism_deco.training.trainer import strategy_of, train
-from prism_deco.training.watch import forget
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class Scoring(Protocol):
         """What of it the run in a folder does not have yet; None where it has all."""
         ...
 
-    def __call__(self, folder: Path) -> None:
+    def __call__(self, folder: Path, world: World) -> None:
         """Measures it; all processes call this."""
         ...
 
@@ -67,7 +66,6 @@ def run(
     *,
     overwrite: bool = False,
     force: bool = False,
-    arguments: Sequence[str] = (),
 ) -> int:
     """Trains and scores what the configuration says, or goes on with it where an earlier call has stopped.
 
@@ -75,7 +73,6 @@ def run(
         scoring: what follows training, also of a run that is done, as far as it lacks it; None is nothing.
         overwrite: replace an earlier run in the folder.
         force: train even what does not fit this machine's memory by its plan.
-        arguments: the command line, for the other processes of this machine.
 
     Returns:
         The exit code: 0 done, 75 preempted, 76 out of memory, 1 another failure.
@@ -83,37 +80,60 @@ def run(
     Raises:
         UsageError: wrong input.
     """
-    ranks, preemption = Ranks(config.trainer), Preemption()
+    world = World.of(config.trainer)
     try:
-        with preemption.watched(), ranks.started(arguments), ExitStack() as held:
-            run_folder(config)
-            if not _is_through(config, overwrite):
-                _find_files(config)
-            import_plugins(config.plugins)  # what is planned, and the benchmarks, may be theirs
-            config.trainer.activation_checkpointing = ranks.decide(lambda: _fit(config, force))
-            ranks.decide(partial(_prepare_scoring, config, scoring, overwrite))
-            plan = ranks.decide(lambda: _prepare(config, overwrite, held))
-            if plan.state == "done":
-                scoring = ranks.decide(partial(_newly_asked, config, plan.folder, scoring))
-                if scoring is None:
-                    log.info("The run in %s is done. Another one: run_id=NAME; in its place: --overwrite", plan.folder)
-                    return 0
-                log.info("The run in %s is done but for the scoring that is newly asked for", plan.folder)
-            if plan.state == "train":
-                train(config, plan, ranks, preemption)
-            if preemption.requested:
-                raise Preempted("made way before the scoring")
-            if scoring is not None:
-                scoring(plan.folder)
-            if ranks.is_main:
-                spent = {key: value for key, value in read_status(plan.folder).items() if key != "state"}
-                set_status(plan.folder, "done", **spent)
-            log.info("The run is in %s; watch it with: tensorboard --logdir %s", plan.folder, config.runs_dir)
-            return 0
+        if world.starts_ranks:
+            # Plain values: the classes of a composed configuration cannot be pickled.
+            return start_ranks(_run, (OmegaConf.to_container(config), scoring, overwrite, force), world)
+        return _run(config, scoring, overwrite, force)
     except Stop as stop:
-        if ranks.is_main:
-            sys.stderr.write(f"prism-deco: {stop.state.replace('_', ' ')}: {' '.join(str(stop).split())}\n")
+        if isinstance(stop, RankFailed):
+            _record(run_folder(config), stop)
+        sys.stderr.write(f"prism-deco: {stop.state.replace('_', ' ')}: {' '.join(str(stop).split())}\n")
         return stop.exit_code
+
+
+def _run(config: Any, scoring: Scoring | None, overwrite: bool, force: bool) -> int:
+    """What each process of a run does; see `run`."""
+    config = config if isinstance(config, DictConfig) else compose(config)
+    world, preemption = World.of(config.trainer), Preemption()
+    # Until the processes have met, a signal ends them at once: they wait for each other in code that heeds none.
+    with world.joined(), preemption.watched(), ExitStack() as held:
+        run_folder(config)
+        if not _is_through(config, overwrite):
+            _find_files(config)
+        import_plugins(config.plugins)  # what is planned, and the benchmarks, may be theirs
+        config.trainer.activation_checkpointing = world.decide(lambda: _fit(config, force))
+        world.decide(partial(_prepare_scoring, config, scoring, overwrite))
+        plan = world.decide(lambda: _prepare(config, overwrite, held))
+        if plan.state == "done":
+            scoring = world.decide(partial(_newly_asked, config, plan.folder, scoring))
+            if scoring is None:
+                log.info("The run in %s is done. Another one: run_id=NAME; in its place: --overwrite", plan.folder)
+                return 0
+            log.info("The run in %s is done but for the scoring that is newly asked for", plan.folder)
+        if plan.state == "train":
+            train(config, plan, world, preemption)
+        if preemption.requested:
+            raise Preempted("made way before the scoring")
+        if scoring is not None:
+            scoring(plan.folder, world)
+        if world.is_main:
+            spent = {key: value for key, value in read_status(plan.folder).items() if key != "state"}
+            set_status(plan.folder, "done", **spent)
+        log.info("The run is in %s; watch it with: tensorboard --logdir %s", plan.folder, config.runs_dir)
+        return 0
+
+
+def _record(folder: Path, stop: Stop) -> None:
+    """Writes the status of a run whose processes were killed; those that were left know less about the reason."""
+    if read_status(folder).get("state") in (None, *THROUGH):
+        return
+    with suppress(UsageError):  # another command is training it by now
+        lock = lock_run(folder)
+        set_status(folder, stop.state, reason=str(stop))
+        if lock:
+            lock.close()
 
 
 def check(
@@ -136,7 +156,7 @@ def check(
     Raises:
         UsageError: the folder holds another run, data are missing, parts do not fit together, or not this machine.
     """
-    ranks = Ranks(config.trainer)
+    world = World.of(config.trainer)
     if _is_through(config, overwrite):
         return
     _find_files(config)
@@ -147,13 +167,13 @@ def check(
     vlm, _ = build_model(config, device="meta")
     tuning(config.recipe.lm).check()
     TrainingModule(vlm, config.recipe, total_steps=1, nonfinite=config.trainer.nonfinite)
-    strategy_of(config, ranks)
+    strategy_of(config, world)
     if config.trainer.strategy == "fsdp":
-        Sharding.of(config.trainer, ranks.size)
+        Sharding.of(config.trainer, world.size)
     source = build_source(group(config, "data"))
     if scoring is not None:
         scoring.prepare(source.benchmarks)
-    if ranks.is_main:  # it may index the data
+    if world.is_main:  # it may index the data
         open_parts(source, cache_dir(), val_fraction=config.data.val_fraction, limit=config.data.limit)
         _fit(config, force)
 
@@ -195,7 +215,7 @@ def _prepare(config: DictConfig, overwrite: bool, held: ExitStack) -> Plan:
     plan = prepare_run(config, overwrite=overwrite)
     if lock := lock_run(plan.folder):
         held.enter_context(lock)
-    forget(plan.folder)
+    clear_failures(plan.folder)
     return plan
 
 
@@ -207,7 +227,7 @@ def _fit(config: DictConfig, force: bool) -> str:
     memory = device_memory() // (1 if torch.cuda.is_available() else max(1, config.trainer.devices))
     try:
         run_plan = plan_run(config, memory_bytes=memory)
-    except Exception as error:  # a plug-in's code may not bear being walked through without data
+    except RuntimeError as error:  # as torch raises where code asks for the values of tensors that have none
         log.warning("The run's memory could not be planned (%s: %s)", type(error).__name__, error)
         return unplanned
     if run_plan.problems:

@@ -10,15 +10,15 @@ from omegaconf import DictConfig
 
 from prism_deco.build import group
 from prism_deco.config import cache_dir
+from prism_deco.distributed import World
 from prism_deco.features import CachedBackbone, CachedExamples, FeatureCache
 from prism_deco.training.datamodule import Conversations
-from prism_deco.training.ranks import Ranks
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
 
 
-def build_caches(config: DictConfig, vlm: VLM, data: Conversations, ranks: Ranks) -> list[FeatureCache]:
+def build_caches(config: DictConfig, vlm: VLM, data: Conversations, world: World) -> list[FeatureCache]:
     """The caches of the training and the validation records, complete. All processes must call it.
 
     Args:
@@ -41,10 +41,10 @@ def build_caches(config: DictConfig, vlm: VLM, data: Conversations, ranks: Ranks
         for examples in (data.train_examples, data.val_examples)
     ]
     for cache in caches:
-        ranks.decide(cache.check_space)
+        world.decide(cache.check_space)
         workers = config.data.num_workers
-        cache.build(ranks.device, rank=ranks.local_rank, ranks=ranks.devices, num_workers=workers)
-    ranks.meet()
+        cache.build(world.device, rank=world.local_rank, ranks=world.devices, num_workers=workers)
+    world.barrier()
     return caches
 
 

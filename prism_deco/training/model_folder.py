@@ -152,7 +152,7 @@ def _named_base(folder: Path, config: DictConfig) -> PreTrainedModel:
     try:
         llm = build_llm(group(config, "llm"), **prompt_options(config))
         found = weights_record(llm.spec)
-    except ValueError as error:
+    except UsageError as error:
         raise UsageError(f"{folder} holds no language model, it names the one it was trained on: {error}") from error
     wanted = json.loads((folder / BASE_RECORD).read_text())
     if found["sha256"] != wanted["sha256"]:

@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from prism_deco.config.registry import unknown
 from prism_deco.data.loader import Step
+from prism_deco.exits import NonFinite
 from prism_deco.training.nonfinite import POLICIES, diagnose
 from prism_deco.training.optim import adamw, clip_gradients, grad_norm, parameter_groups, warmup_cosine
-from prism_deco.training.stops import NonFinite
 from prism_deco.vlm import VLM, Loss
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from prism_deco.stopping import SIGNALS, take_over
-from prism_deco.training.stops import Preempted
+from prism_deco.exits import SIGNALS, Preempted, take_over
 
 log = logging.getLogger(__name__)
 

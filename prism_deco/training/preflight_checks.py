@@ -118,7 +118,7 @@ class Checks:
         try:
             save_model(folder, self.config, self.vlm, llm)
             expected, found = (_logits(vlm, batch) for vlm in (self.vlm, load_model(folder)[0]))
-        except ValueError as error:
+        except UsageError as error:
             raise failed("saving", f"what was saved cannot be loaded: {error}") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)

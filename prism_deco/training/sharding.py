@@ -18,7 +18,6 @@ from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import tensor_files
 from prism_deco.llms.layers import decoder_layers
 from prism_deco.projectors import Projector
-from prism_deco.training.ranks import patience
 from prism_deco.training.sharded_loading import read_weights
 from prism_deco.vlm import VLM
 
@@ -47,7 +46,7 @@ class Sharding:
         if size is not None and world_size % size:
             raise UsageError(f"trainer.shard_size={size} does not divide the {world_size} processes of the run.")
         compute = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
-        timeout = patience(timedelta(minutes=trainer.timeout_minutes))
+        timeout = timedelta(minutes=trainer.timeout_minutes)
         return cls(size, compute, getattr(torch, trainer.reduce_dtype), timeout)
 
     def apply(self, vlm: VLM, llm: LanguageModel, mesh: DeviceMesh) -> None:

@@ -23,13 +23,16 @@ from torch import Tensor
 from prism_deco.build import build_model, group, max_positions
 from prism_deco.config.registry import unknown
 from prism_deco.data import Source, build_source
+from prism_deco.distributed import World
 from prism_deco.errors import UsageError
+from prism_deco.exits import Preempted, Stop
 from prism_deco.files import write_json
 from prism_deco.llms import LanguageModel, build_llm
 from prism_deco.llms.build import tensor_files
 from prism_deco.llms.checkpointing import checkpoint_activations
 from prism_deco.llms.isolation import check_isolation
 from prism_deco.plan.flops import training_flops
+from prism_deco.processes import clear_failures, failure_recorded
 from prism_deco.training.callbacks import ProgressBar, SampleAnswers
 from prism_deco.training.checkpoint_callback import Checkpointing
 from prism_deco.training.checkpoints import step_of
@@ -42,12 +45,9 @@ from prism_deco.training.module import TrainingModule
 from prism_deco.training.monitor import SpeedMonitor, choices_of
 from prism_deco.training.preemption import Preemption, requeue
 from prism_deco.training.preflight import preflight
-from prism_deco.training.ranks import Ranks
 from prism_deco.training.run_dir import Plan
 from prism_deco.training.sharding import Sharding, reshard
 from prism_deco.training.status import read_status, set_status
-from prism_deco.training.stops import Preempted, RankFailed, Stop, as_stop
-from prism_deco.training.watch import Watch
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -55,44 +55,26 @@ log = logging.getLogger(__name__)
 FEATURE_STATISTICS_IMAGES = 512
 
 
-def train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption) -> None:
+def train(config: DictConfig, plan: Plan, world: World, preemption: Preemption) -> None:
     """Trains the configured model and writes `model/`, `manifest.json` and `status.json`.
 
     Args:
         plan: what `prepare_run` found; training goes on from its checkpoint.
-        ranks: the processes of the run; each of them calls this.
+        world: the processes of the run; each of them calls this.
 
     Raises:
         Stop: the run ended early: preempted, out of memory, a guard, another process.
     """
     started = time.time()
     finish = partial(_finish, plan.folder, config.trainer.requeue)
-    with _logged(plan.folder, ranks), Watch(plan.folder, ranks, finish) as watch:
-        if ranks.is_main:
+    with _logged(plan.folder, world), failure_recorded(plan.folder, world, finish):
+        if world.is_main:
             set_status(plan.folder, "running", pid=os.getpid(), started=started)
-        try:
-            _train(config, plan, ranks, preemption, watch)
-        except BaseException as error:
-            raise _stopped(error, ranks, watch, finish) from error
-    if ranks.is_main:
-        watch.clear()
+        _train(config, plan, world, preemption)
+    if world.is_main:
+        clear_failures(plan.folder)
         set_status(plan.folder, "trained", started=started, seconds=round(time.time() - started, 1))
-    ranks.meet()  # what follows reads the model that the first process has written
-
-
-def _stopped(error: BaseException, ranks: Ranks, watch: Watch, finish: Any) -> BaseException:
-    """Records why a run ends, in its first process, and tells the others; returns what to raise."""
-    stop = as_stop(error)
-    if stop is None and not isinstance(error, KeyboardInterrupt | SystemExit | ValueError | OSError):
-        # A broken connection is what another process's failure looks like from here.
-        stop = watch.origin()
-    told = stop or RankFailed(f"{type(error).__name__}: {error}")
-    if not (isinstance(told, Preempted) and told.agreed):
-        watch.fail(told)
-    (log.warning if isinstance(told, Preempted) else log.error)("The run stops: %s", told)
-    if ranks.is_main:
-        finish(told)
-    return stop or error
+    world.barrier()  # what follows reads the model that the first process has written
 
 
 def _finish(folder: Path, requeues: bool, stop: Stop) -> None:
@@ -102,13 +84,12 @@ def _finish(folder: Path, requeues: bool, stop: Stop) -> None:
 
 
 @contextmanager
-def _logged(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """The first process keeps a log in the run's folder; the others speak up only when something is wrong."""
-    logger = logging.getLogger("prism_deco")
-    if not ranks.is_main:
-        logger.setLevel(logging.WARNING)
+def _logged(folder: Path, world: World) -> Iterator[None]:
+    """Rank 0 keeps a log in the run's folder."""
+    if not world.is_main:
         yield
         return
+    logger = logging.getLogger("prism_deco")
     handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
@@ -119,30 +100,30 @@ def _logged(folder: Path, ranks: Ranks) -> Iterator[None]:
         handler.close()
 
 
-def _train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption, watch: Watch) -> None:
+def _train(config: DictConfig, plan: Plan, world: World, preemption: Preemption) -> None:
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     if config.recipe.start_from:
         find_start(Path(config.recipe.start_from), config)  # a wrong one must not wait for the LLM's weights
-    with ranks.main_first():
+    with world.main_first():
         source = build_source(group(config, "data"))
-    sharding = Sharding.of(config.trainer, ranks.size) if config.trainer.strategy == "fsdp" else None
+    sharding = Sharding.of(config.trainer, world.size) if config.trainer.strategy == "fsdp" else None
     vlm, llm = build_model(config, defer_llm=sharding is not None and _is_readable_in_pieces(config))
     recipe = config.recipe
     check_isolation(vlm.lm, packing=recipe.packing, turn_mask=recipe.turn_mask, longest=max_positions(config, llm))
     checkpoint_activations(vlm.lm, config.trainer.activation_checkpointing)
-    with ranks.main_first():
+    with world.main_first():
         data = Conversations(source, config, vlm, llm)
-    if ranks.is_main:
+    if world.is_main:
         set_status(plan.folder, **read_status(plan.folder), total_steps=data.total_steps)
     if config.recipe.standardise_features and plan.checkpoint is None:
-        _fit_features(vlm, data, ranks)
+        _fit_features(vlm, data, world)
     if config.recipe.start_from:
         start_from(Path(config.recipe.start_from), config, vlm, llm)
     if config.trainer.preflight and plan.checkpoint is None:
-        ranks.decide(lambda: preflight(config, plan.folder, vlm, llm, data, ranks.device))
-    caches = build_caches(config, vlm, data, ranks)
+        world.decide(lambda: preflight(config, plan.folder, vlm, llm, data, world.device))
+    caches = build_caches(config, vlm, data, world)
     module = TrainingModule(
         vlm,
         config.recipe,
@@ -152,32 +133,31 @@ def _train(config: DictConfig, plan: Plan, ranks: Ranks, preemption: Preemption,
         shard=partial(sharding.apply, vlm, llm) if sharding else None,
         preempted=lambda: preemption.requested,
     )
-    trainer = _trainer(config, plan, ranks, data, llm, watch, preemption, cached=bool(caches))
+    trainer = _trainer(config, plan, world, data, llm, preemption, cached=bool(caches))
     log.info(
         "Training %s: %d records, %d steps, %d visual tokens per image, %d processes",
         config.run_id,
         len(data.train_records),
         data.total_steps,
         vlm.projector.num_tokens,
-        ranks.size,
+        world.size,
     )
     with preemption.at_boundaries():
         with cached(vlm, data, caches):
             _fit(trainer, module, data)
-            watch.rest()
             reshard(vlm)
         digests = [cache.digest for cache in caches if cache.names]
-        _save(config, plan.folder, vlm, llm, data, module, source, ranks, digests)
+        _save(config, plan.folder, vlm, llm, data, module, source, world, digests)
 
 
-def _fit_features(vlm: VLM, data: Conversations, ranks: Ranks) -> None:
+def _fit_features(vlm: VLM, data: Conversations, world: World) -> None:
     """In the first process, for all: on another number of threads the others would round otherwise."""
 
     def fit() -> tuple[Tensor | None, Tensor | None]:
-        vlm.fit_features(data.sample_pixels(FEATURE_STATISTICS_IMAGES), ranks.device)
+        vlm.fit_features(data.sample_pixels(FEATURE_STATISTICS_IMAGES), world.device)
         return vlm.feature_mean, vlm.feature_std
 
-    vlm.feature_mean, vlm.feature_std = ranks.decide(fit)
+    vlm.feature_mean, vlm.feature_std = world.decide(fit)
 
 
 class _Errors(Callback):
@@ -209,28 +189,27 @@ def _is_readable_in_pieces(config: DictConfig) -> bool:
     return tensor_files(spec) is not None
 
 
-def strategy_of(config: DictConfig, ranks: Ranks) -> Any:
+def strategy_of(config: DictConfig, world: World) -> Any:
     """Lightning's strategy of that name; `UsageError` where it is unknown, or not for that many devices."""
     strategies = {
         "auto": lambda: "auto",
-        "ddp": lambda: DDPStrategy(timeout=ranks.timeout),
+        "ddp": lambda: DDPStrategy(timeout=world.timeout),
         # Its defaults shard nothing and synchronise nothing.
-        "fsdp": lambda: ModelParallelStrategy(data_parallel_size=ranks.size, tensor_parallel_size=1),
+        "fsdp": lambda: ModelParallelStrategy(data_parallel_size=world.size, tensor_parallel_size=1),
     }
     if config.trainer.strategy not in strategies:
         raise unknown("trainer.strategy", config.trainer.strategy, strategies)
-    if config.trainer.strategy == "auto" and ranks.size > 1:
-        raise UsageError(f"{ranks.size} devices need trainer.strategy=ddp or trainer.strategy=fsdp.")
+    if config.trainer.strategy == "auto" and world.size > 1:
+        raise UsageError(f"{world.size} devices need trainer.strategy=ddp or trainer.strategy=fsdp.")
     return strategies[config.trainer.strategy]()
 
 
 def _trainer(
     config: DictConfig,
     plan: Plan,
-    ranks: Ranks,
+    world: World,
     data: Conversations,
     llm: LanguageModel,
-    watch: Watch,
     preemption: Preemption,
     *,
     cached: bool,
@@ -240,7 +219,7 @@ def _trainer(
     every = max(1, round(every * data.total_steps)) if 0 < every < 1 else int(every)
     start = step_of(plan.checkpoint) if plan.checkpoint else 0
     keeping = Checkpointing(
-        plan.folder, plan.checkpoint, every=every, keep=settings.keep_checkpoints, watch=watch, preemption=preemption
+        plan.folder, plan.checkpoint, every=every, keep=settings.keep_checkpoints, preemption=preemption
     )
     # Only GPUs have a known peak to compare with.
     flops = training_flops(config) if torch.cuda.is_available() else None
@@ -248,16 +227,16 @@ def _trainer(
         flops = replace(flops, tower=0)
     monitor = SpeedMonitor(flops, settings.log_every, choices_of(config))
     callbacks: list[Callback] = [SampleAnswers(llm, settings.samples), monitor, keeping]
-    if ranks.is_main:
+    if world.is_main:
         callbacks.insert(0, ProgressBar())
     return pl.Trainer(
         accelerator=settings.accelerator,
-        devices=ranks.devices,
+        devices=world.devices,
         num_nodes=settings.num_nodes,
-        strategy=strategy_of(config, ranks),
+        strategy=strategy_of(config, world),
         # Sharded weights have their types set where they are sharded.
         precision="32-true" if settings.strategy == "fsdp" else settings.precision,
-        plugins=[ranks.environment] if ranks.is_group else None,
+        plugins=[world.environment] if world.grouped and world.environment else None,
         max_epochs=1,
         max_steps=data.total_steps,
         # The loader runs through all epochs in one pass; see StepSampler.
@@ -269,7 +248,7 @@ def _trainer(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_checkpointing=False,
-        enable_progress_bar=ranks.is_main,
+        enable_progress_bar=world.is_main,
         enable_model_summary=False,
         log_every_n_steps=settings.log_every,
         callbacks=callbacks,
@@ -289,11 +268,11 @@ def _save(
     data: Conversations,
     module: TrainingModule,
     source: Source,
-    ranks: Ranks,
+    world: World,
     feature_caches: list[str],
 ) -> None:
     save_model(folder / "model", config, vlm, llm)
-    if not ranks.is_main:
+    if not world.is_main:
         return
     manifest = build_manifest(
         config,
@@ -304,7 +283,7 @@ def _save(
         bad_images=module.counts["bad_images"],
         text_tokens_cut=module.counts["tokens_cut"],
         steps_skipped=module.counts["steps_skipped"],
-        devices=ranks.size,
+        devices=world.size,
         feature_caches=feature_caches,
         model_sha256=trained_sha256(folder / "model"),
         benchmarks=str(source.benchmarks) if source.benchmarks else None,

@@ -2,9 +2,9 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +13,9 @@ import torch
 import yaml
 
 from prism_deco.cli import main
+from prism_deco.commands.train import _scoring
 from prism_deco.config import load_config, read_config, save_config
+from prism_deco.distributed import World
 from prism_deco.evaluation import build_benchmark, resolve
 from prism_deco.evaluation.scoring import predict
 
@@ -103,7 +105,7 @@ def no_model(monkeypatch):
         (["benchmark=mini_gqa"], "mini_gqa needs the folder of its files"),
         (["benchmark=mini_gqa", "root=/nowhere"], "mini_gqa, split 'val': /nowhere/benchmarks/val/gqa"),
         (["--device=cuda"], "device cuda: this machine has no GPU"),
-        (["--device=foo"], "'foo' is no device"),
+        (["--device=foo"], "'foo' is not a device"),
     ],
 )
 def test_mistakes_are_found_before_the_model_is_loaded(finished, files, no_model, capsys, command, wrong, says):
@@ -235,11 +237,6 @@ def test_a_predictions_file_takes_nothing_else(tmp_path, capsys):
     assert "leave out --out, --device, a run." in " ".join(capsys.readouterr().err.split())
 
 
-@contextmanager
-def _another_process():
-    yield False
-
-
 def test_training_ends_with_the_relevance_maps_of_a_benchmark(colors, files, tmp_path, monkeypatch):
     boxes = _yaml(files.refcoco(), tmp_path / "boxes")
     source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}", f"runs_dir={tmp_path}"]
@@ -250,9 +247,9 @@ def test_training_ends_with_the_relevance_maps_of_a_benchmark(colors, files, tmp
     assert (metrics["n"], metrics["benchmark"], metrics["split"]) == (3, "boxes", "val")
     assert len((folder / "examples.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "measured/eval").exists(), "no benchmark was to be scored"
-    monkeypatch.setattr("prism_deco.evaluation.process_group", _another_process)
-    assert main(["train", "data=llava", *source, *FAST, *asked, "run_id=other"]) == 0
-    assert not (tmp_path / "other/explain").exists(), "the first process alone measures"
+    shutil.rmtree(folder)
+    _scoring(read_config(tmp_path / "measured/config.yaml"))(tmp_path / "measured", World(rank=1, size=2))
+    assert not folder.exists(), "the first process alone measures"
 
 
 def test_a_run_that_is_done_is_scored_on_what_is_newly_asked(run, colors, files, tmp_path, monkeypatch, caplog):

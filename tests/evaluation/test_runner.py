@@ -1,16 +1,15 @@
 import json
 import os
-import socket
 from dataclasses import asdict
 
 import pytest
 import torch
 import torch.multiprocessing
 
+from prism_deco.distributed import World
 from prism_deco.errors import UsageError
-from prism_deco.evaluation import build_benchmark, evaluate, load_predictions, local_device, process_group, score_file
+from prism_deco.evaluation import build_benchmark, evaluate, load_predictions, score_file
 from prism_deco.evaluation.choose import check_names, prepare, prepare_one, results_name
-from prism_deco.evaluation.ranks import asked_device
 from prism_deco.evaluation.scoring import predict
 
 KINDS = ("pope", "refcoco", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "seed", "mmbench")
@@ -270,9 +269,10 @@ def test_hashes_tell_prompts_and_data_apart(files, fake_model, tmp_path):
 def _rank(rank, keys, folder, fake_model, port):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     model = fake_model(_stem)
-    with process_group() as is_first:
-        result = evaluate(model, build_benchmark(keys), folder, batch_size=2, progress=False)
-    report = [result, model.encoded, sum(map(len, model.calls)), is_first]
+    world = World.of_torchrun()
+    with world.joined():
+        result = evaluate(model, build_benchmark(keys), folder, batch_size=2, progress=False, world=world)
+    report = [result, model.encoded, sum(map(len, model.calls)), world.is_main]
     (folder.parent / f"rank{rank}.json").write_text(json.dumps(report))
 
 
@@ -280,7 +280,7 @@ def _stem(path, prompt):
     return path.stem
 
 
-def test_two_ranks_share_the_images(files, fake_model, tmp_path):
+def test_two_ranks_share_the_images(files, fake_model, tmp_path, free_port):
     keys = files.vqav2()
     benchmark = build_benchmark(keys)
     alone = evaluate(fake_model(_stem), benchmark, tmp_path / "alone", batch_size=2, progress=False)
@@ -289,11 +289,8 @@ def test_two_ranks_share_the_images(files, fake_model, tmp_path):
     # an earlier process was killed after one answer
     done = benchmark.grade(predict(benchmark.items()[2], "002"))
     (folder / "predictions.jsonl").write_text(json.dumps(asdict(done)) + "\n" + '{"torn')
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = torch.multiprocessing.get_context("fork")
-    ranks = [context.Process(target=_rank, args=(rank, keys, folder, fake_model, port)) for rank in range(2)]
+    ranks = [context.Process(target=_rank, args=(rank, keys, folder, fake_model, free_port)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -305,40 +302,6 @@ def test_two_ranks_share_the_images(files, fake_model, tmp_path):
     assert [report[3] for report in reports] == [True, False]
     assert (folder / "predictions.jsonl").read_bytes() == (tmp_path / "alone/predictions.jsonl").read_bytes()
     assert not list(folder.glob("predictions.rank*"))
-
-
-@pytest.mark.parametrize("kind", ["cuda", "gpu", "auto"])
-def test_each_process_scores_on_its_own_gpu(monkeypatch, kind):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert local_device(kind) == torch.device("cuda", 1)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert local_device(kind) == torch.device("cpu")
-
-
-def test_other_devices_are_torch_s():
-    assert local_device("cpu") == torch.device("cpu") and local_device("cuda:1") == torch.device("cuda", 1)
-    with pytest.raises(ValueError, match="'foo' is no device: choose cpu, cuda"):
-        local_device("foo")
-
-
-def test_a_device_that_was_asked_for_is_not_replaced(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert asked_device("cpu") == asked_device("auto") == torch.device("cpu")
-    for name in ("cuda", "gpu", "cuda:0"):
-        with pytest.raises(ValueError, match=f"device {name}: this machine has no GPU .*for example cpu"):
-            asked_device(name)
-    for name, says in (("foo", "is no device"), ("meta", "cannot be used"), ("xpu", "cannot be used")):
-        with pytest.raises(ValueError, match=says):
-            asked_device(name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert asked_device("cuda") == asked_device("gpu") == torch.device("cuda", 1)
-    assert asked_device("cuda:0") == torch.device("cuda", 0)
-    with pytest.raises(ValueError, match="cuda:2: there are 2"):
-        asked_device("cuda:2")
 
 
 @pytest.fixture

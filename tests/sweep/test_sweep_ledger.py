@@ -10,7 +10,7 @@ from rich.console import Console
 
 from prism_deco.config import load_config
 from prism_deco.errors import UsageError
-from prism_deco.stopping import PREEMPTED, SIGNALS
+from prism_deco.exits import PREEMPTED, SIGNALS
 from prism_deco.sweep import Ledger, SweepCell, render, supervisor
 from prism_deco.sweep.driver import Driver
 from prism_deco.sweep.launchers import LocalLauncher

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from prism_deco.exits import CheckpointFailed
 from prism_deco.training.checkpoint_state import checkpoint_tensors, restore_tensors
 from prism_deco.training.checkpoints import (
     Checkpoint,
@@ -18,7 +19,6 @@ from prism_deco.training.checkpoints import (
     save_checkpoint,
 )
 from prism_deco.training.safetensors_writer import write_safetensors
-from prism_deco.training.stops import CheckpointFailed
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ FULL_DISK = """
 import resource, sys, torch
 from pathlib import Path
 from prism_deco.training.checkpoints import Checkpoint, newest_checkpoint, save_checkpoint
-from prism_deco.training.stops import CheckpointFailed
+from prism_deco.exits import CheckpointFailed
 folder = Path(sys.argv[1])
 save_checkpoint(folder, 1, {"model.w": torch.ones(100)}, {})
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))

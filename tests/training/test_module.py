@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 from prism_deco.config.schema import RecipeConfig
 from prism_deco.data.loader import Collate, Examples, Step
 from prism_deco.data.records import open_records
+from prism_deco.exits import NonFinite
 from prism_deco.training.module import TrainingModule
-from prism_deco.training.stops import NonFinite
 
 
 @pytest.fixture

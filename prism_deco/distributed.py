@@ -1,0 +1,310 @@
+"""This process's place among the processes of a run, its device, and how all of them agree."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from omegaconf import DictConfig
+from torch.distributed.distributed_c10d import _abort_process_group as abort_process_group
+
+from prism_deco.errors import UsageError
+from prism_deco.exits import Preempted, Stop
+
+T = TypeVar("T")
+
+# A rank that has answered all its questions waits for the slowest one, which may take days.
+PATIENCE = timedelta(days=7)
+
+
+@dataclass
+class World:
+    """This process's place among the processes of a run; by default it is the only one.
+
+    torchrun and srun start all processes and describe them in the environment. Otherwise the command that was run
+    starts one per device; see `processes.start_ranks`.
+
+    Attributes:
+        rank, size: this process among all of them.
+        local_rank, devices: this process among those of its node.
+        gpu: the run computes on GPUs.
+        grouped: the processes form a process group, which may have a single member (a strategy needs one).
+        timeout: longest time that a collective may take.
+        environment: what Lightning asks for the above.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    devices: int = 1
+    gpu: bool = False
+    grouped: bool = False
+    timeout: timedelta = PATIENCE
+    environment: ClusterEnvironment | None = None
+    _group: Any = None
+
+    @classmethod
+    def of(cls, trainer: DictConfig) -> World:
+        """The world that the `trainer` group of a configuration describes.
+
+        Raises:
+            UsageError: the machine lacks the devices, or another number of processes was started.
+        """
+        gpu = _uses_gpu(trainer)
+        devices = _local_devices(trainer, gpu)
+        size = devices * trainer.num_nodes
+        environment = _environment(size, devices)
+        if environment.world_size() != size:
+            raise UsageError(
+                f"{environment.world_size()} processes were started, but trainer.devices={devices} on "
+                f"trainer.num_nodes={trainer.num_nodes} makes {size}. Start one process per device (torchrun, srun), "
+                "or set both keys."
+            )
+        return cls(
+            rank=environment.global_rank(),
+            size=size,
+            local_rank=environment.local_rank(),
+            devices=devices,
+            gpu=gpu,
+            grouped=size > 1 or trainer.strategy in ("ddp", "fsdp"),
+            timeout=timedelta(minutes=trainer.timeout_minutes),
+            environment=environment,
+        )
+
+    @classmethod
+    def of_torchrun(cls) -> World:
+        """The processes that torchrun started, to share work without a model in common; else this one alone."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return cls()
+        environment = LightningEnvironment()
+        local_rank = environment.local_rank()
+        return cls(int(os.environ["RANK"]), size, local_rank, grouped=True, environment=environment)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes the files and the log."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The device that this process computes on."""
+        return torch.device("cuda", self.local_rank) if self.gpu else torch.device("cpu")
+
+    @property
+    def starts_ranks(self) -> bool:
+        """Whether this process is the command itself, which has to start the processes of its node."""
+        launched = not isinstance(self.environment, LightningEnvironment) or "LOCAL_RANK" in os.environ
+        return self.devices > 1 and not launched
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment variables by which the processes find each other, but for their ranks."""
+        assert self.environment is not None
+        return {
+            "WORLD_SIZE": str(self.size),
+            "MASTER_ADDR": self.environment.main_address,
+            "MASTER_PORT": str(self.environment.main_port),
+        }
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Joins the process group; leaves it with the others, or alone where something failed."""
+        if not self.grouped:
+            yield
+            return
+        ranks = {"RANK": str(self.rank), "LOCAL_RANK": str(self.local_rank)}
+        with environment_variables(self.variables | ranks):
+            if self.gpu:
+                torch.cuda.set_device(self.local_rank)
+            try:
+                backend = "nccl" if self.gpu else "gloo"
+                dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=self.timeout)
+                yield
+                _end_together()
+            except Preempted as stop:
+                if stop.agreed:
+                    _end_together()
+                raise
+            finally:
+                self.leave()
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Lets ranks wait for each other for days; the group of the training gives up after minutes."""
+        if not dist.is_initialized():
+            yield
+            return
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        try:
+            yield
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group(self._group)
+            self._group = None
+
+    def leave(self) -> None:
+        """Leaves the group without the others, some of which may have failed."""
+        if dist.is_initialized() and self.gpu:
+            abort_process_group()  # destroying an NCCL group waits for all of its members
+        elif dist.is_initialized():
+            dist.destroy_process_group()
+
+    def barrier(self) -> None:
+        """Returns when all processes have called it."""
+        if dist.is_initialized():
+            dist.barrier(group=self._group)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Runs its body in rank 0 first, whose results the others then find in the cache."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+    def decide(self, decision: Callable[[], T]) -> T:
+        """The result of a function that rank 0 alone calls.
+
+        An exception ends all processes: rank 0 raises it, the others exit with its code and say nothing.
+        """
+        if not dist.is_initialized():
+            return decision()
+        outcome: list[Any] = [None, 0]
+        if self.is_main:
+            try:
+                outcome[0] = decision()
+            except BaseException as error:
+                dist.broadcast_object_list([None, exit_code(error)])
+                raise
+        dist.broadcast_object_list(outcome)
+        result, code = outcome
+        if code:
+            raise SystemExit(code)
+        return result
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a process that ends by an exception."""
+    if isinstance(error, Stop):
+        return error.exit_code
+    return 2 if isinstance(error, UsageError) else 1
+
+
+def local_device(accelerator: str) -> torch.device:
+    """This process's device for a `trainer.accelerator` (auto | cpu | gpu | cuda): the CPU where there is no GPU."""
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def requested_device(name: str) -> torch.device:
+    """The device of a name that a user gave (auto | cpu | gpu | cuda | cuda:N | ...); never another one instead.
+
+    Raises:
+        UsageError: there is no such device, or not on this machine.
+    """
+    if name == "auto":
+        return local_device(name)
+    try:
+        device = torch.device("cuda" if name == "gpu" else name)
+    except RuntimeError as error:
+        raise UsageError(f"{name!r} is not a device. Use cpu, cuda, or cuda:N for one of several GPUs.") from error
+    if device.type == "cuda":
+        check_gpus(f"device {name}", 1 + (device.index or 0), "Use another one, for example cpu.")
+        return device if device.index is not None else local_device("cuda")
+    try:
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"device {name} cannot be used ({str(error).splitlines()[0]}). Use cpu or cuda.") from error
+    return device
+
+
+def check_gpus(asked: str, count: int, way_out: str) -> None:
+    """`UsageError` where torch finds fewer GPUs than were asked for."""
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found < count:
+        has = f"this machine has {found}" if found else "this machine has no GPU that torch can use"
+        raise UsageError(f"{asked}: {has}. {way_out}")
+
+
+def _uses_gpu(trainer: DictConfig) -> bool:
+    if trainer.accelerator not in ("gpu", "cuda"):
+        return trainer.accelerator == "auto" and torch.cuda.is_available()
+    asked = f"trainer.accelerator={trainer.accelerator}"
+    check_gpus(asked, 1, "Use trainer.accelerator=cpu, or auto, which takes a GPU where there is one.")
+    return True
+
+
+def _local_devices(trainer: DictConfig, gpu: bool) -> int:
+    """Processes on this node: `trainer.devices`, where -1 is as many as were started, or one per GPU."""
+    devices = trainer.devices
+    if devices < 1 and devices != -1:
+        raise UsageError(f"trainer.devices={devices} must be at least 1, or -1 for all GPUs.")
+    if devices == -1:
+        return _started_here() or (torch.cuda.device_count() if gpu else 1)
+    # A launcher may show each process its own GPU only.
+    if gpu and not _started_here():
+        check_gpus(f"trainer.devices={devices}", devices, "Use at most as many devices, or trainer.accelerator=cpu.")
+    return devices
+
+
+def _started_here() -> int:
+    """Processes that a launcher started on this node; 0 without a launcher."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    if _slurm_tasks() > 1:
+        return _slurm_tasks() // int(os.environ.get("SLURM_NNODES", "1"))
+    return 0
+
+
+def _slurm_tasks() -> int:
+    return int(os.environ.get("SLURM_NTASKS", "1"))
+
+
+def _environment(size: int, devices: int) -> ClusterEnvironment:
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if _slurm_tasks() > 1:
+        # Lightning's own requeueing saves within the signal handler, which ranks enter at different moments.
+        try:
+            return SLURMEnvironment(auto_requeue=False)
+        except RuntimeError as error:  # it wants the number of tasks in another variable
+            raise UsageError(str(error)) from error
+    environment = LightningEnvironment()
+    environment.set_world_size(size)
+    environment.set_global_rank(environment.node_rank() * devices + environment.local_rank())
+    return environment
+
+
+def _end_together() -> None:
+    # Destroying an NCCL group returns when all members have called it: all do so before one waits for another's end.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@contextmanager
+def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Sets environment variables for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

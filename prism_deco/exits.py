@@ -1,0 +1,91 @@
+"""How a run ends before its time: the signals that ask it to stop, the reasons, and the exit codes.
+
+Schedulers and `prism-deco sweep` act on the exit codes.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that ask a run to save a checkpoint and stop."""
+
+PREEMPTED = 75
+"""Exit code of a run that saved and stopped; the same command line resumes it (EX_TEMPFAIL)."""
+
+OUT_OF_MEMORY = 76
+"""Exit code of a run that ran out of memory."""
+
+
+def take_over(numbers: Iterable[int], handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
+    """Installs a handler for signals, except those the process was started to ignore (as `nohup` does).
+
+    Returns:
+        The previous handlers.
+    """
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heeded}
+
+
+class Stop(Exception):
+    """Ends a run with a one-line reason.
+
+    Attributes:
+        state: what `status.json` says.
+        exit_code: what the process returns.
+    """
+
+    state = "failed"
+    exit_code = 1
+
+
+class Preempted(Stop):
+    """A signal asked the run to save and stop; the same command line resumes it.
+
+    Args:
+        agreed: all processes stop at the same step.
+    """
+
+    state = "preempted"
+    exit_code = PREEMPTED
+
+    def __init__(self, reason: str, agreed: bool = False):
+        super().__init__(reason)
+        self.agreed = agreed
+
+
+class OutOfMemory(Stop):
+    """The device or the host ran out of memory."""
+
+    state = "out_of_memory"
+    exit_code = OUT_OF_MEMORY
+
+
+class NonFinite(Stop):
+    """A loss or a gradient was infinite or NaN."""
+
+
+class CheckpointFailed(Stop):
+    """A checkpoint could not be written."""
+
+
+class RankFailed(Stop):
+    """Another process of the run failed, or stopped answering."""
+
+
+def as_stop(error: BaseException) -> Stop | None:
+    """The stop that an exception amounts to; None for an error of another kind."""
+    if isinstance(error, Stop):
+        return error
+    text = str(error).lower()
+    # torch has an exception class for GPU memory only; its CPU allocator raises a plain RuntimeError.
+    on_host = isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or on_host:
+        return OutOfMemory(
+            f"Out of memory ({' '.join(str(error).split())[:200]}). Lower recipe.micro_batch_size, set "
+            "trainer.activation_checkpointing=full, or shard over more devices (trainer=fsdp)."
+        )
+    return None
