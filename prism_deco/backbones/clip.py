@@ -8,10 +8,18 @@ import open_clip
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import _build_vision_tower
 from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
 
 from prism_deco.backbones.base import BACKBONES
 from prism_deco.backbones.tower import Tower
-from prism_deco.backbones.trunks import OpenClipTrunk, Trunk, check_image_size, register_architectures, timm_trunk
+from prism_deco.backbones.trunks import (
+    OpenClipTrunk,
+    Trunk,
+    check_class,
+    check_image_size,
+    register_architectures,
+    timm_trunk,
+)
 from prism_deco.config.registry import unknown
 
 
@@ -30,12 +38,13 @@ class ClipBackbone(Tower):
     def build_trunk(cls, model: str, image_size: int | None, layer: int) -> Trunk:
         config = _config(model)
         vision = config["vision_cfg"] | {"image_size": image_size or cls.native_size(model)}
-        if "patch_size" in vision:
+        if vision.get("patch_size"):
             check_image_size(vision["image_size"], vision["patch_size"])
         visual = _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
         if isinstance(visual, TimmModel):
             # open_clip builds timm's trunks at their own size, whatever image_size says.
-            return timm_trunk(visual.trunk, vision["image_size"], layer)
+            return timm_trunk(visual.trunk, model, vision["image_size"], layer)
+        check_class(visual, model, VisionTransformer)
         return OpenClipTrunk(visual, layer)
 
     @classmethod

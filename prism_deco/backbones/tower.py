@@ -17,6 +17,9 @@ from prism_deco.errors import UsageError
 
 log = logging.getLogger(__name__)
 
+Channels = tuple[float, float, float]
+"""A number each for red, green and blue."""
+
 
 class Tower(VisionBackbone):
     """One frozen vision transformer; a family says how its trunk is built and how pixels are normalised.
@@ -33,8 +36,8 @@ class Tower(VisionBackbone):
         device: where the weights live; None is the CPU.
     """
 
-    mean: ClassVar[tuple[float, float, float]]
-    std: ClassVar[tuple[float, float, float]]
+    mean: ClassVar[Channels]
+    std: ClassVar[Channels]
 
     def __init__(
         self,
@@ -60,7 +63,8 @@ class Tower(VisionBackbone):
         self.towers = (name,)
         self.image_size = image_size or self.native_size(model)
         self.grid, self.patch_size, self.embed_dim = self.trunk.grid, self.trunk.patch_size, self.trunk.embed_dim
-        self.transform = BackboneTransform({name: TowerTransform(self.image_size, resize, self.mean, self.std)})
+        mean, std = self.normalisation(model)
+        self.transform = BackboneTransform({name: TowerTransform(self.image_size, resize, mean, std)})
         unread = self.image_size - self.grid[0] * self.patch_size
         if unread:
             log.info(
@@ -80,6 +84,11 @@ class Tower(VisionBackbone):
     def native_size(cls, model: str) -> int:
         """Side in pixels of the input that the architecture was made for."""
         raise NotImplementedError
+
+    @classmethod
+    def normalisation(cls, model: str) -> tuple[Channels, Channels]:
+        """Mean and standard deviation per colour, for values in 0..1; the family's own by default."""
+        return cls.mean, cls.std
 
     @property
     def blocks(self) -> list[nn.Module]:

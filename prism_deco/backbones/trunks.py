@@ -6,7 +6,9 @@ import importlib
 from typing import Any, cast
 
 import open_clip.transformer
-import timm.models.vision_transformer
+import torch
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prism_deco.errors import UsageError
@@ -22,14 +24,14 @@ class Trunk(nn.Module):
         grid: patch grid (height, width).
         patch_size: side of a patch in pixels.
         embed_dim: channels of a token.
-        class_position: whether the position table has a row for the class token.
+        prefix_positions: rows at the start of the position table that are not of patches (class token, registers).
     """
 
     vit: Any
     grid: tuple[int, int]
     patch_size: int
     embed_dim: int
-    class_position: bool
+    prefix_positions: int
 
     def __init__(self, vit: nn.Module, layer: int):
         super().__init__()
@@ -54,9 +56,9 @@ class Trunk(nn.Module):
 
 
 class TimmTrunk(Trunk):
-    """timm's VisionTransformer (SigLIP, DINOv2)."""
+    """timm's VisionTransformer (SigLIP, DINOv2) or Eva (DINOv3, EVA-02, Perception Encoder)."""
 
-    vit: timm.models.vision_transformer.VisionTransformer
+    vit: VisionTransformer | Eva
 
     def __init__(self, vit: nn.Module, layer: int):
         super().__init__(vit, layer)
@@ -64,7 +66,8 @@ class TimmTrunk(Trunk):
         self.grid = embed.grid_size
         self.patch_size = embed.feat_ratio()
         self.embed_dim = self.vit.embed_dim
-        self.class_position = self.vit.has_class_token and not self.vit.no_embed_class
+        self.prefix_positions = 0 if self.vit.no_embed_class else self.vit.num_prefix_tokens
+        self.vit.register_load_state_dict_post_hook(_fill_buffers)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -78,6 +81,17 @@ class TimmTrunk(Trunk):
         return cast(list[Tensor], taken)[0]
 
 
+def _fill_buffers(vit: nn.Module, _: Any) -> None:
+    """Computes what no file holds (rotary frequencies) once a model built on the meta device has its weights."""
+    device = next((parameter.device for parameter in vit.parameters() if not parameter.is_meta), torch.device("cpu"))
+    for module in vit.modules():
+        hollow = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in hollow:
+            setattr(module, name, torch.empty_like(module.get_buffer(name), device=device))
+        if hollow:
+            cast(Any, module).init_non_persistent_buffers()
+
+
 class OpenClipTrunk(Trunk):
     """open_clip's VisionTransformer (CLIP)."""
 
@@ -88,7 +102,7 @@ class OpenClipTrunk(Trunk):
         self.grid = self.vit.grid_size
         self.patch_size = cast(tuple[int, int], self.vit.patch_size)[0]
         self.embed_dim = self.vit.class_embedding.shape[0]
-        self.class_position = True
+        self.prefix_positions = 1
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -102,11 +116,25 @@ class OpenClipTrunk(Trunk):
         return cast(list[Tensor], taken["image_intermediates"])[0]
 
 
-def timm_trunk(vit: Any, image_size: int, layer: int) -> TimmTrunk:
-    """timm's VisionTransformer brought to another input size and cut off after its tap."""
+def timm_trunk(vit: Any, model: str, image_size: int, layer: int) -> TimmTrunk:
+    """timm's VisionTransformer or Eva, brought to another input size and cut off after its tap.
+
+    Raises:
+        UsageError: `vit` is of another class, or the input holds no patch.
+    """
+    check_class(vit, model, VisionTransformer, Eva)
     check_image_size(image_size, vit.patch_embed.feat_ratio())
     vit.set_input_size((image_size, image_size))
     return TimmTrunk(vit, layer)
+
+
+def check_class(vit: nn.Module, model: str, *known: type[nn.Module]) -> None:
+    """`UsageError` for a model of another class: its features may form no patch grid."""
+    if not isinstance(vit, known):
+        raise UsageError(
+            f"backbone.model={model} is a {type(vit).__name__}, whose features cannot be read as a grid of patches. "
+            f"Choose a model that is a {' or '.join(kind.__name__ for kind in known)}."
+        )
 
 
 def check_image_size(image_size: int, patch_size: int) -> None:

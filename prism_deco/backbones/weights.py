@@ -83,7 +83,7 @@ def load_trunk(trunk: Trunk, path: Path, name: str, device: torch.device) -> Non
         tensors = open_tensors(file)
         state |= {key: tensors[source] for key, source in vision.items() if where[source] == file}
     state = {key: value.float() for key, value in to_timm(state, layout, trunk.tap, trunk.depth).items()}
-    if "pos_embed" in state and ("cls_token" in state or not trunk.class_position):
+    if "pos_embed" in state and ("cls_token" in state or not trunk.prefix_positions):
         _fit_positions(state, trunk, path)
     if isinstance(trunk, OpenClipTrunk):
         state = to_open_clip(state)
@@ -93,8 +93,8 @@ def load_trunk(trunk: Trunk, path: Path, name: str, device: torch.device) -> Non
 
 def _fit_positions(state: dict[str, Tensor], trunk: Trunk, path: Path) -> None:
     table = state["pos_embed"]
-    prefix = int(trunk.class_position)
-    if not trunk.class_position and "cls_token" in state and math.isqrt(table.shape[1] - 1) ** 2 == table.shape[1] - 1:
+    prefix = trunk.prefix_positions
+    if not prefix and "cls_token" in state and math.isqrt(table.shape[1] - 1) ** 2 == table.shape[1] - 1:
         # DINOv2's release and the Hugging Face port give the class token a position; timm has it added already.
         state["cls_token"] = state["cls_token"] + table[:, :1]
         table = table[:, 1:]

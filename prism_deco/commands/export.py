@@ -29,7 +29,7 @@ def export(args: argparse.Namespace) -> None:
     import torch
 
     from prism_deco.api import load
-    from prism_deco.export import check_empty, save_llava
+    from prism_deco.export import check_empty, save_llava, whole_folder
     from prism_deco.training.consolidate import consolidate
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
@@ -39,7 +39,8 @@ def export(args: argparse.Namespace) -> None:
             raise UsageError(
                 "--checkpoint writes a model folder as a run does: export that one with --merge, --hf or --dtype."
             )
-        consolidate(args.run, args.checkpoint, args.to)
+        with whole_folder(args.to) as building:
+            consolidate(args.run, args.checkpoint, building)
     else:
         _check_merge(args.run, args.merge)
         model = load(args.run)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from prism_deco.config import compose, load_choice, save_config
 from prism_deco.errors import UsageError
@@ -22,6 +28,8 @@ log = logging.getLogger(__name__)
 
 SHARD_SIZE = "4GB"
 """Largest weights file. Saving copies one file's tensors at a time, so this also bounds the memory it takes."""
+
+_BUILDING = ".building"
 
 
 def save_folder(
@@ -48,26 +56,76 @@ def save_folder(
     merge_adapters(vlm)
     if dtype is not None:
         vlm.cast(dtype)  # after merging, whose sums would else be rounded
-    log.info("Writing the model to %s", folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = vlm.state_dict()
     parts = {
         WEIGHTS: {name: tensor for name, tensor in state.items() if not name.startswith("backbone.")},
         TOWER: vlm.backbone.state_dict(),
     }
-    for file, tensors in parts.items():
-        pattern = file.replace(".", "{suffix}.", 1)
-        save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=max_shard_size)
-    shipped = portable(config)
-    save_config(shipped, folder / CONFIG)
-    describe_parts(folder, shipped, vlm, llm)
-    write_card(folder, card(config, vlm, llm))
+    with whole_folder(folder, stored_bytes(state)) as building:
+        for file, tensors in parts.items():
+            pattern = file.replace(".", "{suffix}.", 1)
+            save_torch_state_dict(tensors, building, filename_pattern=pattern, max_shard_size=max_shard_size)
+        shipped = portable(config)
+        save_config(shipped, building / CONFIG)
+        describe_parts(building, shipped, vlm, llm)
+        write_card(building, card(config, vlm, llm))
 
 
 def check_empty(folder: Path) -> None:
     """`UsageError` if the folder exists and anything is in it."""
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(path.name != _BUILDING for path in folder.iterdir()):
         raise UsageError(f"{folder} is not empty: an export does not mix with other files. Name a new folder.")
+
+
+@contextmanager
+def whole_folder(folder: Path, need: int | None = None) -> Iterator[Path]:
+    """A place to write to, whose files move to `folder` once all are there; after an error nothing of them is left.
+
+    Args:
+        folder: new, or empty.
+        need: bytes that will be written, about; None where they are not known.
+
+    Raises:
+        UsageError: there is something in the folder already, or no room for what is written.
+    """
+    check_empty(folder)
+    log.info("Writing the model to %s", folder)
+    exists = folder.exists()
+    building = folder / _BUILDING
+    shutil.rmtree(building, ignore_errors=True)  # of an export that was killed
+    building.mkdir(parents=True)
+    try:
+        if need is not None and shutil.disk_usage(building).free < need:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield building
+        for path in building.iterdir():
+            path.rename(folder / path.name)
+    except Exception as error:
+        reason = _no_room(error)
+        if reason is None:
+            raise
+        wanted = "" if need is None else f" It needs about {need / 1e6:.1f} MB."
+        free = shutil.disk_usage(building).free / 1e6
+        raise UsageError(
+            f"The export to {folder} could not be written: {reason} ({free:.1f} MB free).{wanted} Free some "
+            "space, or name a folder on another disk."
+        ) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        if not exists and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def stored_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Size of tensors in a file, where those that share memory stand once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}.values())
+
+
+def _no_room(error: Exception) -> str | None:
+    """What an error says about a disk, a quota or the allowed size of a file being exhausted."""
+    # safetensors and tokenizers are written in Rust: their errors have the reason in the text alone.
+    reasons = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+    return next((reason for reason in reasons if reason in str(error)), None)
 
 
 def write_card(folder: Path, text: str) -> None:

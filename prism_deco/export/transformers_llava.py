@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from prism_deco.errors import UsageError
-from prism_deco.export.folder import SHARD_SIZE, check_empty, merge_adapters, write_card
+from prism_deco.export.folder import SHARD_SIZE, check_empty, merge_adapters, stored_bytes, whole_folder, write_card
 from prism_deco.export.llava_card import llava_card
 from prism_deco.export.processor import IMAGE_TOKEN, llava_processor, preprocessing_note, token_ids_note
 from prism_deco.export.vision import vision_model
@@ -63,15 +63,14 @@ def save_llava(
     notes = [note for note in (preprocessing_note(vlm), token_ids_note(processor, llm)) if note]
     for note in notes:
         log.warning("%s", note)
-    log.info("Writing the model to %s", folder)
-    folder.mkdir(parents=True, exist_ok=True)
     if dtype is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = next(model.parameters()).dtype
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    processor.save_pretrained(folder)
-    write_card(folder, llava_card(config, vlm, llm, difference, notes))
+    with whole_folder(folder, stored_bytes(model.state_dict())) as building:
+        model.save_pretrained(building, max_shard_size=max_shard_size)
+        processor.save_pretrained(building)
+        write_card(building, llava_card(config, vlm, llm, difference, notes))
 
 
 def to_llava(vlm: VLM, llm: LanguageModel, image_id: int) -> LlavaForConditionalGeneration:

@@ -6,6 +6,7 @@ import re
 from typing import Any, cast
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, SiglipVisionConfig, SiglipVisionModel
 
@@ -33,7 +34,7 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
         block = cast(Any, trunk.blocks[0])
         sizes = _sizes(trunk, backbone.image_size, block.attn.num_heads, block.mlp.c_fc, block.mlp.gelu, block.ln_1)
         model = _hollow(CLIPVisionModel, CLIPVisionConfig(**sizes))
-    elif isinstance(trunk, TimmTrunk):
+    elif isinstance(trunk, TimmTrunk) and isinstance(trunk.vit, VisionTransformer):
         embedding = trunk.vit.patch_embed
         if not isinstance(getattr(embedding, "proj", None), nn.Conv2d):
             raise UsageError(
@@ -44,7 +45,7 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
         sizes = _sizes(trunk, backbone.image_size, block.attn.num_heads, block.mlp.fc1, block.mlp.act, block.norm1)
         model = _hollow(SiglipVisionModel, SiglipVisionConfig(**sizes, vision_use_head=False))
     else:
-        raise UsageError(f"transformers has no class for the tower {type(trunk).__name__}")
+        raise UsageError(f"its tower is a {type(trunk.vit).__name__}, and that class has a CLIP or SigLIP tower")
     state, depth = trunk.vit.state_dict(), len(trunk.blocks)
     layout = recognise(state)
     assert layout is not None

@@ -180,3 +180,16 @@ def test_adapters_are_merged(random_model, tmp_path):
     torch.testing.assert_close(logits(loaded), before, rtol=1e-4, atol=1e-4)
     save_llava(tmp_path / "hf", config, vlm, llm)
     assert (tmp_path / "hf" / "model.safetensors").is_file()
+
+
+def test_a_tower_with_buffers_that_no_file_holds(random_model, tmp_path):
+    """Rotary frequencies of a DINOv3 tower are computed anew."""
+    tower = tmp_path / "tower.yaml"
+    tower.write_text("family: dinov2\nmodel: vit_small_patch16_dinov3\npretrained: false\nimage_size: 32\n")
+    config, vlm, llm = random_model(str(tower))
+    model = Model(vlm, llm, config)
+    model.save(tmp_path / "export")
+    loaded = prism_deco.load(tmp_path / "export")
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ValueError, match="its tower is a Eva"):
+        save_llava(tmp_path / "hf", config, vlm, llm)
