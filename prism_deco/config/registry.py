@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from prism_deco.errors import UsageError
@@ -70,6 +72,18 @@ class Registry(Generic[T]):
             importlib.import_module(module.name)
         for name in self._also:
             importlib.import_module(name)
+
+
+def require_imported(modules: Iterable[str], origin: Path) -> None:
+    """`UsageError` where a stored configuration names plug-ins that nobody has imported: opening a folder must not run
+    the code that its author chose."""
+    missing = [module for module in modules if module not in sys.modules]
+    if missing:
+        names = ",".join(missing)
+        raise UsageError(
+            f"{origin} names plug-in modules: {names}. They are not imported unless you name them yourself, since that "
+            f"runs their code: plugins=[{names}] on the command line, load(..., plugins={missing}) in Python."
+        )
 
 
 def import_plugins(modules: Iterable[str]) -> None:

@@ -23,6 +23,13 @@ PART_KEYS = ("settings", "rows", "axes", "choose")
 PART = "part"
 """The label that says which part of a sweep a cell belongs to."""
 
+SLURM_NOT_TEXT = (
+    "time", "nodes", "ntasks_per_node", "cpus_per_task", "cpus_per_gpu", "num_gpus", "gpus_per_node", "gpus_per_task",
+    "setup", "teardown", "signal_delay_s", "exclusive", "array_parallelism", "stderr_to_stdout", "map_count",
+    "additional_parameters", "srun_args", "use_srun",
+)  # fmt: skip
+"""submitit's options that YAML reads: numbers, switches and lists. The others are text: an account may be 007."""
+
 BENCHMARKS = "evaluate.benchmarks"
 """Its commas make one list: two cells that differ only in their scoring would be one training done twice."""
 
@@ -102,7 +109,8 @@ def parse(arguments: Iterable[str]) -> Spec:
                 raise unknown("launcher", text, LAUNCHERS)
             spec.launcher = text
         elif key.startswith("slurm."):
-            spec.slurm[key.removeprefix("slurm.")] = parse_value(key, text)
+            option = key.removeprefix("slurm.")
+            spec.slurm[option] = parse_value(key, text, is_text=option not in SLURM_NOT_TEXT)
         elif key == "run_id":
             raise UsageError("run_id is made for each cell of a sweep: name=NAME names the sweep's folder.")
         else:
@@ -131,11 +139,6 @@ def split_values(text: str) -> list[str]:
                 continue
         values[-1] += char
     return [value.strip() for value in values]
-
-
-def scalar(text: str) -> Any:
-    """The value of an axis as YAML reads it; it has composed, so that it is valid."""
-    return parse_value("value", text)
 
 
 def _set(spec: Spec, key: str, text: str) -> None:

@@ -106,13 +106,45 @@ def test_a_reference_is_not_blamed_for_what_it_refers_to(override, message):
         load_config([override])
 
 
-def test_a_file_of_the_users_own_is_checked_and_keeps_its_own_keys(tmp_path):
+def test_a_file_of_the_users_own_is_checked(tmp_path):
     path = tmp_path / "own.yaml"
-    path.write_text("lr: 1e-3\nnote: 0\n")
-    assert load_config([f"recipe={path}"]).recipe.note == 0
-    path.write_text("lr: -1\nnote: 0\n")
+    path.write_text("lr: -1\n")
     with pytest.raises(ValueError, match="recipe.lr=-1 must be above 0"):
         load_config([f"recipe={path}"])
+    path.write_text("lr: fast\n")
+    with pytest.raises(ValueError, match=rf"^recipe\.lr=fast must be a number \(recipe={path}\)\.$"):
+        load_config([f"recipe={path}"])
+
+
+@pytest.mark.parametrize(
+    ("group", "line", "near"),
+    [("recipe", "learning_rate: 1e-3", "recipe.lr"), ("recipe", "epoch: 2", "recipe.epochs"),
+     ("trainer", "device: 2", "trainer.devices")],
+)  # fmt: skip
+def test_a_slip_in_a_file_of_the_users_own_is_named(group, line, near, tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=rf"Unknown key {group}\.{line.split(':')[0]} \({group}={path}\)\. .*{near}"):
+        load_config([f"{group}={path}"])
+
+
+def test_a_component_of_the_users_own_declares_its_options(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("width: 3\n")
+    assert load_config([f"projector={path}", "projector.width=4"]).projector.width == 4
+    with pytest.raises(ValueError, match="projector.width=wide must be a whole number"):
+        load_config([f"projector={path}", "projector.width=wide"])
+
+
+@pytest.mark.parametrize(("key", "near"), [("loss=token_meen", "token_mean"), ("sampler=group", "grouped")])
+@pytest.mark.parametrize("command", [["plan"], ["sweep", "--dry-run", "seed=1,2"], ["train", "--check"]], ids=" ".join)
+def test_names_of_losses_and_samplers_are_checked_before_anything_starts(command, key, near, capsys):
+    assert main([*command, f"recipe.{key}"]) == 2
+    assert f"Did you mean '{near}'" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_plugin_may_bring_another_sampler():
+    assert load_config(["recipe.sampler=mine", "plugins=[mine]"]).recipe.sampler == "mine"
 
 
 def test_a_saved_run_is_read_whatever_the_rules_were(tmp_path):
