@@ -145,6 +145,8 @@ def _add_file(arguments: _Arguments, file: Path) -> None:
     for key, value in read_yaml(file).items():
         settings = {key: value}
         if key in GROUPS:
+            if isinstance(value, list):
+                raise UsageError(f"{file}: {key} must be the name of a choice, or settings of the group.")
             settings = dict(value) if isinstance(value, dict) else {"name": value}
             if "name" in settings:
                 arguments.choose(key, str(settings.pop("name")))
