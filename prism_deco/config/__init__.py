@@ -4,7 +4,7 @@ from prism_deco.config.choices import CONF_DIR, cache_dir, choices, load_choice
 from prism_deco.config.compose import compose, default_run_id, validate
 from prism_deco.config.diff import changed_from_defaults, flat, shipped_choices
 from prism_deco.config.load import load_config, named_choice, value_origins
-from prism_deco.config.parse import parse_overrides, parse_value, read_yaml, value_text
+from prism_deco.config.parse import parse_value, read_yaml, value_text
 from prism_deco.config.schema import GROUPS
 from prism_deco.config.stored import is_free, read_config, save_config
 
@@ -21,7 +21,6 @@ __all__ = [
     "load_choice",
     "load_config",
     "named_choice",
-    "parse_overrides",
     "parse_value",
     "read_config",
     "read_yaml",

@@ -95,24 +95,27 @@ def named_choice(group: str, overrides: Iterable[str]) -> str | None:
 
 
 def value_origins(overrides: Iterable[str]) -> dict[str, str]:
-    """Where each value of `load_config(overrides)` comes from, by dotted key: `command line`, the path of a YAML file
-    (and the reference that stands there), or `default`, the schema's."""
+    """Where each value of `load_config(overrides)` comes from, by dotted key: `command line`, the path of a YAML file,
+    or `default`, the schema's; and the reference that stands there, if any."""
     overrides = list(overrides)
     arguments = _read(overrides)
-    origins = dict.fromkeys(flat(load_config(overrides)), "default")
+    config = load_config(overrides)
+    origins = dict.fromkeys(flat(config), "default")
     for key, content in default_contents(arguments.choices).items():
         choice = arguments.choices.get(key) or (content["name"] if key in GROUPS else "")
         path = choice_path(key, choice) if key in GROUPS else CONF_DIR / CONFIG
         shown = str(path.relative_to(CONF_DIR.parent) if path.is_relative_to(CONF_DIR) else path)
-        for name, value in flatten({key: content}).items():
-            is_reference = isinstance(value, str) and "${" in value
-            origins[name] = f"{shown}, {value}" if is_reference else shown
+        origins |= dict.fromkeys(flatten({key: content}), shown)
     for group, content in arguments.contents.items():
         origins |= dict.fromkeys(flatten({group: content}), f"{arguments.stored}")
     for setting in arguments.settings:
         origins[setting.key] = str(setting.file)
     for key, _ in arguments.overrides:
         origins |= {name: "command line" for name in origins if f"{name}.".startswith(f"{key}.")}
+    written: Any = OmegaConf.to_container(config, resolve=False)
+    for key, value in flatten(written).items():
+        if isinstance(value, str) and "${" in value:
+            origins[key] += f", {value}"
     return origins
 
 

@@ -1,9 +1,9 @@
-"""Reads and writes values as the command line and YAML files have them. Text stays as it is where the schema says so."""
+"""Reads and writes values of the command line and of YAML files. Text stays as it is where the schema says so."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,18 @@ def _parse_text(text: str) -> str | None:
     return text
 
 
-def value_text(key: str, value: Any) -> str:
-    """A value as the command line takes it; small numbers as `2e-5`. `parse_value` reads it back."""
+def value_text(key: str, value: Any, *, is_text: bool | None = None) -> str:
+    """A value as the command line takes it, small numbers as `2e-5`. `parse_value` reads it back.
+
+    Args:
+        is_text: whether the key takes text; None asks the schema. With False the result also fits into a YAML file.
+    """
     if isinstance(value, str):
-        return value if parse_value(key, value) == value else json.dumps(value, ensure_ascii=False)
+        try:
+            is_plain = parse_value(key, value, is_text=is_text) == value
+        except UsageError:
+            is_plain = False
+        return value if is_plain else json.dumps(value, ensure_ascii=False)
     if isinstance(value, float) and 0 < abs(value) < 1e-3:
         mantissa, _, exponent = f"{value:e}".partition("e")
         short = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
@@ -73,20 +81,6 @@ def flatten(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flattened[f"{prefix}{name}"] = value
     return flattened
-
-
-def parse_overrides(overrides: Iterable[str], group: str) -> dict[str, Any]:
-    """`key=value` arguments that all concern one group (or choose it), by key.
-
-    Raises:
-        UsageError: an argument that is no pair, or a value that is not valid YAML.
-    """
-    values = {}
-    for override in overrides:
-        key, text = split_pair(override)
-        is_text = key == group or f"{group}.{key}" in text_keys()
-        values[key] = parse_value(key, text, is_text=is_text)
-    return values
 
 
 def read_yaml(path: Path, group: str = "") -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Key:
     """A key of the configuration: `recipe.lr`, what it takes, its default, and what it means."""
 
     name: str
-    type: str
+    takes: str
     default: str
     meaning: str
 
@@ -48,12 +48,20 @@ def reference() -> dict[str, Key]:
     texts = _docstrings()
     keys = {}
     for name, member in schema.schema_keys().items():
-        rule = member.metadata.get("allowed")
-        takes = f"{type_text(member.type)}, {rule}" if isinstance(rule, Range) else type_text(member.type)
-        if isinstance(rule, tuple):
-            takes = " | ".join(rule)
-        keys[name] = Key(name, takes, _default(name, member), texts[name])
+        keys[name] = Key(name, _takes(member), _default(name, member), texts[name])
     return keys
+
+
+def _takes(member: Field) -> str:
+    """What a field takes: its choices, or its type and range."""
+    rule = member.metadata.get("allowed")
+    is_optional = str(member.type).endswith(" | None")
+    if isinstance(rule, tuple):
+        return " | ".join((*rule, "null") if is_optional else rule)
+    if isinstance(rule, Range):
+        text = f"{type_text(str(member.type).removesuffix(' | None'))}, {rule}"
+        return f"{text}, or null" if is_optional else text
+    return type_text(member.type)
 
 
 def _default(name: str, member: Field) -> str:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prism_deco.config import choices, is_free, load_choice, parse_value
+from prism_deco.config import choices, is_free, load_choice, parse_value, read_yaml
+from prism_deco.config.choices import YAML_SUFFIXES
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
 
@@ -122,6 +123,22 @@ def parse(arguments: Iterable[str]) -> Spec:
         )
     spec.name = own_name or spec.name or _default_name(spec)
     return spec
+
+
+def is_sweep(arguments: Iterable[str]) -> bool:
+    """Whether arguments describe several runs: by the name or the YAML of a sweep, or by several values of a key."""
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if equals and key != BENCHMARKS and len(split_values(text)) > 1:
+            return True
+        if not equals and not (argument.endswith(YAML_SUFFIXES) and _is_configuration(Path(argument))):
+            return True
+    return False
+
+
+def _is_configuration(path: Path) -> bool:
+    """Whether a YAML configures one run: a sweep's has rows, axes or parts."""
+    return path.is_file() and not {"rows", "axes", "parts"} & read_yaml(path).keys()
 
 
 def split_values(text: str) -> list[str]:

@@ -112,7 +112,10 @@ def test_a_yaml_of_ones_own_names_choices_and_settings(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("recipe: {learning_rate: 1}\n", r"Unknown key recipe\.learning_rate \(.*mine\.yaml\)\. Did you mean recipe\.lr "),
+        (
+            "recipe: {learning_rate: 1}\n",
+            r"Unknown key recipe\.learning_rate \(.*mine\.yaml\)\. Did you mean recipe\.lr ",
+        ),
         ("lr: 1\n", r"Unknown key lr \(.*mine\.yaml\)\. Did you mean recipe\.lr\?"),
         ("recipe: {lr: fast}\n", r"recipe\.lr=fast must be a number \(.*mine\.yaml\)"),
         ("recipe: 3\n", "Unknown recipe '3'"),
@@ -173,7 +176,8 @@ def test_what_a_run_changed_of_its_choices():
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
-        ("recipe.lr", 3e-4, "3e-4"), ("recipe.lr", 1.25e-9, "1.25e-9"), ("recipe.lr", 0.25, "0.25"), ("recipe.lr", 1e-3, "0.001"),
+        ("recipe.lr", 3e-4, "3e-4"), ("recipe.lr", 1.25e-9, "1.25e-9"), ("recipe.lr", 0.25, "0.25"),
+        ("recipe.lr", 1e-3, "0.001"),
         ("recipe.lr", 1.23456789e-5, "1.23456789e-05"),
         ("run_id", "on", "on"), ("run_id", "null", '"null"'), ("run_id", None, "null"), ("run_id", "'a'", '"\'a\'"'),
         ("note", "on", '"on"'), ("note", "a b", "a b"), ("note", [1, "a"], '[1, "a"]'), ("note", True, "true"),
@@ -194,5 +198,6 @@ def test_where_each_value_comes_from(tmp_path):
     assert origins["evaluate.benchmarks"] == "conf/config.yaml"
     assert origins["recipe.token_scale"] == "conf/recipe/mini.yaml"
     assert origins["projector.num_tokens"] == "conf/projector/avgpool.yaml, ${recipe.num_tokens}"
+    assert origins["backbone.resize"] == "default, ${recipe.resize}"
     assert origins["recipe.epochs"] == origins["runs_dir"] == "default"
     assert set(origins) == set(flat(load_config()))
