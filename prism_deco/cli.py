@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-from prism_deco import __version__
+import prism_deco
 from prism_deco.commands import COMMANDS
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
@@ -74,7 +74,7 @@ def _explain_commands(argv: list[str]) -> NoReturn:
         epilog="\n".join(["commands:", *(f"  {name:{width}}  {entry.summary}" for name, entry in listed.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"prism-deco {__version__}")
+    parser.add_argument("--version", action="version", version=f"prism-deco {prism_deco.__version__}")
     parser.parse_known_args(argv)
     if not argv:
         parser.error("name a command; prism-deco --help lists them")

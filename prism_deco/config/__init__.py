@@ -1,6 +1,7 @@
 """The configuration: its schema, and the loader that composes YAML files, choices and `key=value` settings."""
 
-from prism_deco.config.choices import CONF_DIR, cache_dir, choices, load_choice
+from prism_deco.config.cache import building_folder, cache_dir
+from prism_deco.config.choices import CONF_DIR, choices, load_choice
 from prism_deco.config.compose import compose, default_run_id, validate
 from prism_deco.config.diff import changed_from_defaults, flat, shipped_choices
 from prism_deco.config.load import load_config, named_choice, value_origins
@@ -11,6 +12,7 @@ from prism_deco.config.stored import is_free, read_config, save_config
 __all__ = [
     "CONF_DIR",
     "GROUPS",
+    "building_folder",
     "cache_dir",
     "changed_from_defaults",
     "choices",

@@ -1,8 +1,7 @@
-"""The shipped YAMLs, one per choice, and the cache."""
+"""The shipped YAMLs, one per choice."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,6 @@ _PACKAGE = Path(__file__).parents[1]
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
 YAML_SUFFIXES = (".yaml", ".yml")
-
-
-def cache_dir() -> Path:
-    """Folder for what can be made again: indexes, rendered worlds, converted weights. `PRISM_DECO_CACHE` moves it."""
-    # A variable that is set to nothing counts as unset: it would name the working directory.
-    if own := os.environ.get("PRISM_DECO_CACHE"):
-        return Path(own)
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "prism_deco"
-    try:
-        return Path.home() / ".cache" / "prism_deco"
-    except RuntimeError as error:  # no HOME, and no entry in the user database: many containers
-        raise UsageError(
-            "This user has no home directory: set PRISM_DECO_CACHE to a folder for indexes and rendered images."
-        ) from error
 
 
 def choices(group: str) -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from prism_deco.cli import main
-from prism_deco.config import CONF_DIR, GROUPS, cache_dir, choices, load_choice, load_config, read_config, save_config
+from prism_deco.config import CONF_DIR, GROUPS, choices, load_choice, load_config, read_config, save_config
 from prism_deco.errors import UsageError
 from prism_deco.sweep import parse
 
@@ -140,14 +140,6 @@ def test_a_saved_configuration_is_read_back_equal(tmp_path: Path):
     again = read_config(tmp_path / "config.yaml")
     assert OmegaConf.to_container(again) == OmegaConf.to_container(config, resolve=True)
     assert "${" not in (tmp_path / "config.yaml").read_text()
-
-
-def test_the_cache_is_never_the_working_directory(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("PRISM_DECO_CACHE", "")
-    assert cache_dir() == tmp_path / "prism_deco"
-    monkeypatch.setenv("PRISM_DECO_CACHE", str(tmp_path / "own"))
-    assert cache_dir() == tmp_path / "own"
 
 
 @pytest.mark.parametrize(("text", "expected"), [("true", True), ("on", True), ("'off'", False), ("false", False)])
