@@ -20,7 +20,7 @@ from prism_deco.config.hints import unknown_key
 from prism_deco.config.parse import flatten, value_text
 from prism_deco.config.reference import type_text
 from prism_deco.config.registry import unknown
-from prism_deco.config.schema import GROUPS, SAMPLER, Config, allowed, text_keys
+from prism_deco.config.schema import GROUPS, SAMPLER, STATISTICS, Config, allowed, text_keys
 from prism_deco.errors import UsageError
 
 
@@ -101,6 +101,9 @@ def validate(config: DictConfig) -> None:
         for part in key.split("."):
             value = value[part]
         _check_value(key, value, content["plugins"])
+    for key in content["data"]["statistics"] or {}:
+        if key not in STATISTICS:
+            raise unknown("key of data.statistics", key, STATISTICS)
     run_id = config.run_id or default_run_id(config)
     if run_id in (".", "..") or "/" in run_id or "\\" in run_id:
         raise UsageError(f"run_id={run_id} must be a single name, not a path; runs_dir=FOLDER sets the folder of runs.")

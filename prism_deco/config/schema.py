@@ -274,6 +274,12 @@ class Config:
 GROUPS = ("backbone", "projector", "llm", "data", "recipe", "trainer")
 """Groups that a choice, a YAML of `conf/<group>`, fills."""
 
+STATISTICS = (
+    "images", "records_per_image", "text_records", "text_tokens", "supervised_tokens", "longest_text_tokens",
+    "longest_supervised_tokens",
+)  # fmt: skip
+"""Keys of `data.statistics`."""
+
 TEXT_OPTIONS = {
     "backbone": ("model", "hub", "file"),
     "projector": ("weights",),

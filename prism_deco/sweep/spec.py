@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prism_deco.config import choices, is_free, load_choice, parse_value, read_yaml
+from prism_deco.config import GROUPS, choices, is_free, load_choice, parse_value, read_yaml
 from prism_deco.config.choices import YAML_SUFFIXES
 from prism_deco.config.registry import unknown
+from prism_deco.config.schema import Config
 from prism_deco.errors import UsageError
 
 LAUNCHERS = ("local", "slurm")
@@ -163,6 +164,9 @@ def _set(spec: Spec, key: str, text: str) -> None:
     if "" in values and len(values) > 1:
         raise UsageError(f"{key}={text}: there is an empty value between the commas.")
     rows = [row for grid in spec.grids for row in grid.rows]
+    if "." not in key and key not in Config.__dataclass_fields__ and not any(key in row.labels for row in rows):
+        own = {label for row in rows for label in row.labels}
+        raise unknown("key of a sweep", key, {*Config.__dataclass_fields__, "name", "launcher", *own})
     if known := {str(row.labels[key]) for row in rows if key in row.labels}:
         for value in values:
             if value not in known:
@@ -189,6 +193,15 @@ def _load(name: str) -> Spec:
     parts: Mapping[str, Any] = content.get("parts") or {}
     if parts and (content.get("rows") or content.get("axes")):
         raise UsageError(f"The sweep {name} has parts: its rows and axes belong into them.")
+    for choice in content.get("with") or {}:
+        group, _, value = choice.partition("=")
+        if group in GROUPS:
+            load_choice(group, value)
+        elif not value:
+            raise UsageError(f"The sweep {name} has settings with {choice}: write GROUP=CHOICE, or KEY=VALUE.")
+    for its in (content, *parts.values()):
+        for row in its.get("rows") or []:
+            _check_keys(f"key of a row of the sweep {name}", row, ("labels", "settings"))
     for part, its in parts.items():
         _check_keys(f"key of the part {part} of the sweep {name}", its, PART_KEYS)
         for key, source in (its.get("choose") or {}).items():

@@ -143,6 +143,32 @@ def test_names_of_losses_and_samplers_are_checked_before_anything_starts(command
     assert f"Did you mean '{near}'" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("group", "content", "message"),
+    [
+        (
+            "projector",
+            "{name: avgpool, mlp_dept: 3}",
+            "Unknown key of the projector avgpool 'mlp_dept'. Did you mean 'mlp_",
+        ),
+        ("backbone", "{family: siglip, modle: mini-siglip}", "Unknown key of the backbone family siglip 'modle'"),
+        ("backbone", "{family: siglip}", "The backbone family 'siglip' needs the key model"),
+        ("data", "{family: llava, jsn: a.json}", "Unknown key of the data family llava 'jsn'. Did you mean 'json'"),
+        ("llm", "{chat_template: x, hubb: y}", "Unknown key of an LLM 'hubb'. Did you mean 'hub'"),
+        (
+            "data",
+            "{family: shapes, statistics: {imges: 3}}",
+            "Unknown key of data.statistics 'imges'. Did you mean 'images'",
+        ),
+    ],
+)
+def test_a_slip_in_a_component_of_the_users_own_is_named(group, content, message, tmp_path, capsys):
+    path = tmp_path / "own.yaml"
+    path.write_text(content)
+    assert main(["train", "--check", f"{group}={path}"]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_plugin_may_bring_another_sampler():
     assert load_config(["recipe.sampler=mine", "plugins=[mine]"]).recipe.sampler == "mine"
 
