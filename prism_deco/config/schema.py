@@ -12,7 +12,7 @@ from omegaconf import II, MISSING
 
 from prism_deco.config.fields import Range, number, one_of
 
-# The modules that act on these names import torch, which reading a configuration must not wait for.
+# Stated here and imported where they act: those modules import torch, for which a configuration must not wait.
 RESIZE = ("letterbox", "pad", "resize-naive", "resize-crop")
 ON_BAD_IMAGE = ("fail", "skip", "blank")
 LM = ("full", "frozen", "lora", "qlora")
@@ -24,7 +24,7 @@ ACCELERATOR = ("auto", "cpu", "gpu", "cuda")
 STRATEGY = ("auto", "ddp", "fsdp")
 PRECISION = ("32-true", "bf16-mixed")
 REDUCE_DTYPE = ("float32", "bfloat16")
-ACTIVATION_CHECKPOINTING = ("none", "selective", "full", "auto")
+ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 NONFINITE = ("stop", "skip")
 LOSS = ("token_mean", "micro_batch_mean")
 SAMPLER = ("shuffled", "grouped", "llava", "prismatic")
@@ -201,7 +201,7 @@ class TrainerConfig:
     """32-true | bf16-mixed (bf16 compute over fp32 master weights)."""
     reduce_dtype: str = one_of(REDUCE_DTYPE, "float32")
     """fsdp: what gradients are summed in across devices: float32 | bfloat16 (prismatic)."""
-    activation_checkpointing: str = one_of(ACTIVATION_CHECKPOINTING, "none")
+    activation_checkpointing: str = one_of((*ACTIVATION_CHECKPOINTING, "auto"), "none")
     """Less memory for more computation in the LLM: none | selective (keep matrix products) | full (keep inputs of
     layers; prismatic) | auto (the least of these that the plan fits into nine tenths of a device's memory)."""
     checkpoint_every: float = number(0.25, above=0)

@@ -7,11 +7,8 @@ import pytest
 from prism_deco.backbones.transforms import STRATEGIES
 from prism_deco.cli import main
 from prism_deco.config import load_config, read_config, save_config, schema
-from prism_deco.data.examples import BAD_IMAGE_POLICIES
-from prism_deco.llms.checkpointing import ACTIVATION_CHECKPOINTING
-from prism_deco.llms.prompts import IMAGE_SLOTS, TOKENIZE
+from prism_deco.data.samplers import SAMPLERS
 from prism_deco.llms.tuning import TUNINGS
-from prism_deco.training.nonfinite import POLICIES
 
 
 @pytest.mark.parametrize(
@@ -190,15 +187,7 @@ def test_commands_refuse_before_they_begin(command, capsys):
 
 @pytest.mark.parametrize(
     ("names", "known"),
-    [
-        (schema.RESIZE, STRATEGIES),
-        (schema.ON_BAD_IMAGE, BAD_IMAGE_POLICIES),
-        (schema.LM, TUNINGS),
-        (schema.TOKENIZE, TOKENIZE),
-        (schema.IMAGE_SLOT, IMAGE_SLOTS),
-        (schema.ACTIVATION_CHECKPOINTING, (*ACTIVATION_CHECKPOINTING, "auto")),
-        (schema.NONFINITE, POLICIES),
-    ],
+    [(schema.RESIZE, STRATEGIES), (schema.LM, TUNINGS), (schema.SAMPLER, SAMPLERS.names())],
 )
-def test_the_schema_names_what_the_modules_know(names, known):
+def test_every_choice_of_the_schema_has_what_acts_on_it(names, known):
     assert set(names) == set(known)
