@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
+from prism_deco.config.registry import import_plugins
 from prism_deco.data.images import open_image
 from prism_deco.data.loader import stack_pixels
 from prism_deco.errors import UsageError
@@ -118,19 +119,28 @@ class Model:
         return [[] if image is None else [image] if isinstance(image, Tensor) else [next(encoded)] for image in images]
 
 
-def load(run: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
+def load(
+    run: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    plugins: Iterable[str] = (),
+) -> Model:
     """Loads a finished run or an export.
 
     Args:
         run: a run folder, its `model/` folder, or what `Model.save` wrote.
         dtype: casts the weights; None keeps them as they were saved (float32 master weights).
+        plugins: modules to import first. Those that the run names are needed, but not imported unless they are named
+            here (or imported already): the folder may be somebody else's.
 
     Raises:
-        UsageError: the folder holds no finished model, or its files do not fit together.
+        UsageError: the folder holds no finished model, its files do not fit together, or it needs a plug-in that is
+            not named.
     """
     folder = Path(run)
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
+    import_plugins(plugins)
     vlm, llm, config = load_model(folder / "model" if (folder / "model").is_dir() else folder)
     if dtype is not None:
         vlm.cast(dtype)

@@ -1,22 +1,31 @@
-"""The command line. Heavy imports happen inside the commands, so that `--help` answers at once."""
+"""The command line: finds the command that is named and hands it its arguments."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import shutil
 import sys
+import textwrap
+from collections.abc import Callable
+from typing import NoReturn
 
-from prism_deco import commands
+import prism_deco
+from prism_deco.commands import COMMANDS
+from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
 from prism_deco.logs import configure_logging
+
+DESCRIPTION = "Train vision-language models around DeCo's token compression, score them, and see where they look."
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code (0 done, 1 faults found or a failed run, 2 wrong input, 75 preempted,
     76 out of memory, 130 interrupted)."""
-    args = _parse(argv)
+    command, args = _parse(sys.argv[1:] if argv is None else argv)
     configure_logging(debug=args.debug)
     try:
-        return args.command(args) or 0
+        return command(args) or 0
     except (UsageError, OSError) as error:
         if args.debug:
             raise
@@ -27,25 +36,52 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    # argparse takes the key=value arguments in one piece only; people put options between them.
-    if rest and (not hasattr(args, "arguments") or any(argument.startswith("-") for argument in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.arguments += rest
-    return args
+def _parse(argv: list[str]) -> tuple[Callable[[argparse.Namespace], int | None], argparse.Namespace]:
+    """The function of the named command, and its arguments."""
+    name = " ".join(argv[:2])
+    if name not in COMMANDS:
+        name = " ".join(argv[:1])
+    if name not in COMMANDS:
+        _explain_commands(argv)
+    module_name, _, function = COMMANDS[name].place.partition(":")
+    module = importlib.import_module(f"prism_deco.commands.{module_name}")
+    command = getattr(module, function)
+    parser = argparse.ArgumentParser(
+        prog=f"prism-deco {name}",
+        description=_wrap(command.__doc__),
+        epilog=f"example:\n  prism-deco {COMMANDS[name].example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    getattr(module, f"{function}_arguments")(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    # Intermixed: people put options between key=value arguments.
+    return command, parser.parse_intermixed_args(argv[len(name.split()) :])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="prism-deco", description=__doc__)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in commands.MODULES:
-        module.add(subparsers, common)
-    return parser
+def _explain_commands(argv: list[str]) -> NoReturn:
+    """Answers `--help` and `--version`, and refuses everything else: it names no command."""
+    # `data` and `bench` begin several commands.
+    family = {name: entry for name, entry in COMMANDS.items() if argv and name.startswith(f"{argv[0]} ")}
+    listed = family or COMMANDS
+    width = max(map(len, listed))
+    parser = argparse.ArgumentParser(
+        prog="prism-deco",
+        usage="prism-deco COMMAND ...",
+        description=_wrap(DESCRIPTION),
+        epilog="\n".join(["commands:", *(f"  {name:{width}}  {entry.summary}" for name, entry in listed.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"prism-deco {prism_deco.__version__}")
+    parser.parse_known_args(argv)
+    if not argv:
+        parser.error("name a command; prism-deco --help lists them")
+    parser.error(str(unknown("command", " ".join(argv[: 2 if family else 1]), listed)))
+
+
+def _wrap(text: str | None) -> str:
+    """A docstring's first paragraph, as wide as the terminal."""
+    first = " ".join((text or "").split("\n\n")[0].split())
+    return textwrap.fill(first, min(shutil.get_terminal_size().columns, 100) - 2)
 
 
 if __name__ == "__main__":

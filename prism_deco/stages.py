@@ -24,7 +24,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from prism_deco.config import default_run_id, load_choice, load_config
+from prism_deco.config import default_run_id, load_choice, load_config, named_choice
 from prism_deco.errors import UsageError
 from prism_deco.exits import PREEMPTED, SIGNALS, take_over
 
@@ -59,7 +59,8 @@ def split(arguments: Sequence[str]) -> list[Stage]:
         UsageError: a stage whose configuration does not compose.
     """
     named = [argument for argument in arguments if argument.startswith("recipe=")]
-    recipe = load_choice("recipe", named[-1].partition("=")[2]) if named else {}
+    choice = named_choice("recipe", arguments)
+    recipe = load_choice("recipe", choice) if choice else {}
     declared: dict[str, list[str]] = recipe.get("stages") or {}
     if not declared:
         return []

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from prism_deco.backbones import VisionBackbone
+from prism_deco.config.registry import unknown
+from prism_deco.config.schema import TURN_MASK
 from prism_deco.errors import UsageError
 from prism_deco.llms.encoding import IGNORE
 from prism_deco.llms.packed_attention import Segments, no_mask, use_packed_attention
@@ -66,8 +68,8 @@ class VLM(nn.Module):
         max_logits: int | None = 2**26,
     ):
         super().__init__()
-        if turn_mask not in ("causal", "block"):
-            raise UsageError(f"turn_mask={turn_mask!r} is unknown; choices: causal, block.")
+        if turn_mask not in TURN_MASK:
+            raise unknown("turn_mask", turn_mask, TURN_MASK)
         if (projector.in_grid, projector.in_dim) != (backbone.grid, backbone.embed_dim):
             raise UsageError(
                 f"The projector was built for grid {projector.in_grid} of {projector.in_dim} channels, the backbone "

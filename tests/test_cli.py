@@ -1,10 +1,20 @@
+import argparse
+import importlib
 import json
+import shlex
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
-from prism_deco.cli import main
+import prism_deco
+from prism_deco.cli import _parse, main
+from prism_deco.commands import COMMANDS
+from prism_deco.config import flat, load_config, save_config
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_help_names_the_commands(capsys):
@@ -12,7 +22,113 @@ def test_help_names_the_commands(capsys):
         main(["--help"])
     assert done.value.code == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("train", "evaluate", "pretrain-mini", "bench"))
+    lines = {line.split("  ")[1]: line for line in shown.splitlines() if line.startswith("  ")}
+    assert all(entry.summary in lines[name] for name, entry in COMMANDS.items())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as done:
+        main([*name.split(), "--help"])
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    usage, description, *_ = shown.split("\n\n")
+    assert usage.startswith(f"usage: prism-deco {name} ")
+    example = shown.rpartition("example:\n  prism-deco ")[2]
+    assert example.startswith(f"{name} ") or example.strip() == name
+    # Every option that has a default says so.
+    module, _, function = COMMANDS[name].place.partition(":")
+    command = getattr(importlib.import_module(f"prism_deco.commands.{module}"), function)
+    assert description.split() == command.__doc__.split("\n\n")[0].split()
+    parser = argparse.ArgumentParser()
+    getattr(importlib.import_module(f"prism_deco.commands.{module}"), f"{function}_arguments")(parser)
+    for action in parser._actions:
+        if action.option_strings and action.default not in (None, False, [], argparse.SUPPRESS):
+            assert "default" in (action.help or ""), action.option_strings
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_of_a_command_is_understood(name):
+    command, args = _parse(shlex.split(COMMANDS[name].example))
+    assert command.__name__ == COMMANDS[name].place.partition(":")[2]
+    for arguments in ("arguments", "names", "folders"):
+        assert all(isinstance(value, str | Path) for value in getattr(args, arguments, []))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage", "message"),
+    [
+        (["train", "seed=1", "--overwite"], "prism-deco train [-h]", "unrecognized arguments: --overwite"),
+        (["data", "check", "--alow", "x"], "prism-deco data check [-h]", "unrecognized arguments: --alow"),
+        (["bench", "train", "--steps", "many"], "prism-deco bench train [-h]", "argument --steps: invalid int value"),
+        (["export", "runs/x"], "prism-deco export [-h]", "the following arguments are required: --to"),
+        (["trian"], "prism-deco COMMAND", "Unknown command 'trian'. Did you mean 'train'?"),
+        (["data", "chek"], "prism-deco COMMAND", "Unknown command 'data chek'. Did you mean 'data check'?"),
+        (["bench"], "prism-deco COMMAND", "Choices: bench cache, bench data, bench projectors"),
+        ([], "prism-deco COMMAND", "name a command"),
+    ],
+)
+def test_wrong_flags_show_the_usage_of_their_command(arguments, usage, message, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(arguments)
+    assert done.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"usage: {usage}") and message in said
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"prism-deco {prism_deco.__version__}\n"
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in pyproject["project"] and pyproject["project"]["dynamic"] == ["version"]
+    assert pyproject["tool"]["hatch"]["version"]["path"] == "prism_deco/__init__.py"
+
+
+def test_keys_are_explained(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["keys", "recipe"]) == 0
+    shown = capsys.readouterr().out
+    assert "  recipe.lr: a number, above 0 (default 2e-5)\n      Peak learning rate.\n" in shown
+    assert "  recipe.resize: letterbox | pad | resize-naive | resize-crop (default letterbox)\n" in shown
+    assert "  recipe.max_steps: a whole number, at least 1, or null (default null)\n" in shown
+    assert "trainer.devices" not in shown
+    assert main(["keys"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {key}: " in shown for key in ("trainer.devices", "evaluate.limit", "seed", "plugins"))
+    assert main(["keys", "projector=qformer"]) == 0
+    path, _, content = capsys.readouterr().out.partition("\n")
+    assert content == Path(path.removeprefix("# ")).read_text() and "heads: 12" in content
+    assert main(["keys", "recipes"]) == 2
+    assert "Unknown group 'recipes'. Did you mean 'recipe'?" in capsys.readouterr().err
+
+
+def test_the_printed_configuration_says_where_values_come_from_and_can_be_given_back(capsys, tmp_path):
+    arguments = ["projector=qformer", "recipe.lr=1e-4", "data=llava", "data.json=a #1.json", "run_id=007"]
+    assert main(["train", "--print", *arguments]) == 0
+    shown = capsys.readouterr().out
+    lines = {line.split(":")[0].strip(): line for line in shown.splitlines()}
+    assert lines["lr"].endswith("# command line") and "1e-4" in lines["lr"]
+    assert lines["turn_mask"].endswith("# conf/recipe/mini.yaml")
+    assert lines["resize"].endswith("letterbox                                           # default")
+    assert lines["heads"].endswith("# conf/projector/qformer.yaml")
+    (tmp_path / "mine.yaml").write_text(shown)
+    assert flat(load_config([str(tmp_path / "mine.yaml")])) == flat(load_config(arguments))
+    assert main(["train", "--print", "recipe=mini_two_stage", "align.recipe.lr=1"]) == 0
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if line.startswith("# stage")] == [
+        "# stage language", "# stage align", "# stage finetune",
+    ]  # fmt: skip
+
+
+def test_a_plan_takes_the_configuration_of_a_run(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("")
+    save_config(load_config(["run_id=x"]), tmp_path / "config.yaml")
+    assert main(["plan", str(tmp_path / "config.yaml"), "recipe.max_steps=10"]) == 0
+    assert main(["plan", "evaluate.benchmarks=mini_pope,mini_gqa"]) == 0
+    assert "avgpool" in capsys.readouterr().out
 
 
 def test_the_module_runs_as_the_script_does():

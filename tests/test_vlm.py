@@ -180,7 +180,7 @@ def test_parts_that_do_not_fit_are_refused(tiny):
     wrong = build_projector("avgpool", 96, 128, (6, 6), 4)
     with pytest.raises(ValueError, match=r"built for grid \(6, 6\) of 96 channels, the backbone gives grid \(8, 8\)"):
         VLM(vlm.backbone, wrong, vlm.lm)
-    with pytest.raises(ValueError, match="turn_mask='window' is unknown"):
+    with pytest.raises(ValueError, match="Unknown turn_mask 'window'"):
         VLM(vlm.backbone, vlm.projector, vlm.lm, turn_mask="window")
 
 

@@ -119,4 +119,4 @@ def build_backbone(
         content["image_size"] = image_size
     if content["pretrained"] and device is not None and torch.device(device).type == "meta":
         raise UsageError("Weights cannot be loaded on the meta device: build with pretrained=False.")
-    return BACKBONES.get(family)(device=device, **content)
+    return BACKBONES.build(family, device=device, **content)

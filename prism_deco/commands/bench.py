@@ -6,46 +6,58 @@ import argparse
 from pathlib import Path
 
 from prism_deco.bench.presets import PRESETS
-from prism_deco.commands.common import Subparsers, show
+from prism_deco.commands.common import OVERRIDES, show
 from prism_deco.config import load_config
 
 
-def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
-    """Adds `bench`."""
-    bench = subparsers.add_parser("bench", help="measure speed and memory")
-    benches = bench.add_subparsers(required=True, metavar="WHAT")
+def bench_projectors_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `bench projectors`."""
+    parser.add_argument("names", nargs="*", help="projectors (default: all)")
+    parser.add_argument("--in-dim", type=int, default=1024, help="channels of a patch feature (default: %(default)s)")
+    parser.add_argument("--out-dim", type=int, default=4096, help="embedding size of the LLM (default: %(default)s)")
+    parser.add_argument(
+        "--in-grid", type=int, nargs=2, default=(24, 24), metavar=("H", "W"), help="patch grid (default: 24 24)"
+    )
+    parser.add_argument("--num-tokens", type=int, default=144, help="visual tokens (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="images per pass (default: %(default)s)")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], help="types (default: float32 bfloat16)"
+    )
+    parser.add_argument("--repeats", type=int, default=10, help="timed passes per projector (default: %(default)s)")
+    _add_device(parser)
 
-    projectors = benches.add_parser("projectors", parents=[common], help="forward and backward of every projector")
-    projectors.add_argument("names", nargs="*", help="projectors; all by default")
-    projectors.add_argument("--in-dim", type=int, default=1024, help="channels of a patch feature")
-    projectors.add_argument("--out-dim", type=int, default=4096, help="embedding size of the LLM")
-    projectors.add_argument("--in-grid", type=int, nargs=2, default=(24, 24), metavar=("H", "W"), help="patch grid")
-    projectors.add_argument("--num-tokens", type=int, default=144, help="visual tokens of compressing projectors")
-    projectors.add_argument("--batch-size", type=int, default=8, help="images per pass")
-    projectors.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    projectors.add_argument("--device", default="cpu", help="cpu | cuda")
-    projectors.add_argument("--repeats", type=int, default=10, help="timed passes per projector")
-    projectors.set_defaults(command=bench_projectors)
 
-    loading = benches.add_parser("data", parents=[common], help="images per second beside PIL and torchvision")
-    loading.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="as for train: backbone=NAME llm=NAME")
-    loading.add_argument("--size", type=int, nargs=2, default=(640, 480), metavar=("W", "H"), help="of the images")
-    loading.set_defaults(command=bench_data)
+def bench_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `bench data`."""
+    parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(640, 480), metavar=("W", "H"), help="of the images (default: 640 480)"
+    )
 
-    steps = benches.add_parser("train", parents=[common], help="our training step beside transformers' own LLaVA")
-    steps.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="as for train: backbone=NAME llm=NAME")
-    steps.add_argument("--preset", choices=list(PRESETS), default="qwen_small", help="what the overrides build on")
-    steps.add_argument("--batch-size", type=int, default=8, help="records per step")
-    steps.add_argument("--steps", type=int, default=4, help="steps per round")
-    steps.add_argument("--rounds", type=int, default=3, help="timed rounds; the variants alternate")
-    steps.add_argument("--ablation", action="store_true", help="also each of our optimisations alone")
-    steps.add_argument("--device", default="cpu", help="cpu | cuda")
-    steps.add_argument("--out", type=Path, metavar="FILE", help="write the numbers to this JSON file")
-    steps.set_defaults(command=bench_train)
+
+def bench_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `bench train`."""
+    parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        default="qwen_small",
+        help="what the settings modify (default: %(default)s)",
+    )
+    parser.add_argument("--ablation", action="store_true", help="also what each of our optimisations does alone")
+    parser.add_argument("--batch-size", type=int, default=8, help="records per step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="steps per round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, alternating (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers to this JSON file")
+    _add_device(parser)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu | cuda (default: %(default)s)")
 
 
 def bench_projectors(args: argparse.Namespace) -> None:
-    """Compares the projectors."""
+    """Time the forward and backward passes of the projectors, and measure their memory."""
     from prism_deco.bench.projectors import Sizes, bench_projectors, render
     from prism_deco.distributed import requested_device
 
@@ -56,7 +68,7 @@ def bench_projectors(args: argparse.Namespace) -> None:
 
 
 def bench_data(args: argparse.Namespace) -> None:
-    """Compares the input pipeline with a plain one."""
+    """Count the images per second of the input pipeline, compared with PIL and torchvision alone."""
     config = load_config(args.arguments)
     import tempfile
 
@@ -74,7 +86,7 @@ def bench_data(args: argparse.Namespace) -> None:
 
 
 def bench_train(args: argparse.Namespace) -> None:
-    """Compares our training step with that of transformers' own LLaVA."""
+    """Time a training step and measure its memory, compared with transformers' own LLaVA."""
     config = load_config([*PRESETS[args.preset], *args.arguments])
     import torch
 

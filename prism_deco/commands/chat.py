@@ -6,29 +6,30 @@ import argparse
 import sys
 from pathlib import Path
 
-from prism_deco.commands.common import Subparsers
+from prism_deco.commands.common import PLUGINS, import_plugins_only
 
 
-def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
-    """Adds `chat`."""
-    parser = subparsers.add_parser("chat", parents=[common], help="talk with a trained model about an image")
+def chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `chat`."""
     parser.add_argument("run", type=Path, help="run folder, or an export of one")
+    parser.add_argument("settings", nargs="*", metavar="plugins=[MODULE]", help=PLUGINS)
     parser.add_argument("--image", type=Path, help="the image to talk about")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
-    parser.add_argument("--relevance", action="store_true", help="show where each answer looked (its question alone)")
-    parser.add_argument("--out", type=Path, help="folder for what --relevance draws (RUN/chat)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="compute in this type; the run's by default")
-    parser.add_argument("--device", default="cpu", help="cpu | cuda")
-    parser.set_defaults(command=chat)
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
+    parser.add_argument("--relevance", action="store_true", help="show where each answer looked")
+    parser.add_argument("--out", type=Path, help="folder for the pictures of --relevance (default: RUN/chat)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type to compute in (default: the run's)")
+    parser.add_argument("--device", default="cpu", help="cpu | cuda (default: %(default)s)")
 
 
 def chat(args: argparse.Namespace) -> None:
-    """A conversation about an image."""
+    """Talk with a trained model about an image. Without --image, /image PATH shows one."""
     import torch
 
     from prism_deco.api import load
     from prism_deco.chat import Chat, converse, read_line
     from prism_deco.distributed import requested_device
+
+    import_plugins_only(args.settings)
 
     def write(text: str) -> None:
         sys.stdout.write(text)

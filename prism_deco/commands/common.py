@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prism_deco.config import parse_value
+from prism_deco.config.parse import split_pair
+from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
 
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
-else:
-    Subparsers = object
+OVERRIDES = "choices and settings (prism-deco keys lists them), and YAML files of such, a run's config.yaml for example"
 
-OVERRIDES = "choices and settings, for example: projector=linear recipe.epochs=2 seed=3"
+PLUGINS = "modules to import first; those that a run was trained with are not imported unless they are named"
 
 
 @dataclass(frozen=True)
@@ -71,11 +69,20 @@ def asked_of(arguments: Iterable[str], others: Iterable[str] = ()) -> Asked:
 
 
 def import_named_plugins(asked: Asked) -> None:
-    """Imports the modules of `plugins=`, a name or a list of names: benchmarks may be theirs."""
+    """Imports the modules of `plugins=`, a name or a list of names. Those that a run's folder names are not trusted."""
     from prism_deco.config.registry import import_plugins
 
     named = parse_value("plugins", asked.others.get("plugins", "[]"))
     import_plugins([named] if isinstance(named, str) else named)
+
+
+def import_plugins_only(settings: Iterable[str]) -> None:
+    """Does what the settings of a command say that takes `plugins=[...]` alone."""
+    for setting in settings:
+        key, _ = split_pair(setting)
+        if key != "plugins":
+            raise unknown("setting", key, ["plugins"])
+    import_named_plugins(asked_of(settings, ["plugins"]))
 
 
 def own_benchmarks(run: Path) -> Path | None:

@@ -5,31 +5,27 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from prism_deco.commands.common import Subparsers, show
+from prism_deco.commands.common import OVERRIDES, show
 from prism_deco.config import load_config
 
 
-def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
-    """Adds `data`."""
-    data = subparsers.add_parser("data", help="check and fetch training data")
-    data_commands = data.add_subparsers(required=True, metavar="WHAT")
+def data_check_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `data check`."""
+    parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    parser.add_argument("--out", type=Path, help="folder for bad.jsonl and report.json (default: runs/data_check/NAME)")
+    parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
+    parser.add_argument("--allow", nargs="+", default=[], metavar="KIND", help="kinds of faults to put up with")
 
-    check = data_commands.add_parser("check", parents=[common], help="walk a data set and report every fault")
-    check.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="as for train: data=llava data.json=FILE ...")
-    check.add_argument("--out", type=Path, help="folder for bad.jsonl and report.json (runs/data_check/NAME)")
-    check.add_argument("--workers", type=int, default=2, help="processes")
-    check.add_argument("--allow", nargs="+", default=[], metavar="KIND", help="kinds of faults to put up with")
-    check.set_defaults(command=data_check)
 
-    prepare = data_commands.add_parser("prepare", parents=[common], help="download and lay out a published data set")
-    prepare.add_argument("name", help="a choice of conf/data, for example llava_v1_5_mix665k")
-    prepare.add_argument("--root", type=Path, required=True, help="folder to lay it out in")
-    prepare.add_argument("--plan", action="store_true", help="only say what is missing and how large it is")
-    prepare.set_defaults(command=data_prepare)
+def data_prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `data prepare`."""
+    parser.add_argument("name", help="a choice of conf/data")
+    parser.add_argument("--root", type=Path, required=True, help="folder to lay it out in")
+    parser.add_argument("--plan", action="store_true", help="only say what is missing and how large it is")
 
 
 def data_check(args: argparse.Namespace) -> int:
-    """Walks a data set; 1 where there are faults."""
+    """Read every record and image of a data set and report the faults; the exit code is 1 if there are any."""
     config = load_config(args.arguments)
     from prism_deco.build import group, max_positions, prompt_options
     from prism_deco.data import build_source
@@ -51,7 +47,7 @@ def data_check(args: argparse.Namespace) -> int:
 
 
 def data_prepare(args: argparse.Namespace) -> None:
-    """Downloads and lays out a published data set."""
+    """Download a published data set and lay it out for training. What is there already is kept."""
     from prism_deco.data.prepare import plan, prepare, read_dataset
 
     dataset = read_dataset(args.name)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from prism_deco.commands.common import Asked, Subparsers, asked_of, import_named_plugins, own_benchmarks, show
+from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
 from prism_deco.config import parse_value, read_config
 from prism_deco.errors import UsageError
 from prism_deco.files import check_writable
@@ -25,25 +25,24 @@ if TYPE_CHECKING:
     from prism_deco.distributed import World
 
 
-def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
-    """Adds `evaluate`."""
-    parser = subparsers.add_parser("evaluate", parents=[common], help="score a finished run, or a predictions file")
+def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `evaluate`."""
     parser.add_argument("--score-only", type=Path, metavar="FILE", help="score this predictions.jsonl, load no model")
     # argparse cannot tell an optional run folder from the first option; the equals sign can.
     parser.add_argument(
         "arguments",
         nargs="*",
         metavar="RUN KEY=VALUE",
-        help="run folder; benchmark=NAMES split=S limit=N batch_size=N benchmark.NAME.root=DIR plugins=[MODULE]",
+        help="run folder; benchmark=NAMES (default: the run's) split=S limit=N batch_size=N benchmark.NAME.root=DIR "
+        "plugins=[MODULE]",
     )
-    parser.add_argument("--out", type=Path, help="folder of the results, one folder per benchmark in it (RUN/eval)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="compute in this type; the run's by default")
-    parser.add_argument("--device", help="cpu | cuda; what the run was trained on by default")
-    parser.set_defaults(command=evaluate)
+    parser.add_argument("--out", type=Path, help="folder of the results, one folder per benchmark (default: RUN/eval)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type to compute in (default: the run's)")
+    parser.add_argument("--device", help="cpu | cuda (default: what the run was trained on)")
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Scores a finished run, or a predictions file."""
+    """Score a finished run on benchmarks, or a predictions file without a model."""
     asked = asked_of(args.arguments, KEYS)
     import_named_plugins(asked)
     if args.score_only is not None:
@@ -164,7 +163,7 @@ def _blind(config: DictConfig, benchmarks: Iterable[Benchmark]) -> dict[str, flo
 
 
 def finished_run(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished run, whose plug-ins are imported: benchmarks may be theirs.
+    """The manifest of a finished run.
 
     Raises:
         UsageError: the folder is none, such as an export, which knows neither its data nor the hash of its weights.
@@ -173,9 +172,10 @@ def finished_run(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
     path = folder / "manifest.json"
     if path.is_file():
-        from prism_deco.config.registry import import_plugins
+        from prism_deco.config.registry import require_imported
 
-        import_plugins(read_config(folder / "model" / "config.yaml").plugins)
+        config = folder / "model" / "config.yaml"
+        require_imported(read_config(config).plugins, config)
         return json.loads(path.read_text(encoding="utf-8"))
     if (folder / "backbone.json").is_file():  # beside the weights, in every model folder
         raise UsageError(

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from prism_deco.commands.common import Asked, Subparsers, asked_of, import_named_plugins, own_benchmarks, show
+from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
 from prism_deco.commands.evaluate import finished_run
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
@@ -20,23 +20,23 @@ from prism_deco.files import check_writable
 log = logging.getLogger(__name__)
 
 
-def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
-    """Adds `explain`."""
-    parser = subparsers.add_parser("explain", parents=[common], help="show where each generated word looked (R-GAE)")
-    parser.add_argument("arguments", nargs="*", metavar="RUN KEY=VALUE", help="run folders; benchmark=NAME limit=N")
+def explain_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `explain`."""
+    parser.add_argument(
+        "arguments", nargs="*", metavar="RUN KEY=VALUE", help="run folders; benchmark=NAME limit=N plugins=[MODULE]"
+    )
     parser.add_argument("--image", type=Path, help="explain an answer about this image")
     parser.add_argument("--prompt", help="the question about it")
-    parser.add_argument("--answer", help="the text to explain; the model's own answer by default")
+    parser.add_argument("--answer", help="the text to explain (default: the model's own answer)")
     parser.add_argument("--out", type=Path, help="folder for pictures, numbers and pages (default: one in RUN/explain)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="compute in this type; the run's by default")
-    parser.add_argument("--device", default="cpu", help="cpu | cuda")
-    parser.add_argument("--chunk", type=int, help="answer tokens per backward pass; what memory allows by default")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type to compute in (default: the run's)")
+    parser.add_argument("--device", default="cpu", help="cpu | cuda (default: %(default)s)")
+    parser.add_argument("--chunk", type=int, help="answer tokens per backward pass (default: as many as memory allows)")
     parser.add_argument("--through-backbone", action="store_true", help="continue to the pixels' patches")
-    parser.set_defaults(command=explain)
 
 
 def explain(args: argparse.Namespace) -> None:
-    """Explains one answer, or measures the maps of a benchmark's questions, for one or more runs."""
+    """Explain one answer of one or more runs, or measure the relevance maps of a benchmark's questions."""
     asked = asked_of(args.arguments, ["plugins"])
     runs, name = asked.runs, asked.benchmarks
     options: dict[str, Any] = dict(asked.options)

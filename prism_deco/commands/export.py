@@ -6,32 +6,32 @@ import argparse
 import logging
 from pathlib import Path
 
-from prism_deco.commands.common import Subparsers
+from prism_deco.commands.common import PLUGINS, import_plugins_only
 from prism_deco.errors import UsageError
 
 log = logging.getLogger(__name__)
 
 
-def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
-    """Adds `export`."""
-    parser = subparsers.add_parser("export", parents=[common], help="write a model to one folder for use elsewhere")
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `export`."""
     parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("settings", nargs="*", metavar="plugins=[MODULE]", help=PLUGINS)
     parser.add_argument("--to", type=Path, required=True, help="new folder to write")
     parser.add_argument("--merge", action="store_true", help="add a run's LoRA adapters to the LLM's weights")
-    parser.add_argument("--checkpoint", metavar="NAME", help="the model of this checkpoint of the run, step_NNNNNN")
+    parser.add_argument("--checkpoint", metavar="NAME", help="the model of a checkpoint of the run, step_NNNNNN")
     parser.add_argument("--hf", action="store_true", help="for plain transformers, as LlavaForConditionalGeneration")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type of the weights; the run's by default")
-    parser.set_defaults(command=export)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type of the weights (default: the run's)")
 
 
 def export(args: argparse.Namespace) -> None:
-    """Writes a model to one folder for use elsewhere."""
+    """Write a trained model to one folder, for use elsewhere or with plain transformers (--hf)."""
     import torch
 
     from prism_deco.api import load
     from prism_deco.export import check_empty, save_llava, whole_folder
     from prism_deco.training.consolidate import consolidate
 
+    import_plugins_only(args.settings)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     check_empty(args.to)
     if args.checkpoint:

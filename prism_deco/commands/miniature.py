@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from prism_deco.commands.common import Subparsers
-
 MINIATURE_PARTS = ("mini_clip", "mini_siglip", "mini_dinov2", "tokenizers")
 """What `pretrain-mini` makes."""
 
@@ -14,30 +12,27 @@ TOKENIZER_TEXTS = 500
 """Conversations that the miniature's tokenizers are trained on."""
 
 
-def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
-    """Adds `pretrain-mini` and `record-blind`."""
-    pretrain = subparsers.add_parser(
-        "pretrain-mini", parents=[common], help="remake the towers and tokenizers of the miniature"
-    )
-    pretrain.add_argument("names", nargs="*", help=f"{', '.join(MINIATURE_PARTS)}; all by default")
-    pretrain.add_argument("--out", type=Path, required=True, help="folder to write to")
-    pretrain.add_argument("--seed", type=int, default=0)
-    pretrain.set_defaults(command=pretrain_mini)
+def pretrain_mini_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `pretrain-mini`."""
+    parser.add_argument("names", nargs="*", help=f"{', '.join(MINIATURE_PARTS)} (default: all)")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and images (default: %(default)s)")
 
-    blind = subparsers.add_parser("record-blind", parents=[common], help="keep a blind run's scores as the reference")
-    blind.add_argument("run", type=Path, help="run folder, trained with recipe.blind=true and scored")
-    blind.add_argument(
+
+def record_blind_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `record-blind`."""
+    parser.add_argument("run", type=Path, help="run folder, trained with recipe.blind=true and scored")
+    parser.add_argument(
         "--out",
         type=Path,
         required=True,
         metavar="FILE",
-        help="reference file to add to (of a checkout: prism_deco/assets/reference/blind.json)",
+        help="reference file to add to (in a checkout: prism_deco/assets/reference/blind.json)",
     )
-    blind.set_defaults(command=record_blind)
 
 
 def pretrain_mini(args: argparse.Namespace) -> None:
-    """Makes the miniature's towers and tokenizers."""
+    """Train the miniature's towers and tokenizers again, as they ship with the package."""
     from prism_deco.config.registry import unknown
     from prism_deco.miniature.conversations import corpus
     from prism_deco.miniature.pretraining import pretrain_tower
@@ -54,7 +49,7 @@ def pretrain_mini(args: argparse.Namespace) -> None:
 
 
 def record_blind(args: argparse.Namespace) -> None:
-    """Keeps a blind run's scores as the reference."""
+    """Keep the scores of an image-blind run as the reference that tables show."""
     from prism_deco.report.blind import record
 
     record(args.run, args.out)

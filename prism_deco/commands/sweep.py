@@ -8,62 +8,56 @@ import logging
 import sys
 from pathlib import Path
 
-from prism_deco.commands.common import Subparsers, show
+from prism_deco.commands.common import show
 from prism_deco.config import load_config
 from prism_deco.errors import UsageError
 
 log = logging.getLogger(__name__)
 
 
-def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
-    """Adds `sweep`, `plan` and `report`."""
-    sweep_parser = subparsers.add_parser("sweep", parents=[common], help="train a grid of models and keep its ledger")
-    sweep_parser.add_argument(
+def sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `sweep`."""
+    parser.add_argument(
         "arguments",
         nargs="*",
         metavar="NAME KEY=VALUE[,VALUE]",
         help="a choice of conf/sweep or a YAML of your own; settings of train, several values make an axis; "
         "name=NAME runs_dir=DIR launcher=local|slurm slurm.partition=P slurm.time=MINUTES ...",
     )
-    sweep_parser.add_argument("--jobs", type=int, metavar="N", help="cells at a time")
-    sweep_parser.add_argument(
-        "--timeout", type=float, default=60.0, metavar="MINUTES", help="silence of a hung cell (0: off)"
+    parser.add_argument("--jobs", type=int, metavar="N", help="cells at a time (default: the sweep's own, or one)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="MINUTES",
+        help="silence after which a cell counts as hung; 0 is off (default: %(default)g)",
     )
-    sweep_parser.add_argument("--dry-run", action="store_true", help="print the command lines, or the SLURM jobs")
-    sweep_parser.add_argument("--status", action="store_true", help="print the ledger")
-    sweep_parser.set_defaults(command=sweep)
+    parser.add_argument("--dry-run", action="store_true", help="print the command lines, or the SLURM jobs")
+    parser.add_argument("--status", action="store_true", help="print the ledger")
 
-    plan_parser = subparsers.add_parser(
-        "plan", parents=[common], help="what a run or a sweep will take: memory, time, disk"
-    )
-    plan_parser.add_argument(
-        "arguments", nargs="*", metavar="NAME KEY=VALUE[,VALUE]", help="as for sweep, or for train"
-    )
-    plan_parser.add_argument(
-        "--accelerator", metavar="NAME", help="a100 | h100 | h200 | l40s | ... (h100; none on the CPU)"
-    )
-    plan_parser.add_argument(
-        "--mfu", type=float, default=0.4, metavar="SHARE", help="share of its peak that is reached (0.4)"
-    )
-    plan_parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, too")
-    plan_parser.set_defaults(command=plan)
 
-    report_parser = subparsers.add_parser(
-        "report", parents=[common], help="tables, statistics and figures of a sweep or runs"
+def plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `plan`."""
+    parser.add_argument("arguments", nargs="*", metavar="NAME KEY=VALUE[,VALUE]", help="as for sweep, or for train")
+    parser.add_argument(
+        "--accelerator", metavar="NAME", help="a100 | h100 | h200 | l40s | ... (default: h100, none on a CPU)"
     )
-    report_parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep's folder, or run folders"
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, help="fraction of the peak FLOPs that is reached (default: %(default)s)"
     )
-    report_parser.add_argument("--out", type=Path, help="folder to write to (FOLDER/report; beside the runs)")
-    report_parser.add_argument("--split", help="of the benchmarks: own | test | ...; their own by default")
-    report_parser.add_argument(
-        "--mixed", action="store_true", help="put cells into one table that saw different things"
-    )
-    report_parser.set_defaults(command=report)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
+
+
+def report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `report`."""
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep's folder, or run folders")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: FOLDER/report, or report next to runs)")
+    parser.add_argument("--split", help="of the benchmarks: own | test | ... (default: own)")
+    parser.add_argument("--mixed", action="store_true", help="compare cells that saw different data or steps")
 
 
 def sweep(args: argparse.Namespace) -> int:
-    """Runs the cells of a sweep that are not done; 1 where some still are not."""
+    """Train the cells of a sweep that are not done yet, each in a process of its own."""
     from rich.console import Console
 
     from prism_deco.sweep import Ledger, dry_run, parse, render, run
@@ -88,15 +82,15 @@ def sweep(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Says what the cells of a sweep, or one run, will take."""
+    """Estimate the memory, hours and disk of a run or of a sweep's cells, without weights, data or a GPU."""
     from prism_deco.plan import as_json, plan_run, table
     from prism_deco.stages import split
     from prism_deco.sweep import expand, parse
-    from prism_deco.sweep.spec import split_values
+    from prism_deco.sweep.spec import is_sweep
 
     if args.json and not args.json.absolute().parent.is_dir():  # not after minutes of planning
         raise UsageError(f"--json {args.json}: there is no folder {args.json.parent}.")
-    if any("=" not in text or len(split_values(text.partition("=")[2])) > 1 for text in args.arguments):
+    if is_sweep(args.arguments):
         asked = [(cell.id, cell.overrides, cell.config) for cell in expand(parse(args.arguments))]
     else:
         asked = [("", args.arguments, None)]
@@ -113,7 +107,7 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Writes the report of a sweep or of runs."""
+    """Write the report of a sweep or of runs: one HTML page, Markdown, CSV files and figures."""
     from prism_deco.report.assemble import write_report
     from prism_deco.report.tabular import terminal
 

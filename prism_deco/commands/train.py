@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from prism_deco.commands.common import OVERRIDES, Subparsers, own_benchmarks
+from prism_deco.commands.common import OVERRIDES, own_benchmarks
 from prism_deco.commands.evaluate import score_run
 from prism_deco.commands.explain import has_relevance, measure_relevance
+from prism_deco.commands.keys import print_config
 from prism_deco.config import load_config
 from prism_deco.errors import UsageError
 from prism_deco.stages import Stage, split
@@ -25,19 +26,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def add(subparsers: Subparsers, common: argparse.ArgumentParser) -> None:
-    """Adds `train`."""
-    parser = subparsers.add_parser("train", parents=[common], help="compose and train a model, then score it")
+def train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `train`."""
     parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    parser.add_argument("--print", action="store_true", help="print the configuration and where each value comes from")
+    parser.add_argument("--check", action="store_true", help="look for what would stop the run, and train nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace the run folder if it exists")
-    parser.add_argument("--force", action="store_true", help="train even what does not fit the memory by its plan")
-    parser.add_argument("--check", action="store_true", help="look for what would stop it, and train nothing")
-    parser.set_defaults(command=train)
+    parser.add_argument("--force", action="store_true", help="train even if the plan says that memory does not suffice")
 
 
 def train(args: argparse.Namespace) -> int:
-    """Composes, trains and scores a model; goes on where an earlier call of the same run has stopped."""
+    """Compose, train and score a model. A run that was stopped continues with the same command."""
     stages = split(args.arguments)
+    if args.print:
+        print_config(stages, args.arguments)
+        return 0
     config = stages[-1].config if stages else load_config(args.arguments)
     scoring = _scoring(config)
     flags = {"--overwrite": args.overwrite, "--force": args.force, "--debug": args.debug}

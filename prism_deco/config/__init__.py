@@ -1,37 +1,34 @@
-"""The configuration: its schema, and the loader that composes YAML choices and `key=value` overrides."""
+"""The configuration: its schema, and the loader that composes YAML files, choices and `key=value` settings."""
 
-from prism_deco.config.compose import (
-    CONF_DIR,
-    GROUPS,
-    cache_dir,
-    choices,
-    compose,
-    default_run_id,
-    is_free,
-    load_choice,
-    load_config,
-    parse_overrides,
-    parse_value,
-    read_config,
-    read_yaml,
-    save_config,
-    validate,
-)
+from prism_deco.config.cache import building_folder, cache_dir
+from prism_deco.config.choices import CONF_DIR, choices, load_choice
+from prism_deco.config.compose import compose, default_run_id, validate
+from prism_deco.config.diff import changed_from_defaults, flat, shipped_choices
+from prism_deco.config.load import load_config, named_choice, value_origins
+from prism_deco.config.parse import parse_value, read_yaml, value_text
+from prism_deco.config.schema import GROUPS
+from prism_deco.config.stored import is_free, read_config, save_config
 
 __all__ = [
     "CONF_DIR",
     "GROUPS",
+    "building_folder",
     "cache_dir",
+    "changed_from_defaults",
     "choices",
     "compose",
     "default_run_id",
+    "flat",
     "is_free",
     "load_choice",
     "load_config",
-    "parse_overrides",
+    "named_choice",
     "parse_value",
     "read_config",
     "read_yaml",
     "save_config",
+    "shipped_choices",
     "validate",
+    "value_origins",
+    "value_text",
 ]

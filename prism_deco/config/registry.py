@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
+import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable
-from typing import Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from prism_deco.errors import UsageError
 
 T = TypeVar("T")
 
+_LISTED = 40
+"""Choices that a message lists."""
+
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
-    """The error for a name that is not among the choices: nearest names first, then all of them."""
+    """The error for a name that is not among the choices: nearest names first, then all of them if they are few."""
     choices = sorted(choices)
     near = difflib.get_close_matches(name, choices, n=3)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return UsageError(f"Unknown {kind} {name!r}.{hint} Choices: {', '.join(choices) or 'none'}.")
+    listed = ", ".join(choices[:_LISTED]) or "none"
+    more = f" and {len(choices) - _LISTED} more" if len(choices) > _LISTED else ""
+    return UsageError(f"Unknown {kind} {name!r}.{hint} Choices: {listed}{more}.")
 
 
 class Registry(Generic[T]):
@@ -52,15 +61,41 @@ class Registry(Generic[T]):
     def get(self, name: str) -> T:
         """The component of that exact name; `UsageError` lists the choices otherwise."""
         if name not in self._entries:
+            self._import_module_of(name)
+        if name not in self._entries:
             self._discover()
         if name not in self._entries:
             raise unknown(self.kind, name, self._entries)
         return self._entries[name]
 
+    def build(self, name: str, /, **options: Any) -> Any:
+        """What the component of that name, a class or a function, makes of options.
+
+        Raises:
+            UsageError: an unknown name, an option that the component does not take, or one that it needs is missing.
+        """
+        component = self.get(name)
+        parameters = inspect.signature(component).parameters  # type: ignore[arg-type]
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        for option in options:
+            if option not in parameters and not takes_any:
+                raise unknown(f"key of the {self.kind} {name}", option, parameters)
+        for parameter in parameters.values():
+            is_named = parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            if is_named and parameter.default is parameter.empty and parameter.name not in options:
+                raise UsageError(f"The {self.kind} {name!r} needs the key {parameter.name}: set it in its YAML.")
+        return component(**options)  # type: ignore[operator]
+
     def names(self) -> list[str]:
         """All registered names, sorted."""
         self._discover()
         return sorted(self._entries)
+
+    def _import_module_of(self, name: str) -> None:
+        """Imports the module of the component's name, where there is one: most have it, and need no other."""
+        module = f"{self._package}.{name}"
+        if self._package is not None and name.isidentifier() and importlib.util.find_spec(module) is not None:
+            importlib.import_module(module)
 
     def _discover(self) -> None:
         if self._package is None:
@@ -70,6 +105,18 @@ class Registry(Generic[T]):
             importlib.import_module(module.name)
         for name in self._also:
             importlib.import_module(name)
+
+
+def require_imported(modules: Iterable[str], origin: Path) -> None:
+    """`UsageError` where a stored configuration names plug-ins that nobody has imported: opening a folder must not run
+    the code that its author chose."""
+    missing = [module for module in modules if module not in sys.modules]
+    if missing:
+        names = ",".join(missing)
+        raise UsageError(
+            f"{origin} names plug-in modules: {names}. They are not imported unless you name them yourself, since that "
+            f"runs their code: plugins=[{names}] on the command line, load(..., plugins={missing}) in Python."
+        )
 
 
 def import_plugins(modules: Iterable[str]) -> None:

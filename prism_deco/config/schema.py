@@ -4,54 +4,15 @@ their registries, which plug-ins may extend."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Any
 
 from omegaconf import II, MISSING
 
+from prism_deco.config.fields import Range, number, one_of
 
-@dataclass(frozen=True)
-class Range:
-    """Finite numbers within bounds."""
-
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
-
-    def __contains__(self, number: float) -> bool:
-        return (
-            math.isfinite(number)
-            and (self.least is None or number >= self.least)
-            and (self.above is None or number > self.above)
-            and (self.most is None or number <= self.most)
-            and (self.below is None or number < self.below)
-        )
-
-    def __str__(self) -> str:
-        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        return " and ".join(f"{name} {bound}" for name, bound in bounds.items() if bound is not None)
-
-
-def number(
-    default: Any,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A field whose value, or each of whose values, is within bounds."""
-    return field(default=default, metadata={"allowed": Range(least, above, most, below)})
-
-
-def one_of(names: tuple[str, ...], default: Any) -> Any:
-    """A field whose value is one of these names."""
-    return field(default=default, metadata={"allowed": names})
-
-
-# The modules that act on these names import torch, which reading a configuration must not wait for.
+# Stated here and imported where they act: those modules import torch, for which a configuration must not wait.
 RESIZE = ("letterbox", "pad", "resize-naive", "resize-crop")
 ON_BAD_IMAGE = ("fail", "skip", "blank")
 LM = ("full", "frozen", "lora", "qlora")
@@ -63,8 +24,10 @@ ACCELERATOR = ("auto", "cpu", "gpu", "cuda")
 STRATEGY = ("auto", "ddp", "fsdp")
 PRECISION = ("32-true", "bf16-mixed")
 REDUCE_DTYPE = ("float32", "bfloat16")
-ACTIVATION_CHECKPOINTING = ("none", "selective", "full", "auto")
+ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 NONFINITE = ("stop", "skip")
+LOSS = ("token_mean", "micro_batch_mean")
+SAMPLER = ("shuffled", "grouped", "llava", "prismatic")
 
 
 @dataclass
@@ -204,9 +167,9 @@ class RecipeConfig:
     """Share of the steps in which the learning rate rises linearly from 0; a cosine to 0 follows."""
     grad_clip: float = number(1.0, least=0)
     """Global gradient norm above which gradients are scaled down; 0 is off."""
-    loss: str = "token_mean"
+    loss: str = one_of(LOSS, "token_mean")
     """token_mean (over the global batch) | micro_batch_mean (per forward pass, then averaged: prismatic)."""
-    sampler: str = "grouped"
+    sampler: str = one_of(SAMPLER, "grouped")
     """Order of the records: shuffled | grouped (by modality and length) | llava (by modality) | prismatic (strict
     PRISM)."""
     packing: bool = False
@@ -238,7 +201,7 @@ class TrainerConfig:
     """32-true | bf16-mixed (bf16 compute over fp32 master weights)."""
     reduce_dtype: str = one_of(REDUCE_DTYPE, "float32")
     """fsdp: what gradients are summed in across devices: float32 | bfloat16 (prismatic)."""
-    activation_checkpointing: str = one_of(ACTIVATION_CHECKPOINTING, "none")
+    activation_checkpointing: str = one_of((*ACTIVATION_CHECKPOINTING, "auto"), "none")
     """Less memory for more computation in the LLM: none | selective (keep matrix products) | full (keep inputs of
     layers; prismatic) | auto (the least of these that the plan fits into nine tenths of a device's memory)."""
     checkpoint_every: float = number(0.25, above=0)
@@ -308,11 +271,54 @@ class Config:
     """Modules to import first: they register components from outside the package."""
 
 
-def allowed() -> dict[str, Range | tuple[str, ...]]:
-    """What the keys take that do not take all of their type: `recipe.lr` -> above 0, `recipe.prompt` -> names."""
-    found = {}
-    for group in fields(Config):
-        kind = group.default_factory
-        members = [(f"{group.name}.{f.name}", f) for f in fields(kind)] if is_dataclass(kind) else [(group.name, group)]
-        found |= {key: f.metadata["allowed"] for key, f in members if "allowed" in f.metadata}
+GROUPS = ("backbone", "projector", "llm", "data", "recipe", "trainer")
+"""Groups that a choice, a YAML of `conf/<group>`, fills."""
+
+STATISTICS = (
+    "images", "records_per_image", "text_records", "text_tokens", "supervised_tokens", "longest_text_tokens",
+    "longest_supervised_tokens",
+)  # fmt: skip
+"""Keys of `data.statistics`."""
+
+TEXT_OPTIONS = {
+    "backbone": ("model", "hub", "file"),
+    "projector": ("weights",),
+    "llm": ("revision", "tokenizer", "dtype", "attention", "quantize"),
+    "data": ("root", "json", "image_root", "val_json", "path", "val_path", "repo", "revision"),
+    "benchmark": ("family", "root", "annotations", "questions", "instances", "ocr", "image", "split", "on_bad_image"),
+}
+"""Options of single components that are text. Where a YAML's default is null, its type says nothing."""
+
+
+RETIRED = {
+    "trainer.feature_cache=auto": "auto is no longer a choice, since it needed a plan of every run: use true where an "
+    "image is seen several times, by epochs or by runs of a sweep, and the towers are much of the work, else false",
+    "trainer.feature_cache_runs": "only trainer.feature_cache=auto used it, which is no longer a choice",
+}
+"""Keys and values of earlier versions: stored configurations may hold them, new ones may not."""
+
+
+@cache
+def schema_keys() -> dict[str, Field[Any]]:
+    """The field of every key: `recipe.lr`, `seed`, ..."""
+    found: dict[str, Field[Any]] = {}
+    for member in fields(Config):
+        kind = member.default_factory
+        if is_dataclass(kind):
+            found |= {f"{member.name}.{leaf.name}": leaf for leaf in fields(kind)}
+        else:
+            found[member.name] = member
     return found
+
+
+@cache
+def text_keys() -> frozenset[str]:
+    """The keys whose value is text: names of choices, `str` fields, and `TEXT_OPTIONS`."""
+    texts = {key for key, member in schema_keys().items() if member.type in ("str", "str | None")}
+    options = {f"{group}.{key}" for group, keys in TEXT_OPTIONS.items() for key in keys}
+    return frozenset({*GROUPS, *texts, *options})
+
+
+def allowed() -> dict[str, Range | tuple[str, ...]]:
+    """The keys that take only a part of their type: `recipe.lr` -> above 0, `recipe.prompt` -> two names."""
+    return {key: member.metadata["allowed"] for key, member in schema_keys().items() if "allowed" in member.metadata}

@@ -57,4 +57,4 @@ def build_source(choice: str | Mapping[str, Any], **options: Any) -> Source:
     spec = (load_choice("data", choice) if isinstance(choice, str) else dict(choice)) | options
     # What every data choice has concerns how the records are used, not where they come from.
     own = {key: value for key, value in spec.items() if key not in {f.name for f in fields(DataConfig)}}
-    return SOURCES.get(spec["family"])(**own)
+    return SOURCES.build(spec["family"], **own)

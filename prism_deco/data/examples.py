@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from prism_deco.config.registry import unknown
+from prism_deco.config.schema import ON_BAD_IMAGE
 from prism_deco.data.images import ImageFolder, ImageSource, load_image
 from prism_deco.data.records import Record, Records
 from prism_deco.data.samplers import Filler
@@ -25,7 +26,6 @@ from prism_deco.llms.encoding import IGNORE, encode_segments
 log = logging.getLogger(__name__)
 
 Transform = Callable[[Image.Image], dict[str, Tensor]]
-BAD_IMAGE_POLICIES = ("fail", "skip", "blank")
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ class Examples(Dataset[Example]):
         tokens_per_image: int = 0,
         on_bad_image: str = "fail",
     ):
-        if on_bad_image not in BAD_IMAGE_POLICIES:
-            raise unknown("policy data.on_bad_image", on_bad_image, BAD_IMAGE_POLICIES)
+        if on_bad_image not in ON_BAD_IMAGE:
+            raise unknown("data.on_bad_image", on_bad_image, ON_BAD_IMAGE)
         self.records = records
         self.images: ImageSource = ImageFolder(images) if isinstance(images, Path) else images
         self._encode = Encoder(

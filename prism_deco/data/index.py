@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from prism_deco.config import building_folder
 from prism_deco.data.llava_json import RecordError, parse_record, read_json_list
 from prism_deco.data.packing import ImagePacker, check_space, read_rows
 
@@ -26,8 +26,7 @@ def build_index(path: Path, tables: list[Path], digest: str, folder: Path) -> No
         tables: Parquet and Arrow files.
         digest: SHA-256 of the JSON file.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    building = building_folder(folder)
     try:
         with ExitStack() as stack:
             entries: Iterable[Any] = read_json_list(path)

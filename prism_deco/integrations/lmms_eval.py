@@ -49,6 +49,7 @@ class PrismDeco(lmms):
         device: cpu | cuda; None takes the GPU where there is one.
         dtype: float32 | bfloat16; None is that of the weights.
         max_new_tokens: length limit of an answer where the task names none.
+        plugins: modules to import first, separated by `+`; those that the run names are needed.
         max_batch_size: given by lmms-eval's command line; for batch sizes that are searched for, which is not done.
     """
 
@@ -60,6 +61,7 @@ class PrismDeco(lmms):
         dtype: str | None = None,
         max_new_tokens: int = 128,
         max_batch_size: int | None = None,
+        plugins: str = "",
     ):
         super().__init__()
         if dtype is not None and dtype not in DTYPES:
@@ -69,7 +71,12 @@ class PrismDeco(lmms):
         self.batch_size = int(batch_size)
         self.max_new_tokens = max_new_tokens
         self.device = requested_device(device or "auto")
-        self.model = load(run, device=self.device, dtype=getattr(torch, dtype) if dtype else None)
+        self.model = load(
+            run,
+            device=self.device,
+            dtype=getattr(torch, dtype) if dtype else None,
+            plugins=plugins.split("+") if plugins else (),
+        )
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

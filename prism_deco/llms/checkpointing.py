@@ -11,8 +11,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from prism_deco.config.registry import unknown
-
-ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
+from prism_deco.config.schema import ACTIVATION_CHECKPOINTING
 
 # What `selective` keeps: the results that are expensive to compute and cheap to hold.
 _KEPT = [

@@ -18,13 +18,11 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from prism_deco.config.registry import unknown
+from prism_deco.config.schema import IMAGE_SLOT, TOKENIZE
 from prism_deco.errors import UsageError
 
 IMAGE_TAG = "<image>"
 """What marks an image in a user's message (the convention of LLaVA's data)."""
-
-IMAGE_SLOTS = ("after_bos", "in_place")
-TOKENIZE = ("per_turn", "whole")
 
 PLAIN_TEMPLATE = """\
 {{- bos_token ~ image -}}
@@ -78,8 +76,8 @@ class PromptFormat:
     image_slot: str = "after_bos"
 
     def __post_init__(self):
-        if self.image_slot not in IMAGE_SLOTS:
-            raise unknown("image_slot", self.image_slot, IMAGE_SLOTS)
+        if self.image_slot not in IMAGE_SLOT:
+            raise unknown("image_slot", self.image_slot, IMAGE_SLOT)
         if self.tokenize not in TOKENIZE:
             raise unknown("way to tokenize", self.tokenize, TOKENIZE)
 

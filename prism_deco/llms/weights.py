@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import struct
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from prism_deco.config import cache_dir
+from prism_deco.config import building_folder, cache_dir
 from prism_deco.errors import UsageError
 from prism_deco.llms.hub import bin_shards, has_safetensors, has_weights, weight_files
 from prism_deco.tensors import open_tensors
@@ -85,39 +84,39 @@ def convert_pickles(folder: Path) -> Path:
     target = cache_dir() / "converted" / hashlib.sha256(key.encode()).hexdigest()[:16]
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (cache_dir() / "converting.lock").open("a") as lock:
+    building = building_folder(target)
+    try:
         # One process converts and the others wait: each would hold a shard in memory, and write a copy of all.
-        with suppress(OSError):  # a file system without locks
-            fcntl.lockf(lock, fcntl.LOCK_EX)
+        with (cache_dir() / "converting.lock").open("a") as lock:
+            with suppress(OSError):  # a file system without locks
+                fcntl.lockf(lock, fcntl.LOCK_EX)
+            if not target.is_dir():
+                log.info("Converting %d pickled shards of %s to safetensors in %s", len(shards), folder, target)
+                _convert(folder, shards, building)
+                os.replace(building, target)
+    except OSError:
+        # Without locks, another process may have finished the same conversion first.
         if not target.is_dir():
-            log.info("Converting %d pickled shards of %s to safetensors in %s", len(shards), folder, target)
-            _convert(folder, shards, target)
+            raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
     return target
 
 
 def _convert(folder: Path, shards: Sequence[Path], target: Path) -> None:
-    building = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building-"))
-    try:
-        weight_map: dict[str, str] = {}
-        for number, shard in enumerate(shards, start=1):
-            # Copies, since safetensors refuses tensors that share storage.
-            tensors = {k: v.clone().contiguous() for k, v in open_tensors(shard).items()}
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            save_file(tensors, building / name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, name)
-        index = {"metadata": {}, "weight_map": weight_map}
-        (building / "model.safetensors.index.json").write_text(json.dumps(index))
-        for file in folder.glob("*config.json"):
-            shutil.copy(file, building / file.name)
-        try:
-            os.replace(building, target)
-        except OSError:
-            # Another process finished the same conversion first.
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    """Writes the tensors of pickled shards, and the configuration that lies next to them, into a new folder."""
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        # Copies, since safetensors refuses tensors that share storage.
+        tensors = {k: v.clone().contiguous() for k, v in open_tensors(shard).items()}
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(tensors, target / name, metadata={"format": "pt"})
+        (target / name).chmod(target.stat().st_mode & 0o666)  # safetensors keeps its files to their owner
+        weight_map |= dict.fromkeys(tensors, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    for file in folder.glob("*config.json"):
+        shutil.copy(file, target / file.name)
 
 
 def _from_pretrained(source: Path, loader: Any, folder: Path | None, **options: Any) -> PreTrainedModel:

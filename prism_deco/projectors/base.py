@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -92,5 +91,4 @@ def build_projector(
         options: the projector's own arguments; their names and defaults stand in its YAML.
     """
     in_grid = (int(in_grid[0]), int(in_grid[1]))
-    projector = cast("Callable[..., Projector]", PROJECTORS.get(name))  # subclasses have arguments of their own
-    return projector(in_dim=in_dim, out_dim=out_dim, in_grid=in_grid, num_tokens=num_tokens, **options)
+    return PROJECTORS.build(name, in_dim=in_dim, out_dim=out_dim, in_grid=in_grid, num_tokens=num_tokens, **options)

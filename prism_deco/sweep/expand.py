@@ -10,12 +10,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from prism_deco.config import GROUPS, load_choice
+from prism_deco.config import GROUPS, load_choice, parse_value
 from prism_deco.errors import UsageError
 from prism_deco.stages import final_config
-from prism_deco.sweep.spec import PART, RunGrid, Spec, SweepRow, scalar
+from prism_deco.sweep.spec import PART, RunGrid, Spec, SweepRow
 
 LONGEST_ID = 100
 RESERVED = ("logs", "jobs")
@@ -81,7 +81,7 @@ def expand(spec: Spec) -> list[SweepCell]:
         if name.casefold() in cells:
             other = " ".join(cells[name.casefold()].overrides)
             raise UsageError(f"Two cells would share the folder {name}: {' '.join(overrides)} and {other}.")
-        cells[name.casefold()] = SweepCell(name, _labels(row, values), overrides, config, grid.choose)
+        cells[name.casefold()] = SweepCell(name, _labels(row, values, config), overrides, config, grid.choose)
     return list(cells.values())
 
 
@@ -111,15 +111,18 @@ def _settings(spec: Spec, grid: RunGrid, row: SweepRow, values: Mapping[str, str
     return settings
 
 
-def _labels(row: SweepRow, values: Mapping[str, str]) -> dict[str, Any]:
-    return {**row.labels, **{key: _label(key, value) for key, value in values.items()}}
+def _labels(row: SweepRow, values: Mapping[str, str], config: DictConfig) -> dict[str, Any]:
+    return {**row.labels, **{key: _label(key, value, config) for key, value in values.items()}}
 
 
-def _label(key: str, value: str) -> Any:
+def _label(key: str, value: str, config: DictConfig) -> Any:
+    """What tables call an axis' value: a choice by its name, other values as the configuration has them."""
     if key in GROUPS:
         return Path(value).stem if value.endswith((".yaml", ".yml")) else value
-    label = scalar(value)
-    return value if isinstance(label, (dict, list)) else label
+    composed = OmegaConf.select(config, key)
+    # Keys of a single stage (align.recipe.lr) are not in the configuration of the last one.
+    label = parse_value(key, value) if composed is None else composed
+    return value if OmegaConf.is_config(label) or isinstance(label, dict | list | tuple) else label
 
 
 def _check_benchmarks(config: DictConfig) -> None:

@@ -139,6 +139,8 @@ class SlurmLauncher:
             executor.update_parameters(**own | self.parameters)
         except RuntimeError as error:
             raise UsageError(f"launcher=slurm: {error} --dry-run shows the jobs without a cluster.") from error
+        except ValueError as error:  # an unknown parameter; the message lists the known ones
+            raise UsageError(f"slurm.*: {error}") from error
         return executor
 
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prism_deco.config import choices, is_free, load_choice, parse_value
+from prism_deco.config import GROUPS, choices, is_free, load_choice, parse_value, read_yaml
+from prism_deco.config.choices import YAML_SUFFIXES
 from prism_deco.config.registry import unknown
+from prism_deco.config.schema import Config
 from prism_deco.errors import UsageError
 
 LAUNCHERS = ("local", "slurm")
@@ -22,6 +24,13 @@ PART_KEYS = ("settings", "rows", "axes", "choose")
 
 PART = "part"
 """The label that says which part of a sweep a cell belongs to."""
+
+SLURM_NOT_TEXT = (
+    "time", "nodes", "ntasks_per_node", "cpus_per_task", "cpus_per_gpu", "num_gpus", "gpus_per_node", "gpus_per_task",
+    "setup", "teardown", "signal_delay_s", "exclusive", "array_parallelism", "stderr_to_stdout", "map_count",
+    "additional_parameters", "srun_args", "use_srun",
+)  # fmt: skip
+"""submitit's options that YAML reads: numbers, switches and lists. The others are text: an account may be 007."""
 
 BENCHMARKS = "evaluate.benchmarks"
 """Its commas make one list: two cells that differ only in their scoring would be one training done twice."""
@@ -102,7 +111,8 @@ def parse(arguments: Iterable[str]) -> Spec:
                 raise unknown("launcher", text, LAUNCHERS)
             spec.launcher = text
         elif key.startswith("slurm."):
-            spec.slurm[key.removeprefix("slurm.")] = parse_value(key, text)
+            option = key.removeprefix("slurm.")
+            spec.slurm[option] = parse_value(key, text, is_text=option not in SLURM_NOT_TEXT)
         elif key == "run_id":
             raise UsageError("run_id is made for each cell of a sweep: name=NAME names the sweep's folder.")
         else:
@@ -114,6 +124,22 @@ def parse(arguments: Iterable[str]) -> Spec:
         )
     spec.name = own_name or spec.name or _default_name(spec)
     return spec
+
+
+def is_sweep(arguments: Iterable[str]) -> bool:
+    """Whether arguments describe several runs: by the name or the YAML of a sweep, or by several values of a key."""
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if equals and key != BENCHMARKS and len(split_values(text)) > 1:
+            return True
+        if not equals and not (argument.endswith(YAML_SUFFIXES) and _is_configuration(Path(argument))):
+            return True
+    return False
+
+
+def _is_configuration(path: Path) -> bool:
+    """Whether a YAML configures one run: a sweep's has rows, axes or parts."""
+    return path.is_file() and not {"rows", "axes", "parts"} & read_yaml(path).keys()
 
 
 def split_values(text: str) -> list[str]:
@@ -133,16 +159,14 @@ def split_values(text: str) -> list[str]:
     return [value.strip() for value in values]
 
 
-def scalar(text: str) -> Any:
-    """The value of an axis as YAML reads it; it has composed, so that it is valid."""
-    return parse_value("value", text)
-
-
 def _set(spec: Spec, key: str, text: str) -> None:
     values = [text] if key == BENCHMARKS else split_values(text)
     if "" in values and len(values) > 1:
         raise UsageError(f"{key}={text}: there is an empty value between the commas.")
     rows = [row for grid in spec.grids for row in grid.rows]
+    if "." not in key and key not in Config.__dataclass_fields__ and not any(key in row.labels for row in rows):
+        own = {label for row in rows for label in row.labels}
+        raise unknown("key of a sweep", key, {*Config.__dataclass_fields__, "name", "launcher", *own})
     if known := {str(row.labels[key]) for row in rows if key in row.labels}:
         for value in values:
             if value not in known:
@@ -169,6 +193,15 @@ def _load(name: str) -> Spec:
     parts: Mapping[str, Any] = content.get("parts") or {}
     if parts and (content.get("rows") or content.get("axes")):
         raise UsageError(f"The sweep {name} has parts: its rows and axes belong into them.")
+    for choice in content.get("with") or {}:
+        group, _, value = choice.partition("=")
+        if group in GROUPS:
+            load_choice(group, value)
+        elif not value:
+            raise UsageError(f"The sweep {name} has settings with {choice}: write GROUP=CHOICE, or KEY=VALUE.")
+    for its in (content, *parts.values()):
+        for row in its.get("rows") or []:
+            _check_keys(f"key of a row of the sweep {name}", row, ("labels", "settings"))
     for part, its in parts.items():
         _check_keys(f"key of the part {part} of the sweep {name}", its, PART_KEYS)
         for key, source in (its.get("choose") or {}).items():

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from prism_deco.backbones import build_backbone
 from prism_deco.build import build_model, compose_projector, group, prompt_options
 from prism_deco.config import read_config, save_config
+from prism_deco.config.registry import require_imported
 from prism_deco.errors import UsageError
 from prism_deco.files import file_sha256
 from prism_deco.llms import LanguageModel, build_llm
@@ -104,6 +105,7 @@ def load_model(folder: Path) -> tuple[VLM, LanguageModel, DictConfig]:
             are not those the model was trained with.
     """
     config = read_config(folder / CONFIG)
+    require_imported(config.plugins, folder / CONFIG)
     weights, tower = tensor_files(folder / WEIGHTS), tensor_files(folder / TOWER)
     for name, found in ((WEIGHTS, weights), (TOWER_RECORD, (folder / TOWER_RECORD).is_file())):
         if not found:

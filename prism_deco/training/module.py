@@ -15,15 +15,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from prism_deco.config.registry import unknown
+from prism_deco.config.schema import LOSS, NONFINITE
 from prism_deco.data.loader import Step
 from prism_deco.exits import NonFinite
-from prism_deco.training.nonfinite import POLICIES, diagnose
+from prism_deco.training.nonfinite import diagnose
 from prism_deco.training.optim import adamw, clip_gradients, grad_norm, parameter_groups, warmup_cosine
 from prism_deco.vlm import VLM, Loss
 
 log = logging.getLogger(__name__)
-
-LOSSES = ("token_mean", "micro_batch_mean")
 
 
 class TrainingModule(pl.LightningModule):
@@ -54,10 +53,10 @@ class TrainingModule(pl.LightningModule):
         preempted: Callable[[], bool] = lambda: False,
     ):
         super().__init__()
-        if recipe.loss not in LOSSES:
-            raise unknown("recipe.loss", recipe.loss, LOSSES)
-        if nonfinite not in POLICIES:
-            raise unknown("trainer.nonfinite", nonfinite, POLICIES)
+        if recipe.loss not in LOSS:
+            raise unknown("recipe.loss", recipe.loss, LOSS)
+        if nonfinite not in NONFINITE:
+            raise unknown("trainer.nonfinite", nonfinite, NONFINITE)
         self.automatic_optimization = False
         # An LLM that was read from files comes in eval mode: no dropout, no activation checkpointing.
         self.vlm = vlm.train()

@@ -15,8 +15,6 @@ from prism_deco.sequence import Batch
 from prism_deco.training.shard_blocks import local_piece
 from prism_deco.vlm import VLM
 
-POLICIES = ("stop", "skip")
-
 
 @torch.no_grad()
 def diagnose(vlm: VLM, batches: Sequence[Batch]) -> str:

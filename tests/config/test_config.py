@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from prism_deco.cli import main
-from prism_deco.config import CONF_DIR, GROUPS, cache_dir, choices, load_choice, load_config, read_config, save_config
+from prism_deco.config import CONF_DIR, GROUPS, choices, load_choice, load_config, read_config, save_config
 from prism_deco.errors import UsageError
 from prism_deco.sweep import parse
 
@@ -45,12 +45,29 @@ def test_the_projector_takes_its_token_count_from_the_recipe_unless_told():
     ("override", "message"),
     [
         ("projector=avgpol", r"Unknown projector 'avgpol'\. Did you mean 'avgpool'"),
-        ("recipe.learning_rate=1", r"Unknown key recipe\.learning_rate\."),
+        ("recipe.learning_rate=1", r"Unknown key recipe\.learning_rate\. Did you mean recipe\.lr "),
+        ("recipe.batch_size=1", r"Did you mean recipe\.global_batch_size or "),
+        ("data.json=a.json", r"Unknown key data\.json\. It is a key of data=llava "),
+        ("projector.hidden_dim=96", r"It is a key of projector=c_abstractor or projector=d_abstractor or "),
         ("recipe.epoch=1", r"Did you mean recipe\.epochs"),
         ("data.lr=1", r"Unknown key data\.lr\. Did you mean recipe\.lr"),
         ("modle=1", r"Unknown key modle"),
-        ("recipe.lr=fast", r"recipe\.lr=fast: .*'fast'.*[Ff]loat"),
-        ("projector.mlp_depth=deep", r"projector\.mlp_depth=deep: .*'deep'.*[Ii]nteger"),
+        ("recipe.lr=fast", r"^recipe\.lr=fast must be a number\.$"),
+        ("recipe.lr=[1]", r"^recipe\.lr=\[1\] must be a number\.$"),
+        ("recipe.epochs=1.5", r"^recipe\.epochs=1\.5 must be a whole number\.$"),
+        ("recipe.epochs=null", r"^recipe\.epochs=null must be a whole number\.$"),
+        ("recipe.max_steps=many", r"^recipe\.max_steps=many must be a whole number or null\.$"),
+        ("recipe.betas=0.9", r"^recipe\.betas=0\.9 must be two numbers such as \[0\.9, 0\.95\]\.$"),
+        ("recipe.betas=[0.9]", r"^recipe\.betas=\[0\.9\] must be two numbers"),
+        ("recipe.lr.x=1", r"Unknown key recipe\.lr\.x\."),
+        ("recipe.stages=[a]", r"^recipe\.stages=\[\"a\"\] must be a mapping such as .* or null\.$"),
+        ("plugins=mine", r"^plugins=mine must be a list of names such as \[a, b\]\.$"),
+        ("trainer.preflight=maybe", r"^trainer\.preflight=maybe must be true or false\.$"),
+        ("runs_dir=null", r"^runs_dir=null must be text\.$"),
+        ("evaluate=mini", r"^evaluate=mini must be set key by key, for example evaluate\.benchmarks="),
+        ("backbone.image_size=${", r"^backbone\.image_size=\$\{: .*not valid YAML"),
+        ("run_id=${", r"^run_id=\$\{ is not a valid reference: "),
+        ("projector.mlp_depth=deep", r"^projector\.mlp_depth=deep must be a whole number or null\.$"),
         ("seed", r"'seed' is not an override: write key=value"),
         ("data=./mine.yaml", r"data=\./mine\.yaml: there is no such file"),
         ("recipe.lr=[1", r"recipe\.lr=\[1: the value of recipe\.lr is not valid YAML"),
@@ -68,7 +85,7 @@ def test_mistakes_name_the_key_and_what_was_expected(override, message):
         (b"lr: 1\nepochs: 2\nlr: 2\n", "line 3: not valid YAML .*duplicate key lr"),
         (b"lr: ${\n", ": not valid YAML"),
         (b"lr: 1\x00\n", ": not valid YAML"),
-        (b"\x80PNG", ": not a text file"),
+        (b"\x80PNG", ": not a UTF-8 text file"),
         (b"- lr\n", ": expected `key: value` lines"),
         (b"lr 1\n", ": expected `key: value` lines"),
         (b"3\n", ": expected `key: value` lines"),
@@ -123,14 +140,6 @@ def test_a_saved_configuration_is_read_back_equal(tmp_path: Path):
     again = read_config(tmp_path / "config.yaml")
     assert OmegaConf.to_container(again) == OmegaConf.to_container(config, resolve=True)
     assert "${" not in (tmp_path / "config.yaml").read_text()
-
-
-def test_the_cache_is_never_the_working_directory(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("PRISM_DECO_CACHE", "")
-    assert cache_dir() == tmp_path / "prism_deco"
-    monkeypatch.setenv("PRISM_DECO_CACHE", str(tmp_path / "own"))
-    assert cache_dir() == tmp_path / "own"
 
 
 @pytest.mark.parametrize(("text", "expected"), [("true", True), ("on", True), ("'off'", False), ("false", False)])

@@ -1,8 +1,9 @@
 import sys
+from typing import Any
 
 import pytest
 
-from prism_deco.config.registry import Registry, import_plugins
+from prism_deco.config.registry import Registry, import_plugins, unknown
 
 
 def test_a_name_is_found_exactly_and_taken_once():
@@ -34,10 +35,44 @@ def test_a_file_in_the_package_registers_itself(tmp_path, monkeypatch):
     )
     (package / "apple.py").write_text("from fruit import FRUIT\nFRUIT.register('apple')('malus')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    (package / "citrus.py").write_text("from fruit import FRUIT\nFRUIT.register('lemon')('citrus limon')\n")
     import fruit  # type: ignore[import-not-found]
 
     assert "fruit.apple" not in sys.modules
     assert fruit.FRUIT.get("apple") == "malus"
+    assert "fruit.citrus" not in sys.modules, "a module of the component's own name needs no other"
+    assert fruit.FRUIT.get("lemon") == "citrus limon"
+    for name in ("../apple", "apple.seed", ""):
+        with pytest.raises(ValueError, match="Unknown fruit"):
+            fruit.FRUIT.get(name)
+
+
+def test_options_are_those_that_a_component_takes():
+    registry: Registry[Any] = Registry("colour")
+
+    @registry.register("mixed")
+    def mixed(red, *, green=0, name="x"):
+        return red, green, name
+
+    assert registry.build("mixed", red=1, name="y") == (1, 0, "y")
+    with pytest.raises(ValueError, match="Unknown key of the colour mixed 'grean'. Did you mean 'green'"):
+        registry.build("mixed", red=1, grean=2)
+    with pytest.raises(ValueError, match="The colour 'mixed' needs the key red"):
+        registry.build("mixed", green=2)
+    registry.register("any")(lambda **options: options)
+    assert registry.build("any", blue=3) == {"blue": 3}
+
+
+def test_a_bug_in_a_component_is_no_wrong_option():
+    registry: Registry[Any] = Registry("colour")
+    registry.register("broken")(lambda red: red.missing)
+    with pytest.raises(AttributeError):
+        registry.build("broken", red=1)
+
+
+def test_many_choices_are_not_all_listed():
+    message = str(unknown("model", "ViT-X", [f"ViT-{i:03d}" for i in range(100)]))
+    assert message.count("ViT-0") <= 43 and message.endswith(" and 60 more.")
 
 
 def test_a_missing_plugin_says_how_to_make_it_importable():

@@ -7,11 +7,8 @@ import pytest
 from prism_deco.backbones.transforms import STRATEGIES
 from prism_deco.cli import main
 from prism_deco.config import load_config, read_config, save_config, schema
-from prism_deco.data.examples import BAD_IMAGE_POLICIES
-from prism_deco.llms.checkpointing import ACTIVATION_CHECKPOINTING
-from prism_deco.llms.prompts import IMAGE_SLOTS, TOKENIZE
+from prism_deco.data.samplers import SAMPLERS
 from prism_deco.llms.tuning import TUNINGS
-from prism_deco.training.nonfinite import POLICIES
 
 
 @pytest.mark.parametrize(
@@ -106,13 +103,71 @@ def test_a_reference_is_not_blamed_for_what_it_refers_to(override, message):
         load_config([override])
 
 
-def test_a_file_of_the_users_own_is_checked_and_keeps_its_own_keys(tmp_path):
+def test_a_file_of_the_users_own_is_checked(tmp_path):
     path = tmp_path / "own.yaml"
-    path.write_text("lr: 1e-3\nnote: 0\n")
-    assert load_config([f"recipe={path}"]).recipe.note == 0
-    path.write_text("lr: -1\nnote: 0\n")
+    path.write_text("lr: -1\n")
     with pytest.raises(ValueError, match="recipe.lr=-1 must be above 0"):
         load_config([f"recipe={path}"])
+    path.write_text("lr: fast\n")
+    with pytest.raises(ValueError, match=rf"^recipe\.lr=fast must be a number \(recipe={path}\)\.$"):
+        load_config([f"recipe={path}"])
+
+
+@pytest.mark.parametrize(
+    ("group", "line", "near"),
+    [("recipe", "learning_rate: 1e-3", "recipe.lr"), ("recipe", "epoch: 2", "recipe.epochs"),
+     ("trainer", "device: 2", "trainer.devices")],
+)  # fmt: skip
+def test_a_slip_in_a_file_of_the_users_own_is_named(group, line, near, tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=rf"Unknown key {group}\.{line.split(':')[0]} \({group}={path}\)\. .*{near}"):
+        load_config([f"{group}={path}"])
+
+
+def test_a_component_of_the_users_own_declares_its_options(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("width: 3\n")
+    assert load_config([f"projector={path}", "projector.width=4"]).projector.width == 4
+    with pytest.raises(ValueError, match="projector.width=wide must be a whole number"):
+        load_config([f"projector={path}", "projector.width=wide"])
+
+
+@pytest.mark.parametrize(("key", "near"), [("loss=token_meen", "token_mean"), ("sampler=group", "grouped")])
+@pytest.mark.parametrize("command", [["plan"], ["sweep", "--dry-run", "seed=1,2"], ["train", "--check"]], ids=" ".join)
+def test_names_of_losses_and_samplers_are_checked_before_anything_starts(command, key, near, capsys):
+    assert main([*command, f"recipe.{key}"]) == 2
+    assert f"Did you mean '{near}'" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("group", "content", "message"),
+    [
+        (
+            "projector",
+            "{name: avgpool, mlp_dept: 3}",
+            "Unknown key of the projector avgpool 'mlp_dept'. Did you mean 'mlp_",
+        ),
+        ("backbone", "{family: siglip, modle: mini-siglip}", "Unknown key of the backbone family siglip 'modle'"),
+        ("backbone", "{family: siglip}", "The backbone family 'siglip' needs the key model"),
+        ("data", "{family: llava, jsn: a.json}", "Unknown key of the data family llava 'jsn'. Did you mean 'json'"),
+        ("llm", "{chat_template: x, hubb: y}", "Unknown key of an LLM 'hubb'. Did you mean 'hub'"),
+        (
+            "data",
+            "{family: shapes, statistics: {imges: 3}}",
+            "Unknown key of data.statistics 'imges'. Did you mean 'images'",
+        ),
+    ],
+)
+def test_a_slip_in_a_component_of_the_users_own_is_named(group, content, message, tmp_path, capsys):
+    path = tmp_path / "own.yaml"
+    path.write_text(content)
+    assert main(["train", "--check", f"{group}={path}"]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_plugin_may_bring_another_sampler():
+    assert load_config(["recipe.sampler=mine", "plugins=[mine]"]).recipe.sampler == "mine"
 
 
 def test_a_saved_run_is_read_whatever_the_rules_were(tmp_path):
@@ -132,15 +187,7 @@ def test_commands_refuse_before_they_begin(command, capsys):
 
 @pytest.mark.parametrize(
     ("names", "known"),
-    [
-        (schema.RESIZE, STRATEGIES),
-        (schema.ON_BAD_IMAGE, BAD_IMAGE_POLICIES),
-        (schema.LM, TUNINGS),
-        (schema.TOKENIZE, TOKENIZE),
-        (schema.IMAGE_SLOT, IMAGE_SLOTS),
-        (schema.ACTIVATION_CHECKPOINTING, (*ACTIVATION_CHECKPOINTING, "auto")),
-        (schema.NONFINITE, POLICIES),
-    ],
+    [(schema.RESIZE, STRATEGIES), (schema.LM, TUNINGS), (schema.SAMPLER, SAMPLERS.names())],
 )
-def test_the_schema_names_what_the_modules_know(names, known):
+def test_every_choice_of_the_schema_has_what_acts_on_it(names, known):
     assert set(names) == set(known)

@@ -9,7 +9,7 @@ from PIL import Image
 import prism_deco.integrations
 from prism_deco.api import Model
 
-pytest.importorskip("lmms_eval", reason="lmms-eval is an extra: pip install prism-deco[lmms_eval]")
+pytest.importorskip("lmms_eval", reason="lmms-eval is an extra: pip install prism-deco[lmms-eval]")
 
 from lmms_eval import evaluator, models
 from lmms_eval.api.instance import Instance

@@ -27,5 +27,5 @@ def test_keys_and_values_are_the_arguments_and_their_defaults(name):
 
 @pytest.mark.parametrize("name", choices("projector"))
 def test_a_misspelt_option_is_refused(name):
-    with pytest.raises(TypeError, match="depht"):
+    with pytest.raises(ValueError, match="Unknown key of the projector .* 'depht'"):
         build_projector(name, 8, 8, (4, 4), None, depht=2)

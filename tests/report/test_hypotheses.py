@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from scipy import stats  # comes with scikit-image
+from scipy import stats
 
 from prism_deco.config import load_config
 from prism_deco.report import claim_report

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from scipy import stats  # comes with scikit-image
+from scipy import stats
 
 from prism_deco.config.schema import EvaluateConfig
 from prism_deco.sweep import parse

@@ -7,7 +7,7 @@ import statistics
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from omegaconf import OmegaConf
-from scipy import stats  # comes with scikit-image
+from scipy import stats
 
 from prism_deco.cli import main
 from prism_deco.report import forest_plot, lr_search

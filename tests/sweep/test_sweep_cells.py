@@ -175,7 +175,7 @@ def test_long_names_are_cut_but_stay_apart():
         (["seed=1,2", "evaluate.benchmarks=mini_poep"], r"Cell 1 of 2, seed1: Unknown benchmark 'mini_poep'"),
         (["seed=1,1"], r"Two cells would share the folder seed1: seed=1 and seed=1\."),
         (["data.json=a/b,a:b", "data=llava"], r"Two cells would share the folder jsona_b"),
-        (["run=logs,x"], r"Unknown key run"),
+        (["run=logs,x"], r"Unknown key of a sweep 'run'"),
     ],
 )
 def test_mistakes_are_errors_before_anything_starts(arguments, message):
@@ -187,6 +187,33 @@ def test_unknown_keys_of_a_sweep_s_yaml_are_errors(tmp_path):
     (tmp_path / "mine.yaml").write_text("setings: {llm: mini_phi}\n")
     with pytest.raises(ValueError, match=r"Unknown key of the sweep .*'setings'\. Did you mean 'settings'"):
         parse([str(tmp_path / "mine.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("axes: {seed: [1, 2]}\nrows: [{label: {row: A}}]\n", "Unknown key of a row of the sweep .* 'label'.*'labels'"),
+        ("axes: {seed: [1, 2]}\nparts: {a: {}}\n", "has parts"),
+        (
+            "axes: {seed: [1]}\nwith: {projector=avgpol: {seed: 1}}\n",
+            "Unknown projector 'avgpol'. Did you mean 'avgpool'",
+        ),
+        ("axes: {seed: [1]}\nwith: {avgpool: {seed: 1}}\n", "has settings with avgpool: write GROUP=CHOICE"),
+        ("parts: {a: {axis: {seed: [1]}}}\n", "Unknown key of the part a .* 'axis'. Did you mean 'axes'"),
+    ],
+)
+def test_slips_in_a_sweep_s_yaml_are_named(text, message, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse([str(path)])
+
+
+@pytest.mark.parametrize("key", ["launchr", "nam", "rwo"])
+def test_keys_that_neither_a_sweep_nor_a_run_has_are_named(key):
+    near = {"launchr": "launcher", "nam": "name", "rwo": "row"}[key]
+    with pytest.raises(ValueError, match=f"Unknown key of a sweep '{key}'. Did you mean '{near}'"):
+        parse(["mini", f"{key}=x"])
 
 
 def test_where_a_cell_runs_is_not_what_it_is():

@@ -107,7 +107,7 @@ def test_bad_images_follow_the_policy_and_are_counted(colors, tmp_path, tiny):
     blank = load("blank")[1]
     assert blank.bad_images == 1 and not blank.pixels[0]["mini_siglip"].any()
     assert any(label != -100 for label in blank.encoded.labels)
-    with pytest.raises(ValueError, match="Unknown policy data.on_bad_image 'ignore'"):
+    with pytest.raises(ValueError, match="Unknown data.on_bad_image 'ignore'"):
         load("ignore")
 
 

@@ -1,0 +1,83 @@
+"""`prism-deco keys` and `train --print`: what can be set, and what a command line sets."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+
+from prism_deco.config import GROUPS, choices, flat, load_choice, load_config, value_origins, value_text
+from prism_deco.config.choices import choice_path
+from prism_deco.config.reference import reference
+from prism_deco.config.registry import unknown
+from prism_deco.stages import Stage
+
+
+def keys_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `keys`."""
+    parser.add_argument(
+        "group",
+        nargs="?",
+        help=f"{', '.join(_groups())}, or GROUP=CHOICE for the YAML of a choice (default: all groups)",
+    )
+
+
+def keys(args: argparse.Namespace) -> None:
+    """List the keys of the configuration with types, defaults and meanings, all or those of one group. A key that only
+    some choices have is explained in their YAML files, which GROUP=CHOICE prints."""
+    group, is_choice, choice = (args.group or "").partition("=")
+    if group and group not in _groups():
+        raise unknown("group", group, _groups())
+    if is_choice:
+        load_choice(group, choice)
+        path = choice_path(group, choice)
+        sys.stdout.write(f"# {path}\n{path.read_text(encoding='utf-8')}")
+        return
+    for name in [group] if group else [*_groups(), ""]:
+        sys.stdout.write(_explained(name))
+
+
+def _groups() -> list[str]:
+    return [*GROUPS, "evaluate"]
+
+
+def _explained(group: str) -> str:
+    """The keys of a group, each with its meaning below it, as wide as the terminal."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    heading = group or "the run"
+    if group in GROUPS:
+        heading += f": {group}=NAME chooses one of {', '.join(choices(group))}, or a YAML file"
+    lines = textwrap.wrap(heading, width)
+    for key in reference().values():
+        if key.name.rpartition(".")[0] == group:
+            default = f" (default {key.default})" if key.default else ""
+            lines.append(f"  {key.name}: {key.takes}{default}")
+            lines += textwrap.wrap(key.meaning, width, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines) + "\n\n"
+
+
+def print_config(stages: Sequence[Stage], arguments: Sequence[str]) -> None:
+    """Prints the configuration of a command line, or of each stage, as YAML: where a value comes from is a comment.
+    The output of one run can be given back to `train` as a file."""
+    for name, given in [(stage.name, stage.arguments) for stage in stages] or [("", arguments)]:
+        if name:
+            sys.stdout.write(f"# stage {name}\n")
+        sys.stdout.write(_as_yaml(given))
+
+
+def _as_yaml(arguments: Sequence[str]) -> str:
+    origins = value_origins(arguments)
+    lines: list[tuple[str, str]] = []
+    opened: list[str] = []
+    for key, value in flat(load_config(arguments)).items():
+        *parents, leaf = key.split(".")
+        while opened != parents[: len(opened)]:
+            opened.pop()
+        for parent in parents[len(opened) :]:
+            lines.append((f"{'  ' * len(opened)}{parent}:", ""))
+            opened.append(parent)
+        lines.append((f"{'  ' * len(opened)}{leaf}: {value_text(key, value, is_text=False)}", origins[key]))
+    width = min(max(len(text) for text, origin in lines if origin), 60)
+    return "".join(f"{text:{width}}  # {origin}\n" if origin else f"{text}\n" for text, origin in lines)

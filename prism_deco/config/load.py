@@ -1,0 +1,179 @@
+"""The configuration of a command line: YAML files, choices, and `key=value` settings on top of the defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from prism_deco.config.choices import CONF_DIR, YAML_SUFFIXES, choice_path, default_contents
+from prism_deco.config.compose import compose, default_run_id, set_key, takes_text, validate
+from prism_deco.config.diff import changed_from_defaults, flat, shipped_choices
+from prism_deco.config.hints import unknown_key
+from prism_deco.config.parse import flatten, parse_value, read_yaml, split_pair
+from prism_deco.config.registry import require_imported
+from prism_deco.config.schema import GROUPS, RecipeConfig, TrainerConfig
+from prism_deco.config.stored import CONFIG, read_config
+from prism_deco.errors import UsageError
+
+_CLOSED = {"recipe": RecipeConfig, "trainer": TrainerConfig}
+"""Groups whose YAMLs cannot declare options of their own: nothing would read them."""
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A value of a YAML file."""
+
+    key: str
+    value: Any
+    file: Path
+
+    @property
+    def is_stored(self) -> bool:
+        return self.file.name == CONFIG
+
+
+@dataclass
+class _Arguments:
+    """The arguments of a command line, taken apart.
+
+    Attributes:
+        choices: the choice of each group that is named.
+        contents: groups of a stored configuration that no shipped choice fills.
+        settings: what YAML files set, in order.
+        overrides: key and text of what the command line sets, in order.
+        stored: the stored configuration, if one is given.
+    """
+
+    choices: dict[str, str] = field(default_factory=dict)
+    contents: dict[str, Any] = field(default_factory=dict)
+    settings: list[_Setting] = field(default_factory=list)
+    overrides: list[tuple[str, str]] = field(default_factory=list)
+    stored: Path | None = None
+
+    def choose(self, group: str, choice: str) -> None:
+        """Takes a choice, in place of what a stored configuration says about the group."""
+        self.choices[group] = choice
+        self.contents.pop(group, None)
+        self.settings = [s for s in self.settings if not (s.is_stored and s.key.startswith(f"{group}."))]
+
+
+def load_config(overrides: Iterable[str] = ()) -> DictConfig:
+    """Composes the configuration of a run.
+
+    Args:
+        overrides: as on the command line: `group=choice` and `key=value` pairs, and paths of YAML files with the same
+            content, such as a run's `config.yaml`. Pairs win over files.
+
+    Raises:
+        UsageError: an unknown choice or key (with the nearest valid ones), a value of a wrong type or out of range.
+    """
+    arguments = _read(overrides)
+    contents = default_contents(arguments.choices)
+    origins = {group: f"{group}={choice}" for group, choice in arguments.choices.items()}
+    _refuse_options(contents, origins)
+    config = compose(contents | arguments.contents, origins)
+    for setting in arguments.settings:
+        set_key(config, setting.key, setting.value, str(setting.file))
+    written: Any = OmegaConf.to_container(config, resolve=False)
+    for key, text in arguments.overrides:
+        set_key(config, key, parse_value(key, text, is_text=takes_text(written, key)))
+    validate(config)
+    if arguments.stored and "plugins" not in dict(arguments.overrides):
+        require_imported(config.plugins, arguments.stored)
+    return config
+
+
+def named_choice(group: str, overrides: Iterable[str]) -> str | None:
+    """The choice of a group that a command line names; None where it leaves the default or a stored configuration."""
+    arguments = _read(overrides)
+    is_stored = any(setting.is_stored and setting.key.startswith(f"{group}.") for setting in arguments.settings)
+    return None if is_stored else arguments.choices.get(group)
+
+
+def value_origins(overrides: Iterable[str]) -> dict[str, str]:
+    """Where each value of `load_config(overrides)` comes from, by dotted key: `command line`, the path of a YAML file,
+    or `default`, the schema's; and the reference that stands there, if any."""
+    overrides = list(overrides)
+    arguments = _read(overrides)
+    config = load_config(overrides)
+    origins = dict.fromkeys(flat(config), "default")
+    for key, content in default_contents(arguments.choices).items():
+        choice = arguments.choices.get(key) or (content["name"] if key in GROUPS else "")
+        path = choice_path(key, choice) if key in GROUPS else CONF_DIR / CONFIG
+        shown = str(path.relative_to(CONF_DIR.parent) if path.is_relative_to(CONF_DIR) else path)
+        origins |= dict.fromkeys(flatten({key: content}), shown)
+    for group, content in arguments.contents.items():
+        origins |= dict.fromkeys(flatten({group: content}), f"{arguments.stored}")
+    for setting in arguments.settings:
+        origins[setting.key] = str(setting.file)
+    for key, _ in arguments.overrides:
+        origins |= {name: "command line" for name in origins if f"{name}.".startswith(f"{key}.")}
+    written: Any = OmegaConf.to_container(config, resolve=False)
+    for key, value in flatten(written).items():
+        if isinstance(value, str) and "${" in value:
+            origins[key] += f", {value}"
+    return origins
+
+
+def _read(overrides: Iterable[str]) -> _Arguments:
+    files = []
+    pairs = []
+    for override in overrides:
+        if "=" not in override and override.endswith(YAML_SUFFIXES):
+            files.append(Path(override))
+        else:
+            pairs.append(split_pair(override))
+    arguments = _Arguments()
+    for file in files:
+        if not file.is_file():
+            raise UsageError(f"{file}: there is no such file.")
+        if file.name == CONFIG:
+            _add_stored(arguments, file)
+        else:
+            _add_file(arguments, file)
+    for key, text in pairs:
+        if key in GROUPS:
+            arguments.choose(key, text)
+        else:
+            arguments.overrides.append((key, text))
+    return arguments
+
+
+def _add_file(arguments: _Arguments, file: Path) -> None:
+    """Adds a YAML of the user's own. A group is the name of a choice, or settings, among which `name` is the choice."""
+    for key, value in read_yaml(file).items():
+        settings = {key: value}
+        if key in GROUPS:
+            if isinstance(value, list):
+                raise UsageError(f"{file}: {key} must be the name of a choice, or settings of the group.")
+            settings = dict(value) if isinstance(value, dict) else {"name": value}
+            if "name" in settings:
+                arguments.choose(key, str(settings.pop("name")))
+            settings = {key: settings} if settings else {}
+        arguments.settings += [_Setting(name, entry, file) for name, entry in flatten(settings).items()]
+
+
+def _add_stored(arguments: _Arguments, file: Path) -> None:
+    """Adds a run's configuration as its choices and what it changed of them: references of the choices keep working,
+    so that `recipe.num_tokens=9` reaches the projector."""
+    config = read_config(file)
+    changed = changed_from_defaults(config)
+    if config.run_id == default_run_id(config):
+        changed.pop("run_id", None)  # the name follows from the choices, also from those that replace them
+    chosen = shipped_choices(config)
+    arguments.stored = file
+    arguments.choices |= chosen
+    arguments.contents |= {group: OmegaConf.to_container(config[group]) for group in GROUPS if group not in chosen}
+    arguments.settings += [_Setting(key, value, file) for key, value in changed.items()]
+
+
+def _refuse_options(contents: dict[str, Any], origins: dict[str, str]) -> None:
+    for group, schema in _CLOSED.items():
+        known = {member.name for member in fields(schema)}
+        for key in contents[group]:
+            if key not in known:
+                raise unknown_key(compose(default_contents({})), f"{group}.{key}", f" ({origins.get(group, group)})")

@@ -1,0 +1,153 @@
+"""Reads and writes values of the command line and of YAML files. Text stays as it is where the schema says so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from prism_deco.config.schema import text_keys
+from prism_deco.errors import UsageError
+
+
+def split_pair(override: str) -> tuple[str, str]:
+    """The key and the text of `key=value`; `UsageError` if it is no such pair."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"{override!r} is not an override: write key=value, for example projector=avgpool.")
+    return key, text
+
+
+def parse_value(key: str, text: str, *, is_text: bool | None = None) -> Any:
+    """A value of the command line. As text it stays as it is, without its quotes, and `null` or nothing is None;
+    otherwise YAML reads it: `7` -> 7, `[1, 2]` -> [1, 2].
+
+    Args:
+        is_text: whether the key takes text; None asks the schema.
+
+    Raises:
+        UsageError: it is not valid YAML; names the key.
+    """
+    if key in text_keys() if is_text is None else is_text:
+        return _parse_text(text)
+    try:
+        return _from_yaml(text)
+    except _NotYAML as error:
+        raise UsageError(f"{key}={text}: the value of {key} is not valid YAML ({error}).") from error
+
+
+def _parse_text(text: str) -> str | None:
+    if text in ("", "null"):
+        return None
+    if text[0] in "'\"" and text[0] == text[-1]:
+        try:
+            value = _from_yaml(text)
+        except _NotYAML:  # quotes of several words: 'a' or 'b'
+            return text
+        return value if isinstance(value, str) else text
+    return text
+
+
+def value_text(key: str, value: Any, *, is_text: bool | None = None) -> str:
+    """A value as the command line takes it, small numbers as `2e-5`. `parse_value` reads it back.
+
+    Args:
+        is_text: whether the key takes text; None asks the schema. With False the result also fits into a YAML file.
+    """
+    if isinstance(value, str):
+        try:
+            is_plain = parse_value(key, value, is_text=is_text) == value
+        except UsageError:
+            is_plain = False
+        return value if is_plain else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float) and 0 < abs(value) < 1e-3:
+        mantissa, _, exponent = f"{value:e}".partition("e")
+        short = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+        return short if float(short) == value else repr(value)
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def flatten(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as `group.key` -> value; lists and empty mappings stay whole."""
+    flattened: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping) and value:
+            flattened |= flatten(value, f"{prefix}{name}.")
+        else:
+            flattened[f"{prefix}{name}"] = value
+    return flattened
+
+
+def read_yaml(path: Path, group: str = "") -> dict[str, Any]:
+    """The content of a YAML file, references (`${...}`) left as they are.
+
+    Args:
+        group: the group that the file is a choice of; empty where its keys name their groups.
+
+    Raises:
+        UsageError: it cannot be read, is not valid YAML (with the line), or is something else than `key: value` lines.
+    """
+    try:
+        source = path.read_text(encoding="utf-8")
+        content = _from_yaml(source)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not a UTF-8 text file ({error}).") from error
+    except _NotYAML as error:
+        line = f", line {error.line}" if error.line else ""
+        raise UsageError(f"{path}{line}: not valid YAML ({error}).") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected `key: value` lines.")
+    return _keep_text(content, yaml.load(source, Loader=yaml.BaseLoader), group)
+
+
+def _keep_text(value: Any, written: Any, key: str) -> Any:
+    """What YAML made of a file's text, with the written text back where the schema says text.
+
+    Args:
+        written: the same content, every scalar as text.
+        key: the key that it is the value of.
+    """
+    if isinstance(value, dict) and isinstance(written, dict):
+        kept = {}
+        for name, entry in value.items():
+            # Keys of a sweep's settings name their group themselves.
+            full = f"{key}.{name}" if key and str(name) not in text_keys() else str(name)
+            kept[str(name)] = _keep_text(entry, written.get(str(name)), full)
+        return kept
+    if isinstance(value, list) and isinstance(written, list):
+        return [_keep_text(entry, text, key) for entry, text in zip(value, written, strict=True)]
+    if key in text_keys() and isinstance(value, int | float) and isinstance(written, str):
+        return written
+    return value
+
+
+class _NotYAML(Exception):
+    """What is wrong with a text, in one line.
+
+    Attributes:
+        line: where, counted from 1; None if that is not known.
+    """
+
+    def __init__(self, error: Exception):
+        super().__init__(getattr(error, "problem", None) or str(error).splitlines()[0])
+        mark = getattr(error, "problem_mark", None)
+        self.line = mark.line + 1 if mark else None
+
+
+def _from_yaml(text: str) -> Any:
+    # Not by OmegaConf.create or OmegaConf.load: those take a word for a mapping.
+    try:
+        content = OmegaConf.to_container(OmegaConf.from_dotlist([f"text={text}"]))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise _NotYAML(error) from error
+    assert isinstance(content, dict)
+    return content["text"]

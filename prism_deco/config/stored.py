@@ -1,0 +1,55 @@
+"""The `config.yaml` of a run or an export: plain values, which nothing resolves and whose plug-ins nobody imports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from prism_deco.config.compose import compose
+from prism_deco.config.parse import read_yaml
+from prism_deco.errors import UsageError
+
+CONFIG = "config.yaml"
+
+_FREE = ("trainer", "recipe.micro_batch_size", "data.num_workers", "runs_dir")
+
+
+def is_free(key: str) -> bool:
+    """Whether an unfinished run may continue under another value of a key, or group: it says where and how the run is
+    computed, not what is learned (except for rounding; see `training.run_dir`)."""
+    return key in _FREE or key.startswith(("trainer.", "evaluate."))
+
+
+def save_config(config: DictConfig, path: Path) -> None:
+    """Writes the composed configuration, references resolved."""
+    path.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+
+
+def read_config(path: Path) -> DictConfig:
+    """Reads what `save_config` wrote. Ranges are not checked again.
+
+    Raises:
+        UsageError: there is no such file, or it is not a stored configuration of plain values.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist: {path.parent} is not a run folder.")
+    content = read_yaml(path)
+    _refuse_references(content, path)
+    return compose(content)
+
+
+def _refuse_references(content: Any, path: Path, key: str = "") -> None:
+    """The folder may be somebody else's: `${oc.env:NAME}` would put a secret of this machine into the model's card."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            _refuse_references(value, path, f"{key}.{name}" if key else str(name))
+    elif isinstance(content, list):
+        for value in content:
+            _refuse_references(value, path, key)
+    elif isinstance(content, str) and "${" in content:
+        raise UsageError(
+            f"{path}: {key} is a reference ({content}). A stored configuration has plain values only. References are "
+            "for YAML files of your own, under another name than config.yaml."
+        )
