@@ -1,29 +1,31 @@
-"""A conversation about an image in the terminal."""
+"""A conversation about images in the terminal."""
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 from transformers import TextStreamer
 
 from prism_deco.api import Model
+from prism_deco.errors import UsageError
 from prism_deco.explain import Example, explain_image
 from prism_deco.explain.gae import DEFAULT_METHOD
 from prism_deco.inference import reply
 from prism_deco.llms import Message
 
-HELP = "/image PATH shows another image, /reset forgets the conversation, /quit leaves."
+HELP = "/image PATH [PATH ...] shows other images, /reset forgets the conversation, /quit leaves."
 
 
 class Chat:
-    """The state of a conversation: the image, and what was said.
+    """The state of a conversation: the images, and what was said.
 
     Args:
         write: is handed the answers piece by piece as they are generated, and messages.
-        relevance: folder for a relevance overlay of every answer; None makes none.
+        relevance: folder for a relevance overlay of every answer about a single image; None makes none.
         name: the model's name on the overlay's page.
     """
 
@@ -42,18 +44,18 @@ class Chat:
         self._max_new_tokens = max_new_tokens
         self._relevance = relevance
         self._name = name
-        self._image: Path | None = None
+        self._images: list[Path] = []
         self._visual: list[Tensor] = []
         self._answers = 0
 
-    def show(self, path: Path) -> None:
-        """Another image; the conversation begins anew. `OSError` if it cannot be read."""
-        self._visual = self.model.encode_images([path])
-        self._image = path
+    def show(self, paths: Sequence[Path]) -> None:
+        """Other images; the conversation begins anew. `OSError` if one cannot be read."""
+        self._visual = self.model.encode_images(paths)
+        self._images = list(paths)
         self.messages = []
 
     def reset(self) -> None:
-        """Forgets what was said; the image stays."""
+        """Forgets what was said; the images stay."""
         self.messages = []
 
     def ask(self, question: str) -> str:
@@ -76,13 +78,13 @@ class Chat:
         )
         self.messages = [*self.messages, asked, {"role": "assistant", "content": answer}]
         self._answers += 1
-        if self._relevance and self._image and answer:
+        if self._relevance and len(self._images) == 1 and answer:
             self._explain(self._relevance / f"answer_{self._answers:02d}", question, answer)
         return answer
 
     def _explain(self, folder: Path, question: str, answer: str) -> None:
-        assert self._image is not None
-        explain_image(self.model.vlm, self.model.llm, Example(self._image, question, answer), folder, run=self._name)
+        example = Example(self._images[0], question, answer)
+        explain_image(self.model.vlm, self.model.llm, example, folder, run=self._name)
         self._write(f"[{folder / DEFAULT_METHOD / 'sentence.png'}]\n")
 
 
@@ -102,7 +104,7 @@ def converse(chat: Chat, read: Callable[[], str], write: Callable[[str], object]
         except (EOFError, KeyboardInterrupt):
             write("\n")
             return
-        except (ValueError, OSError) as error:
+        except (UsageError, OSError) as error:
             write(f"{error}\n")
 
 
@@ -114,8 +116,9 @@ def read_line() -> str:
 def _obey(chat: Chat, line: str, write: Callable[[str], object]) -> None:
     command, _, argument = line.partition(" ")
     if command == "/image":
-        chat.show(Path(argument.strip()).expanduser())
-        write(f"Now looking at {argument.strip()}.\n")
+        names = _file_names(argument)
+        chat.show([Path(name).expanduser() for name in names])
+        write(f"Now looking at {' and '.join(names)}.\n")
     elif line == "/reset":
         chat.reset()
         write("The conversation is forgotten.\n")
@@ -123,6 +126,17 @@ def _obey(chat: Chat, line: str, write: Callable[[str], object]) -> None:
         write(f"Unknown command {command}. {HELP}\n")
     elif line:
         chat.ask(line)
+
+
+def _file_names(argument: str) -> list[str]:
+    """The paths of a command. A path may have spaces: one that exists as it stands is a single one; several take quotes
+    as in a shell."""
+    if Path(argument.strip()).expanduser().exists():
+        return [argument.strip()]
+    try:
+        return shlex.split(argument)
+    except ValueError as error:  # a quote that is not closed
+        raise UsageError(f"/image {argument}: {error}.") from error
 
 
 class _Streamer(TextStreamer):

@@ -151,7 +151,9 @@ def _examples(benchmark: Any) -> list[Any]:
     examples = []
     for item in benchmark.items():
         if item.target.get("variant", first) == first:
+            if len(item.paths) != 1:
+                raise UsageError(f"Question {item.question_id} has {len(item.paths)} images: relevance needs one.")
             box = item.target.get("box")
             answer = f"[{', '.join(f'{edge:.2f}' for edge in box)}]" if box else None
-            examples.append(Example(item.path, item.prompt, answer, tuple(box) if box else None, item.question_id))
+            examples.append(Example(item.paths[0], item.prompt, answer, tuple(box) if box else None, item.question_id))
     return examples

@@ -30,7 +30,7 @@ def test_pope_questions_of_all_subsets_in_both_variants(files):
     assert asked[0].prompt == ("Is there a thing 0 in the image?\nAnswer the question using a single word or phrase.")
     assert asked[0].choices == ("Yes", "No") and asked[8].choices == ()
     assert asked[3].target == {"answer": "no", "subset": "random", "variant": "likelihood"}
-    assert asked[3].image == "images/1.png" and asked[3].path == files.path / "images/1.png"
+    assert asked[3].image == "images/1.png" and asked[3].paths[0] == files.path / "images/1.png"
 
 
 def test_refcoco_asks_once_per_sentence_of_the_split(files):
@@ -155,8 +155,8 @@ def test_mmbench_unpacks_its_images(files):
         "question": 5,
         "rotation": 1,
     }
-    assert asked[0].path == asked[1].path != asked[2].path
-    with Image.open(asked[0].path) as image:
+    assert asked[0].paths == asked[1].paths != asked[2].paths
+    with Image.open(asked[0].paths[0]) as image:
         assert image.size == (8, 8)
 
 

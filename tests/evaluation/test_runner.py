@@ -91,7 +91,7 @@ def test_every_answer_belongs_to_its_image_and_prompt(files, fake_model, tmp_pat
 
 def test_a_model_that_knows_everything_scores_full_marks(files, fake_model, tmp_path):
     benchmark = build_benchmark(files.pope())
-    truth = {(i.path, i.prompt): i.target["answer"] for i in benchmark.items()}
+    truth = {(i.paths[0], i.prompt): i.target["answer"] for i in benchmark.items()}
     model = fake_model(lambda path, prompt: truth[path, prompt].capitalize())
     result = evaluate(model, benchmark, tmp_path, progress=False)
     assert result["metrics"]["accuracy"] == result["metrics"]["generate/f1"] == 100
