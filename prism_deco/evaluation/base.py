@@ -223,13 +223,22 @@ class Benchmark(ABC):
             fields: what the prompt templates are filled with.
             image: the fields of the image pattern.
         """
+        name, path = self.image_file(where, **image)
+        return Question(str(question_id), (name,), (path,), fields, target, stratum=stratum, group=group)
+
+    def image_file(self, where: str, **fields: Any) -> tuple[str, Path]:
+        """The image that the pattern means: its path below the root, as predictions record it, and the file.
+
+        Args:
+            where: the annotation file and the record, for errors.
+            fields: those of the pattern.
+        """
         try:
-            path = self.path(self.image, **image)
-        except ValueError as error:
+            path = self.path(self.image, **fields)
+        except UsageError as error:
             raise UsageError(f"{where}: {error}") from error
         assert self.root is not None
-        name = path.relative_to(self.root).as_posix()
-        return Question(str(question_id), (name,), (path,), fields, target, stratum=stratum, group=group)
+        return path.relative_to(self.root).as_posix(), path
 
     def _other_variant(self, prediction: Prediction, found: str, *, likelihood: bool) -> UsageError:
         fitting = [name for name, variant in self.VARIANTS.items() if variant.likelihood == likelihood]
