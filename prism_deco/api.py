@@ -24,7 +24,10 @@ from prism_deco.llms import LanguageModel
 from prism_deco.training.model_folder import load_model
 from prism_deco.vlm import VLM
 
-ImageLike = Image.Image | str | Path | Tensor | None
+ImageLike = Image.Image | str | Path | Tensor
+"""A PIL image, a path, or visual tokens float[M, E] (see `Model.encode_images`)."""
+Images = ImageLike | Sequence[ImageLike] | None
+"""What a question is about: an image, several, or none."""
 
 
 class Model:
@@ -46,28 +49,37 @@ class Model:
         """Where the model's weights lie."""
         return next(self.vlm.lm.parameters()).device
 
-    def generate(self, images: Sequence[ImageLike], prompts: Sequence[str], max_new_tokens: int = 128) -> list[str]:
+    def generate(
+        self, images: Images | Sequence[Images], prompts: str | Sequence[str], max_new_tokens: int = 128
+    ) -> list[str]:
         """Answers a batch of questions greedily.
 
         Args:
-            images: one per question: a PIL image, a path, ready visual tokens float[M, E] (see
-                `encode_images`), or None for a text-only question.
-            prompts: raw questions; the chat template is applied here.
+            images: one entry per question: its image, a list where it has several, None where it has none. Visual
+                tokens float[M, E] are used as they are.
+            prompts: raw questions; the chat template is applied here. A single question may be given as text, with
+                its image or its images.
+
+        Returns:
+            One answer per question.
         """
-        return answer(self.vlm, self.llm, self._visual(images, prompts), prompts, max_new_tokens=max_new_tokens)
+        visual, prompts = self._questions(images, prompts)
+        return answer(self.vlm, self.llm, visual, prompts, max_new_tokens=max_new_tokens)
 
     def choice_probabilities(
-        self, images: Sequence[ImageLike], prompts: Sequence[str], choices: Sequence[str]
+        self, images: Images | Sequence[Images], prompts: str | Sequence[str], choices: Sequence[str]
     ) -> Tensor:
         """float[questions, choices]: the first answer token's softmax restricted to the choices."""
-        return first_token_probabilities(self.vlm, self.llm, self._visual(images, prompts), prompts, choices)
+        visual, prompts = self._questions(images, prompts)
+        return first_token_probabilities(self.vlm, self.llm, visual, prompts, choices)
 
     def answer_losses(
-        self, images: Sequence[ImageLike], prompts: Sequence[str], answers: Sequence[str]
+        self, images: Images | Sequence[Images], prompts: str | Sequence[str], answers: Sequence[str]
     ) -> tuple[Tensor, Tensor]:
         """float[questions], the mean cross-entropy of each given answer's tokens in nats, and bool[questions], whether
         greedy decoding begins with it."""
-        return answer_losses(self.vlm, self.llm, self._visual(images, prompts), prompts, answers)
+        visual, prompts = self._questions(images, prompts)
+        return answer_losses(self.vlm, self.llm, visual, prompts, answers)
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image | str | Path]) -> list[Tensor]:
@@ -110,13 +122,34 @@ class Model:
         """
         save_folder(Path(folder), self.config, self.vlm, self.llm, dtype=dtype, max_shard_size=max_shard_size)
 
-    def _visual(self, images: Sequence[ImageLike], prompts: Sequence[str]) -> list[list[Tensor]]:
-        """Visual tokens per question; images that are no tensors yet are encoded in one batch."""
+    def _questions(
+        self, images: Images | Sequence[Images], prompts: str | Sequence[str]
+    ) -> tuple[list[list[Tensor]], list[str]]:
+        """Visual tokens float[M, E] of each question's images, and the questions. Images that are no tensors yet are
+        encoded in one batch."""
+        if isinstance(prompts, str):
+            images, prompts = [images], [prompts]  # type: ignore[list-item]
+        if images is None or isinstance(images, Image.Image | str | Path | Tensor):
+            raise UsageError("Give a list of images for a list of prompts, one entry per prompt (None: no image).")
         if len(images) != len(prompts):
-            raise UsageError(f"{len(images)} images for {len(prompts)} prompts: give one image (or None) per prompt.")
-        pending = [image for image in images if image is not None and not isinstance(image, Tensor)]
+            raise UsageError(
+                f"{len(images)} images for {len(prompts)} prompts: give one entry per prompt, a list where a prompt "
+                "has several images, None where it has none."
+            )
+        by_question = [_listed(entry) for entry in images]
+        pending = [image for own in by_question for image in own if not isinstance(image, Tensor)]
         encoded = iter(self.encode_images(pending))
-        return [[] if image is None else [image] if isinstance(image, Tensor) else [next(encoded)] for image in images]
+        visual = []
+        for own in by_question:
+            visual.append([image if isinstance(image, Tensor) else next(encoded) for image in own])
+        return visual, list(prompts)
+
+
+def _listed(images: Images) -> list[ImageLike]:
+    """The images of one question."""
+    if images is None:
+        return []
+    return [images] if isinstance(images, Image.Image | str | Path | Tensor) else list(images)
 
 
 def load(

@@ -1,9 +1,10 @@
-"""A conversation about an image in the terminal."""
+"""A conversation about images in the terminal."""
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -16,15 +17,15 @@ from prism_deco.explain.gae import DEFAULT_METHOD
 from prism_deco.inference import reply
 from prism_deco.llms import Message
 
-HELP = "/image PATH shows another image, /reset forgets the conversation, /quit leaves."
+HELP = "/image PATH [PATH ...] shows other images, /reset forgets the conversation, /quit leaves."
 
 
 class Chat:
-    """The state of a conversation: the image, and what was said.
+    """The state of a conversation: the images, and what was said.
 
     Args:
         write: is handed the answers piece by piece as they are generated, and messages.
-        relevance: folder for a relevance overlay of every answer; None makes none.
+        relevance: folder for a relevance overlay of every answer about a single image; None makes none.
         name: the model's name on the overlay's page.
     """
 
@@ -43,18 +44,18 @@ class Chat:
         self._max_new_tokens = max_new_tokens
         self._relevance = relevance
         self._name = name
-        self._image: Path | None = None
+        self._images: list[Path] = []
         self._visual: list[Tensor] = []
         self._answers = 0
 
-    def show(self, path: Path) -> None:
-        """Another image; the conversation begins anew. `OSError` if it cannot be read."""
-        self._visual = self.model.encode_images([path])
-        self._image = path
+    def show(self, paths: Sequence[Path]) -> None:
+        """Other images; the conversation begins anew. `OSError` if one cannot be read."""
+        self._visual = self.model.encode_images(paths)
+        self._images = list(paths)
         self.messages = []
 
     def reset(self) -> None:
-        """Forgets what was said; the image stays."""
+        """Forgets what was said; the images stay."""
         self.messages = []
 
     def ask(self, question: str) -> str:
@@ -77,13 +78,12 @@ class Chat:
         )
         self.messages = [*self.messages, asked, {"role": "assistant", "content": answer}]
         self._answers += 1
-        if self._relevance and self._image and answer:
+        if self._relevance and len(self._images) == 1 and answer:
             self._explain(self._relevance / f"answer_{self._answers:02d}", question, answer)
         return answer
 
     def _explain(self, folder: Path, question: str, answer: str) -> None:
-        assert self._image is not None
-        example = ExplainExample(self._image, question, answer)
+        example = ExplainExample(self._images[0], question, answer)
         explain_image(self.model.vlm, self.model.llm, example, folder, run=self._name)
         self._write(f"[{folder / DEFAULT_METHOD / 'sentence.png'}]\n")
 
@@ -116,8 +116,9 @@ def read_line() -> str:
 def _obey(chat: Chat, line: str, write: Callable[[str], object]) -> None:
     command, _, argument = line.partition(" ")
     if command == "/image":
-        chat.show(Path(argument.strip()).expanduser())
-        write(f"Now looking at {argument.strip()}.\n")
+        names = _file_names(argument)
+        chat.show([Path(name).expanduser() for name in names])
+        write(f"Now looking at {' and '.join(names)}.\n")
     elif line == "/reset":
         chat.reset()
         write("The conversation is forgotten.\n")
@@ -125,6 +126,17 @@ def _obey(chat: Chat, line: str, write: Callable[[str], object]) -> None:
         write(f"Unknown command {command}. {HELP}\n")
     elif line:
         chat.ask(line)
+
+
+def _file_names(argument: str) -> list[str]:
+    """The paths of a command. A path may have spaces: one that exists as it stands is a single one; several take quotes
+    as in a shell."""
+    if Path(argument.strip()).expanduser().exists():
+        return [argument.strip()]
+    try:
+        return shlex.split(argument)
+    except ValueError as error:  # a quote that is not closed
+        raise UsageError(f"/image {argument}: {error}.") from error
 
 
 class _Streamer(TextStreamer):

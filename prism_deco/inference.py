@@ -27,6 +27,8 @@ def answer(
         visual: per question its images' visual tokens, float[M, E] each; empty for a text-only one.
         prompts: raw questions; the LLM's chat template is applied.
     """
+    if not prompts:
+        return []
     encoded = [_prompt(llm, p, len(v)) for p, v in zip(prompts, visual, strict=True)]
     return _generate(vlm, llm, visual, encoded, max_new_tokens=max_new_tokens)
 
@@ -91,6 +93,8 @@ def first_token_probabilities(
     Raises:
         UsageError: two choices begin with the same token.
     """
+    if not prompts:
+        return torch.empty(0, len(choices))
     prompt_ids = [_prompt(llm, p, len(v)) for p, v in zip(prompts, visual, strict=True)]
     candidates = torch.tensor([_first_ids(llm, p, e, choices) for p, e in zip(prompts, prompt_ids, strict=True)])
     batch = _prompt_batch(vlm, llm, prompt_ids)
@@ -113,6 +117,8 @@ def answer_losses(
         float[questions], the mean cross-entropy of the answer's tokens in nats, and bool[questions], whether greedy
         decoding begins with the answer.
     """
+    if not prompts:
+        return torch.empty(0), torch.empty(0, dtype=torch.bool)
     encoded = []
     for prompt, text, images in zip(prompts, answers, visual, strict=True):
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]

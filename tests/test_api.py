@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -9,6 +10,7 @@ import prism_deco
 from prism_deco.api import Model
 from prism_deco.build import build_model
 from prism_deco.config import load_config, read_config, save_config
+from prism_deco.errors import UsageError
 
 SMALL = ["projector=qformer", "projector.hidden_dim=24", "projector.ffn_dim=48"]
 
@@ -70,6 +72,78 @@ def test_the_projectors_first_weights_are_not_looked_for(folder, model):
     loaded = prism_deco.load(folder)
     for name, tensor in model.vlm.projector.state_dict().items():
         assert torch.equal(loaded.vlm.projector.state_dict()[name], tensor)
+
+
+@pytest.fixture(params=["after_bos", "in_place"])
+def asked(request):
+    """A model, and images of two colours."""
+    settings = ["recipe.turn_mask=causal", "recipe.standardise_features=false", "recipe.token_scale=3"]
+    config = load_config([*settings, f"recipe.image_slot={request.param}", "run_id=test"])
+    torch.manual_seed(4)
+    vlm, llm = build_model(config)
+    return Model(vlm.eval(), llm, config), Image.new("RGB", (40, 40), "red"), Image.new("RGB", (50, 30), "blue")
+
+
+def by_hand(model, images, prompt) -> str:
+    """Greedy decoding by a slow loop, the visual tokens spliced in one image after the other."""
+    encoded = model.llm.encode([{"role": "user", "content": prompt}], len(images), add_generation_prompt=True)
+    table = model.vlm.lm.get_input_embeddings()
+    visual = [tokens for image in images for tokens in model.encode_images([image])]
+    parts, begin = [], 0
+    for slot, tokens in zip(encoded.image_slots, visual, strict=True):
+        parts += [table(torch.tensor(encoded.input_ids[begin:slot], dtype=torch.long)), tokens]
+        begin = slot
+    sequence = torch.cat([*parts, table(torch.tensor(encoded.input_ids[begin:]))])
+    new: list[int] = []
+    with torch.no_grad():
+        while len(new) < 6:
+            token = int(model.vlm.lm(inputs_embeds=sequence[None]).logits[0, -1].argmax())
+            if token in model.llm.eos_ids:
+                break
+            new.append(token)
+            sequence = torch.cat([sequence, table(torch.tensor([token]))])
+    return model.llm.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_questions_about_several_images_one_and_none_share_a_batch(asked):
+    model, red, blue = asked
+    questions = ["Which is larger?", "What color is it?", "Which colors are there?", "Which is larger?"]
+    images = [[red, blue], red, None, (blue, red)]
+    answers = model.generate(images, questions, max_new_tokens=6)
+    listed = [[red, blue], [red], [], [blue, red]]
+    assert answers == [by_hand(model, own, question) for own, question in zip(listed, questions, strict=True)]
+    assert all(answers[:3]) and len(set(answers)) > 2
+    [red_tokens] = model.encode_images([red])
+    assert model.generate([[red_tokens, blue], red_tokens], questions[:2], max_new_tokens=6) == answers[:2]
+    rows = model.choice_probabilities([[red, blue], [blue, red]], questions[:1] * 2, ["Yes", "No"])
+    assert rows.shape == (2, 2) and not torch.equal(rows[0], rows[1])
+
+
+def test_a_single_question_needs_no_lists(asked, tmp_path):
+    model, red, blue = asked
+    red.save(tmp_path / "a.png")
+    expected = model.generate([red], ["What?"], max_new_tokens=4)
+    for image in (red, tmp_path / "a.png", str(tmp_path / "a.png"), model.encode_images([red])[0]):
+        assert model.generate(image, "What?", max_new_tokens=4) == expected
+    assert model.generate(None, "What?", max_new_tokens=4) == model.generate([None], ["What?"], max_new_tokens=4)
+    assert model.generate([red, blue], "What?", max_new_tokens=4) == model.generate([[red, blue]], ["What?"], 4)
+
+
+def test_no_questions_have_no_answers(asked):
+    model, _, _ = asked
+    assert model.generate([], []) == []
+    assert model.choice_probabilities([], [], ["Yes", "No"]).shape == (0, 2)
+    losses, greedy = model.answer_losses([], [], [])
+    assert losses.shape == greedy.shape == (0,) and greedy.dtype == torch.bool
+    assert model.encode_images([]) == []
+
+
+@pytest.mark.parametrize("images", ["a.png", None, torch.zeros(16, 48)])
+def test_one_image_for_a_list_of_questions_is_refused(asked, images):
+    with pytest.raises(UsageError, match="Give a list of images for a list of prompts"):
+        asked[0].generate(images, ["What?", "Why?"])
+    with pytest.raises(UsageError, match="1 images for 2 prompts: give one entry per prompt"):
+        asked[0].generate([None], ["What?", "Why?"])
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def by_hand(model: Model, image, messages) -> str:
 def test_the_history_is_shown_through_the_llms_template(models, image):
     written: list[str] = []
     chat = Chat(models["causal"], written.append, max_new_tokens=12)
-    chat.show(image)
+    chat.show([image])
     messages = []
     for question in ("What color is it?", "How many circles are there?", "Why?"):
         messages.append({"role": "user", "content": question})
@@ -72,9 +72,23 @@ def test_the_history_is_shown_through_the_llms_template(models, image):
 
 def test_rounds_trained_apart_are_asked_apart(models, image):
     chat = Chat(models["block"], lambda text: None, max_new_tokens=12)
-    chat.show(image)
+    chat.show([image])
     chat.ask("What color is it?")
     assert chat.ask("Why?") == by_hand(models["block"], image, [{"role": "user", "content": "Why?"}])
+
+
+def test_a_conversation_about_two_images(models, image, tmp_path):
+    blue = tmp_path / "a blue.png"
+    Image.new("RGB", (30, 60), "blue").save(blue)
+    model, written = models["causal"], []
+    chat = Chat(model, written.append, max_new_tokens=8, relevance=tmp_path / "maps")
+    lines = iter([f"/image {image} '{blue}'", "Which is larger?", f"/image {blue}", f"/image '{blue}", "/quit"])
+    converse(chat, lambda: next(lines), written.append)
+    [answer] = model.generate([[image, blue]], ["Which is larger?"], max_new_tokens=8)
+    text = "".join(written)
+    assert f"Now looking at {image} and {blue}.\n{answer}\n" in text
+    assert f"Now looking at {blue}.\n" in text and "No closing quotation" in text
+    assert not (tmp_path / "maps").exists(), "relevance is that of a single image"
 
 
 def test_words_are_written_before_the_answer_is_whole(models):
@@ -113,6 +127,7 @@ def test_the_command_reads_a_pipe(models, image, tmp_path):
     models["block"].save(tmp_path / "export")
     lines = ["What color is it?", "/image gone.png", f"/image {image}", "/dance", "How many?", "/quit", "never asked"]
     arguments = [str(tmp_path / "export"), "--image", str(image), "--max-new-tokens", "4", "--relevance"]
+    several = [*arguments[:3], "--image", str(image), *arguments[3:]]
     command = [sys.executable, "-m", "prism_deco.cli", "chat", *arguments]
     environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin", "PYTHONPATH": ":".join(p for p in sys.path if p)}
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, env=environment)
@@ -121,6 +136,8 @@ def test_the_command_reads_a_pipe(models, image, tmp_path):
     shown = done.stdout
     for line in ("gone.png", f"Now looking at {image}.", "Unknown command /dance"):
         assert line in shown
+    done = subprocess.run([*command[:4], *several], input="How many?", capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "--relevance explains answers about one image, not 2" in done.stderr
     overlays = sorted((tmp_path / "export" / "chat").glob("answer_*/r-gae/sentence.png"))
     assert 1 <= len(overlays) <= 2  # an empty answer has none
     assert all(f"[{path}]" in shown for path in overlays)

@@ -172,9 +172,10 @@ def _examples(benchmark: Any) -> list[Any]:
     examples = []
     for item in benchmark.items():
         if item.target.get("variant", first) == first:
+            if len(item.paths) != 1:
+                raise UsageError(f"Question {item.question_id} has {len(item.paths)} images: relevance needs one.")
             box = item.target.get("box")
             answer = f"[{', '.join(f'{edge:.2f}' for edge in box)}]" if box else None
-            examples.append(
-                ExplainExample(item.path, item.prompt, answer, tuple(box) if box else None, item.question_id)
-            )
+            where = tuple(box) if box else None
+            examples.append(ExplainExample(item.paths[0], item.prompt, answer, where, item.question_id))
     return examples

@@ -19,7 +19,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist: is root right?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # among them: no UTF-8, numbers of thousands of digits
         raise UsageError(f"{path} is not complete JSON ({error}): download it again.") from error
 
 
@@ -38,7 +38,7 @@ def read_json_lines(path: Path) -> list[Any]:
             continue
         try:
             records.append(json.loads(line))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}, line {number} is not complete JSON ({error}).") from error
     return records
 

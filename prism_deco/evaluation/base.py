@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from PIL import Image
 from torch import Tensor
 
 from prism_deco.config.registry import Registry, unknown
@@ -26,8 +25,9 @@ SHORT = "{question}\nAnswer the question using a single word or phrase."  # LLaV
 class Model(Protocol):
     """A model under evaluation."""
 
-    def generate(self, images: list[Image.Image | Path | Tensor], prompts: list[str], max_new_tokens: int) -> list[str]:
-        """Greedy answers to raw questions; a tensor is an image's visual tokens from `encode_images`."""
+    def generate(self, images: list[Tensor | list[Tensor]], prompts: list[str], max_new_tokens: int) -> list[str]:
+        """Greedy answers to raw questions about images, whose visual tokens come from `encode_images`: those of a
+        question's image, or a list where it has several or none."""
         ...
 
     def encode_images(self, images: list[Path]) -> list[Tensor]:
@@ -35,7 +35,7 @@ class Model(Protocol):
         ...
 
     def choice_probabilities(
-        self, images: list[Image.Image | Path | Tensor], prompts: list[str], choices: list[str]
+        self, images: list[Tensor | list[Tensor]], prompts: list[str], choices: list[str]
     ) -> Tensor:
         """float[prompts, choices]: softmax over the choices at the first answer token."""
         ...
@@ -223,13 +223,22 @@ class Benchmark(ABC):
             fields: what the prompt templates are filled with.
             image: the fields of the image pattern.
         """
+        name, path = self.image_file(where, **image)
+        return Question(str(question_id), (name,), (path,), fields, target, stratum=stratum, group=group)
+
+    def image_file(self, where: str, **fields: Any) -> tuple[str, Path]:
+        """The image that the pattern means: its path below the root, as predictions record it, and the file.
+
+        Args:
+            where: the annotation file and the record, for errors.
+            fields: those of the pattern.
+        """
         try:
-            path = self.path(self.image, **image)
+            path = self.path(self.image, **fields)
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from error
         assert self.root is not None
-        name = path.relative_to(self.root).as_posix()
-        return Question(str(question_id), name, path, fields, target, stratum=stratum, group=group)
+        return path.relative_to(self.root).as_posix(), path
 
     def _other_variant(self, prediction: Prediction, found: str, *, likelihood: bool) -> UsageError:
         fitting = [name for name, variant in self.VARIANTS.items() if variant.likelihood == likelihood]
@@ -243,8 +252,8 @@ class Benchmark(ABC):
         several = len(self.variants) > 1
         return Item(
             question_id=f"{question.question_id}/{name}" if several else question.question_id,
-            image=question.image,
-            path=question.path,
+            images=question.images,
+            paths=question.paths,
             prompt=variant.template.format(**question.fields),
             target=question.target | ({"variant": name} if several else {}),
             choices=tuple(self.choices) if variant.likelihood else (),
@@ -253,7 +262,7 @@ class Benchmark(ABC):
 
 def _check_encoding(question: Question, where: str) -> None:
     """Raises `UsageError` for half a surrogate pair, which JSON can hold but no file and no tokenizer takes."""
-    content = [question.question_id, question.image, *question.fields.values(), question.target]
+    content = [question.question_id, question.images, *question.fields.values(), question.target]
     try:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

@@ -118,9 +118,9 @@ def prepare(
             reason = str(error).removeprefix(f"{benchmark.name}: ")
             raise UsageError(f"{benchmark.name}, split {benchmark.split!r}: {reason}") from error
         log.info("%s: read %s", benchmark.name, _counted(questions))
-        first = questions[0]
-        if benchmark.on_bad_image == "fail" and not first.path.is_file():
-            raise UsageError(f"{benchmark.name}: the image {first.path} is missing.")
+        for path in questions[0].paths if benchmark.on_bad_image == "fail" else ():
+            if not path.is_file():
+                raise UsageError(f"{benchmark.name}: the image {path} is missing.")
     return prepared
 
 

@@ -19,7 +19,7 @@ _THREADS = min(16, os.cpu_count() or 1)
 
 
 def bad_images(items: Sequence[Item], on_bad_image: str) -> set[str]:
-    """Images, by `Item.image`, that are missing or cannot be decoded.
+    """Images, by their names in `Item.images`, that are missing or cannot be decoded.
 
     Decodes every image once, in threads and at a reduced size: headers are not enough, since a truncated file
     looks sound until its last byte.
@@ -27,23 +27,24 @@ def bad_images(items: Sequence[Item], on_bad_image: str) -> set[str]:
     Raises:
         UsageError: there is one and `on_bad_image` is "fail"; names the first.
     """
-    first_use: dict[str, Item] = {}
+    first_use: dict[str, tuple[Path, str]] = {}
     for item in items:
-        first_use.setdefault(item.image, item)
+        for name, path in zip(item.images, item.paths, strict=True):
+            first_use.setdefault(name, (path, item.question_id))
     log.info("Checking %d images", len(first_use))
     bad: set[str] = set()
     with ThreadPoolExecutor(_THREADS) as pool:
-        problems = pool.map(_problem, (item.path for item in first_use.values()))
-        for (image, item), problem in zip(first_use.items(), problems, strict=True):
+        problems = pool.map(_problem, (path for path, _ in first_use.values()))
+        for (name, (path, question_id)), problem in zip(first_use.items(), problems, strict=True):
             if problem is None:
                 continue
             if on_bad_image == "fail":
                 pool.shutdown(cancel_futures=True)
                 raise UsageError(
-                    f"Question {item.question_id}: the image {item.path} is missing or unreadable ({problem}). "
+                    f"Question {question_id}: the image {path} is missing or unreadable ({problem}). "
                     "Restore it, or set on_bad_image=count_wrong."
                 ) from problem
-            bad.add(image)
+            bad.add(name)
     if bad:
         log.warning(
             "%d images are missing or unreadable (first: %s); their questions count as wrong", len(bad), min(bad)

@@ -24,10 +24,10 @@ class Question:
     """One question of a benchmark's files."""
 
     question_id: str
-    image: str
-    """The image's path below the root, as predictions record it."""
-    path: Path
-    """The image file."""
+    images: tuple[str, ...]
+    """Paths of its images below the root, as predictions record them; empty for a text-only question."""
+    paths: tuple[Path, ...]
+    """The image files."""
     fields: Mapping[str, str]
     """What the prompt templates are filled with."""
     target: dict[str, Any]
@@ -43,12 +43,17 @@ class Item:
     """A question as one variant asks it."""
 
     question_id: str
-    image: str
-    path: Path
+    images: tuple[str, ...]
+    paths: tuple[Path, ...]
     prompt: str
     target: dict[str, Any]
     choices: tuple[str, ...] = ()
     """The answers whose probabilities are compared; empty lets the model write."""
+
+    @property
+    def image(self) -> str | list[str]:
+        """Its image as predictions record it; a list unless it is one."""
+        return self.images[0] if len(self.images) == 1 else list(self.images)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Prediction:
     """A line of `predictions.jsonl`."""
 
     question_id: str
-    image: str
+    image: str | list[str]
+    """Path of the image below the benchmark's root; a list unless it is one."""
     prompt: str
     output: str | None
     """What the model wrote, or a JSON object of its choice probabilities; None: its image was unreadable."""

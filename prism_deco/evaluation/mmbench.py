@@ -97,7 +97,15 @@ def _question(record: Mapping[str, str], where: str, folder: Path) -> Question:
         "question": number,
         "rotation": rotation,
     }
-    return Question(record["index"], image.name, image, fields, target, stratum=record["category"], group=str(number))
+    return Question(
+        question_id=record["index"],
+        images=(image.name,),
+        paths=(image,),
+        fields=fields,
+        target=target,
+        stratum=record["category"],
+        group=str(number),
+    )
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:

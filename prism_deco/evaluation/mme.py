@@ -91,7 +91,7 @@ class MME(Benchmark):
 
 
 def _correct(predictions: Sequence[Prediction]) -> tuple[list[bool], list[str]]:
-    return [p.score == 1 for p in predictions], [p.image for p in predictions]
+    return [p.score == 1 for p in predictions], [str(p.image) for p in predictions]
 
 
 def _image_name(folder: Path, stem: str) -> str:

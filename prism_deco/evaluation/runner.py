@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+from torch import Tensor
 
 from prism_deco.distributed import World
 from prism_deco.evaluation.base import Benchmark, Model
@@ -77,10 +78,10 @@ def evaluate(
     world.barrier()  # nobody generates before all images are known to be sound
     if world.is_main:
         log.info("%s: %s, %d of %d answers are there already", *_progress(benchmark, items, store))
-    store.append(benchmark.grade(predict(item, None)) for item in todo if item.image in bad)
+    store.append(benchmark.grade(predict(item, None)) for item in todo if bad.intersection(item.images))
     with _bar(enabled=progress and world.is_main) as bar:
         task = bar.add_task(benchmark.name, total=len(mine), completed=len(mine) - len(todo))
-        usable = [item for item in mine if item.image not in bad]
+        usable = [item for item in mine if not bad.intersection(item.images)]
         for predictions in _answers(model, benchmark, usable, store, batch_size, image_cache):
             store.append(predictions)
             bar.advance(task, len(predictions))
@@ -109,20 +110,30 @@ def _progress(benchmark: Benchmark, items: Sequence[Item], store: PredictionStor
 
 def _shard(items: Sequence[Item], rank: int, world: int) -> list[Item]:
     """The rank's items, ordered by image: every world-th image, so that one image is encoded on one rank."""
-    by_image: dict[str, list[Item]] = {}
+    by_images = _by_images(items)
+    return [item for images in list(by_images)[rank::world] for item in by_images[images]]
+
+
+def _by_images(items: Sequence[Item]) -> dict[tuple[str, ...], list[Item]]:
+    """Items that share their images; text-only ones stand alone."""
+    groups: dict[tuple[str, ...], list[Item]] = {}
     for item in items:
-        by_image.setdefault(item.image, []).append(item)
-    return [item for image in list(by_image)[rank::world] for item in by_image[image]]
+        groups.setdefault(item.images or ("", item.question_id), []).append(item)
+    return groups
 
 
 def _windows(items: Sequence[Item], batch_size: int, image_cache: int) -> Iterator[list[list[Item]]]:
     """Batches by window of at most `image_cache` images: prompts of similar length, longest first."""
-    images = list(dict.fromkeys(item.image for item in items))
-    place = {image: k // image_cache for k, image in enumerate(images)}
-    members: dict[int, list[Item]] = {}
-    for item in items:
-        members.setdefault(place[item.image], []).append(item)
-    for window in members.values():
+    windows: list[list[Item]] = [[]]
+    held: set[str] = set()
+    for members in _by_images(items).values():
+        images = members[0].images
+        if windows[-1] and len(held.union(images)) > image_cache:
+            windows.append([])
+            held = set()
+        windows[-1] += members
+        held.update(images)
+    for window in windows:
         batches = []
         for choices in dict.fromkeys(item.choices for item in window):
             alike = sorted((i for i in window if i.choices == choices), key=lambda i: len(i.prompt), reverse=True)
@@ -143,9 +154,12 @@ def _answers(
     for window in _windows(items, batch_size, image_cache):
         batches = [[item for item in batch if item.question_id not in done] for batch in window]
         batches = [batch for batch in batches if batch]
-        paths = {item.image: item.path for batch in batches for item in batch}
+        paths: dict[str, Path] = {}
+        for batch in batches:
+            for item in batch:
+                paths |= zip(item.images, item.paths, strict=True)
         names = list(paths)
-        tokens: dict[str, Any] = {}
+        tokens: dict[str, Tensor] = {}
         for k in range(0, len(names), batch_size):
             chunk = names[k : k + batch_size]
             tokens |= zip(chunk, model.encode_images([paths[name] for name in chunk]), strict=True)
@@ -155,7 +169,7 @@ def _answers(
                 batches[:0] = [batch[k : k + largest] for k in range(0, len(batch), largest)]
                 continue
             try:
-                outputs = _ask(model, [tokens[item.image] for item in batch], batch, benchmark.max_new_tokens)
+                outputs = _ask(model, tokens, batch, benchmark.max_new_tokens)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
@@ -169,8 +183,14 @@ def _answers(
             yield [benchmark.grade(predict(item, output)) for item, output in zip(batch, outputs, strict=True)]
 
 
-def _ask(model: Model, images: list[Any], batch: Sequence[Item], max_new_tokens: int) -> list[str]:
-    prompts, choices = [item.prompt for item in batch], list(batch[0].choices)
+def _ask(model: Model, tokens: Mapping[str, Tensor], batch: Sequence[Item], max_new_tokens: int) -> list[str]:
+    """Outputs of a batch; `tokens` are the visual tokens float[M, E] of each image."""
+    images: list[Any] = []
+    for item in batch:
+        own = [tokens[name] for name in item.images]
+        images.append(own[0] if len(own) == 1 else own)
+    prompts = [item.prompt for item in batch]
+    choices = list(batch[0].choices)
     if not choices:
         return model.generate(images, prompts, max_new_tokens=max_new_tokens)
     rows = model.choice_probabilities(images, prompts, choices).tolist()

@@ -98,11 +98,7 @@ def chance(benchmark: Benchmark, predictions: Sequence[Prediction]) -> float:
     used = {variant for variant, _ in asked}
     first = next(variant for variant in (*benchmark.variants, *benchmark.VARIANTS) if variant in used)
     choices = tuple(benchmark.choices) if benchmark.VARIANTS[first].likelihood else ()
-    items = [
-        Item(p.question_id, p.image, Path(p.image), p.prompt, p.target, choices)
-        for variant, p in asked
-        if variant == first
-    ]
+    items = [Item(p.question_id, (), (), p.prompt, p.target, choices) for variant, p in asked if variant == first]
     return best_constant(benchmark, items)
 
 

@@ -128,22 +128,21 @@ class PrismDeco(lmms):
     def _record(self, request: Request) -> Any:
         return self.task_dict[request.task][request.split][request.record]
 
-    def _images(self, requests: Sequence[Request]) -> list[Tensor | None]:
-        """Visual tokens of each request's image; every record's image is encoded once."""
-        images: dict[tuple[str, str, int], Image.Image] = {}
+    def _images(self, requests: Sequence[Request]) -> list[list[Tensor]]:
+        """Visual tokens float[M, E] of each request's images; every record's images are encoded once."""
+        found: dict[tuple[str, str, int], list[Image.Image]] = {}
         for request in requests:
             key = (request.task, request.split, request.record)
-            if key not in images:
-                found = request.to_images(self._record(request)) or []
-                if len(found) > 1 or not all(isinstance(image, Image.Image) for image in found):
+            if key not in found:
+                found[key] = list(request.to_images(self._record(request)) or [])
+                if not all(isinstance(image, Image.Image) for image in found[key]):
                     raise UsageError(
-                        f"{request.task}, record {request.record}: a run answers questions about one image, not about "
-                        f"several, videos or sounds (found {', '.join(type(item).__name__ for item in found)})."
+                        f"{request.task}, record {request.record}: a run answers questions about images, not about "
+                        f"videos or sounds (found {', '.join(type(item).__name__ for item in found[key])})."
                     )
-                if found:
-                    images[key] = found[0]
-        tokens = dict(zip(images, self.model.encode_images(list(images.values())), strict=True))
-        return [tokens.get((request.task, request.split, request.record)) for request in requests]
+        encoded = iter(self.model.encode_images([image for images in found.values() for image in images]))
+        tokens = {key: [next(encoded) for _ in images] for key, images in found.items()}
+        return [tokens[request.task, request.split, request.record] for request in requests]
 
     def _answer(self, request: Request) -> str:
         return request.more if isinstance(request.more, str) else request.more(self._record(request))

@@ -36,7 +36,7 @@ def chance(score: Score) -> float | None:
         predictions = main_predictions(benchmark, score.folder / "predictions.jsonl")
         likelihood = benchmark.VARIANTS[benchmark.variant_of(predictions[0])].likelihood
         choices = tuple(benchmark.choices) if likelihood else ()
-        items = [Item(p.question_id, p.image, Path(p.image), p.prompt, p.target, choices) for p in predictions]
+        items = [Item(p.question_id, (), (), p.prompt, p.target, choices) for p in predictions]
         return best_constant(benchmark, items)
     except UsageError as error:
         log.warning("%s: no chance level: %s", score.folder, error)

@@ -207,6 +207,20 @@ class Root:
             | keys
         )
 
+    def questions(self, **keys: object) -> dict:
+        records = [
+            {"question": "What is this?", "image": self.image("images/q0.png"), "answer": "A cat"},
+            {
+                "question": "Which differ?",
+                "image": [self.image("images/q1.png"), "images/q0.png"],
+                "answer": ["2", "two"],
+            },
+            {"question": "What is 1 + 1?", "image": None, "answer": 2, "question_id": "sum"},
+        ]
+        (self.path / "questions.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+        return self.common("tiny_questions", family="questions", annotations="questions.jsonl", image="{image}",
+                           variants=["short"]) | keys  # fmt: skip
+
     def mme(self, **keys: object) -> dict:
         for name in ("count/a", "count/b"):
             self.image(f"mme/{name}.png")
@@ -300,7 +314,13 @@ class FakeModel:
         self.calls.append(list(prompts))
         if self.dies_at is not None and len(self.calls) >= self.dies_at:
             raise KeyboardInterrupt
-        return [self.answer(self.paths[int(i[0, 0])], p) for i, p in zip(images, prompts, strict=True)]
+        return [self.answer(self._seen(i), p) for i, p in zip(images, prompts, strict=True)]
+
+    def _seen(self, image):
+        """The path of a question's image; a list where it has several or none."""
+        if isinstance(image, list):
+            return [self.paths[int(tokens[0, 0])] for tokens in image]
+        return self.paths[int(image[0, 0])]
 
     def generate(self, images, prompts, max_new_tokens):
         return self._ask(images, prompts)

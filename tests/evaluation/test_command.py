@@ -180,6 +180,13 @@ def test_training_takes_the_keys_of_single_benchmarks(colors, files, tmp_path, c
     assert main([*asked, *own, "benchmark.mine.limit=2"]) == 0, "it says nothing about what was trained"
 
 
+def test_own_questions_need_no_plug_in(run, files):
+    files.questions()
+    assert main(["evaluate", str(run), "benchmark=questions", f"root={files.path}", "max_new_tokens=4"]) == 0
+    written = (run / "eval/questions/predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["question_id"] for line in written] == ["1", "2", "sum"]
+
+
 def test_a_sweep_hands_them_on(capsys):
     asked = ["sweep", "seed=1,2", "evaluate.benchmarks=gqa", "benchmark.gqa.root=/data/gqa", "--dry-run"]
     assert main(asked) == 0

@@ -31,9 +31,9 @@ def truth(target):
 @pytest.mark.parametrize("name", resolve("mini"))
 def test_the_truth_scores_full_marks(world, fake_model, tmp_path, name, split):
     benchmark = build_benchmark(name, root=world, split=split)
-    answers = {(item.path, item.prompt): truth(item.target) for item in benchmark.items()}
+    answers = {(item.paths[0], item.prompt): truth(item.target) for item in benchmark.items()}
     result = evaluate(fake_model(lambda *asked: answers[asked]), benchmark, tmp_path, progress=False)
     assert result["metrics"]["accuracy"] == 100 and result["invalid_rate"] == 0
     assert 8 <= result["n"] <= 20
-    assert all(item.path.parent == world / "images" / split for item in benchmark.items())
+    assert all(item.paths[0].parent == world / "images" / split for item in benchmark.items())
     assert chance(benchmark, load_predictions(tmp_path / "predictions.jsonl")) < 100

@@ -13,7 +13,7 @@ from prism_deco.evaluation.image_check import bad_images
 from prism_deco.evaluation.scoring import predict, summarise
 from prism_deco.evaluation.textvqa import read_ocr
 
-KINDS = ("pope", "refcoco", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "seed", "mmbench")
+KINDS = ("pope", "refcoco", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "seed", "mmbench", "questions")
 
 
 def items(files, kind, **keys):
@@ -30,7 +30,7 @@ def test_pope_questions_of_all_subsets_in_both_variants(files):
     assert asked[0].prompt == ("Is there a thing 0 in the image?\nAnswer the question using a single word or phrase.")
     assert asked[0].choices == ("Yes", "No") and asked[8].choices == ()
     assert asked[3].target == {"answer": "no", "subset": "random", "variant": "likelihood"}
-    assert asked[3].image == "images/1.png" and asked[3].path == files.path / "images/1.png"
+    assert asked[3].image == "images/1.png" and asked[3].paths[0] == files.path / "images/1.png"
 
 
 def test_refcoco_asks_once_per_sentence_of_the_split(files):
@@ -132,6 +132,34 @@ def test_mme_reads_both_folder_layouts(files):
     assert [i.target["answer"] for i in asked[4:]] == ["yes", "no"]
 
 
+def test_own_questions_have_one_image_several_or_none(files):
+    one, several, none = items(files, "questions")
+    assert [item.question_id for item in (one, several, none)] == ["1", "2", "sum"]
+    assert one.image == "images/q0.png" and one.paths == (files.path / "images/q0.png",)
+    assert several.image == ["images/q1.png", "images/q0.png"] and none.image == []
+    assert one.prompt == "What is this?\nAnswer the question using a single word or phrase."
+    assert [i.target["answers"] for i in (one, several, none)] == [["A cat"], ["2", "two"], ["2"]]
+    assert items(files, "questions", variants=["plain"])[2].prompt == "What is 1 + 1?"
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ({"question": "Who?", "images": "a.png", "answer": "x"}, "has no 'image' .it has question, images, answer"),
+        ({"question": "Who?", "image": "a.png"}, "has no 'answer'"),
+        ({"question": "Who?", "image": "a.png", "answer": []}, "image and answer must be text or lists of texts"),
+        ({"question": "Who?", "image": ["a.png", 1], "answer": "x"}, "image and answer must be text or lists of texts"),
+        ({"question": "Who?", "image": "../a.png", "answer": "x"}, "leaves the image root"),
+    ],
+)
+def test_own_questions_that_cannot_be_asked(files, record, says):
+    keys = files.questions()
+    path = files.path / "questions.jsonl"
+    path.write_text(path.read_text() + json.dumps(record) + "\n")
+    with pytest.raises(UsageError, match=rf"questions\.jsonl, record 4.*{says}"):
+        build_benchmark(keys).items()
+
+
 def test_seed_leaves_videos_out(files):
     asked = items(files, "seed")
     assert [i.question_id for i in asked] == ["0", "1", "2"]
@@ -155,8 +183,8 @@ def test_mmbench_unpacks_its_images(files):
         "question": 5,
         "rotation": 1,
     }
-    assert asked[0].path == asked[1].path != asked[2].path
-    with Image.open(asked[0].path) as image:
+    assert asked[0].paths == asked[1].paths != asked[2].paths
+    with Image.open(asked[0].paths[0]) as image:
         assert image.size == (8, 8)
 
 
@@ -209,6 +237,7 @@ def test_a_root_is_needed(files, kind):
         ("gqa", "gqa.json"),
         ("seed", "seed.json"),
         ("mmbench", "mmb.tsv"),
+        ("questions", "questions.jsonl"),
     ],
 )
 def test_truncated_files_are_named(files, kind, file):
@@ -413,6 +442,7 @@ RECORDS = {
     "ocr.json": "textvqa",
     "gqa.json": "gqa",
     "seed.json": "seed",
+    "questions.jsonl": "questions",
 }
 
 
@@ -439,7 +469,7 @@ def test_odd_values_are_read_or_refused_by_name(files, file):
     scored."""
     keys = getattr(files, RECORDS[file])()
     path = files.path / file
-    pickled, lines = file.endswith(".p"), file.startswith("coco_pope")
+    pickled, lines = file.endswith(".p"), file.startswith("coco_pope") or file.endswith(".jsonl")
     text = path.read_bytes()
     content = pickle.loads(text) if pickled else [json.loads(line) for line in text.splitlines()] if lines else None
     content = content if content is not None else json.loads(text)

@@ -12,7 +12,7 @@ from prism_deco.evaluation import build_benchmark, evaluate, load_predictions, s
 from prism_deco.evaluation.choose import check_names, prepare, prepare_one, results_name
 from prism_deco.evaluation.scoring import predict
 
-KINDS = ("pope", "refcoco", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "seed", "mmbench")
+KINDS = ("pope", "refcoco", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "seed", "mmbench", "questions")
 
 
 def lines(folder):
@@ -88,9 +88,31 @@ def test_every_answer_belongs_to_its_image_and_prompt(files, fake_model, tmp_pat
         assert prediction.output == f"{prediction.image.removeprefix('images/')} {prediction.prompt}"
 
 
+@pytest.mark.parametrize("image_cache", [1, 2, 100])
+def test_questions_about_several_images_or_none(files, fake_model, tmp_path, image_cache):
+    """The answer to each shows which images the model was given, in their order."""
+    names = lambda seen: [path.name for path in seen] if isinstance(seen, list) else seen.name  # noqa: E731
+    model = fake_model(lambda seen, prompt: str(names(seen)))
+    benchmark = build_benchmark(files.questions())
+    evaluate(model, benchmark, tmp_path, batch_size=2, image_cache=image_cache, progress=False)
+    written = lines(tmp_path)
+    assert [p["output"] for p in written] == ["q0.png", "['q1.png', 'q0.png']", "[]"]
+    assert [p["image"] for p in written] == ["images/q0.png", ["images/q1.png", "images/q0.png"], []]
+    again = fake_model()
+    evaluate(again, benchmark, tmp_path, batch_size=2, progress=False)
+    assert not again.calls, "the written file is that of the same questions"
+
+
+def test_one_bad_image_of_several_counts_the_question_wrong(files, fake_model, tmp_path):
+    benchmark = build_benchmark(files.questions(on_bad_image="count_wrong"))
+    (files.path / "images/q1.png").unlink()
+    evaluate(fake_model(lambda seen, prompt: "2"), benchmark, tmp_path, progress=False)
+    assert [(p["output"], p["score"]) for p in lines(tmp_path)] == [("2", 0), (None, 0), ("2", 1)]
+
+
 def test_a_model_that_knows_everything_scores_full_marks(files, fake_model, tmp_path):
     benchmark = build_benchmark(files.pope())
-    truth = {(i.path, i.prompt): i.target["answer"] for i in benchmark.items()}
+    truth = {(i.paths[0], i.prompt): i.target["answer"] for i in benchmark.items()}
     model = fake_model(lambda path, prompt: truth[path, prompt].capitalize())
     result = evaluate(model, benchmark, tmp_path, progress=False)
     assert result["metrics"]["accuracy"] == result["metrics"]["generate/f1"] == 100

@@ -8,7 +8,7 @@ from prism_deco.evaluation import build_benchmark, chance, load_predictions, sco
 from prism_deco.evaluation.metrics.bootstrap import combine_strata
 from prism_deco.evaluation.scoring import predict, summarise
 
-KINDS = ("pope", "refcoco", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "seed", "mmbench")
+KINDS = ("pope", "refcoco", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "seed", "mmbench", "questions")
 
 
 def graded(benchmark, outputs):
@@ -117,6 +117,13 @@ def test_textvqa_reports_both_prompts(files):
 def test_gqa_conventions(files):
     values = metrics(build_benchmark(files.gqa()), ["Yes.", "yes!", "t-shirt"])
     assert values["accuracy"] == pytest.approx(200 / 3) and values["accuracy_llava"] == pytest.approx(200 / 3)
+
+
+def test_own_questions(files):
+    benchmark = build_benchmark(files.questions())
+    assert [p.score for p in graded(benchmark, ["a cat.", "Two", "2"])] == [1, 1, 1]
+    values = metrics(benchmark, ["cat", " TWO.", ""])
+    assert values["accuracy"] == pytest.approx(100 / 3) and values["invalid_rate"] == pytest.approx(1 / 3)
 
 
 def test_mme_sums_tasks(files):
@@ -259,6 +266,7 @@ def test_a_question_answered_twice(files, tmp_path):
         ("mme", 100),  # half of each pair, never both: 50 per task
         ("seed", 200 / 3),  # "B"
         ("mmbench", 0),  # no letter survives the rotation
+        ("questions", 200 / 3),  # "2"
         ("refcoco", 100),  # the mean box meets both kinds of boxes
     ],
 )

@@ -78,6 +78,13 @@ def test_answers_come_back_in_order(adapted, model, batch_size):
     assert text_only == model.generate([None], [rows[0][1]], max_new_tokens=3)
 
 
+def test_a_record_with_several_images(adapted, model):
+    pairs = [(k, "Which is larger?", {"max_new_tokens": 3}) for k in range(2)]
+    two = lambda record: [image_of(record)[0], image_of({"color": "white"})[0]]  # noqa: E731
+    expected = model.generate([two({"color": COLORS[k]}) for k in range(2)], ["Which is larger?"] * 2, max_new_tokens=3)
+    assert adapted(batch_size=2).generate_until(requests("generate_until", pairs, two)) == expected
+
+
 def test_answers_end_before_a_stop_string(adapted, model, monkeypatch):
     monkeypatch.setattr(model, "generate", lambda images, prompts, max_new_tokens: ["a b\n\nc d"] * len(prompts))
     rows = [(0, "?", {"until": until}) for until in (["\n\n"], "b", ["d", "c"], [], None)]
@@ -106,7 +113,6 @@ def test_losses_of_choices(adapted, model, monkeypatch):
     [
         ({"temperature": 0.7}, image_of, "answers greedily"),
         ({"num_beams": 5}, image_of, "answers greedily"),
-        ({}, lambda record: image_of(record) * 2, "one image"),
         ({}, lambda record: ["video.mp4"], "found str"),
     ],
 )
