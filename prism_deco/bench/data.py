@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from prism_deco.config import cache_dir
 from prism_deco.data.base import Source
 from prism_deco.data.examples import Examples, Transform
-from prism_deco.data.images import ImageFolder, decode_image
+from prism_deco.data.images import FORMATS, ImageFolder, decode_image
 from prism_deco.data.loader import Collate, stack_pixels
 from prism_deco.data.records import open_records
 from prism_deco.errors import UsageError
@@ -142,7 +142,7 @@ def photographs(folder: Path, count: int = 64, size: tuple[int, int] = (640, 480
 
 
 def _open(file: Path) -> Image.Image:
-    with Image.open(file) as image:
+    with Image.open(file, formats=FORMATS) as image:
         return image.convert("RGB")
 
 

@@ -19,6 +19,10 @@ from PIL import Image, UnidentifiedImageError
 from prism_deco.data.partial import PartialReader
 from prism_deco.errors import UsageError
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""The image formats that are read. Pillow knows many more, and hands some of them to other programs: an EPS file, under
+whatever name, to Ghostscript."""
+
 
 class ImageSource(Protocol):
     """Where images are read from; `str` names the place. Picklable: loader processes take it along.
@@ -129,6 +133,11 @@ def load_image(source: ImageSource, name: str) -> Image.Image:
     return decode_image(source.read(name), source.location(name), least_side=source.least_side)
 
 
+def open_bytes(data: bytes) -> Image.Image:
+    """Opens an encoded image, of one of `FORMATS` only; everything that reads image files goes through here."""
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
 def decode_image(data: bytes, location: str, *, least_side: int | None = None) -> Image.Image:
     """Decodes an image as RGB.
 
@@ -140,7 +149,7 @@ def decode_image(data: bytes, location: str, *, least_side: int | None = None) -
         OSError: it is truncated, too large to be meant, or no image at all; the message names the `location`.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_bytes(data) as image:
             if least_side is not None:
                 image.draft("RGB", (least_side, least_side))
             return image.convert("RGB")
@@ -150,8 +159,9 @@ def decode_image(data: bytes, location: str, *, least_side: int | None = None) -
 
 def decoding_problem(error: Exception) -> str:
     """What Pillow's error says about an image that was read from memory."""
-    # Here it names the buffer, which says nothing.
-    return "it is of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
+    if isinstance(error, UnidentifiedImageError):  # its own text only names the buffer
+        return f"its format is none of {', '.join(FORMATS)}"
+    return str(error)
 
 
 def missing_images(root: Path, names: Iterable[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ from pathlib import PurePosixPath
 from PIL import Image
 
 from prism_deco.data.examples import Encoder
-from prism_deco.data.images import ImageSource, decoding_problem
+from prism_deco.data.images import ImageSource, decoding_problem, open_bytes
 from prism_deco.data.llava_json import Record
 from prism_deco.errors import UsageError
 from prism_deco.llms.encoding import IGNORE
@@ -102,7 +101,7 @@ def inspect_image(images: ImageSource, name: str) -> ImageFindings:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            with open_bytes(data) as image:
                 found = replace(found, format=image.format)
                 image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
