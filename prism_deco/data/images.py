@@ -13,10 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from prism_deco.data.partial import PartialReader
 from prism_deco.errors import UsageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -72,43 +70,6 @@ class ImageFolder:
 
     def contains(self, name: str) -> bool:
         return Path(os.path.realpath(self.root / name)).is_relative_to(os.path.realpath(self.root))
-
-
-class PackedImages:
-    """Images in one file; names are the first 16 hexadecimal digits of the SHA-256 of
-    the encoded image, so that equal images are stored once and share a name."""
-
-    least_side: int | None = None
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._names: np.ndarray = np.load(folder / "image_names.npy", mmap_mode="r")
-        self._spans: np.ndarray = np.load(folder / "image_spans.npy", mmap_mode="r")
-        self._data = PartialReader(folder / "images.bin")
-
-    def __str__(self) -> str:
-        return str(self.folder)
-
-    def read(self, name: str) -> bytes:
-        row = self._row(name)
-        if row is None:
-            raise FileNotFoundError(f"{self.location(name)} does not exist.")
-        start, end = self._spans[row].tolist()
-        return self._data.read(start, end)
-
-    def missing(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if self._row(name) is None]
-
-    def location(self, name: str) -> str:
-        return f"embedded image {name} ({self.folder})"
-
-    def contains(self, name: str) -> bool:
-        return True
-
-    def _row(self, name: str) -> int | None:
-        key = np.uint64(int(name, 16))
-        row = int(np.searchsorted(self._names, key))
-        return row if row < len(self._names) and self._names[row] == key else None
 
 
 def leaves_root(name: str) -> bool:

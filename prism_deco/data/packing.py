@@ -7,9 +7,11 @@ that step needs pyarrow.
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -125,6 +127,65 @@ class ImagePacker:
             start = self._file.tell()
             self._spans[key] = (start, start + self._file.write(data))
         return name.hex()
+
+
+class PackedImages:
+    """Images in one file; names are the first 16 hexadecimal digits of the SHA-256 of
+    the encoded image, so that equal images are stored once and share a name."""
+
+    least_side: int | None = None
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._names: np.ndarray = np.load(folder / "image_names.npy", mmap_mode="r")
+        self._spans: np.ndarray = np.load(folder / "image_spans.npy", mmap_mode="r")
+        self._data = PartialReader(folder / "images.bin")
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def read(self, name: str) -> bytes:
+        row = self._row(name)
+        if row is None:
+            raise FileNotFoundError(f"{self.location(name)} does not exist.")
+        start, end = self._spans[row].tolist()
+        return self._data.read(start, end)
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if self._row(name) is None]
+
+    def location(self, name: str) -> str:
+        return f"embedded image {name} ({self.folder})"
+
+    def contains(self, name: str) -> bool:
+        return True
+
+    def _row(self, name: str) -> int | None:
+        key = np.uint64(int(name, 16))
+        row = int(np.searchsorted(self._names, key))
+        return row if row < len(self._names) and self._names[row] == key else None
+
+
+class PartialReader:
+    """Reads byte ranges of a file, from any process it is taken to.
+
+    Deliberately no memory map: the pages that a process alone has touched count as its own, and over an
+    epoch that is the whole file. The system's page cache serves all processes just as well.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: io.FileIO | None = None
+
+    def read(self, start: int, end: int) -> bytes:
+        """Bytes start..end of the file."""
+        if self._file is None:
+            self._file = io.FileIO(self._path)
+        # Takes its position as an argument: forked processes share a file's own.
+        return os.pread(self._file.fileno(), end - start, start)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}
 
 
 def check_space(files: list[Path], folder: Path) -> None:

@@ -16,9 +16,8 @@ from PIL import Image
 from prism_deco.config import choices, load_choice
 from prism_deco.data import build_source
 from prism_deco.data import prepare as prepare_module
-from prism_deco.data.archives import extract
 from prism_deco.data.download import download, look_up
-from prism_deco.data.prepare import Archive, Dataset, plan, prepare, read_dataset
+from prism_deco.data.prepare import Archive, Dataset, extract, plan, prepare, read_dataset
 from prism_deco.data.records import open_records
 
 
