@@ -67,7 +67,7 @@ def bench_data(
     """
     if repeats < 2:
         raise UsageError(f"repeats={repeats} shows no spread: use 2 or more.")
-    records = open_records(source.train, cache_dir())
+    records = open_records(source.train, cache_dir(), image_root=source.image_root)
     folder = source.images(records)
     if not isinstance(folder, ImageFolder):
         raise UsageError("The plain loader reads image files: choose a data set whose images are files.")

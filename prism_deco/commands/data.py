@@ -27,21 +27,15 @@ def data_prepare_arguments(parser: argparse.ArgumentParser) -> None:
 def data_check(args: argparse.Namespace) -> int:
     """Read every record and image of a data set and report the faults; the exit code is 1 if there are any."""
     config = load_config(args.arguments)
-    from prism_deco.build import group, max_positions, prompt_options
+    from prism_deco.build import build_encoder, build_model, group
     from prism_deco.data import build_source
     from prism_deco.data.check import check
-    from prism_deco.data.examples import Encoder
-    from prism_deco.llms import build_llm
 
-    llm = build_llm(group(config, "llm"), pretrained=False, device="meta", **prompt_options(config))
-    encoder = Encoder(
-        llm,
-        max_text_tokens=config.recipe.max_text_tokens,
-        max_positions=max_positions(config, llm),
-        tokens_per_image=config.projector.num_tokens or config.recipe.num_tokens,
-    )
+    source = build_source(group(config, "data"))  # a wrong path must not wait for the download of a tokenizer
+    vlm, llm = build_model(config, device="meta")
+    encoder = build_encoder(config, llm, vlm.projector.num_tokens)
     out = args.out or Path(config.runs_dir) / "data_check" / config.data.name
-    report = check(build_source(group(config, "data")), encoder, out, workers=args.workers, allow=args.allow)
+    report = check(source, encoder, out, workers=args.workers, allow=args.allow)
     show(report.render())
     return report.exit_status
 

@@ -15,6 +15,7 @@ from prism_deco.errors import UsageError
 
 if TYPE_CHECKING:  # reading records needs the LLM libraries; naming a source does not
     from prism_deco.data.records import Records
+    from prism_deco.data.split import Subset
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Source:
     val: Path | None = None
     benchmarks: Path | None = None
 
-    def images(self, records: Records) -> ImageSource:
+    def images(self, records: Records | Subset) -> ImageSource:
         """Where the images of some of its records are."""
         if records.embedded is not None:
             return records.embedded

@@ -105,7 +105,7 @@ def check(
     for kind in allow:
         if kind not in KINDS:
             raise unknown("kind of fault", kind, KINDS)
-    records = open_records(source.train, cache_dir(), allow_faults=True)
+    records = open_records(source.train, cache_dir(), image_root=source.image_root, allow_faults=True)
     images = source.images(records)
     out.mkdir(parents=True, exist_ok=True)
     log.info("Checking %d records of %s", len(records), source.train)

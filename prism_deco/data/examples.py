@@ -7,14 +7,16 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from prism_deco.config.registry import unknown
-from prism_deco.config.schema import ON_BAD_IMAGE
+from prism_deco.config.schema import ON_BAD_IMAGE, ON_BAD_RECORD
 from prism_deco.data.images import ImageFolder, ImageSource, load_image
 from prism_deco.data.records import Record, Records
 from prism_deco.data.samplers import Filler
@@ -36,6 +38,7 @@ class Example:
         pixels: per image a dict tower -> float[3, S, S].
         tokens_cut: text tokens that truncation removed.
         bad_images: images that could not be read and were handled by `on_bad_image`.
+        bad_record: there is nothing to learn from it; `on_bad_record` is "skip", or LLaVA ignores such a record.
         filler: nothing is learned from it, and it counts for nothing (`samplers.Filler`).
     """
 
@@ -44,6 +47,7 @@ class Example:
     pixels: list[dict[str, Tensor]]
     tokens_cut: int
     bad_images: int
+    bad_record: bool = False
     filler: bool = False
 
 
@@ -77,16 +81,34 @@ class Encoder:
         return self.fit(self.encode(record))
 
     def encode(self, record: Record) -> Encoded:
-        """All tokens of the record."""
-        segments = self._format.render(record.messages, len(record.images))
+        """All tokens of the record. A last question without an answer is left out: it has no loss, and nothing follows
+        it."""
+        segments = self._format.render(record.answered, len(record.images))
         return encode_segments(segments, self.tokenizer, self._tokenize)
 
     def fit(self, encoded: Encoded) -> tuple[Encoded, int]:
         """What there is room for, and the number of tokens cut."""
-        encoded, cut = truncate(encoded, self._room(len(encoded.image_slots)))
+        images = len(encoded.image_slots)
+        room = self.room(images)
+        if room < 2:
+            raise UsageError(
+                f"{images} images of {self._tokens_per_image} visual tokens leave no room for a question and an answer "
+                f"in {self._max_positions} positions."
+            )
+        encoded, cut = truncate(encoded, room)
         if all(label == IGNORE for label in encoded.labels):
             raise UsageError("No token is supervised: there is nothing to learn from it.")
         return encoded, cut
+
+    def ignores(self, record: Record) -> bool:
+        """Whether nothing is learned from a record by the rules of the format: LLaVA's labels do not add up where the
+        last question has no answer, and it then ignores the whole record."""
+        return len(record.answered) < len(record.messages) and self._format.image_slot == "in_place"
+
+    def placeholder(self) -> Encoded:
+        """Stands for a record that cannot be encoded; nothing is learned from it."""
+        token = cast(int, self.tokenizer.eos_token_id)
+        return Encoded(input_ids=[token, token], labels=[IGNORE, IGNORE], rounds=[0, 0], image_slots=[])
 
     @property
     def fingerprint(self) -> str:
@@ -95,7 +117,8 @@ class Encoder:
         tokenizer = self.tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]  # a fast tokenizer
         return hashlib.sha256(f"{settings}{tokenizer}".encode()).hexdigest()
 
-    def _room(self, images: int) -> int:
+    def room(self, images: int) -> int:
+        """Tokens of text beside so many images."""
         if self._max_positions is None:
             return self._max_text_tokens
         return min(self._max_text_tokens, self._max_positions - self._tokens_per_image * images)
@@ -109,6 +132,7 @@ class Examples(Dataset[Example]):
         max_text_tokens, max_positions, tokens_per_image: see `Encoder`.
         on_bad_image: fail | skip (the record stays in place but is not learned from, so that all
             ranks keep in step) | blank (an image of the towers' mean colour).
+        on_bad_record: fail | skip, for a record that cannot be encoded; it stays in place, too.
     """
 
     def __init__(
@@ -122,16 +146,20 @@ class Examples(Dataset[Example]):
         max_positions: int | None = None,
         tokens_per_image: int = 0,
         on_bad_image: str = "fail",
+        on_bad_record: str = "fail",
     ):
         if on_bad_image not in ON_BAD_IMAGE:
             raise unknown("data.on_bad_image", on_bad_image, ON_BAD_IMAGE)
+        if on_bad_record not in ON_BAD_RECORD:
+            raise unknown("data.on_bad_record", on_bad_record, ON_BAD_RECORD)
         self.records = records
         self.images: ImageSource = ImageFolder(images) if isinstance(images, Path) else images
-        self._encode = Encoder(
+        self.encoder = Encoder(
             llm, max_text_tokens=max_text_tokens, max_positions=max_positions, tokens_per_image=tokens_per_image
         )
         self.transform = transform
         self._on_bad_image = on_bad_image
+        self._on_bad_record = on_bad_record
 
     def __len__(self) -> int:
         return len(self.records)
@@ -139,17 +167,22 @@ class Examples(Dataset[Example]):
     def __getitem__(self, item: int | Filler) -> Example:
         if isinstance(item, Filler):
             example = self[item.index]
-            return replace(example, encoded=_ignore(example.encoded), tokens_cut=0, bad_images=0, filler=True)
+            encoded = _ignore(example.encoded)
+            return replace(example, encoded=encoded, tokens_cut=0, bad_images=0, bad_record=False, filler=True)
         record = self.records[item]
         try:
-            encoded, cut = self._encode(record)
+            encoded, cut = self.encoder(record)
         except UsageError as error:
-            raise UsageError(f"Record {record.id}: {error}") from error
+            if self._on_bad_record == "fail":
+                raise _refusal(record, error) from error
+            log.warning("Record %s: %s (data.on_bad_record=skip)", record.id, error)
+            return Example(record.id, self.encoder.placeholder(), [], tokens_cut=0, bad_images=0, bad_record=True)
+        ignored = self.encoder.ignores(record)
         images = [self.read_image(record.id, name) for name in record.images]
-        bad = sum(is_bad for _, is_bad in images)
-        if bad and self._on_bad_image == "skip":
+        bad_images = sum(is_bad for _, is_bad in images)
+        if ignored or (bad_images and self._on_bad_image == "skip"):
             encoded = _ignore(encoded)
-        return Example(record.id, encoded, [pixels for pixels, _ in images], cut, bad)
+        return Example(record.id, encoded, [pixels for pixels, _ in images], cut, bad_images, bad_record=ignored)
 
     def read_image(self, record: str, name: str) -> tuple[dict[str, Tensor], bool]:
         """What the model is given of an image of a record, and whether the image is bad."""
@@ -172,6 +205,28 @@ class Examples(Dataset[Example]):
 def blank_pixels(transform: Transform) -> dict[str, Tensor]:
     """The input for an image that cannot be read: each tower's mean colour, which its normalisation maps to zero."""
     return {tower: torch.zeros_like(pixels) for tower, pixels in transform(Image.new("RGB", (8, 8))).items()}
+
+
+def check_records(records: Records | Subset, encoder: Encoder) -> None:
+    """Encodes the records that the index tells may be refused, those with many images and odd ones, so that none of
+    them stops a run hours later.
+
+    Raises:
+        UsageError: names the first that cannot be encoded.
+    """
+    counts = np.unique(records.num_images)
+    crowded = [count for count in counts.tolist() if encoder.room(count) < 2]
+    suspects = records.odd | np.isin(records.num_images, crowded)
+    for row in np.flatnonzero(suspects).tolist():
+        record = records[row]
+        try:
+            encoder(record)
+        except UsageError as error:
+            raise _refusal(record, error) from error
+
+
+def _refusal(record: Record, error: UsageError) -> UsageError:
+    return UsageError(f"Record {record.id}: {error} Fix it, or skip such records with data.on_bad_record=skip.")
 
 
 def _ignore(encoded: Encoded) -> Encoded:

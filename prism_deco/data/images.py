@@ -10,6 +10,7 @@ import io
 import os
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -72,16 +73,43 @@ class ImageFolder:
         return Path(os.path.realpath(self.root / name)).is_relative_to(os.path.realpath(self.root))
 
 
-def leaves_root(name: str) -> bool:
-    """Whether an image path is absolute or climbs with `..`, on any system."""
-    return os.path.isabs(name) or name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/")
+def path_below(root: Path | None, name: str) -> str | None:
+    """An image path as one that is relative to `root` and stays below it; None where it leads elsewhere.
+
+    Only the text counts: links below the root are the user's own way to bring other folders in.
+
+    Args:
+        root: folder of the images; None knows no absolute path.
+    """
+    if os.path.isabs(name) or name.startswith(("/", "\\")):
+        short = Path(os.path.normpath(name))
+        inside = [base for base in _spellings(root) if short.is_relative_to(base)] if root is not None else []
+        return str(short.relative_to(inside[0])) if inside else None
+    if ".." not in _parts(name):
+        return name
+    short = os.path.normpath(name)
+    return None if ".." in _parts(short) else short
+
+
+def _parts(name: str) -> list[str]:
+    return name.replace("\\", "/").split("/")
+
+
+@lru_cache(maxsize=8)
+def _spellings(root: Path) -> tuple[str, str]:
+    """The root may be named through a link and the path without it."""
+    return os.path.abspath(root), os.path.realpath(root)
 
 
 def resolve_image(root: Path, name: str) -> Path:
-    """The file that `name` means under `root`; `UsageError` where it points outside (`..`, absolute)."""
-    if leaves_root(name):
-        raise UsageError(f"The image path {name!r} leaves the image root {root}: image paths must be relative to it.")
-    return root / name
+    """The file that `name` means under `root`; `UsageError` where it leads out of it (`..`, absolute)."""
+    path = path_below(root, name)
+    if path is None:
+        raise UsageError(
+            f"The image path {name!r} leads out of the image root {root}: name a root above it (/ allows any absolute "
+            "path), or link its folder into this one."
+        )
+    return root / path
 
 
 def open_image(path: Path) -> Image.Image:

@@ -228,10 +228,11 @@ def _missing(dataset: Dataset, root: Path) -> dict[str, list[str]] | None:
     """Images without a file by the folder of the archive they are in; None while the records are missing."""
     if not (root / dataset.json).is_file():
         return None
-    records = open_records(root / dataset.json, cache_dir(), allow_faults=True)
+    image_root = root / dataset.image_root
+    records = open_records(root / dataset.json, cache_dir(), image_root=image_root, allow_faults=True)
     names = dict.fromkeys(name for record in records for name in record.images)
     missing: dict[str, list[str]] = {archive.into: [] for archive in dataset.archives}
-    for name in missing_images(root / dataset.image_root, names):
+    for name in missing_images(image_root, names):
         folder = next((into for into in missing if into == "." or name.startswith(f"{into}/")), None)
         if folder is None:
             raise OSError(f"No archive of {dataset.name} is for the image {name}: its records are of another version.")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from prism_deco.data.base import Source
-from prism_deco.data.records import Record, Records, open_records
+from prism_deco.data.records import Record, Records, open_records, refusal
 from prism_deco.errors import UsageError
 
 
@@ -21,8 +21,12 @@ class Subset(Sequence[Record]):
         self._records = records
         self._indices = indices
         self.data_hash = records.data_hash
+        self.embedded = records.embedded
         self.words: np.ndarray = np.asarray(records.words)[indices]
+        self.num_images: np.ndarray = np.asarray(records.num_images)[indices]
         self.has_image: np.ndarray = np.asarray(records.has_image)[indices]
+        self.odd: np.ndarray = np.asarray(records.odd)[indices]
+        self.positions: np.ndarray = np.asarray(records.positions)[indices]
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -33,7 +37,7 @@ class Subset(Sequence[Record]):
         return self._records[int(self._indices[index])]
 
 
-def hold_out(records: Records, fraction: float) -> tuple[Subset, Subset]:
+def hold_out(records: Records | Subset, fraction: float) -> tuple[Subset, Subset]:
     """Splits records into (train, validation).
 
     A record is held out when `Records.positions` falls below `fraction`: independent of seed and order,
@@ -57,30 +61,57 @@ class Parts:
     """The records of a run.
 
     Attributes:
-        records, val_records: the files that they come from; the same one where a share of it is held out.
+        records, val_records: the files that they come from, without refused records; the same one where a share of it
+            is held out.
         train, val: what is trained and what is validated on.
+        left_out: what is wrong with each refused record of both files.
     """
 
-    records: Records
-    val_records: Records
+    records: Records | Subset
+    val_records: Records | Subset
     train: Subset
     val: Subset
+    left_out: list[str]
 
 
-def open_parts(source: Source, cache: Path, *, val_fraction: float, limit: int | None) -> Parts:
+def open_parts(
+    source: Source,
+    cache: Path,
+    *,
+    val_fraction: float,
+    limit: int | None,
+    on_bad_record: str = "fail",
+    odd_records: str = "refuse",
+) -> Parts:
     """The records of a source, divided into those to train and those to validate on.
 
     Args:
         cache: see `open_records`.
         val_fraction: share of the images to hold out, where the source brings no validation records.
         limit: train on the first records only; None trains on all.
+        on_bad_record: fail | skip.
+        odd_records: refuse | train, see `recipe.odd_records`.
 
     Raises:
-        UsageError: a file cannot be read, a record is malformed, or there is none to train on.
+        UsageError: a file cannot be read, a record is refused and `on_bad_record` is "fail", or none is left to train
+            on.
     """
-    records = open_records(source.train, cache)
+
+    left_out: list[str] = []
+
+    def read(path: Path) -> Records | Subset:
+        records = open_records(path, cache, image_root=source.image_root, allow_faults=True)
+        refused = records.refused(odd_records)
+        if refused and on_bad_record == "fail":
+            raise refusal(path, refused)
+        left_out.extend({fault["entry"]: fault["detail"] for fault in refused}.values())
+        if odd_records == "train" or not refused:
+            return records
+        return Subset(records, np.flatnonzero(~records.odd))
+
+    records = read(source.train)
     if source.val is not None:
-        val_records = open_records(source.val, cache)
+        val_records = read(source.val)
         train, val = first(records, None), first(val_records, None)
     else:
         val_records = records
@@ -91,5 +122,5 @@ def open_parts(source: Source, cache: Path, *, val_fraction: float, limit: int |
             if val_records is records and len(val)
             else ""
         )
-        raise UsageError(f"There is nothing to train on: {source.train} has {len(records)} records{held}.")
-    return Parts(records, val_records, first(train, limit), val)
+        raise UsageError(f"There is nothing to train on: {source.train} has {len(records)} usable records{held}.")
+    return Parts(records, val_records, first(train, limit), val, left_out)
