@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -180,9 +180,9 @@ def parse_record(raw: Any, id: str, image_root: Path | None) -> tuple[Record, li
 def _images(raw: dict[str, Any], image_root: Path | None) -> list[str]:
     images = raw.get("image")
     if images is None or images == []:
-        unread = [key for key, value in raw.items() if _IMAGE_KEY.fullmatch(key) and _holds_something(value)]
-        if unread:
-            raise RecordError("unread_image", f"the key `{unread[0]}` is not read: images stand under `image`.")
+        unread = unread_image_key(key for key, value in raw.items() if _holds_something(value))
+        if unread is not None:
+            raise RecordError("unread_image", f"the key `{unread}` is not read: images stand under `image`.")
         return []
     if isinstance(images, str):
         images = [images]
@@ -204,6 +204,11 @@ def _images(raw: dict[str, Any], image_root: Path | None) -> list[str]:
             )
         inside.append(path)
     return inside
+
+
+def unread_image_key(keys: Iterable[str]) -> str | None:
+    """The first key that an image may stand under, `image` itself not among them."""
+    return next((key for key in keys if key != "image" and _IMAGE_KEY.fullmatch(key)), None)
 
 
 def _holds_something(value: Any) -> bool:

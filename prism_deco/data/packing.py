@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from prism_deco.data.llava_json import unread_image_key
 from prism_deco.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -52,19 +53,24 @@ def read_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
         raise UsageError("Reading Parquet and Arrow files needs pyarrow: pip install 'prism-deco[parquet]'") from error
     for file in files:
         try:
-            if file.suffix == ".parquet":
-                table = pq.ParquetFile(file, memory_map=True)
-                columns = _columns(file, table.schema_arrow.names)
-                batches = table.iter_batches(batch_size=64, columns=columns)
-            else:
-                reader = _open_arrow(pa, pa.memory_map(str(file)))
-                columns = _columns(file, reader.schema.names)
-                batches = (batch.select(columns) for batch in reader)
+            for batch in _batches(file, pa, pq):
+                for row in batch.to_pylist():
+                    # A column has a value in every row; in LLaVA's format an absent one is left out.
+                    yield {key: value for key, value in row.items() if value is not None}
         except (pa.ArrowInvalid, OSError) as error:
             raise UsageError(f"{file} cannot be read ({error}). Is the download complete?") from error
-        for batch in batches:
-            for row in batch.to_pylist():
-                yield _entry(row)
+
+
+def _batches(file: Path, pa: Any, pq: Any) -> Iterator[Any]:
+    """The record batches of a file, with the columns that are needed."""
+    if file.suffix == ".parquet":
+        table = pq.ParquetFile(file, memory_map=True)
+        yield from table.iter_batches(batch_size=64, columns=_columns(file, table.schema_arrow.names))
+        return
+    reader = _open_arrow(pa, pa.memory_map(str(file)))
+    columns = _columns(file, reader.schema.names)
+    for batch in reader:
+        yield batch.select(columns)
 
 
 def _open_arrow(pa: Any, source: Any) -> Any:
@@ -84,12 +90,10 @@ def _columns(file: Path, names: list[str]) -> list[str]:
         raise UsageError(
             f"{file} has the columns {', '.join(names)}; needed are conversations, image and id (optional)."
         )
+    unread = unread_image_key(names)
+    if unread is not None and "image" not in names:
+        raise UsageError(f"{file}: the column {unread} is not read: images stand in the column image.")
     return [name for name in COLUMNS if name in names]
-
-
-def _entry(row: dict[str, Any]) -> dict[str, Any]:
-    # A column has a value in every row; in LLaVA's format an absent one is left out.
-    return {key: value for key, value in row.items() if value is not None}
 
 
 class ImagePacker:
