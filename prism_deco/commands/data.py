@@ -42,9 +42,9 @@ def data_check(args: argparse.Namespace) -> int:
 
 def data_prepare(args: argparse.Namespace) -> None:
     """Download a published data set and lay it out for training. What is there already is kept."""
-    from prism_deco.data.prepare import plan, prepare, read_dataset
+    from prism_deco.data.prepare import download_dataset, plan_download, read_dataset
 
     dataset = read_dataset(args.name)
-    show(plan(dataset, args.root).render())
+    show(plan_download(dataset, args.root).render())
     if not args.plan:
-        prepare(dataset, args.root)
+        download_dataset(dataset, args.root)
