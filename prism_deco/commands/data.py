@@ -29,13 +29,13 @@ def data_check(args: argparse.Namespace) -> int:
     config = load_config(args.arguments)
     from prism_deco.build import build_encoder, build_model, group
     from prism_deco.data import build_source
-    from prism_deco.data.check import check
+    from prism_deco.data.check import check_dataset
 
     source = build_source(group(config, "data"))  # a wrong path must not wait for the download of a tokenizer
     vlm, llm = build_model(config, device="meta")
     encoder = build_encoder(config, llm, vlm.projector.num_tokens)
     out = args.out or Path(config.runs_dir) / "data_check" / config.data.name
-    report = check(source, encoder, out, workers=args.workers, allow=args.allow)
+    report = check_dataset(source, encoder, out, workers=args.workers, allow=args.allow)
     show(report.render())
     return report.exit_status
 

@@ -84,7 +84,7 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Report:
+class CheckReport:
     """The result of a check.
 
     Attributes:

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 
 from prism_deco.data import check as check_module
 from prism_deco.data.base import Source
-from prism_deco.data.check import check
+from prism_deco.data.check import check_dataset
 from prism_deco.data.examples import Encoder
 from prism_deco.data.validators import KINDS
 from prism_deco.llms import build_llm
@@ -220,7 +220,7 @@ def encoder():
 
 
 def _check(world, encoder, out, **options):
-    return check(Source(world.root / "train.json", world.root / "images"), encoder, out, **options)
+    return check_dataset(Source(world.root / "train.json", world.root / "images"), encoder, out, **options)
 
 
 def _found(out) -> list[tuple[int, str]]:
@@ -242,7 +242,7 @@ def test_all_planted_faults_are_found_and_none_is_invented(world, encoder, tmp_p
 
 def test_a_clean_set_ends_with_zero_and_is_counted(tmp_path, encoder, colors):
     source = Source(colors / "train.json", colors / "images")
-    report = check(source, encoder, tmp_path, workers=1)
+    report = check_dataset(source, encoder, tmp_path, workers=1)
     assert (report.exit_status, report.faults) == (0, [])
     assert (tmp_path / "bad.jsonl").read_text() == ""
     totals = report.totals
@@ -264,7 +264,7 @@ def test_lengths_supervision_and_cuts_are_those_of_the_tokens(tmp_path, colors):
     ]
     lengths = [len(e.input_ids) for e in encoded]
     room = max(lengths) - 4
-    report = check(
+    report = check_dataset(
         Source(colors / "train.json", colors / "images"), Encoder(llm, max_text_tokens=room), tmp_path, workers=1
     )
     totals = report.totals
@@ -281,12 +281,11 @@ def test_an_image_fault_is_reported_with_every_record_that_shows_it(tmp_path, en
     for i in (1, 4, 6):
         records[i]["image"] = "gone.png"
     (tmp_path / "t.json").write_text(json.dumps(records))
-    report = check(Source(tmp_path / "t.json", colors / "images"), encoder, tmp_path / "out", workers=1, chunk_size=2)
+    source = Source(tmp_path / "t.json", colors / "images")
+    report = check_dataset(source, encoder, tmp_path / "out", workers=1, chunk_size=2)
     assert [(f.entry, f.id, f.image) for f in report.faults] == [(i, records[i]["id"], "gone.png") for i in (1, 4, 6)]
     assert report.totals.images == 6  # five that are there, and one that is not
-    allowed = check(
-        Source(tmp_path / "t.json", colors / "images"), encoder, tmp_path / "out", workers=1, allow=["missing"]
-    )
+    allowed = check_dataset(source, encoder, tmp_path / "out", workers=1, allow=["missing"])
     assert (allowed.exit_status, allowed.counts) == (0, {"missing": 3})
 
 
@@ -296,7 +295,9 @@ def test_a_conversation_with_nothing_to_learn_from_is_a_fault(tmp_path, colors):
     records = json.loads((colors / "train.json").read_text())[-1:]
     records[0]["conversations"][1]["value"] = ""
     (tmp_path / "t.json").write_text(json.dumps(records))
-    report = check(Source(tmp_path / "t.json", colors), Encoder(llm, max_text_tokens=99), tmp_path / "out", workers=1)
+    report = check_dataset(
+        Source(tmp_path / "t.json", colors), Encoder(llm, max_text_tokens=99), tmp_path / "out", workers=1
+    )
     assert report.counts == {"empty_turn": 1, "unrenderable": 1}
 
 
