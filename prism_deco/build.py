@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.backbones import VisionBackbone, build_backbone
 from prism_deco.config.registry import import_plugins
-from prism_deco.data.examples import Encoder
+from prism_deco.data.encoder import Encoder
 from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel, build_llm
 from prism_deco.llms.tuning import tuning

@@ -19,7 +19,7 @@ from prism_deco.config import cache_dir
 from prism_deco.config.registry import unknown
 from prism_deco.data.base import Source
 from prism_deco.data.check_report import CheckReport, Totals
-from prism_deco.data.examples import Encoder
+from prism_deco.data.encoder import Encoder
 from prism_deco.data.images import ImageSource
 from prism_deco.data.records import Records, open_records
 from prism_deco.data.validators import KINDS, Fault, TextInspector, inspect_image

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,13 +14,14 @@ from torch.utils.data import Dataset
 
 from prism_deco.config.registry import unknown
 from prism_deco.config.schema import ON_BAD_IMAGE, ON_BAD_RECORD
+from prism_deco.data.encoder import Encoder
 from prism_deco.data.images import ImageFolder, ImageSource, load_image
-from prism_deco.data.records import Record, Records
+from prism_deco.data.records import Records
 from prism_deco.data.samplers import Filler
 from prism_deco.data.split import Subset
 from prism_deco.errors import UsageError
-from prism_deco.llms import Encoded, LanguageModel, truncate
-from prism_deco.llms.encoding import IGNORE, encode_segments
+from prism_deco.llms import Encoded, LanguageModel
+from prism_deco.llms.encoding import IGNORE
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +34,10 @@ class Example:
 
     Attributes:
         pixels: per image a dict tower -> float[3, S, S].
-        tokens_cut: text tokens that truncation removed.
-        bad_images: images that could not be read and were handled by `on_bad_image`.
-        bad_record: there is nothing to learn from it; `on_bad_record` is "skip", or LLaVA ignores such a record.
-        filler: nothing is learned from it, and it counts for nothing (`samplers.Filler`).
+        tokens_cut: text tokens removed by truncation.
+        bad_images: images that could not be read, and were handled as `on_bad_image` says.
+        bad_record: it was skipped, or LLaVA ignores such records; nothing is learned from it.
+        filler: nothing is learned from it, and it is not counted (`samplers.Filler`).
     """
 
     id: str
@@ -51,88 +49,20 @@ class Example:
     filler: bool = False
 
 
-class Encoder:
-    """Conversation -> tokens within the room there is.
-
-    Holds the tokenizer and the chat format but not the model, which loader processes have no use for.
-
-    Args:
-        max_text_tokens: text is cut to this many tokens (images never are).
-        max_positions: longest sequence of the LLM, visual tokens included; None knows no limit.
-        tokens_per_image: visual tokens M of one image.
-    """
-
-    def __init__(
-        self, llm: LanguageModel, *, max_text_tokens: int, max_positions: int | None = None, tokens_per_image: int = 0
-    ):
-        self.tokenizer = llm.tokenizer
-        self._format = llm.prompt_format
-        self._tokenize = llm.spec.tokenize
-        self._max_text_tokens = max_text_tokens
-        self._max_positions = max_positions
-        self._tokens_per_image = tokens_per_image
-
-    def __call__(self, record: Record) -> tuple[Encoded, int]:
-        """The record's tokens, and how many more there were before the cut.
-
-        Raises:
-            UsageError: it cannot be rendered, leaves no room for text, or has nothing to learn from.
-        """
-        return self.fit(self.encode(record))
-
-    def encode(self, record: Record) -> Encoded:
-        """All tokens of the record. A last question without an answer is left out: it has no loss, and nothing follows
-        it."""
-        segments = self._format.render(record.answered, len(record.images))
-        return encode_segments(segments, self.tokenizer, self._tokenize)
-
-    def fit(self, encoded: Encoded) -> tuple[Encoded, int]:
-        """What there is room for, and the number of tokens cut."""
-        images = len(encoded.image_slots)
-        room = self.room(images)
-        if room < 2:
-            raise UsageError(
-                f"{images} images of {self._tokens_per_image} visual tokens leave no room for a question and an answer "
-                f"in {self._max_positions} positions."
-            )
-        encoded, cut = truncate(encoded, room)
-        if all(label == IGNORE for label in encoded.labels):
-            raise UsageError("No token is supervised: there is nothing to learn from it.")
-        return encoded, cut
-
-    def ignores(self, record: Record) -> bool:
-        """Whether nothing is learned from a record by the rules of the format: LLaVA's labels do not add up where the
-        last question has no answer, and it then ignores the whole record."""
-        return len(record.answered) < len(record.messages) and self._format.image_slot == "in_place"
-
-    def placeholder(self) -> Encoded:
-        """Stands for a record that cannot be encoded; nothing is learned from it."""
-        token = cast(int, self.tokenizer.eos_token_id)
-        return Encoded(input_ids=[token, token], labels=[IGNORE, IGNORE], rounds=[0, 0], image_slots=[])
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal for encoders that make the same tokens of the same records."""
-        settings = (self._format, self._tokenize, self._max_text_tokens, self._max_positions, self._tokens_per_image)
-        tokenizer = self.tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]  # a fast tokenizer
-        return hashlib.sha256(f"{settings}{tokenizer}".encode()).hexdigest()
-
-    def room(self, images: int) -> int:
-        """Tokens of text beside so many images."""
-        if self._max_positions is None:
-            return self._max_text_tokens
-        return min(self._max_text_tokens, self._max_positions - self._tokens_per_image * images)
-
-
 class Examples(Dataset[Example]):
     """Tokenises conversations and decodes their images.
+
+    A skipped record stays in its batch, without labels: all ranks must run the same number of forward passes.
 
     Args:
         images: where the records' images are; a path is a folder of files.
         max_text_tokens, max_positions, tokens_per_image: see `Encoder`.
-        on_bad_image: fail | skip (the record stays in place but is not learned from, so that all
-            ranks keep in step) | blank (an image of the towers' mean colour).
-        on_bad_record: fail | skip, for a record that cannot be encoded; it stays in place, too.
+        on_bad_image: fail | skip (the record) | blank (an image of the towers' mean colour).
+        on_bad_record: fail | skip, for a record that cannot be encoded.
+
+    Raises:
+        UsageError: an unknown policy; on access, a record that cannot be encoded.
+        OSError: on access, an image that cannot be read.
     """
 
     def __init__(
@@ -174,8 +104,8 @@ class Examples(Dataset[Example]):
             encoded, cut = self.encoder(record)
         except UsageError as error:
             if self._on_bad_record == "fail":
-                raise _refusal(record, error) from error
-            log.warning("Record %s: %s (data.on_bad_record=skip)", record.id, error)
+                raise
+            log.warning("%s", error)
             return Example(record.id, self.encoder.placeholder(), [], tokens_cut=0, bad_images=0, bad_record=True)
         ignored = self.encoder.ignores(record)
         images = [self.read_image(record.id, name) for name in record.images]
@@ -196,7 +126,7 @@ class Examples(Dataset[Example]):
         except OSError as error:
             if self._on_bad_image == "fail":
                 raise OSError(
-                    f"Record {record}: {error} Mend the file, or go on without it: data.on_bad_image=skip"
+                    f"Record {record}: {error} Fix the file, or skip such records with data.on_bad_image=skip."
                 ) from error
             log.warning("Record %s: %s (data.on_bad_image=%s)", record, error, self._on_bad_image)
             return None
@@ -205,28 +135,6 @@ class Examples(Dataset[Example]):
 def blank_pixels(transform: Transform) -> dict[str, Tensor]:
     """The input for an image that cannot be read: each tower's mean colour, which its normalisation maps to zero."""
     return {tower: torch.zeros_like(pixels) for tower, pixels in transform(Image.new("RGB", (8, 8))).items()}
-
-
-def check_records(records: Records | Subset, encoder: Encoder) -> None:
-    """Encodes the records that the index tells may be refused, those with many images and odd ones, so that none of
-    them stops a run hours later.
-
-    Raises:
-        UsageError: names the first that cannot be encoded.
-    """
-    counts = np.unique(records.num_images)
-    crowded = [count for count in counts.tolist() if encoder.room(count) < 2]
-    suspects = records.odd | np.isin(records.num_images, crowded)
-    for row in np.flatnonzero(suspects).tolist():
-        record = records[row]
-        try:
-            encoder(record)
-        except UsageError as error:
-            raise _refusal(record, error) from error
-
-
-def _refusal(record: Record, error: UsageError) -> UsageError:
-    return UsageError(f"Record {record.id}: {error} Fix it, or skip such records with data.on_bad_record=skip.")
 
 
 def _ignore(encoded: Encoded) -> Encoded:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from prism_deco.build import max_positions, record_options
 from prism_deco.config import cache_dir
 from prism_deco.data import Source
-from prism_deco.data.examples import check_records
+from prism_deco.data.encoder import check_records
 from prism_deco.data.images import ImageSource
 from prism_deco.data.loader import Collate, Examples, Step, build_loader, stack_pixels
 from prism_deco.data.samplers import Population, StepSampler, in_order

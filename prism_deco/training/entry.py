@@ -17,7 +17,7 @@ from prism_deco.build import build_encoder, build_model, group, record_options
 from prism_deco.config import cache_dir, compose, read_config, save_config
 from prism_deco.config.registry import import_plugins
 from prism_deco.data import build_source
-from prism_deco.data.examples import check_records
+from prism_deco.data.encoder import check_records
 from prism_deco.data.split import open_parts
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError

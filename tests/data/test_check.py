@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 from prism_deco.data import check as check_module
 from prism_deco.data.base import Source
 from prism_deco.data.check import check_dataset
-from prism_deco.data.examples import Encoder
+from prism_deco.data.encoder import Encoder
 from prism_deco.data.validators import KINDS
 from prism_deco.llms import build_llm
 

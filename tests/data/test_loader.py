@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from prism_deco.data.examples import Encoder, Examples
+from prism_deco.data.encoder import Encoder
+from prism_deco.data.examples import Examples
 from prism_deco.data.loader import Collate, build_loader
 from prism_deco.data.records import open_records
 from prism_deco.data.samplers import Filler, Population, StepSampler, in_order
