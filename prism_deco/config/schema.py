@@ -83,7 +83,7 @@ class DataConfig:
     name: str = MISSING
     """The choice: the YAML's file name."""
     family: str = MISSING
-    """The registered source (`prism_deco/data/<family>.py`)."""
+    """The registered source (`prism_deco/data/sources.py`, or a plug-in)."""
     limit: int | None = number(None, least=1)
     """Use only the first records; None uses all."""
     val_fraction: float = number(II("recipe.val_fraction"), least=0, below=1)

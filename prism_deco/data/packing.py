@@ -1,7 +1,7 @@
-"""Rows of Parquet or Arrow files with embedded images, and the packing of those images into one file.
+"""Parquet and Arrow files with embedded images: their rows are read once, and the images packed into one file.
 
-Parquet is compressed in groups of rows, and a training order jumps: so the images are unpacked once. Only
-that step needs pyarrow.
+Parquet is compressed in groups of rows, which the random order of training would decompress again and again. Only
+the packing needs pyarrow.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,23 +27,27 @@ COLUMNS = ("id", "image", "conversations")
 
 
 def table_files(path: Path) -> list[Path]:
-    """The Parquet or Arrow files of a data set, sorted: one file, those that a pattern such as
-    `data/train-*.parquet` matches, or all under a folder (of `save_to_disk`, or a clone of a hub repository)."""
+    """The Parquet or Arrow files of a data set, sorted.
+
+    Args:
+        path: one file, a pattern such as `data/train-*.parquet`, or a folder (what `save_to_disk` wrote, or a clone of
+            a hub repository).
+    """
     if path.is_file():
         files = [path]
     elif "*" in path.name:
         files = sorted(path.parent.glob(path.name))
     else:
         files = sorted(path.rglob("*"))
-    # `datasets` leaves intermediate results beside its own files.
+    # `datasets` keeps intermediate results next to its own files.
     return [file for file in files if file.suffix in SUFFIXES and not file.name.startswith("cache-")]
 
 
 def read_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
-    """The rows as LLaVA entries {id, image, conversations}; images as `{"bytes", "path"}`, or lists of such.
+    """The rows as LLaVA entries {id, image, conversations}; an image is bytes or `{"bytes", "path"}`, or a list of such.
 
     Raises:
-        UsageError: pyarrow is missing, or a file has other columns.
+        UsageError: pyarrow is missing, a file is damaged or has other columns.
     """
     try:
         import pyarrow as pa
@@ -97,23 +100,20 @@ def _columns(file: Path, names: list[str]) -> list[str]:
 
 
 class ImagePacker:
-    """Writes what `PackedImages` reads: a context manager around the rows of a data set."""
+    """Writes the files that `PackedImages` reads."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._file = (folder / "images.bin").open("wb")
         self._spans: dict[int, tuple[int, int]] = {}
 
-    def __enter__(self) -> ImagePacker:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def close(self) -> None:
+        """Writes the index of the images."""
         self._file.close()
-        if kind is None:
-            names = np.array(sorted(self._spans), dtype=np.uint64)
-            np.save(self._folder / "image_names.npy", names)
-            spans = np.array([self._spans[name] for name in names.tolist()], dtype=np.int64).reshape(-1, 2)
-            np.save(self._folder / "image_spans.npy", spans)
+        names = np.array(sorted(self._spans), dtype=np.uint64)
+        spans = np.array([self._spans[name] for name in names.tolist()], dtype=np.int64).reshape(-1, 2)
+        np.save(self._folder / "image_names.npy", names)
+        np.save(self._folder / "image_spans.npy", spans)
 
     def pack(self, entry: dict[str, Any]) -> dict[str, Any]:
         """The entry with the names of its images in place of their bytes."""
@@ -124,7 +124,7 @@ class ImagePacker:
     def _add(self, image: Any) -> str:
         data = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(data, bytes):
-            return ""  # refused with the record
+            return ""  # the record is refused
         name = hashlib.sha256(data).digest()[:8]
         key = int.from_bytes(name)
         if key not in self._spans:
@@ -134,8 +134,8 @@ class ImagePacker:
 
 
 class PackedImages:
-    """Images in one file; names are the first 16 hexadecimal digits of the SHA-256 of
-    the encoded image, so that equal images are stored once and share a name."""
+    """Images in one file. An image is named by the first 16 hexadecimal digits of its SHA-256, so equal images are
+    stored once."""
 
     least_side: int | None = None
 
@@ -171,10 +171,10 @@ class PackedImages:
 
 
 class PartialReader:
-    """Reads byte ranges of a file, from any process it is taken to.
+    """Reads byte ranges of a file, in any process it is pickled to.
 
-    Deliberately no memory map: the pages that a process alone has touched count as its own, and over an
-    epoch that is the whole file. The system's page cache serves all processes just as well.
+    Not a memory map: pages count towards each process that touches them, and over an epoch that is the whole file. The
+    system's page cache serves all processes just as well.
     """
 
     def __init__(self, path: Path):
@@ -185,7 +185,7 @@ class PartialReader:
         """Bytes start..end of the file."""
         if self._file is None:
             self._file = io.FileIO(self._path)
-        # Takes its position as an argument: forked processes share a file's own.
+        # Not seek and read: forked processes share the file's position.
         return os.pread(self._file.fileno(), end - start, start)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -193,11 +193,12 @@ class PartialReader:
 
 
 def check_space(files: list[Path], folder: Path) -> None:
-    """`UsageError` where the unpacked images would not fit on the disk of `folder`."""
-    needed, free = sum(file.stat().st_size for file in files), shutil.disk_usage(folder).free
+    """`UsageError` if the unpacked images would not fit on the disk of `folder`."""
+    needed = sum(file.stat().st_size for file in files)
+    free = shutil.disk_usage(folder).free
     log.info("Unpacking images into %s: about %.1f GB, %.1f GB are free", folder, needed / 1e9, free / 1e9)
     if needed > free:
         raise UsageError(
-            f"{folder} has {free / 1e9:.1f} GB free; the unpacked images need about {needed / 1e9:.1f} GB. "
+            f"{folder} has {free / 1e9:.1f} GB free, but the unpacked images need about {needed / 1e9:.1f} GB. "
             "Choose another disk with the environment variable PRISM_DECO_CACHE."
         )

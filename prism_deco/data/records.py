@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -144,15 +144,13 @@ def _build_index(path: Path, tables: list[Path], digest: str, image_root: Path |
     """
     building = building_folder(folder)
     try:
-        with ExitStack() as stack:
-            entries: Iterable[Any] = read_entries(path)
-            if tables:
-                check_space(tables, building)
-                packer = stack.enter_context(ImagePacker(building))
-                entries = (packer.pack(row) for row in read_rows(tables))
-            written = _write_records(entries, image_root, building)
-        index = {"source": str(path), "sha256": written if tables else digest}
-        (building / "index.json").write_text(json.dumps(index))
+        if tables:
+            check_space(tables, building)
+            with closing(ImagePacker(building)) as packer:
+                digest = _write_records(map(packer.pack, read_rows(tables)), image_root, building)
+        else:
+            _write_records(read_entries(path), image_root, building)
+        (building / "index.json").write_text(json.dumps({"source": str(path), "sha256": digest}))
         try:
             os.replace(building, folder)
         except OSError:
