@@ -14,8 +14,7 @@ from prism_deco.data.images import ImageFolder, ImageSource
 from prism_deco.errors import UsageError
 
 if TYPE_CHECKING:  # reading records needs the LLM libraries; naming a source does not
-    from prism_deco.data.records import Records
-    from prism_deco.data.split import Subset
+    from prism_deco.data.records import RecordTable
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Source:
     val: Path | None = None
     benchmarks: Path | None = None
 
-    def images(self, records: Records | Subset) -> ImageSource:
+    def images(self, records: RecordTable) -> ImageSource:
         """Where the images of its records are."""
         if records.embedded is not None:
             return records.embedded

@@ -49,6 +49,7 @@ class Inspector:
 
     def __init__(self, records: Records, images: ImageSource, encoder: Encoder):
         self._records = records
+        self._entries = records.column("entry")
         self._images = images
         self._inspect_text = TextInspector(encoder)
 
@@ -58,7 +59,7 @@ class Inspector:
         new = set(chunk.images)
         for row in range(chunk.start, chunk.end):
             record = self._records[row]
-            entry = int(self._records.entries[row])
+            entry = int(self._entries[row])
             text = self._inspect_text(record)
             totals.add_text(text, has_image=bool(record.images))
             faults += [Fault(kind, entry, record.id, detail) for kind, detail in text.faults]
@@ -138,8 +139,7 @@ def check_dataset(
 def _repeated_ids(records: Records) -> list[Fault]:
     first: dict[str, int] = {}
     repeated = []
-    for row, record in enumerate(records):
-        entry = int(records.entries[row])
+    for entry, record in zip(records.column("entry").tolist(), records, strict=True):
         before = first.setdefault(record.id, entry)
         if before != entry:
             repeated.append(Fault("duplicate_id", entry, record.id, f"Record {before} of the file has the same id."))
@@ -189,10 +189,10 @@ def _for_every_record(of_images: dict[str, Fault], records: Records) -> Iterator
     """The faults of images, once for every record that shows them."""
     if not of_images:
         return
-    for row, record in enumerate(records):
+    for entry, record in zip(records.column("entry").tolist(), records, strict=True):
         for name in dict.fromkeys(record.images):
             if name in of_images:
-                yield replace(of_images[name], entry=int(records.entries[row]), id=record.id)
+                yield replace(of_images[name], entry=entry, id=record.id)
 
 
 def _key(records: Records, images: ImageSource, encoder: Encoder, chunk_size: int) -> str:

@@ -7,8 +7,7 @@ from typing import cast
 
 import numpy as np
 
-from prism_deco.data.records import Record, Records
-from prism_deco.data.split import Subset
+from prism_deco.data.records import Record, RecordTable
 from prism_deco.errors import UsageError
 from prism_deco.llms import Encoded, LanguageModel, truncate
 from prism_deco.llms.encoding import IGNORE, encode_segments
@@ -90,7 +89,7 @@ class Encoder:
         return hashlib.sha256(f"{settings}{tokenizer}".encode()).hexdigest()
 
 
-def check_records(records: Records | Subset, encoder: Encoder) -> None:
+def check_records(records: RecordTable, encoder: Encoder) -> None:
     """Encodes the records that the index marks as suspect, odd ones and those with many images, so that none of them
     stops a run hours later.
 
@@ -99,6 +98,6 @@ def check_records(records: Records | Subset, encoder: Encoder) -> None:
     """
     counts = np.unique(records.num_images)
     crowded = [count for count in counts.tolist() if encoder.room(count) < 2]
-    suspects = records.odd | np.isin(records.num_images, crowded)
+    suspects = records.column("odd") | np.isin(records.num_images, crowded)
     for row in np.flatnonzero(suspects).tolist():
         encoder(records[row])

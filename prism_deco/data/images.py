@@ -1,7 +1,7 @@
-"""Images: found before training starts, opened safely, never replaced in silence.
+"""Images: looked for before training starts, opened safely, never replaced silently.
 
-Records name their images; an `ImageSource` knows where the bytes of a name are: in a folder, or packed
-together as they came out of Parquet files.
+Records name their images; an `ImageSource` knows where the bytes of a name are: in a folder, or packed into one file as
+they came out of Parquet (`packing.PackedImages`).
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ whatever name, to Ghostscript."""
 
 
 class ImageSource(Protocol):
-    """Where images are read from; `str` names the place. Picklable: loader processes take it along.
+    """Where images are read from; `str` names the place. Picklable, for loader processes.
 
     Attributes:
-        least_side: see `decode_image`; None decodes in full.
+        least_side: see `decode_image`; None decodes at full size.
     """
 
     least_side: int | None
 
     def read(self, name: str) -> bytes:
-        """The encoded image (JPEG, PNG ...); `OSError` where there is none."""
+        """The encoded image (JPEG, PNG ...); `OSError` if there is none."""
         ...
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """The names that lead to no image."""
+        """The names without an image."""
         ...
 
     def location(self, name: str) -> str:
@@ -64,7 +64,15 @@ class ImageFolder:
         return resolve_image(self.root, name).read_bytes()
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        return missing_images(self.root, names)
+        # Lists each folder once: a stat call per image would take minutes on a network file system.
+        by_folder: dict[Path, list[str]] = defaultdict(list)
+        for name in names:
+            by_folder[resolve_image(self.root, name).parent].append(name)
+        missing = []
+        for folder, members in by_folder.items():
+            present = set(os.listdir(folder)) if folder.is_dir() else set()
+            missing += [name for name in members if os.path.basename(name) not in present]
+        return missing
 
     def location(self, name: str) -> str:
         return str(self.root / name)
@@ -74,12 +82,12 @@ class ImageFolder:
 
 
 def path_below(root: Path | None, name: str) -> str | None:
-    """An image path as one that is relative to `root` and stays below it; None where it leads elsewhere.
+    """An image path, made relative to `root`; None if it leads out of it.
 
-    Only the text counts: links below the root are the user's own way to bring other folders in.
+    Links are not followed: they are the user's own way to bring other folders in.
 
     Args:
-        root: folder of the images; None knows no absolute path.
+        root: folder of the images; None refuses absolute paths.
     """
     if os.path.isabs(name) or name.startswith(("/", "\\")):
         short = Path(os.path.normpath(name))
@@ -97,12 +105,12 @@ def _parts(name: str) -> list[str]:
 
 @lru_cache(maxsize=8)
 def _spellings(root: Path) -> tuple[str, str]:
-    """The root may be named through a link and the path without it."""
+    """A path may name the root through a link, or without it."""
     return os.path.abspath(root), os.path.realpath(root)
 
 
 def resolve_image(root: Path, name: str) -> Path:
-    """The file that `name` means under `root`; `UsageError` where it leads out of it (`..`, absolute)."""
+    """The file of an image path under `root`; `UsageError` if it leads out of it (`..`, absolute)."""
     path = path_below(root, name)
     if path is None:
         raise UsageError(
@@ -132,10 +140,10 @@ def decode_image(data: bytes, location: str, *, least_side: int | None = None) -
 
     Args:
         least_side: decode a JPEG at a half, a quarter or an eighth of its size, the smallest at which both sides keep
-            that many pixels (libjpeg's scaled decoding). It takes less time and finds the same faults.
+            that many pixels (libjpeg's scaled decoding): faster, and finds the same damage.
 
     Raises:
-        OSError: it is truncated, too large to be meant, or no image at all; the message names the `location`.
+        OSError: it is truncated, implausibly large or not an image; the message names the `location`.
     """
     try:
         with open_bytes(data) as image:
@@ -147,20 +155,7 @@ def decode_image(data: bytes, location: str, *, least_side: int | None = None) -
 
 
 def decoding_problem(error: Exception) -> str:
-    """What Pillow's error says about an image that was read from memory."""
-    if isinstance(error, UnidentifiedImageError):  # its own text only names the buffer
+    """What an error of Pillow says about an image that was read from memory."""
+    if isinstance(error, UnidentifiedImageError):  # its own message names the buffer
         return f"its format is none of {', '.join(FORMATS)}"
     return str(error)
-
-
-def missing_images(root: Path, names: Iterable[str]) -> list[str]:
-    """Names without a file under `root`. Lists every folder once: a stat call per image would take
-    minutes on a network file system."""
-    by_folder: dict[Path, list[str]] = defaultdict(list)
-    for name in names:
-        by_folder[resolve_image(root, name).parent].append(name)
-    missing = []
-    for folder, members in by_folder.items():
-        present = set(os.listdir(folder)) if folder.is_dir() else set()
-        missing += [name for name in members if os.path.basename(name) not in present]
-    return missing

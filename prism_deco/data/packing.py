@@ -44,7 +44,7 @@ def table_files(path: Path) -> list[Path]:
 
 
 def read_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
-    """The rows as LLaVA entries {id, image, conversations}; an image is bytes or `{"bytes", "path"}`, or a list of such.
+    """The rows as LLaVA entries {id, image, conversations}; images are bytes or `{"bytes", "path"}`, or lists.
 
     Raises:
         UsageError: pyarrow is missing, a file is damaged or has other columns.

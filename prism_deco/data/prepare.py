@@ -21,7 +21,7 @@ from rich.text import Text
 
 from prism_deco.config import cache_dir, load_choice
 from prism_deco.data.download import download, remote_size
-from prism_deco.data.images import missing_images
+from prism_deco.data.images import ImageFolder
 from prism_deco.data.records import open_records
 from prism_deco.errors import UsageError
 
@@ -225,7 +225,7 @@ def _missing(dataset: Dataset, root: Path) -> dict[str, list[str]] | None:
     records = open_records(root / dataset.json, cache_dir(), image_root=image_root, allow_faults=True)
     names = dict.fromkeys(name for record in records for name in record.images)
     missing: dict[str, list[str]] = {archive.into: [] for archive in dataset.archives}
-    for name in missing_images(image_root, names):
+    for name in ImageFolder(image_root).missing(names):
         folder = next((into for into in missing if into == "." or name.startswith(f"{into}/")), None)
         if folder is None:
             raise OSError(f"No archive of {dataset.name} is for the image {name}: its records are of another version.")

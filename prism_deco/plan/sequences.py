@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from prism_deco.build import group, record_options
 from prism_deco.config import cache_dir
 from prism_deco.data import build_source
-from prism_deco.data.records import Records
+from prism_deco.data.records import RecordTable
 from prism_deco.data.split import Subset, first, open_parts
 from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel
@@ -113,7 +113,7 @@ def _measure(records: Subset, llm: LanguageModel, micro_batch_size: int) -> Sequ
     )
 
 
-def _tokens_per_word(records: Records | Subset, llm: LanguageModel) -> tuple[float, float]:
+def _tokens_per_word(records: RecordTable, llm: LanguageModel) -> tuple[float, float]:
     """Tokens that a word makes, chat format included, and the share of them that is supervised."""
     words, tokens, supervised = 0, 0, 0
     for index in np.linspace(0, len(records) - 1, min(SAMPLE, len(records))).astype(int).tolist():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from prism_deco.data import llava_json as entries
-from prism_deco.data.images import missing_images, open_image, resolve_image
+from prism_deco.data.images import ImageFolder, open_image, resolve_image
 from prism_deco.data.records import open_records
 from prism_deco.data.split import first, hold_out
 
@@ -99,7 +99,7 @@ def test_faulty_records_can_be_left_out_by_name(tmp_path):
         open_records(path, tmp_path)
     records = open_records(path, tmp_path, allow_faults=True)
     assert [(r.id, r.images) for r in records] == [("a", ("1.png",)), ("b", ("1.png",)), ("c", ())]
-    assert records.entries.tolist() == [0, 2, 4]
+    assert records.column("entry").tolist() == [0, 2, 4]
     assert [(f["entry"], f["kind"], f["id"]) for f in records.faults] == [
         (1, "malformed", "record 1"),
         (3, "outside_root", "a"),
@@ -244,7 +244,7 @@ def test_image_paths_stay_inside_the_root(tmp_path):
 def test_missing_and_broken_images_are_named(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "there.png").write_bytes(b"not an image")
-    assert missing_images(tmp_path, ["a/there.png", "a/gone.png", "b/gone.png"]) == ["a/gone.png", "b/gone.png"]
+    assert ImageFolder(tmp_path).missing(["a/there.png", "a/gone.png", "b/gone.png"]) == ["a/gone.png", "b/gone.png"]
     with pytest.raises(OSError, match=r"there\.png cannot be decoded"):
         open_image(tmp_path / "a" / "there.png")
     with pytest.raises(FileNotFoundError):

@@ -1,0 +1,141 @@
+"""The index of a file of records: the records as lines, a table of what samplers and splits need, and what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prism_deco.config import building_folder
+from prism_deco.data.llava_json import RecordError, parse_record, read_entries, record_id
+from prism_deco.data.packing import ImagePacker, check_space, read_rows
+
+VERSION = 2
+"""Of the index; one of another version is built anew."""
+
+ODD = ("turn_order", "image_tags")
+"""Kinds of oddities that `recipe.odd_records` is about."""
+
+ROW = np.dtype(
+    [
+        ("start", np.int64),  # of its bytes in `records.jsonl`
+        ("end", np.int64),
+        ("words", np.int32),  # separated by white space, all turns together: the sampler's length
+        ("num_images", np.int32),
+        ("odd", np.bool_),  # only `recipe.odd_records=train` trains on it
+        ("position", np.float64),  # in [0, 1): hash of its image or else its id; equal if records share an image
+        ("entry", np.int64),  # number in the file, unusable entries counted
+    ]
+)
+"""What `rows.npy` holds of a record."""
+
+
+def build_index(path: Path, tables: list[Path], digest: str, image_root: Path | None, folder: Path) -> None:
+    """Writes the index of a file into `folder`: all of it, or nothing.
+
+    Args:
+        path: the JSON file; not read if there are `tables`.
+        tables: Parquet and Arrow files.
+        digest: SHA-256 of the JSON file.
+    """
+    building = building_folder(folder)
+    try:
+        if tables:
+            check_space(tables, building)
+            with closing(ImagePacker(building)) as packer:
+                digest = _write_records(map(packer.pack, read_rows(tables)), image_root, building)
+        else:
+            _write_records(read_entries(path), image_root, building)
+        (building / "index.json").write_text(json.dumps({"source": str(path), "sha256": digest}))
+        try:
+            os.replace(building, folder)
+        except OSError:
+            # Another process finished the same index first; its content is the same.
+            if not (folder / "index.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _write_records(entries: Iterable[Any], image_root: Path | None, folder: Path) -> str:
+    """Writes the files of an index, and returns the SHA-256 of its records."""
+    rows: list[tuple[Any, ...]] = []
+    joined: list[tuple[str, ...]] = []
+    digest = hashlib.sha256()
+    end = 0
+    with ExitStack() as stack:
+        records = stack.enter_context((folder / "records.jsonl").open("wb"))
+        faults = stack.enter_context((folder / "faults.jsonl").open("w", encoding="utf-8"))
+        refused = stack.enter_context((folder / "refused.jsonl").open("w", encoding="utf-8"))
+        for number, raw in enumerate(entries):
+            name = record_id(raw, number)
+            where = f"record {number} (id {name})" if isinstance(raw, dict) and "id" in raw else name
+            fault = {"entry": number, "id": name}
+            try:
+                record, oddities = parse_record(raw, name, image_root)
+            except RecordError as error:
+                fault |= {"kind": error.kind, "detail": f"{where}: {error}", "usable": False}
+                line = json.dumps(fault)
+                faults.write(f"{line}\n")
+                refused.write(f"{line}\n")
+                digest.update(line.encode())
+                continue
+            for oddity in oddities:
+                fault |= {"kind": oddity.kind, "detail": f"{where}: {oddity.detail}", "usable": True}
+                line = json.dumps(fault)
+                faults.write(f"{line}\n")
+                if oddity.kind in ODD:
+                    refused.write(f"{line}\n")
+            content = {"id": record.id, "images": record.images, "messages": record.messages}
+            encoded = json.dumps(content).encode() + b"\n"
+            records.write(encoded)
+            digest.update(encoded)
+            start, end = end, end + len(encoded)
+            words = sum(len(message["content"].split()) for message in record.messages)
+            odd = any(oddity.kind in ODD for oddity in oddities)
+            position = _position(record.images[0] if record.images else record.id)
+            rows.append((start, end, words, len(record.images), odd, position, number))
+            if len(record.images) > 1:
+                joined.append(record.images)
+    table = np.array(rows, dtype=ROW)
+    if joined:
+        _join_positions(folder, table["position"], joined)
+    np.save(folder / "rows.npy", table)
+    return digest.hexdigest()
+
+
+def _join_positions(folder: Path, positions: np.ndarray, joined: Sequence[tuple[str, ...]]) -> None:
+    """Gives images that occur together one common position, and with them every record that shows one.
+
+    Args:
+        positions: float64[n], changed in place.
+        joined: the images of each record that shows several.
+    """
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+
+    for first, *others in joined:
+        for other in others:
+            # The smaller name leads, so that the result does not depend on the order of the records.
+            low, high = sorted((root(first), root(other)))
+            parent[high] = low
+    with (folder / "records.jsonl").open("rb") as file:
+        for row, line in enumerate(file):
+            images = json.loads(line)["images"]
+            if images and images[0] in parent:
+                positions[row] = _position(root(images[0]))
+
+
+def _position(key: str) -> float:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
