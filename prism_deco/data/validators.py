@@ -1,4 +1,4 @@
-"""What can be wrong with a record or an image, and how it is recognised."""
+"""What can be wrong with a record or an image, and how it is detected."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class Fault:
 
     Attributes:
         kind: one of `KINDS`.
-        entry: position of the record in the file.
+        entry: number of the record in the file.
         id: the record's id.
-        image: name of the image, where it is the image that is at fault.
+        image: name of the image, if the fault is in it.
     """
 
     kind: str
@@ -73,8 +73,8 @@ class ImageFindings:
     """What reading an image showed.
 
     Attributes:
-        format: of the file's content, as Pillow names it.
-        digest: SHA-256 of the file; None where there is nothing to read.
+        format: of the content, as Pillow names it.
+        digest: SHA-256 of the file; None if it cannot be read.
         kind, detail: the fault, if there is one.
     """
 
@@ -91,8 +91,8 @@ class TextFindings:
 
     Attributes:
         length: before truncation.
-        supervised: thereof what the loss covers.
-        cut, supervised_cut: what truncation takes of both.
+        supervised: tokens that the loss covers, before truncation.
+        cut, supervised_cut: how many of these truncation removes.
         faults: kinds and details.
     """
 
@@ -163,13 +163,13 @@ def _orientation(image: Image.Image) -> Any:
 
 
 def _format_of(name: str) -> str | None:
-    """The format that a file name stands for; None where it stands for none."""
+    """The format that a file name claims; None if it claims none."""
     Image.init()
     return _common_name(Image.registered_extensions().get(PurePosixPath(name).suffix.lower()))
 
 
 def _common_name(image_format: str | None) -> str | None:
-    # Some cameras put a preview behind the picture, which makes the JPEG file an MPO file.
+    # Some cameras append a preview, which makes a JPEG file an MPO file.
     return "JPEG" if image_format == "MPO" else image_format
 
 
@@ -216,7 +216,7 @@ class TextInspector:
         found = {match for message in record.messages for match in self._special.findall(message["content"])}
         if not found:
             return
-        # The same conversation with these words broken up: are there fewer special tokens now?
+        # Are there fewer special tokens if these words are broken up?
         messages = [m | {"content": self._special.sub(_broken, m["content"])} for m in record.messages]
         harmless = self._encoder.encode(replace(record, messages=messages)).input_ids
         if self._count(ids) > self._count(harmless):

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from prism_deco.cli import main
 from prism_deco.data import check as check_module
 from prism_deco.data.base import Source
 from prism_deco.data.check import check_dataset
 from prism_deco.data.encoder import Encoder
+from prism_deco.data.records import open_records
 from prism_deco.data.validators import KINDS
 from prism_deco.llms import build_llm
 
@@ -274,6 +276,20 @@ def test_lengths_supervision_and_cuts_are_those_of_the_tokens(tmp_path, colors):
     assert totals.tokens_cut == sum(max(0, n - room) for n in lengths)
     assert totals.supervised_cut > 0
     assert totals.lengths == Counter(int(np.ceil(np.log2(n))) for n in lengths)
+
+
+@pytest.mark.parametrize(("projector", "visual"), [("linear", 64), ("avgpool", 16)])
+def test_the_command_counts_the_visual_tokens_of_the_projector(tmp_path, colors, projector, visual):
+    llm = build_llm("mini_qwen2", pretrained=False, device="meta")
+    given = ["data=llava", f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}"]
+    line = [*given, f"projector={projector}", "recipe.max_positions=90", f"runs_dir={tmp_path}"]
+    assert main(["data", "check", "--workers", "1", *line]) == 0
+    report = json.loads((tmp_path / "data_check" / "llava" / "report.json").read_text())
+    cut = 0
+    for record in open_records(colors / "train.json", tmp_path):
+        tokens = len(llm.encode(record.messages, num_images=len(record.images)).input_ids)
+        cut += max(0, tokens - (90 - visual * len(record.images)))
+    assert report["tokens_cut"] == cut and (cut > 0) == (visual == 64)
 
 
 def test_an_image_fault_is_reported_with_every_record_that_shows_it(tmp_path, encoder, colors):
