@@ -97,7 +97,8 @@ def _write_records(entries: Iterable[Any], image_root: Path | None, folder: Path
             encoded = json.dumps(content).encode() + b"\n"
             records.write(encoded)
             digest.update(encoded)
-            start, end = end, end + len(encoded)
+            start = end
+            end += len(encoded)
             words = sum(len(message["content"].split()) for message in record.messages)
             odd = any(oddity.kind in ODD for oddity in oddities)
             position = _position(record.images[0] if record.images else record.id)

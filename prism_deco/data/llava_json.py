@@ -90,7 +90,8 @@ def _list_entries(file: TextIO) -> Iterator[Any]:
     text = _next_character(file)
     if text == "]":
         return
-    at, size = 0, _CHUNK
+    at = 0
+    size = _CHUNK
     while True:
         try:
             entry, end = decoder.raw_decode(text, _skip_spaces(text, at))
@@ -103,7 +104,9 @@ def _list_entries(file: TextIO) -> Iterator[Any]:
             more = file.read(size)
             if not more:
                 raise
-            text, at, size = text[at:] + more, 0, 2 * size
+            text = text[at:] + more
+            at = 0
+            size *= 2
             continue
         yield entry
         if text[end] == "]":
@@ -112,7 +115,8 @@ def _list_entries(file: TextIO) -> Iterator[Any]:
             return
         if text[end] != ",":
             raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
-        at, size = end + 1, _CHUNK
+        at = end + 1
+        size = _CHUNK
 
 
 def _line_entries(file: TextIO) -> Iterator[Any]:

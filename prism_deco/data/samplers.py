@@ -136,7 +136,10 @@ def _balance(batch: np.ndarray, words: np.ndarray, world_size: int) -> np.ndarra
         buckets[rank].append(index)
         totals[rank] = math.inf if len(buckets[rank]) == capacity else totals[rank] + float(words[index])
     depth = max(len(bucket) for bucket in buckets)
-    return np.array([bucket[i] for i in range(depth) for bucket in buckets if i < len(bucket)], dtype=np.int64)
+    dealt: list[int] = []
+    for place in range(depth):
+        dealt += [bucket[place] for bucket in buckets if place < len(bucket)]
+    return np.array(dealt, dtype=np.int64)
 
 
 def _chunks(order: np.ndarray, size: int) -> list[np.ndarray]:

@@ -108,7 +108,8 @@ def open_parts(
     records = read(source.train)
     if source.val is not None:
         val_records = read(source.val)
-        train, val = first(records, None), first(val_records, None)
+        train = first(records, None)
+        val = first(val_records, None)
     else:
         val_records = records
         train, val = hold_out(records, val_fraction)

@@ -147,7 +147,8 @@ def _lost_in_rgb(image: Image.Image) -> tuple[str, str] | None:
         return "rotated", f"has the EXIF orientation {orientation}."
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image)
-        low, high = pixels.min(), pixels.max()
+        low = pixels.min()
+        high = pixels.max()
         is_fraction = image.mode == "F" and high <= 1
         if low < 0 or high > 255 or is_fraction:
             return "clipped", f"has pixels from {low:g} to {high:g} (mode {image.mode})."
@@ -193,7 +194,8 @@ class TextInspector:
             return TextFindings(faults=[*faults, ("no_room" if room < 2 else "unrenderable", str(error))])
         if cut and all(label == IGNORE for label in full.labels[:room]):
             faults.append(("answers_cut", f"No answer begins within the limit of {room} tokens of text."))
-        supervised, remaining = (sum(label != IGNORE for label in e.labels) for e in (full, kept))
+        supervised = sum(label != IGNORE for label in full.labels)
+        remaining = sum(label != IGNORE for label in kept.labels)
         return TextFindings(len(full.input_ids), supervised, cut, supervised - remaining, faults)
 
     def _simple_faults(self, record: Record) -> dict[str, str]:
