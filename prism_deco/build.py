@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.backbones import VisionBackbone, build_backbone
 from prism_deco.config.registry import import_plugins
+from prism_deco.data.encoder import Encoder
 from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel, build_llm
 from prism_deco.llms.tuning import tuning
@@ -33,6 +34,22 @@ def prompt_options(config: DictConfig) -> dict[str, Any]:
         "added_tokens": recipe.added_tokens,
         **tokenize,
     }
+
+
+def record_options(config: DictConfig) -> dict[str, Any]:
+    """Which records are trained on, as options of `data.split.open_parts`."""
+    names = ("val_fraction", "limit", "on_bad_record")
+    return {name: config.data[name] for name in names} | {"odd_records": config.recipe.odd_records}
+
+
+def build_encoder(config: DictConfig, llm: LanguageModel, tokens_per_image: int) -> Encoder:
+    """What turns records into tokens, with the length limits of the configuration."""
+    return Encoder(
+        llm,
+        max_text_tokens=config.recipe.max_text_tokens,
+        max_positions=max_positions(config, llm),
+        tokens_per_image=tokens_per_image,
+    )
 
 
 def max_positions(config: DictConfig, llm: LanguageModel) -> int:

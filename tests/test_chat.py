@@ -114,6 +114,18 @@ def test_a_conversation_that_fills_the_context_can_be_begun_anew(models):
     assert [message["content"] for message in chat.messages][:1] == ["Hello"]
 
 
+def test_half_a_surrogate_pair_is_said_and_the_conversation_goes_on(models):
+    """A terminal hands on bytes that are not UTF-8 like that."""
+    written = []
+    lines = iter(["a \udcff", "Hello", "/quit"])
+    converse(Chat(models["causal"], written.append, max_new_tokens=2), lambda: next(lines), written.append)
+    assert sum("half of a surrogate pair" in text for text in written) == 1
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        models["causal"].generate([None], ["a \ud83d"])
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        models["causal"].answer_losses([None], ["q"], ["a \ud83d"])
+
+
 def test_ctrl_c_leaves(models):
     def interrupted() -> str:
         raise KeyboardInterrupt

@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from prism_deco.config import cache_dir
 from prism_deco.data.base import Source
 from prism_deco.data.examples import Examples, Transform
-from prism_deco.data.images import ImageFolder, decode_image
+from prism_deco.data.images import FORMATS, ImageFolder, decode_image
 from prism_deco.data.loader import Collate, stack_pixels
 from prism_deco.data.records import open_records
 from prism_deco.errors import UsageError
@@ -67,7 +67,7 @@ def bench_data(
     """
     if repeats < 2:
         raise UsageError(f"repeats={repeats} shows no spread: use 2 or more.")
-    records = open_records(source.train, cache_dir())
+    records = open_records(source.train, cache_dir(), image_root=source.image_root)
     folder = source.images(records)
     if not isinstance(folder, ImageFolder):
         raise UsageError("The plain loader reads image files: choose a data set whose images are files.")
@@ -142,7 +142,7 @@ def photographs(folder: Path, count: int = 64, size: tuple[int, int] = (640, 480
 
 
 def _open(file: Path) -> Image.Image:
-    with Image.open(file) as image:
+    with Image.open(file, formats=FORMATS) as image:
         return image.convert("RGB")
 
 

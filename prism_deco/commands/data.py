@@ -13,44 +13,40 @@ def data_check_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `data check`."""
     parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     parser.add_argument("--out", type=Path, help="folder for bad.jsonl and report.json (default: runs/data_check/NAME)")
-    parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
-    parser.add_argument("--allow", nargs="+", default=[], metavar="KIND", help="kinds of faults to put up with")
+    parser.add_argument("--workers", type=int, default=2, help="number of processes (default: %(default)s)")
+    parser.add_argument("--allow", nargs="+", default=[], metavar="KIND", help="kinds of faults that are no failure")
 
 
 def data_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `data prepare`."""
     parser.add_argument("name", help="a choice of conf/data")
     parser.add_argument("--root", type=Path, required=True, help="folder to lay it out in")
-    parser.add_argument("--plan", action="store_true", help="only say what is missing and how large it is")
+    parser.add_argument("--plan", action="store_true", help="only show what is missing and how large it is")
 
 
 def data_check(args: argparse.Namespace) -> int:
     """Read every record and image of a data set and report the faults; the exit code is 1 if there are any."""
     config = load_config(args.arguments)
-    from prism_deco.build import group, max_positions, prompt_options
+    from prism_deco.build import build_encoder, build_model, group
+    from prism_deco.config.registry import import_plugins
     from prism_deco.data import build_source
-    from prism_deco.data.check import check
-    from prism_deco.data.examples import Encoder
-    from prism_deco.llms import build_llm
+    from prism_deco.data.check import check_dataset
 
-    llm = build_llm(group(config, "llm"), pretrained=False, device="meta", **prompt_options(config))
-    encoder = Encoder(
-        llm,
-        max_text_tokens=config.recipe.max_text_tokens,
-        max_positions=max_positions(config, llm),
-        tokens_per_image=config.projector.num_tokens or config.recipe.num_tokens,
-    )
+    import_plugins(config.plugins)
+    source = build_source(group(config, "data"))  # a wrong path must not wait for the download of a tokenizer
+    vlm, llm = build_model(config, device="meta")
+    encoder = build_encoder(config, llm, vlm.projector.num_tokens)
     out = args.out or Path(config.runs_dir) / "data_check" / config.data.name
-    report = check(build_source(group(config, "data")), encoder, out, workers=args.workers, allow=args.allow)
+    report = check_dataset(source, encoder, out, workers=args.workers, allow=args.allow)
     show(report.render())
     return report.exit_status
 
 
 def data_prepare(args: argparse.Namespace) -> None:
     """Download a published data set and lay it out for training. What is there already is kept."""
-    from prism_deco.data.prepare import plan, prepare, read_dataset
+    from prism_deco.data.prepare import download_dataset, plan_download, read_dataset
 
     dataset = read_dataset(args.name)
-    show(plan(dataset, args.root).render())
+    show(plan_download(dataset, args.root).render())
     if not args.plan:
-        prepare(dataset, args.root)
+        download_dataset(dataset, args.root)

@@ -98,11 +98,10 @@ class Registry(Generic[T]):
             importlib.import_module(module)
 
     def _discover(self) -> None:
-        if self._package is None:
-            return
-        package = importlib.import_module(self._package)
-        for module in pkgutil.iter_modules(package.__path__, prefix=f"{self._package}."):
-            importlib.import_module(module.name)
+        if self._package is not None:
+            package = importlib.import_module(self._package)
+            for module in pkgutil.iter_modules(package.__path__, prefix=f"{self._package}."):
+                importlib.import_module(module.name)
         for name in self._also:
             importlib.import_module(name)
 

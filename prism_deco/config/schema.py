@@ -15,6 +15,8 @@ from prism_deco.config.fields import Range, number, one_of
 # Stated here and imported where they act: those modules import torch, for which a configuration must not wait.
 RESIZE = ("letterbox", "pad", "resize-naive", "resize-crop")
 ON_BAD_IMAGE = ("fail", "skip", "blank")
+ON_BAD_RECORD = ("fail", "skip")
+ODD_RECORDS = ("refuse", "train")
 LM = ("full", "frozen", "lora", "qlora")
 PROMPT = ("chat", "plain")
 TOKENIZE = ("per_turn", "whole")
@@ -81,13 +83,15 @@ class DataConfig:
     name: str = MISSING
     """The choice: the YAML's file name."""
     family: str = MISSING
-    """The registered source (`prism_deco/data/<family>.py`)."""
+    """The registered source (`prism_deco/data/sources.py`, or a plug-in)."""
     limit: int | None = number(None, least=1)
     """Use only the first records; None uses all."""
     val_fraction: float = number(II("recipe.val_fraction"), least=0, below=1)
     """Share of the images held out for `val/loss`; ignored where the source brings a validation file."""
     on_bad_image: str = one_of(ON_BAD_IMAGE, "fail")
     """An image that is missing or unreadable: fail | skip (drop the record) | blank (mean-coloured image)."""
+    on_bad_record: str = one_of(ON_BAD_RECORD, "fail")
+    """A record that cannot be trained on: fail | skip (leave it out; the manifest counts them)."""
     draft_jpeg: bool = False
     """Decode JPEGs that are more than twice as large as the towers' input at a reduced size, in a half to a quarter
     of the time. Pixels then differ, on average by less than one of 255 levels."""
@@ -141,6 +145,9 @@ class RecipeConfig:
     """Zero the visual tokens: the trained image-blind baseline."""
     val_fraction: float = number(0.005, least=0, below=1)
     """Share of the images held out for validation, where the data brings none (`data.val_fraction` refers to it)."""
+    odd_records: str = one_of(ODD_RECORDS, "refuse")
+    """`<image>` in a record without an image, several for one image, a last question without an answer: refuse (likely
+    a mistake: a bad record, see `data.on_bad_record`) | train (as PRISM does after BOS, and LLaVA in place)."""
     epochs: int = number(1, least=1)
     """Passes over the training records."""
     max_steps: int | None = number(None, least=1)

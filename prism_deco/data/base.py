@@ -14,18 +14,18 @@ from prism_deco.data.images import ImageFolder, ImageSource
 from prism_deco.errors import UsageError
 
 if TYPE_CHECKING:  # reading records needs the LLM libraries; naming a source does not
-    from prism_deco.data.records import Records
+    from prism_deco.data.records import RecordTable
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files of a data set.
+    """The files of a data set.
 
     Attributes:
         train: the training conversations: LLaVA JSON, or Parquet or Arrow files with embedded images.
-        image_root: folder that the records' image paths are relative to; None where images are embedded.
-        val: held-out conversations, in the same format; None holds out a share of `train`.
-        benchmarks: root folder of the benchmarks that belong to this source, if any.
+        image_root: folder that the records' image paths are relative to; None if images are embedded.
+        val: held-out conversations in the same format; None holds out a fraction of `train`.
+        benchmarks: root folder of the benchmarks that come with this source, if any.
     """
 
     train: Path
@@ -33,8 +33,8 @@ class Source:
     val: Path | None = None
     benchmarks: Path | None = None
 
-    def images(self, records: Records) -> ImageSource:
-        """Where the images of some of its records are."""
+    def images(self, records: RecordTable) -> ImageSource:
+        """Where the images of its records are."""
         if records.embedded is not None:
             return records.embedded
         if self.image_root is None:
@@ -43,18 +43,19 @@ class Source:
 
 
 SOURCES: Registry[Callable[..., Source]] = Registry(
-    "data family", package="prism_deco.data", also=["prism_deco.miniature.source"]
+    "data family", also=["prism_deco.data.sources", "prism_deco.miniature.source"]
 )
 
 
 def build_source(choice: str | Mapping[str, Any], **options: Any) -> Source:
-    """Makes (or finds) the files of a data source.
+    """Finds the files of a data source, or makes them.
 
     Args:
         choice: a YAML name under `conf/data`, or the mapping such a YAML holds.
-        options: replace the YAML's keys.
+        options: replace keys of the YAML.
     """
     spec = (load_choice("data", choice) if isinstance(choice, str) else dict(choice)) | options
-    # What every data choice has concerns how the records are used, not where they come from.
-    own = {key: value for key, value in spec.items() if key not in {f.name for f in fields(DataConfig)}}
+    # The keys that every data choice has say how records are used, not where they come from.
+    shared = {field.name for field in fields(DataConfig)}
+    own = {key: value for key, value in spec.items() if key not in shared}
     return SOURCES.build(spec["family"], **own)

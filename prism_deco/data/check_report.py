@@ -1,4 +1,4 @@
-"""What a check of a data set found: totals, faults, and how they are shown."""
+"""What a check of a data set found: totals and faults, and how they are shown."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _HASH_SPACE = 2**256
 
 @dataclass
 class Totals:
-    """Sums over some records and images; sums of such sums are sums again.
+    """Sums over some records and images, which can be added up.
 
     Attributes:
-        lengths: records per length class: class k holds up to 2^k tokens of text, and more than 2^(k-1).
-        formats: images per file format.
-        image_hash: sum of the images' SHA-256 modulo 2^256: their order does not matter.
+        lengths: records by length class: class k has more than 2^(k-1) and up to 2^k tokens of text.
+        formats: images by file format.
+        image_hash: sum of the images' SHA-256 modulo 2^256, which does not depend on their order.
     """
 
     records: int = 0
@@ -64,35 +64,37 @@ class Totals:
             self.image_hash = (self.image_hash + int(found.digest, 16)) % _HASH_SPACE
 
     def add(self, other: Totals) -> None:
-        """Counts what another part of the data set came to."""
+        """Adds the sums over another part of the data set."""
         for name, value in vars(other).items():
-            # max and modulo are no sums; counters are added key by key.
-            mine = getattr(self, name)
+            mine = getattr(self, name)  # a number, or a counter, which adds up by key
             setattr(self, name, max(mine, value) if name == "longest" else mine + value)
         self.image_hash %= _HASH_SPACE
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The sums as JSON values."""
         return vars(self) | {"image_hash": f"{self.image_hash:064x}"}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Totals:
-        """What `to_json` wrote."""
-        lengths = Counter({int(key): value for key, value in content["lengths"].items()})
-        formats, image_hash = Counter(content["formats"]), int(content["image_hash"], 16)
-        return cls(**content | {"lengths": lengths, "formats": formats, "image_hash": image_hash})
+        """Reads what `to_json` returned."""
+        parsed = {
+            "lengths": Counter({int(key): value for key, value in content["lengths"].items()}),
+            "formats": Counter(content["formats"]),
+            "image_hash": int(content["image_hash"], 16),
+        }
+        return cls(**content | parsed)
 
 
 @dataclass(frozen=True)
-class Report:
+class CheckReport:
     """The result of a check.
 
     Attributes:
         data_hash: SHA-256 of the records' file.
-        totals: sums over the usable records; every image file counts once.
-        faults: all faults, by position in the file.
+        totals: sums over the records; each image counts once.
+        faults: in the order of the file.
         allowed: kinds that are reported but do not count as failure.
-        path: where `bad.jsonl` lies.
+        path: of `bad.jsonl`.
     """
 
     data_hash: str
@@ -103,17 +105,17 @@ class Report:
 
     @property
     def exit_status(self) -> int:
-        """0 when nothing is wrong that is not allowed, else 1."""
+        """1 if there is a fault that is not allowed, else 0."""
         return int(any(fault.kind not in self.allowed for fault in self.faults))
 
     @property
     def counts(self) -> dict[str, int]:
-        """Faults per kind."""
+        """Number of faults by kind."""
         found = Counter(fault.kind for fault in self.faults)
         return {kind: found[kind] for kind in KINDS if found[kind]}
 
     def to_json(self) -> dict[str, Any]:
-        """The report without the single faults, which are in `bad.jsonl`."""
+        """The report without the individual faults, which are in `bad.jsonl`."""
         return {"data_hash": self.data_hash, "faults": self.counts, **self.totals.to_json()}
 
     def render(self) -> Group:
@@ -131,13 +133,13 @@ class Report:
         table.add_column(justify="right")
         rows = {
             "usable records": f"{t.records:,}",
-            "with an image": f"{t.with_image:,}",
+            "with images": f"{t.with_image:,}",
             "text only": f"{t.records - t.with_image:,}",
             "image files": f"{t.images:,} ({t.image_bytes / 1e9:.3f} GB)",
-            "of these": ", ".join(f"{n:,} {name}" for name, n in t.formats.most_common()) or "none readable",
-            "tokens of text": f"{t.tokens:,}, longest record {t.longest:,}",
-            "supervised": f"{_share(t.supervised - t.supervised_cut, kept)} of what is kept",
-            "cut by truncation": f"{t.tokens_cut:,} tokens of {t.records_cut:,} records",
+            "formats": ", ".join(f"{n:,} {name}" for name, n in t.formats.most_common()) or "none readable",
+            "text tokens": f"{t.tokens:,}, longest record {t.longest:,}",
+            "supervised": f"{_percent(t.supervised - t.supervised_cut, kept)} of those kept",
+            "truncated": f"{t.tokens_cut:,} tokens of {t.records_cut:,} records",
             "supervised among these": f"{t.supervised_cut:,}",
             "hash of the records": self.data_hash,
             "hash of the images": f"{t.image_hash:064x}",
@@ -147,27 +149,27 @@ class Report:
         return table
 
     def _histogram(self) -> Table:
-        table = Table(title="Length of the records")
-        table.add_column("tokens of text", justify="right")
+        table = Table(title="Lengths of the records")
+        table.add_column("text tokens", justify="right")
         table.add_column("records", justify="right")
-        table.add_column("share")
+        table.add_column("fraction")
         for size in range(min(self.totals.lengths, default=0), max(self.totals.lengths, default=-1) + 1):
             count = self.totals.lengths[size]
             bar = "█" * round(40 * count / max(self.totals.lengths.values()))
             low = 2 ** (size - 1) + 1 if size > 1 else size + 1
             label = f"{low}" if low >= 2**size else f"{low} to {2**size}"
-            table.add_row(label, f"{count:,}", f"{bar} {_share(count, self.totals.records)}")
+            table.add_row(label, f"{count:,}", f"{bar} {_percent(count, self.totals.records)}")
         return table
 
     def _fault_table(self) -> Table:
-        table = Table(title="Faults", caption=Text(f"Each of them is in {self.path}", "table.caption"))
+        table = Table(title="Faults", caption=Text(f"Listed one by one in {self.path}", "table.caption"))
         table.add_column("kind")
         table.add_column("number", justify="right")
-        table.add_column("what it is")
+        table.add_column("meaning")
         for kind, number in self.counts.items():
             table.add_row(kind, f"{number:,}{' (allowed)' if kind in self.allowed else ''}", KINDS[kind])
         return table
 
 
-def _share(part: int, whole: int) -> str:
+def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "0 %"

@@ -9,7 +9,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -20,32 +19,19 @@ from prism_deco.files import file_sha256
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 20  # bytes
 _TIMEOUT = 60.0  # seconds without a byte
 _BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
-_PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may be another tomorrow
+_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that are worth another attempt
 
 
-@dataclass(frozen=True)
-class Remote:
-    """What a server says about a file.
-
-    Attributes:
-        size: bytes; None where it does not say.
-        version: changes with the content (ETag or modification date); None where it does not say.
-    """
-
-    size: int | None
-    version: str | None
-
-
-def look_up(url: str) -> Remote:
-    """Asks the server for size and version, without the content; `OSError` where it does not have the file."""
+def remote_size(url: str) -> int | None:
+    """The size of a file in bytes; None if the server does not tell, `OSError` if it does not have the file."""
     try:
         with _open(url, method="HEAD") as response:
-            return _remote(response.headers)
+            return _length(response.headers)
     except _BROKEN as error:
-        raise OSError(f"{url} cannot be reached ({error}).") from error
+        raise OSError(f"Cannot reach {url} ({error}).") from error
 
 
 def download(
@@ -57,119 +43,98 @@ def download(
     pause: float = 1.0,
     progress: Callable[[int, int | None], None] = lambda done, size: None,
 ) -> None:
-    """Downloads a file to `target`, and goes on with what an earlier call has left in `<target>.part`.
+    """Downloads a file to `target`, resuming from `<target>.part` if an earlier call left one.
 
-    The file appears under its name only when it is whole: its size is what the server said, and its
-    SHA-256 what it should be. If the server's file changed meanwhile, it is fetched anew.
+    The file appears under its name only when it is complete: it has the size that the server announced, and the
+    expected SHA-256. If the server's file has changed since, the download starts over.
 
     Args:
-        sha256: expected digest, hexadecimal; None checks the size only.
-        attempts: connections in a row that may bring nothing new.
+        sha256: expected digest, hexadecimal; None checks only the size.
+        attempts: consecutive connections that may bring nothing new.
         pause: seconds after the first of these; doubles each time.
-        progress: called with the bytes that are there and their final number, if it is known.
+        progress: called with the bytes so far and their final number, None if that is unknown.
 
     Raises:
-        OSError: the server refuses the file, breaks off again and again, or sends other content.
+        OSError: the server refuses the file, keeps breaking off, or sends other content.
     """
-    partial = Partial(target)
+    part = target.with_name(f"{target.name}.part")
     failures = 0
     while True:
-        before = partial.size
+        before = _size(part)
         try:
-            if _fetch(url, partial, progress):
+            if _fetch(url, part, progress):
                 break
             reason = "the connection was closed early"
         except urllib.error.HTTPError as error:
-            if error.code not in _PASSING:
+            if error.code not in _TRANSIENT:
                 raise OSError(f"{url}: the server answers {error.code} {error.reason}. Has the file moved?") from error
             reason = f"{error.code} {error.reason}"
         except _BROKEN as error:
             reason = str(error) or type(error).__name__
-        failures = 0 if partial.size > before else failures + 1
+        failures = 0 if _size(part) > before else failures + 1
         if failures >= attempts:
-            raise OSError(
-                f"{url} broke off {failures} times in a row ({reason}). What is there is kept: try again later."
-            )
-        log.warning("%s: %s at %d bytes; going on", url, reason, partial.size)
+            raise OSError(f"{url} failed {failures} times in a row ({reason}). Try again later: {part} is kept.")
+        log.warning("%s: %s after %d bytes; resuming", url, reason, _size(part))
         if failures:
             time.sleep(min(60.0, pause * 2 ** (failures - 1)))
-    partial.finish(sha256)
+    found = sha256 and file_sha256(part)
+    if found != sha256:
+        part.unlink()
+        raise OSError(f"SHA-256 mismatch for {target}: got {found}, expected {sha256}. The file was deleted.")
+    part.replace(target)
+    _version_file(part).unlink(missing_ok=True)
 
 
-class Partial:
-    """A file that is not whole yet, and the version of the server's file that it is a part of."""
-
-    def __init__(self, target: Path):
-        self.target = target
-        self.path = target.with_name(f"{target.name}.part")
-        self._note = target.with_name(f"{target.name}.part.json")
-
-    @property
-    def size(self) -> int:
-        return self.path.stat().st_size if self.path.is_file() else 0
-
-    @property
-    def version(self) -> str | None:
-        """None where the part cannot be trusted."""
-        return json.loads(self._note.read_text())["version"] if self._note.is_file() else None
-
-    def begin(self, remote: Remote) -> None:
-        """Starts from nothing."""
-        self.path.write_bytes(b"")
-        self._note.write_text(json.dumps({"version": remote.version}))
-
-    def finish(self, sha256: str | None) -> None:
-        """Moves the whole file to its name; `OSError` where it is not the expected one."""
-        if sha256 is not None:
-            found = file_sha256(self.path)
-            if found != sha256:
-                self.path.unlink()
-                raise OSError(f"{self.target} has the SHA-256 {found}, expected was {sha256}. It was removed.")
-        self.path.replace(self.target)
-        self._note.unlink(missing_ok=True)
-
-
-def _fetch(url: str, partial: Partial, progress: Callable[[int, int | None], None]) -> bool:
-    """One connection; whether the file is whole after it."""
-    start, version = partial.size, partial.version
-    # Without a version there is no telling whether the rest would fit the part.
+def _fetch(url: str, part: Path, progress: Callable[[int, int | None], None]) -> bool:
+    """Appends what one connection brings; returns whether the file is complete."""
+    start = _size(part)
+    note = _version_file(part)
+    version = json.loads(note.read_text())["version"] if note.is_file() else None
+    # Without a version nothing tells whether the rest belongs to the same file.
     headers = {"Range": f"bytes={start}-", "If-Range": version} if start and version else {}
     try:
         response = _open(url, headers=headers)
     except urllib.error.HTTPError as error:
-        size = error.headers.get("Content-Range", "").rpartition("/")[2]
-        if error.code == 416 and size == str(start):
-            return True  # nothing is missing but the new name
         if error.code != 416:
             raise
-        partial.begin(Remote(None, None))  # the part is longer than the file: not a part of it
+        if error.headers.get("Content-Range", "").rpartition("/")[2] == str(start):
+            return True  # nothing is left to fetch
+        part.write_bytes(b"")  # it is longer than the file, so it is no part of it
         return False
     with response:
-        remote = _remote(response.headers)
         if response.status != 206:
             start = 0
-            partial.begin(remote)
-        elif _range_start(response.headers) != start:
-            raise http.client.HTTPException("the server sent another part than the one asked for")
-        whole = None if remote.size is None else start + remote.size
-        with partial.path.open("ab") as file:
+            part.write_bytes(b"")
+            note.write_text(json.dumps({"version": _version(response.headers)}))
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            raise http.client.HTTPException("the server sent a range that was not asked for")
+        length = _length(response.headers)
+        size = None if length is None else start + length
+        with part.open("ab") as file:
             while block := response.read(_BLOCK):
                 file.write(block)
-                progress(file.tell(), whole)
-        return whole is None or partial.size == whole
+                progress(file.tell(), size)
+    return size is None or _size(part) == size
 
 
-def _range_start(headers: Message) -> int:
-    first = headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-    return int(first) if first.isdigit() else -1
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.is_file() else 0
 
 
-def _remote(headers: Message) -> Remote:
-    length, version = headers.get("Content-Length"), headers.get("ETag") or headers.get("Last-Modified")
-    # A weak ETag ("W/...") may stand for other bytes: If-Range does not take it.
-    if version and version.startswith("W/"):
-        version = headers.get("Last-Modified")
-    return Remote(int(length) if length and length.isdigit() else None, version)
+def _version_file(part: Path) -> Path:
+    return part.with_name(f"{part.name}.json")
+
+
+def _length(headers: Message) -> int | None:
+    length = headers.get("Content-Length", "")
+    return int(length) if length.isdigit() else None
+
+
+def _version(headers: Message) -> str | None:
+    """Changes with the content; None if the server does not tell."""
+    etag = headers.get("ETag")
+    # If-Range does not accept a weak ETag ("W/..."), which may stand for other bytes.
+    return headers.get("Last-Modified") if etag is None or etag.startswith("W/") else etag
 
 
 def _open(url: str, *, method: str = "GET", headers: dict[str, str] | None = None) -> Any:

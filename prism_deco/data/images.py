@@ -1,7 +1,7 @@
-"""Images: found before training starts, opened safely, never replaced in silence.
+"""Images: looked for before training starts, opened safely, never replaced silently.
 
-Records name their images; an `ImageSource` knows where the bytes of a name are: in a folder, or packed
-together as they came out of Parquet files.
+Records name their images; an `ImageSource` knows where the bytes of a name are: in a folder, or packed into one file as
+they came out of Parquet (`packing.PackedImages`).
 """
 
 from __future__ import annotations
@@ -10,31 +10,34 @@ import io
 import os
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from prism_deco.data.partial import PartialReader
 from prism_deco.errors import UsageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""The image formats that are read. Pillow knows many more, and hands some of them to other programs: an EPS file, under
+whatever name, to Ghostscript."""
 
 
 class ImageSource(Protocol):
-    """Where images are read from; `str` names the place. Picklable: loader processes take it along.
+    """Where images are read from; `str` names the place. Picklable, for loader processes.
 
     Attributes:
-        least_side: see `decode_image`; None decodes in full.
+        least_side: see `decode_image`; None decodes at full size.
     """
 
     least_side: int | None
 
     def read(self, name: str) -> bytes:
-        """The encoded image (JPEG, PNG ...); `OSError` where there is none."""
+        """The encoded image (JPEG, PNG ...); `OSError` if there is none."""
         ...
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """The names that lead to no image."""
+        """The names without an image."""
         ...
 
     def location(self, name: str) -> str:
@@ -61,7 +64,15 @@ class ImageFolder:
         return resolve_image(self.root, name).read_bytes()
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        return missing_images(self.root, names)
+        # Lists each folder once: a stat call per image would take minutes on a network file system.
+        by_folder: dict[Path, list[str]] = defaultdict(list)
+        for name in names:
+            by_folder[resolve_image(self.root, name).parent].append(name)
+        missing = []
+        for folder, members in by_folder.items():
+            present = set(os.listdir(folder)) if folder.is_dir() else set()
+            missing += [name for name in members if os.path.basename(name) not in present]
+        return missing
 
     def location(self, name: str) -> str:
         return str(self.root / name)
@@ -70,53 +81,43 @@ class ImageFolder:
         return Path(os.path.realpath(self.root / name)).is_relative_to(os.path.realpath(self.root))
 
 
-class PackedImages:
-    """Images in one file; names are the first 16 hexadecimal digits of the SHA-256 of
-    the encoded image, so that equal images are stored once and share a name."""
+def path_below(root: Path | None, name: str) -> str | None:
+    """An image path, made relative to `root`; None if it leads out of it.
 
-    least_side: int | None = None
+    Links are not followed: they are the user's own way to bring other folders in.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._names: np.ndarray = np.load(folder / "image_names.npy", mmap_mode="r")
-        self._spans: np.ndarray = np.load(folder / "image_spans.npy", mmap_mode="r")
-        self._data = PartialReader(folder / "images.bin")
-
-    def __str__(self) -> str:
-        return str(self.folder)
-
-    def read(self, name: str) -> bytes:
-        row = self._row(name)
-        if row is None:
-            raise FileNotFoundError(f"{self.location(name)} does not exist.")
-        start, end = self._spans[row].tolist()
-        return self._data.read(start, end)
-
-    def missing(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if self._row(name) is None]
-
-    def location(self, name: str) -> str:
-        return f"embedded image {name} ({self.folder})"
-
-    def contains(self, name: str) -> bool:
-        return True
-
-    def _row(self, name: str) -> int | None:
-        key = np.uint64(int(name, 16))
-        row = int(np.searchsorted(self._names, key))
-        return row if row < len(self._names) and self._names[row] == key else None
+    Args:
+        root: folder of the images; None refuses absolute paths.
+    """
+    if os.path.isabs(name) or name.startswith(("/", "\\")):
+        short = Path(os.path.normpath(name))
+        inside = [base for base in _spellings(root) if short.is_relative_to(base)] if root is not None else []
+        return str(short.relative_to(inside[0])) if inside else None
+    if ".." not in _parts(name):
+        return name
+    short = os.path.normpath(name)
+    return None if ".." in _parts(short) else short
 
 
-def leaves_root(name: str) -> bool:
-    """Whether an image path is absolute or climbs with `..`, on any system."""
-    return os.path.isabs(name) or name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/")
+def _parts(name: str) -> list[str]:
+    return name.replace("\\", "/").split("/")
+
+
+@lru_cache(maxsize=8)
+def _spellings(root: Path) -> tuple[str, str]:
+    """A path may name the root through a link, or without it."""
+    return os.path.abspath(root), os.path.realpath(root)
 
 
 def resolve_image(root: Path, name: str) -> Path:
-    """The file that `name` means under `root`; `UsageError` where it points outside (`..`, absolute)."""
-    if leaves_root(name):
-        raise UsageError(f"The image path {name!r} leaves the image root {root}: image paths must be relative to it.")
-    return root / name
+    """The file of an image path under `root`; `UsageError` if it leads out of it (`..`, absolute)."""
+    path = path_below(root, name)
+    if path is None:
+        raise UsageError(
+            f"The image path {name!r} leads out of the image root {root}: name a root above it (/ allows any absolute "
+            "path), or link its folder into this one."
+        )
+    return root / path
 
 
 def open_image(path: Path) -> Image.Image:
@@ -129,18 +130,23 @@ def load_image(source: ImageSource, name: str) -> Image.Image:
     return decode_image(source.read(name), source.location(name), least_side=source.least_side)
 
 
+def open_bytes(data: bytes) -> Image.Image:
+    """Opens an encoded image, of one of `FORMATS` only; everything that reads image files goes through here."""
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
 def decode_image(data: bytes, location: str, *, least_side: int | None = None) -> Image.Image:
     """Decodes an image as RGB.
 
     Args:
         least_side: decode a JPEG at a half, a quarter or an eighth of its size, the smallest at which both sides keep
-            that many pixels (libjpeg's scaled decoding). It takes less time and finds the same faults.
+            that many pixels (libjpeg's scaled decoding): faster, and finds the same damage.
 
     Raises:
-        OSError: it is truncated, too large to be meant, or no image at all; the message names the `location`.
+        OSError: it is truncated, implausibly large or not an image; the message names the `location`.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_bytes(data) as image:
             if least_side is not None:
                 image.draft("RGB", (least_side, least_side))
             return image.convert("RGB")
@@ -149,19 +155,7 @@ def decode_image(data: bytes, location: str, *, least_side: int | None = None) -
 
 
 def decoding_problem(error: Exception) -> str:
-    """What Pillow's error says about an image that was read from memory."""
-    # Here it names the buffer, which says nothing.
-    return "it is of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
-
-
-def missing_images(root: Path, names: Iterable[str]) -> list[str]:
-    """Names without a file under `root`. Lists every folder once: a stat call per image would take
-    minutes on a network file system."""
-    by_folder: dict[Path, list[str]] = defaultdict(list)
-    for name in names:
-        by_folder[resolve_image(root, name).parent].append(name)
-    missing = []
-    for folder, members in by_folder.items():
-        present = set(os.listdir(folder)) if folder.is_dir() else set()
-        missing += [name for name in members if os.path.basename(name) not in present]
-    return missing
+    """What an error of Pillow says about an image that was read from memory."""
+    if isinstance(error, UnidentifiedImageError):  # its own message names the buffer
+        return f"its format is none of {', '.join(FORMATS)}"
+    return str(error)

@@ -1,4 +1,4 @@
-"""The index of a file of records: its lines, and what samplers and splits need to know of each."""
+"""The index of a file of records: the records as lines, a table of what samplers and splits need, and what is wrong."""
 
 from __future__ import annotations
 
@@ -7,18 +7,37 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from prism_deco.config import building_folder
-from prism_deco.data.llava_json import RecordError, parse_record, read_json_list
+from prism_deco.data.llava_json import RecordError, parse_record, read_entries, record_id
 from prism_deco.data.packing import ImagePacker, check_space, read_rows
 
+VERSION = 2
+"""Of the index; one of another version is built anew."""
 
-def build_index(path: Path, tables: list[Path], digest: str, folder: Path) -> None:
+ODD = ("turn_order", "image_tags")
+"""Kinds of oddities that `recipe.odd_records` is about."""
+
+ROW = np.dtype(
+    [
+        ("start", np.int64),  # of its bytes in `records.jsonl`
+        ("end", np.int64),
+        ("words", np.int32),  # separated by white space, all turns together: the sampler's length
+        ("num_images", np.int32),
+        ("odd", np.bool_),  # only `recipe.odd_records=train` trains on it
+        ("position", np.float64),  # in [0, 1): hash of its image or else its id; equal if records share an image
+        ("entry", np.int64),  # number in the file, unusable entries counted
+    ]
+)
+"""What `rows.npy` holds of a record."""
+
+
+def build_index(path: Path, tables: list[Path], digest: str, image_root: Path | None, folder: Path) -> None:
     """Writes the index of a file into `folder`: all of it, or nothing.
 
     Args:
@@ -28,15 +47,13 @@ def build_index(path: Path, tables: list[Path], digest: str, folder: Path) -> No
     """
     building = building_folder(folder)
     try:
-        with ExitStack() as stack:
-            entries: Iterable[Any] = read_json_list(path)
-            if tables:
-                check_space(tables, building)
-                packer = stack.enter_context(ImagePacker(building))
-                entries = (packer.pack(row) for row in read_rows(tables))
-            written = _write_records(entries, building)
-        index = {"source": str(path), "sha256": written if tables else digest}
-        (building / "index.json").write_text(json.dumps(index))
+        if tables:
+            check_space(tables, building)
+            with closing(ImagePacker(building)) as packer:
+                digest = _write_records(map(packer.pack, read_rows(tables)), image_root, building)
+        else:
+            _write_records(read_entries(path), image_root, building)
+        (building / "index.json").write_text(json.dumps({"source": str(path), "sha256": digest}))
         try:
             os.replace(building, folder)
         except OSError:
@@ -47,45 +64,61 @@ def build_index(path: Path, tables: list[Path], digest: str, folder: Path) -> No
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _write_records(entries: Iterable[Any], folder: Path) -> str:
+def _write_records(entries: Iterable[Any], image_root: Path | None, folder: Path) -> str:
     """Writes the files of an index, and returns the SHA-256 of its records."""
-    offsets, words, has_image, positions, numbers = [0], [], [], [], []
+    rows: list[tuple[Any, ...]] = []
     joined: list[tuple[str, ...]] = []
     digest = hashlib.sha256()
-    with (folder / "records.jsonl").open("wb") as file, (folder / "faults.jsonl").open("w", encoding="utf-8") as faults:
+    end = 0
+    with ExitStack() as stack:
+        records = stack.enter_context((folder / "records.jsonl").open("wb"))
+        faults = stack.enter_context((folder / "faults.jsonl").open("w", encoding="utf-8"))
+        refused = stack.enter_context((folder / "refused.jsonl").open("w", encoding="utf-8"))
         for number, raw in enumerate(entries):
+            name = record_id(raw, number)
+            where = f"record {number} (id {name})" if isinstance(raw, dict) and "id" in raw else name
+            fault = {"entry": number, "id": name}
             try:
-                record = parse_record(raw, f"record {number}")
+                record, oddities = parse_record(raw, name, image_root)
             except RecordError as error:
-                fault = {"entry": number, "id": error.id, "kind": error.kind, "detail": str(error)}
-                faults.write(json.dumps(fault) + "\n")
-                digest.update(json.dumps(fault).encode())
+                fault |= {"kind": error.kind, "detail": f"{where}: {error}", "usable": False}
+                line = json.dumps(fault)
+                faults.write(f"{line}\n")
+                refused.write(f"{line}\n")
+                digest.update(line.encode())
                 continue
-            line = json.dumps({"id": record.id, "images": record.images, "messages": record.messages}).encode() + b"\n"
-            digest.update(line)
-            offsets.append(offsets[-1] + file.write(line))
-            words.append(sum(len(m["content"].split()) for m in record.messages))
-            has_image.append(bool(record.images))
-            positions.append(_position(record.images[0] if record.images else record.id))
-            numbers.append(number)
+            for oddity in oddities:
+                fault |= {"kind": oddity.kind, "detail": f"{where}: {oddity.detail}", "usable": True}
+                line = json.dumps(fault)
+                faults.write(f"{line}\n")
+                if oddity.kind in ODD:
+                    refused.write(f"{line}\n")
+            content = {"id": record.id, "images": record.images, "messages": record.messages}
+            encoded = json.dumps(content).encode() + b"\n"
+            records.write(encoded)
+            digest.update(encoded)
+            start = end
+            end += len(encoded)
+            words = sum(len(message["content"].split()) for message in record.messages)
+            odd = any(oddity.kind in ODD for oddity in oddities)
+            position = _position(record.images[0] if record.images else record.id)
+            rows.append((start, end, words, len(record.images), odd, position, number))
             if len(record.images) > 1:
                 joined.append(record.images)
-    arrays: dict[str, tuple[list[Any], Any]] = {
-        "offsets": (offsets, np.int64),
-        "words": (words, np.int32),
-        "has_image": (has_image, np.bool_),
-        "entries": (numbers, np.int64),
-        "positions": (positions, np.float64),
-    }
-    for name, (values, dtype) in arrays.items():
-        np.save(folder / f"{name}.npy", np.array(values, dtype=dtype))
+    table = np.array(rows, dtype=ROW)
     if joined:
-        _join_positions(folder, np.array(positions), joined)
+        _join_positions(folder, table["position"], joined)
+    np.save(folder / "rows.npy", table)
     return digest.hexdigest()
 
 
 def _join_positions(folder: Path, positions: np.ndarray, joined: Sequence[tuple[str, ...]]) -> None:
-    """Gives images that occur together one common position, and with them every record that shows one."""
+    """Gives images that occur together one common position, and with them every record that shows one.
+
+    Args:
+        positions: float64[n], changed in place.
+        joined: the images of each record that shows several.
+    """
     parent: dict[str, str] = {}
 
     def root(name: str) -> str:
@@ -103,7 +136,6 @@ def _join_positions(folder: Path, positions: np.ndarray, joined: Sequence[tuple[
             images = json.loads(line)["images"]
             if images and images[0] in parent:
                 positions[row] = _position(root(images[0]))
-    np.save(folder / "positions.npy", positions)
 
 
 def _position(key: str) -> float:

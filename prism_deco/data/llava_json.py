@@ -1,20 +1,24 @@
-"""Entries of a LLaVA JSON list: read one at a time, and checked."""
+"""LLaVA's JSON: its entries are read one at a time, and each becomes a `Record`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from prism_deco.data.images import leaves_root
+from prism_deco.data.images import path_below
 from prism_deco.errors import UsageError
 from prism_deco.llms.prompts import IMAGE_TAG
 
 ROLES = {"human": "user", "gpt": "assistant"}
 
 _CHUNK = 1 << 20  # characters
+_IMAGE_KEY = re.compile(
+    r"(image|img|pic|picture|photo|video)s?[_-]?(path|file|file_?name|name|url|uri|list|data|bytes)?s?", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -26,65 +30,112 @@ class Record:
     images: tuple[str, ...]
     messages: list[dict[str, str]]
 
+    @property
+    def answered(self) -> list[dict[str, str]]:
+        """The messages up to the last answer; a question may follow it (see `recipe.odd_records`)."""
+        return self.messages[: len(self.messages) // 2 * 2]
+
 
 class RecordError(ValueError):
-    """A record that cannot be used.
+    """An entry that is no usable record.
 
     Attributes:
-        kind: malformed | turn_order | image_tags | outside_root.
-        id: the record's id, or its position where it has none.
+        kind: malformed | turn_order | image_tags | outside_root | unread_image | broken_text.
     """
 
-    def __init__(self, kind: str, id: str, message: str):
+    def __init__(self, kind: str, message: str):
         super().__init__(message)
         self.kind = kind
-        self.id = id
 
 
-def read_json_list(path: Path) -> Iterator[Any]:
-    """The entries of a JSON list, without ever holding all of them: parsed at once, the 1 GB of
+@dataclass(frozen=True)
+class Oddity:
+    """What is probably a mistake in a record that could be trained on: `kind` is turn_order, image_tags or id_type."""
+
+    kind: str
+    detail: str
+
+
+def read_entries(path: Path) -> Iterator[Any]:
+    """The entries of a JSON list, or of JSON Lines, without ever holding all of them: parsed at once, the 1 GB of
     LLaVA's instruction data would take ten times as much memory.
 
     Raises:
-        UsageError: the file is no JSON list, or an empty one.
+        UsageError: the file is neither, or empty.
     """
-    try:
-        yield from _entries(path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid JSON ({error}). Is the download complete?") from error
-
-
-def _entries(path: Path) -> Iterator[Any]:
-    decoder = json.JSONDecoder()
-    size = _CHUNK
+    found = False
     with path.open(encoding="utf-8-sig") as file:
-        text = file.read(size).lstrip()
-        if text[:1] != "[" or text[1:].lstrip()[:1] == "]":
-            json.loads(text + file.read())
-            raise UsageError(f"{path}: expected a non-empty JSON list of conversations.")
-        at = 1
-        while True:
-            try:
-                entry, end = decoder.raw_decode(text, _skip_spaces(text, at))
-                end = _skip_spaces(text, end)
-                if end == len(text):
-                    raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
-            except json.JSONDecodeError:
-                # The entry may go on behind what was read so far. Reading ever more keeps the number
-                # of attempts small for an entry that is wrong, or very long.
-                more = file.read(size)
-                if not more:
-                    raise
-                text, at, size = text[at:] + more, 0, 2 * size
-                continue
-            yield entry
-            if text[end] == "]":
-                if (text[end + 1 :] + file.read()).strip():
-                    raise json.JSONDecodeError("Extra data", text, end + 1)
-                return
-            if text[end] != ",":
+        try:
+            for entry in _entries(file):
+                found = True
+                yield entry
+        # Not JSON, not UTF-8, a number of thousands of digits; brackets nested a thousand deep.
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path} is not valid JSON ({error}). Is the download complete?") from error
+    if not found:
+        raise UsageError(f"{path}: expected a non-empty JSON list of conversations, or JSON Lines, one on each line.")
+
+
+def _entries(file: TextIO) -> Iterator[Any]:
+    start = _next_character(file)
+    if start == "[":
+        return _list_entries(file)
+    file.seek(0)
+    return _line_entries(file)
+
+
+def _list_entries(file: TextIO) -> Iterator[Any]:
+    """What follows the opening bracket."""
+    decoder = json.JSONDecoder()
+    text = _next_character(file)
+    if text == "]":
+        return
+    at = 0
+    size = _CHUNK
+    while True:
+        try:
+            entry, end = decoder.raw_decode(text, _skip_spaces(text, at))
+            end = _skip_spaces(text, end)
+            if end == len(text):
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
-            at, size = end + 1, _CHUNK
+        except json.JSONDecodeError:
+            # The entry may continue in the next chunk. Doubling the chunk keeps the number of attempts small for an
+            # entry that is wrong, or very long.
+            more = file.read(size)
+            if not more:
+                raise
+            text = text[at:] + more
+            at = 0
+            size *= 2
+            continue
+        yield entry
+        if text[end] == "]":
+            if (text[end + 1 :] + file.read()).strip():
+                raise json.JSONDecodeError("Extra data", text, end + 1)
+            return
+        if text[end] != ",":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        at = end + 1
+        size = _CHUNK
+
+
+def _line_entries(file: TextIO) -> Iterator[Any]:
+    for number, line in enumerate(file, start=1):
+        if line.isspace():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}, column {error.pos + 1}: {error.msg}") from error
+        yield entry
+
+
+def _next_character(file: TextIO) -> str:
+    """The first one that is not white space; empty at the end of the file."""
+    character = file.read(1)
+    while character.isspace():
+        character = file.read(1)
+    return character
 
 
 def _skip_spaces(text: str, at: int) -> int:
@@ -93,52 +144,103 @@ def _skip_spaces(text: str, at: int) -> int:
     return at
 
 
-def parse_record(raw: Any, where: str) -> Record:
-    """Checks one entry of a LLaVA JSON list.
+def record_id(raw: Any, position: int) -> str:
+    """The id of an entry; its position in the file where it has none."""
+    name = str(raw["id"]) if isinstance(raw, dict) and "id" in raw else f"record {position}"
+    return name.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair cannot even be logged
 
-    A leading gpt turn is skipped, as LLaVA does. `where` names the entry in errors.
+
+def parse_record(raw: Any, id: str, image_root: Path | None) -> tuple[Record, list[Oddity]]:
+    """Checks one entry.
+
+    A leading gpt turn is skipped, as LLaVA does.
+
+    Args:
+        id: see `record_id`.
+        image_root: absolute image paths below this folder become relative to it; None refuses them.
 
     Raises:
-        RecordError: it is malformed.
+        RecordError: nothing can be trained on it.
     """
     if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list):
-        raise RecordError("malformed", where, f"{where}: expected an object with a list `conversations`.")
-    name = str(raw.get("id", where))
-    where = f"{where} (id {name})"
+        raise RecordError("malformed", "expected an object with a list `conversations`.")
+    images = _images(raw, image_root)
+    messages = _messages(raw["conversations"])
+    oddities = []
+    if "id" in raw and not isinstance(raw["id"], str):
+        oddities.append(Oddity("id_type", f"the id {raw['id']!r} is not text."))
+    if messages[-1]["role"] == "user":
+        oddities.append(Oddity("turn_order", "the last human turn has no answer."))
+    # A conversation about one image without any tag is common in LLaVA files: the image goes first.
+    tags = sum(m["content"].count(IMAGE_TAG) for m in messages if m["role"] == "user")
+    if len(images) > 1 and tags != len(images):
+        raise RecordError("image_tags", f"{len(images)} image files but {tags} {IMAGE_TAG} tags: write one per image.")
+    if tags > len(images):
+        detail = f"{tags} {IMAGE_TAG} tags but {len(images)} image files: add `image`, or remove the tag."
+        oddities.append(Oddity("image_tags", detail))
+    return Record(id, tuple(images), messages), oddities
+
+
+def _images(raw: dict[str, Any], image_root: Path | None) -> list[str]:
     images = raw.get("image")
-    images = [] if images is None else [images] if isinstance(images, str) else images
+    if images is None or images == []:
+        unread = unread_image_key(key for key, value in raw.items() if _holds_something(value))
+        if unread is not None:
+            raise RecordError("unread_image", f"the key `{unread}` is not read: images stand under `image`.")
+        return []
+    if isinstance(images, str):
+        images = [images]
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
-        raise RecordError("malformed", name, f"{where}: `image` must be a path, or a list of paths.")
+        raise RecordError(
+            "malformed", "`image` must be a path, or a list of paths (in Parquet and Arrow files: encoded images)."
+        )
+    inside = []
+    for image in images:
+        _check_text(image, "`image`")
+        if "\0" in image:
+            raise RecordError("malformed", "`image` holds a NUL character.")
+        path = path_below(image_root, image)
+        if path is None:
+            raise RecordError(
+                "outside_root",
+                f"the image path {image!r} leads out of the image root {image_root}: name a root above it "
+                "(data.image_root=/ allows any absolute path), or link its folder into this one.",
+            )
+        inside.append(path)
+    return inside
+
+
+def unread_image_key(keys: Iterable[str]) -> str | None:
+    """The first key that an image may stand under, `image` itself not among them."""
+    return next((key for key in keys if key != "image" and _IMAGE_KEY.fullmatch(key)), None)
+
+
+def _holds_something(value: Any) -> bool:
+    return isinstance(value, (str, bytes, list, dict)) and len(value) > 0
+
+
+def _messages(turns: list[Any]) -> list[dict[str, str]]:
     messages = []
-    for turn in raw["conversations"]:
+    for number, turn in enumerate(turns, start=1):
         # An unhashable `from` cannot be looked up.
         role = turn.get("from") if isinstance(turn, dict) else None
         if not isinstance(role, str) or role not in ROLES or not isinstance(turn.get("value"), str):
-            raise RecordError(
-                "malformed", name, f'{where}: a turn must be {{"from": "human" or "gpt", "value": text}}.'
-            )
+            raise RecordError("malformed", 'a turn must be {"from": "human" or "gpt", "value": text}.')
+        _check_text(turn["value"], f"turn {number}")
         messages.append({"role": ROLES[role], "content": turn["value"]})
     if messages and messages[0]["role"] == "assistant":
         messages = messages[1:]
-    if not messages or [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2):
-        raise RecordError("turn_order", name, f"{where}: human and gpt turns must alternate and end with gpt.")
-    _check_image_tags(messages, len(images), name, where)
-    for image in images:
-        if leaves_root(image):
-            raise RecordError(
-                "outside_root",
-                name,
-                f"{where}: the image path {image!r} leaves the image root: image paths must be relative to it.",
-            )
-    return Record(name, tuple(images), messages)
+    roles = [message["role"] for message in messages]
+    alternating = ["user", "assistant"] * len(roles)
+    if len(roles) < 2 or roles != alternating[: len(roles)]:
+        raise RecordError("turn_order", "human and gpt turns must alternate, and at least one question be answered.")
+    return messages
 
 
-def _check_image_tags(messages: list[dict[str, str]], images: int, name: str, where: str) -> None:
-    # A conversation about an image without any tag is common in LLaVA files: the image goes first.
-    tags = sum(m["content"].count(IMAGE_TAG) for m in messages if m["role"] == "user")
-    if tags > images:
-        text = f"{where}: {tags} {IMAGE_TAG} tags but {images} image files: add `image`, or remove the tag."
-        raise RecordError("image_tags", name, text)
-    if images > 1 and tags != images:
-        text = f"{where}: {images} image files but {tags} {IMAGE_TAG} tags: write one tag per image."
-        raise RecordError("image_tags", name, text)
+def _check_text(text: str, place: str) -> None:
+    """JSON can write half of a surrogate pair; no tokenizer or file system takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("ascii", "backslashreplace").decode()
+        raise RecordError("broken_text", f"{place} holds half of a surrogate pair ({half}).") from error

@@ -20,13 +20,14 @@ class Step:
 
     Attributes:
         batches: the forward passes, at most `micro_batch_size` records each.
-        records, tokens_cut, bad_images: totals over the batches.
+        records, tokens_cut, bad_images, bad_records: totals over the batches.
     """
 
     batches: list[Batch]
     records: int
     tokens_cut: int
     bad_images: int
+    bad_records: int = 0
 
     @property
     def num_targets(self) -> int:
@@ -60,6 +61,7 @@ class Collate:
             records=sum(not e.filler for e in examples),
             tokens_cut=sum(e.tokens_cut for e in examples),
             bad_images=sum(e.bad_images for e in examples),
+            bad_records=sum(e.bad_record for e in examples),
         )
 
     def batch(self, examples: Sequence[Example]) -> Batch:

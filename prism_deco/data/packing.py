@@ -1,21 +1,23 @@
-"""Rows of Parquet or Arrow files with embedded images, and the packing of those images into one file.
+"""Parquet and Arrow files with embedded images: their rows are read once, and the images packed into one file.
 
-Parquet is compressed in groups of rows, and a training order jumps: so the images are unpacked once. Only
-that step needs pyarrow.
+Parquet is compressed in groups of rows, which the random order of training would decompress again and again. Only
+the packing needs pyarrow.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from prism_deco.data.llava_json import unread_image_key
 from prism_deco.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -25,23 +27,27 @@ COLUMNS = ("id", "image", "conversations")
 
 
 def table_files(path: Path) -> list[Path]:
-    """The Parquet or Arrow files of a data set, sorted: one file, those that a pattern such as
-    `data/train-*.parquet` matches, or all under a folder (of `save_to_disk`, or a clone of a hub repository)."""
+    """The Parquet or Arrow files of a data set, sorted.
+
+    Args:
+        path: one file, a pattern such as `data/train-*.parquet`, or a folder (what `save_to_disk` wrote, or a clone of
+            a hub repository).
+    """
     if path.is_file():
         files = [path]
     elif "*" in path.name:
         files = sorted(path.parent.glob(path.name))
     else:
         files = sorted(path.rglob("*"))
-    # `datasets` leaves intermediate results beside its own files.
+    # `datasets` keeps intermediate results next to its own files.
     return [file for file in files if file.suffix in SUFFIXES and not file.name.startswith("cache-")]
 
 
 def read_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
-    """The rows as LLaVA entries {id, image, conversations}; images as `{"bytes", "path"}`, or lists of such.
+    """The rows as LLaVA entries {id, image, conversations}; images are bytes or `{"bytes", "path"}`, or lists.
 
     Raises:
-        UsageError: pyarrow is missing, or a file has other columns.
+        UsageError: pyarrow is missing, a file is damaged or has other columns.
     """
     try:
         import pyarrow as pa
@@ -50,19 +56,24 @@ def read_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
         raise UsageError("Reading Parquet and Arrow files needs pyarrow: pip install 'prism-deco[parquet]'") from error
     for file in files:
         try:
-            if file.suffix == ".parquet":
-                table = pq.ParquetFile(file, memory_map=True)
-                columns = _columns(file, table.schema_arrow.names)
-                batches = table.iter_batches(batch_size=64, columns=columns)
-            else:
-                reader = _open_arrow(pa, pa.memory_map(str(file)))
-                columns = _columns(file, reader.schema.names)
-                batches = (batch.select(columns) for batch in reader)
+            for batch in _batches(file, pa, pq):
+                for row in batch.to_pylist():
+                    # A column has a value in every row; in LLaVA's format an absent one is left out.
+                    yield {key: value for key, value in row.items() if value is not None}
         except (pa.ArrowInvalid, OSError) as error:
             raise UsageError(f"{file} cannot be read ({error}). Is the download complete?") from error
-        for batch in batches:
-            for row in batch.to_pylist():
-                yield _entry(row)
+
+
+def _batches(file: Path, pa: Any, pq: Any) -> Iterator[Any]:
+    """The record batches of a file, with the columns that are needed."""
+    if file.suffix == ".parquet":
+        table = pq.ParquetFile(file, memory_map=True)
+        yield from table.iter_batches(batch_size=64, columns=_columns(file, table.schema_arrow.names))
+        return
+    reader = _open_arrow(pa, pa.memory_map(str(file)))
+    columns = _columns(file, reader.schema.names)
+    for batch in reader:
+        yield batch.select(columns)
 
 
 def _open_arrow(pa: Any, source: Any) -> Any:
@@ -82,32 +93,27 @@ def _columns(file: Path, names: list[str]) -> list[str]:
         raise UsageError(
             f"{file} has the columns {', '.join(names)}; needed are conversations, image and id (optional)."
         )
+    unread = unread_image_key(names)
+    if unread is not None and "image" not in names:
+        raise UsageError(f"{file}: the column {unread} is not read: images stand in the column image.")
     return [name for name in COLUMNS if name in names]
 
 
-def _entry(row: dict[str, Any]) -> dict[str, Any]:
-    # A column has a value in every row; in LLaVA's format an absent one is left out.
-    return {key: value for key, value in row.items() if value is not None}
-
-
 class ImagePacker:
-    """Writes what `PackedImages` reads: a context manager around the rows of a data set."""
+    """Writes the files that `PackedImages` reads."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._file = (folder / "images.bin").open("wb")
         self._spans: dict[int, tuple[int, int]] = {}
 
-    def __enter__(self) -> ImagePacker:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def close(self) -> None:
+        """Writes the index of the images."""
         self._file.close()
-        if kind is None:
-            names = np.array(sorted(self._spans), dtype=np.uint64)
-            np.save(self._folder / "image_names.npy", names)
-            spans = np.array([self._spans[name] for name in names.tolist()], dtype=np.int64).reshape(-1, 2)
-            np.save(self._folder / "image_spans.npy", spans)
+        names = np.array(sorted(self._spans), dtype=np.uint64)
+        spans = np.array([self._spans[name] for name in names.tolist()], dtype=np.int64).reshape(-1, 2)
+        np.save(self._folder / "image_names.npy", names)
+        np.save(self._folder / "image_spans.npy", spans)
 
     def pack(self, entry: dict[str, Any]) -> dict[str, Any]:
         """The entry with the names of its images in place of their bytes."""
@@ -118,7 +124,7 @@ class ImagePacker:
     def _add(self, image: Any) -> str:
         data = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(data, bytes):
-            return ""  # refused with the record
+            return ""  # the record is refused
         name = hashlib.sha256(data).digest()[:8]
         key = int.from_bytes(name)
         if key not in self._spans:
@@ -127,12 +133,72 @@ class ImagePacker:
         return name.hex()
 
 
+class PackedImages:
+    """Images in one file. An image is named by the first 16 hexadecimal digits of its SHA-256, so equal images are
+    stored once."""
+
+    least_side: int | None = None
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._names: np.ndarray = np.load(folder / "image_names.npy", mmap_mode="r")
+        self._spans: np.ndarray = np.load(folder / "image_spans.npy", mmap_mode="r")
+        self._data = PartialReader(folder / "images.bin")
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def read(self, name: str) -> bytes:
+        row = self._row(name)
+        if row is None:
+            raise FileNotFoundError(f"{self.location(name)} does not exist.")
+        start, end = self._spans[row].tolist()
+        return self._data.read(start, end)
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if self._row(name) is None]
+
+    def location(self, name: str) -> str:
+        return f"embedded image {name} ({self.folder})"
+
+    def contains(self, name: str) -> bool:
+        return True
+
+    def _row(self, name: str) -> int | None:
+        key = np.uint64(int(name, 16))
+        row = int(np.searchsorted(self._names, key))
+        return row if row < len(self._names) and self._names[row] == key else None
+
+
+class PartialReader:
+    """Reads byte ranges of a file, in any process it is pickled to.
+
+    Not a memory map: pages count towards each process that touches them, and over an epoch that is the whole file. The
+    system's page cache serves all processes just as well.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: io.FileIO | None = None
+
+    def read(self, start: int, end: int) -> bytes:
+        """Bytes start..end of the file."""
+        if self._file is None:
+            self._file = io.FileIO(self._path)
+        # Not seek and read: forked processes share the file's position.
+        return os.pread(self._file.fileno(), end - start, start)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}
+
+
 def check_space(files: list[Path], folder: Path) -> None:
-    """`UsageError` where the unpacked images would not fit on the disk of `folder`."""
-    needed, free = sum(file.stat().st_size for file in files), shutil.disk_usage(folder).free
+    """`UsageError` if the unpacked images would not fit on the disk of `folder`."""
+    needed = sum(file.stat().st_size for file in files)
+    free = shutil.disk_usage(folder).free
     log.info("Unpacking images into %s: about %.1f GB, %.1f GB are free", folder, needed / 1e9, free / 1e9)
     if needed > free:
         raise UsageError(
-            f"{folder} has {free / 1e9:.1f} GB free; the unpacked images need about {needed / 1e9:.1f} GB. "
+            f"{folder} has {free / 1e9:.1f} GB free, but the unpacked images need about {needed / 1e9:.1f} GB. "
             "Choose another disk with the environment variable PRISM_DECO_CACHE."
         )

@@ -1,13 +1,16 @@
-"""Downloads a published data set and lays its folders out as the records expect them."""
+"""Downloads a published data set and lays out its folders as the records expect them."""
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import hf_hub_download, hf_hub_url
@@ -17,9 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from prism_deco.config import cache_dir, load_choice
-from prism_deco.data.archives import extract
-from prism_deco.data.download import download, look_up
-from prism_deco.data.images import missing_images
+from prism_deco.data.download import download, remote_size
+from prism_deco.data.images import ImageFolder
 from prism_deco.data.records import open_records
 from prism_deco.errors import UsageError
 
@@ -31,10 +33,9 @@ class Archive:
     """A ZIP archive of images.
 
     Attributes:
-        url: its address.
-        into: folder, relative to the data set's, that its images belong to.
-        gigabytes: size of the archive; the server's word counts more.
-        sha256: of the archive, where it is published.
+        into: folder, relative to the image root, that its images belong in; "." for the root itself.
+        gigabytes: its size, in case the server does not tell.
+        sha256: of the archive, if it is published.
     """
 
     url: str
@@ -43,8 +44,8 @@ class Archive:
     sha256: str | None = None
 
     @property
-    def name(self) -> str:
-        """File name while it is on disk."""
+    def file_name(self) -> str:
+        """Its name on disk, until its images are extracted."""
         return f"{self.into.replace('/', '-')}-{self.url.rpartition('/')[2]}"
 
 
@@ -54,11 +55,11 @@ class Dataset:
 
     Attributes:
         repo: data set repository on the Hugging Face hub that has the records.
-        revision: its commit, branch or tag.
         json: the records' file in the repository.
         json_gigabytes: its size.
-        image_root: folder of the images relative to the data set's.
+        image_root: folder of the images, relative to the data set's.
         archives: where the images come from.
+        revision: commit, branch or tag of the repository.
         endpoint: address of a mirror of the hub; None is the hub, or what HF_ENDPOINT says.
     """
 
@@ -73,13 +74,13 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be done, and the disk space it takes.
+class DownloadPlan:
+    """What is left to download, and the disk space it takes.
 
     Attributes:
-        downloads: what is missing, and its bytes.
-        needed: bytes on disk at most: archives are removed once their images are out.
-        free: bytes that are free.
+        downloads: bytes by file.
+        needed: bytes on disk at the peak; archives are deleted once their images are extracted.
+        free: free bytes on that disk.
     """
 
     root: Path
@@ -90,56 +91,59 @@ class Plan:
     def render(self) -> Table:
         """The plan as a table of rich."""
         table = Table(title=Text(f"To download into {self.root}", "table.title"), show_footer=True)
-        total = sum(self.downloads.values())
         table.add_column("file", f"disk space needed: {_gb(self.needed)}, free: {_gb(self.free)}")
-        table.add_column("size", _gb(total), justify="right")
+        table.add_column("size", _gb(sum(self.downloads.values())), justify="right")
         for name, size in self.downloads.items():
             table.add_row(Text(name), _gb(size))
         return table
 
 
 def read_dataset(name: str) -> Dataset:
-    """The data set of a YAML under `conf/data`; `UsageError` where that names nothing to download."""
+    """The data set of a YAML under `conf/data`; `UsageError` if there is nothing to download."""
     content = load_choice("data", name)
     if "archives" not in content:
-        raise UsageError(f"data={name} has nothing to download: it is made of files of your own, or rendered.")
+        raise UsageError(f"data={name} has nothing to download: its files are your own, or rendered.")
     archives = tuple(Archive(**archive) for archive in content["archives"])
     keys = ("repo", "json", "json_gigabytes", "image_root", "revision", "endpoint")
     return Dataset(name, **{key: content[key] for key in keys if key in content}, archives=archives)
 
 
-def plan(dataset: Dataset, root: Path) -> Plan:
-    """What `prepare` would download now. As long as the records are missing, that is every archive."""
+def plan_download(dataset: Dataset, root: Path) -> DownloadPlan:
+    """What `download_dataset` would download now; every archive as long as the records are missing."""
     downloads = {}
     if not (root / dataset.json).is_file():
         downloads[dataset.json] = round(dataset.json_gigabytes * 1e9)
     missing = _missing(dataset, root)
+    needed = sum(downloads.values())
+    largest = 0
     for archive in dataset.archives:
-        if missing is None or missing[archive.into]:
-            downloads[archive.url] = _size(archive)
-    archives = [size for name, size in downloads.items() if name != dataset.json]
-    # Photographs hardly shrink in an archive: out of it they take as much as within.
-    needed = sum(downloads.values()) + max(archives, default=0)
-    for archive in dataset.archives:
-        for file in (root / archive.name, root / f"{archive.name}.part"):
-            needed -= file.stat().st_size if archive.url in downloads and file.is_file() else 0
+        if missing is not None and not missing[archive.into]:
+            continue
+        size = _archive_size(archive)
+        downloads[archive.url] = size
+        on_disk = (root / archive.file_name, root / f"{archive.file_name}.part")
+        needed += size - sum(file.stat().st_size for file in on_disk if file.is_file())
+        largest = max(largest, size)
     existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
-    return Plan(root, downloads, needed, shutil.disk_usage(existing).free)
+    # Photographs hardly shrink in an archive: while it is extracted, its images take as much again.
+    return DownloadPlan(root, downloads, needed + largest, shutil.disk_usage(existing).free)
 
 
-def prepare(dataset: Dataset, root: Path) -> None:
+def download_dataset(dataset: Dataset, root: Path) -> None:
     """Downloads what is missing of a data set: an archive only if images of its folder are missing.
 
-    It can be interrupted at any time and goes on where it was.
+    It can be interrupted at any time; the next call resumes.
 
     Raises:
         UsageError: the disk is too small.
-        OSError: a download fails for good, or the archives lack images that the records show.
+        OSError: a download fails for good, or no archive has an image that the records name.
     """
-    todo = plan(dataset, root)
-    log.info("%s needs %s on disk, %s are free", dataset.name, _gb(todo.needed), _gb(todo.free))
+    todo = plan_download(dataset, root)
+    log.info("%s needs %s on disk; %s are free", dataset.name, _gb(todo.needed), _gb(todo.free))
     if todo.needed > todo.free:
-        raise UsageError(f"{root} has {_gb(todo.free)} free, {dataset.name} needs {_gb(todo.needed)}: choose another.")
+        raise UsageError(
+            f"{root} has {_gb(todo.free)} free, but {dataset.name} needs {_gb(todo.needed)}: choose another --root."
+        )
     root.mkdir(parents=True, exist_ok=True)
     if not (root / dataset.json).is_file():
         _download_json(dataset, root)
@@ -165,29 +169,63 @@ def _download_json(dataset: Dataset, root: Path) -> None:
     try:
         hf_hub_download(dataset.repo, dataset.json, local_dir=root, **place)
     except Exception as error:  # the hub's client passes on whatever its HTTP library raises
-        raise OSError(f"{hf_hub_url(dataset.repo, dataset.json, **place)} cannot be downloaded ({error}).") from error
+        raise OSError(f"Cannot download {hf_hub_url(dataset.repo, dataset.json, **place)} ({error}).") from error
 
 
 def _fetch_images(archive: Archive, root: Path, image_root: Path, names: list[str]) -> None:
-    file = root / archive.name
+    file = root / archive.file_name
     if not file.is_file():
         with _download_bar(archive) as progress:
             download(archive.url, file, sha256=archive.sha256, progress=progress)
-    log.info("Taking %d images out of %s", len(names), file)
+    log.info("Extracting %d images from %s", len(names), file)
     prefix = f"{archive.into}/" if archive.into != "." else ""
     found = extract(file, image_root / archive.into, [name.removeprefix(prefix) for name in names])
-    log.info("%d of %d images of %s are there", found, len(names), archive.into)
+    log.info("Extracted %d of %d images of %s", found, len(names), archive.into)
     file.unlink()
 
 
+def extract(archive: Path, folder: Path, wanted: Collection[str]) -> int:
+    """Extracts the wanted files of a ZIP archive; returns how many it had.
+
+    Archives wrap different folders around the same files, so a member is the wanted file that its path ends with.
+    Nothing else is written. Each file appears once it is complete; ZIP's checksums are verified.
+
+    Args:
+        wanted: paths relative to `folder`.
+
+    Raises:
+        OSError: the archive is damaged.
+    """
+    left = set(wanted)
+    try:
+        with zipfile.ZipFile(archive) as content:
+            for member in content.infolist():
+                parts = PurePosixPath(member.filename).parts
+                endings = ("/".join(parts[start:]) for start in range(len(parts)))
+                name = next((ending for ending in endings if ending in left), None)
+                if name is None or member.is_dir():
+                    continue
+                left.discard(name)
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                temporary = target.with_name(f".{target.name}.part")
+                with content.open(member) as source, temporary.open("wb") as file:
+                    shutil.copyfileobj(source, file)
+                os.replace(temporary, target)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise OSError(f"{archive} is damaged ({error}): delete it and run the command again.") from error
+    return len(set(wanted)) - len(left)
+
+
 def _missing(dataset: Dataset, root: Path) -> dict[str, list[str]] | None:
-    """Images without a file by the folder of the archive they are in; None while the records are missing."""
+    """The names of missing images by `Archive.into`; None while the records are missing."""
     if not (root / dataset.json).is_file():
         return None
-    records = open_records(root / dataset.json, cache_dir(), allow_faults=True)
+    image_root = root / dataset.image_root
+    records = open_records(root / dataset.json, cache_dir(), image_root=image_root, allow_faults=True)
     names = dict.fromkeys(name for record in records for name in record.images)
     missing: dict[str, list[str]] = {archive.into: [] for archive in dataset.archives}
-    for name in missing_images(root / dataset.image_root, names):
+    for name in ImageFolder(image_root).missing(names):
         folder = next((into for into in missing if into == "." or name.startswith(f"{into}/")), None)
         if folder is None:
             raise OSError(f"No archive of {dataset.name} is for the image {name}: its records are of another version.")
@@ -195,19 +233,19 @@ def _missing(dataset: Dataset, root: Path) -> dict[str, list[str]] | None:
     return missing
 
 
-def _size(archive: Archive) -> int:
+def _archive_size(archive: Archive) -> int:
     try:
-        size = look_up(archive.url).size
+        size = remote_size(archive.url)
     except OSError as error:
-        log.warning("%s; its size is taken from the configuration", error)
+        log.warning("%s Its size is taken from the configuration.", error)
         size = None
     return round(archive.gigabytes * 1e9) if size is None else size
 
 
 @contextmanager
-def _download_bar(archive: Archive) -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+def _download_bar(archive: Archive) -> Iterator[Callable[[int, int | None], None]]:
+    columns: tuple[Any, ...] = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(archive.into)
         yield lambda done, size: bar.update(task, completed=done, total=size)
 

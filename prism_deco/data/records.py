@@ -1,7 +1,7 @@
-"""LLaVA records, checked once and then read from an index on disk.
+"""Records, checked once and then read from an index on disk.
 
-The file is read a single time and rewritten as one line per record with memory-mapped arrays of what
-samplers need, so that 665 000 records cost a loader process no memory of its own.
+The file is read a single time and rewritten as one line per record, with a memory-mapped table of what samplers need:
+665 000 records cost a loader process no memory of its own.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prism_deco.data.images import PackedImages
-from prism_deco.data.index import build_index
+from prism_deco.data.index import VERSION, build_index
 from prism_deco.data.llava_json import Record
-from prism_deco.data.packing import table_files
-from prism_deco.data.partial import PartialReader
+from prism_deco.data.packing import PackedImages, PartialReader, table_files
 from prism_deco.errors import UsageError
 from prism_deco.files import file_sha256
 from prism_deco.llms.prompts import IMAGE_TAG
@@ -29,75 +29,133 @@ __all__ = ["IMAGE_TAG", "Record", "Records", "open_records"]
 log = logging.getLogger(__name__)
 
 
-class Records(Sequence[Record]):
-    """The records of one file, in file order.
+class RecordTable(Sequence[Record]):
+    """Records, and what samplers and splits need to know of all of them.
 
     Attributes:
         data_hash: SHA-256 of the JSON file, or of the entries of Parquet files; hexadecimal.
-        words: int32[n], whitespace-separated words of all turns (the sampler's length).
-        has_image: bool[n].
-        positions: float64[n] in [0, 1), a hash of each record's image (of its id where it has none;
-            common to records that share an image); the held-out split is a threshold on it.
-        entries: int64[n], each record's position in the file, faulty ones counted.
-        embedded: the images that came with the records, None where they are files of their own.
+        embedded: the images that came with the records; None if they are files.
+    """
+
+    data_hash: str
+    embedded: PackedImages | None
+
+    @abstractmethod
+    def column(self, name: str) -> np.ndarray:
+        """A column of `index.ROW`."""
+
+    @abstractmethod
+    def record(self, index: int) -> Record:
+        """The record of a row."""
+
+    @property
+    def words(self) -> np.ndarray:
+        """int32[n]."""
+        return self.column("words")
+
+    @property
+    def num_images(self) -> np.ndarray:
+        """int32[n]."""
+        return self.column("num_images")
+
+    @property
+    def has_image(self) -> np.ndarray:
+        """bool[n]."""
+        return self.num_images > 0
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self.record(i) for i in range(*index.indices(len(self)))]
+        return self.record(index)
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self.record(i) for i in range(len(self)))
+
+
+class Records(RecordTable):
+    """The records of one file, in file order, read from an index.
+
+    Args:
+        folder: of the index.
     """
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self.data_hash: str = json.loads((folder / "index.json").read_text())["sha256"]
-        self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
-        self.words: np.ndarray = np.load(folder / "words.npy", mmap_mode="r")
-        self.has_image: np.ndarray = np.load(folder / "has_image.npy", mmap_mode="r")
-        self.positions: np.ndarray = np.load(folder / "positions.npy", mmap_mode="r")
-        self.entries: np.ndarray = np.load(folder / "entries.npy", mmap_mode="r")
-        self.embedded = PackedImages(folder) if (folder / "images.bin").is_file() else None
+        self._rows: np.ndarray = np.load(folder / "rows.npy", mmap_mode="r")
         self._lines = PartialReader(folder / "records.jsonl")
+        self.data_hash = json.loads((folder / "index.json").read_text())["sha256"]
+        self.embedded = PackedImages(folder) if (folder / "images.bin").is_file() else None
 
     @property
     def faults(self) -> list[dict[str, Any]]:
-        """Entries of the file that are no usable records: {entry, id, kind, detail}."""
-        with (self._folder / "faults.jsonl").open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        """All that is wrong with entries of the file: {entry, id, kind, detail, usable}; usable entries are records."""
+        return _read_lines(self._folder / "faults.jsonl")
 
-    def __len__(self) -> int:
-        return len(self.words)
+    def refused(self, odd_records: str) -> list[dict[str, Any]]:
+        """The faults that keep an entry out of training.
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        start, end = self._offsets[index : index + 2].tolist()
-        raw = json.loads(self._lines.read(start, end))
+        Args:
+            odd_records: refuse | train, see `recipe.odd_records`.
+        """
+        faults = _read_lines(self._folder / "refused.jsonl")
+        return [fault for fault in faults if odd_records == "refuse" or not fault["usable"]]
+
+    def column(self, name: str) -> np.ndarray:
+        return self._rows[name]
+
+    def record(self, index: int) -> Record:
+        row = self._rows[index]
+        raw = json.loads(self._lines.read(int(row["start"]), int(row["end"])))
         return Record(raw["id"], tuple(raw["images"]), raw["messages"])
 
-    def __iter__(self) -> Iterator[Record]:
-        return (self[i] for i in range(len(self)))
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __reduce__(self) -> Any:
+        return Records, (self._folder,)  # other processes map the same files
 
 
-def open_records(path: Path, cache: Path, *, allow_faults: bool = False) -> Records:
+def open_records(path: Path, cache: Path, *, image_root: Path | None = None, allow_faults: bool = False) -> Records:
     """Opens the records of a file, through an index in `cache` (built on first use).
 
     Args:
-        path: a LLaVA JSON file, or Parquet or Arrow files with the same fields and embedded images
-            (see `packing.table_files`).
-        allow_faults: leave out malformed records, to be found in `Records.faults`, instead of failing.
+        path: a LLaVA JSON file (a list, or JSON Lines), or Parquet or Arrow files with the same fields and embedded
+            images (see `packing.table_files`).
+        image_root: folder of the images; absolute paths below it become relative to it.
+        allow_faults: leave out unusable entries and keep odd ones, all to be found in `Records.faults`, instead of
+            failing.
 
     Raises:
-        UsageError: the file cannot be read, or a record is malformed; names the file and the record.
+        UsageError: the file cannot be read, or a record is refused; names the file and the record.
     """
     tables = table_files(path)
     digest = _fingerprint(tables) if tables else file_sha256(path)
-    folder = cache / "index" / digest[:16]
+    key = json.dumps([VERSION, digest, image_root and os.path.abspath(image_root)])
+    folder = cache / "index" / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not (folder / "index.json").is_file():
         log.info("Indexing %s", path)
-        build_index(path, tables, digest, folder)
+        build_index(path, tables, digest, image_root, folder)
     records = Records(folder)
-    if not allow_faults and (faults := records.faults):
-        more = f" So are {len(faults) - 1} more: `prism-deco data check` lists them." if len(faults) > 1 else ""
-        raise UsageError(f"{path} {faults[0]['detail']}{more}")
+    if not allow_faults and (refused := records.refused("refuse")):
+        raise refusal(path, refused)
     return records
+
+
+def refusal(path: Path, refused: Sequence[dict[str, Any]]) -> UsageError:
+    """The error for refused records: the first of them, and the ways out."""
+    first = refused[0]
+    others = len({fault["entry"] for fault in refused}) - 1
+    more = f"{others} more records are refused; `prism-deco data check` lists them. " if others else ""
+    odd = "Train on them as PRISM and LLaVA do with recipe.odd_records=train, or leave" if first["usable"] else "Leave"
+    return UsageError(f"{path}, {first['detail']} {more}{odd} such records out with data.on_bad_record=skip.")
 
 
 def _fingerprint(files: Sequence[Path]) -> str:
     """Tells whether files are still the same without reading their hundreds of gigabytes."""
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

@@ -1,9 +1,8 @@
 """The order of the records: each epoch's global batches as a pure function of (seed, epoch).
 
-A sampler returns the epoch's global batches; rank r of W takes every W-th entry of a batch from r on,
-and a filler where that leaves it one short: ranks must run the same number of forward passes, or they
-wait for each other forever. Nothing is remembered between batches, so that a resumed run needs no
-sampler state, and the order does not depend on loader processes.
+A sampler returns the epoch's global batches. Rank r of W takes every W-th entry of a batch from r on, and a filler if
+it is then one short: all ranks must run the same number of forward passes, or they wait for each other forever. There
+is no state between batches, so a resumed run needs none, and the order does not depend on loader processes.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ class Population:
 
 @dataclass(frozen=True)
 class Filler:
-    """Stands where a rank has no record left: the record `index` without anything to learn from."""
+    """Fills a rank's batch that is one record short: the record `index` without labels."""
 
     index: int
 
 
 Share = list[int | Filler]
-"""What one rank loads for one optimizer step: indices of records, and fillers behind them."""
+"""What one rank loads for one optimizer step: indices of records, then fillers."""
 
 EpochSampler = Callable[[Population, int, int, int], list[np.ndarray]]
 """(population, global batch size, generator seed, world size) -> global batches, int64[<= G] each."""
@@ -59,8 +58,8 @@ def shuffled(population: Population, batch_size: int, seed: int, world_size: int
 def grouped(population: Population, batch_size: int, seed: int, world_size: int) -> list[np.ndarray]:
     """Batches of one modality and of similar length, in random order; each record exactly once.
 
-    Lengths are sorted within windows of 32 batches, which keeps the order random at large. What
-    does not fill a batch of its modality goes, together, into mixed last batches.
+    Lengths are sorted within windows of 32 batches, which keeps the order random on the whole. Records that do not fill
+    a batch of their modality go into mixed batches at the end.
     """
     rng = np.random.default_rng(seed)
     window = 32 * batch_size
@@ -81,8 +80,8 @@ def grouped(population: Population, batch_size: int, seed: int, world_size: int)
 def llava(population: Population, batch_size: int, seed: int, world_size: int) -> list[np.ndarray]:
     """The order of LLaVA (`LengthGroupedSampler` with `group_by_modality`); each record exactly once.
 
-    Batches are of one modality, drawn and ordered at random; lengths only decide who of the ranks gets what. The
-    last batches of both modalities come together, at the end.
+    Batches are of one modality, drawn and ordered at random; lengths only decide which rank gets which record. The last
+    batches of both modalities are merged and come at the end.
     """
     rng = np.random.default_rng(seed)
     batches: list[np.ndarray] = []
@@ -98,9 +97,9 @@ def llava(population: Population, batch_size: int, seed: int, world_size: int) -
 
 @SAMPLERS.register("prismatic")
 def prismatic(population: Population, batch_size: int, seed: int, world_size: int) -> list[np.ndarray]:
-    """The split-modality, length-balanced order of prismatic-vlms (`SplitModalitySampler`), its
-    quirks included: a last batch is filled up from the modality's first, and the batch with the
-    longest record (an image counted as 24 x 24) is swapped to the front.
+    """The split-modality, length-balanced order of prismatic-vlms (`SplitModalitySampler`), quirks included: a last
+    batch is filled up from the modality's first, and the batch with the longest record (an image counts as 24 x 24
+    words) is swapped to the front.
 
     Raises:
         UsageError: the batch size is not a multiple of the world size.
@@ -116,7 +115,7 @@ def prismatic(population: Population, batch_size: int, seed: int, world_size: in
     for members in permuted.values():
         chunks = _chunks(members, batch_size)
         if chunks and len(chunks[-1]) < batch_size:
-            # Repeated where the modality is smaller than the gap; the original stops there.
+            # Repeats the first batch if the modality is smaller than the gap, where the original fails.
             chunks[-1] = np.concatenate([chunks[-1], np.resize(chunks[0], batch_size - len(chunks[-1]))])
         batches += [_balance(chunk, population.words, world_size) for chunk in chunks]
     batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
@@ -127,8 +126,8 @@ def prismatic(population: Population, batch_size: int, seed: int, world_size: in
 
 
 def _balance(batch: np.ndarray, words: np.ndarray, world_size: int) -> np.ndarray:
-    """Deals a batch, longest first, to the rank with the fewest words and room left; interleaved so
-    that rank r's share is every `world_size`-th entry from r on."""
+    """Deals a batch, longest record first, to the rank with the fewest words and room left; interleaved, so that rank r
+    has every `world_size`-th entry from r on."""
     capacity = math.ceil(len(batch) / world_size)
     buckets: list[list[int]] = [[] for _ in range(world_size)]
     totals = [0.0] * world_size
@@ -137,7 +136,10 @@ def _balance(batch: np.ndarray, words: np.ndarray, world_size: int) -> np.ndarra
         buckets[rank].append(index)
         totals[rank] = math.inf if len(buckets[rank]) == capacity else totals[rank] + float(words[index])
     depth = max(len(bucket) for bucket in buckets)
-    return np.array([bucket[i] for i in range(depth) for bucket in buckets if i < len(bucket)], dtype=np.int64)
+    dealt: list[int] = []
+    for place in range(depth):
+        dealt += [bucket[place] for bucket in buckets if place < len(bucket)]
+    return np.array(dealt, dtype=np.int64)
 
 
 def _chunks(order: np.ndarray, size: int) -> list[np.ndarray]:
@@ -145,15 +147,15 @@ def _chunks(order: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def rank_share(batch: np.ndarray, rank: int, world_size: int) -> Share:
-    """The part of a global batch that one rank takes: as many entries as every other rank."""
+    """The part of a global batch that one rank takes: as many entries as any other."""
     share: Share = batch[rank::world_size].tolist()
     missing = math.ceil(len(batch) / world_size) - len(share)
     return share + [Filler(int(batch[0]))] * missing
 
 
 def in_order(count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[Share]:
-    """Batches of one rank through `count` records in their order, for validation: all ranks have the
-    same number of batches of the same sizes."""
+    """Validation batches of one rank, `count` records in their order: all ranks have the same number of batches, of the
+    same sizes."""
     share = rank_share(np.arange(count), rank, world_size) if count else []
     return [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
 
@@ -163,8 +165,8 @@ class StepSampler:
 
     Args:
         sampler: registered name of the order.
-        global_batch_size: records per optimizer step over all ranks.
-        start_step: optimizer steps already taken; the iteration starts behind them.
+        global_batch_size: records per optimizer step, over all ranks.
+        start_step: optimizer steps already taken, which the iteration skips.
     """
 
     def __init__(

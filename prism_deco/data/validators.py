@@ -1,38 +1,53 @@
-"""What can be wrong with a record or an image, and how it is recognised."""
+"""What can be wrong with a record or an image, and how it is detected."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
+from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import ExifTags, Image
 
-from prism_deco.data.examples import Encoder
-from prism_deco.data.images import ImageSource, decoding_problem
+from prism_deco.data.encoder import Encoder
+from prism_deco.data.images import ImageSource, decoding_problem, open_bytes
 from prism_deco.data.llava_json import Record
 from prism_deco.errors import UsageError
 from prism_deco.llms.encoding import IGNORE
+from prism_deco.llms.prompts import IMAGE_TAG
 
 KINDS: Mapping[str, str] = {
     "malformed": "an entry or a turn without the fields of LLaVA's format",
-    "turn_order": "turns that do not alternate, or end without an answer",
-    "image_tags": "more <image> tags than images, or images without a tag",
-    "outside_root": "an image path that is absolute or climbs with `..`",
+    "turn_order": "turns that do not alternate, or a last question without an answer",
+    "image_tags": "more <image> tags than images, several images without a tag each, or a tag in an answer",
+    "outside_root": "an image path that leads out of the image root",
+    "unread_image": "an image under another key than `image`",
+    "broken_text": "half of a surrogate pair, which is not text",
+    "id_type": "an id that is not text",
     "duplicate_id": "the id of an earlier record",
-    "empty_turn": "a turn without text",
+    "empty_turn": "a turn without text, or with nothing but <image>",
+    "control_character": "NUL or another control character in the text",
     "control_token": "text that the tokenizer takes for one of its special tokens",
     "unrenderable": "a conversation that the chat format cannot render, or that has nothing to learn from",
+    "no_room": "more images than the LLM has positions for",
+    "answers_cut": "a question so long that all answers lie beyond the length limit",
     "missing": "no such image file",
     "outside_link": "a link out of the image root",
     "unreadable": "an image that cannot be decoded to the end",
     "wrong_type": "an image of another type than its file name says",
     "huge": "so many pixels that Pillow suspects a decompression bomb",
+    "single_pixel": "an image of one pixel",
+    "transparent": "an image that is transparent all over; training sees the colours behind",
+    "rotated": "an EXIF orientation; training does not apply it, like PRISM and LLaVA",
+    "clipped": "pixels of 16 bits or floats; training sees them cut to whole numbers from 0 to 255",
 }
+
+# Tabs and ends of lines are text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -41,9 +56,9 @@ class Fault:
 
     Attributes:
         kind: one of `KINDS`.
-        entry: position of the record in the file.
+        entry: number of the record in the file.
         id: the record's id.
-        image: name of the image, where it is the image that is at fault.
+        image: name of the image, if the fault is in it.
     """
 
     kind: str
@@ -58,8 +73,8 @@ class ImageFindings:
     """What reading an image showed.
 
     Attributes:
-        format: of the file's content, as Pillow names it.
-        digest: SHA-256 of the file; None where there is nothing to read.
+        format: of the content, as Pillow names it.
+        digest: SHA-256 of the file; None if it cannot be read.
         kind, detail: the fault, if there is one.
     """
 
@@ -76,8 +91,8 @@ class TextFindings:
 
     Attributes:
         length: before truncation.
-        supervised: thereof what the loss covers.
-        cut, supervised_cut: what truncation takes of both.
+        supervised: tokens that the loss covers, before truncation.
+        cut, supervised_cut: how many of these truncation removes.
         faults: kinds and details.
     """
 
@@ -102,9 +117,10 @@ def inspect_image(images: ImageSource, name: str) -> ImageFindings:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            with open_bytes(data) as image:
                 found = replace(found, format=image.format)
                 image.convert("RGB")
+                problem = _lost_in_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return replace(found, kind="huge", detail=f"{images.location(name)}: {error}")
     except Exception as error:  # decoders raise whatever a broken file leads them into
@@ -114,17 +130,47 @@ def inspect_image(images: ImageSource, name: str) -> ImageFindings:
     if expected is not None and expected != _common_name(found.format):
         detail = f"{images.location(name)} holds a {found.format} image."
         return replace(found, kind="wrong_type", detail=detail)
+    if problem is not None:
+        kind, detail = problem
+        return replace(found, kind=kind, detail=f"{images.location(name)} {detail}")
     return found
 
 
+def _lost_in_rgb(image: Image.Image) -> tuple[str, str] | None:
+    """What the conversion to 8-bit RGB, which PRISM and LLaVA train on, loses of a decoded image: kind and detail."""
+    if image.size == (1, 1):
+        return "single_pixel", "has one pixel."
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() == (0, 0):
+        return "transparent", "is transparent all over."
+    orientation = _orientation(image)
+    if orientation in range(2, 9):
+        return "rotated", f"has the EXIF orientation {orientation}."
+    if image.mode.startswith(("I", "F")):
+        pixels = np.asarray(image)
+        low = pixels.min()
+        high = pixels.max()
+        is_fraction = image.mode == "F" and high <= 1
+        if low < 0 or high > 255 or is_fraction:
+            return "clipped", f"has pixels from {low:g} to {high:g} (mode {image.mode})."
+    return None
+
+
+def _orientation(image: Image.Image) -> Any:
+    """The EXIF orientation of a decoded image. TIFF files have none any more: decoding applies it."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a damaged EXIF block, which training does not read
+        return None
+
+
 def _format_of(name: str) -> str | None:
-    """The format that a file name stands for; None where it stands for none."""
+    """The format that a file name claims; None if it claims none."""
     Image.init()
     return _common_name(Image.registered_extensions().get(PurePosixPath(name).suffix.lower()))
 
 
 def _common_name(image_format: str | None) -> str | None:
-    # Some cameras put a preview behind the picture, which makes the JPEG file an MPO file.
+    # Some cameras append a preview, which makes a JPEG file an MPO file.
     return "JPEG" if image_format == "MPO" else image_format
 
 
@@ -138,26 +184,41 @@ class TextInspector:
         self._special = re.compile("|".join(map(re.escape, sorted(special.values(), key=len, reverse=True))) or r"(?!)")
 
     def __call__(self, record: Record) -> TextFindings:
-        faults = list(self._simple_faults(record))
+        faults = list(self._simple_faults(record).items())
+        room = self._encoder.room(len(record.images))
         try:
             full = self._encoder.encode(record)
-            kept, cut = self._encoder.fit(full)
             faults += self._control_tokens(record, full.input_ids)
+            kept, cut = self._encoder.fit(full)
         except UsageError as error:
-            return TextFindings(faults=[*faults, ("unrenderable", str(error))])
-        supervised, remaining = (sum(label != IGNORE for label in e.labels) for e in (full, kept))
+            return TextFindings(faults=[*faults, ("no_room" if room < 2 else "unrenderable", str(error))])
+        if cut and all(label == IGNORE for label in full.labels[:room]):
+            faults.append(("answers_cut", f"No answer begins within the limit of {room} tokens of text."))
+        supervised = sum(label != IGNORE for label in full.labels)
+        remaining = sum(label != IGNORE for label in kept.labels)
         return TextFindings(len(full.input_ids), supervised, cut, supervised - remaining, faults)
 
-    def _simple_faults(self, record: Record) -> Iterator[tuple[str, str]]:
-        empty = [str(i) for i, message in enumerate(record.messages, start=1) if not message["content"].strip()]
-        if empty:
-            yield "empty_turn", f"Turn {', '.join(empty)} of {len(record.messages)} has no text."
+    def _simple_faults(self, record: Record) -> dict[str, str]:
+        """The first of each kind."""
+        found: dict[str, str] = {}
+        for number, message in enumerate(record.messages, start=1):
+            turn = f"Turn {number} of {len(record.messages)}"
+            text = message["content"]
+            if not text.strip():
+                found.setdefault("empty_turn", f"{turn} has no text.")
+            elif not text.replace(IMAGE_TAG, "").strip():
+                found.setdefault("empty_turn", f"{turn} has no text but {IMAGE_TAG}.")
+            if message["role"] == "assistant" and IMAGE_TAG in text:
+                found.setdefault("image_tags", f"{turn} is an answer and holds {IMAGE_TAG}.")
+            if control := _CONTROL.search(text):
+                found.setdefault("control_character", f"{turn} holds the character U+{ord(control[0]):04X}.")
+        return found
 
     def _control_tokens(self, record: Record, ids: list[int]) -> Iterator[tuple[str, str]]:
         found = {match for message in record.messages for match in self._special.findall(message["content"])}
         if not found:
             return
-        # The same conversation with these words broken up: are there fewer special tokens now?
+        # Are there fewer special tokens if these words are broken up?
         messages = [m | {"content": self._special.sub(_broken, m["content"])} for m in record.messages]
         harmless = self._encoder.encode(replace(record, messages=messages)).input_ids
         if self._count(ids) > self._count(harmless):

@@ -164,6 +164,8 @@ def check_roles(messages: Sequence[Message]) -> None:
     for message in messages:
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise UsageError(f'A message is {{"role": ..., "content": text}}, not {message!r}.')
+        if not _is_encodable(message["content"]):
+            raise UsageError(f"A message holds half of a surrogate pair, which is not text: {message['content']!a}.")
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns:
@@ -177,6 +179,14 @@ def check_roles(messages: Sequence[Message]) -> None:
             )
     if len(turns) % 2:
         raise UsageError("The conversation ends without an answer: nothing in it would be supervised.")
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _split_images(text: str, number: int) -> Iterator[Segment]:
@@ -194,6 +204,9 @@ def _delete_tags(messages: Sequence[Message], num_images: int) -> list[dict[str,
 
 def _tags_first(messages: Sequence[Message], num_images: int) -> list[dict[str, str]]:
     tags = [m["content"].count(IMAGE_TAG) if m["role"] == "user" else 0 for m in messages]
+    if sum(tags) > num_images:
+        # In LLaVA a message has one image, however often it says so, and in a conversation without images all is text.
+        tags = [min(count, 1, num_images) for count in tags]
     if not any(tags) and num_images:
         # Plain questions about images: as if the first one began with the tags.
         tags[[m["role"] for m in messages].index("user")] = num_images

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from omegaconf import DictConfig
 
-from prism_deco.build import group
+from prism_deco.build import group, record_options
 from prism_deco.config import cache_dir
 from prism_deco.data import build_source
-from prism_deco.data.records import Records
+from prism_deco.data.records import RecordTable
 from prism_deco.data.split import Subset, first, open_parts
 from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel
@@ -71,7 +71,7 @@ def sequences_of(config: DictConfig) -> tuple[Sequences, str | None]:
             raise
         return _estimate(config), str(error)
     # As training opens them: what that refuses is no run to be planned.
-    parts = open_parts(source, cache_dir(), val_fraction=config.data.val_fraction, limit=config.data.limit)
+    parts = open_parts(source, cache_dir(), **record_options(config))
     records = first(parts.records, config.data.limit)
     return _measure(records, llm_of(config), config.recipe.micro_batch_size), None
 
@@ -113,12 +113,12 @@ def _measure(records: Subset, llm: LanguageModel, micro_batch_size: int) -> Sequ
     )
 
 
-def _tokens_per_word(records: Records | Subset, llm: LanguageModel) -> tuple[float, float]:
+def _tokens_per_word(records: RecordTable, llm: LanguageModel) -> tuple[float, float]:
     """Tokens that a word makes, chat format included, and the share of them that is supervised."""
     words, tokens, supervised = 0, 0, 0
     for index in np.linspace(0, len(records) - 1, min(SAMPLE, len(records))).astype(int).tolist():
         record = records[index]
-        encoded = llm.encode(record.messages, len(record.images))
+        encoded = llm.encode(record.answered, len(record.images))
         words += int(records.words[index])
         tokens += len(encoded.input_ids)
         supervised += sum(label >= 0 for label in encoded.labels)

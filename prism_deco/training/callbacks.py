@@ -63,7 +63,10 @@ class SampleAnswers(Callback):
         board = trainer.logger.experiment
         for row, index in enumerate(_distinct_images(data.val_records, self._count)):
             record = data.val_records[index]
-            pixels = stack_pixels(data.val_examples[index].pixels)
+            example = data.val_examples[index]
+            if example.bad_images or example.bad_record:
+                continue
+            pixels = stack_pixels(example.pixels)
             assert pixels is not None
             pixels = {tower: images.to(pl_module.device) for tower, images in pixels.items()}
             question, reference = record.messages[0]["content"], record.messages[1]["content"]

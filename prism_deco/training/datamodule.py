@@ -11,9 +11,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from prism_deco.build import max_positions
+from prism_deco.build import max_positions, record_options
 from prism_deco.config import cache_dir
 from prism_deco.data import Source
+from prism_deco.data.encoder import check_records
 from prism_deco.data.images import ImageSource
 from prism_deco.data.loader import Collate, Examples, Step, build_loader, stack_pixels
 from prism_deco.data.samplers import Population, StepSampler, in_order
@@ -36,12 +37,17 @@ class Conversations(pl.LightningDataModule):
     def __init__(self, source: Source, config: DictConfig, vlm: VLM, llm: LanguageModel):
         super().__init__()
         self._config = config
-        settings = config.data
-        parts = open_parts(source, cache_dir(), val_fraction=settings.val_fraction, limit=settings.limit)
+        parts = open_parts(source, cache_dir(), **record_options(config))
         self.data_hash = parts.records.data_hash
         self.train_records, self.val_records = parts.train, parts.val
         self.train_examples = self._examples(self.train_records, source.images(parts.records), vlm, llm)
         self.val_examples = self._examples(self.val_records, source.images(parts.val_records), vlm, llm)
+        self.left_out = parts.left_out
+        if self.left_out:
+            log.info("%d records are left out (data.on_bad_record=skip): %s", len(parts.left_out), parts.left_out[0])
+        if config.data.on_bad_record == "fail":
+            for examples in (self.train_examples, self.val_examples):
+                check_records(examples.records, examples.encoder)
         if config.data.on_bad_image == "fail":
             for examples in (self.train_examples, self.val_examples):
                 _check_images(examples)
@@ -112,6 +118,7 @@ class Conversations(pl.LightningDataModule):
             max_positions=max_positions(self._config, llm),
             tokens_per_image=vlm.projector.num_tokens,
             on_bad_image=self._config.data.on_bad_image,
+            on_bad_record=self._config.data.on_bad_record,
         )
 
 

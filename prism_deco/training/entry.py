@@ -13,10 +13,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.backbones.weights import ASSET
-from prism_deco.build import build_model, group
+from prism_deco.build import build_encoder, build_model, group, record_options
 from prism_deco.config import cache_dir, compose, read_config, save_config
 from prism_deco.config.registry import import_plugins
 from prism_deco.data import build_source
+from prism_deco.data.encoder import check_records
 from prism_deco.data.split import open_parts
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
@@ -164,7 +165,7 @@ def check(
         check_start(after, config)
     elif config.recipe.start_from:
         find_start(Path(config.recipe.start_from), config)
-    vlm, _ = build_model(config, device="meta")
+    vlm, llm = build_model(config, device="meta")
     tuning(config.recipe.lm).check()
     TrainingModule(vlm, config.recipe, total_steps=1, nonfinite=config.trainer.nonfinite)
     strategy_of(config, world)
@@ -174,7 +175,11 @@ def check(
     if scoring is not None:
         scoring.prepare(source.benchmarks)
     if world.is_main:  # it may index the data
-        open_parts(source, cache_dir(), val_fraction=config.data.val_fraction, limit=config.data.limit)
+        parts = open_parts(source, cache_dir(), **record_options(config))
+        if config.data.on_bad_record == "fail":
+            encoder = build_encoder(config, llm, vlm.projector.num_tokens)
+            for records in (parts.train, parts.val):
+                check_records(records, encoder)
         _fit(config, force)
 
 

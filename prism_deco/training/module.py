@@ -62,7 +62,7 @@ class TrainingModule(pl.LightningModule):
         self.vlm = vlm.train()
         self.recipe = recipe
         self.total_steps = total_steps
-        self.counts = {"tokens_cut": 0, "bad_images": 0, "steps_skipped": 0}
+        self.counts = {"tokens_cut": 0, "bad_images": 0, "bad_records": 0, "steps_skipped": 0}
         self.making_way = False
         self.last_step: dict[str, Any] = {}
         self._seed = seed
@@ -96,7 +96,7 @@ class TrainingModule(pl.LightningModule):
         scheduler = cast(Any, self.lr_schedulers())
         optimizer.zero_grad()
         passes = sum(micro_batch.num_targets > 0 for micro_batch in step.batches)
-        counts = [step.num_targets, passes, step.tokens_cut, step.bad_images, self._preempted()]
+        counts = [step.num_targets, passes, step.tokens_cut, step.bad_images, step.bad_records, self._preempted()]
         totals = self.all_reduce_sum(torch.tensor(counts, dtype=torch.float64, device=self.device))
         targets, passes = totals[0].float(), totals[1].float()
         total = torch.zeros((), device=self.device)
@@ -114,7 +114,7 @@ class TrainingModule(pl.LightningModule):
         }
         norm = grad_norm(self.vlm.parameters())
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        _, _, tokens_cut, bad_images, making_way = (int(value) for value in totals.tolist())
+        _, _, tokens_cut, bad_images, bad_records, making_way = (int(value) for value in totals.tolist())
         if math.isfinite(total.item() + norm.item()):
             # Not before: a norm that is no number would spoil the gradients that were good.
             clip_gradients(self.vlm.parameters(), self.recipe.grad_clip, norm)
@@ -129,6 +129,7 @@ class TrainingModule(pl.LightningModule):
         self.making_way = making_way > 0
         self.counts["tokens_cut"] += tokens_cut
         self.counts["bad_images"] += bad_images
+        self.counts["bad_records"] += bad_records
         self.last_step = {
             "train/loss": total.item(),
             "train/grad_norm": norm.item(),

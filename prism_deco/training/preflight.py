@@ -87,7 +87,7 @@ def _checked_examples(data: Conversations, llm: LanguageModel) -> list[Example]:
     examples = []
     for index in indices:
         example, record = data.train_examples[index], data.train_records[index]
-        if example.bad_images:
+        if example.bad_images or example.bad_record:
             continue
         text = _check_labels(example.encoded, record, llm)
         examples.append(example)

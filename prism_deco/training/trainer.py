@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
@@ -135,9 +136,10 @@ def _train(config: DictConfig, plan: Plan, world: World, preemption: Preemption)
     )
     trainer = _trainer(config, plan, world, data, llm, preemption, cached=bool(caches))
     log.info(
-        "Training %s: %d records, %d steps, %d visual tokens per image, %d processes",
+        "Training %s: %d records (%d with images), %d steps, %d visual tokens per image, %d processes",
         config.run_id,
         len(data.train_records),
+        np.count_nonzero(data.train_records.has_image),
         data.total_steps,
         vlm.projector.num_tokens,
         world.size,
@@ -280,6 +282,9 @@ def _save(
         data_hash=data.data_hash,
         steps=data.total_steps,
         samples=min(data.total_steps * config.recipe.global_batch_size, len(data.train_records) * config.recipe.epochs),
+        records=len(data.train_records),
+        records_with_images=int(np.count_nonzero(data.train_records.has_image)),
+        bad_records=len(data.left_out) + module.counts["bad_records"],
         bad_images=module.counts["bad_images"],
         text_tokens_cut=module.counts["tokens_cut"],
         steps_skipped=module.counts["steps_skipped"],

@@ -53,7 +53,8 @@ def test_a_number_out_of_range_is_named_with_its_bounds(override, allowed):
 @pytest.mark.parametrize(
     "key",
     [
-        "data.on_bad_image", "backbone.resize", "recipe.resize", "recipe.lm", "recipe.prompt", "recipe.tokenize",
+        "data.on_bad_image", "data.on_bad_record", "recipe.odd_records", "backbone.resize",
+        "recipe.resize", "recipe.lm", "recipe.prompt", "recipe.tokenize",
         "recipe.image_slot", "recipe.turn_mask", "trainer.accelerator", "trainer.precision", "trainer.strategy",
         "trainer.reduce_dtype", "trainer.activation_checkpointing", "trainer.nonfinite",
     ],

@@ -1,4 +1,4 @@
-"""A data set with a hundred planted faults of twelve kinds: all are found, none is invented."""
+"""A data set with faults of 23 kinds planted in it: all are found, none is invented."""
 
 import hashlib
 import io
@@ -11,23 +11,48 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
+from prism_deco.cli import main
 from prism_deco.data import check as check_module
 from prism_deco.data.base import Source
-from prism_deco.data.check import check
-from prism_deco.data.examples import Encoder
+from prism_deco.data.check import check_dataset
+from prism_deco.data.encoder import Encoder
+from prism_deco.data.records import open_records
+from prism_deco.data.validators import KINDS
 from prism_deco.llms import build_llm
 
 PLANTED = {
     "malformed": 9, "turn_order": 9, "image_tags": 8, "outside_root": 9, "duplicate_id": 8, "empty_turn": 8,
     "control_token": 8, "missing": 9, "outside_link": 8, "unreadable": 9, "wrong_type": 8, "huge": 7,
+    "unread_image": 6, "broken_text": 6, "id_type": 6, "control_character": 6, "no_room": 4, "answers_cut": 4,
+    "single_pixel": 5, "transparent": 5, "rotated": 5, "clipped": 5, "unrenderable": 0,
 }  # fmt: skip
+UNUSABLE = {"malformed", "outside_root", "unread_image", "broken_text"}
 CLEAN = 300
+ROOM = 300
 
 
 def llava_turns(*texts: str) -> list[dict[str, str]]:
     return [{"from": "human" if i % 2 == 0 else "gpt", "value": text} for i, text in enumerate(texts)]
+
+
+def _encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _rotated(orientation: int, kind: str) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return _encoded(Image.new("RGB", (8, 4), (9, 9, 9)), kind, exif=exif)
+
+
+def _see_through(alpha: list[int]) -> bytes:
+    pixels = np.full((2, 2, 4), 200, dtype=np.uint8)
+    pixels[..., 3] = np.reshape(alpha, (2, 2))
+    return _encoded(Image.fromarray(pixels), "PNG")
 
 
 def _jpeg(seed: int, kind: str = "JPEG") -> bytes:
@@ -48,12 +73,13 @@ def _png_header(width: int, height: int) -> bytes:
 
 
 @dataclass
-class World:
+class PlantedSet:
     """Builds the records and images, and remembers what it planted."""
 
     root: object
     records: list = field(default_factory=list)
     planted: set = field(default_factory=set)
+    unusable: int = 0
 
     def image(self, content: bytes | None, suffix: str = "jpg") -> str:
         name = f"{len(self.records) % 7}/{len(self.records)}.{suffix}"
@@ -75,6 +101,7 @@ class World:
 
     def plant(self, kind: str, i: int) -> None:
         at = len(self.records)
+        self.unusable += kind in UNUSABLE or (kind == "turn_order" and i % 3 != 1)
         good = (
             None if kind in ("missing", "outside_link", "unreadable", "wrong_type", "huge") else self.image(_jpeg(at))
         )
@@ -89,16 +116,16 @@ class World:
             self.add(kind, image=good, conversations=turns[i % 3])
         elif kind == "image_tags":
             self.add(
-                kind, *(("<image> and <image>", "two") if i % 2 else ("<image>", "a")), image=good if i % 2 else None
+                kind,
+                *[("<image> and <image>", "two"), ("<image> q", "a"), ("<image> q", "the <image> a")][i % 3],
+                image=good if i % 3 != 1 else None,
             )
         elif kind == "outside_root":
-            self.add(
-                kind, image=["../images/0/0.jpg", "0/../../x.jpg", str(self.root / "images" / "0" / "0.jpg")][i % 3]
-            )
+            self.add(kind, image=["../images/0/0.jpg", "0/../../x.jpg", str(self.root / "images2" / "0.jpg")][i % 3])
         elif kind == "duplicate_id":
             self.add(kind, image=good, id=f"r{i}")
         elif kind == "empty_turn":
-            self.add(kind, *(("", "Nothing was asked.") if i % 2 else ("<image>\nq", " \n")), image=good)
+            self.add(kind, *[("", "Nothing was asked."), ("<image>\nq", " \n"), ("<image>", "a")][i % 3], image=good)
         elif kind == "control_token":
             self.add(kind, "<image>\nq", ["It ends <|endoftext|> here", "<|im_start|>system"][i % 2], image=good)
         elif kind == "missing":
@@ -117,13 +144,38 @@ class World:
         elif kind == "huge":
             side = 10_000 if i % 2 else 20_000  # Pillow warns from 9459 on, and refuses from 13377 on
             self.add(kind, image=self.image(_png_header(side, side), "png"))
+        elif kind == "unread_image":
+            self.add(kind, "q", "a", **[{"images": [good]}, {"image_path": good}, {"img": good, "image": []}][i % 3])
+        elif kind == "broken_text":
+            self.add(kind, "<image>\nq", ["a \ud83d", "\udc00 a"][i % 2], image=good)
+        elif kind == "id_type":
+            self.add(kind, image=good, id=[at, [at], {"no": at}][i % 3])
+        elif kind == "control_character":
+            self.add(kind, "<image>\nq", ["a\0b", "\x1b[31mred", "bell\x07"][i % 3], image=good)
+        elif kind == "no_room":
+            self.add(kind, "<image>" * 100 + " q", "a", image=[good] * 100)
+        elif kind == "answers_cut":
+            self.add(kind, "<image>\n" + "word " * (ROOM + i), "a", image=good)
+        elif kind == "single_pixel":
+            self.add(kind, image=self.image(_encoded(Image.new("RGB", (1, 1), (i, at % 256, 0)), "PNG"), "png"))
+        elif kind == "transparent":
+            self.add(kind, image=self.image(_see_through([0, 0, 0, 0]), "png"))
+        elif kind == "rotated":
+            self.add(kind, image=self.image(_rotated(2 + i % 7, ["JPEG", "PNG"][i % 2]), ["jpg", "png"][i % 2]))
+        elif kind == "clipped":
+            pixels = [
+                np.full((4, 4), 40_000 + at, dtype=np.uint16),
+                np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4),
+                np.linspace(-5, 90, 16, dtype=np.float32).reshape(4, 4),
+            ][i % 3]
+            self.add(kind, image=self.image(_encoded(Image.fromarray(pixels), "TIFF"), "tif"))
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("planted")
     (root / "images").mkdir()
-    world = World(root)
+    world = PlantedSet(root)
     for i in range(CLEAN):  # among them all that looks odd and is right
         if i % 10 == 0:
             world.add(None, f"Only words {i}?", "Yes. ünï 🐞", "And now?", "a < b </ i >")
@@ -140,6 +192,16 @@ def world(tmp_path_factory):
         elif i % 10 == 5:
             world.add(None, image=world.image(_jpeg(i)))
             world.records[-1]["conversations"].insert(0, {"from": "gpt", "value": "skipped, as LLaVA does"})
+        elif i % 20 == 8:
+            name = f"{root}/images/{world.image(_jpeg(i))}"
+            world.add(None, "<image>\nTabs\tand\r\nlines", "are text\n", image=name)  # below the root
+        elif i % 20 == 9:
+            world.add(None, "<image>\nq", "word " * 2 * ROOM, image=world.image(_rotated(1, "JPEG")))
+        elif i % 20 == 18:
+            sixteen = np.arange(200, 216, dtype=np.uint16).reshape(4, 4)  # nothing is cut off
+            world.add(None, image=world.image(_encoded(Image.fromarray(sixteen), "PNG"), "png"), images=["x.png"])
+        elif i % 20 == 19:
+            world.add(None, image=world.image(_see_through([0, 0, 0, 1]), "png"), image_id=5)
         elif i % 10 == 6:
             two = [world.image(_jpeg(i)), world.records[1]["image"]]
             world.add(None, "<image> and <image>?", "alike", image=two)
@@ -155,11 +217,12 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoder():
-    return Encoder(build_llm("mini_qwen2", pretrained=False, device="meta"), max_text_tokens=2048)
+    llm = build_llm("mini_qwen2", pretrained=False, device="meta")
+    return Encoder(llm, max_text_tokens=ROOM, max_positions=ROOM + 100, tokens_per_image=4)
 
 
 def _check(world, encoder, out, **options):
-    return check(Source(world.root / "train.json", world.root / "images"), encoder, out, **options)
+    return check_dataset(Source(world.root / "train.json", world.root / "images"), encoder, out, **options)
 
 
 def _found(out) -> list[tuple[int, str]]:
@@ -169,20 +232,19 @@ def _found(out) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_all_planted_faults_are_found_and_none_is_invented(world, encoder, tmp_path, workers):
-    assert len(world.planted) == 100 == sum(PLANTED.values()) and len(PLANTED) == 12
+    assert len(world.planted) == sum(PLANTED.values()) and set(PLANTED) == set(KINDS)
     report = _check(world, encoder, tmp_path, workers=workers, chunk_size=64)
     assert report.exit_status == 1
-    assert report.counts == PLANTED
+    assert report.counts == {kind: number for kind, number in PLANTED.items() if number}
     assert sorted(_found(tmp_path)) == sorted(world.planted)
-    unusable = sum(PLANTED[kind] for kind in ("malformed", "turn_order", "image_tags", "outside_root"))
-    assert report.totals.records == CLEAN + 100 - unusable
+    assert report.totals.records == CLEAN + sum(PLANTED.values()) - world.unusable
     assert report.data_hash == hashlib.sha256((world.root / "train.json").read_bytes()).hexdigest()
     assert not (tmp_path / "progress.jsonl").exists()
 
 
 def test_a_clean_set_ends_with_zero_and_is_counted(tmp_path, encoder, colors):
     source = Source(colors / "train.json", colors / "images")
-    report = check(source, encoder, tmp_path, workers=1)
+    report = check_dataset(source, encoder, tmp_path, workers=1)
     assert (report.exit_status, report.faults) == (0, [])
     assert (tmp_path / "bad.jsonl").read_text() == ""
     totals = report.totals
@@ -204,7 +266,7 @@ def test_lengths_supervision_and_cuts_are_those_of_the_tokens(tmp_path, colors):
     ]
     lengths = [len(e.input_ids) for e in encoded]
     room = max(lengths) - 4
-    report = check(
+    report = check_dataset(
         Source(colors / "train.json", colors / "images"), Encoder(llm, max_text_tokens=room), tmp_path, workers=1
     )
     totals = report.totals
@@ -216,17 +278,30 @@ def test_lengths_supervision_and_cuts_are_those_of_the_tokens(tmp_path, colors):
     assert totals.lengths == Counter(int(np.ceil(np.log2(n))) for n in lengths)
 
 
+@pytest.mark.parametrize(("projector", "visual"), [("linear", 64), ("avgpool", 16)])
+def test_the_command_counts_the_visual_tokens_of_the_projector(tmp_path, colors, projector, visual):
+    llm = build_llm("mini_qwen2", pretrained=False, device="meta")
+    given = ["data=llava", f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}"]
+    line = [*given, f"projector={projector}", "recipe.max_positions=90", f"runs_dir={tmp_path}"]
+    assert main(["data", "check", "--workers", "1", *line]) == 0
+    report = json.loads((tmp_path / "data_check" / "llava" / "report.json").read_text())
+    cut = 0
+    for record in open_records(colors / "train.json", tmp_path):
+        tokens = len(llm.encode(record.messages, num_images=len(record.images)).input_ids)
+        cut += max(0, tokens - (90 - visual * len(record.images)))
+    assert report["tokens_cut"] == cut and (cut > 0) == (visual == 64)
+
+
 def test_an_image_fault_is_reported_with_every_record_that_shows_it(tmp_path, encoder, colors):
     records = json.loads((colors / "train.json").read_text())
     for i in (1, 4, 6):
         records[i]["image"] = "gone.png"
     (tmp_path / "t.json").write_text(json.dumps(records))
-    report = check(Source(tmp_path / "t.json", colors / "images"), encoder, tmp_path / "out", workers=1, chunk_size=2)
+    source = Source(tmp_path / "t.json", colors / "images")
+    report = check_dataset(source, encoder, tmp_path / "out", workers=1, chunk_size=2)
     assert [(f.entry, f.id, f.image) for f in report.faults] == [(i, records[i]["id"], "gone.png") for i in (1, 4, 6)]
     assert report.totals.images == 6  # five that are there, and one that is not
-    allowed = check(
-        Source(tmp_path / "t.json", colors / "images"), encoder, tmp_path / "out", workers=1, allow=["missing"]
-    )
+    allowed = check_dataset(source, encoder, tmp_path / "out", workers=1, allow=["missing"])
     assert (allowed.exit_status, allowed.counts) == (0, {"missing": 3})
 
 
@@ -236,7 +311,9 @@ def test_a_conversation_with_nothing_to_learn_from_is_a_fault(tmp_path, colors):
     records = json.loads((colors / "train.json").read_text())[-1:]
     records[0]["conversations"][1]["value"] = ""
     (tmp_path / "t.json").write_text(json.dumps(records))
-    report = check(Source(tmp_path / "t.json", colors), Encoder(llm, max_text_tokens=99), tmp_path / "out", workers=1)
+    report = check_dataset(
+        Source(tmp_path / "t.json", colors), Encoder(llm, max_text_tokens=99), tmp_path / "out", workers=1
+    )
     assert report.counts == {"empty_turn": 1, "unrenderable": 1}
 
 
@@ -290,7 +367,7 @@ def test_the_report_can_be_read(world, encoder, tmp_path):
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(report.render())
     text = console.export_text()
-    for kind, number in PLANTED.items():
+    for kind, number in report.counts.items():
         assert any(kind in line and f" {number} " in line for line in text.splitlines())
     assert str(report.totals.records) in text and report.data_hash in text
 

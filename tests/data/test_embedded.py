@@ -124,8 +124,28 @@ def test_wrong_files_are_named(tmp_path):
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "other.parquet")
     with pytest.raises(ValueError, match=r"other\.parquet has the columns text; needed are conversations"):
         open_records(tmp_path / "other.parquet", tmp_path)
+    pq.write_table(_table([1]).rename_columns(["id", "source", "images", "conversations"]), tmp_path / "key.parquet")
+    with pytest.raises(ValueError, match=r"key\.parquet: the column images is not read"):
+        open_records(tmp_path / "key.parquet", tmp_path)
     whole = (tmp_path / "other.parquet").read_bytes()
     (tmp_path / "half.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"half\.parquet cannot be read .*download complete"):
         open_records(tmp_path / "half.parquet", tmp_path)
+    _write(tmp_path / "half.arrow", _table(list(range(1, 90))), "stream")
+    whole = (tmp_path / "half.arrow").read_bytes()
+    (tmp_path / "half.arrow").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"half\.arrow cannot be read .*download complete"):
+        open_records(tmp_path / "half.arrow", tmp_path)
     assert not list(tmp_path.rglob(".building-*"))
+
+
+def test_only_bytes_are_images_and_no_path_is_opened(tmp_path):
+    """Some writers leave the bytes out and name a file: of whoever made the data set, or of this machine."""
+    Image.new("RGB", (8, 6)).save(tmp_path / "secret.png")
+    table = _table([1, 2])
+    paths = [{"bytes": None, "path": str(tmp_path / "secret.png")}, {"bytes": _png(2), "path": "/etc/passwd"}]
+    _write(tmp_path / "a.parquet", table.set_column(2, "image", pa.array(paths, IMAGE)))
+    with pytest.raises(ValueError, match=r"record 0 \(id r0\): `image` must be .* encoded images"):
+        open_records(tmp_path / "a.parquet", tmp_path)
+    [record] = open_records(tmp_path / "a.parquet", tmp_path, allow_faults=True)
+    assert record.images == (hashlib.sha256(_png(2)).hexdigest()[:16],)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from prism_deco.data.examples import Encoder, Examples
+from prism_deco.data.encoder import Encoder
+from prism_deco.data.examples import Examples
 from prism_deco.data.loader import Collate, build_loader
 from prism_deco.data.records import open_records
 from prism_deco.data.samplers import Filler, Population, StepSampler, in_order
@@ -118,6 +119,17 @@ def test_a_bad_image_is_handled_alike_whoever_loads_it(colors, tmp_path, tiny, p
         for label in llm.encode(r.messages, num_images=len(r.images)).labels
     )
     assert targets == by_hand
+
+
+def test_a_file_of_another_format_is_named_with_its_record(colors, tmp_path, tiny):
+    vlm, llm = tiny()
+    (tmp_path / "red40.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 10\n%%EndComments\n")
+    records = open_records(colors / "train.json", tmp_path)
+    examples = Examples(records, tmp_path, llm, vlm.backbone.transform, max_text_tokens=200)
+    with pytest.raises(
+        OSError, match=r"Record red40: .*red40\.png cannot be decoded .*none of JPEG, PNG, .*on_bad_image"
+    ):
+        examples[0]
 
 
 def test_text_makes_room_for_every_image(examples, tiny):

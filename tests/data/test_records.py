@@ -1,11 +1,13 @@
 import json
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from prism_deco.data import llava_json as entries
-from prism_deco.data.images import missing_images, open_image, resolve_image
+from prism_deco.data.images import ImageFolder, open_image, resolve_image
 from prism_deco.data.records import open_records
 from prism_deco.data.split import first, hold_out
 
@@ -61,12 +63,21 @@ def test_the_index_is_built_once_and_follows_the_content(tmp_path):
         ('[{"id": "a"},]', "not valid JSON"),
         ('[{"id": "a"}] []', "not valid JSON.*Extra data"),
         ('[{"id": "\xff"}]'.encode("latin-1"), "not valid JSON.*can't decode"),
-        ("", "not valid JSON"),
-        ("{}", "non-empty JSON list"),
+        ("", "non-empty JSON list"),
         ("[]", "non-empty JSON list"),
-        ('[{"id": "a"}]', "record 0: expected an object with a list `conversations`"),
+        (" \n[ \n]", "non-empty JSON list"),
+        ("{}", r"record 0: expected an object with a list `conversations`"),
+        ('{\n "id": "a"\n}', "not valid JSON.*line 1, column 3"),
+        ('{"id": "a"}\n\n{"id": ', "not valid JSON.*line 3, column 8.*download complete"),
+        ("not JSON at all", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON.*recursion"),
+        (f'[{{"id": {"7" * 5000}}}]', "not valid JSON.*digits"),
+        ('[{"id": "a"}]', r"record 0 \(id a\): expected an object with a list `conversations`"),
         ('[{"id": "a", "conversations": [{"from": "user", "value": "x"}]}]', r"record 0 \(id a\): a turn must be"),
-        ('[{"id": "a", "conversations": [{"from": "human", "value": "x"}]}]', "must alternate and end with gpt"),
+        (
+            '[{"id": "a", "conversations": [{"from": "human", "value": "x"}]}]',
+            "must alternate, and at least one question be answered",
+        ),
         ('[{"id": "a", "conversations": []}]', "must alternate"),
         ('[{"id": "a", "image": 3, "conversations": []}]', "`image` must be a path"),
     ],
@@ -84,11 +95,11 @@ def test_faulty_records_can_be_left_out_by_name(tmp_path):
     good = {"id": "a", "image": "1.png", "conversations": _turns("q", "a")}
     raw = [good, 3, good | {"id": "b"}, good | {"image": "../1.png"}, good | {"id": "c", "image": None}]
     path = _write(tmp_path / "t.json", raw)
-    with pytest.raises(ValueError, match="record 1: expected an object.*So are 1 more: `prism-deco data check`"):
+    with pytest.raises(ValueError, match="record 1: expected an object.*1 more records are refused.*data check"):
         open_records(path, tmp_path)
     records = open_records(path, tmp_path, allow_faults=True)
     assert [(r.id, r.images) for r in records] == [("a", ("1.png",)), ("b", ("1.png",)), ("c", ())]
-    assert records.entries.tolist() == [0, 2, 4]
+    assert records.column("entry").tolist() == [0, 2, 4]
     assert [(f["entry"], f["kind"], f["id"]) for f in records.faults] == [
         (1, "malformed", "record 1"),
         (3, "outside_root", "a"),
@@ -102,13 +113,91 @@ def test_the_list_is_read_in_pieces_of_any_size(tmp_path, monkeypatch, chunk):
         path = tmp_path / "list.json"
         path.write_text(json.dumps(values, indent=indent, ensure_ascii=bool(indent)) + "\n", encoding="utf-8")
         monkeypatch.setattr(entries, "_CHUNK", chunk)
-        assert list(entries.read_json_list(path)) == values
+        assert list(entries.read_entries(path)) == values
 
 
-def test_image_tags_must_have_files(tmp_path):
-    path = _write(tmp_path / "bad.json", [{"id": "a", "conversations": _turns("<image>\nq", "a")}])
-    with pytest.raises(ValueError, match="1 <image> tags but 0 image files"):
+def test_json_lines_are_read(tmp_path):
+    entries = [{"id": str(i), "image": f"{i}.png", "conversations": _turns(f"q\u2028{i}", "ü🐞")} for i in range(5)]
+    listed = open_records(_write(tmp_path / "list.json", entries), tmp_path)
+    for name, start, end in (("a", "", "\n"), ("b", "\ufeff", "\r\n"), ("c", " \n", "\n\n")):
+        path = tmp_path / f"{name}.jsonl"
+        text = start + end.join(json.dumps(entry, ensure_ascii=name == "a") for entry in entries)
+        path.write_text(text, encoding="utf-8", newline="")
+        assert list(open_records(path, tmp_path)) == list(listed)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("images", ["1.png"]), ("image_path", "1.png"), ("Image_Path", "1.png"), ("imagePaths", ["1.png"]),
+        ("image_file", "1.png"), ("image-url", "http://x/1.png"), ("img", "1.png"), ("picture", {"path": "1.png"}),
+        ("photos", ["1.png"]), ("video", "1.mp4"), ("image_file_name", "1.png"),
+    ],
+)  # fmt: skip
+def test_an_image_under_another_key_is_a_fault(tmp_path, key, value):
+    path = _write(tmp_path / "t.json", [{"id": "a", key: value, "conversations": _turns("q", "a")}])
+    with pytest.raises(ValueError, match=rf"record 0 \(id a\): the key `{key}` is not read: images stand under"):
         open_records(path, tmp_path)
+
+
+def test_other_keys_are_none_of_our_business(tmp_path):
+    others = {"image": "1.png", "images": ["1.png"], "image_path": "1.png"}  # the same, said twice
+    text = {
+        "image_id": "17",
+        "image_size": [3, 4],
+        "images": [],
+        "image": None,
+        "img": 3,
+        "imagery": "x",
+        "source": "y",
+    }
+    raw = [{"id": "a", "conversations": _turns("q", "a")} | more for more in (others, text)]
+    assert [r.images for r in open_records(_write(tmp_path / "t.json", raw), tmp_path)] == [("1.png",), ()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"conversations": _turns("q", "a \ud83d")}, r"turn 2 holds half of a surrogate pair \(\\ud83d\)"),
+        ({"conversations": _turns("\udcff q", "a")}, r"turn 1 holds half of a surrogate pair \(\\udcff\)"),
+        ({"image": "\ud83d.png"}, r"`image` holds half of a surrogate pair"),
+    ],
+)
+def test_half_a_surrogate_pair_is_found_when_the_file_is_read(tmp_path, changes, place):
+    path = _write(tmp_path / "t.json", [{"id": "x", "conversations": _turns("q", "a")} | changes])
+    with pytest.raises(ValueError, match=r"record 0 \(id x\): " + place):
+        open_records(path, tmp_path)
+
+
+def test_an_id_can_always_be_printed(tmp_path):
+    path = _write(tmp_path / "t.json", [{"id": "x\ud83d", "conversations": _turns("q 😀", "a")}])
+    [record] = open_records(path, tmp_path)
+    assert (record.id, record.messages[0]["content"]) == ("x\\ud83d", "q 😀")
+
+
+def test_absolute_paths_below_the_root_are_taken_and_others_refused(tmp_path):
+    root = tmp_path / "images"
+    (root / "a").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(root)
+
+    def entry(image):
+        return {"id": image, "image": image, "conversations": _turns("q", "a")}
+
+    inside = [f"{root}/a/1.png", f"{root}/a/../1.png", "a/1.png", "a/../1.png", "a/b..c.png", f"{tmp_path}/link/1.png"]
+    path = _write(tmp_path / "t.json", [entry(image) for image in inside])
+    expected = ["a/1.png", "1.png", "a/1.png", "1.png", "a/b..c.png"]
+    for place in (root, Path(os.path.relpath(root))):
+        records = open_records(path, tmp_path, image_root=place, allow_faults=True)
+        assert [r.images[0] for r in records] == expected
+        assert [fault["entry"] for fault in records.faults] == [5]  # through a link that the root is not named by
+    assert open_records(path, tmp_path, image_root=tmp_path / "link", allow_faults=True)[5].images == ("1.png",)
+    assert open_records(path, tmp_path, image_root=Path("/"), allow_faults=True)[0].images == (f"{root}/a/1.png"[1:],)
+    for image in (f"{root}2/1.png", "../1.png", "a/../../1.png", "/etc/passwd", "..\\1.png", "\\1.png", "a\\..\\1.png"):
+        path = _write(tmp_path / "t.json", [entry(image)])
+        with pytest.raises(ValueError, match="leads out of the image root .*data.image_root=/ allows"):
+            open_records(path, tmp_path, image_root=root)
+    with pytest.raises(ValueError, match="NUL"):
+        open_records(_write(tmp_path / "t.json", [entry("a\0.png")]), tmp_path, image_root=root)
 
 
 def test_the_split_holds_out_images_not_records(tmp_path):
@@ -146,15 +235,16 @@ def test_images_that_occur_together_stay_on_one_side(tmp_path):
 
 def test_image_paths_stay_inside_the_root(tmp_path):
     assert resolve_image(tmp_path, "a/b.png") == tmp_path / "a/b.png"
-    for name in ("../secret.png", "a/../../secret.png", "/etc/passwd", "..\\secret.png"):
-        with pytest.raises(ValueError, match="leaves the image root"):
+    assert resolve_image(tmp_path, f"{tmp_path}/a/../b.png") == tmp_path / "b.png"
+    for name in ("../secret.png", "a/../../secret.png", "/etc/passwd", "..\\secret.png", f"{tmp_path}x/b.png"):
+        with pytest.raises(ValueError, match="leads out of the image root"):
             resolve_image(tmp_path, name)
 
 
 def test_missing_and_broken_images_are_named(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "there.png").write_bytes(b"not an image")
-    assert missing_images(tmp_path, ["a/there.png", "a/gone.png", "b/gone.png"]) == ["a/gone.png", "b/gone.png"]
+    assert ImageFolder(tmp_path).missing(["a/there.png", "a/gone.png", "b/gone.png"]) == ["a/gone.png", "b/gone.png"]
     with pytest.raises(OSError, match=r"there\.png cannot be decoded"):
         open_image(tmp_path / "a" / "there.png")
     with pytest.raises(FileNotFoundError):

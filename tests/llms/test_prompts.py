@@ -155,8 +155,23 @@ def test_tags_and_images_must_match_in_place(real_format):
     llm = real_format("phi2", image_slot="in_place")
     with pytest.raises(ValueError, match="1 <image> tags and 2 images"):
         llm.render([user("<image> x"), assistant("y")], num_images=2)
-    with pytest.raises(ValueError, match="1 <image> tags and 0 images"):
-        llm.render([user("<image> x"), assistant("y")])
+    with pytest.raises(ValueError, match="2 <image> tags and 1 images"):
+        llm.render([user("<image> x"), assistant("y"), user("<image> z"), assistant("y")], num_images=1)
+
+
+def test_stray_tags_in_place_are_what_they_are_in_llava(real_format):
+    """Without an image they are text; a message shows its image once, however often it names it."""
+    llm = real_format("phi2", image_slot="in_place")
+    assert llm.render([user("What does <image> mean?"), assistant("y")])[1].text.startswith(
+        "Input: What does <image> mean?"
+    )
+    twice = llm.render([user("<image>\nLook at <image> again."), assistant("y")], num_images=1)
+    assert [(s.image, s.text) for s in twice[2:4]] == [(True, ""), (False, "\nLook at  again.\nOutput: ")]
+
+
+def test_half_a_surrogate_pair_is_named(real_format):
+    with pytest.raises(ValueError, match=r"half of a surrogate pair, which is not text: 'a \\ud83d'"):
+        real_format("phi2").render([user("a \ud83d"), assistant("y")])
 
 
 @pytest.mark.parametrize(

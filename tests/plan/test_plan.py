@@ -90,11 +90,11 @@ def test_lengths_are_measured_where_the_files_are(colors):
 @pytest.mark.parametrize(
     ("records", "reason"),
     [
-        ([{"id": "odd", "conversations": []}, GOOD], r"data.json record 0 \(id .*odd"),
-        ([{"id": "odd"}], "data.json record 0: expected an object"),
+        ([{"id": "odd", "conversations": []}, GOOD], r"data.json, record 0 \(id odd\): human and gpt turns"),
+        ([{"id": "odd"}], r"data.json, record 0 \(id odd\): expected an object"),
         (
             [GOOD],
-            "nothing to train on: .*data.json has 1 records, and all are held out: lower data.val_fraction=0.9999",
+            "nothing to train on: .*data.json has 1 usable records, and all are held out: lower data.val_fraction",
         ),
     ],
 )

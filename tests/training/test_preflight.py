@@ -102,8 +102,9 @@ def test_the_losses_of_a_run_are_the_same_with_it_and_resuming_leaves_it_out(tra
 
 
 def _break_examples(data, monkeypatch, change) -> None:
-    encode = data.train_examples._encode
-    monkeypatch.setattr(data.train_examples, "_encode", lambda record: (change(encode(record)[0]), 0))
+    encoder = data.train_examples.encoder
+    fit = encoder.fit
+    monkeypatch.setattr(encoder, "fit", lambda encoded: (change(fit(encoded)[0]), 0))
 
 
 def test_labels_that_miss_the_answers_are_found(parts, monkeypatch):

@@ -1,0 +1,103 @@
+"""Conversations -> tokens, within the limits of text and positions."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import cast
+
+import numpy as np
+
+from prism_deco.data.records import Record, RecordTable
+from prism_deco.errors import UsageError
+from prism_deco.llms import Encoded, LanguageModel, truncate
+from prism_deco.llms.encoding import IGNORE, encode_segments
+
+
+class Encoder:
+    """Turns records into tokens and labels.
+
+    Holds the tokenizer and the chat format but not the model, which loader processes have no use for.
+
+    Args:
+        max_text_tokens: text is truncated to this many tokens; images never are.
+        max_positions: longest sequence of the LLM, visual tokens included; None is no limit.
+        tokens_per_image: visual tokens M of one image.
+    """
+
+    def __init__(
+        self, llm: LanguageModel, *, max_text_tokens: int, max_positions: int | None = None, tokens_per_image: int = 0
+    ):
+        self.tokenizer = llm.tokenizer
+        self._format = llm.prompt_format
+        self._tokenize = llm.spec.tokenize
+        self._max_text_tokens = max_text_tokens
+        self._max_positions = max_positions
+        self._tokens_per_image = tokens_per_image
+
+    def __call__(self, record: Record) -> tuple[Encoded, int]:
+        """The truncated tokens of a record, and the number of tokens cut off.
+
+        Raises:
+            UsageError: it cannot be rendered, has too many images, or nothing to learn from; names the record.
+        """
+        try:
+            return self.fit(self.encode(record))
+        except UsageError as error:
+            raise UsageError(f"Record {record.id}: {error} data.on_bad_record=skip leaves such records out.") from error
+
+    def encode(self, record: Record) -> Encoded:
+        """All tokens of a record. A last question without an answer is left out: it has no loss, and nothing follows
+        it."""
+        segments = self._format.render(record.answered, len(record.images))
+        return encode_segments(segments, self.tokenizer, self._tokenize)
+
+    def fit(self, encoded: Encoded) -> tuple[Encoded, int]:
+        """The truncated tokens, and the number of tokens cut off."""
+        images = len(encoded.image_slots)
+        room = self.room(images)
+        if room < 2:
+            raise UsageError(
+                f"{images} images of {self._tokens_per_image} visual tokens leave no room for a question and an answer "
+                f"in {self._max_positions} positions."
+            )
+        encoded, cut = truncate(encoded, room)
+        if all(label == IGNORE for label in encoded.labels):
+            raise UsageError("No token is supervised: there is nothing to learn from it.")
+        return encoded, cut
+
+    def room(self, images: int) -> int:
+        """The most tokens of text that a record with so many images can have."""
+        if self._max_positions is None:
+            return self._max_text_tokens
+        return min(self._max_text_tokens, self._max_positions - self._tokens_per_image * images)
+
+    def ignores(self, record: Record) -> bool:
+        """Whether LLaVA ignores the whole record: its label mask does not add up after a last question without an
+        answer."""
+        return len(record.answered) < len(record.messages) and self._format.image_slot == "in_place"
+
+    def placeholder(self) -> Encoded:
+        """Stands for a record that cannot be encoded; has no labels."""
+        token = cast(int, self.tokenizer.eos_token_id)
+        return Encoded(input_ids=[token, token], labels=[IGNORE, IGNORE], rounds=[0, 0], image_slots=[])
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for encoders that make the same tokens of the same records."""
+        settings = (self._format, self._tokenize, self._max_text_tokens, self._max_positions, self._tokens_per_image)
+        tokenizer = self.tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]  # a fast tokenizer
+        return hashlib.sha256(f"{settings}{tokenizer}".encode()).hexdigest()
+
+
+def check_records(records: RecordTable, encoder: Encoder) -> None:
+    """Encodes the records that the index marks as suspect, odd ones and those with many images, so that none of them
+    stops a run hours later.
+
+    Raises:
+        UsageError: names the first that cannot be encoded.
+    """
+    counts = np.unique(records.num_images)
+    crowded = [count for count in counts.tolist() if encoder.room(count) < 2]
+    suspects = records.column("odd") | np.isin(records.num_images, crowded)
+    for row in np.flatnonzero(suspects).tolist():
+        encoder(records[row])
