@@ -20,7 +20,7 @@ from prism_deco.config.hints import unknown_key
 from prism_deco.config.parse import flatten, value_text
 from prism_deco.config.reference import type_text
 from prism_deco.config.registry import unknown
-from prism_deco.config.schema import GROUPS, SAMPLER, STATISTICS, Config, allowed, text_keys
+from prism_deco.config.schema import GROUPS, RETIRED, SAMPLER, STATISTICS, Config, allowed, is_text_key
 from prism_deco.errors import UsageError
 
 
@@ -70,7 +70,7 @@ def takes_text(content: Mapping[str, Any], key: str) -> bool:
     Args:
         content: the configuration with its references unresolved.
     """
-    if key in text_keys():
+    if is_text_key(key):
         return True
     value: Any = content
     for part in key.split("."):
@@ -150,7 +150,7 @@ def _extend(group: str, content: Mapping[str, Any]) -> type:
 
 
 def _option_type(key: str, value: Any) -> Any:
-    if key in text_keys():
+    if is_text_key(key):
         return str | None
     # None, containers and references say nothing about the type of other values.
     if value is None or isinstance(value, dict | list) or (isinstance(value, str) and "${" in value):
@@ -160,6 +160,9 @@ def _option_type(key: str, value: Any) -> Any:
 
 def _refusal(config: DictConfig, key: str, value: Any, error: OmegaConfBaseException, origin: str) -> UsageError:
     """The message for a value that OmegaConf does not take."""
+    for retired in (key, f"{key}={value}"):
+        if retired in RETIRED:
+            return UsageError(f"{retired}{origin}: {RETIRED[retired]}.")
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         return unknown_key(config, key, origin)
     text = value_text(key, value)

@@ -15,7 +15,7 @@ from prism_deco.config.diff import changed_from_defaults, flat, shipped_choices
 from prism_deco.config.hints import unknown_key
 from prism_deco.config.parse import flatten, parse_value, read_yaml, split_pair
 from prism_deco.config.registry import require_imported
-from prism_deco.config.schema import GROUPS, RecipeConfig, TrainerConfig
+from prism_deco.config.schema import GROUPS, RETIRED, RecipeConfig, TrainerConfig
 from prism_deco.config.stored import CONFIG, read_config
 from prism_deco.errors import UsageError
 
@@ -175,5 +175,5 @@ def _refuse_options(contents: dict[str, Any], origins: dict[str, str]) -> None:
     for group, schema in _CLOSED.items():
         known = {member.name for member in fields(schema)}
         for key in contents[group]:
-            if key not in known:
+            if key not in known and f"{group}.{key}" not in RETIRED:
                 raise unknown_key(compose(default_contents({})), f"{group}.{key}", f" ({origins.get(group, group)})")

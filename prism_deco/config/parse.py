@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prism_deco.config.schema import text_keys
+from prism_deco.config.schema import is_text_key
 from prism_deco.errors import UsageError
 
 
@@ -33,7 +33,7 @@ def parse_value(key: str, text: str, *, is_text: bool | None = None) -> Any:
     Raises:
         UsageError: it is not valid YAML; names the key.
     """
-    if key in text_keys() if is_text is None else is_text:
+    if is_text_key(key) if is_text is None else is_text:
         return _parse_text(text)
     try:
         return _from_yaml(text)
@@ -120,12 +120,12 @@ def _keep_text(value: Any, written: Any, key: str) -> Any:
         kept = {}
         for name, entry in value.items():
             # Keys of a sweep's settings name their group themselves.
-            full = f"{key}.{name}" if key and str(name) not in text_keys() else str(name)
+            full = f"{key}.{name}" if key and not is_text_key(str(name)) else str(name)
             kept[str(name)] = _keep_text(entry, written.get(str(name)), full)
         return kept
     if isinstance(value, list) and isinstance(written, list):
         return [_keep_text(entry, text, key) for entry, text in zip(value, written, strict=True)]
-    if key in text_keys() and isinstance(value, int | float) and isinstance(written, str):
+    if is_text_key(key) and isinstance(value, int | float) and isinstance(written, str):
         return written
     return value
 

@@ -318,9 +318,18 @@ def schema_keys() -> dict[str, Field[Any]]:
     return found
 
 
+def is_text_key(key: str) -> bool:
+    """Whether a key's value is text: the name of a choice, a `str` field, or one of `TEXT_OPTIONS`."""
+    first, _, rest = key.partition(".")
+    if first == "benchmark":  # benchmark.NAME.KEY
+        key = f"benchmark.{rest.rpartition('.')[2]}"
+    elif rest and first not in Config.__dataclass_fields__:  # STAGE.GROUP.KEY
+        key = rest
+    return key in _text_keys()
+
+
 @cache
-def text_keys() -> frozenset[str]:
-    """The keys whose value is text: names of choices, `str` fields, and `TEXT_OPTIONS`."""
+def _text_keys() -> frozenset[str]:
     texts = {key for key, member in schema_keys().items() if member.type in ("str", "str | None")}
     options = {f"{group}.{key}" for group, keys in TEXT_OPTIONS.items() for key in keys}
     return frozenset({*GROUPS, *texts, *options})

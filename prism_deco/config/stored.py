@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config.compose import compose
 from prism_deco.config.parse import read_yaml
+from prism_deco.config.schema import RETIRED
 from prism_deco.errors import UsageError
 
 CONFIG = "config.yaml"
@@ -19,7 +20,7 @@ _FREE = ("trainer", "recipe.micro_batch_size", "data.num_workers", "runs_dir")
 def is_free(key: str) -> bool:
     """Whether an unfinished run may continue under another value of a key, or group: it says where and how the run is
     computed, not what is learned (except for rounding; see `training.run_dir`)."""
-    return key in _FREE or key.startswith(("trainer.", "evaluate."))
+    return key in _FREE or key.startswith(("trainer.", "evaluate.", "benchmark."))
 
 
 def save_config(config: DictConfig, path: Path) -> None:
@@ -28,7 +29,7 @@ def save_config(config: DictConfig, path: Path) -> None:
 
 
 def read_config(path: Path) -> DictConfig:
-    """Reads what `save_config` wrote. Ranges are not checked again.
+    """Reads what `save_config` wrote. Ranges are not checked again, and retired keys are left out.
 
     Raises:
         UsageError: there is no such file, or it is not a stored configuration of plain values.
@@ -37,6 +38,11 @@ def read_config(path: Path) -> DictConfig:
         raise UsageError(f"{path} does not exist: {path.parent} is not a run folder.")
     content = read_yaml(path)
     _refuse_references(content, path)
+    for key in RETIRED:
+        name, _, value = key.partition("=")
+        group, _, leaf = name.rpartition(".")
+        if leaf in content.get(group, {}) and value in ("", content[group][leaf]):
+            del content[group][leaf]
     return compose(content)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from prism_deco.config import load_choice, load_config, parse_value
 from prism_deco.config.schema import TEXT_OPTIONS
+from prism_deco.stages import split
 from prism_deco.sweep import parse
 from prism_deco.sweep.expand import expand
 from prism_deco.sweep.spec import SLURM_NOT_TEXT
@@ -49,6 +50,13 @@ def test_text_stands_as_it_is_given(key, text):
 )
 def test_a_path_whose_default_is_null_is_text(data, key, text):
     assert load_config([f"data={data}", f"data.{key}={text}"]).data[key] == text
+
+
+def test_paths_of_benchmarks_and_settings_of_stages_are_text(tmp_path):
+    config = load_config(["benchmark.vqav2.root=007", "benchmark.vqav2.limit=007", "benchmark.gqa.split=a #b"])
+    assert config.benchmark == {"vqav2": {"root": "007", "limit": 7}, "gqa": {"split": "a #b"}}
+    last = split(["recipe=mini_two_stage", f"runs_dir={tmp_path}", "finetune.evaluate.split=007"])[-1]
+    assert last.config.evaluate.split == "007"
 
 
 def test_a_commit_is_text():
