@@ -109,9 +109,9 @@ def plan(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     """Write the report of a sweep or of runs: one HTML page, Markdown, CSV files and figures."""
     from prism_deco.report.assemble import write_report
-    from prism_deco.report.tabular import terminal
+    from prism_deco.report.tabular import TerminalTable
 
     page, scores = write_report(args.folders, args.out, split=args.split, mixed=args.mixed)
     for table in scores:
-        show(terminal(table))
+        show(TerminalTable(table))
     log.info("Open %s in a browser", page)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +13,63 @@ from prism_deco.config.registry import import_plugins
 from prism_deco.errors import UsageError
 from prism_deco.report import (
     claim_report,
-    claim_text,
     compute,
     curve_figures,
+    grid,
     lr_search,
-    readings,
-    run_scores,
-    sections,
+    score_figures,
+    secondary_metrics,
     status_tables,
+    tables,
 )
-from prism_deco.report.benchmarks import asked_of
-from prism_deco.report.cells import Cell
+from prism_deco.report.benchmarks import benchmarks_of
+from prism_deco.report.cells import RunCell
 from prism_deco.report.collect import collect
 from prism_deco.report.comparability import refusal
-from prism_deco.report.contrasts import Result, evaluate
-from prism_deco.report.document import document, named
-from prism_deco.report.grid import build_grids, records
-from prism_deco.report.html_page import Report, render
-from prism_deco.report.hypotheses import parse, read_sweep
-from prism_deco.report.paired_tests import Difference, differences
-from prism_deco.report.tabular import Table, comma_separated
+from prism_deco.report.contrasts import ContrastResult, evaluate_claims
+from prism_deco.report.forest_plot import forests
+from prism_deco.report.grid import ScoreTable
+from prism_deco.report.html_page import render
+from prism_deco.report.hypotheses import parse_claims, read_sweep
+from prism_deco.report.paired_tests import BASE, Difference, difference_records, paired_differences
+from prism_deco.report.plotting import Figure
+from prism_deco.report.recipe_diff import override_sentences
+from prism_deco.report.tabular import Table, comma_separated, escape, markdown, paragraph, records_table
 
 log = logging.getLogger(__name__)
 
 OWN_SPLIT = "own"
 
 MOST_CURVES = 40
-"""Above that many cells, single curves are drawn of unfinished cells only."""
+"""Above that many cells, curves are drawn of unfinished cells only."""
+
+
+@dataclass(frozen=True)
+class PageSection:
+    """A part of the report, under the title of its first table.
+
+    Attributes:
+        notes: paragraphs above the tables; warnings are set off.
+        folded: long tables, shown on demand.
+    """
+
+    tables: Sequence[Table]
+    figures: Sequence[Figure] = ()
+    warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    folded: Sequence[Table] = field(default_factory=tuple)
 
 
 def write_report(
     folders: Sequence[Path], out: Path | None = None, *, split: str | None = None, mixed: bool = False
 ) -> tuple[Path, list[Table]]:
     """Writes `report.html`, `report.md` with its `figures/`, and `scores.csv`, `run_scores.csv`, `differences.csv` and
-    `cells.csv`; `readings.csv` where benchmarks have second numbers; of a sweep with parts `ladder.csv` and
-    `compute.csv` too, and of one with claims `claims.csv` and `claims.md`.
+    `cells.csv`; `readings.csv` where benchmarks have secondary metrics; of a sweep with parts `ladder.csv` and
+    `compute.csv` too, and of one with claims `claims.csv`.
 
     Args:
         folders: sweep folders or run folders.
-        out: folder to write to; `report` in the one sweep's folder, else beside the first run.
+        out: folder to write to; by default `report` in the sweep's folder, or next to the first run.
         split: of the benchmarks: `own` or a name (`test`); by default the benchmarks' own if they were scored on it.
         mixed: put cells into one table though they saw different data, steps, questions or seeds.
 
@@ -58,7 +77,7 @@ def write_report(
         the page, and the tables of claims and scores.
 
     Raises:
-        UsageError: a folder is no run's or sweep's; cells do not compare (see `fair.disagreements`); claims that
+        UsageError: a folder is not a run's or a sweep's; cells do not compare (see `comparability`); claims that
             cannot be read.
     """
     cells = collect(folders)
@@ -67,46 +86,42 @@ def write_report(
     chosen, others = _choose_split(cells, split)
     # Claims are about one study; several side by side are tables only.
     sweep: Mapping[str, Any] = read_sweep(folders[0]) if len(folders) == 1 else {}
-    results = _results(sweep, cells, chosen)
-    ladders = lr_search.read_ladders(sweep, cells)
-    grids = build_grids(cells, chosen)
-    for grid in grids:
-        if grid.disagreements and not mixed:
-            raise UsageError(refusal(grid.title, grid.disagreements))
-    log.info("Comparing %d cells", len(cells))
-    pairs = [differences(grid.entries, grid.benchmarks, chosen) for grid in grids]
-    costs = compute.budgets([entry for grid in grids if grid.part for entry in grid.entries])
-    claimed = sections.of_claims(results)
-    scored = sections.of_grids(grids, pairs)
-    curves = [figure for cell in _drawn(cells) if (figure := curve_figures.cell_curves(cell)) is not None]
-    report = Report(
-        title=_title(folders),
-        progress=status_tables.progress(cells),
-        notes=_notes(cells, chosen, others),
-        unfinished=status_tables.states(cells) if status_tables.unfinished(cells) else None,
-        logs=[(cell.id, cell.log_tail) for cell in status_tables.unfinished(cells) if cell.log_tail],
-        sections=[*claimed, *sections.of_settings(ladders, costs), *scored],
-        curves=curves,
-        cells=status_tables.cells_table(cells) if cells else None,
-    )
-    files: dict[str, str | bytes] = {
-        "report.html": render(report),
-        "report.md": document(report),
-        "scores.csv": comma_separated([record for grid in grids for record in records(grid)]),
-        "differences.csv": comma_separated([_record(pair) for found in pairs for pair in found]),
-        "cells.csv": comma_separated(status_tables.records(cells)),
-        "run_scores.csv": comma_separated(run_scores.records(cells, chosen)),
-        **{f"figures/{name}.svg": figure.svg for name, figure in named(report)},
-    }
-    if second := [record for grid in grids for record in readings.records(grid)]:
-        files["readings.csv"] = comma_separated(second)
-    if results:
-        files["claims.csv"] = comma_separated(claim_report.records(results))
-        files["claims.md"] = claim_text.text(report.title, results, cells, chosen)
-    if ladders:
-        files["ladder.csv"] = comma_separated(lr_search.records(ladders))
+    results = evaluate_claims(parse_claims(sweep.get("claims") or []), cells, benchmarks_of(cells, None), chosen)
+    searches = lr_search.search_records(sweep, cells)
+    score_tables = grid.score_tables(cells, chosen)
+    for table in score_tables:
+        if table.disagreements and not mixed:
+            raise UsageError(refusal(table.title, table.disagreements))
+    differences = []
+    for table in score_tables:
+        log.info("%s: comparing %d lines on %d benchmarks", table.title, len(table.groups), len(table.benchmarks))
+        differences.append(paired_differences(table.groups, table.benchmarks, chosen))
+    costs = compute.compute_records([group for table in score_tables if table.part for group in table.groups])
+    log.info("Drawing the figures")
+    claimed, scored = _claim_sections(results), _score_sections(score_tables, differences)
+    settings = lr_search.search_tables(searches)
     if costs:
-        files["compute.csv"] = comma_separated(costs)
+        settings.append(records_table("Steps and compute", costs, compute.CAPTION, heading="part"))
+    sections = [*claimed, *(PageSection([table]) for table in settings), *scored]
+    title = _title(folders)
+    text, figures = _document(title, [*_about(cells), *_notes(cells, chosen, others)], cells, sections)
+    files: dict[str, str | bytes] = {
+        "report.html": render(text, figures),
+        "report.md": text,
+        "scores.csv": comma_separated([record for table in score_tables for record in grid.score_records(table)]),
+        "differences.csv": comma_separated([record for own in differences for record in difference_records(own)]),
+        "cells.csv": comma_separated(status_tables.cell_records(cells)),
+        "run_scores.csv": comma_separated(status_tables.run_records(cells, chosen)),
+        **figures,
+    }
+    secondary = [record for table in score_tables for record in secondary_metrics.secondary_records(table)]
+    optional = {
+        "readings.csv": secondary,
+        "claims.csv": claim_report.claim_records(results),
+        "ladder.csv": searches,
+        "compute.csv": costs,
+    }
+    files |= {name: comma_separated(records) for name, records in optional.items() if records}
     for name, content in files.items():
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,28 +129,14 @@ def write_report(
     return out / "report.html", [section.tables[0] for section in (*claimed[:1], *scored)]
 
 
-def _import_plugins(cells: Sequence[Cell]) -> None:
-    """Imports what the runs' benchmarks may be registered by; where that is not there, they are not compared."""
-    configs = (cell.config for cell in cells if cell.config is not None)
-    for module in dict.fromkeys(module for config in configs for module in config.get("plugins") or ()):
+def _import_plugins(cells: Sequence[RunCell]) -> None:
+    """Imports the modules that may register the runs' benchmarks; without them, those are not compared."""
+    modules = [module for cell in cells if cell.config is not None for module in cell.config.get("plugins") or ()]
+    for module in dict.fromkeys(modules):
         try:
             import_plugins([module])
         except UsageError as error:
             log.warning("%s", error)
-
-
-def _results(sweep: Mapping[str, Any], cells: Sequence[Cell], split: str) -> list[Result]:
-    claims = parse(sweep.get("claims") or [])
-    return evaluate(claims, cells, asked_of(cells), split)
-
-
-def _drawn(cells: Sequence[Cell]) -> Sequence[Cell]:
-    return cells if len(cells) <= MOST_CURVES else status_tables.unfinished(cells)
-
-
-def _title(folders: Sequence[Path]) -> str:
-    first, others = folders[0].resolve().name, len(folders) - 1
-    return first if not others else f"{first} and {others} {'other' if others == 1 else 'others'}"
 
 
 def _default_out(folders: Sequence[Path]) -> Path:
@@ -144,7 +145,7 @@ def _default_out(folders: Sequence[Path]) -> Path:
     return first / "report" if is_sweep else first.resolve().parent / "report"
 
 
-def _choose_split(cells: Sequence[Cell], split: str | None) -> tuple[str, list[str]]:
+def _choose_split(cells: Sequence[RunCell], split: str | None) -> tuple[str, list[str]]:
     """The split to show ("" is the benchmarks' own) and the others that were scored."""
     known = sorted({name for cell in cells for name in cell.scores})
     chosen = "" if split == OWN_SPLIT else split
@@ -156,23 +157,146 @@ def _choose_split(cells: Sequence[Cell], split: str | None) -> tuple[str, list[s
     return chosen, [name or OWN_SPLIT for name in known if name != chosen]
 
 
-def _notes(cells: Sequence[Cell], split: str, others: Sequence[str]) -> list[str]:
+def _title(folders: Sequence[Path]) -> str:
+    first, others = folders[0].resolve().name, len(folders) - 1
+    return first if not others else f"{first} and {others} {'other' if others == 1 else 'others'}"
+
+
+def _about(cells: Sequence[RunCell]) -> list[str]:
+    """Which models were trained, when, and by which version."""
+    trained = [cell for cell in cells if cell.manifest]
+    if not trained:
+        return []
+
+    def names(group: str) -> str:
+        return ", ".join(dict.fromkeys(str(cell.config[group].name) for cell in trained if cell.config is not None))
+
+    params = _span([cell.manifest["params"]["total"] for cell in trained])
+    steps = _span([cell.manifest["steps"] for cell in trained])
+    samples = _span([cell.manifest["samples"] for cell in trained])
+    versions = ", ".join(dict.fromkeys(str(cell.manifest.get("code_version", "?")) for cell in trained))
+    days = [datetime.fromtimestamp(cell.started, UTC).date() for cell in trained if cell.started]
+    when = f" between {min(days)} and {max(days)}" if len(set(days)) > 1 else f" on {days[0]}" if days else ""
+    return [
+        f"{len(trained)} models of {params} parameters (vision backbone {names('backbone')}, LLM {names('llm')}), "
+        f"trained{when} with prism_deco {versions} for {steps} steps on {samples} records of {names('data')}, "
+        f"recipe {names('recipe')}."
+    ]
+
+
+def _span(values: Sequence[int]) -> str:
+    least, most = min(values), max(values)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
+def _notes(cells: Sequence[RunCell], split: str, others: Sequence[str]) -> list[str]:
     if not cells:
-        return ["Nothing was planned or run here yet: start with prism-deco sweep or prism-deco train."]
-    notes = [f"Split: {split or 'the benchmarks’ own'}."]  # noqa: RUF001
+        return [
+            "There are no cells. Nothing was planned or run here yet: start with prism-deco sweep or prism-deco train."
+        ]
+    notes = [status_tables.progress(cells), f"Split: {split or 'the benchmarks’ own'}."]  # noqa: RUF001
     if others:
         notes.append(f"Also scored: {', '.join(others)} (--split).")
     if len(cells) > MOST_CURVES:
-        notes.append("Single curves are those of unfinished cells.")
+        notes.append("Curves of single cells are those of unfinished ones.")
     machines = {str(cell.manifest.get("machine")) for cell in cells if cell.manifest}
     if len(machines) > 1:
         notes.append(f"The cells were trained on {len(machines)} kinds of machine: their times do not compare.")
-    return notes
+    return [" ".join(notes)]
 
 
-def _record(pair: Difference) -> dict[str, Any]:
-    values = asdict(pair)
-    for name in ("interval", "over_seeds"):
-        low, high = values.pop(name) or (None, None)
-        values |= {f"{name}_low95": low, f"{name}_high95": high}
-    return values
+def _claim_sections(results: Sequence[ContrastResult]) -> list[PageSection]:
+    """What became of the claims, and the contrasts behind it; none where nothing was claimed."""
+    if not results:
+        return []
+    notes = [*claim_report.outcome_sentences(results), claim_report.SCOPE]
+    return [
+        PageSection([claim_report.claims_table(results)], forests(results), notes=notes),
+        PageSection([claim_report.contrasts_table(results)]),
+    ]
+
+
+def _score_sections(
+    score_tables: Sequence[ScoreTable], differences: Sequence[Sequence[Difference]]
+) -> list[PageSection]:
+    """Tables of scores, or of losses where nothing was scored, what follows from each, and its figures."""
+    sections = []
+    for table, own in zip(score_tables, differences, strict=True):
+        # A figure of many numbers of tokens spans the tables of a part, and stands below the last of them.
+        scored = [other for other in score_tables if other.part == table.part and other.benchmarks]
+        figures = []
+        if scored and table is scored[-1]:
+            more = [group for other in scored[:-1] for group in other.groups]
+            figures = score_figures.tokens_figures(table, more)
+        sections.append(_score_section(table, own, figures))
+    return sections
+
+
+def _score_section(
+    table: ScoreTable, differences: Sequence[Difference], tokens_figures: Sequence[Figure]
+) -> PageSection:
+    curves = curve_figures.convergence(table)
+    if not table.benchmarks:
+        return PageSection([tables.losses_table(table)], [curves] if curves else [], table.disagreements)
+    with_base = [pair for pair in differences if BASE in (pair.first, pair.second)] or differences
+    rest = [pair for pair in differences if pair not in with_base]
+    shown = [
+        tables.scores_table(table, differences),
+        tables.wins_table(table),
+        *([tables.gains_table(table), tables.spatial_table(table)] if table.table == 1 else []),
+        tables.differences_table(with_base) if with_base else None,
+        score_figures.budget_table(table),
+    ]
+    figures = [
+        curves,
+        *tokens_figures,
+        *(score_figures.cost_figure(table, cost) for cost in score_figures.COSTS),
+        score_figures.differences_figure(table, with_base),
+    ]
+    cells = [cell for group in table.groups for cell in group.cells]
+    overrides = [f"Other settings: {line}" for line in override_sentences(cells)] if table.table else []
+    return PageSection(
+        tables=[one for one in shown if one is not None],
+        figures=[figure for figure in figures if figure is not None],
+        warnings=[*(f"Not comparable: {line}" for line in table.disagreements), *overrides],
+        folded=[tables.differences_table(rest, title="Differences of the other pairs")] if rest else [],
+    )
+
+
+def _document(
+    title: str, paragraphs: Sequence[str], cells: Sequence[RunCell], sections: Sequence[PageSection]
+) -> tuple[str, dict[str, bytes]]:
+    """The Markdown, and SVG by the path under which it is named there."""
+    figures: dict[str, bytes] = {}
+    parts = [f"# {escape(title)}\n", *map(paragraph, paragraphs)]
+
+    def add(figure: Figure, prefix: str = "") -> None:
+        path = f"figures/{prefix}{figure.name}.svg"
+        figures[path] = figure.svg
+        parts.append(f"![{escape(figure.caption or figure.name)}](<{path}>)\n")
+
+    open_cells = status_tables.unfinished(cells)
+    if open_cells:
+        parts.append(markdown(status_tables.unfinished_table(cells), 2))
+    for cell in open_cells:
+        if cell.log_tail:
+            quoted = "\n".join(f"    {line}" for line in cell.log_tail.splitlines())
+            parts.append(f"#### Last log lines of {escape(cell.id)}\n\n{quoted}\n")
+    for number, section in enumerate(sections, start=1):
+        first, *others = section.tables
+        heading, body = markdown(first, 2).split("\n", 1)
+        parts += [f"{heading}\n", *(f"> {paragraph(text)}" for text in section.warnings)]
+        parts += [*map(paragraph, section.notes), body.lstrip(), *map(markdown, others)]
+        for figure in section.figures:
+            add(figure, f"{number}-" if len(sections) > 1 else "")
+        parts += [markdown(table, 4) for table in section.folded]
+    drawn = cells if len(cells) <= MOST_CURVES else open_cells
+    curves = [curve_figures.cell_curves(cell) for cell in drawn]
+    if any(curves):
+        parts.append("## Curves of single cells\n")
+    for figure in curves:
+        if figure is not None:
+            add(figure)
+    if cells:
+        parts.append(markdown(status_tables.cells_table(cells), 2))
+    return "\n".join(parts), figures

@@ -1,4 +1,4 @@
-"""What scores without seeing: the best constant answer, and models trained without their images."""
+"""What scores without seeing the image: the best constant answer, and models trained without their images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prism_deco.errors import UsageError
 from prism_deco.evaluation import Benchmark, Item, Prediction, build_benchmark, load_predictions
 from prism_deco.evaluation.scoring import best_constant
 from prism_deco.report.blind import blind_scores, settings_key
-from prism_deco.report.cells import Cell, Score
+from prism_deco.report.cells import RunCell, Score
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ MOST_QUESTIONS = 10_000
 
 
 def main_predictions(benchmark: Benchmark, path: Path) -> list[Prediction]:
-    """The predictions that make the primary metric: those of the benchmark's first way to ask."""
+    """The predictions that make the primary metric: those of the benchmark's first variant."""
     asked = [(benchmark.variant_of(prediction), prediction) for prediction in load_predictions(path)]
     used = {variant for variant, _ in asked}
     first = next(variant for variant in (*benchmark.variants, *used) if variant in used)
@@ -28,7 +28,7 @@ def main_predictions(benchmark: Benchmark, path: Path) -> list[Prediction]:
 
 
 def chance(score: Score) -> float | None:
-    """The best constant answer to the questions that were asked; None where that is not known or too long."""
+    """The best constant answer to the questions that were asked; None where that is not known or takes too long."""
     if int(score.content["n"]) > MOST_QUESTIONS:
         return None
     try:
@@ -43,21 +43,21 @@ def chance(score: Score) -> float | None:
         return None
 
 
-def blind(cells: Sequence[Cell], blind_cells: Iterable[Cell], split: str) -> dict[str, float]:
-    """Scores by benchmark of the blind twin of these cells: of the study's own, else the recorded reference.
+def blind(cells: Sequence[RunCell], blind_cells: Iterable[RunCell], split: str) -> dict[str, float]:
+    """Scores by benchmark of the image-blind baseline of these cells: of the study's own, else the recorded one.
 
     Args:
-        cells: of one row; empty where their settings differ in what a blind model feels.
+        cells: of one row; the result is empty where their settings differ in what a blind model depends on.
     """
     configs = [cell.config for cell in cells if cell.config is not None]
     keys = {settings_key(config) for config in configs}
     if len(keys) != 1:
         return {}
-    twins = [cell for cell in blind_cells if cell.config is not None and settings_key(cell.config) in keys]
-    return mean_scores(twins, split) or blind_scores(configs[0], split or None) or {}
+    own = [cell for cell in blind_cells if cell.config is not None and settings_key(cell.config) in keys]
+    return mean_scores(own, split) or blind_scores(configs[0], split or None) or {}
 
 
-def mean_scores(cells: Iterable[Cell], split: str) -> dict[str, float]:
+def mean_scores(cells: Iterable[RunCell], split: str) -> dict[str, float]:
     """The means of all cells that have a score, by benchmark."""
     values: dict[str, list[float]] = {}
     for cell in cells:

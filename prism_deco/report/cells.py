@@ -1,4 +1,4 @@
-"""What a report is about: cells as they were collected, and cells of several seeds put together."""
+"""What a report is about: runs as they were collected, and the seeds of a run put together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ PROJECTORS = ("linear", "avgpool", "maxpool", "qformer", "c_abstractor", "d_abst
 """Their order in tables and figures; projectors from elsewhere follow by name."""
 
 MAXIMA = {"mme": 2000.0}
-"""Highest scores by family of benchmark, of those that are no percentages (ten tasks of 200 points)."""
+"""Highest scores by family of benchmark, of those that are not percentages (ten tasks of 200 points)."""
+
+_NOT_IN_ROW = ("part", "row", "backbone", "llm", "projector", "seed", "recipe.blind")
+"""Labels that do not make a row of their own: a part has its own tables, and an image-blind run is a baseline of all
+rows."""
 
 Curve = list[tuple[int, float]]
 """(optimizer step, value)"""
@@ -28,17 +32,21 @@ Curve = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Score:
-    """The content of a `metrics.json`, and where its predictions lie."""
+    """The content of a `metrics.json`.
+
+    Attributes:
+        value: of the primary metric, in the paper's unit.
+        interval: 95 %, over items.
+        folder: where the predictions are.
+        choice: what builds the benchmark: its shipped name, or its YAML file.
+    """
 
     benchmark: str
     value: float
-    """Of the primary metric, in the paper's unit."""
     interval: tuple[float, float]
-    """95 %, over items."""
     content: Mapping[str, Any]
     folder: Path
     choice: str = ""
-    """What builds the benchmark: its shipped name, or its YAML file."""
     family: str = ""
 
     @property
@@ -47,34 +55,38 @@ class Score:
 
     @property
     def percent(self) -> float:
-        """The score as a share of the highest one."""
+        """The score in per cent of the highest one."""
         return 100 * self.value / self.maximum
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run of a study, planned, running, broken or finished."""
+class RunCell:
+    """One run of a study, planned, running, broken or finished.
+
+    Attributes:
+        labels: what tables group by: row | backbone and llm, projector, seed, and further axes.
+        asked: by name, the choices of the benchmarks that it is to be scored on.
+        manifest: empty until the training has finished.
+        scores: by split ("" is the benchmarks' own) and benchmark.
+        relevance: the content of the `metrics.json` of `explain`; empty where nothing was explained.
+        curves: by the name under which training logs them, such as `train/loss`.
+    """
 
     id: str
     folder: Path
     labels: Mapping[str, str]
-    """What tables group by: row | backbone and llm, projector, seed, and further axes."""
     state: str
     reason: str = ""
     log_tail: str = ""
     attempts: int | None = None
+    started: float | None = None
     seconds: float | None = None
     config: DictConfig | None = None
     asked: Mapping[str, str] = field(default_factory=dict)
-    """By name, the choices of the benchmarks that it is to be scored on."""
     manifest: Mapping[str, Any] = field(default_factory=dict)
-    """Empty until the training is finished."""
     scores: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
-    """By split ("" is the benchmarks' own) and benchmark."""
     relevance: Mapping[str, Any] = field(default_factory=dict)
-    """The content of the `metrics.json` of `explain`; empty where nothing was explained."""
     curves: Mapping[str, Curve] = field(default_factory=dict)
-    """By the name under which training logs them, such as `train/loss`."""
 
     @property
     def projector(self) -> str:
@@ -86,45 +98,40 @@ class Cell:
 
     @property
     def part(self) -> str:
-        """The part of the sweep that it belongs to; empty where that has no parts."""
+        """The part of the sweep that it belongs to; empty where the sweep has no parts."""
         return self.labels.get("part", "")
 
     @property
     def blind(self) -> bool:
-        """Trained without its images: a floor to stand beside the others."""
+        """Whether it was trained without its images, as a baseline for the others."""
         labelled = self.labels.get("recipe.blind", "").lower() == "true"  # the configuration may be unreadable
         return labelled or (self.config is not None and bool(self.config.recipe.blind))
 
     @property
     def variant(self) -> str:
-        """The line in a table: the projector, and those of its own settings that are axes."""
+        """The projector, with those of its own settings that are axes."""
         own = [f"{key}={value}" for key, value in self.labels.items() if key.startswith("projector.")]
         return ", ".join([self.projector, *(text for text in own if not text.startswith("projector.num_tokens="))])
 
     @property
     def row(self) -> str:
         """The group of lines in a table within which projectors are compared."""
-        return self._row(skip=())
+        return self._row(skip="")
 
     @property
     def family(self) -> str:
         """The row without its number of visual tokens."""
-        return self._row(skip=("num_tokens",))
+        return self._row(skip="num_tokens")
 
-    def _row(self, skip: Sequence[str]) -> str:
-        labels = self.labels
-        base = labels.get("row") or " + ".join(labels[key] for key in ("backbone", "llm") if key in labels)
-        # Blindness is no axis of a comparison: a blind run stands beside all lines of its row.
-        # A part has tables of its own.
-        named = ("part", "row", "backbone", "llm", "projector", "seed", "recipe.blind")
-        rest = [
-            f"{key.removeprefix('recipe.')}={value}"
-            for key, value in labels.items()
-            if key not in named
-            and (not key.startswith("projector.") or key == "projector.num_tokens")
-            and key.rpartition(".")[2] not in skip
-        ]
-        return ", ".join([base, *rest] if base else rest) or "all"
+    def _row(self, skip: str) -> str:
+        models = [self.labels[key] for key in ("backbone", "llm") if key in self.labels]
+        base = self.labels.get("row") or " + ".join(models)
+        parts = [base] if base else []
+        for key, value in self.labels.items():
+            of_projector = key.startswith("projector.") and key != "projector.num_tokens"
+            if key not in _NOT_IN_ROW and not of_projector and key.rpartition(".")[2] != skip:
+                parts.append(f"{key.removeprefix('recipe.')}={value}")
+        return ", ".join(parts) or "all"
 
     @property
     def tokens(self) -> int | None:
@@ -139,13 +146,13 @@ class Cell:
 
     @cached_property
     def flops(self) -> float | None:
-        """Floating-point operations of the training; None where they are not known, or it is not finished."""
+        """Floating-point operations of the training; None where they are not known, or it has not finished."""
         per_sample = flops_per_sample(self.config) if self.manifest and self.config is not None else None
         return per_sample * self.manifest["samples"] if per_sample is not None else None
 
     @property
     def step_seconds(self) -> float | None:
-        """Median time of an optimizer step, validation apart; None where it was not logged."""
+        """Median time of an optimizer step without validation; None where it was not logged."""
         rates = [rate for _, rate in self.curves.get("speed/samples_per_s", []) if math.isfinite(rate) and rate > 0]
         records = self.config.recipe.global_batch_size if self.config is not None else None
         return records / median(rates) if rates and records else None
@@ -153,7 +160,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Summary:
-    """A score over the seeds of an entry.
+    """A score over seeds.
 
     Attributes:
         mean: over seeds.
@@ -170,12 +177,12 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A line of a table: the cells that differ only in their seed."""
+class SeedGroup:
+    """The runs that differ only in their seed: one line of a table."""
 
     row: str
     variant: str
-    cells: tuple[Cell, ...]
+    cells: tuple[RunCell, ...]
 
     @property
     def projector(self) -> str:
@@ -195,24 +202,25 @@ class Entry:
 
     @cached_property
     def step_seconds(self) -> float | None:
-        times = [time for cell in self.cells if (time := cell.step_seconds) is not None]
-        return median(times) if times else None
+        times = [cell.step_seconds for cell in self.cells]
+        known = [time for time in times if time is not None]
+        return median(known) if known else None
 
     def scores(self, benchmark: str, split: str) -> dict[str, Score]:
         """By seed."""
-        found = ((cell.seed, cell.scores.get(split, {}).get(benchmark)) for cell in self.cells)
-        return {seed: score for seed, score in found if score is not None}
+        found = {cell.seed: cell.scores.get(split, {}).get(benchmark) for cell in self.cells}
+        return {seed: score for seed, score in found.items() if score is not None}
 
     def summary(self, benchmark: str, split: str) -> Summary | None:
         """None where no seed has a score."""
-        scores = self.scores(benchmark, split)
+        scores = list(self.scores(benchmark, split).values())
         if not scores:
             return None
-        values, first = [score.value for score in scores.values()], next(iter(scores.values()))
-        return _summary(values, first.interval, len(self.cells), first.maximum)
+        values = [score.value for score in scores]
+        return _summary(values, scores[0].interval, len(self.cells), scores[0].maximum)
 
     def means(self, benchmarks: Sequence[str], split: str) -> dict[str, float]:
-        """By seed that has them all, the mean over benchmarks, each as a share of its highest score."""
+        """By seed that has them all, the mean over benchmarks, each in per cent of its highest score."""
         found = {}
         for cell in self.cells:
             scores = cell.scores.get(split, {})
@@ -221,14 +229,15 @@ class Entry:
         return found
 
     def overall(self, benchmarks: Sequence[str], split: str) -> Summary | None:
-        """The mean over benchmarks, each as a share of its highest score; None unless a seed has them all.
+        """The mean over benchmarks, each in per cent of its highest score; None unless a seed has them all.
 
-        With one seed the interval takes the benchmarks for independent.
+        With one seed the interval assumes that the benchmarks are independent.
         """
         means = self.means(benchmarks, split)
         if not means:
             return None
-        values, first = list(means.values()), next(cell for cell in self.cells if cell.seed in means).scores[split]
+        values = list(means.values())
+        first = next(cell for cell in self.cells if cell.seed in means).scores[split]
         own = [first[name] for name in benchmarks]
         halves = [100 / score.maximum * (score.interval[1] - score.interval[0]) / 2 for score in own]
         half = math.hypot(*halves) / len(halves)
@@ -253,14 +262,13 @@ def projector_rank(name: str) -> tuple[int, str]:
     return (PROJECTORS.index(name) if name in PROJECTORS else len(PROJECTORS), name)
 
 
-def group(cells: Iterable[Cell]) -> list[Entry]:
-    """Entries of the cells that see: rows in order of appearance, projectors in their order."""
-    groups: dict[tuple[str, str], list[Cell]] = {}
-    rows: dict[str, None] = {}
+def seed_groups(cells: Iterable[RunCell]) -> list[SeedGroup]:
+    """The cells that are not image-blind: rows in order of appearance, projectors in their order."""
+    groups: dict[tuple[str, str], list[RunCell]] = {}
+    order: dict[str, int] = {}
     for cell in cells:
         if not cell.blind:
-            rows.setdefault(cell.row)
+            order.setdefault(cell.row, len(order))
             groups.setdefault((cell.row, cell.variant), []).append(cell)
-    order = {row: number for number, row in enumerate(rows)}
-    entries = [Entry(row, variant, tuple(members)) for (row, variant), members in groups.items()]
-    return sorted(entries, key=lambda entry: (order[entry.row], *projector_rank(entry.projector), entry.variant))
+    made = [SeedGroup(row, variant, tuple(members)) for (row, variant), members in groups.items()]
+    return sorted(made, key=lambda group: (order[group.row], *projector_rank(group.projector), group.variant))

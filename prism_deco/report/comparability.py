@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from prism_deco.report.cells import Cell, Entry
-from prism_deco.report.compute import is_equal
+from prism_deco.report.cells import RunCell, SeedGroup
+from prism_deco.report.compute import same_compute
 
-_RUN: dict[str, Callable[[Cell], Any]] = {
+_RUN: dict[str, Callable[[RunCell], Any]] = {
     "training data (data_hash)": lambda cell: cell.manifest["data_hash"][:12],
 }
-_BUDGET: dict[str, Callable[[Cell], Any]] = {
+_BUDGET: dict[str, Callable[[RunCell], Any]] = {
     "steps": lambda cell: cell.manifest["steps"],
     "samples": lambda cell: cell.manifest["samples"],
 }
@@ -22,30 +22,29 @@ _SCORE: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 }
 
 
-def disagreements(entries: Sequence[Entry], split: str) -> list[str]:
+def disagreements(groups: Sequence[SeedGroup], split: str) -> list[str]:
     """What differs between cells that should only differ in their labels, each as one sentence.
 
-    In a whole table the training data must be the same, and either the number of steps and of samples or what
-    they cost in arithmetic (see `compute`); each entry must have the same seeds (planned ones count: a seed that is
-    still training is missing, not different), and each benchmark must have asked the same questions with the same
-    prompts and room for an answer. Within a row the number of visual tokens must be the same too; an uncompressed
-    projector (as many tokens as patches) is the reference to which a row is compared, and exempt. So must be the
-    micro-batches where the loss is a mean over them.
+    In a whole table the training data must be the same, and either the number of steps and of samples or their
+    compute (see `compute`); each line must have the same seeds (planned ones count: a seed that is still training is
+    missing, not different), and each benchmark must have asked the same questions with the same prompts and answer
+    length. Within a row the number of visual tokens must be the same too, except for an uncompressed projector (as
+    many tokens as patches), to which a row is compared; so must the micro-batches where the loss is a mean over them.
     """
-    trained = [cell for entry in entries for cell in entry.cells if cell.manifest]
+    trained = [cell for group in groups for cell in group.cells if cell.manifest]
     found = [_spread(name, trained, read) for name, read in _RUN.items()]
     found += _budgets(trained)
     for row in dict.fromkeys(cell.row for cell in trained):
         compressed = [cell for cell in trained if cell.row == row and cell.compressed]
         found.append(_spread(f"visual tokens in row {row}", compressed, lambda cell: cell.tokens))
-        sizes = [(cell.id, size) for cell in trained if cell.row == row and (size := _averaged_over(cell)) is not None]
+        sizes = [(cell.id, _micro_batch(cell)) for cell in trained if cell.row == row and _averages(cell)]
         found.append(_sentence(f"micro-batches, over which the loss is a mean, in row {row}", sizes))
     for benchmark in dict.fromkeys(name for cell in trained for name in cell.scores.get(split, {})):
         scored = [cell for cell in trained if benchmark in cell.scores.get(split, {})]
         for name, read in _SCORE.items():
             values = [(cell.id, read(cell.scores[split][benchmark].content)) for cell in scored]
             found.append(_sentence(f"{benchmark}: {name}", values))
-    seeds = {entry.name: ", ".join(sorted(cell.seed for cell in entry.cells)) for entry in entries}
+    seeds = {group.name: ", ".join(sorted(cell.seed for cell in group.cells)) for group in groups}
     found.append(_sentence("seeds", seeds.items()))
     return [sentence for sentence in found if sentence]
 
@@ -54,28 +53,32 @@ def refusal(title: str, sentences: Sequence[str]) -> str:
     """The message of an error."""
     return (
         f"The cells of {title} saw different things and cannot be compared: {' '.join(sentences)} "
-        "Report them separately, or put them into one table with --mixed."
+        "Report them separately, or use --mixed to put them into one table."
     )
 
 
-def _averaged_over(cell: Cell) -> str | None:
-    """Records of a forward pass (x devices), where the loss depends on them."""
-    if cell.config is None or cell.config.recipe.loss != "micro_batch_mean":
-        return None
+def _averages(cell: RunCell) -> bool:
+    """Whether the loss depends on the records of a forward pass."""
+    return cell.config is not None and cell.config.recipe.loss == "micro_batch_mean"
+
+
+def _micro_batch(cell: RunCell) -> str:
+    """Records of a forward pass (x devices)."""
+    assert cell.config is not None
     return f"{cell.config.recipe.micro_batch_size} (x {cell.manifest.get('devices', 1)})"
 
 
-def _budgets(cells: Sequence[Cell]) -> list[str]:
-    found = [sentence for name, read in _BUDGET.items() if (sentence := _spread(name, cells, read))]
-    return found if found and not is_equal(cells) else []
+def _budgets(cells: Sequence[RunCell]) -> list[str]:
+    sentences = [_spread(name, cells, read) for name, read in _BUDGET.items()]
+    return sentences if any(sentences) and not same_compute(cells) else []
 
 
-def _spread(name: str, cells: Sequence[Cell], read: Callable[[Cell], Any]) -> str:
+def _spread(name: str, cells: Sequence[RunCell], read: Callable[[RunCell], Any]) -> str:
     return _sentence(name, ((cell.id, read(cell)) for cell in cells))
 
 
 def _sentence(name: str, values: Iterable[tuple[str, Any]]) -> str:
-    """Names the values and who has them; nothing where there is one value only."""
+    """Names the values and who has them; empty where there is one value only."""
     owners: dict[Any, list[str]] = {}
     for owner, value in values:
         owners.setdefault(value, []).append(owner)

@@ -7,25 +7,26 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from prism_deco.report.cells import Cell, Curve, Entry
-from prism_deco.report.grid import Grid
+from prism_deco.report.cells import Curve, RunCell, SeedGroup
+from prism_deco.report.grid import ScoreTable
 from prism_deco.report.plotting import STEPS, Figure, label_axes, legend, panels, settings, styles, to_svg
 
 _MARKERS = 8  # along a curve
 
 
-def convergence(grid: Grid) -> Figure | None:
+def convergence(table: ScoreTable) -> Figure | None:
     """Training loss against steps: a panel per row, a line per projector (the paper's Figure 5)."""
-    entries = [entry for entry in grid.entries if any(_loss(cell) for cell in entry.cells)]
-    rows = list(dict.fromkeys(entry.row for entry in entries))
+    groups = [group for group in table.groups if any(_loss(cell) for cell in group.cells)]
+    rows = list(dict.fromkeys(group.row for group in groups))
     if not rows:
         return None
-    looks = styles(entry.variant for entry in grid.entries)
+    looks = styles(group.variant for group in table.groups)
     with settings():
         figure, axes = panels(len(rows), width=5.0 if len(rows) == 1 else 3.5)
         for row, ax in zip(rows, axes, strict=True):
-            for entry in (entry for entry in entries if entry.row == row):
-                _convergence(ax, entry, looks[entry.variant])
+            for group in groups:
+                if group.row == row:
+                    _convergence(ax, group, looks[group.variant])
             label_axes(ax, row, STEPS, "training loss (nats per token)")
         legend(figure, axes, looks)
         caption = (
@@ -34,19 +35,19 @@ def convergence(grid: Grid) -> Figure | None:
         return Figure("convergence", to_svg(figure), caption)
 
 
-def _convergence(ax: Axes, entry: Entry, look: dict[str, Any]) -> None:
-    smooth = [_smooth(curve) for cell in entry.cells if (curve := _loss(cell))]
+def _convergence(ax: Axes, group: SeedGroup, look: dict[str, Any]) -> None:
+    smooth = [_smooth(_loss(cell)) for cell in group.cells if _loss(cell)]
     if len(smooth) > 1:
         for x, y in smooth:
             ax.plot(x, y, color=look["color"], alpha=0.3, linewidth=0.7)
-    # A seed that stopped early has no end in common with the others.
+    # The mean ends where the shortest curve does.
     steps = np.array(sorted(set().union(*(x.tolist() for x, _ in smooth))))
     steps = steps[steps <= min(x[-1] for x, _ in smooth)]
     mean = np.mean([np.interp(steps, x, y) for x, y in smooth], axis=0)
-    ax.plot(steps, mean, label=entry.variant, markevery=max(1, len(steps) // _MARKERS), **look)
+    ax.plot(steps, mean, label=group.variant, markevery=max(1, len(steps) // _MARKERS), **look)
 
 
-def cell_curves(cell: Cell) -> Figure | None:
+def cell_curves(cell: RunCell) -> Figure | None:
     """Training and validation loss of one cell."""
     train, val = _loss(cell), cell.curves.get("val/loss", [])
     if not train and not val:
@@ -65,7 +66,7 @@ def cell_curves(cell: Cell) -> Figure | None:
         return Figure(f"curves-{cell.id.replace('/', '-')}", to_svg(figure), "")
 
 
-def _loss(cell: Cell) -> Curve:
+def _loss(cell: RunCell) -> Curve:
     return list(cell.curves.get("train/loss", []))
 
 

@@ -1,4 +1,4 @@
-"""Scores by row, projector and benchmark, beside the paper's where it has them."""
+"""Scores by row, projector and benchmark, next to the paper's where it has them."""
 
 from __future__ import annotations
 
@@ -10,43 +10,48 @@ from typing import Any
 from prism_deco.report import paper
 from prism_deco.report.baselines import blind, chance, mean_scores
 from prism_deco.report.benchmarks import benchmarks_of
-from prism_deco.report.cells import MAXIMA, Cell, Entry, Summary, group, projector_rank
+from prism_deco.report.cells import MAXIMA, RunCell, SeedGroup, Summary, projector_rank, seed_groups
 from prism_deco.report.comparability import disagreements
 
 
 @dataclass(frozen=True)
-class Line:
-    """A line of a grid.
+class ScoreRow:
+    """A line of a table.
 
     Attributes:
-        entry: None where the study has no such cell.
+        group: None where the study has no such run.
         paper: the paper's scores by benchmark; empty where it has none.
         about: what the row is, in smaller print.
-        cited: a line of the paper that ours are not measured against.
+        cited: whether it is a line of the paper that ours are not measured against.
     """
 
     row: str
     variant: str
-    entry: Entry | None
+    group: SeedGroup | None
     paper: Mapping[str, float]
     about: tuple[str, ...] = ()
     cited: bool = False
 
     def summary(self, benchmark: str, split: str) -> Summary | None:
-        return self.entry.summary(benchmark, split) if self.entry else None
+        return self.group.summary(benchmark, split) if self.group else None
 
     @property
     def missing(self) -> str:
         """Why there is no score of ours."""
-        return self.entry.missing if self.entry else "not run"
+        return self.group.missing if self.group else "not run"
+
+    @property
+    def planned(self) -> int:
+        """How many seeds there should be."""
+        return len(self.group.cells) if self.group else 0
 
 
 @dataclass(frozen=True)
-class Grid:
+class ScoreTable:
     """A table of scores.
 
     Attributes:
-        part: of the sweep; empty where that has no parts.
+        part: of the sweep; empty where the sweep has no parts.
         table: number of the paper's table; None where it has no such table.
         split: of the benchmarks; "" is their own.
         chance: by benchmark.
@@ -57,7 +62,7 @@ class Grid:
     title: str
     part: str
     table: int | None
-    lines: Sequence[Line]
+    rows: Sequence[ScoreRow]
     benchmarks: Sequence[str]
     split: str
     chance: Mapping[str, float]
@@ -65,8 +70,8 @@ class Grid:
     disagreements: Sequence[str]
 
     @property
-    def entries(self) -> list[Entry]:
-        return [line.entry for line in self.lines if line.entry is not None]
+    def groups(self) -> list[SeedGroup]:
+        return [row.group for row in self.rows if row.group is not None]
 
     @property
     def has_mean(self) -> bool:
@@ -75,150 +80,164 @@ class Grid:
 
     def maximum(self, benchmark: str) -> float:
         """The highest score that there could be."""
-        scores = (score for entry in self.entries for score in entry.scores(benchmark, self.split).values())
-        return next((score.maximum for score in scores), MAXIMA.get(benchmark, 100.0))
+        scores = [score for group in self.groups for score in group.scores(benchmark, self.split).values()]
+        return scores[0].maximum if scores else MAXIMA.get(benchmark, 100.0)
+
+    def summary(self, group: SeedGroup, name: str) -> Summary | None:
+        """Of a benchmark, or of their `mean`."""
+        return group.overall(self.benchmarks, self.split) if name == "mean" else group.summary(name, self.split)
 
     def ours(self, variant: str) -> dict[Hashable, float | None]:
         """Scores of a projector by row and benchmark."""
-        return {
-            (line.row, name): summary.mean if (summary := line.summary(name, self.split)) else None
-            for line in self.lines
-            if line.variant == variant and not line.cited
-            for name in self.benchmarks
-        }
+        found: dict[Hashable, float | None] = {}
+        for row in self.rows:
+            if row.variant == variant and not row.cited:
+                for name in self.benchmarks:
+                    summary = row.summary(name, self.split)
+                    found[row.row, name] = summary.mean if summary else None
+        return found
 
     def papers(self, variant: str) -> dict[Hashable, float | None]:
         """The paper's scores of a projector by row and benchmark."""
-        chosen = [line for line in self.lines if line.variant == variant and line.paper and not line.cited]
-        return {(line.row, name): line.paper.get(name) for line in chosen for name in self.benchmarks}
+        chosen = [row for row in self.rows if row.variant == variant and row.paper and not row.cited]
+        return {(row.row, name): row.paper.get(name) for row in chosen for name in self.benchmarks}
 
 
-def build_grids(cells: Sequence[Cell], split: str) -> list[Grid]:
+def score_tables(cells: Sequence[RunCell], split: str) -> list[ScoreTable]:
     """The paper's Tables 3 and 1 where a cell belongs to them, and a table of all other cells; in a sweep with parts,
     those of each part that has benchmarks."""
-    grids: list[Grid] = []
+    blind_cells = [cell for cell in cells if cell.blind]
+    tables: list[ScoreTable] = []
     for part in dict.fromkeys(cell.part for cell in cells):
-        own = group(cell for cell in cells if cell.part == part)
-        if own and (not part or _benchmarks(own, split)):
-            grids += _grids(own, part, [cell for cell in cells if cell.blind], split)
-    return grids
+        groups = seed_groups(cell for cell in cells if cell.part == part)
+        if groups and (not part or _benchmarks(groups, split)):
+            tables += _tables_of(groups, part, blind_cells, split)
+    return tables
 
 
-def _grids(entries: Sequence[Entry], part: str, blind_cells: Sequence[Cell], split: str) -> list[Grid]:
-    rest, grids = list(entries), []
+def _tables_of(groups: Sequence[SeedGroup], part: str, blind_cells: Sequence[RunCell], split: str) -> list[ScoreTable]:
+    by_table: dict[int, list[tuple[str, SeedGroup]]] = {3: [], 1: []}
+    others = []
+    for group in groups:
+        settings = {table: paper.setting(group.cells[0], table) for table in by_table}
+        table = next((table for table, setting in settings.items() if setting is not None), None)
+        if table is None:
+            others.append(group)
+        else:
+            by_table[table].append((str(settings[table]), group))
     suffix = f": {part}" if part else ""
-    for table in (3, 1):
-        chosen = {id(entry): name for entry in rest if (name := paper.setting(entry.cells[0], table))}
-        own = [entry for entry in rest if id(entry) in chosen]
-        rest = [entry for entry in rest if id(entry) not in chosen]
-        if own:
-            lines = _paper_lines(table, [(chosen[id(entry)], entry) for entry in own])
+    tables = []
+    for table, chosen in by_table.items():
+        if chosen:
             title = f"Table {table} of the paper, and ours{suffix}"
-            grids.append(_grid(title, part, table, lines, paper.COLUMNS[table], split, blind_cells))
-    if rest:
-        lines = [Line(entry.row, entry.variant, entry, {}, _about(entry)) for entry in rest]
-        benchmarks = _benchmarks(rest, split)
-        grids.append(
-            _grid(f"{'Scores' if benchmarks else 'Losses'}{suffix}", part, None, lines, benchmarks, split, blind_cells)
-        )
-    return grids
+            rows = _paper_rows(table, chosen)
+            tables.append(_table(title, part, table, rows, paper.COLUMNS[table], split, blind_cells))
+    if others:
+        rows = [ScoreRow(group.row, group.variant, group, {}, _about(group)) for group in others]
+        benchmarks = _benchmarks(others, split)
+        title = f"{'Scores' if benchmarks else 'Losses'}{suffix}"
+        tables.append(_table(title, part, None, rows, benchmarks, split, blind_cells))
+    return tables
 
 
-def _grid(
+def _table(
     title: str,
     part: str,
     table: int | None,
-    lines: Sequence[Line],
+    rows: Sequence[ScoreRow],
     benchmarks: Sequence[str],
     split: str,
-    blinds: Sequence[Cell],
-) -> Grid:
-    entries = [line.entry for line in lines if line.entry is not None]
-    levels = {}
+    blind_cells: Sequence[RunCell],
+) -> ScoreTable:
+    groups = [row.group for row in rows if row.group is not None]
+    chances = {}
     for name in benchmarks:
-        scores = (score for entry in entries for score in entry.scores(name, split).values())
-        first = next(scores, None)
-        level = chance(first) if first is not None else None
+        scores = [score for group in groups for score in group.scores(name, split).values()]
+        level = chance(scores[0]) if scores else None
         if level is not None:
-            levels[name] = level
-    floors = {}
-    for row in dict.fromkeys(line.row for line in lines):
-        members = [cell for line in lines if line.row == row and line.entry for cell in line.entry.cells]
-        # Where every line of a part has settings of its own, so has the study's blind model.
-        values = blind(members, blinds, split) or (mean_scores(blinds, split) if part else {})
+            chances[name] = level
+    blinds = {}
+    for row in dict.fromkeys(row.row for row in rows):
+        members = [cell for own in rows if own.row == row and own.group for cell in own.group.cells]
+        # Where every line of a part has settings of its own, so has the study's image-blind baseline.
+        values = blind(members, blind_cells, split) or (mean_scores(blind_cells, split) if part else {})
         if values:
-            floors[row] = values
-    return Grid(title, part, table, lines, benchmarks, split, levels, floors, disagreements(entries, split))
+            blinds[row] = values
+    return ScoreTable(title, part, table, rows, benchmarks, split, chances, blinds, disagreements(groups, split))
 
 
-def _paper_lines(table: int, entries: Sequence[tuple[str, Entry]]) -> list[Line]:
-    """All of the paper's lines and all of ours, ours beside the paper's of the same setting and projector."""
-    printed = paper.lines(table)
-    lines = []
-    for setting in dict.fromkeys(line.setting for line in printed):
-        theirs = [line for line in printed if line.setting == setting]
-        about = (theirs[0].backbone, theirs[0].llm)
-        own = [entry for name, entry in entries if name == setting]
-        scores = {line.projector: line.scores for line in theirs if not line.cited}
-        lines += [
-            Line(setting, f"{line.projector} (LLaVA-1.5)", None, line.scores, about, cited=True)
-            for line in theirs
-            if line.cited
-        ]
-        # Two of our rows of one setting (an axis of recipes, say) both stand beside the paper's.
-        names = list(dict.fromkeys(entry.row for entry in own)) or [setting]
-        for name in names:
-            row = name if len(names) > 1 else setting
-            members = {entry.variant: entry for entry in own if entry.row == name}
-            for variant in sorted({*scores, *members}, key=lambda v: projector_rank(v.partition(",")[0])):
-                entry = members.get(variant)
-                numbers = scores.get(entry.projector if entry else variant, {})
-                lines.append(Line(row, variant, entry, numbers, about))
-    return lines
-
-
-def _benchmarks(entries: Sequence[Entry], split: str) -> list[str]:
-    return benchmarks_of([cell for entry in entries for cell in entry.cells], split)
-
-
-def _about(entry: Entry) -> tuple[str, ...]:
-    config = entry.cells[0].config
-    names = (str(config.backbone.name), str(config.llm.name)) if config is not None else ()
-    return tuple(name for name in names if name not in entry.row)
-
-
-def records(grid: Grid) -> list[dict[str, Any]]:
-    """A record per line and benchmark, for CSV."""
+def _paper_rows(table: int, groups: Sequence[tuple[str, SeedGroup]]) -> list[ScoreRow]:
+    """All of the paper's lines and all of ours, ours next to the paper's of the same setting and projector."""
+    printed = paper.rows(table)
     rows = []
-    for line in grid.lines:
-        for name in grid.benchmarks:
-            summary, printed = line.summary(name, grid.split), line.paper.get(name)
+    for setting in dict.fromkeys(row.setting for row in printed):
+        theirs = [row for row in printed if row.setting == setting]
+        about = (theirs[0].backbone, theirs[0].llm)
+        for row in theirs:
+            if row.cited:
+                rows.append(ScoreRow(setting, f"{row.projector} (LLaVA-1.5)", None, row.scores, about, cited=True))
+        scores = {row.projector: row.scores for row in theirs if not row.cited}
+        own = [group for name, group in groups if name == setting]
+        # Two of our rows of one setting (an axis of recipes, say) both stand next to the paper's.
+        names = list(dict.fromkeys(group.row for group in own)) or [setting]
+        for name in names:
+            members = {group.variant: group for group in own if group.row == name}
+            for variant in sorted({*scores, *members}, key=lambda variant: projector_rank(variant.partition(",")[0])):
+                group = members.get(variant)
+                numbers = scores.get(group.projector if group else variant, {})
+                rows.append(ScoreRow(name if len(names) > 1 else setting, variant, group, numbers, about))
+    return rows
+
+
+def _benchmarks(groups: Sequence[SeedGroup], split: str) -> list[str]:
+    return benchmarks_of([cell for group in groups for cell in group.cells], split)
+
+
+def _about(group: SeedGroup) -> tuple[str, ...]:
+    config = group.cells[0].config
+    names = (str(config.backbone.name), str(config.llm.name)) if config is not None else ()
+    return tuple(name for name in names if name not in group.row)
+
+
+def score_records(table: ScoreTable) -> list[dict[str, Any]]:
+    """A record per line and benchmark, for CSV."""
+    found = []
+    for row in table.rows:
+        for name in table.benchmarks:
+            summary, printed = row.summary(name, table.split), row.paper.get(name)
             low, high = summary.interval if summary else (None, None)
-            rows.append(
-                {
-                    "part": grid.part or None,
-                    "table": grid.table,
-                    "row": line.row,
-                    "projector": line.variant,
-                    "benchmark": name,
-                    "split": grid.split or None,
+            found.append(
+                place(table, row, name)
+                | {
                     "score": summary.mean if summary else None,
                     "low95": low,
                     "high95": high,
                     "deviation": summary.deviation if summary else None,
                     "seeds": summary.seeds if summary else 0,
-                    "planned_seeds": len(line.entry.cells) if line.entry else 0,
-                    "missing": None if summary else line.missing,
+                    "planned_seeds": row.planned,
+                    "missing": None if summary else row.missing,
                     "paper": printed,
                     "difference": summary.mean - printed if summary and printed is not None else None,
-                    "chance": grid.chance.get(name),
-                    "blind": grid.blind.get(line.row, {}).get(name),
+                    "chance": table.chance.get(name),
+                    "blind": table.blind.get(row.row, {}).get(name),
                 }
             )
-    return rows
+    return found
 
 
-def paper_mean(line: Line, benchmarks: Sequence[str]) -> float | None:
-    """Mean of the paper's scores of a line; None where it lacks some."""
-    values = [line.paper[name] for name in benchmarks if name in line.paper]
+def place(table: ScoreTable, row: ScoreRow, benchmark: str) -> dict[str, Any]:
+    """The columns of a CSV that say what a record is about."""
+    return {
+        "part": table.part or None,
+        "table": table.table,
+        "row": row.row,
+        "projector": row.variant,
+        "benchmark": benchmark,
+        "split": table.split or None,
+    }
+
+
+def paper_mean(row: ScoreRow, benchmarks: Sequence[str]) -> float | None:
+    """Mean of the paper's scores of a line; None where it has not all of them."""
+    values = [row.paper[name] for name in benchmarks if name in row.paper]
     return fmean(values) if values and len(values) == len(benchmarks) else None

@@ -1,94 +1,110 @@
-"""One HTML file with all tables and figures; it needs no network, no server and no script."""
+"""The report as one HTML file, made from its Markdown; it needs no network, no server and no script."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import html
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import Template
+from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markdown_it.renderer import RendererHTML
+from markdown_it.token import Token
 
-from prism_deco.report.plotting import Figure
-from prism_deco.report.tabular import Field, Table
+from prism_deco.report.tabular import VERDICTS
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of the report, under the title of its first table.
+def render(markdown: str, figures: Mapping[str, bytes]) -> str:
+    """The page's HTML. All text is escaped: the Markdown may hold no HTML of its own.
 
-    Attributes:
-        tables: shown at once; at least one.
-        warnings: what the cells do not have in common.
-        departures: settings of cells that differ from their recipe's or the paper's.
-        folded: long tables, shown on demand.
+    Args:
+        markdown: its first heading is the page's title; those of level 2 begin a section, the text below those of
+            level 4 is shown on demand.
+        figures: SVG by the path under which the Markdown names it.
     """
-
-    tables: Sequence[Table]
-    figures: Sequence[Figure] = ()
-    warnings: Sequence[str] = ()
-    departures: Sequence[str] = ()
-    folded: Sequence[Table] = ()
-
-    @property
-    def title(self) -> str:
-        return self.tables[0].title
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the Markdown and the page show.
-
-    Attributes:
-        progress: how many cells are finished.
-        notes: about the whole report.
-        unfinished: the table of unfinished cells; None where all are done.
-        logs: last log lines of unfinished cells, by cell.
-        curves: of single cells.
-        cells: what every cell was trained on; None where there is none.
-    """
-
-    title: str
-    progress: str
-    notes: Sequence[str] = ()
-    unfinished: Table | None = None
-    logs: Sequence[tuple[str, str]] = ()
-    sections: Sequence[Section] = ()
-    curves: Sequence[Figure] = ()
-    cells: Table | None = None
-    files: Sequence[str] = field(default_factory=tuple)
+    parser = MarkdownIt("commonmark", {"html": False}, renderer_cls=_PageRenderer).enable("table")
+    page: dict[str, Any] = {"figures": figures, "headings": [], "open": []}
+    tokens = _mark_tables(parser.parse(markdown, page))
+    body = parser.renderer.render(tokens, parser.options, page)
+    body += "".join(f"</{tag}>" for tag in reversed(page["open"]))
+    title, *sections = page["headings"]
+    links = [f'<a href="#section-{number}">{name}</a>' for number, name in enumerate(sections, start=1)]
+    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    return template.substitute(title=title, links=" ".join(links), body=body)
 
 
-def render(report: Report) -> str:
-    """The page's HTML; every text in it is escaped."""
-    folder = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"data_uri": _data_uri, "merged": _merged}
-    return environment.get_template("html_page.html").render(report=report)
+class _PageRenderer(RendererHTML):
+    """Renders headings as sections, images as figures, and tables so that they scroll by themselves."""
+
+    def heading_open(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
+        tag, text = tokens[idx].tag, html.escape(_text(tokens[idx + 1]))
+        closing = ""
+        while env["open"] and (tag == "h2" or env["open"][-1] == "details"):
+            closing += f"</{env['open'].pop()}>"
+        if tag in ("h1", "h2"):
+            env["headings"].append(text)
+        if tag == "h2":
+            env["open"].append("section")
+            return f'{closing}<section id="section-{len(env["headings"]) - 1}"><h2>'
+        if tag == "h4":
+            env["open"].append("details")
+            return f"{closing}<details><summary>"
+        return f"{closing}<{tag}>"
+
+    def heading_close(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
+        return "</summary>" if tokens[idx].tag == "h4" else f"</{tokens[idx].tag}>\n"
+
+    def table_open(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
+        return '<div class="scroll" tabindex="0" role="region" aria-label="table"><table>\n'
+
+    def table_close(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
+        return "</table></div>\n"
+
+    def image(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
+        # As an image each figure is a document of its own: ids in one do not meet those in another.
+        source = base64.b64encode(env["figures"][str(tokens[idx].attrs["src"])]).decode()
+        caption = html.escape(tokens[idx].content)
+        image = f'<img src="data:image/svg+xml;base64,{source}" alt="{caption}">'
+        return f"<figure><div>{image}</div><figcaption>{caption}</figcaption></figure>"
 
 
-def _merged(table: Table) -> list[list[tuple[Field, bool, int]]]:
-    """Rows of (field, whether it is a name, rows that it spans): a name spans the empty fields below it."""
-    rows = []
-    for number, row in enumerate(table.rows):
-        fields = []
-        for column, entry in enumerate(row):
-            head = column < table.heads
-            if head and not entry.text and number and number not in table.starts:
-                continue
-            below = (k for k in range(number + 1, len(table.rows)) if k in table.starts or table.rows[k][column].text)
-            end = next(below, len(table.rows)) if head and entry.text else number + 1
-            fields.append((entry, head, end - number))
-        rows.append(fields)
-    return rows
+def _mark_tables(tokens: Sequence[Token]) -> list[Token]:
+    """The tokens, with what a browser must know of table rows: which field is their name, which is a heading for the
+    rows below, which words have a colour."""
+    made: list[Token] = []
+    for number, token in enumerate(tokens):
+        made.append(token)
+        if token.type == "inline" and [child.type for child in token.children or ()] == ["image"]:
+            made[-2].hidden = tokens[number + 1].hidden = True  # no paragraph around a figure
+        if token.type != "tr_close":
+            continue
+        start = max(k for k, own in enumerate(made) if own.type == "tr_open")
+        opening = [k for k in range(start, len(made)) if made[k].type == "td_open"]
+        if not opening:
+            continue
+        made[opening[0]].tag = made[opening[0] + 2].tag = "th"
+        made[opening[0]].attrSet("scope", "row")
+        if len(opening) > 1 and not any(made[k + 1].content for k in opening[1:]):
+            made[opening[0]].attrSet("colspan", str(len(opening)))
+            token.attrSet("class", "heading")
+            made[start].attrSet("class", "heading")
+            del made[opening[1] : -1]
+            continue
+        for k in opening[1:]:
+            words = _text(made[k + 1])
+            if made[k + 1].content.startswith("**"):
+                made[k].attrJoin("class", "best")
+            if words in VERDICTS:
+                made[k].attrJoin("class", words)
+            elif not any(sign.isdigit() for sign in words):
+                made[k].attrJoin("class", "word")
+    return made
 
 
-def _data_uri(figure: Figure) -> str:
-    # As an image each figure is a document of its own: ids in one do not meet those in another.
-    return f"data:image/svg+xml;base64,{base64.b64encode(figure.svg).decode()}"
+def _text(inline: Token) -> str:
+    """The text of a field or heading, without its small print."""
+    children = inline.children or []
+    ends = [k for k, child in enumerate(children) if child.type == "em_open"]
+    return "".join(child.content for child in children[: ends[0] if ends else None]).strip()

@@ -5,13 +5,14 @@
         paper: Table 1, ahead in nine of ten columns   # what the paper says, and where
         note: ...                                      # what a reader must know of this test
         contrasts:
-          - first: {part: steps, projector: avgpool}   # the cells of these labels, one per seed,
+          - first: {part: steps, projector: avgpool}   # the cells with these labels, one per seed,
             second: {part: steps, projector: c_abstractor}  # minus those
             measures: [mean, boxes, questions]         # the claim is judged by the first; the others are details
-            expect: greater                            # or not_less, by more than `margin`
-            equal: steps                               # or compute: what both sides were given the same of
+            expect: greater                            # than 0 | not_less: than 0 by more than `margin`
+            margin: 0                                  # in the measures' unit
+            equal: steps                               # or compute: what both arms were given the same of
             judges: true                               # false: a detail, where it could not come out either way or is
-                                                       # none of what the claim is about
+                                                       # not what the claim is about
 
 Cells that were trained without their images are chosen by `recipe.blind: true` alone.
 """
@@ -19,39 +20,31 @@ Cells that were trained without their images are chosen by `recipe.blind: true` 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from prism_deco.config import read_yaml
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
-from prism_deco.report.measures import MEASURES
+from prism_deco.report.arms import OUTCOMES
 
-EXPECT = ("greater", "not_less")
 EQUAL = ("steps", "compute")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Contrast:
-    """`first` minus `second`.
+    """`first` minus `second`."""
 
-    Attributes:
-        first, second: labels of the cells.
-        measures: names of `MEASURES`.
-        expect: what the claim says of the difference: greater (than 0) | not_less (than 0 by more than the margin).
-        margin: in the measures' unit.
-        equal: what both sides were given the same of: steps | compute.
-        judges: whether the claim is judged by it.
-    """
-
-    first: Mapping[str, str]
-    second: Mapping[str, str]
-    measures: tuple[str, ...] = ("mean",)
-    expect: str = "greater"
+    first: dict[str, str] = field(default_factory=dict)
+    second: dict[str, str] = field(default_factory=dict)
+    measures: list[str] = field(default_factory=lambda: ["mean"])
+    expect: Literal["greater", "not_less"] = "greater"
     margin: float = 0.0
-    equal: str = "steps"
+    equal: Literal["steps", "compute"] = "steps"
     judges: bool = True
 
     @property
@@ -60,17 +53,12 @@ class Contrast:
         return -self.margin
 
 
-@dataclass(frozen=True)
+@dataclass
 class Claim:
-    """A statement of the paper and the contrasts that test it.
+    """A statement of the paper and the contrasts that test it."""
 
-    Attributes:
-        paper: what the paper says, and where.
-        note: what a reader must know of this test.
-    """
-
-    name: str
-    contrasts: tuple[Contrast, ...]
+    name: str = ""
+    contrasts: list[Contrast] = field(default_factory=list)
     paper: str = ""
     note: str = ""
 
@@ -78,58 +66,34 @@ class Claim:
 def read_sweep(folder: Path) -> Mapping[str, Any]:
     """What a sweep was asked for; empty where the folder does not say."""
     path = folder / "sweep.yaml"
-    if not path.is_file():
-        return {}
-    content = OmegaConf.to_container(OmegaConf.load(path))
-    return content if isinstance(content, dict) else {}  # type: ignore[return-value]
+    return read_yaml(path) if path.is_file() else {}
 
 
-def parse(content: Sequence[Any]) -> list[Claim]:
+def parse_claims(content: Sequence[Any]) -> list[Claim]:
     """The claims of a YAML's list.
 
     Raises:
-        UsageError: the list is not one of claims; the claim is named, and what is wrong with it.
+        UsageError: one of them is not a claim; it is named, and what is wrong with it.
     """
     return [_claim(one, number) for number, one in enumerate(content, start=1)]
 
 
 def _claim(content: Any, number: int) -> Claim:
-    name = str(content.get("name") or "") if isinstance(content, Mapping) else ""
-    if not name:
+    if not isinstance(content, Mapping) or not content.get("name"):
         raise UsageError(f"Claim {number} has no name.")
-    _check_keys(f"key (claim {name})", content, Claim)
-    contrasts = content.get("contrasts") or []
-    if not contrasts:
-        raise UsageError(f"The claim {name!r} has no contrasts to test it by.")
-    made = tuple(_contrast(one, f"(claim {name})") for one in contrasts)
-    return Claim(name, made, *(" ".join(str(content.get(key) or "").split()) for key in ("paper", "note")))
-
-
-def _contrast(content: Any, of: str) -> Contrast:
-    sides: list[Any] = [content.get(key) for key in ("first", "second")] if isinstance(content, Mapping) else [None]
-    if not all(isinstance(side, Mapping) and side for side in sides):
-        raise UsageError(f"A contrast {of} does not say with labels what is first and what is second.")
-    _check_keys(f"key of a contrast {of}", content, Contrast)
-    first, second = ({str(key): str(value) for key, value in side.items()} for side in sides)
-    measures = tuple(content.get("measures") or ("mean",))
-    more = {key: content[key] for key in ("expect", "margin", "equal", "judges") if key in content}
-    made = Contrast(first, second, measures, **more)
-    for kind, value, known in (
-        *(("measure", measure, MEASURES) for measure in measures),
-        ("expect", made.expect, EXPECT),
-        ("equal", made.equal, EQUAL),
-    ):
-        if value not in known:
-            raise unknown(f"{kind} of a contrast {of}", str(value), known)
-    if (made.expect == "not_less") != (made.margin > 0):
-        raise UsageError(f"A contrast {of}: expect: not_less and a margin above 0 go together.")
-    if not isinstance(made.judges, bool):
-        raise UsageError(f"A contrast {of}: judges is true or false, not {made.judges!r}.")
-    return made
-
-
-def _check_keys(kind: str, content: Mapping[str, Any], of: type) -> None:
-    known = [field.name for field in fields(of)]
-    for key in content:
-        if key not in known:
-            raise unknown(kind, str(key), known)
+    where = f"The claim {content['name']!r}"
+    try:
+        claim: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Claim), dict(content)))
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{where}: {' '.join(str(error).split())}") from error
+    if not claim.contrasts:
+        raise UsageError(f"{where} has no contrasts to test it by.")
+    for contrast in claim.contrasts:
+        if not contrast.first or not contrast.second:
+            raise UsageError(f"{where}: a contrast does not say with labels what is first and what is second.")
+        if (contrast.expect == "not_less") != (contrast.margin > 0):
+            raise UsageError(f"{where}: expect: not_less and a margin above 0 go together.")
+        for name in contrast.measures:
+            if name not in OUTCOMES:
+                raise unknown(f"measure of the claim {claim.name!r}", name, OUTCOMES)
+    return claim

@@ -1,137 +1,107 @@
-"""The settings that a part of a study chooses by the results of another: the rung of a learning-rate ladder."""
+"""Settings that parts of a study choose by the results of another: a learning-rate search on the validation split."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from prism_deco.report.cells import Cell, projector_rank
-from prism_deco.report.tabular import MISSING, Field, Table, number
+from prism_deco.report.cells import RunCell, projector_rank
+from prism_deco.report.tabular import MISSING, Field, Table, format_number
 from prism_deco.training.status import THROUGH
 
 _CRITERION = "val/loss"
 
 
-@dataclass(frozen=True)
-class Ladder:
-    """What a projector was tried with.
+def search_records(sweep: Mapping[str, Any], cells: Sequence[RunCell]) -> list[dict[str, Any]]:
+    """A record per projector and value that was tried, for CSV.
 
-    Attributes:
-        source: the part that tries.
-        key: the setting that is tried.
-        losses: the last `val/loss` by value of the key, ascending, mean over seeds; None where no cell has one.
-        missing: by value, why there is none.
-        used: values in the parts that choose; more than one if they did not all choose the same.
-    """
-
-    source: str
-    key: str
-    name: str
-    losses: Mapping[str, float | None]
-    missing: Mapping[str, str]
-    used: tuple[str, ...]
-
-    @property
-    def chosen(self) -> str | None:
-        """The value of the lowest loss."""
-        known = {value: loss for value, loss in self.losses.items() if loss is not None and math.isfinite(loss)}
-        return min(known, key=lambda value: known[value]) if known else None
-
-    @property
-    def at_edge(self) -> bool:
-        """Whether the best value is the first or the last that was tried: a better one may lie beyond."""
-        values = list(self.losses)
-        return self.chosen is not None and self.chosen in (values[0], values[-1])
-
-
-def read_ladders(sweep: Mapping[str, Any], cells: Sequence[Cell]) -> list[Ladder]:
-    """The ladders of a study's projectors.
+    A record holds the last `val/loss`, mean over seeds, or why there is none; whether it is the lowest, and at the
+    edge of what was tried; and the values in the parts that choose, more than one if they did not all choose the same.
 
     Args:
         sweep: the content of its `sweep.yaml`, whose parts say what they choose, and from which part.
     """
-    parts: Mapping[str, Any] = sweep.get("parts") or {}
-    choices = {(source, key) for part in parts.values() for key, source in (part.get("choose") or {}).items()}
-    found = []
-    for source, key in sorted(choices):
-        choosing = {name for name, part in parts.items() if (part.get("choose") or {}).get(key) == source}
+    choosing: dict[tuple[str, str], set[str]] = {}
+    for name, part in (sweep.get("parts") or {}).items():
+        for key, source in (part.get("choose") or {}).items():
+            choosing.setdefault((source, key), set()).add(name)
+    records = []
+    for (source, key), parts in sorted(choosing.items()):
         tried = [cell for cell in cells if cell.part == source]
         for name in sorted({_name(cell) for cell in tried}, key=projector_rank):
             own = [cell for cell in tried if _name(cell) == name]
-            after = [cell for cell in cells if cell.part in choosing and _name(cell) == name and cell.manifest]
-            found.append(_ladder(source, key, name, own, after))
-    return found
+            after = [cell for cell in cells if cell.part in parts and _name(cell) == name and cell.manifest]
+            about = {"part": source, "projector": name, "setting": key}
+            used = {str(OmegaConf.select(cell.config, key)) for cell in after if cell.config is not None}
+            records += [
+                about | record | {"used": ", ".join(sorted(used, key=_by_number))} for record in _tried(own, key)
+            ]
+    return records
 
 
-def _ladder(source: str, key: str, name: str, cells: Sequence[Cell], after: Sequence[Cell]) -> Ladder:
-    losses, missing = {}, {}
-    for value in sorted({cell.labels.get(key, MISSING) for cell in cells}, key=_by_number):
+def _tried(cells: Sequence[RunCell], key: str) -> list[dict[str, Any]]:
+    """A record per value of the key, ascending."""
+    values = sorted({cell.labels.get(key, MISSING) for cell in cells}, key=_by_number)
+    losses: dict[str, float | None] = {}
+    missing: dict[str, str] = {}
+    for value in values:
         own = [cell for cell in cells if cell.labels.get(key, MISSING) == value]
         known = [cell.curves[_CRITERION][-1][1] for cell in own if cell.manifest and cell.curves.get(_CRITERION)]
         losses[value] = fmean(known) if known else None
         if not known:
             states = dict.fromkeys(cell.state for cell in own)
             missing[value] = "/".join("no val/loss" if state in THROUGH else state for state in states)
-    used = {str(OmegaConf.select(cell.config, key)) for cell in after if cell.config is not None}
-    return Ladder(source, key, name, losses, missing, tuple(sorted(used, key=_by_number)))
-
-
-def records(ladders: Sequence[Ladder]) -> list[dict[str, Any]]:
-    """A record per projector and value, for CSV."""
+    finite = {value: loss for value, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    chosen = min(finite, key=lambda value: finite[value]) if finite else None
     return [
         {
-            "part": ladder.source,
-            "projector": ladder.name,
-            "setting": ladder.key,
             "value": value,
-            "val_loss": loss,
-            "missing": ladder.missing.get(value),
-            "chosen": value == ladder.chosen,
-            "at_edge": value == ladder.chosen and ladder.at_edge,
-            "used": ", ".join(ladder.used),
+            "val_loss": losses[value],
+            "missing": missing.get(value),
+            "chosen": value == chosen,
+            "at_edge": value == chosen and value in (values[0], values[-1]),
         }
-        for ladder in ladders
-        for value, loss in ladder.losses.items()
+        for value in values
     ]
 
 
-def tables(ladders: Sequence[Ladder]) -> list[Table]:
-    """A table per setting that was chosen."""
+def search_tables(records: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """A table per setting that was chosen, with a row per projector and a column per value."""
     found = []
-    for source, key in dict.fromkeys((ladder.source, ladder.key) for ladder in ladders):
-        own = [ladder for ladder in ladders if (ladder.source, ladder.key) == (source, key)]
-        values = sorted({value for ladder in own for value in ladder.losses}, key=_by_number)
-        rows = [[Field(one.name), *(_field(one, value) for value in values), _used(one)] for one in own]
+    for source, key in dict.fromkeys((record["part"], record["setting"]) for record in records):
+        own = [record for record in records if (record["part"], record["setting"]) == (source, key)]
+        values = sorted({record["value"] for record in own}, key=_by_number)
+        rows = []
+        for name in dict.fromkeys(record["projector"] for record in own):
+            by_value = {record["value"]: record for record in own if record["projector"] == name}
+            rows.append([Field(name), *(_field(by_value.get(value)) for value in values), _used(by_value.values())])
         caption = (
             f"val/loss after the last validation of the part {source}, in nats per token; the lowest is chosen, and "
             "bold. At the edge: the lowest one is the first or the last that was tried, a better one may lie beyond."
         )
-        title = f"{key} chosen on the validation split"
-        found.append(Table(title, ["projector", *values, "used"], rows, caption=caption))
+        columns = ["projector", *values, "used"]
+        found.append(Table(f"{key} chosen on the validation split", columns, rows, caption=caption))
     return found
 
 
-def _field(ladder: Ladder, value: str) -> Field:
-    loss = ladder.losses.get(value)
-    if loss is None:
-        return Field(ladder.missing.get(value, MISSING), muted=True)
-    chosen = value == ladder.chosen
-    return Field(number(loss, 4), ("at the edge",) if chosen and ladder.at_edge else (), best=chosen)
+def _field(record: Mapping[str, Any] | None) -> Field:
+    if record is None or record["val_loss"] is None:
+        return Field(record["missing"] if record else MISSING)
+    lines = ("at the edge",) if record["at_edge"] else ()
+    return Field(format_number(record["val_loss"], 4), lines, best=record["chosen"])
 
 
-def _used(ladder: Ladder) -> Field:
-    if not ladder.used:
-        return Field(MISSING)
-    other = ladder.used != (ladder.chosen,)
-    return Field(", ".join(ladder.used), ("not the lowest",) if other else ())
+def _used(records: Iterable[Mapping[str, Any]]) -> Field:
+    chosen = [record["value"] for record in records if record["chosen"]]
+    used = next(iter(records))["used"]
+    return Field(used or MISSING, ("not the lowest",) if used and [used] != chosen else ())
 
 
-def _name(cell: Cell) -> str:
+def _name(cell: RunCell) -> str:
     return f"{cell.variant} (blind)" if cell.blind else cell.variant
 
 

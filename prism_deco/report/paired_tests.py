@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
+from typing import Any
 
 from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark
-from prism_deco.evaluation.metrics.bootstrap import Combine, combine_strata
+from prism_deco.evaluation.metrics.bootstrap import Combine, bootstrap_interval, combine_strata
 from prism_deco.report.baselines import main_predictions
-from prism_deco.report.cells import Entry, Score
-from prism_deco.report.stats import average, holm, mcnemar, paired_difference, seed_interval, subtract
+from prism_deco.report.cells import Score, SeedGroup
+from prism_deco.report.stats import average, holm, mcnemar, seed_interval, subtract
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether there is a difference, and no interval of it includes zero."""
+        """Whether no interval of the difference includes zero."""
         bounds = [bounds for bounds in (self.interval, self.over_seeds) if bounds is not None]
         return bool(bounds) and not any(low <= 0 <= high for low, high in bounds)
 
@@ -63,82 +64,73 @@ class _Units:
     data_hash: str
 
 
-def differences(entries: Sequence[Entry], benchmarks: Sequence[str], split: str) -> list[Difference]:
+def paired_differences(groups: Sequence[SeedGroup], benchmarks: Sequence[str], split: str) -> list[Difference]:
     """All pairs of projectors within each row, the pairs of the base projector first."""
     found = []
-    for row in dict.fromkeys(entry.row for entry in entries):
-        members = [entry for entry in entries if entry.row == row]
-        members.sort(key=lambda entry: entry.projector != BASE)
-        units = {name: {entry.variant: _read_units(entry, name, split) for entry in members} for name in benchmarks}
-        for first, second in combinations([entry.variant for entry in members], 2):
-            found += [_compare(row, name, first, second, units[name]) for name in benchmarks]
-    tested = [number for number, difference in enumerate(found) if difference.p is not None]
-    adjusted = dict(zip(tested, holm([found[k].p or 0.0 for k in tested]), strict=True))
-    return [
-        Difference(**{**vars(difference), "adjusted": adjusted.get(number)}) for number, difference in enumerate(found)
-    ]
+    for row in dict.fromkeys(group.row for group in groups):
+        members = [group for group in groups if group.row == row]
+        members.sort(key=lambda group: group.projector != BASE)
+        units = {name: {group.variant: _read_units(group, name, split) for group in members} for name in benchmarks}
+        for first, second in combinations([group.variant for group in members], 2):
+            found += [_compare(Difference(row, name, first, second), units[name]) for name in benchmarks]
+    adjusted = holm([difference.p for difference in found])
+    return [replace(difference, adjusted=p) for difference, p in zip(found, adjusted, strict=True)]
 
 
-def leads(first: Entry, second: Entry, benchmarks: Sequence[str], split: str, found: Sequence[Difference]) -> bool:
+def leads(
+    first: SeedGroup, second: SeedGroup, benchmarks: Sequence[str], split: str, differences: Sequence[Difference]
+) -> bool:
     """Whether the mean over benchmarks, all in per cent, is clearly higher for `first` than for `second`: by the
-    differences seed by seed, or with one seed by the intervals of the benchmarks' differences, taken for independent.
+    differences seed by seed, or with one seed by the intervals of the benchmarks' differences, assumed independent.
 
     Args:
-        found: the differences of the row.
+        differences: between the two.
     """
-    means = [entry.means(benchmarks, split) for entry in (first, second)]
-    gains = [value - means[1][seed] for seed, value in means[0].items() if seed in means[1]]
+    ours, theirs = first.means(benchmarks, split), second.means(benchmarks, split)
+    gains = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
     if len(gains) > 1:
         return seed_interval(gains)[0] > 0
-    own = [pair for pair in found if {pair.first, pair.second} == {first.variant, second.variant}]
-    halves = [(pair.interval[1] - pair.interval[0]) / 2 for pair in own if pair.interval is not None]
+    halves = [(pair.interval[1] - pair.interval[0]) / 2 for pair in differences if pair.interval is not None]
     return bool(gains) and len(halves) == len(benchmarks) and gains[0] > math.hypot(*halves) / len(halves)
 
 
-def _compare(
-    row: str, benchmark: str, first: str, second: str, units: Mapping[str, Mapping[str, _Units] | str]
-) -> Difference:
-    pair = Difference(row, benchmark, first, second)
-    one, other = units[first], units[second]
-    if isinstance(one, str) or isinstance(other, str):
-        return _without(pair, one if isinstance(one, str) else str(other))
-    seeds = [seed for seed in one if seed in other]
+def _compare(pair: Difference, units: Mapping[str, Mapping[str, _Units] | str]) -> Difference:
+    first, second = units[pair.first], units[pair.second]
+    if isinstance(first, str):
+        return replace(pair, note=first)
+    if isinstance(second, str):
+        return replace(pair, note=second)
+    seeds = [seed for seed in first if seed in second]
     if not seeds:
-        return _without(pair, "no seed that both have")
-    if len({units.data_hash for seed in seeds for units in (one[seed], other[seed])}) > 1:
-        return _without(pair, "the questions differ")
-    by_seed = [subtract(one[seed].strata, other[seed].strata) for seed in seeds]
-    combine = one[seeds[0]].combine
+        return replace(pair, note="no seed that both have")
+    if len({own[seed].data_hash for own in (first, second) for seed in seeds}) > 1:
+        return replace(pair, note="the questions differ")
+    by_seed = [subtract(first[seed].strata, second[seed].strata) for seed in seeds]
+    combine = first[seeds[0]].combine
+    # The primaries of all benchmarks are means or sums of their strata's means, so the difference of two of them is
+    # the same combination of the units' differences, and resampling these keeps the pairs together.
     mean = average(by_seed)
-    value, interval = paired_difference(mean, combine)
     values = [combine_strata(strata, combine) for strata in by_seed]
-    return Difference(
-        row,
-        benchmark,
-        first,
-        second,
-        value=value,
-        interval=interval,
+    return replace(
+        pair,
+        value=combine_strata(mean, combine),
+        interval=bootstrap_interval(mean, combine),
         over_seeds=seed_interval(values) if len(values) > 1 else None,
         seeds=len(seeds),
         p=mcnemar(mean),
     )
 
 
-def _without(pair: Difference, note: str) -> Difference:
-    return Difference(pair.row, pair.benchmark, pair.first, pair.second, note=note)
-
-
-def _read_units(entry: Entry, benchmark: str, split: str) -> dict[str, _Units] | str:
+def _read_units(group: SeedGroup, benchmark: str, split: str) -> dict[str, _Units] | str:
     """By seed; or why there are none."""
-    scores = entry.scores(benchmark, split)
+    scores = group.scores(benchmark, split)
     if not scores:
-        return f"{entry.variant}: {entry.missing}"
+        return f"{group.variant}: {group.missing}"
     try:
         return {seed: _units(score) for seed, score in scores.items()}
     except UsageError as error:
-        log.warning("%s, %s: the predictions cannot be compared: %s", entry.name, benchmark, error)
-        return f"{entry.variant}: {error}"
+        log.warning("%s, %s: the predictions cannot be compared: %s", group.name, benchmark, error)
+        return f"{group.variant}: {error}"
 
 
 def _units(score: Score) -> _Units:
@@ -148,3 +140,15 @@ def _units(score: Score) -> _Units:
     if abs(combine_strata(strata, benchmark.combine) - score.value) > _ROUNDING:
         raise UsageError(f"{score.folder}: the predictions do not give the score of metrics.json; score them again.")
     return _Units(dict(sorted(strata.items())), benchmark.combine, str(score.content["data_hash"]))
+
+
+def difference_records(differences: Sequence[Difference]) -> list[dict[str, Any]]:
+    """A record per pair and benchmark, for CSV."""
+    found = []
+    for difference in differences:
+        record = asdict(difference)
+        for name in ("interval", "over_seeds"):
+            low, high = record.pop(name) or (None, None)
+            record |= {f"{name}_low95": low, f"{name}_high95": high}
+        found.append(record)
+    return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from prism_deco.report.cells import Cell
+from prism_deco.report.cells import RunCell
 from prism_deco.report.stats import relative_gain
 
 FOLDER = Path(__file__).parent.parent / "assets" / "paper"
@@ -34,7 +34,7 @@ SPATIAL = (
     ("seed", "accuracy/Spatial Relation", 100.0),
     ("seed", "accuracy/Instance Location", 100.0),
 )
-"""The tasks of Table 2: benchmark, metric, maximum. The average is over their shares of the maximum (Honeybee)."""
+"""The tasks of Table 2: benchmark, metric, maximum. The average is over their percentages of the maximum (Honeybee)."""
 
 RECIPES = {1: "llava_v1_5_finetune", 3: "prism"}
 """What the models of a table were trained with."""
@@ -57,13 +57,13 @@ _PROJECTORS = {
 
 
 @dataclass(frozen=True)
-class Line:
+class PaperRow:
     """A line of Table 1 or 3.
 
     Attributes:
         setting: `B1` .. `B6` in Table 3; in Table 1, which has one setting, `T1`.
         scores: by benchmark.
-        cited: taken by the paper from LLaVA-1.5's, not trained under its own settings.
+        cited: whether the paper took it from LLaVA-1.5 instead of training it under its own settings.
     """
 
     setting: str
@@ -77,10 +77,10 @@ class Line:
 
 
 @cache
-def lines(table: int) -> list[Line]:
+def rows(table: int) -> list[PaperRow]:
     """The lines of Table 1 or 3."""
     with (FOLDER / f"table{table}.csv").open(encoding="utf-8", newline="") as file:
-        return [_line(record) for record in csv.DictReader(file)]
+        return [_row(record) for record in csv.DictReader(file)]
 
 
 @cache
@@ -93,38 +93,38 @@ def spatial_averages() -> dict[str, float]:
 
 def scores(table: int) -> dict[tuple[str, str], Mapping[str, float]]:
     """Scores by setting and projector, without the cited line."""
-    return {(line.setting, line.projector): line.scores for line in lines(table) if not line.cited}
+    return {(row.setting, row.projector): row.scores for row in rows(table) if not row.cited}
 
 
-def setting(cell: Cell, table: int) -> str | None:
+def setting(cell: RunCell, table: int) -> str | None:
     """The setting of a table that a cell belongs to, whatever its projector; None: it is not the paper's.
 
-    Tower, LLM, resolution, number of visual tokens and recipe must be the paper's. Data are not looked at, and changes
-    of the recipe's settings are named beside the table (see `departures`).
+    Tower, LLM, resolution, number of visual tokens and recipe must be the paper's. Data are not checked, and overrides
+    of the recipe's settings are named next to the table (see `recipe_diff`).
     """
     config = cell.config
     if config is None or config.recipe.name != RECIPES[table]:
         return None
-    # A compressing projector with as many tokens as the table's linear one is not of the table; what does not
+    # A compressing projector with as many tokens as the table's linear one is not of the table; one that does not
     # compress at all is the reference of any row.
-    same = [line for line in lines(table) if line.projector == cell.projector]
+    same = [row for row in rows(table) if row.projector == cell.projector]
     tokens = cell.tokens if cell.manifest else config.projector.num_tokens
     free = tokens is None or (not same and not cell.compressed)
     names = (config.backbone.name, config.llm.name)
-    for line in same or lines(table):
-        own_size = config.backbone.image_size in (None, line.resolution)
-        if names == (line.backbone, line.llm) and own_size and (free or tokens == line.tokens):
-            return line.setting
+    for row in same or rows(table):
+        own_size = config.backbone.image_size in (None, row.resolution)
+        if names == (row.backbone, row.llm) and own_size and (free or tokens == row.tokens):
+            return row.setting
     return None
 
 
-def _line(record: Mapping[str, str]) -> Line:
-    row = record.get("row", "")
+def _row(record: Mapping[str, str]) -> PaperRow:
+    name = record.get("row", "")
     tower, resolution = _TOWERS[record["vision"]], int(record["resolution"])
     known = set(COLUMNS[1])
     values = {_BENCHMARKS.get(name, name): value for name, value in record.items()}
-    projector = row or record["projector"]
-    return Line(
+    projector = name or record["projector"]
+    return PaperRow(
         setting=record.get("setting", "T1"),
         projector=_PROJECTORS.get(projector, projector),
         backbone=f"{tower}_{resolution}",
@@ -132,18 +132,21 @@ def _line(record: Mapping[str, str]) -> Line:
         resolution=resolution,
         tokens=int(record["tokens_out"]),
         scores={name: float(value) for name, value in values.items() if name in known},
-        cited=row == "linear_cited",
+        cited=name == "linear_cited",
     )
 
 
 def spatial(metrics: Mapping[str, Mapping[str, float]]) -> list[float | None]:
-    """The scores of Table 2's tasks as shares of their maxima in per cent; None where a task is missing.
+    """The scores of Table 2's tasks in per cent of their maxima; None where a task is missing.
 
     Args:
         metrics: by benchmark, as in `metrics.json`.
     """
-    found = ((metrics.get(benchmark, {}).get(name), maximum) for benchmark, name, maximum in SPATIAL)
-    return [100 * value / maximum if value is not None else None for value, maximum in found]
+    found: list[float | None] = []
+    for benchmark, name, maximum in SPATIAL:
+        value = metrics.get(benchmark, {}).get(name)
+        found.append(None if value is None else 100 * value / maximum)
+    return found
 
 
 def gains(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float | None]:

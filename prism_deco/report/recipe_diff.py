@@ -1,4 +1,4 @@
-"""What the settings of a cell are besides the names by which a table of the paper knows it."""
+"""How the settings of a cell differ from those of the recipe by which a table of the paper knows it."""
 
 from __future__ import annotations
 
@@ -12,31 +12,28 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config import choices, load_choice, load_config
-from prism_deco.report.cells import Cell
+from prism_deco.report.cells import RunCell
 
-_ELSEWHERE = {"name", "stages", "start_from", "num_tokens"}
-"""Keys of a recipe that are looked at by themselves, or that tables show."""
-
-_NOT_LEARNED = {"micro_batch_size", "packing", "max_logits"}
-"""Keys that say how a step is computed, not what it learns."""
+_IGNORED = {"name", "stages", "start_from", "num_tokens", "micro_batch_size", "packing", "max_logits"}
+"""Keys of a recipe that are checked by themselves, that tables show, or that do not change what is learned."""
 
 
-def departures(config: DictConfig) -> str:
-    """How a run departs from its recipe in what is learned, and from the paper's Q-Former; empty where it does not.
+def recipe_overrides(config: DictConfig) -> str:
+    """How a run differs from its recipe in what is learned, and from the paper's Q-Former; empty where it does not.
 
-    Keys that the run's configuration lacks, since it is of an earlier version, are no difference.
+    Keys that the run's configuration does not have, since it is of an earlier version, are no difference.
 
     Args:
         config: of a run with a shipped recipe.
     """
     name, start = str(config.recipe.name), config.recipe.get("start_from")
-    default, before = _defaults(name), _stage_before(name)
+    default: Any = OmegaConf.to_container(_recipe(name), resolve=True)
     own: Any = OmegaConf.to_container(config.recipe, resolve=True)
-    differing = [
-        f"recipe.{key}={_text(value)} (default {_text(default[key])})"
-        for key, value in own.items()
-        if key in default and key not in _ELSEWHERE | _NOT_LEARNED and _text(value) != _text(default[key])
-    ]
+    differing = []
+    for key, value in own.items():
+        if key in default and key not in _IGNORED and _text(value) != _text(default[key]):
+            differing.append(f"recipe.{key}={_text(value)} (default {_text(default[key])})")
+    before = _stage_before(name)
     if start and before is None:
         differing.append(f"recipe.start_from={Path(start).name} (default null)")
     found = [f"differs from recipe={name}: {'; '.join(differing)}"] if differing else []
@@ -47,19 +44,19 @@ def departures(config: DictConfig) -> str:
     return "; ".join(found)
 
 
-def sentences(cells: Iterable[Cell]) -> list[str]:
-    """The departures of cells, each with the names of all that have it."""
+def override_sentences(cells: Iterable[RunCell]) -> list[str]:
+    """The overrides of cells, each with the names of all that have it."""
     owners: dict[str, list[str]] = {}
     for cell in cells:
-        if cell.config is not None and (text := departures(cell.config)):
+        text = recipe_overrides(cell.config) if cell.config is not None else ""
+        if text:
             owners.setdefault(text, []).append(cell.id)
     return [f"{', '.join(names)}: {text}." for text, names in owners.items()]
 
 
 @cache
-def _defaults(recipe: str) -> dict[str, Any]:
-    content: Any = OmegaConf.to_container(load_config([f"recipe={recipe}"]).recipe, resolve=True)
-    return content
+def _recipe(name: str) -> DictConfig:
+    return load_config([f"recipe={name}"]).recipe
 
 
 @cache

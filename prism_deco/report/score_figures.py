@@ -1,124 +1,201 @@
-"""Figures of scores: against visual tokens, against costs, and their differences."""
+"""What scores cost: figures against visual tokens and time, the best within a budget; and differences of pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from prism_deco.report.budget import Cost, Point, front, points
-from prism_deco.report.cells import Entry, Summary
-from prism_deco.report.grid import Grid
+from prism_deco.report.cells import SeedGroup, Summary
+from prism_deco.report.grid import ScoreTable
 from prism_deco.report.paired_tests import Difference
 from prism_deco.report.plotting import Figure, label_axes, legend, panels, settings, styles, to_svg
+from prism_deco.report.tabular import MISSING, Field, Table, format_interval, format_number
 
-_MOVED = "Points with the same number of tokens are drawn side by side."
+
+@dataclass(frozen=True)
+class Cost:
+    """What a score may be drawn against.
+
+    Attributes:
+        label: of an axis, with its unit.
+        log: whether its natural scale is logarithmic.
+        measured: whether it depends on what else the machine was doing; nothing is best by such a cost.
+    """
+
+    label: str
+    read: Callable[[SeedGroup], float | None]
+    log: bool = False
+    measured: bool = False
 
 
-def ablation(grid: Grid, beside: Sequence[Entry] = ()) -> list[Figure]:
+TOKENS = Cost("visual tokens per image", lambda group: group.tokens, log=True)
+COSTS = (TOKENS, Cost("time per training step (s)", lambda group: group.step_seconds, measured=True))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A line of a table with its mean score over all benchmarks and what it costs."""
+
+    group: SeedGroup
+    cost: float
+    score: Summary
+
+
+def points(table: ScoreTable, cost: Cost) -> list[Point]:
+    """Lines whose cost is known and that have all benchmarks, cheapest first."""
+    found = []
+    for group in table.groups:
+        value, score = cost.read(group), group.overall(table.benchmarks, table.split)
+        if value is not None and score is not None:
+            found.append(Point(group, value, score))
+    return sorted(found, key=lambda point: (point.cost, -point.score.mean))
+
+
+def pareto_front(found: Sequence[Point]) -> list[Point]:
+    """The points that no other one beats by a higher score for as little or by as high a score for less. Ties in both
+    are on the front.
+
+    Args:
+        found: sorted as `points` does.
+    """
+    front: list[Point] = []
+    for point in found:
+        last = front[-1] if front else None
+        ties = last is not None and (point.cost, point.score.mean) == (last.cost, last.score.mean)
+        if last is None or ties or point.score.mean > last.score.mean:
+            front.append(point)
+    return front
+
+
+def budget_table(table: ScoreTable) -> Table | None:
+    """The highest mean score for every number of visual tokens at which it changes; None where there is nothing to
+    choose from."""
+    found = points(table, TOKENS)
+    if len(found) < 2:
+        return None
+    rows = []
+    for tokens, tied in groupby(pareto_front(found), key=lambda point: point.cost):
+        best = list(tied)
+        within = [point for point in found if point.cost <= tokens and point not in best]
+        second = max(within, key=lambda point: point.score.mean, default=None)
+        rows.append(
+            [
+                Field(f"at most {tokens:.0f} visual tokens"),
+                Field("; ".join(point.group.name for point in best)),
+                Field(format_number(best[0].score.mean)),
+                Field(format_interval(best[0].score.interval)),
+                Field(second.group.name if second else MISSING),
+                Field(format_number(second.score.mean if second else None)),
+            ]
+        )
+    columns = ["budget", "highest", "mean score", "95 % interval", "next", "its mean score"]
+    caption = (
+        "Mean score: over all benchmarks of the first table, in per cent of each one's highest. A row begins where "
+        "more tokens bring a higher one, which may be by chance: compare the intervals."
+    )
+    return Table("Highest score within a budget", columns, rows, caption=caption)
+
+
+def tokens_figures(table: ScoreTable, more: Sequence[SeedGroup] = ()) -> list[Figure]:
     """Score against visual tokens, a panel per benchmark (the paper's Figure 8); one figure per family of rows.
 
     Args:
-        beside: entries that stand in other tables of the same part: the paper's own number of tokens is one of many.
+        more: of other tables of the same part: the paper's own number of tokens is one of many.
     """
+    groups = [*more, *table.groups]
+    names = [*table.benchmarks, *(["mean"] if table.has_mean else [])]
+    looks = styles(group.variant for group in groups)
     found = []
-    entries = [*beside, *grid.entries]
-    families = dict.fromkeys(entry.family for entry in entries)
-    for number, family in enumerate(families):
-        members = [entry for entry in entries if entry.family == family and entry.tokens is not None]
-        lines: dict[str, list[Entry]] = {}
-        for entry in sorted(members, key=lambda entry: entry.tokens or 0):
-            lines.setdefault(entry.variant, []).append(entry)
-        if not any(len({entry.tokens for entry in line}) > 1 for line in lines.values()):
+    for number, family in enumerate(dict.fromkeys(group.family for group in groups)):
+        members = [group for group in groups if group.family == family and group.tokens is not None]
+        members.sort(key=lambda group: group.tokens or 0)
+        variants = list(dict.fromkeys(group.variant for group in members))
+        if not any(len({group.tokens for group in members if group.variant == name}) > 1 for name in variants):
             continue
-        names = [*grid.benchmarks, *(["mean"] if grid.has_mean else [])]
-        looks = styles(entry.variant for entry in entries)
+        caption = f"{family}: score against the number of visual tokens, with 95 % intervals."
         with settings():
             figure, axes = panels(len(names), width=3.1, height=2.3)
-            moved = False
             for name, ax in zip(names, axes, strict=True):
-                marks = [
-                    (variant, float(entry.tokens or 0), summary)
-                    for variant, line in lines.items()
-                    for entry in line
-                    if (summary := _summary(grid, entry, name)) is not None
-                ]
-                places = _side_by_side([tokens for _, tokens, _ in marks])
-                moved |= places != [tokens for _, tokens, _ in marks]
-                for variant in lines:
-                    own = [(x, mark[2]) for x, mark in zip(places, marks, strict=True) if mark[0] == variant]
-                    _errorbars(ax, own, variant, looks[variant])
-                _token_axis(ax, [float(entry.tokens) for entry in members if entry.tokens])
-                label_axes(ax, name, "visual tokens per image", "score (%)" if grid.has_mean else "score")
+                summaries = [(group, table.summary(group, name)) for group in members]
+                known = [Point(group, float(group.tokens or 0), score) for group, score in summaries if score]
+                known.sort(key=lambda point: (variants.index(point.group.variant), point.cost))
+                caption = _draw(ax, known, looks, TOKENS, caption)
+                _token_axis(ax, [float(group.tokens or 0) for group in members])
+                label_axes(ax, name, TOKENS.label, "score (%)" if table.has_mean else "score")
             legend(figure, axes, looks)
-            caption = f"{family}: score against the number of visual tokens, with 95 % intervals."
-            caption += f" {_MOVED}" if moved else ""
             found.append(Figure(f"tokens{number or ''}", to_svg(figure), caption))
     return found
 
 
-def pareto(grid: Grid, cost: Cost) -> Figure | None:
+def cost_figure(table: ScoreTable, cost: Cost) -> Figure | None:
     """Mean score against a cost, a panel per family of rows; None unless the cost differs."""
-    found = points(grid, cost)
+    found = points(table, cost)
     if len({point.cost for point in found}) < 2:
         return None
-    families = list(dict.fromkeys(entry.family for entry in grid.entries))
-    families = [family for family in families if any(point.entry.family == family for point in found)]
-    variants = list(dict.fromkeys(entry.variant for entry in grid.entries))
-    looks = styles(variants)
+    families = list(dict.fromkeys(group.family for group in table.groups))
+    families = [family for family in families if any(point.group.family == family for point in found)]
+    variants = list(dict.fromkeys(group.variant for group in table.groups))
+    looks = {name: look | {"linestyle": "none", "markersize": 7} for name, look in styles(variants).items()}
     low = min(point.score.interval[0] for point in found)
     high = max(point.score.interval[1] for point in found)
-    moved = False
+    margin = 0.08 * (high - low)
+    caption = f"Mean score over the benchmarks against {cost.label}, with 95 % intervals."
+    caption += (
+        " Times depend on what else the machine was doing."
+        if cost.measured
+        else " The grey line joins what nothing cheaper beats."
+    )
     with settings():
         figure, axes = panels(len(families), width=5.0 if len(families) == 1 else 3.5)
         for family, ax in zip(families, axes, strict=True):
-            own = [point for point in found if point.entry.family == family]
-            own.sort(key=lambda point: variants.index(point.entry.variant))
-            costs = [point.cost for point in own]
-            places = costs if cost.measured else _side_by_side(costs)
-            moved |= places != costs
+            own = [point for point in found if point.group.family == family]
             if not cost.measured:
-                _front(ax, front(sorted(own, key=lambda point: (point.cost, -point.score.mean))))
-            for x, point in zip(places, own, strict=True):
-                look = looks[point.entry.variant] | {"linestyle": "none", "markersize": 7}
-                _errorbars(ax, [(x, point.score)], point.entry.variant, look)
+                front = pareto_front(own)
+                x, y = [point.cost for point in front], [point.score.mean for point in front]
+                look: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": 3, "solid_capstyle": "round"}
+                ax.plot(x, y, color="#b0b0b0", zorder=1, **look)
+            own.sort(key=lambda point: variants.index(point.group.variant))
+            caption = _draw(ax, own, looks, cost, caption)
             if cost.log:
                 _token_axis(ax, [point.cost for point in found])
             else:
                 ax.set_xlim(0, 1.08 * max(point.cost for point in found))
-            margin = 0.08 * (high - low)
             ax.set_ylim(low - margin, high + margin)
             label_axes(ax, family, cost.label, "mean score (%)")
         legend(figure, axes, looks)
-        caption = f"Mean score over the benchmarks against {cost.label}, with 95 % intervals."
-        if cost.measured:
-            caption += " Times depend on what else the machine was doing."
-        else:
-            caption += " The grey line joins what nothing cheaper beats."
-        caption += f" {_MOVED}" if moved else ""
         return Figure(f"score-against-{cost.label.split(' per ')[0].replace(' ', '-')}", to_svg(figure), caption)
 
 
-def forest(grid: Grid, pairs: Sequence[Difference]) -> Figure | None:
+def differences_figure(table: ScoreTable, differences: Sequence[Difference]) -> Figure | None:
     """The differences of pairs with their intervals, a panel per row and pair; None where none is available."""
-    shown = [pair for pair in pairs if pair.value is not None and grid.maximum(pair.benchmark) == 100]
-    groups: dict[tuple[str, str, str], list[Difference]] = {}
+    shown = [pair for pair in differences if pair.value is not None and table.maximum(pair.benchmark) == 100]
+    panel_pairs: dict[tuple[str, str, str], list[Difference]] = {}
     for pair in shown:
-        groups.setdefault((pair.row, pair.first, pair.second), []).append(pair)
-    names = [name for name in grid.benchmarks if any(pair.benchmark == name for pair in shown)]
-    if not groups:
+        panel_pairs.setdefault((pair.row, pair.first, pair.second), []).append(pair)
+    names = [name for name in table.benchmarks if any(pair.benchmark == name for pair in shown)]
+    if not panel_pairs:
         return None
     with settings():
-        figure, axes = panels(len(groups), width=3.9, height=0.9 + 0.22 * len(names))
-        for ((row, first, second), members), ax in zip(groups.items(), axes, strict=True):
+        figure, axes = panels(len(panel_pairs), width=3.9, height=0.9 + 0.22 * len(names))
+        for ((row, first, second), members), ax in zip(panel_pairs.items(), axes, strict=True):
             ax.axvline(0, color="#000000", linewidth=0.8)
             for pair in members:
-                place = names.index(pair.benchmark)
-                _interval(ax, place - 0.15, pair.value, pair.interval, "over items", "#0072B2", "o")
-                _interval(ax, place + 0.15, pair.value, pair.over_seeds, "over seeds", "#D55E00", "D")
+                y = names.index(pair.benchmark)
+                for bounds, aside, label, color, marker in (
+                    (pair.interval, -0.15, "over items", "#0072B2", "o"),
+                    (pair.over_seeds, 0.15, "over seeds", "#D55E00", "D"),
+                ):
+                    if bounds is not None:
+                        ax.plot(bounds, (y + aside, y + aside), color=color, linewidth=1.6, solid_capstyle="butt")
+                        ax.plot(
+                            [pair.value or 0.0], [y + aside], color=color, marker=marker, linestyle="none", label=label
+                        )
             label_axes(ax, row, f"{first} \u2212 {second} (points)", "")
             ax.yaxis.set_major_locator(FixedLocator(range(len(names))))
             ax.set_yticks(range(len(names)), names)
@@ -128,27 +205,27 @@ def forest(grid: Grid, pairs: Sequence[Difference]) -> Figure | None:
         return Figure("differences", to_svg(figure), caption)
 
 
-def _interval(
-    ax: Axes,
-    y: float,
-    value: float | None,
-    bounds: tuple[float, float] | None,
-    label: str,
-    color: str,
-    marker: str,
-) -> None:
-    if value is None or bounds is None:
-        return
-    ax.plot(bounds, (y, y), color=color, linewidth=1.6, solid_capstyle="butt")
-    ax.plot([value], [y], color=color, marker=marker, linestyle="none", label=label)
+_SIDE_BY_SIDE = " Points with the same number of tokens are drawn side by side."
 
 
-def _front(ax: Axes, best: Sequence[Point]) -> None:
-    x, y = [point.cost for point in best], [point.score.mean for point in best]
-    ax.plot(x, y, color="#b0b0b0", drawstyle="steps-post", linewidth=3, solid_capstyle="round", zorder=1)
+def _draw(ax: Axes, found: Sequence[Point], looks: dict[str, dict[str, Any]], cost: Cost, caption: str) -> str:
+    """Draws points with their intervals, those of a variant joined; returns the caption, with a word on points that
+    are not drawn where they are."""
+    costs = [point.cost for point in found]
+    places = side_by_side(costs) if cost.log else costs
+    for variant, look in looks.items():
+        own = [(x, point.score) for x, point in zip(places, found, strict=True) if point.group.variant == variant]
+        if own:
+            y = np.array([score.mean for _, score in own])
+            low, high = np.array([score.interval for _, score in own]).T
+            # A percentile interval need not contain the score.
+            errors = np.clip([y - low, high - y], 0, None)
+            ax.errorbar([x for x, _ in own], y, yerr=errors, label=variant, capsize=2.5, elinewidth=1, **look)
+    moved = places != costs and not caption.endswith(_SIDE_BY_SIDE)
+    return caption + _SIDE_BY_SIDE if moved else caption
 
 
-def _side_by_side(costs: Sequence[float]) -> list[float]:
+def side_by_side(costs: Sequence[float]) -> list[float]:
     """Where to draw marks on a logarithmic axis: those of the same cost on both sides of it, so that none covers
     another; single ones where they are."""
     places = []
@@ -158,18 +235,6 @@ def _side_by_side(costs: Sequence[float]) -> list[float]:
     return places
 
 
-def _errorbars(ax: Axes, values: Sequence[tuple[float, Summary]], label: str, look: dict[str, Any]) -> None:
-    """Points with their intervals."""
-    if not values:
-        return
-    x = [place for place, _ in values]
-    y = np.array([summary.mean for _, summary in values])
-    bounds = np.array([summary.interval for _, summary in values]).T
-    # A percentile interval need not contain the score.
-    below, above = np.clip(y - bounds[0], 0, None), np.clip(bounds[1] - y, 0, None)
-    ax.errorbar(x, y, yerr=[below, above], label=label, capsize=2.5, elinewidth=1, **look)
-
-
 def _token_axis(ax: Axes, tokens: Sequence[float]) -> None:
     ax.set_xscale("log", base=2)
     values = sorted(set(tokens))
@@ -177,7 +242,3 @@ def _token_axis(ax: Axes, tokens: Sequence[float]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticks(values, [f"{value:.0f}" for value in values])
     ax.set_xlim(values[0] / 1.6, values[-1] * 1.6)
-
-
-def _summary(grid: Grid, entry: Entry, name: str) -> Summary | None:
-    return entry.overall(grid.benchmarks, grid.split) if name == "mean" else entry.summary(name, grid.split)

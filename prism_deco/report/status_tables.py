@@ -9,18 +9,19 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from prism_deco.report.cells import Cell
-from prism_deco.report.tabular import MISSING, Field, Table, number
+from prism_deco.explain.gae import DEFAULT_METHOD
+from prism_deco.report.cells import RunCell
+from prism_deco.report.tabular import MISSING, Field, Table, format_number, records_table
 
-_MEANING = {"trained": "scoring is outstanding"}
+_MEANING = {"trained": "not scored yet"}
 
 
-def unfinished(cells: Sequence[Cell]) -> list[Cell]:
+def unfinished(cells: Sequence[RunCell]) -> list[RunCell]:
     """The cells that are not trained and scored to the end."""
     return [cell for cell in cells if cell.state != "done"]
 
 
-def progress(cells: Sequence[Cell]) -> str:
+def progress(cells: Sequence[RunCell]) -> str:
     """How many cells are in which state, in words."""
     states = Counter(cell.state for cell in cells)
     if not states:
@@ -29,8 +30,8 @@ def progress(cells: Sequence[Cell]) -> str:
     return ", ".join([f"{states['done']} of {len(cells)} cells done", *others]) + "."
 
 
-def states(cells: Sequence[Cell]) -> Table:
-    """The unfinished cells with the reason; their last log lines stand beside the table."""
+def unfinished_table(cells: Sequence[RunCell]) -> Table:
+    """The unfinished cells with the reason."""
     rows = [
         [
             Field(cell.id),
@@ -40,21 +41,19 @@ def states(cells: Sequence[Cell]) -> Table:
         ]
         for cell in unfinished(cells)
     ]
-    return Table("Unfinished cells", ["cell", "state", "attempts", "reason"], rows, heads=4)
+    return Table("Unfinished cells", ["cell", "state", "attempts", "reason"], rows, heads=2)
 
 
-def cells_table(cells: Sequence[Cell]) -> Table:
+def cells_table(cells: Sequence[RunCell]) -> Table:
     """Every cell with what it was trained on."""
-    rows = [[Field(MISSING if value is None else str(value)) for value in one.values()] for one in records(cells)]
-    columns = [name.replace("_", " ") for name in _COLUMNS]
     caption = (
-        "lm: what was trained of the LLM. start from: the run whose projector was taken over. lr, projector lr: peak "
+        "lm: what was trained of the LLM. start from: the run whose projector was loaded. lr, projector lr: peak "
         "learning rates of what was trained of the LLM (its adapters under LoRA), and of the projector."
     )
-    return Table("Cells", columns, rows, heads=9, caption=caption)
+    return records_table("Cells", cell_records(cells), caption)
 
 
-def records(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def cell_records(cells: Sequence[RunCell]) -> list[dict[str, Any]]:
     """A record per cell, for CSV."""
     return [dict(zip(_COLUMNS, _values(cell), strict=True)) for cell in cells]
 
@@ -64,7 +63,7 @@ _COLUMNS = ("cell", "state", "row", "projector", "seed", "recipe", "data", "lm",
 _COLUMNS += ("visual_tokens", "trained_parameters", *_MANIFEST, "data_hash", "step_seconds", "seconds")
 
 
-def _values(cell: Cell) -> list[Any]:
+def _values(cell: RunCell) -> list[Any]:
     manifest, config, time = cell.manifest, cell.config, cell.step_seconds
     return [
         cell.id,
@@ -79,7 +78,7 @@ def _values(cell: Cell) -> list[Any]:
         manifest["params"]["trained"] if manifest else None,
         *(manifest.get(name) for name in _MANIFEST),
         manifest["data_hash"][:12] if manifest else None,
-        number(time, 3) if time is not None else None,
+        format_number(time, 3) if time is not None else None,
         cell.seconds,
     ]
 
@@ -90,3 +89,22 @@ def _learning(config: DictConfig | None) -> list[Any]:
         return [None] * 4
     lm, start, lr, own = (config.recipe.get(key) for key in ("lm", "start_from", "lr", "projector_lr"))
     return [lm, Path(start).name if start else None, lr, lr if own is None else own]
+
+
+def run_records(cells: Sequence[RunCell], split: str) -> list[dict[str, Any]]:
+    """A record per run and measure, for CSV, from which all means, intervals and tests of a report follow: the last
+    validation loss of a finished run (nats per token), primary metrics of benchmarks (in their own units) and mean
+    numbers of the relevance maps (fractions of one, or of the grid's side).
+    """
+    found = []
+    for cell in cells:
+        about = {"cell": cell.id, "part": cell.part or None, "row": cell.row, "projector": cell.variant}
+        about |= {"blind": cell.blind, "seed": cell.seed}
+        curve = cell.curves.get("val/loss")
+        if cell.manifest and curve:
+            found.append(about | {"split": "val", "measure": "val/loss", "value": curve[-1][1]})
+        values = {name: score.value for name, score in cell.scores.get(split, {}).items()}
+        maps = cell.relevance.get("methods", {}).get(DEFAULT_METHOD, {})
+        values |= {f"relevance {key}": value["mean"] for key, value in maps.items() if isinstance(value, dict)}
+        found += [about | {"split": split or None, "measure": name, "value": value} for name, value in values.items()]
+    return found

@@ -1,34 +1,39 @@
-"""Tables as plain text in cells, and their forms: Markdown, the terminal, CSV."""
+"""Tables of text, and their forms: Markdown, the terminal, CSV."""
 
 from __future__ import annotations
 
 import csv
 import html
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console, ConsoleOptions
 from rich.table import Table as RichTable
 from rich.text import Text
 
 MISSING = "-"
 
+VERDICTS = {"holds": "blue", "reversed": "dark_orange3"}
+"""Words that have a colour of their own wherever they fill a field, and which one in a terminal."""
+
+_NUMBER = re.compile(r"[<+-]?[\d.,]+( ±.*| to .*| of .*)?")
+
 
 @dataclass(frozen=True)
 class Field:
-    """What stands in a cell of a table.
+    """One field of a table.
 
     Attributes:
         lines: smaller print below it.
-        best: to be made prominent.
-        muted: not a value but a word about its absence.
+        best: whether it is bold.
     """
 
     text: str
     lines: tuple[str, ...] = ()
     best: bool = False
-    muted: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,8 @@ class Table:
     """A table to print.
 
     Attributes:
-        heads: how many columns, from the left, hold names rather than numbers.
-        starts: rows above which a line separates groups.
+        rows: with a field per column; one with a single field is the heading of the rows below it.
+        heads: how many columns, from the left, name a row: they stay in sight where a table is wider than the screen.
     """
 
     title: str
@@ -45,52 +50,142 @@ class Table:
     rows: Sequence[Sequence[Field]]
     heads: int = 1
     caption: str = ""
-    starts: frozenset[int] = field(default_factory=frozenset)
+
+    def column(self, number: int) -> list[str]:
+        """The texts of a column."""
+        return [row[number].text for row in self.rows if len(row) > 1]
+
+    def is_numeric(self, number: int) -> bool:
+        """Whether a column is one of numbers, which are set flush right."""
+        texts = [text for text in self.column(number) if text != MISSING]
+        return number >= self.heads and sum(bool(_NUMBER.fullmatch(text)) for text in texts) * 2 > len(texts)
 
 
-def number(value: float | None, digits: int = 1, sign: str = "") -> str:
+def records_table(
+    title: str, records: Sequence[Mapping[str, Any]], caption: str = "", heading: str | None = None
+) -> Table:
+    """The records of a CSV as a table.
+
+    Args:
+        heading: the key whose values are headings of the rows below.
+    """
+    keys = [key for key in records[0] if key != heading]
+    rows = [(Field(str(record.get(heading))), [Field(_shown(record[key])) for key in keys]) for record in records]
+    shown = under_headings(rows) if heading else [fields for _, fields in rows]
+    return Table(title, [key.replace("_", " ") for key in keys], shown, caption=caption)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return MISSING if value is None else str(value)
+
+
+def under_headings(rows: Iterable[tuple[Field, Sequence[Field]]]) -> list[Sequence[Field]]:
+    """The rows, with a heading above wherever it changes."""
+    found: list[Sequence[Field]] = []
+    previous = None
+    for heading, fields in rows:
+        if heading.text != previous:
+            found.append([heading])
+        found.append(fields)
+        previous = heading.text
+    return found
+
+
+def format_number(value: float | None, digits: int = 1, sign: str = "") -> str:
     """A number as all tables print it; a dash for None."""
     return MISSING if value is None else f"{value:{sign}.{digits}f}"
 
 
-def interval(bounds: tuple[float, float] | None, digits: int = 1, sign: str = "") -> str:
+def format_interval(bounds: tuple[float, float] | None, digits: int = 1, sign: str = "") -> str:
     """`low to high`; a dash for None."""
     return MISSING if bounds is None else " to ".join(f"{bound:{sign}.{digits}f}" for bound in bounds)
 
 
+def paragraph(text: str) -> str:
+    """A paragraph of Markdown, though it may begin like a heading, a list or a quotation."""
+    return re.sub(r"^(\d*)([#>+~=.)-])", r"\1\\\2", escape(text)) + "\n"
+
+
 def markdown(table: Table, level: int = 3) -> str:
     """A Markdown table below its title, a heading of that level; all text in it is escaped."""
-    heads = [":--" if number < table.heads else "--:" for number in range(len(table.columns))]
-    lines = ["| " + " | ".join(map(escape, table.columns)) + " |", "|" + "|".join(heads) + "|"]
-    lines += ["| " + " | ".join(map(_markdown, row)) + " |" for row in table.rows]
-    caption = ["", escape(table.caption)] if table.caption else []
-    return "\n".join([f"{'#' * level} {escape(table.title)}", "", *lines, *caption, ""])
+    width = len(table.columns)
+    sides = ["--:" if table.is_numeric(number) else ":--" for number in range(width)]
+    lines = ["| " + " | ".join(map(escape, table.columns)) + " |", "|" + "|".join(sides) + "|"]
+    for row in table.rows:
+        fields = [_markdown(field) for field in row] if len(row) > 1 else [_markdown(row[0], bold=True)]
+        lines.append("| " + " | ".join(fields + [""] * (width - len(row))) + " |")
+    caption = ["", paragraph(table.caption)] if table.caption else [""]
+    return "\n".join([f"{'#' * level} {escape(table.title)}", "", *lines, *caption])
+
+
+def _markdown(field: Field, bold: bool = False) -> str:
+    text = escape(field.text)
+    parts = [f"**{text}**" if (field.best or bold) and text else text]
+    return " ".join([*parts, *(f"*{escape(line)}*" for line in field.lines)])
 
 
 def escape(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     plain = html.escape(" ".join(text.split()), quote=False)
-    return "".join(f"\\{sign}" if sign in "\\`*[]|" else sign for sign in plain)
+    escaped = "".join(f"\\{sign}" if sign in "\\`*[]|" else sign for sign in plain)
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", escaped)  # within words they mean nothing
 
 
-def _markdown(entry: Field) -> str:
-    text = escape(entry.text)
-    text = f"**{text}**" if entry.best else text
-    small = "; ".join(line.removesuffix(".") for line in entry.lines)
-    return f"{text} ({escape(small)})" if small else text
+class TerminalTable:
+    """A table for the terminal, without the small print.
+
+    Where it is wider than the terminal, its columns are printed in several blocks, each with the columns that name a
+    row: no word is broken as long as it fits, no name and no column is dropped.
+    """
+
+    def __init__(self, table: Table):
+        self._table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
+        heads = list(range(self._table.heads))
+        room = options.max_width - 1
+        blocks: list[list[int]] = [[]]
+        for number in range(len(heads), len(self._table.columns)):
+            if blocks[-1] and sum(self._least(own) + 3 for own in [*heads, *blocks[-1], number]) > room:
+                blocks.append([])
+            blocks[-1].append(number)
+        for k, block in enumerate(blocks):
+            yield self._block(f"{self._table.title}{', continued' if k else ''}", heads + block, room)
+
+    def _texts(self, number: int) -> list[str]:
+        headings = [row[0].text for row in self._table.rows if len(row) == 1] if number == 0 else []
+        return [*self._table.column(number), *headings]
+
+    def _least(self, number: int) -> int:
+        """The width that a column needs: numbers stay on one line, words are not broken."""
+        texts = self._texts(number)
+        if not self._table.is_numeric(number):
+            texts = [word for text in texts for word in text.split()]
+        return max(map(len, [*texts, *self._table.columns[number].split()]), default=0)
+
+    def _block(self, title: str, numbers: Sequence[int], room: int) -> RichTable:
+        made = RichTable(title=Text(title), title_justify="left")
+        room -= sum(self._least(number) + 3 for number in numbers)
+        for number in numbers:
+            name = self._table.columns[number]
+            width = min(max(map(len, [*self._texts(number), name])), self._least(number) + max(0, room))
+            room -= width - self._least(number)
+            justify = "right" if self._table.is_numeric(number) else "left"
+            # A word that is longer than a line has to be broken after all.
+            fixed = width if room >= 0 else None
+            made.add_column(Text(name), justify=justify, overflow="fold", width=fixed)
+        for row in self._table.rows:
+            if len(row) == 1:
+                made.add_section()
+            fields = [row[number] for number in numbers] if len(row) > 1 else row
+            made.add_row(*(Text(field.text, style=_style(field, len(row) == 1)) for field in fields))
+        return made
 
 
-def terminal(table: Table) -> RichTable:
-    """A table for the terminal, without the small print."""
-    made = RichTable(title=Text(table.title))
-    for position, column in enumerate(table.columns):
-        side = "left" if position < table.heads else "right"
-        made.add_column(Text(column), justify=side, overflow="fold", no_wrap=0 < position < table.heads, min_width=4)
-    for position, row in enumerate(table.rows):
-        if position and position in table.starts:
-            made.add_section()
-        made.add_row(*(Text(entry.text, style="bold" if entry.best else "") for entry in row))
-    return made
+def _style(field: Field, heading: bool) -> str:
+    return " ".join(["bold"] * (field.best or heading) + [VERDICTS.get(field.text, "")])
 
 
 def comma_separated(records: Sequence[Mapping[str, Any]]) -> str:

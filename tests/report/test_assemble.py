@@ -1,16 +1,28 @@
 """The whole report: its files, the same again for the same data, and the page in a real browser."""
 
+import contextlib
 import csv
+import io
 import json
+import os
+import pty
 import re
 import shutil
 import statistics
+import subprocess
+import sys
+import termios
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from rich.console import Console
 
 from prism_deco.cli import main
 from prism_deco.report.assemble import write_report
+from prism_deco.report.collect import collect
+from prism_deco.report.grid import score_tables
+from prism_deco.report.tables import scores_table
+from prism_deco.report.tabular import Field, Table, TerminalTable
 
 NASTY = '</style><script>document.title = "broken"</script><img src=x onerror="document.title = 1">'
 
@@ -92,7 +104,7 @@ def test_a_sweep_of_planned_cells_lists_them(make, tmp_path):
     make.ledger(tmp_path / "s", [{"id": "a", "labels": {"row": "M1"}, "overrides": ["seed=3"], "state": "planned"}])
     page, [table] = write_report([tmp_path / "s"])
     assert "0 of 1 cells done, 1 planned." in page.read_text()
-    assert table.rows[0][3].text == "planned"
+    assert table.rows[1][2].text == "planned"
 
 
 def test_other_splits_are_a_choice(make, tmp_path):
@@ -104,11 +116,74 @@ def test_other_splits_are_a_choice(make, tmp_path):
         (folder.with_name(f"{folder.name}-test") / "metrics.json").write_text(json.dumps(value))
     page, [own] = write_report([tmp_path / "a"], tmp_path / "out")
     column = list(own.columns).index("mini_gqa")
-    assert "Also scored: test (--split)." in page.read_text() and own.rows[0][column].text != "12.5"
+    assert "Also scored: test (--split)." in page.read_text() and own.rows[1][column].text != "12.5"
     _, [test] = write_report([tmp_path / "a"], tmp_path / "out", split="test")
-    assert test.rows[0][column].text == "12.5"
+    assert test.rows[1][column].text == "12.5"
     with pytest.raises(ValueError, match="Scored splits: own, test"):
         write_report([tmp_path / "a"], tmp_path / "out", split="dev")
+
+
+def _check_blocks(text, table, width):
+    """Nothing of a table with short names is cut, broken or missing."""
+    lines = text.splitlines()
+    assert lines and max(map(len, lines)) <= width
+    blocks = text.count("┡")
+    for name in ("avgpool", "c_abstractor", "blind", "chance"):
+        assert len(re.findall(rf"│ {name} ", text)) == 2 * blocks
+    for word in (*table.columns[1:], *(field.text for row in table.rows for field in row)):
+        assert word in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_tables_of_any_width_break_no_word_and_drop_nothing(mini_sweep, width):
+    [found] = score_tables(collect([mini_sweep]), "")
+    table = scores_table(found)
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(TerminalTable(table))
+    _check_blocks(console.export_text(), table, width)
+
+
+@pytest.mark.slow
+def test_the_command_in_a_narrow_terminal(mini_sweep, tmp_path):
+    """A pseudo-terminal of 60 columns."""
+    command = [sys.executable, "-m", "prism_deco.cli", "report", str(mini_sweep), "--out", str(tmp_path)]
+    first, second = pty.openpty()
+    termios.tcsetwinsize(first, (24, 60))
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+    with subprocess.Popen(command, stdout=second, stderr=subprocess.PIPE, env=environment) as process:
+        os.close(second)
+        printed = b""
+        with contextlib.suppress(OSError):  # its end, on Linux
+            while part := os.read(first, 1 << 16):
+                printed += part
+        assert process.stderr is not None
+        logged = process.stderr.read().decode()
+    os.close(first)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", printed.decode()).replace("\r", "")
+    [found] = score_tables(collect([mini_sweep]), "")
+    _check_blocks(text, scores_table(found), 60)
+    for said in ("Reading the 12 cells of", "comparing 4 lines on 8 benchmarks", "Drawing the figures"):
+        assert said in " ".join(logged.split())
+
+
+def test_long_names_fold_at_spaces_and_columns_go_on_below():
+    rows = [[Field("a claim whose name is long"), Field("not resolved"), *[Field("12.3 ±4.5")] * 6] for _ in range(2)]
+    table = Table("Title", ["claim", "verdict", *(f"column_number_{k}" for k in range(6))], rows, heads=2)
+    console = Console(width=60, file=io.StringIO(), record=True)
+    console.print(TerminalTable(table))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 60
+    assert [k for k in range(6) if f"column_number_{k} " in text] == list(range(6))
+    # The columns that name a row are in every block.
+    assert text.count("resolved") == 2 * text.count("┡") and text.count("Title, continued") == text.count("┡") - 1
+    words = ["a", "claim", "whose", "name", "is", "long", "not", "resolved", "12.3", "±4.5"]
+    assert set(re.findall(r"[^\s┃│┏┓┡┩└┘━─┳╇┴╋├┤┼]+", text)) <= {
+        *words,
+        *table.columns,
+        "Title,",
+        "Title",
+        "continued",
+    }
 
 
 def test_the_command_prints_scores_and_refuses_what_is_no_run(make, tmp_path, capsys):
@@ -133,7 +208,7 @@ def test_the_page_opens_in_a_browser_wide_and_narrow(browser, report, width):
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     headings = [h.text for h in browser.find_elements("css selector", "h2")]
     assert headings == ["Unfinished cells", "Scores", "Curves of single cells", "Cells"]
-    assert "<b>bad</b>" in browser.find_element("css selector", "#unfinished table").text
-    details = browser.find_element("css selector", "#unfinished details")
+    assert "<b>bad</b>" in browser.find_element("css selector", "#section-1 table").text
+    details = browser.find_element("css selector", "#section-1 details")
     details.find_element("css selector", "summary").click()
     assert "<two>" in details.find_element("css selector", "pre").text

@@ -3,9 +3,9 @@ import json
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from prism_deco.report.cells import group
+from prism_deco.report.cells import seed_groups
 from prism_deco.report.collect import collect
-from prism_deco.report.curves import read_curves
+from prism_deco.report.run_files import read_curves
 
 
 def test_a_sweeps_cells_come_with_their_states_and_scores(mini_sweep):
@@ -41,7 +41,7 @@ def test_a_damaged_run_is_shown_not_dropped(make, tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "c/config.yaml").write_text("llm: {name: x}")
     good, bad, worse = collect([tmp_path])
-    assert worse.state == "unreadable" and "lacks backbone, projector, data" in worse.reason
+    assert worse.state == "unreadable" and "has no backbone, projector, data" in worse.reason
     assert good.state == "done" and bad.state == "unreadable"
     assert "metrics.json is damaged" in bad.reason and bad.seed == "8" and not bad.manifest
 
@@ -55,23 +55,23 @@ def test_runs_without_a_sweep_are_labelled_by_what_differs(make, tmp_path):
     text = (tmp_path / "a/config.yaml").read_text()
     assert "  turn_mask: block\n" in text
     (tmp_path / "a/config.yaml").write_text(text.replace("  turn_mask: block\n", ""))  # as of an earlier version
-    entries = group(collect([tmp_path / name for name in "abcde"]))
+    groups = seed_groups(collect([tmp_path / name for name in "abcde"]))
     base = "mini_siglip + mini_qwen2"
-    assert [(entry.row, entry.variant) for entry in entries] == [
+    assert [(group.row, group.variant) for group in groups] == [
         (f"{base}, num_tokens=16", "avgpool"),
         (f"{base}, num_tokens=16", "c_abstractor, projector.run=b"),
         (f"{base}, num_tokens=16", "c_abstractor, projector.run=c"),
         (f"{base}, num_tokens=4", "avgpool"),
     ]
-    assert {entry.family for entry in entries} == {base}
+    assert {group.family for group in groups} == {base}
 
 
 def test_second_stages_share_a_row_though_each_starts_from_its_own_first(make, tmp_path):
     for name in ("avgpool", "maxpool"):
         start = f"recipe.start_from={tmp_path}/{name}-align"
         make.run(tmp_path / name, "recipe=mini_finetune", f"projector={name}", start, benchmarks=("gqa",))
-    entries = group(collect([tmp_path]))
-    assert [(entry.row, entry.variant) for entry in entries] == [
+    groups = seed_groups(collect([tmp_path]))
+    assert [(group.row, group.variant) for group in groups] == [
         ("mini_siglip + mini_qwen2", "avgpool"),
         ("mini_siglip + mini_qwen2", "maxpool"),
     ]

@@ -3,13 +3,13 @@ import json
 import pytest
 
 from prism_deco.report.assemble import write_report
-from prism_deco.report.cells import group
+from prism_deco.report.cells import seed_groups
 from prism_deco.report.collect import collect
 from prism_deco.report.comparability import disagreements
 
 
 def _check(folder):
-    return disagreements(group(collect([folder])), "")
+    return disagreements(seed_groups(collect([folder])), "")
 
 
 def _edit(path, **values):
@@ -110,13 +110,13 @@ def test_reports_refuse_to_mix_unless_told(pair, tmp_path):
     assert "steps: 200 in a; 100 in b." in page.read_text()
 
 
-def test_other_steps_of_the_same_arithmetic_agree(make, tmp_path):
+def test_other_steps_of_the_same_compute_agree(make, tmp_path):
     make.run(tmp_path / "a", benchmarks=("gqa",), steps=1050, samples=16_793)
     make.run(tmp_path / "b", "projector=linear", benchmarks=("gqa",), steps=714, samples=11_424)
     assert _check(tmp_path) == []
     page, [table] = write_report([tmp_path], tmp_path / "out")
-    assert "The lines have 714 to 1,050 steps, which cost the same arithmetic." in table.caption
+    assert "The lines have 714 to 1,050 steps, which cost the same compute." in table.caption
     _edit(tmp_path / "b/manifest.json", steps=800, samples=12_800)
     assert [sentence.partition(":")[0] for sentence in _check(tmp_path)] == ["steps", "samples"]
     page, [table] = write_report([tmp_path], tmp_path / "out", mixed=True)
-    assert "same arithmetic" not in page.read_text()
+    assert "same compute" not in page.read_text()

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from prism_deco.report import curve_figures, paper, score_figures, sections
-from prism_deco.report.budget import COSTS, TOKENS
+from prism_deco.report import curve_figures, paper, score_figures
+from prism_deco.report.assemble import _score_sections
 from prism_deco.report.collect import collect
-from prism_deco.report.grid import build_grids
+from prism_deco.report.grid import score_tables
+from prism_deco.report.score_figures import COSTS, TOKENS
 
 PAPERS = ("backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5", "data=llava", "data.json=x.json")
 
@@ -41,9 +42,9 @@ def test_compression_has_all_its_points_in_one_figure(make, tmp_path):
         {"id": f"k{k}", "labels": {"recipe.num_tokens": k}, "overrides": [f"recipe.num_tokens={k}"]} for k in numbers
     ]
     make.ledger(tmp_path, labels)
-    grids = build_grids(collect([tmp_path]), "")
-    assert [(grid.table, len(grid.entries)) for grid in grids] == [(1, 1), (None, 3)]
-    first, last = sections.of_grids(grids, [[], []])
+    grids = score_tables(collect([tmp_path]), "")
+    assert [(grid.table, len(grid.groups)) for grid in grids] == [(1, 1), (None, 3)]
+    first, last = _score_sections(grids, [[], []])
     assert not [figure for figure in first.figures if figure.name == "tokens"]
     [figure] = [figure for figure in last.figures if figure.name == "tokens"]
     x, y = _panels(figure.svg)["gqa"]["avgpool"]
@@ -57,9 +58,9 @@ def test_a_table_without_scores_takes_no_figure_from_the_others(make, tmp_path):
         tokens = {"visual_in": 64, "visual_out": k}
         make.run(tmp_path / "scored" / f"k{k}", f"recipe.num_tokens={k}", benchmarks=("gqa",), tokens=tokens)
     make.run(tmp_path / "other" / "a", "evaluate.benchmarks=null", benchmarks=())
-    grids = [grid for name in ("scored", "other") for grid in build_grids(collect([tmp_path / name]), "")]
+    grids = [grid for name in ("scored", "other") for grid in score_tables(collect([tmp_path / name]), "")]
     assert [bool(grid.benchmarks) for grid in grids] == [True, False]
-    scored, other = sections.of_grids(grids, [[], []])
+    scored, other = _score_sections(grids, [[], []])
     assert "tokens" in [figure.name for figure in scored.figures]
     assert "tokens" not in [figure.name for figure in other.figures]
 
@@ -73,15 +74,15 @@ def test_convergence_has_a_line_per_projector(make, tmp_path):
         rows = [{"step": step, "train/loss": loss if step > 78 else 9.0} for step in range(1, 81)]
         rows.append({"step": 80, "val/loss": loss + 0.5})
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    [grid] = build_grids(collect([tmp_path]), "")
+    [grid] = score_tables(collect([tmp_path]), "")
     assert grid.table is None  # an alignment is no line of Table 1
     [panel] = _panels(curve_figures.convergence(grid).svg).values()
     assert {name: line[1][0] for name, line in panel.items()} == {"linear": 9.0, "avgpool": 9.0}
     assert panel["avgpool"][1][-1] < panel["linear"][1][-1] < 9.0
-    [section] = sections.of_grids([grid], [[]])
+    [section] = _score_sections([grid], [[]])
     [table] = section.tables
-    assert section.title == "Losses" and [figure.name for figure in section.figures] == ["convergence"]
-    assert {row[1].text: (row[3].text, row[4].text) for row in table.rows} == {
+    assert table.title == "Losses" and [figure.name for figure in section.figures] == ["convergence"]
+    assert {row[0].text: (row[2].text, row[3].text) for row in table.rows if len(row) > 1} == {
         "linear": ("3.000", "3.500"),
         "avgpool": ("2.000", "2.500"),
     }
@@ -95,8 +96,8 @@ def test_marks_stand_at_their_tokens_unless_they_would_cover_each_other(make, tm
     for name, tokens in (("avgpool", 16), ("maxpool", 16), ("linear", 64)):
         options = (f"projector={name}", "evaluate.benchmarks=mini_gqa")
         make.run(tmp_path / name, *options, benchmarks=("gqa",), tokens={"visual_in": 64, "visual_out": tokens})
-    [grid] = build_grids(collect([tmp_path]), "")
-    figure = score_figures.pareto(grid, TOKENS)
+    [grid] = score_tables(collect([tmp_path]), "")
+    figure = score_figures.cost_figure(grid, TOKENS)
     [panel] = _panels(figure.svg).values()
     x = {name: line[0][0] for name, line in panel.items() if name in ("avgpool", "maxpool", "linear")}
     assert x["linear"] == 64 and x["avgpool"] < 16 < x["maxpool"]
@@ -114,8 +115,8 @@ def test_single_marks_are_not_moved_and_nothing_is_said_of_it(make, tmp_path):
             if name == "avgpool":
                 make.run(tmp_path / "one" / f"{name}{k}", *options, benchmarks=("gqa",), tokens=tokens)
     for name, x in (("one", [4, 16, 64]), ("both", [4, 16 * 2**-0.045, 64])):
-        [grid] = build_grids(collect([tmp_path / name]), "")
-        [figure] = score_figures.ablation(grid)
+        [grid] = score_tables(collect([tmp_path / name]), "")
+        [figure] = score_figures.tokens_figures(grid)
         assert _panels(figure.svg)["mini_gqa"]["avgpool"][0] == pytest.approx(x)
         assert (MOVED in figure.caption) == (name == "both")
 
@@ -124,8 +125,8 @@ def test_single_marks_are_not_moved_and_nothing_is_said_of_it(make, tmp_path):
 def test_no_front_is_drawn_against_a_measured_time(make, tmp_path):
     for name in ("avgpool", "linear"):
         make.run(tmp_path / name, f"projector={name}", "evaluate.benchmarks=mini_gqa", benchmarks=("gqa",))
-    [grid] = build_grids(collect([tmp_path]), "")
-    tokens, time = (score_figures.pareto(grid, cost) for cost in COSTS)
+    [grid] = score_tables(collect([tmp_path]), "")
+    tokens, time = (score_figures.cost_figure(grid, cost) for cost in COSTS)
     fronts = [
         [line for line in f.svg.axes[0].get_lines() if line.get_drawstyle() == "steps-post"] for f in (tokens, time)
     ]

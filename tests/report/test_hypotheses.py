@@ -11,9 +11,9 @@ from scipy import stats
 
 from prism_deco.config import load_config
 from prism_deco.report import claim_report
-from prism_deco.report.cells import Cell, Score
-from prism_deco.report.contrasts import evaluate, verdict
-from prism_deco.report.hypotheses import Claim, Contrast, parse
+from prism_deco.report.cells import RunCell, Score
+from prism_deco.report.contrasts import evaluate_claims, joint_verdict
+from prism_deco.report.hypotheses import Claim, Contrast, parse_claims
 from prism_deco.report.stats import holm, t_test
 
 NAMES = ["mini_refcoco", "mini_gqa"]
@@ -33,7 +33,7 @@ def make_cell(projector, seed, value, *overrides, part="steps", state="done", re
         pairs = zip(NAMES, (value + 10, value - 10), strict=True)
         scores = {"test": {name: Score(name, its, (0.0, 100.0), content, Path()) for name, its in pairs}}
     trained = {"data_hash": "d", "steps": 1050, "samples": 16_800, "tokens": {"visual_in": 64, "visual_out": 16}}
-    return Cell(
+    return RunCell(
         id=f"{part}-{projector}-{seed}",
         folder=Path(),
         labels={"part": part, "projector": projector, "seed": str(seed), **dict(labels)},
@@ -50,8 +50,8 @@ def cells_of(projector, values, *overrides, **more):
 
 
 def run(cells, *contrasts):
-    made = [Contrast(*one[:2], **one[2]) if isinstance(one, tuple) else one for one in contrasts]
-    return evaluate([Claim("a claim", tuple(made))], cells, NAMES, "test")
+    made = [Contrast(*one[:2], **one[2]) for one in contrasts]
+    return evaluate_claims([Claim("a claim", made)], cells, NAMES, "test")
 
 
 @pytest.mark.parametrize("count", range(2, 14))
@@ -74,7 +74,7 @@ def test_an_effect_is_paired_by_seed():
     assert result.verdict == "holds" and result.seeds == ("1", "2", "3", "4", "5")
     assert (result.first.mean, result.first.deviation) == pytest.approx((statistics.mean(AVG), statistics.stdev(AVG)))
     assert result.second.mean == pytest.approx(30.1) and result.blind.mean is None and result.notes == ()
-    assert result.words == "2 benchmarks" and result.pair == "avgpool − c_abstractor"  # noqa: RUF001
+    assert result.label == "2 benchmarks" and result.pair == "avgpool − c_abstractor"  # noqa: RUF001
     # Table 1 over all columns but SEED and MME, by hand.
     assert result.paper == pytest.approx((441.1 - 425.0) / 8)
 
@@ -90,8 +90,8 @@ def test_reversed_and_unresolved_are_told_apart():
     )
     assert [ahead.verdict, behind.verdict, near.verdict] == ["holds", "reversed", "not resolved"]
     assert near.interval[0] < 0 < near.interval[1] and near.p > 0.05
-    assert verdict([ahead]) == "holds" and verdict([behind]) == "reversed"
-    assert verdict([ahead, behind, near]) == "mixed" and verdict([ahead, near]) == "not resolved"
+    assert joint_verdict([ahead]) == "holds" and joint_verdict([behind]) == "reversed"
+    assert joint_verdict([ahead, behind, near]) == "mixed" and joint_verdict([ahead, near]) == "not resolved"
 
 
 @pytest.mark.parametrize(("loss", "expected"), [(1.0, "holds"), (2.5, "not resolved"), (5.0, "reversed")])
@@ -109,7 +109,7 @@ def test_holm_is_over_all_contrasts_of_all_claims():
     cells = [*cells_of("avgpool", AVG), *cells_of("c_abstractor", [30.0, 29.0, 31.0, 30.5, 30.0])]
     cells += [*cells_of("qformer", [38.0, 41.0, 38.0, 40.0, 38.0]), *cells_of("d_abstractor", [None] * 5)]
     contrasts = [Contrast(AVGPOOL, {"projector": name}) for name in ("c_abstractor", "qformer", "d_abstractor")]
-    results = evaluate([Claim(str(k), (one,)) for k, one in enumerate(contrasts)], cells, NAMES, "test")
+    results = evaluate_claims([Claim(str(k), [one]) for k, one in enumerate(contrasts)], cells, NAMES, "test")
     first, second, none = results
     assert none.p is None and none.adjusted is None
     assert [first.adjusted, second.adjusted] == holm([first.p, second.p])
@@ -121,7 +121,7 @@ def test_missing_seeds_are_left_out_on_both_sides_and_said():
     cells += [*cells_of("c_abstractor", [30.0, 31.0, 29.0])]
     cells += [make_cell("c_abstractor", 4, None, state="failed"), make_cell("c_abstractor", 5, None, state="planned")]
     [result] = run(cells, (AVGPOOL, CABS, {}))
-    assert result.seeds == ("1", "2") and result.planned == 5 and result.effect == pytest.approx(10.5)
+    assert result.seeds == ("1", "2") and len(result.planned) == 5 and result.effect == pytest.approx(10.5)
     assert result.interval == pytest.approx((10.5 - 12.7062 * 0.5, 10.5 + 12.7062 * 0.5))
     assert result.notes == (
         "avgpool: seed 3 not measured",
@@ -140,8 +140,9 @@ def test_one_common_seed_has_no_interval_and_none_no_effect():
     assert one.notes == ("one seed has no interval",)
     assert none.effect is None and none.verdict == "not resolved"
     assert none.notes == ("no cell has the labels part=steps projector=qformer",)
-    [row] = [row for row in claim_report.contrasts([none]).rows]
-    assert row[4].text == "-" and row[1].lines == none.notes and row[-1].text == "not resolved"
+    heading, row = claim_report.contrasts_table([none]).rows
+    assert heading[0].text == "a claim" and row[0].lines == none.notes
+    assert (row[1].text, row[4].text) == ("not resolved", "-")
 
 
 def test_the_blind_model_stands_beside_and_is_never_taken_for_its_projector():
@@ -158,12 +159,12 @@ def test_boxes_questions_and_relevance_are_measures_of_their_own():
     maps = {"methods": {"r-gae": {"energy_in_box": {"mean": 0.3}}, "raw": {"energy_in_box": {"mean": 0.9}}}}
     less = {"methods": {"r-gae": {"energy_in_box": {"mean": 0.25}}}}
     cells = [*cells_of("avgpool", AVG, relevance=maps), *cells_of("c_abstractor", [30.0] * 5, relevance=less)]
-    boxes, questions, energy = run(cells, (AVGPOOL, CABS, {"measures": ("boxes", "questions", "energy_in_box")}))
+    boxes, questions, energy = run(cells, (AVGPOOL, CABS, {"measures": ["boxes", "questions", "energy_in_box"]}))
     assert boxes.first.mean == pytest.approx(51.2) and questions.first.mean == pytest.approx(31.2)
     assert (boxes.judged, questions.judged, energy.judged) == (True, False, False)
     assert energy.first.mean == pytest.approx(30) and energy.effect == pytest.approx(5) and energy.paper is None
     assert boxes.paper == pytest.approx((43.4 + 38.5 + 39.3 - 40.6 - 34.3 - 38.4) / 3)
-    assert (boxes.words, energy.unit) == ("1 box benchmark", "hundredths")
+    assert (boxes.label, energy.unit) == ("1 box benchmark", "hundredths")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_relevance_of_other_questions_does_not_compare():
         *cells_of("avgpool", AVG, relevance=maps),
         *cells_of("c_abstractor", AVG, relevance=maps | {"split": "val"}),
     ]
-    [result] = run(cells, (AVGPOOL, CABS, {"measures": ("pointing",)}))
+    [result] = run(cells, (AVGPOOL, CABS, {"measures": ["pointing"]}))
     assert result.notes == ("the questions differ",)
 
 
@@ -198,7 +199,7 @@ def test_equal_compute_is_checked_by_arithmetic():
         (AVGPOOL, {"part": "steps", "projector": "linear"}, {"equal": "compute"}),
     )
     assert equal.verdict == "holds" and equal.notes == ()
-    assert unequal.effect is None and unequal.notes == ("what the training cost differs",)
+    assert unequal.effect is None and unequal.notes == ("the compute of the training differs",)
 
 
 def test_what_runs_of_other_versions_cost():
@@ -234,40 +235,41 @@ def test_a_contrast_that_cannot_fail_judges_nothing():
     cells = [*cells_of("avgpool", low), *cells_of("c_abstractor", AVG)]
     results = run(cells, (AVGPOOL, CABS, {}), (CABS, AVGPOOL, {"judges": False}))
     assert [(result.verdict, result.judged) for result in results] == [("reversed", True), ("holds", False)]
-    assert claim_report.summary(results).rows[0][1].text == "reversed"  # with the other it would be mixed
+    assert claim_report.claims_table(results).rows[0][1].text == "reversed"  # with the other it would be mixed
 
 
 def test_a_yaml_of_claims():
     sides = {"first": {"part": "steps"}, "second": {"recipe.num_tokens": 36, "recipe.blind": True}}
-    [claim] = parse([{"name": "n", "paper": "two\n  lines", "contrasts": [sides | {"measures": ["boxes"]}]}])
-    assert claim.paper == "two lines" and claim.note == ""
+    [claim] = parse_claims([{"name": "n", "paper": "two\n  lines", "contrasts": [sides | {"measures": ["boxes"]}]}])
+    assert claim.paper == "two\n  lines" and claim.note == ""
     [contrast] = claim.contrasts
     assert contrast.second == {"recipe.num_tokens": "36", "recipe.blind": "True"}
-    assert (contrast.measures, contrast.expect, contrast.null, contrast.equal) == (("boxes",), "greater", 0, "steps")
-    [claim] = parse([{"name": "n", "contrasts": [sides | {"expect": "not_less", "margin": 2}]}])
+    assert (contrast.measures, contrast.expect, contrast.null, contrast.equal) == (["boxes"], "greater", 0, "steps")
+    [claim] = parse_claims([{"name": "n", "contrasts": [sides | {"expect": "not_less", "margin": 2}]}])
     assert claim.contrasts[0].null == -2
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"measures": ["men"]}, r"Unknown measure of a contrast \(claim n\) 'men'. Did you mean 'mean'"),
-        ({"expect": "less"}, "expect"),
-        ({"equal": "time"}, "equal"),
-        ({"margins": 1}, "key of a contrast"),
+        ({"measures": ["men"]}, "Unknown measure of the claim 'n' 'men'. Did you mean 'mean'"),
+        ({"expect": "less"}, "Invalid value 'less'.*full_key: expect"),
+        ({"equal": "time"}, "Invalid value 'time'.*full_key: equal"),
+        ({"margins": 1}, "Key 'margins' not in 'Contrast'. Did you mean: 'margin'"),
+        ({"margin": "wide"}, "could not be converted to Float.*full_key: margin"),
         ({"margin": 1}, "go together"),
         ({"expect": "not_less"}, "go together"),
         ({"second": {}}, "what is first and what is second"),
-        ({"judges": "no"}, "judges is true or false"),
+        ({"judges": "perhaps"}, "not a valid bool.*full_key: judges"),
     ],
 )
 def test_a_wrong_yaml_says_what_is_wrong(change, message):
     sides = {"first": {"part": "steps"}, "second": {"part": "tokens"}}
     with pytest.raises(ValueError, match=message):
-        parse([{"name": "n", "contrasts": [sides | change]}])
+        parse_claims([{"name": "n", "contrasts": [sides | change]}])
 
 
 @pytest.mark.parametrize("content", [{}, {"name": "n"}, {"name": "n", "contrasts": [3]}, 3, {"nam": "n"}])
 def test_claims_that_are_none(content):
-    with pytest.raises(ValueError, match="no name|no contrasts|what is first"):
-        parse([content])
+    with pytest.raises(ValueError, match="no name|no contrasts|not a subclass of Contrast"):
+        parse_claims([content])

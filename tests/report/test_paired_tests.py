@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from prism_deco.report.cells import group
+from prism_deco.report.cells import seed_groups
 from prism_deco.report.collect import collect
-from prism_deco.report.paired_tests import differences
+from prism_deco.report.paired_tests import paired_differences
 
 
 def _scores(folder, benchmark):
@@ -39,7 +39,7 @@ def _by_loop(runs, benchmark, part=None):
 
 
 def test_values_and_tests_follow_from_the_predictions(runs):
-    found = differences(group(collect([runs])), ["mini_pope", "mini_gqa"], "")
+    found = paired_differences(seed_groups(collect([runs])), ["mini_pope", "mini_gqa"], "")
     gqa, values = _find(found, "mini_gqa"), _by_loop(runs, "mini_gqa")
     assert gqa.value == pytest.approx(100 * sum(values) / 90) and gqa.seeds == 2
     ahead, behind = sum(v > 0 for v in values), sum(v < 0 for v in values)
@@ -57,12 +57,12 @@ def test_values_and_tests_follow_from_the_predictions(runs):
 
 
 def test_only_common_seeds_count_and_the_order_of_lines_does_not(runs, make):
-    whole = _find(differences(group(collect([runs])), ["mini_gqa"], ""), "mini_gqa")
+    whole = _find(paired_differences(seed_groups(collect([runs])), ["mini_gqa"], ""), "mini_gqa")
     path = runs / "avgpool-7/eval/mini_gqa/predictions.jsonl"
     path.write_text("\n".join(reversed(path.read_text().splitlines())) + "\n")
-    assert _find(differences(group(collect([runs])), ["mini_gqa"], ""), "mini_gqa") == whole
+    assert _find(paired_differences(seed_groups(collect([runs])), ["mini_gqa"], ""), "mini_gqa") == whole
     (runs / "c_abstractor-8/eval/mini_gqa/metrics.json").unlink()
-    one = _find(differences(group(collect([runs])), ["mini_gqa"], ""), "mini_gqa")
+    one = _find(paired_differences(seed_groups(collect([runs])), ["mini_gqa"], ""), "mini_gqa")
     assert one.seeds == 1 and one.over_seeds is None and one.value != whole.value
 
 
@@ -70,12 +70,13 @@ def test_what_cannot_be_compared_says_why(runs):
     path = runs / "c_abstractor-7/eval/mini_gqa/metrics.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"data_hash": "other"}))
-    entries = group(collect([runs]))
-    assert _find(differences(entries, ["mini_gqa"], ""), "mini_gqa").note == "the questions differ"
+    groups = seed_groups(collect([runs]))
+    assert _find(paired_differences(groups, ["mini_gqa"], ""), "mini_gqa").note == "the questions differ"
     content["metrics"]["accuracy"] += 1
     path.write_text(json.dumps(content))
-    assert "do not give the score" in _find(differences(group(collect([runs])), ["mini_gqa"], ""), "mini_gqa").note
-    missing = _find(differences(entries, ["mini_vqav2"], ""), "mini_vqav2")
+    changed = _find(paired_differences(seed_groups(collect([runs])), ["mini_gqa"], ""), "mini_gqa")
+    assert "do not give the score" in changed.note
+    missing = _find(paired_differences(groups, ["mini_vqav2"], ""), "mini_vqav2")
     assert missing.value is None and missing.p is None and missing.note == "avgpool: not scored"
 
 
@@ -104,6 +105,6 @@ def test_sums_over_pairs_of_questions_are_compared_too(make, tmp_path):
         content = {"benchmark": "mme", "metrics": {"score": value}, "primary": "score", "n": 8, "interval95": [0, 200]}
         content |= {"prompt_hash": "p", "data_hash": "d", "decoding": None}
         (folder / "metrics.json").write_text(json.dumps(content))
-    mme = _find(differences(group(collect([tmp_path])), ["mme"], ""), "mme")
+    mme = _find(paired_differences(seed_groups(collect([tmp_path])), ["mme"], ""), "mme")
     assert mme.value == pytest.approx((62.5 + 50) - (62.5 + 25))
     assert mme.p == 1  # of four images one is better, one is worse

@@ -7,7 +7,7 @@ import pytest
 
 from prism_deco.config import load_config
 from prism_deco.report import paper
-from prism_deco.report.cells import Cell
+from prism_deco.report.cells import RunCell
 from prism_deco.report.stats import Wins, count_wins
 
 
@@ -17,7 +17,7 @@ def _rows(table):
 
 
 def test_table_3_holds_96_numbers_of_six_settings():
-    lines = paper.lines(3)
+    lines = paper.rows(3)
     numbers = [value for line in lines for value in line.scores.values()]
     printed = [float(row[name]) for row in _rows(3) for name in paper.COLUMNS[3]]
     assert len(numbers) == 96 and sorted(numbers) == sorted(printed)
@@ -61,7 +61,7 @@ def test_the_gains_of_the_abstract_follow_from_table_1():
 
 
 def test_table_1_holds_its_cited_line_and_table_2_the_averages():
-    lines = paper.lines(1)
+    lines = paper.rows(1)
     assert len(lines) == 6 and all(len(line.scores) == 10 for line in lines)
     assert [line.projector for line in lines if line.cited] == ["linear"]
     assert paper.scores(1)["T1", "linear"]["mme"] == 1338.6
@@ -99,7 +99,7 @@ def test_spatial_tasks_are_shares_of_their_maxima():
 def test_a_cell_finds_its_setting_by_what_it_is(tmp_path, overrides, table, setting):
     recipe = {1: "llava_v1_5_finetune", 3: "prism"}[table]
     config = load_config([f"recipe={recipe}", *overrides])
-    cell = Cell("x", tmp_path, {"projector": config.projector.name, "row": "B1"}, "planned", config=config)
+    cell = RunCell("x", tmp_path, {"projector": config.projector.name, "row": "B1"}, "planned", config=config)
     assert paper.setting(cell, table) == setting
     tokens = {"visual_in": 576, "visual_out": config.projector.num_tokens or 576}
     assert paper.setting(replace(cell, state="done", manifest={"tokens": tokens}), table) == setting

@@ -1,9 +1,9 @@
 """The statistics against hand-made sums, enumeration and published quantiles."""
 
 import math
+import statistics
 from itertools import product
 
-import numpy as np
 import pytest
 
 from prism_deco.report.stats import (
@@ -12,10 +12,9 @@ from prism_deco.report.stats import (
     count_wins,
     holm,
     mcnemar,
-    paired_difference,
     seed_interval,
     subtract,
-    t_quantile,
+    t_test,
 )
 
 
@@ -49,44 +48,43 @@ def test_mcnemar_counts_partial_scores_by_who_is_ahead_and_ignores_rounding():
     assert mcnemar({"all": [30.0, 60.0, 100.0, -10.0, 1e-13, 0.0]}) == pytest.approx(2 * (1 + 4) / 2**4)
 
 
-def test_the_paired_interval_is_near_the_normal_one():
-    rng = np.random.default_rng(3)
-    values = rng.choice([-100.0, 0.0, 100.0], p=[0.1, 0.7, 0.2], size=800)
-    value, (low, high) = paired_difference({"all": values.tolist()}, "mean")
-    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values))
-    assert value == pytest.approx(values.mean())
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
-
-
-def test_pairing_narrows_the_interval_where_two_models_err_on_the_same_items():
-    rng = np.random.default_rng(0)
-    first = rng.integers(0, 2, 500) * 100.0
-    second = np.where(rng.random(500) < 0.1, 100 - first, first)
-    _, (low, high) = paired_difference(subtract({"all": first.tolist()}, {"all": second.tolist()}), "mean")
-    unpaired = 2 * 1.96 * math.sqrt(first.var() / 500 + second.var() / 500)
-    assert high - low < 0.6 * unpaired
-
-
-def test_strata_are_combined_as_the_primary_is():
+def test_differences_are_unit_by_unit():
     first, second = {"a": [100.0, 0.0], "b": [100.0] * 4}, {"a": [0.0, 0.0], "b": [100.0, 100.0, 0.0, 0.0]}
     differences = subtract(first, second)
-    assert paired_difference(differences, "mean")[0] == pytest.approx((50 + 50) / 2)
-    assert paired_difference(differences, "sum")[0] == pytest.approx(100)
+    assert differences == {"a": [100.0, 0.0], "b": [0.0, 0.0, 100.0, 100.0]}
     with pytest.raises(ValueError, match="same questions"):
         subtract(first, {"a": [0.0, 0.0], "b": [0.0]})
     assert average([{"a": [100.0, 0.0]}, {"a": [0.0, 0.0]}]) == {"a": [50.0, 0.0]}
 
 
 def test_students_t():
-    # Two-sided 95 %, from printed tables.
+    """From printed tables of its two-sided 95 % quantiles."""
     for degrees, quantile in {1: 12.706, 2: 4.303, 10: 2.228, 11: 2.2010, 15: 2.1314, 30: 2.0423, 120: 1.9799}.items():
-        assert t_quantile(degrees) == pytest.approx(quantile, abs=5e-4)
+        values = [float(k) for k in range(degrees + 1)]
+        half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+        mean = statistics.mean(values)
+        assert seed_interval(values) == pytest.approx((mean - half, mean + half), abs=5e-4 * half)
     assert seed_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.4842, 2 + 2.4842), abs=1e-3)
+
+
+def test_equal_values_have_an_interval_and_a_test():
+    """Their standard error is 0, of which scipy makes nan."""
+    assert seed_interval([2.0, 2.0]) == seed_interval([2.0] * 3) == (2, 2)
+    assert t_test([2.0, 2.0]) == 0 and t_test([2.0, 2.0], 2.0) == 1 and t_test([0.1] * 3, 0.1) == 1
+
+
+@pytest.mark.parametrize("null", [0.0, 1.5, 2.0, 4.3])
+def test_the_test_and_the_interval_agree(null):
+    """P is below 0.05 exactly where the interval leaves the null out."""
+    for values in ([1.0, 2.0, 3.0], [1.9, 2.0, 2.05, 2.1], [-1.0, 5.0], [4.0, 4.1, 3.9, 4.05, 4.0]):
+        low, high = seed_interval(values)
+        assert (t_test(values, null) < 0.05) == (not low <= null <= high)
 
 
 def test_holm():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+    assert holm([0.01, None, 0.03]) == [0.02, None, 0.03]  # None is not a test
 
 
 def test_wins_are_counted_as_printed():

@@ -1,21 +1,26 @@
 """The report of a sweep with parts and claims: its files, what they say, and the page in a real browser."""
 
 import csv
+import io
 import json
 import statistics
+from datetime import UTC, datetime
 
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from omegaconf import OmegaConf
+from PIL import Image
 from scipy import stats
 
 from prism_deco.cli import main
-from prism_deco.report import forest_plot, lr_search
+from prism_deco.report import forest_plot
 from prism_deco.report.assemble import write_report
 from prism_deco.report.collect import collect
-from prism_deco.report.contrasts import evaluate
-from prism_deco.report.hypotheses import Claim, Contrast, read_sweep
-from prism_deco.report.hypotheses import parse as claims_of
+from prism_deco.report.contrasts import evaluate_claims
+from prism_deco.report.forest_plot import forests
+from prism_deco.report.hypotheses import Claim, Contrast, parse_claims, read_sweep
+from prism_deco.report.lr_search import search_records, search_tables
 from prism_deco.sweep.expand import expand
 from prism_deco.sweep.spec import parse
 
@@ -137,22 +142,21 @@ def test_claims_csv_holds_what_was_planted(study, report):
     )
 
 
-def test_the_ladder_says_what_was_chosen_and_where_its_edge_is(study, report):
-    cells = collect([study[0]])
-    found = {one.name: one for one in lr_search.read_ladders(read_sweep(study[0]), cells)}
-    assert {name: (one.chosen, one.at_edge, one.used) for name, one in found.items()} == {
-        "avgpool": ("0.003", False, ("0.003",)),
-        "linear": ("0.006", True, ("0.006",)),
-        "avgpool (blind)": ("0.0015", True, ("0.003",)),
+def test_the_search_says_what_was_chosen_and_where_its_edge_is(study, report):
+    records = search_records(read_sweep(study[0]), collect([study[0]]))
+    assert {(one["projector"], one["value"], one["at_edge"], one["used"]) for one in records if one["chosen"]} == {
+        ("avgpool", "0.003", False, "0.003"),
+        ("linear", "0.006", True, "0.006"),
+        ("avgpool (blind)", "0.0015", True, "0.003"),
     }
-    rows = {row[0].text: row[1:] for row in lr_search.tables(list(found.values()))[0].rows}
+    rows = {row[0].text: row[1:] for row in search_tables(records)[0].rows}
     assert [field.text for field in rows["avgpool"]] == ["0.9000", "0.5000", "0.7000", "0.003"]
     assert [field.best for field in rows["avgpool"]] == [False, True, False, False]
     assert rows["linear"][2].lines == ("at the edge",)
     low, none, nan, used = rows["avgpool (blind)"]
     assert (low.best, none.text, nan.text) == (True, "no val/loss", "nan") and used.lines == ("not the lowest",)
-    records = _read(report[0] / "ladder.csv")
-    assert [row["value"] for row in records if row["chosen"] == "True"] == ["0.006", "0.003", "0.0015"]
+    written = _read(report[0] / "ladder.csv")
+    assert [row["value"] for row in written if row["chosen"] == "True"] == ["0.006", "0.003", "0.0015"]
 
 
 def test_what_each_entry_cost(report):
@@ -168,13 +172,33 @@ def test_parts_have_tables_of_their_own_with_the_blind_model(study, report):
     titles = [table.title for table in report[1]]
     assert titles == ["Claims", "Scores: steps", "Scores: tokens", "Scores: compute"]
     for table in report[1][1:]:
-        assert "blind" in [row[1].text for row in table.rows]
+        assert "blind" in [row[0].text for row in table.rows]
     assert {row["part"] for row in _read(report[0] / "scores.csv")} == {"steps", "tokens", "compute"}
-    text = (report[0] / "claims.md").read_text()
-    assert "At equal steps, of 4 claims:" in text and "- reversed: none" in text
-    assert "- not resolved: " in text and "absent" in text and "<script" not in text
+    text = (report[0] / "report.md").read_text()
+    assert "At equal steps: holds: pooling; tokens. reversed: upper bound. mixed: none. not resolved: absent." in text
+    assert "At equal compute: holds: pooling. reversed: none." in text and "<script" not in text
     assert "if the same study were repeated with these learning rates and these questions, and nothing about" in text
-    assert "24 models" not in text and "23 models of 1,000,000 parameters" in text
+
+
+def test_the_report_begins_with_models_date_and_version(study, make, tmp_path):
+    first, second, *_ = (report_lines := _first_lines(study[0], tmp_path / "a"))
+    assert first == "# study" and second.startswith(
+        "23 models of 1,000,000 parameters (vision backbone mini_siglip, LLM"
+    )
+    assert "trained with prism_deco 0.1.0 for 200 to 1,050 steps on 3,200 to 16,793 records of shapes" in second
+    assert report_lines[2].startswith("23 of 24 cells done, 1 failed.")
+    days = {"a": datetime(2026, 3, 5, 23, 59, tzinfo=UTC), "b": datetime(2026, 3, 7, tzinfo=UTC)}
+    for name, day in days.items():
+        make.run(tmp_path / "runs" / name, f"projector={'avgpool' if name == 'a' else 'linear'}", benchmarks=("gqa",))
+        status = {"state": "done", "seconds": 1.0, "started": day.timestamp()}
+        (tmp_path / "runs" / name / "status.json").write_text(json.dumps(status))
+    assert "trained between 2026-03-05 and 2026-03-07 with" in _first_lines(tmp_path / "runs", tmp_path / "b")[1]
+    assert "trained on 2026-03-05 with" in _first_lines(tmp_path / "runs/a", tmp_path / "c")[1]
+
+
+def _first_lines(folder, out):
+    write_report([folder], out)
+    return [line for line in (out / "report.md").read_text().splitlines() if line]
 
 
 def test_steps_must_agree_within_a_part(study, tmp_path, make):
@@ -201,42 +225,60 @@ def test_no_text_of_the_forest_plot_lies_on_another(study, monkeypatch):
     cells = collect([study[0]])
     long = {"part": "tokens", "recipe.num_tokens": "9"}
     text = {key: str(value) for key, value in STEPS.items()}
-    contrasts = (
-        Contrast(text, long, ("mean", "boxes"), "not_less", 2.5),
+    contrasts = [
+        Contrast(text, long, ["mean", "boxes"], "not_less", 2.5),
         Contrast(long, text),
         Contrast(text, {"a": "b"}),
-    )
+    ]
     claims = [Claim(f"A claim with a name that takes some room, number {k}", contrasts) for k in range(3)]
-    [figure] = forest_plot.forests(evaluate(claims, cells, ["mini_refcoco", "mini_gqa"], ""))
+    [figure] = forests(evaluate_claims(claims, cells, ["mini_refcoco", "mini_gqa"], ""))
     assert figure.name == "claims-points"
     [canvas] = drawn
+    FigureCanvasAgg(canvas).draw()
+    plot, numbers = canvas.axes
     renderer = FigureCanvasAgg(canvas).get_renderer()
-    boxes = [text.get_window_extent(renderer) for text in canvas.texts]
-    assert len(boxes) == 3 * (1 + 4 * 9) + 8
+    [table] = numbers.tables
+    texts = [cell.get_text() for cell in table.get_celld().values() if cell.get_text().get_text()]
+    assert len(texts) == 8 + 3 * 4 * 8  # heads, and a row for each of three claims' four contrasts
+    texts += plot.get_yticklabels()
+    boxes = [text.get_window_extent(renderer) for text in texts]
     assert not [(a, b) for k, a in enumerate(boxes) for b in boxes[:k] if a.overlaps(b)]
-    plot = canvas.axes[0].get_window_extent(renderer)
-    assert not [box for box in boxes if box.overlaps(plot)]
+    assert not [box for box in boxes if box.overlaps(plot.get_window_extent(renderer))]
     assert all(box.x0 >= 0 and box.x1 <= canvas.bbox.x1 and box.y1 <= canvas.bbox.y1 for box in boxes)
+    # A contrast's numbers stand beside its mark.
+    for y, label in enumerate(plot.get_yticklabels()):
+        row = table[y + 1, 0].get_window_extent(renderer)
+        centre = label.get_window_extent(renderer)
+        assert (centre.y0 + centre.y1) / 2 == pytest.approx((row.y0 + row.y1) / 2, abs=2)
 
 
-def test_marks_are_filled_hollow_or_go_on(study, monkeypatch):
+def test_marks_are_coloured_by_verdict_and_filled_hollow_or_go_on(study, monkeypatch):
     drawn = []
     monkeypatch.setattr(forest_plot, "to_svg", lambda figure: drawn.append(figure) or b"")
     cells = collect([study[0]])
-    sides = [{key: str(value) for key, value in side.items()} for side in (STEPS, LINEAR)]
-    contrasts = (Contrast(*sides), Contrast(sides[0], sides[1] | {"part": "compute"}, equal="compute"))
-    forest_plot.forests(evaluate([Claim("one", contrasts)], cells, ["mini_refcoco", "mini_gqa"], ""))
-    lines = drawn[0].axes[0].lines
-    marks = {line.get_label(): line for line in lines if line.get_label().startswith("equal")}
-    assert marks["equal steps"].get_markerfacecolor() == "#000000"
-    assert marks["equal compute"].get_markerfacecolor() == "#ffffff"
+    avgpool, linear = ({key: str(value) for key, value in arm.items()} for arm in (STEPS, LINEAR))
+    contrasts = [
+        Contrast(avgpool, linear),
+        Contrast(avgpool, linear | {"part": "compute"}, equal="compute"),
+        Contrast(linear, avgpool),
+        Contrast(avgpool, avgpool),
+    ]
+    results = evaluate_claims([Claim("one", contrasts)], cells, ["mini_refcoco", "mini_gqa"], "")
+    assert [result.verdict for result in results] == ["holds", "holds", "reversed", "not resolved"]
+    forests(results)
+    ax = drawn[0].axes[0]
+    marks = [container.lines[0] for container in ax.containers]
+    colors = [mark.get_color() for mark in marks]
+    assert colors[0] == colors[1] and len(set(colors)) == 3
+    assert [mark.get_markerfacecolor() for mark in marks[:2]] == [colors[0], "#ffffff"]
+    assert [mark.get_xdata()[0] for mark in marks] == pytest.approx([result.effect for result in results])
     # Two seeds have an interval longer than the axis, which is as long as those of three and the effects need.
-    assert [line.get_marker() for line in lines].count(">") == 1
+    assert "<" in [line.get_marker() for line in ax.lines]
 
 
 def test_the_claims_of_the_study_are_about_its_cells():
     spec = parse(["study", "seed=1"])
-    claims, cells = claims_of(spec.claims), expand(spec)
+    claims, cells = parse_claims(spec.claims), expand(spec)
     assert len(claims) == 7 and {grid.name for grid in spec.grids} == {"ladder", "steps", "tokens", "compute"}
     known = [
         {"projector": cell.config.projector.name} | {key: str(value) for key, value in cell.labels.items()}
@@ -248,17 +290,61 @@ def test_the_claims_of_the_study_are_about_its_cells():
             assert found["part"] != "ladder"
 
 
-@pytest.mark.parametrize("width", [1280, 480])
-def test_the_page_of_a_study_opens_in_a_browser(browser, report, width):
+@pytest.fixture(params=[(width, mode) for width in (400, 1400) for mode in ("light", "dark")], ids=str)
+def page(browser, report, request):
+    """The study's page as a phone or a screen shows it, by day and by night: the browser, its width, the mode."""
+    width, mode = request.param
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": mode}]}
+    )
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.get((report[0] / "report.html").as_uri())
+    yield browser, width, mode
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def _pixels(element):
+    return np.asarray(Image.open(io.BytesIO(element.screenshot_as_png)).convert("L"), dtype=float)
+
+
+def test_the_page_of_a_study_in_a_browser(page):
+    browser, width, mode = page
     assert browser.title == "study" and not browser.get_log("browser")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     headings = [h.text for h in browser.find_elements("css selector", "h2")]
-    settings = ["recipe.lr chosen on the validation split", "Steps and arithmetic"]
+    settings = ["recipe.lr chosen on the validation split", "Steps and compute"]
     scores = ["Scores: steps", "Scores: tokens", "Scores: compute"]
     assert headings[1:-2] == ["Claims", "Contrasts", *settings, *scores]
-    first = browser.find_element("css selector", "#grid-1")
-    assert NASTY in first.text and first.find_element("css selector", "td.best").text.startswith("holds")
+    assert [link.text for link in browser.find_elements("css selector", "nav a")] == headings
+    claims = browser.find_element("css selector", "#section-2")
+    assert NASTY in claims.text
+    # Verdicts have colours of their own, and are in sight.
+    words = browser.find_elements("css selector", "#section-2 td, #section-3 td:nth-of-type(1)")
+    shown = {word.text.split("\n")[0]: word for word in words}
+    assert shown.keys() == {"holds", "reversed", "not resolved", "-"}
+    assert len({shown[word].value_of_css_property("color") for word in ("holds", "reversed", "not resolved")}) == 3
+    for word in words:
+        assert word.rect["x"] >= 0 and word.rect["x"] + min(word.rect["width"], 60) <= width
+    # Figures are as bright as the page.
+    images = browser.find_elements("css selector", "figure img")
     assert browser.execute_script("return Array.from(document.images).every(i => i.complete && i.naturalWidth > 200)")
+    assert (_pixels(images[0]).mean() > 200) == (mode == "light") and (_pixels(images[0]).mean() < 80) == (
+        mode == "dark"
+    )
+
+
+def test_wide_tables_show_that_they_scroll_and_keep_their_first_column(page):
+    browser, width, _ = page
+    region = browser.find_element("css selector", "#section-3 .scroll")
+    name = region.find_element("css selector", "tbody tr:nth-child(2) th")
+    scrolls = browser.execute_script("return arguments[0].scrollWidth > arguments[0].clientWidth", region)
+    assert scrolls == (width == 400)
+    place = name.rect["x"]
+    edge = _pixels(region)[:, -12:-2]
+    browser.execute_script("arguments[0].scrollLeft = 10000", region)
+    assert name.rect["x"] == place
+    if scrolls:
+        # A shade at the right, as long as there is something there.
+        ground = np.median(_pixels(region)[:, -12:-2])
+        assert abs(np.median(edge) - ground) > 15

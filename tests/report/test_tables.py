@@ -11,26 +11,27 @@ from prism_deco.config import CONF_DIR
 from prism_deco.errors import UsageError
 from prism_deco.evaluation import BENCHMARKS
 from prism_deco.report import blind, paper, tables
+from prism_deco.report.arms import OUTCOMES
 from prism_deco.report.assemble import write_report
 from prism_deco.report.baselines import chance
 from prism_deco.report.benchmarks import families_of
-from prism_deco.report.budget import COSTS, Point, budget, front, points
-from prism_deco.report.cells import Entry, Summary
+from prism_deco.report.cells import SeedGroup, Summary
 from prism_deco.report.collect import collect
-from prism_deco.report.grid import build_grids, records
-from prism_deco.report.measures import MEASURES
-from prism_deco.report.paired_tests import differences
+from prism_deco.report.grid import score_records, score_tables
+from prism_deco.report.paired_tests import paired_differences
+from prism_deco.report.score_figures import COSTS, Point, budget_table, pareto_front, points
 from prism_deco.report.tabular import Field, Table, comma_separated, markdown
 
 PRISM = ("recipe=prism", "data=llava", "data.json=x.json", "evaluate.benchmarks=table3")
 
 
 def _cell(table, row, projector, column):
-    """The field of a table; a row's name stands in its first line only."""
-    name = ""
+    """The field of a table, below the heading of its row."""
+    heading = ""
     for line in table.rows:
-        name = line[0].text or name
-        if (name, line[1].text) == (row, projector):
+        if len(line) == 1:
+            heading = line[0].text
+        elif (heading, line[0].text) == (row, projector):
             return line[list(table.columns).index(column)]
     raise AssertionError((row, projector))
 
@@ -52,7 +53,7 @@ def _table_1_run(make, folder, projector, scores, tasks):
 
 @pytest.fixture(scope="module")
 def grid(mini_sweep):
-    [grid] = build_grids(collect([mini_sweep]), "")
+    [grid] = score_tables(collect([mini_sweep]), "")
     return grid
 
 
@@ -62,14 +63,14 @@ def test_means_and_spreads_are_over_seeds(grid, mini_sweep):
         for seed in (7, 8, 9)
     ]
     mean, deviation = statistics.mean(values), statistics.stdev(values)
-    field = _cell(tables.scores(grid), "M1", "avgpool", "mini_gqa")
+    field = _cell(tables.scores_table(grid), "M1", "avgpool", "mini_gqa")
     half = 4.3027 * deviation / 3**0.5
     assert field.text == f"{mean:.1f} ±{deviation:.1f}"
     assert field.lines == (f"{mean - half:.1f} to {mean + half:.1f}",)
 
 
 def test_seeds_that_are_missing_are_counted(grid, mini_sweep):
-    shown = tables.scores(grid)
+    shown = tables.scores_table(grid)
     assert _cell(shown, "M1", "c_abstractor", "mini_gqa").lines[-1] == "2 of 3 seeds"
     one = _cell(shown, "M2", "c_abstractor", "mini_gqa")
     content = json.loads((mini_sweep / "M2-c_abstractor-7/eval/mini_gqa/metrics.json").read_text())
@@ -79,24 +80,23 @@ def test_seeds_that_are_missing_are_counted(grid, mini_sweep):
 
 
 def test_chance_and_blindness_stand_below(grid):
-    shown = tables.scores(grid)
-    assert shown.rows[-1][0].text == "chance"
-    column = list(shown.columns).index("mini_pope")
-    assert shown.rows[-1][column].text == "50.0"  # as many yes as no
-    known = blind.blind_scores(grid.entries[0].cells[0].config, None)
+    shown = tables.scores_table(grid)
+    assert [row[0].text for row in shown.rows].count("chance") == 2  # one per row of the study
+    assert _cell(shown, "M1", "chance", "mini_pope").text == "50.0"  # as many yes as no
+    known = blind.blind_scores(grid.groups[0].cells[0].config, None)
     assert _cell(shown, "M1", "blind", "mini_gqa").text == f"{known['mini_gqa']:.1f}"
 
 
-def test_a_blind_run_of_the_study_is_the_twin_and_no_line_of_its_own(make, tmp_path):
+def test_a_blind_run_of_the_study_is_the_baseline_and_not_a_line_of_its_own(make, tmp_path):
     make.run(tmp_path / "a")
     scores = make.run(tmp_path / "b", "recipe.blind=true", skill=0.2)
-    [grid] = build_grids(collect([tmp_path]), "")
-    assert [line.variant for line in grid.lines] == ["avgpool"]
+    [grid] = score_tables(collect([tmp_path]), "")
+    assert [row.variant for row in grid.rows] == ["avgpool"]
     assert grid.blind["mini_siglip + mini_qwen2"] == pytest.approx(scores)
 
 
 def test_wins_of_ours_are_counted_by_row_and_benchmark(grid):
-    table = tables.wins(grid)
+    table = tables.wins_table(grid)
     [row] = table.rows
     assert [field.text for field in row] == ["avgpool over c_abstractor", "16", "0", "0", "0"]
 
@@ -107,9 +107,9 @@ def test_table_3_prints_all_of_the_papers_numbers_beside_ours(make, tmp_path):
     scores = make.run(tmp_path / "a", *overrides, tokens=tokens)
     make.run(tmp_path / "b", *overrides, "projector=maxpool", tokens=tokens)
     make.run(tmp_path / "c", *overrides, "projector=c_abstractor", state="failed")
-    [grid] = build_grids(collect([tmp_path]), "")
-    shown = tables.scores(grid)
-    for line in paper.lines(3):
+    [grid] = score_tables(collect([tmp_path]), "")
+    shown = tables.scores_table(grid)
+    for line in paper.rows(3):
         for name, value in line.scores.items():
             field = _cell(shown, line.setting, line.projector, name)
             assert f"paper {value:.1f}" in field.lines
@@ -120,7 +120,7 @@ def test_table_3_prints_all_of_the_papers_numbers_beside_ours(make, tmp_path):
     assert _cell(shown, "B2", "maxpool", "gqa").lines[-1].count("to") == 1  # no number of the paper
     mean = _cell(shown, "B2", "avgpool", "mean")
     assert mean.text == f"{statistics.mean(scores.values()):.1f}" and "paper 37.5" in mean.lines
-    [pair, _] = tables.wins(grid).rows
+    [pair, _] = tables.wins_table(grid).rows
     assert [f.text for f in pair] == [
         "avgpool over c_abstractor",
         "0",
@@ -129,8 +129,10 @@ def test_table_3_prints_all_of_the_papers_numbers_beside_ours(make, tmp_path):
         "48",
         "45 of 48 ahead, 2 behind, 1 tied",
     ]
-    assert len(records(grid)) == 13 * 8
-    [record] = [r for r in records(grid) if (r["row"], r["projector"], r["benchmark"]) == ("B2", "avgpool", "pope")]
+    assert len(score_records(grid)) == 13 * 8
+    [record] = [
+        r for r in score_records(grid) if (r["row"], r["projector"], r["benchmark"]) == ("B2", "avgpool", "pope")
+    ]
     assert record["paper"] == 84.5 and record["difference"] == pytest.approx(scores["pope"] - 84.5)
 
 
@@ -149,10 +151,10 @@ def test_tables_1_and_2_stand_beside_the_papers(make, tmp_path):
     }
     for name, scores in ours.items():
         _table_1_run(make, tmp_path / name, name, scores, tasks)
-    [grid] = build_grids(collect([tmp_path]), "")
-    shown = tables.scores(grid)
+    [grid] = score_tables(collect([tmp_path]), "")
+    shown = tables.scores_table(grid)
     assert "mean" not in shown.columns  # MME is no percentage
-    assert [line[1].text for line in shown.rows if line[0].text != "chance"] == [
+    assert [line[0].text for line in shown.rows if len(line) > 1 and line[0].text != "chance"] == [
         "linear (LLaVA-1.5)",
         "linear",
         "avgpool",
@@ -162,15 +164,15 @@ def test_tables_1_and_2_stand_beside_the_papers(make, tmp_path):
     ]
     assert _cell(shown, "T1", "avgpool", "gqa").lines[-2:] == ("paper 54.1", "Δ +1.5")
     assert _cell(shown, "T1", "avgpool", "mme").text == "1373.4"
-    assert _cell(shown, "T1", "qformer", "mme") == Field("not run", ("paper 1312.7",), muted=True)
-    gains = {row[0].text: [field.text for field in row[1:]] for row in tables.gains(grid).rows}
+    assert _cell(shown, "T1", "qformer", "mme") == Field("not run", ("paper 1312.7",))
+    gains = {row[0].text: [field.text for field in row[1:]] for row in tables.gains_table(grid).rows}
     assert gains["visual localization"] == [f"{100 * ((43.4 + 38.5 + 39.3) / 3 - 50) / 50:+.1f}", "+7.16"]
-    spatial = tables.spatial(grid)
+    spatial = tables.spatial_table(grid)
     by_name = {row[0].text: row for row in spatial.rows}
     average = (65 + 40 + 30 + 20 + 50 + 61) / 6
     assert by_name["avgpool"][1] == Field("65.0", ("not published",))
     assert by_name["avgpool"][-1] == Field(f"{average:.1f}", (f"paper 56.0, Δ {average - 56:+.1f}",))
-    assert by_name["linear"][-1] == Field("not run", ("paper 56.4",), muted=True)
+    assert by_name["linear"][-1] == Field("not run", ("paper 56.4",))
     assert by_name["d_abstractor"][-1].lines == ("not published",)
 
 
@@ -179,12 +181,12 @@ def test_budgets_pick_what_nothing_cheaper_beats(make, tmp_path):
         make.run(tmp_path / f"k{k}", f"recipe.num_tokens={k}", skill=skill)
         line = json.dumps({"step": 1, "speed/samples_per_s": {4: 64.0, 16: 16.0, 64: 32.0}[k]})
         (tmp_path / f"k{k}/metrics.jsonl").write_text(line + "\n")
-    [grid] = build_grids(collect([tmp_path]), "")
+    [grid] = score_tables(collect([tmp_path]), "")
     tokens, time = COSTS
-    assert [p.entry.tokens for p in front(points(grid, tokens))] == [4, 64]
-    assert [(p.cost, p.entry.tokens) for p in points(grid, time)] == [(0.25, 4), (0.5, 64), (1.0, 16)]
+    assert [p.group.tokens for p in pareto_front(points(grid, tokens))] == [4, 64]
+    assert [(p.cost, p.group.tokens) for p in points(grid, time)] == [(0.25, 4), (0.5, 64), (1.0, 16)]
     # How busy the machine was decides nothing.
-    rows = budget(grid).rows
+    rows = budget_table(grid).rows
     assert [row[0].text for row in rows] == ["at most 4 visual tokens", "at most 64 visual tokens"]
     assert rows[1][4].text.endswith("num_tokens=4: avgpool") and not any(field.best for row in rows for field in row)
 
@@ -200,10 +202,10 @@ def test_budgets_pick_what_nothing_cheaper_beats(make, tmp_path):
 )
 def test_ties_on_the_front(found, best):
     """By trying all pairs: a point is on the front unless another is no worse in both and better in one."""
-    entries = [Entry("row", str(k), ()) for k in range(len(found))]
+    groups = [SeedGroup("row", str(k), ()) for k in range(len(found))]
     made = [
-        Point(entry, cost, Summary(score, None, (score, score), 1, 1))
-        for entry, (cost, score) in zip(entries, found, strict=True)
+        Point(group, cost, Summary(score, None, (score, score), 1, 1))
+        for group, (cost, score) in zip(groups, found, strict=True)
     ]
     beaten = {
         k
@@ -212,13 +214,13 @@ def test_ties_on_the_front(found, best):
         if other <= cost and its >= score and (other < cost or its > score)
     }
     assert [k for k in range(len(found)) if k not in beaten] == best
-    assert [int(point.entry.variant) for point in front(made)] == best
+    assert [int(point.group.variant) for point in pareto_front(made)] == best
 
 
 def test_a_budget_names_all_that_tie(make, tmp_path):
     """Both projectors answer alike."""
     grid = _scored(make, tmp_path, avgpool=(50,), maxpool=(50,), qformer=(40,))
-    [row] = budget(replace(grid, benchmarks=["mini_gqa"])).rows
+    [row] = budget_table(replace(grid, benchmarks=["mini_gqa"])).rows
     row_name = "mini_siglip + mini_qwen2"
     assert row[1].text == f"{row_name}: avgpool; {row_name}: maxpool" and row[4].text == f"{row_name}: qformer"
 
@@ -234,7 +236,7 @@ def test_chance_needs_only_the_predictions(make, tmp_path):
 def test_markdown_and_csv_escape_what_they_are_given():
     table = Table("t <b>", ["a|b", "c"], [[Field("<script>|*x*", ("line\nbreak",)), Field("1", best=True)]])
     text = markdown(table)
-    assert "| &lt;script&gt;\\|\\*x\\* (line break) | **1** |" in text and "### t &lt;b&gt;" in text and "a\\|b" in text
+    assert "| &lt;script&gt;\\|\\*x\\* *line break* | **1** |" in text and "### t &lt;b&gt;" in text and "a\\|b" in text
     made = comma_separated([{"name": "=1+1", "value": -1.5, "text": 'a,"b"', "none": None}])
     assert made == 'name,value,text,none\n\'=1+1,-1.5,"a,""b""",\n'
     assert comma_separated([]) == "\n"
@@ -268,17 +270,17 @@ def own_benchmark(make, tmp_path):
 
 def test_a_benchmark_of_ones_own_is_the_one_that_its_yaml_names(own_benchmark):
     cells = collect([own_benchmark])
-    [grid] = build_grids(cells, "")
+    [grid] = score_tables(cells, "")
     assert grid.benchmarks == ["mini_gqa", "my_boxes", "my_mme"] and not grid.has_mean
-    shown = tables.scores(grid)
+    shown = tables.scores_table(grid)
     assert "not scored" not in [field.text for row in shown.rows for field in row]
     # Scored, graded and compared as its family does, whatever its name.
     assert cells[0].scores[""]["my_mme"].percent == pytest.approx(100 * 1007 / 2000)
     assert grid.chance["my_boxes"] > 0 and grid.chance["mini_gqa"] > 0
-    found = {pair.benchmark: pair for pair in differences(grid.entries, grid.benchmarks, "")}
+    found = {pair.benchmark: pair for pair in paired_differences(grid.groups, grid.benchmarks, "")}
     assert found["my_boxes"].value is not None and found["my_boxes"].seeds == 2
     families = families_of(cells, grid.benchmarks)
-    boxes, questions = (MEASURES[name].read(cells[0], families, "") for name in ("boxes", "questions"))
+    boxes, questions = (OUTCOMES[name].read(cells[0], families, "") for name in ("boxes", "questions"))
     scores = cells[0].scores[""]
     assert boxes == pytest.approx(scores["my_boxes"].value)
     assert questions == pytest.approx((scores["mini_gqa"].value + scores["my_mme"].percent) / 2)
@@ -287,9 +289,9 @@ def test_a_benchmark_of_ones_own_is_the_one_that_its_yaml_names(own_benchmark):
 def test_a_benchmark_whose_yaml_is_gone_keeps_its_name(own_benchmark):
     for path in (own_benchmark.parent / "own").iterdir():
         path.unlink()
-    [grid] = build_grids(collect([own_benchmark]), "")
+    [grid] = score_tables(collect([own_benchmark]), "")
     assert grid.benchmarks == ["mini_gqa", "my_boxes", "my_mme"]
-    found = {pair.benchmark: pair for pair in differences(grid.entries, grid.benchmarks, "")}
+    found = {pair.benchmark: pair for pair in paired_differences(grid.groups, grid.benchmarks, "")}
     assert found["mini_gqa"].value is not None and "my_boxes.yaml: there is no such file" in found["my_boxes"].note
 
 
@@ -348,35 +350,36 @@ def _scored(make, folder, **scores):
             run = folder / f"{projector}-{seed}"
             make.run(run, f"projector={projector}", f"seed={seed}", benchmarks=("gqa",), n=100)
             _set_score(run, "mini_gqa", value)
-    [grid] = build_grids(collect([folder]), "")
+    [grid] = score_tables(collect([folder]), "")
     return grid
 
 
 def test_intervals_stay_within_what_a_score_can_be(make, tmp_path):
     """Student's t over seeds knows of no ends."""
     grid = _scored(make, tmp_path, avgpool=(0, 4, 17), linear=(99, 100, 94), maxpool=(40, 50, 60))
-    shown = tables.scores(grid)
+    shown = tables.scores_table(grid)
     assert statistics.mean((0, 4, 17)) - 4.3027 * statistics.stdev((0, 4, 17)) / 3**0.5 < 0
     assert _cell(shown, "mini_siglip + mini_qwen2", "avgpool", "mini_gqa").lines[0].startswith("0.0 to 29.")
     assert _cell(shown, "mini_siglip + mini_qwen2", "linear", "mini_gqa").lines[0].endswith(" to 100.0")
     assert _cell(shown, "mini_siglip + mini_qwen2", "maxpool", "mini_gqa").lines[0] == "25.2 to 74.8"
-    by_projector = {record["projector"]: record for record in records(grid) if record["benchmark"] == "mini_gqa"}
+    found = [record for record in score_records(grid) if record["benchmark"] == "mini_gqa"]
+    by_projector = {record["projector"]: record for record in found}
     assert (by_projector["avgpool"]["low95"], by_projector["linear"]["high95"]) == (0, 100)
-    overall = {entry.variant: entry.overall(["mini_gqa"], "").interval for entry in grid.entries}
+    overall = {group.variant: group.overall(["mini_gqa"], "").interval for group in grid.groups}
     assert overall["avgpool"][0] == 0 and overall["linear"][1] == 100
 
 
 def test_the_mean_of_one_seed_stays_within_what_it_can_be(make, tmp_path):
     grid = _scored(make, tmp_path, avgpool=(1,), linear=(99,))
-    low, high = (entry.overall(["mini_gqa"], "").interval for entry in sorted(grid.entries, key=lambda e: e.variant))
+    low, high = (group.overall(["mini_gqa"], "").interval for group in sorted(grid.groups, key=lambda g: g.variant))
     assert low == (0, 3) and high == (97, 100)
 
 
 def _bold(grid, column):
     """The projectors that are bold in a column."""
-    shown = tables.scores(grid, differences(grid.entries, grid.benchmarks, grid.split))
+    shown = tables.scores_table(grid, paired_differences(grid.groups, grid.benchmarks, grid.split))
     column = list(shown.columns).index(column)
-    return [row[1].text for row in shown.rows if row[column].best]
+    return [row[0].text for row in shown.rows if len(row) > 1 and row[column].best]
 
 
 @pytest.mark.parametrize(
@@ -415,5 +418,5 @@ def test_the_best_mean_is_bold_by_the_difference_of_the_means(make, tmp_path, gq
             make.run(run, *options, benchmarks=("gqa", "vqav2"), n=100)
             _set_score(run, "mini_gqa", one)
             _set_score(run, "mini_vqav2", two)
-    [grid] = build_grids(collect([tmp_path]), "")
+    [grid] = score_tables(collect([tmp_path]), "")
     assert _bold(grid, "mean") == bold

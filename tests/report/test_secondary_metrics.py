@@ -9,12 +9,13 @@ from omegaconf import OmegaConf
 
 from prism_deco.config import choices, load_config
 from prism_deco.evaluation import Prediction, build_benchmark, resolve
-from prism_deco.report import readings
+from prism_deco.report import paper
 from prism_deco.report.assemble import write_report
 from prism_deco.report.collect import collect
-from prism_deco.report.grid import build_grids
-from prism_deco.report.recipe_diff import departures, sentences
-from prism_deco.report.tabular import MISSING, Field
+from prism_deco.report.grid import score_tables
+from prism_deco.report.recipe_diff import override_sentences, recipe_overrides
+from prism_deco.report.secondary_metrics import SECONDARY, secondary_records
+from prism_deco.report.tables import scores_table
 from prism_deco.stages import final_config
 
 TABLE_1 = ("backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5", "data=llava", "data.json=x.json")
@@ -29,82 +30,73 @@ def _with(folder, benchmark, **metrics):
     path.write_text(json.dumps(content | {"metrics": content["metrics"] | metrics}))
 
 
-def test_second_numbers_stand_beside_the_primary_and_the_papers(make, tmp_path):
+def _lines(table, row, projector, benchmark):
+    """The small print of a field of a table of scores."""
+    heading = ""
+    for fields in table.rows:
+        if len(fields) == 1:
+            heading = fields[0].text
+        elif (heading, fields[0].text) == (row, projector):
+            return fields[list(table.columns).index(benchmark)].lines
+    raise AssertionError((row, projector))
+
+
+def test_secondary_metrics_stand_below_the_primary_and_the_papers(make, tmp_path):
     scores = make.run(tmp_path / "a", *PRISM, "evaluate.benchmarks=table3", tokens=TOKENS)
     make.run(tmp_path / "b", *PRISM, "projector=c_abstractor", state="failed")
     _with(tmp_path / "a", "textvqa", **{"plain/accuracy": 33.25, "prism/accuracy": 44.0, "plain/invalid_rate": 0.5})
-    [grid] = build_grids(collect([tmp_path]), "")
-    table = readings.table(grid)
-    assert list(table.columns) == [
-        "row",
-        "projector",
-        "pope: f1",
-        "pope: generate/accuracy",
-        "refcoco: accuracy pad corrected",
-        "textvqa: plain/accuracy",
-        "textvqa: prism/accuracy",
-    ]
-    [row] = table.rows  # lines without scores have no second numbers either
-    assert [field.text for field in row] == [
-        "B2",
-        "avgpool",
-        f"{scores['pope'] + 2:.1f}",
-        f"{scores['pope'] - 3:.1f}",
-        f"{scores['refcoco'] / 2:.1f}",
-        "33.2",
-        "44.0",
-    ]
-    assert row[2].lines == (f"accuracy {scores['pope']:.1f}", "paper 84.5")
-    assert row[4].lines == (f"accuracy {scores['refcoco']:.1f}", "paper 15.0")
-    assert "f1: mean over" in table.caption and "The paper does not say" in table.caption
+    [found] = score_tables(collect([tmp_path]), "")
+    table = scores_table(found)
+    pope = _lines(table, "B2", "avgpool", "pope")
+    assert pope[1] == "paper 84.5"
+    assert pope[3:] == (f"f1 {scores['pope'] + 2:.1f}", f"generate/accuracy {scores['pope'] - 3:.1f}")
+    assert _lines(table, "B2", "avgpool", "refcoco")[3:] == (f"accuracy pad corrected {scores['refcoco'] / 2:.1f}",)
+    assert _lines(table, "B2", "avgpool", "textvqa")[3:] == ("plain/accuracy 33.2", "prism/accuracy 44.0")
+    assert _lines(table, "B2", "avgpool", "gqa")[3:] == ()
+    assert _lines(table, "B2", "c_abstractor", "pope") == (f"paper {paper.scores(3)['B2', 'c_abstractor']['pope']}",)
+    assert "f1: mean over" in table.caption and "does not say which" in table.caption
+    assert "another variant" in table.caption
 
 
-def test_second_numbers_of_the_miniature_are_means_over_seeds(mini_sweep):
-    [grid] = build_grids(collect([mini_sweep]), "")
-    table = readings.table(grid)
+def test_secondary_metrics_of_the_miniature_are_means_over_seeds(mini_sweep):
+    [found] = score_tables(collect([mini_sweep]), "")
     values = [
         json.loads((mini_sweep / f"M1-avgpool-{seed}/eval/mini_pope/metrics.json").read_text())["metrics"]["f1"]
         for seed in (7, 8, 9)
     ]
-    column = list(table.columns).index("mini_pope: f1")
-    first = table.rows[0]
-    assert first[column].text == f"{statistics.mean(values):.1f} ±{statistics.stdev(values):.1f}"
-    assert first[column].lines == (f"accuracy {statistics.mean(values) - 2:.1f}",)
-    assert [(row[0].text, row[1].text) for row in table.rows] == [
-        ("M1", "avgpool"),
-        ("", "c_abstractor"),
-        ("M2", "avgpool"),
-        ("", "c_abstractor"),
+    table = scores_table(found)
+    assert f"f1 {statistics.mean(values):.1f}" in _lines(table, "M1", "avgpool", "mini_pope")
+    assert "The paper" not in table.caption
+    [record] = [
+        record
+        for record in secondary_records(found)
+        if (record["row"], record["projector"], record["metric"]) == ("M1", "avgpool", "f1")
     ]
-    assert table.rows[1][column].lines[-1] == "2 of 3 seeds" and "±" not in table.rows[3][column].text
-    assert table.starts == {0, 2} and "The paper" not in table.caption
+    assert record["score"] == pytest.approx(statistics.mean(values))
+    assert record["deviation"] == pytest.approx(statistics.stdev(values)) and record["seeds"] == 3
+    assert (record["primary_metric"], record["primary"]) == ("accuracy", pytest.approx(statistics.mean(values) - 2))
 
 
-def test_what_is_missing_is_said(make, tmp_path):
-    make.run(tmp_path / "a", benchmarks=("pope", "refcoco"))
-    make.run(tmp_path / "b", "projector=maxpool", benchmarks=("pope",))
-    path = tmp_path / "b/eval/mini_pope/metrics.json"
+def test_a_metric_that_some_seeds_do_not_have_is_a_mean_over_the_others(make, tmp_path):
+    for seed in (1, 2):
+        make.run(tmp_path / str(seed), f"seed={seed}", benchmarks=("pope",))
+    path = tmp_path / "2/eval/mini_pope/metrics.json"
     content = json.loads(path.read_text())
     del content["metrics"]["f1"]
     path.write_text(json.dumps(content))
-    [grid] = build_grids(collect([tmp_path]), "")
-    _, row = readings.table(grid).rows
-    assert row[2] == Field(MISSING, muted=True)  # asked, but without this metric
-    assert row[4] == Field("not scored", muted=True)
+    first = json.loads((tmp_path / "1/eval/mini_pope/metrics.json").read_text())["metrics"]["f1"]
+    [found] = score_tables(collect([tmp_path]), "")
+    [record] = [record for record in secondary_records(found) if record["metric"] == "f1"]
+    assert (record["score"], record["seeds"], record["planned_seeds"], record["deviation"]) == (first, 1, 2, None)
 
 
-def test_no_table_without_second_numbers(make, tmp_path):
+def test_no_file_without_secondary_metrics(make, tmp_path):
     make.run(tmp_path / "a", benchmarks=("gqa", "vqav2"))
-    [grid] = build_grids(collect([tmp_path]), "")
-    assert readings.table(grid) is None and readings.records(grid) == []
     write_report([tmp_path / "a"], tmp_path / "out")
-    assert (
-        not (tmp_path / "out/readings.csv").exists()
-        and "Other readings" not in (tmp_path / "out/report.md").read_text()
-    )
+    assert not (tmp_path / "out/readings.csv").exists()
 
 
-def test_the_report_has_the_table_and_its_csv(make, tmp_path):
+def test_the_report_has_their_csv(make, tmp_path):
     scores = make.run(tmp_path / "a", *PRISM, "recipe.lr=1e-5", tokens=TOKENS)
     page, _ = write_report([tmp_path / "a"], tmp_path / "out")
     rows = list(csv.DictReader((tmp_path / "out/readings.csv").open()))
@@ -124,9 +116,9 @@ def test_the_report_has_the_table_and_its_csv(make, tmp_path):
     assert float(row["score"]) == pytest.approx(scores["pope"] + 2, rel=1e-5)
     assert float(row["primary"]) == pytest.approx(scores["pope"], rel=1e-5)
     markdown = (tmp_path / "out/report.md").read_text()
-    assert markdown.index("Table 3 of the paper") < markdown.index("### Other readings") < markdown.index("### Wins")
     said = "a: differs from recipe=prism: recipe.lr=1e-5 (default 2e-5)."
-    assert f"**Other settings:** {said}" in markdown and f"<li>{said}</li>" in page.read_text()
+    assert f"> Other settings: {said}\n" in markdown
+    assert f"<blockquote>\n<p>Other settings: {said}</p>\n</blockquote>" in page.read_text()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in resolve("table1,mini") if "refcoco" in kind or "pope" in kind])
@@ -135,7 +127,7 @@ def test_the_metrics_are_those_of_the_benchmarks(kind):
     benchmark = build_benchmark(kind)
     target = {"box": [0.0, 0.0, 1.0, 1.0], "width": 2, "height": 1, "answer": "yes", "subset": "random"}
     prediction = Prediction("1", "x.png", "?", "No", None, target, 0.0)
-    assert set(benchmark.metrics([prediction])) & set(readings.SECOND)
+    assert set(benchmark.metrics([prediction])) & set(SECONDARY)
 
 
 @pytest.mark.parametrize(
@@ -170,15 +162,15 @@ def test_the_metrics_are_those_of_the_benchmarks(kind):
 )
 def test_departures_from_a_recipe(overrides, expected, tmp_path):
     config = load_config(overrides)
-    assert departures(config) == expected
+    assert recipe_overrides(config) == expected
     # The same from a run's file, which is read without the schema.
     OmegaConf.save(config, tmp_path / "config.yaml", resolve=True)
-    assert departures(OmegaConf.load(tmp_path / "config.yaml")) == expected
+    assert recipe_overrides(OmegaConf.load(tmp_path / "config.yaml")) == expected
 
 
 @pytest.mark.parametrize("recipe", [name for name in choices("recipe") if "two_stage" in name or name == "llava_v1_5"])
 def test_a_recipe_of_stages_departs_from_nothing(recipe):
-    assert departures(final_config([f"recipe={recipe}"])) == ""
+    assert recipe_overrides(final_config([f"recipe={recipe}"])) == ""
 
 
 def test_keys_that_an_earlier_version_lacked_are_no_difference():
@@ -187,14 +179,14 @@ def test_keys_that_an_earlier_version_lacked_are_no_difference():
     for key in ("start_from", "tokenize", "lora_r"):
         del content["recipe"][key]
     content["recipe"]["removed_since"] = 1
-    assert departures(OmegaConf.create(content)) == "no align stage (recipe.start_from)"
+    assert recipe_overrides(OmegaConf.create(content)) == "no align stage (recipe.start_from)"
 
 
 def test_cells_with_the_same_departure_share_a_sentence(make, tmp_path):
     for name, *more in (("a",), ("b", "seed=8"), ("c", "recipe.lr=2e-4"), ("d", "projector=qformer")):
         make.run(tmp_path / name, *PRISM, *more, benchmarks=("gqa",))
     make.run(tmp_path / "e", *PRISM, "recipe.lr=2e-4", "seed=8", benchmarks=("gqa",))
-    assert sentences(collect([tmp_path])) == [
+    assert override_sentences(collect([tmp_path])) == [
         "c, e: differs from recipe=prism: recipe.lr=2e-4 (default 2e-5).",
         "d: Q-Former from random weights (the paper's starts from BLIP-2).",
     ]
@@ -224,6 +216,6 @@ def test_a_planned_cell_of_a_recipe_of_stages_is_known_by_its_last(make, tmp_pat
     assert (cell.state, cell.reason) == ("planned", "")
     recipe = cell.config.recipe
     assert (recipe.name, recipe.lm, recipe.lr) == ("llava_v1_5_finetune", "lora", 2e-4)
-    assert recipe.start_from.endswith("q-align") and departures(cell.config) == ""
-    [grid] = build_grids([cell], "")
-    assert grid.table == 1 and [line.missing for line in grid.lines if line.entry] == ["planned"]
+    assert recipe.start_from.endswith("q-align") and recipe_overrides(cell.config) == ""
+    [grid] = score_tables([cell], "")
+    assert grid.table == 1 and [row.missing for row in grid.rows if row.group] == ["planned"]
