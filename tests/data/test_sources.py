@@ -47,7 +47,7 @@ def test_a_wrong_path_is_named_with_its_key(files, family, options, message):
 
 
 def test_a_key_of_another_choice_leads_to_it():
-    with pytest.raises(ValueError, match=r"Unknown key data.json. It is a key of data=llava and "):
+    with pytest.raises(ValueError, match=r"Unknown key data.json. It is a key of data=llava or data="):
         load_config(["data=shapes", "data.json=x.json"])
     with pytest.raises(ValueError, match=r"Unknown key data.path. It is a key of data=embedded\."):
         load_config(["data=llava", "data.path=x"])
