@@ -8,7 +8,7 @@ import logging
 import sys
 from pathlib import Path
 
-from prism_deco.commands.common import show
+from prism_deco.commands.common import PLUGINS, import_plugins_only, show
 from prism_deco.config import load_config
 from prism_deco.errors import UsageError
 
@@ -50,7 +50,12 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def report_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `report`."""
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep's folder, or run folders")
+    parser.add_argument(
+        "arguments",
+        nargs="+",
+        metavar="FOLDER plugins=[MODULE]",
+        help=f"a sweep's folder, or run folders; plugins: {PLUGINS}",
+    )
     parser.add_argument("--out", type=Path, help="folder to write to (default: FOLDER/report, or report next to runs)")
     parser.add_argument("--split", help="of the benchmarks: own | test | ... (default: own)")
     parser.add_argument("--mixed", action="store_true", help="compare cells that saw different data or steps")
@@ -111,7 +116,10 @@ def report(args: argparse.Namespace) -> None:
     from prism_deco.report.assemble import write_report
     from prism_deco.report.tabular import TerminalTable
 
-    page, scores = write_report(args.folders, args.out, split=args.split, mixed=args.mixed)
+    settings = [argument for argument in args.arguments if argument.startswith("plugins=")]
+    import_plugins_only(settings)
+    folders = [Path(argument) for argument in args.arguments if argument not in settings]
+    page, scores = write_report(folders, args.out, split=args.split, mixed=args.mixed)
     for table in scores:
         show(TerminalTable(table))
     log.info("Open %s in a browser", page)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from prism_deco.config.registry import import_plugins
+from prism_deco.config.registry import require_imported
 from prism_deco.errors import UsageError
 from prism_deco.report import (
     claim_report,
@@ -81,7 +81,7 @@ def write_report(
             cannot be read.
     """
     cells = collect(folders)
-    _import_plugins(cells)
+    _warn_of_plugins(cells)
     out = out or _default_out(folders)
     chosen, others = _choose_split(cells, split)
     # Claims are about one study; several side by side are tables only.
@@ -129,12 +129,12 @@ def write_report(
     return out / "report.html", [section.tables[0] for section in (*claimed[:1], *scored)]
 
 
-def _import_plugins(cells: Sequence[RunCell]) -> None:
-    """Imports the modules that may register the runs' benchmarks; without them, those are not compared."""
-    modules = [module for cell in cells if cell.config is not None for module in cell.config.get("plugins") or ()]
-    for module in dict.fromkeys(modules):
+def _warn_of_plugins(cells: Sequence[RunCell]) -> None:
+    """Says which plug-ins nobody has imported: the benchmarks that they register are not compared."""
+    plugins = {tuple(cell.config.get("plugins") or ()): cell for cell in cells if cell.config is not None}
+    for modules, cell in plugins.items():
         try:
-            import_plugins([module])
+            require_imported(modules, cell.folder / "config.yaml")
         except UsageError as error:
             log.warning("%s", error)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from prism_deco.config.registry import require_imported
 from prism_deco.config.schema import Config
 from prism_deco.errors import UsageError
 from prism_deco.plan.estimate import plan_run
@@ -36,6 +38,7 @@ def _flops_per_sample(text: str) -> float | None:
     """Of a whole training with this configuration."""
     config: Any = OmegaConf.create(text)
     try:
+        require_imported(config.plugins, Path("config.yaml"))
         needs = plan_run(config).needs
     except (UsageError, OmegaConfBaseException) as error:
         log.warning("What a step costs is not known: %s", error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -67,7 +68,8 @@ def t_test(values: Sequence[float], null: float = 0.0) -> float:
     """
     if min(values) == max(values):  # scipy's test of equal values is nan
         return 1.0 if values[0] == null else 0.0
-    return float(stats.ttest_1samp(values, null)[1])
+    result: Any = stats.ttest_1samp(values, null)
+    return float(result.pvalue)
 
 
 def subtract(first: Strata, second: Strata) -> dict[str, list[float]]:

@@ -70,9 +70,11 @@ def records_table(
         heading: the key whose values are headings of the rows below.
     """
     keys = [key for key in records[0] if key != heading]
-    rows = [(Field(str(record.get(heading))), [Field(_shown(record[key])) for key in keys]) for record in records]
-    shown = under_headings(rows) if heading else [fields for _, fields in rows]
-    return Table(title, [key.replace("_", " ") for key in keys], shown, caption=caption)
+    rows = [[Field(_shown(record[key])) for key in keys] for record in records]
+    if heading is not None:
+        headings = [Field(str(record[heading])) for record in records]
+        rows = under_headings(zip(headings, rows, strict=True))
+    return Table(title, [key.replace("_", " ") for key in keys], rows, caption=caption)
 
 
 def _shown(value: Any) -> str:

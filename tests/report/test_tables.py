@@ -1,12 +1,15 @@
 """What the tables say: scores beside the paper's, missing cells, floors, wins, budgets."""
 
 import csv
+import importlib
 import json
 import statistics
+import sys
 from dataclasses import replace
 
 import pytest
 
+from prism_deco.cli import main
 from prism_deco.config import CONF_DIR
 from prism_deco.errors import UsageError
 from prism_deco.evaluation import BENCHMARKS
@@ -307,7 +310,7 @@ class Own(GQA):
 
 
 @pytest.mark.parametrize("works", [True, False])
-def test_a_plug_in_benchmark_is_compared_and_its_bugs_are_not_hidden(make, tmp_path, monkeypatch, works):
+def test_a_plug_in_benchmark_is_compared_and_its_bugs_are_not_hidden(make, tmp_path, monkeypatch, caplog, works):
     """A report reads its predictions by the plug-in's own code, which a run names in its configuration."""
     name = f"plugged_{works}"
     body = "return super().strata(predictions)" if works else "first, second = [1]"
@@ -320,12 +323,18 @@ def test_a_plug_in_benchmark_is_compared_and_its_bugs_are_not_hidden(make, tmp_p
         options = (f"evaluate.benchmarks={tmp_path}/{name}.yaml", f"plugins=[{name}]", f"projector={projector}")
         make.run(tmp_path / "runs" / projector, *options, benchmarks=())
         make.scores(tmp_path / "runs" / projector / "eval" / name, name, make.skill[projector], 7, kind="gqa")
+    # Opening a folder does not run the code that it names.
+    write_report([tmp_path / "runs"], tmp_path / "out")
+    [row] = csv.DictReader((tmp_path / "out/differences.csv").open())
+    assert "Unknown benchmark family" in row["note"] and name not in sys.modules
+    assert f"plugins=[{name}] on the command line" in caplog.text
     if not works:
+        monkeypatch.setitem(sys.modules, name, importlib.import_module(name))
         with pytest.raises(ValueError, match="not enough values to unpack") as raised:
             write_report([tmp_path / "runs"], tmp_path / "out")
         assert not isinstance(raised.value, UsageError) and raised.traceback[-1].path.name == f"{name}.py"
         return
-    write_report([tmp_path / "runs"], tmp_path / "out")
+    assert main(["report", str(tmp_path / "runs"), f"plugins=[{name}]", "--out", str(tmp_path / "out")]) == 0
     [row] = csv.DictReader((tmp_path / "out/differences.csv").open())
     assert (row["benchmark"], row["note"]) == (name, "") and float(row["value"]) > 0
     [row, _] = csv.DictReader((tmp_path / "out/scores.csv").open())
