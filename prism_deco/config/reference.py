@@ -107,8 +107,8 @@ prism-deco train projector=c_abstractor projector.depth=2 recipe=mine.yaml seed=
 ```
 
 `config.yaml` names the default choices. `GROUP=NAME` takes another one, `GROUP=FILE.yaml` a file of your own,
-`GROUP.KEY=VALUE` sets a key. A YAML file without `GROUP=`, such as a run's `config.yaml`, sets several at once; what the
-command line says wins. `prism-deco train --print` shows the result and where each value comes from.
+`GROUP.KEY=VALUE` sets a key. A YAML file without `GROUP=`, such as a run's `config.yaml`, sets several at once; the
+command line wins. `prism-deco train --print` shows the result and where each value comes from.
 
 The tables list the keys that all choices of a group share, their types, and the defaults of the schema, which a
 choice's YAML replaces. Keys that only some choices have are explained in their YAML files. A value such as
