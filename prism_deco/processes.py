@@ -143,8 +143,8 @@ def _run_rank(
     except (UsageError, Stop) as error:
         error.add_note(traceback.format_exc())  # for --debug
         report, code = error, exit_code(error)
-    except Exception:
-        report, code = traceback.format_exc(), 1
+    except Exception as error:
+        report, code = RankFailed(str(error)) if _is_broken_connection(error) else traceback.format_exc(), 1
     (folder / str(index)).write_bytes(pickle.dumps(report))
     sys.exit(code)
 
@@ -167,22 +167,29 @@ def _reports(folder: Path) -> list[UsageError | Stop | str]:
 def _outcome(
     error: ProcessExitedException, reports: Sequence[UsageError | Stop | str], first: int, asked: int | None
 ) -> int:
-    """Says why the ranks ended: raises the reason, or returns the exit code where it was shown."""
-    rank, number = first + error.error_index, -error.exit_code
+    """Says why the ranks ended: raises the reason, or returns the exit code where it has been shown.
+
+    Args:
+        error: how the first of them ended.
+        first: rank of the first process of this node.
+        asked: the signal that the command was sent.
+    """
     for report in reports:
         if isinstance(report, str):
             sys.stderr.write(report)
             return 1
     if asked == signal.SIGINT:
         raise KeyboardInterrupt
-    if asked is None and number > 0 and number not in SIGNALS:
-        raise RankFailed(f"rank {rank} was killed by {error.signal_name}")
-    for report in reports:
-        assert not isinstance(report, str)
-        raise report
+    number = -error.exit_code
     if number in SIGNALS:
-        # It was not ready to save, and had nothing to save yet.
+        # The rank was not ready to save, and had nothing to save yet.
         raise Preempted(f"received {signal.Signals(number).name}")
+    if number > 0:
+        raise RankFailed(f"rank {first + error.error_index} was killed by {error.signal_name}")
+    stops = [report for report in reports if not isinstance(report, str)]
+    # A rank whose connection broke knows less about the reason than one that gave it.
+    for stop in sorted(stops, key=lambda stop: isinstance(stop, RankFailed)):
+        raise stop
     return error.exit_code
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from prism_deco.backbones.layouts import recognise, split_vision, to_open_clip, to_timm
 from prism_deco.backbones.trunks import OpenClipTrunk, Trunk
+from prism_deco.config import load_choice
 from prism_deco.errors import UsageError
 from prism_deco.tensors import indexed_files, open_tensors, tensor_files
 
@@ -24,13 +27,34 @@ ASSET = "asset:"
 """What `weights` begins with where it names a file of `ASSETS`."""
 
 
-def locate(name: str, weights: str | None, hub: str | None, file: str | None, file_gb: float | None) -> Path:
+def check_tower_weights(choice: str | Mapping[str, Any]) -> None:
+    """`UsageError` if the weights of a backbone choice are neither on this machine nor to be had from the hub."""
+    content = load_choice("backbone", choice) if isinstance(choice, str) else choice
+    if not content.get("pretrained", True):
+        return
+    for tower in content.get("towers") or ():
+        check_tower_weights(tower)
+    if "hub" in content:
+        place = [content.get(key) for key in ("weights", "hub", "file", "file_gb")]
+        locate(content["name"], *place, dry_run=True)
+
+
+def locate(
+    name: str,
+    weights: str | None,
+    hub: str | None,
+    file: str | None,
+    file_gb: float | None,
+    *,
+    dry_run: bool = False,
+) -> Path:
     """The file or folder with a tower's weights.
 
     Args:
         name: the tower, for messages.
         weights: a local path, or `asset:NAME` for a shipped tower; None takes the hub's.
         hub, file, file_gb: hub repository, file in it, and that file's size in GB.
+        dry_run: ask whether the file can be downloaded, without doing so.
 
     Raises:
         UsageError: it is not there and cannot be fetched; says what is wanted and how to go on.
@@ -50,8 +74,10 @@ def locate(name: str, weights: str | None, hub: str | None, file: str | None, fi
     if isinstance(cached, str):
         return Path(cached)
     size = f" (about {file_gb:g} GB)" if file_gb else ""
-    log.info("%s: fetching %s%s from https://huggingface.co/%s", name, file, size, hub)
     try:
+        if dry_run:
+            return Path(hf_hub_download(hub, file, dry_run=True).local_path)
+        log.info("%s: fetching %s%s from https://huggingface.co/%s", name, file, size, hub)
         return Path(hf_hub_download(hub, file))
     except (OSError, HfHubHTTPError) as error:
         raise UsageError(

@@ -56,6 +56,12 @@ def build_llm(
     return llm
 
 
+def check_llm_weights(spec: LLMSpec) -> None:
+    """`UsageError` if pretrained weights are neither on this machine nor to be had from the hub."""
+    if spec.pretrained and not spec.weights:
+        _hub_folder(spec, dry_run=True)
+
+
 def weights_record(spec: LLMSpec) -> dict[str, Any]:
     """What names pretrained weights: where they come from, and the SHA-256 of their files.
 
@@ -122,7 +128,7 @@ def _weights_path(spec: LLMSpec) -> Path:
     return Path(spec.weights).expanduser() if spec.weights else _hub_folder(spec)
 
 
-def _hub_folder(spec: LLMSpec) -> Path:
+def _hub_folder(spec: LLMSpec, *, dry_run: bool = False) -> Path:
     if spec.hub is None:
         raise UsageError(
             f"{spec.name} has no pretrained weights to download: give your own (llm.weights=PATH), or start from "
@@ -136,7 +142,7 @@ def _hub_folder(spec: LLMSpec) -> Path:
         "could they be downloaded. Copy the repository's files here and point to them: llm.weights=PATH "
         "(random weights: llm.pretrained=false)."
     )
-    return model_folder(spec.hub, spec.revision, hint)
+    return model_folder(spec.hub, spec.revision, hint, dry_run=dry_run)
 
 
 def _fit_embeddings(llm: LanguageModel) -> None:

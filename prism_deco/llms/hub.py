@@ -49,14 +49,18 @@ def weight_files(path: Path) -> list[Path]:
     return sorted(path.glob(_SAFETENSORS)) if has_safetensors(path) else bin_shards(path)
 
 
-def model_folder(repo: str, revision: str | None, hint: str) -> Path:
+def model_folder(repo: str, revision: str | None, hint: str, *, dry_run: bool = False) -> Path:
     """The local snapshot of a repository with a complete model; downloads what is missing.
 
+    Args:
+        hint: what an error begins with.
+        dry_run: ask whether the hub has what is missing, without downloading it.
+
     Raises:
-        UsageError: the hub cannot be reached or refuses; the message begins with `hint`.
+        UsageError: the hub cannot be reached or refuses.
     """
     # Pickles only where there is nothing better.
-    return _snapshot(repo, revision, has_weights, [(*_SMALL, _SAFETENSORS), (*_SMALL, _BIN)], hint)
+    return _snapshot(repo, revision, has_weights, [(*_SMALL, _SAFETENSORS), (*_SMALL, _BIN)], hint, dry_run)
 
 
 def tokenizer_folder(repo: str, revision: str | None, hint: str) -> Path:
@@ -65,14 +69,24 @@ def tokenizer_folder(repo: str, revision: str | None, hint: str) -> Path:
 
 
 def _snapshot(
-    repo: str, revision: str | None, complete: Callable[[Path], bool], attempts: Sequence[Sequence[str]], hint: str
+    repo: str,
+    revision: str | None,
+    complete: Callable[[Path], bool],
+    attempts: Sequence[Sequence[str]],
+    hint: str,
+    dry_run: bool = False,
 ) -> Path:
     reason = f"{repo} holds none of {', '.join(attempts[-1])}"
     for local in (True, False):
         for patterns in attempts:
-            if not local:
+            if not local and not dry_run:
                 log.info("Fetching %s (%s) from the Hugging Face hub", repo, ", ".join(patterns))
             try:
+                if not local and dry_run:
+                    offered = snapshot_download(repo, revision=revision, allow_patterns=patterns[-1], dry_run=True)
+                    if offered:
+                        return Path(offered[0].local_path).parent
+                    continue
                 folder = Path(
                     snapshot_download(repo, revision=revision, allow_patterns=list(patterns), local_files_only=local)
                 )

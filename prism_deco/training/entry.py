@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from prism_deco.backbones.weights import ASSET
+from prism_deco.backbones.weights import ASSET, check_tower_weights
 from prism_deco.build import build_encoder, build_model, group, record_options
 from prism_deco.config import cache_dir, compose, read_config, save_config
 from prism_deco.config.registry import import_plugins
@@ -22,7 +22,10 @@ from prism_deco.data.split import open_parts
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
 from prism_deco.exits import Preempted, RankFailed, Stop
+from prism_deco.files import check_writable
+from prism_deco.llms.build import check_llm_weights
 from prism_deco.llms.checkpointing import ACTIVATION_CHECKPOINTING
+from prism_deco.llms.spec import read_spec
 from prism_deco.llms.tuning import tuning
 from prism_deco.plan import AUTO, plan_run, problems
 from prism_deco.plan.accelerators import device_memory
@@ -101,8 +104,7 @@ def _run(config: Any, scoring: Scoring | None, overwrite: bool, force: bool) -> 
     # Until the processes have met, a signal ends them at once: they wait for each other in code that heeds none.
     with world.joined(), preemption.watched(), ExitStack() as held:
         run_folder(config)
-        if not _is_through(config, overwrite):
-            _find_files(config)
+        world.decide(partial(_check_files, config, overwrite))
         import_plugins(config.plugins)  # what is planned, and the benchmarks, may be theirs
         config.trainer.activation_checkpointing = world.decide(lambda: _fit(config, force))
         world.decide(partial(_prepare_scoring, config, scoring, overwrite))
@@ -160,7 +162,7 @@ def check(
     world = World.of(config.trainer)
     if _is_through(config, overwrite):
         return
-    _find_files(config)
+    _check_files(config, overwrite)
     if after is not None:
         check_start(after, config)
     elif config.recipe.start_from:
@@ -181,11 +183,21 @@ def check(
             for records in (parts.train, parts.val):
                 check_records(records, encoder)
         _fit(config, force)
+        check_weights(config)
 
 
-def _find_files(config: DictConfig) -> None:
-    """`UsageError` names a local file or folder that the configuration points at and that is not there: what is read
-    last must not wait for what is read first."""
+def check_weights(config: DictConfig) -> None:
+    """`UsageError` if pretrained weights are neither on this machine nor to be had from the hub; downloads nothing."""
+    check_tower_weights(group(config, "backbone"))
+    check_llm_weights(read_spec(group(config, "llm")))
+
+
+def _check_files(config: DictConfig, overwrite: bool) -> None:
+    """Fails before the model and the data are read, not after: on the run's folder, local weights, and plug-ins."""
+    if _is_through(config, overwrite):
+        return
+    check_writable(run_folder(config), "Name another folder with runs_dir.")
+    import_plugins(config.plugins)
     for name in ("backbone", "llm", "projector"):
         path = config[name].get("weights") if config[name].get("pretrained", True) else None
         if path and not path.startswith(ASSET) and not Path(path).expanduser().exists():

@@ -1,10 +1,18 @@
 """What would stop a run is found before it, and before the stages that come before it."""
 
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub
 import pytest
 import torch
 
+from prism_deco.backbones.weights import check_tower_weights
 from prism_deco.cli import main
-from prism_deco.config import load_config, save_config
+from prism_deco.config import load_choice, load_config, save_config
+from prism_deco.errors import UsageError
+from prism_deco.llms.build import check_llm_weights
+from prism_deco.llms.spec import read_spec
 from prism_deco.training import entry as session
 from prism_deco.training.entry import check
 from prism_deco.training.status import set_status
@@ -23,12 +31,15 @@ def no_gpu_and_no_runs(monkeypatch, tmp_path):
     [
         ([*SECOND_STAGE, "data=llava_v1_5_mix665k", "data.root=/nowhere"], "/nowhere/llava_v1_5_mix665k.json does not"),
         ([*SECOND_STAGE, "data=shapes", "recipe.lm=qlora"], "recipe.lm=qlora.* need"),
-        (["recipe.lm=qlora", "trainer=fsdp"], "recipe.lm=qlora cannot be sharded"),
+        (["recipe.lm=qlora", "trainer=fsdp", "trainer.accelerator=cpu"], "recipe.lm=qlora cannot be sharded"),
         (["recipe.num_tokens=81"], "num_tokens=81"),
         (["trainer.devices=-2"], "trainer.devices=-2 must be at least 1"),
         (["trainer.strategy=ddpx"], "Unknown trainer.strategy 'ddpx'"),
         (["trainer.devices=2"], "2 devices need trainer.strategy=ddp"),
-        (["trainer=fsdp", "trainer.devices=2", "trainer.shard_size=3"], "trainer.shard_size=3 does not divide"),
+        (
+            ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.shard_size=3"],
+            "trainer.shard_size=3 does not divide",
+        ),
         (["recipe.loss=sum"], "Unknown recipe.loss 'sum'"),
         (["recipe.start_from=/nowhere"], "recipe.start_from=/nowhere holds no finished model"),
     ],
@@ -52,6 +63,80 @@ def test_local_weights_are_looked_for(tmp_path, key):
     settings = ["projector=qformer", "llm.pretrained=true", f"{key}={tmp_path / 'nowhere'}"]
     with pytest.raises(ValueError, match=rf"{key}={tmp_path}/nowhere: there is no such file or folder"):
         check(load_config(settings))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """An HTTP server in place of the hub, which has the weights of CLIP; the requests that it got."""
+    requests = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            requests.append((self.command, self.path))
+            has = self.path.startswith("/timm/vit_large_patch14_clip_336.openai/resolve/main/model.safetensors")
+            self.send_response(200 if has else 404)
+            for name, value in {"ETag": '"c"', "X-Repo-Commit": "a" * 40, "Content-Length": "5"}.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    url = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield requests
+    server.shutdown()
+
+
+def test_weights_that_cannot_be_had_are_found():
+    with pytest.raises(UsageError, match="clip_vit_l_336 needs the file model.safetensors .* could not be fetched"):
+        check(load_config(["backbone=clip_vit_l_336"]), force=True)
+    with pytest.raises(UsageError, match="weights of phi2 .* are neither in the local Hugging Face cache nor could"):
+        check_llm_weights(read_spec(load_choice("llm", "phi2")))
+
+
+def test_weights_on_the_hub_are_asked_for_and_not_downloaded(hub):
+    check_tower_weights("clip_vit_l_336")
+    assert {command for command, _ in hub} == {"HEAD"}
+    with pytest.raises(UsageError, match="dinov2_l_384 needs the file"):
+        check_tower_weights("dinov2_siglip_384")
+
+
+def test_weights_in_the_cache_are_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--microsoft--phi-2" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    refs = tmp_path / "models--microsoft--phi-2" / "refs"
+    refs.mkdir()
+    spec = read_spec({**load_choice("llm", "phi2"), "revision": "main"})
+    (refs / "main").write_text("a" * 40)
+    (snapshot / "config.json").touch()
+    with pytest.raises(UsageError, match="weights of phi2"):
+        check_llm_weights(spec)
+    (snapshot / "model.safetensors").touch()
+    check_llm_weights(spec)
+
+
+def test_a_folder_that_cannot_be_written_is_found(tmp_path):
+    (tmp_path / "file").touch()
+    for command in (["--check"], []):
+        assert main(["train", *command, f"runs_dir={tmp_path}/file", "run_id=x", "data=llava"]) == 2
+
+
+@pytest.mark.parametrize("command", [["--check"], []])
+def test_a_gpu_that_is_not_there_is_one_line_at_once(tmp_path, capsys, command):
+    """Before the data, which do not exist either."""
+    line = ["data=llava", "data.json=nowhere.json", f"runs_dir={tmp_path}/runs"]
+    assert main(["train", *command, "trainer=gpu", *line]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "trainer.accelerator=gpu: this machine has no GPU that torch can use. Use" in said
+    assert not (tmp_path / "runs").exists()
 
 
 def test_what_is_malformed_is_no_question_of_force(tmp_path):
@@ -78,7 +163,7 @@ def test_every_process_finds_the_same(monkeypatch):
     for rank in "10":
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(ValueError, match="data=llava needs"):
-            check(load_config(["data=llava", "trainer=ddp"]))
+            check(load_config(["data=llava", "trainer=ddp", "trainer.accelerator=cpu"]))
 
 
 def test_what_a_plug_in_brings_is_known(tmp_path, monkeypatch):
