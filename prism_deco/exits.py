@@ -16,6 +16,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PREEMPTED = 75
 """Exit code of a run that saved and stopped; the same command line resumes it (EX_TEMPFAIL)."""
 
+INTERRUPTED = 130
+"""Exit code of a run that saved and stopped after Ctrl-C, as shells report it; the same command line resumes it."""
+
 OUT_OF_MEMORY = 76
 """Exit code of a run that ran out of memory."""
 
@@ -57,6 +60,12 @@ class Preempted(Stop):
         self.agreed = agreed
 
 
+class Interrupted(Preempted):
+    """Ctrl-C: like a preemption, but nobody waits to start the run again."""
+
+    exit_code = INTERRUPTED
+
+
 class OutOfMemory(Stop):
     """The device or the host ran out of memory."""
 
@@ -80,6 +89,8 @@ def as_stop(error: BaseException) -> Stop | None:
     """The stop that an exception amounts to; None for an error of another kind."""
     if isinstance(error, Stop):
         return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted without saving; run the same command to continue from the last checkpoint")
     text = str(error).lower()
     # torch has an exception class for GPU memory only; its CPU allocator raises a plain RuntimeError.
     on_host = isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -75,16 +74,6 @@ def _optimizer_state(vlm: VLM, optimizer: Optimizer) -> Iterator[tuple[str, str,
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             yield names[id(parameter)], key, value
-
-
-def fast_forward(trainer: pl.Trainer, step: int) -> None:
-    """Sets Lightning's counters to those after `step` optimizer steps; call it before loaders are built."""
-    loop = trainer.fit_loop.epoch_loop
-    steps, batches = loop.manual_optimization.optim_step_progress.total, loop.batch_progress.total
-    steps.ready = steps.completed = step
-    batches.ready = batches.completed = step
-    batches.started = batches.processed = step  # type: ignore[attr-defined]  # of the subclass that counts batches
-    loop.on_load_checkpoint({"_batches_that_stepped": step})  # the step that loggers show
 
 
 def scheduler_content(scheduler: Any, optimizer: Optimizer) -> dict[str, Any]:

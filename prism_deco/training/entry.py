@@ -21,7 +21,7 @@ from prism_deco.data.encoder import check_records
 from prism_deco.data.split import open_parts
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
-from prism_deco.exits import Preempted, RankFailed, Stop
+from prism_deco.exits import RankFailed, Stop
 from prism_deco.llms.checkpointing import ACTIVATION_CHECKPOINTING
 from prism_deco.llms.tuning import tuning
 from prism_deco.plan import AUTO, plan_run, problems
@@ -116,7 +116,7 @@ def _run(config: Any, scoring: Scoring | None, overwrite: bool, force: bool) -> 
         if plan.state == "train":
             train(config, plan, world, preemption)
         if preemption.requested:
-            raise Preempted("made way before the scoring")
+            raise preemption.requested("preempted before scoring; run the same command to continue")
         if scoring is not None:
             scoring(plan.folder, world)
         if world.is_main:

@@ -1,32 +1,37 @@
-"""`metrics.jsonl`: every step's numbers, exact, and never twice."""
+"""The numbers of a run: `metrics.jsonl` has every step's, exact; TensorBoard shows them under the same names."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
 from prism_deco.files import write_whole
+from prism_deco.training.board import Board
 
 METRICS = "metrics.jsonl"
 VAL_LOSS = "val/loss"
 
 
 class Metrics:
-    """Appends a line of JSON per step and per validation, under the names that TensorBoard shows.
+    """Appends a line of JSON per step and per validation, and never one twice.
 
     Floats are written so that reading gives the same bits.
 
     Args:
         folder: the run's folder.
-        step: where training goes on: lines of later steps, which will come again, are removed.
+        start: where training continues: lines of later steps, which will come again, are removed.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, start: int):
         self._path = folder / METRICS
-        kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
+        kept = [row for row in read_metrics(folder) if row["step"] <= start] if start else []
         write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self.validated = {row["step"]: row[VAL_LOSS] for row in kept if VAL_LOSS in row}
 
@@ -37,10 +42,40 @@ class Metrics:
         if VAL_LOSS in values:
             self.validated[step] = values[VAL_LOSS]
 
+    def sync(self) -> None:
+        """Brings the lines to the disk: a checkpoint must not survive a crash of the machine without them."""
+        with self._path.open("ab") as file:
+            os.fsync(file.fileno())
+
     @property
     def best(self) -> int | None:
         """The step with the lowest validation loss, the first of equals."""
         return min(self.validated, key=lambda step: (self.validated[step], step), default=None)
+
+
+class Recorder(Callback):
+    """Writes the numbers of a `TrainingModule`; of all processes the first one has it.
+
+    Args:
+        log_every: steps between two points in TensorBoard.
+    """
+
+    def __init__(self, metrics: Metrics, board: Board, log_every: int):
+        self._metrics = metrics
+        self._board = board
+        self._log_every = log_every
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        step = trainer.global_step
+        if step % self._log_every == 0:
+            counts = {f"train/{name}": count for name, count in pl_module.counts.items() if count}
+            self._board.scalars(pl_module.last_step | pl_module.last_norms | counts, step)
+        self._metrics.append(step, pl_module.last_step)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        # What metrics.jsonl has is not made again after a kill, so that it comes last.
+        self._board.scalars({VAL_LOSS: pl_module.val_loss}, trainer.global_step)
+        self._metrics.append(trainer.global_step, {VAL_LOSS: pl_module.val_loss})
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -48,6 +83,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     rows = []
     with suppress(FileNotFoundError):
         for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):
+            with suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
     return rows

@@ -17,7 +17,6 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from prism_deco.config.registry import unknown
 from prism_deco.data import Source, build_source
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
-from prism_deco.exits import Preempted, Stop
+from prism_deco.exits import Interrupted, Preempted, Stop
 from prism_deco.files import write_json
 from prism_deco.llms import LanguageModel, build_llm
 from prism_deco.llms.build import tensor_files
@@ -34,13 +33,16 @@ from prism_deco.llms.checkpointing import checkpoint_activations
 from prism_deco.llms.isolation import check_isolation
 from prism_deco.plan.flops import training_flops
 from prism_deco.processes import clear_failures, failure_recorded
-from prism_deco.training.callbacks import ProgressBar, SampleAnswers
+from prism_deco.training.board import Board
+from prism_deco.training.callbacks import ProgressReport, SampleAnswers
 from prism_deco.training.checkpoint_callback import Checkpointing
-from prism_deco.training.checkpoints import step_of
+from prism_deco.training.checkpoints import Checkpoint
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.feature_cache import build_caches, cached
 from prism_deco.training.init_from import find_start, start_from
+from prism_deco.training.lightning_internals import FirstError
 from prism_deco.training.manifest import build_manifest
+from prism_deco.training.metrics import VAL_LOSS, Metrics, Recorder
 from prism_deco.training.model_folder import save_model, trained_sha256
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.monitor import SpeedMonitor, choices_of
@@ -80,7 +82,7 @@ def train(config: DictConfig, plan: Plan, world: World, preemption: Preemption) 
 
 def _finish(folder: Path, requeues: bool, stop: Stop) -> None:
     set_status(folder, stop.state, reason=" ".join(str(stop).split()))
-    if requeues and isinstance(stop, Preempted):
+    if requeues and isinstance(stop, Preempted) and not isinstance(stop, Interrupted):
         requeue()
 
 
@@ -132,7 +134,7 @@ def _train(config: DictConfig, plan: Plan, world: World, preemption: Preemption)
         seed=config.seed,
         nonfinite=config.trainer.nonfinite,
         shard=partial(sharding.apply, vlm, llm) if sharding else None,
-        preempted=lambda: preemption.requested,
+        stop_requested=lambda: preemption.requested,
     )
     trainer = _trainer(config, plan, world, data, llm, preemption, cached=bool(caches))
     log.info(
@@ -162,22 +164,13 @@ def _fit_features(vlm: VLM, data: Conversations, world: World) -> None:
     vlm.feature_mean, vlm.feature_std = world.decide(fit)
 
 
-class _Errors(Callback):
-    """Keeps what ended the training: Lightning may raise something else while it cleans up."""
-
-    first: BaseException | None = None
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.first = self.first or exception
-
-
 def _fit(trainer: pl.Trainer, module: TrainingModule, data: Conversations) -> None:
-    errors = _Errors()
-    trainer.callbacks.insert(0, errors)  # type: ignore[attr-defined]
+    first = FirstError()
+    trainer.callbacks.insert(0, first)  # type: ignore[attr-defined]
     try:
         trainer.fit(module, datamodule=data)
     except BaseException as error:
-        raise errors.first or error from None
+        raise first.error or error from None
 
 
 def _is_readable_in_pieces(config: DictConfig) -> bool:
@@ -219,18 +212,32 @@ def _trainer(
     settings = config.trainer
     every = settings.checkpoint_every
     every = max(1, round(every * data.total_steps)) if 0 < every < 1 else int(every)
-    start = step_of(plan.checkpoint) if plan.checkpoint else 0
-    keeping = Checkpointing(
-        plan.folder, plan.checkpoint, every=every, keep=settings.keep_checkpoints, preemption=preemption
-    )
+    resume = Checkpoint(plan.checkpoint) if plan.checkpoint else None
+    metrics = board = None
+    callbacks: list[Callback] = []
+    if world.is_main:
+        start = resume.step if resume else 0
+        metrics, board = Metrics(plan.folder, start), Board(plan.folder, start)
+        board.hyperparameters(choices_of(config), [VAL_LOSS])
+        callbacks.append(ProgressReport())
     # Only GPUs have a known peak to compare with.
     flops = training_flops(config) if torch.cuda.is_available() else None
     if flops is not None and cached:
         flops = replace(flops, tower=0)
-    monitor = SpeedMonitor(flops, settings.log_every, choices_of(config))
-    callbacks: list[Callback] = [SampleAnswers(llm, settings.samples), monitor, keeping]
-    if world.is_main:
-        callbacks.insert(0, ProgressBar())
+    callbacks += [SpeedMonitor(flops, settings.log_every, board), SampleAnswers(llm, data, settings.samples, board)]
+    if metrics and board:
+        callbacks.append(Recorder(metrics, board, settings.log_every))
+    callbacks.append(
+        Checkpointing(
+            plan.folder,
+            resume,
+            metrics,
+            every=every,
+            keep=settings.keep_checkpoints,
+            about={},
+            preemption=preemption,
+        )
+    )
     return pl.Trainer(
         accelerator=settings.accelerator,
         devices=world.devices,
@@ -250,14 +257,10 @@ def _trainer(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_checkpointing=False,
-        enable_progress_bar=world.is_main,
+        enable_progress_bar=False,
         enable_model_summary=False,
-        log_every_n_steps=settings.log_every,
         callbacks=callbacks,
-        # What is taken back on resuming must not be shown twice.
-        logger=TensorBoardLogger(
-            plan.folder, name=None, version="tensorboard", default_hp_metric=False, purge_step=start or None
-        ),
+        logger=False,
         default_root_dir=plan.folder,
     )
 
