@@ -5,6 +5,8 @@ Schedulers and `prism-deco sweep` act on the exit codes.
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 from collections.abc import Callable, Iterable
 from types import FrameType
@@ -81,6 +83,10 @@ class CheckpointFailed(Stop):
     """A checkpoint could not be written."""
 
 
+class DiskFull(Stop):
+    """A file could not be written for want of space."""
+
+
 class RankFailed(Stop):
     """Another process of the run failed, or stopped answering."""
 
@@ -90,7 +96,7 @@ def as_stop(error: BaseException) -> Stop | None:
     if isinstance(error, Stop):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted("interrupted without saving; run the same command to continue from the last checkpoint")
+        return Interrupted("interrupted without saving; the last checkpoint stays")
     text = str(error).lower()
     # torch has an exception class for GPU memory only; its CPU allocator raises a plain RuntimeError.
     on_host = isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
@@ -100,3 +106,10 @@ def as_stop(error: BaseException) -> Stop | None:
             "trainer.activation_checkpointing=full, or shard over more devices (trainer=fsdp)."
         )
     return None
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception says that a disk, a quota or the allowed size of a file is exhausted."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return os.strerror(errno.ENOSPC) in str(error)  # safetensors and tokenizers, written in Rust, have own classes

@@ -219,6 +219,9 @@ class TrainerConfig:
     """A loss or gradient that is not finite: stop (and name its origin) | skip (the step; counted)."""
     timeout_minutes: float = number(30.0, above=0)
     """Devices that wait for another one that long give up, and name it."""
+    accept_changed_inputs: bool = False
+    """Continue a run although its data, backbone weights or start model changed since its last checkpoint;
+    `manifest.json` records it."""
     requeue: bool = False
     """SLURM: ask for the job to be queued again when it is preempted."""
     feature_cache: bool = False

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]  # generated code
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
@@ -67,7 +66,7 @@ class Board:
         """Closes the file."""
         self._file.close()
 
-    def _add(self, content: Summary, step: int) -> None:
+    def _add(self, content: Any, step: int) -> None:
         self._write(Event(step=step, summary=content))
 
     def _write(self, event: Event) -> None:

@@ -93,7 +93,7 @@ class Checkpointing(Callback):
             self._save(trainer, module)
         if module.stop:
             happened = "interrupted" if module.stop is Interrupted else "preempted"
-            reason = f"{happened} after step {step} of {module.total_steps}; run the same command to continue"
+            reason = f"{happened} after step {step} of {module.total_steps}"
             raise module.stop(reason, agreed=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from prism_deco.errors import UsageError
+from prism_deco.tensors import all_finite
 from prism_deco.training.checkpoints import MODEL, Checkpoint
 from prism_deco.training.shard_blocks import local_piece
 from prism_deco.vlm import VLM
@@ -63,10 +64,16 @@ def restore_tensors(checkpoint: Checkpoint, vlm: VLM, optimizer: Optimizer) -> N
 def _fill(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
     if checkpoint.shapes.get(name) != tuple(tensor.shape):
         found = checkpoint.shapes.get(name, "missing")
-        raise UsageError(f"The checkpoint does not fit the model: {name} is {found}, not {tuple(tensor.shape)}.")
+        raise UsageError(f"{checkpoint.folder} does not fit the model: {name} is {found}, not {tuple(tensor.shape)}.")
     piece = local_piece(tensor)
     if piece.tensor.numel():
-        piece.tensor.copy_(checkpoint.read(name, piece.tensor.shape, piece.offset))
+        stored = checkpoint.read(name, piece.tensor.shape, piece.offset)
+        if not all_finite(stored):
+            raise UsageError(
+                f"{checkpoint.folder}: {name} holds NaN or infinite numbers. Remove this checkpoint's folder: "
+                "training then continues from an earlier one, or from the start."
+            )
+        piece.tensor.copy_(stored)
 
 
 def _optimizer_state(vlm: VLM, optimizer: Optimizer) -> Iterator[tuple[str, str, Tensor]]:

@@ -38,7 +38,7 @@ class Conversations(pl.LightningDataModule):
         super().__init__()
         self._config = config
         parts = open_parts(source, cache_dir(), **record_options(config))
-        self.data_hash = parts.records.data_hash
+        self.data_hash, self.val_hash = parts.records.data_hash, parts.val_records.data_hash
         self.train_records, self.val_records = parts.train, parts.val
         self.train_examples = self._examples(self.train_records, source.images(parts.records), vlm, llm)
         self.val_examples = self._examples(self.val_records, source.images(parts.val_records), vlm, llm)

@@ -21,7 +21,7 @@ from prism_deco.data.encoder import check_records
 from prism_deco.data.split import open_parts
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
-from prism_deco.exits import RankFailed, Stop
+from prism_deco.exits import CheckpointFailed, DiskFull, Preempted, RankFailed, Stop
 from prism_deco.llms.checkpointing import ACTIVATION_CHECKPOINTING
 from prism_deco.llms.tuning import tuning
 from prism_deco.plan import AUTO, plan_run, problems
@@ -30,7 +30,7 @@ from prism_deco.processes import clear_failures, start_ranks
 from prism_deco.training.init_from import check_start, find_start
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.preemption import Preemption
-from prism_deco.training.run_dir import Plan, holds_run, lock_run, prepare_run, run_folder
+from prism_deco.training.run_dir import RunTarget, full_disk_named, has_finished, lock_run, open_run, run_folder
 from prism_deco.training.sharding import Sharding
 from prism_deco.training.status import THROUGH, read_status, set_status
 from prism_deco.training.trainer import strategy_of, train
@@ -86,11 +86,12 @@ def run(
         if world.starts_ranks:
             # Plain values: the classes of a composed configuration cannot be pickled.
             return start_ranks(_run, (OmegaConf.to_container(config), scoring, overwrite, force), world)
-        return _run(config, scoring, overwrite, force)
+        with full_disk_named(run_folder(config)):
+            return _run(config, scoring, overwrite, force)
     except Stop as stop:
         if isinstance(stop, RankFailed):
             _record(run_folder(config), stop)
-        sys.stderr.write(f"prism-deco: {stop.state.replace('_', ' ')}: {' '.join(str(stop).split())}\n")
+        sys.stderr.write(f"prism-deco: {stop.state.replace('_', ' ')}: {_advised(stop, overwrite)}\n")
         return stop.exit_code
 
 
@@ -101,22 +102,24 @@ def _run(config: Any, scoring: Scoring | None, overwrite: bool, force: bool) -> 
     # Until the processes have met, a signal ends them at once: they wait for each other in code that heeds none.
     with world.joined(), preemption.watched(), ExitStack() as held:
         run_folder(config)
-        if not _is_through(config, overwrite):
+        if not has_finished(config, overwrite):
             _find_files(config)
         import_plugins(config.plugins)  # what is planned, and the benchmarks, may be theirs
         config.trainer.activation_checkpointing = world.decide(lambda: _fit(config, force))
         world.decide(partial(_prepare_scoring, config, scoring, overwrite))
-        plan = world.decide(lambda: _prepare(config, overwrite, held))
+        plan = world.decide(lambda: _open(config, overwrite, held))
         if plan.state == "done":
             scoring = world.decide(partial(_newly_asked, config, plan.folder, scoring))
             if scoring is None:
-                log.info("The run in %s is done. Another one: run_id=NAME; in its place: --overwrite", plan.folder)
+                log.info(
+                    "Run %s is complete. Use run_id=NAME to start another, or --overwrite to replace it.", plan.folder
+                )
                 return 0
-            log.info("The run in %s is done but for the scoring that is newly asked for", plan.folder)
+            log.info("Run %s is complete except for the scoring that was added", plan.folder)
         if plan.state == "train":
             train(config, plan, world, preemption)
         if preemption.requested:
-            raise preemption.requested("preempted before scoring; run the same command to continue")
+            raise preemption.requested("preempted before scoring")
         if scoring is not None:
             scoring(plan.folder, world)
         if world.is_main:
@@ -135,6 +138,15 @@ def _record(folder: Path, stop: Stop) -> None:
         set_status(folder, stop.state, reason=str(stop))
         if lock:
             lock.close()
+
+
+def _advised(stop: Stop, overwrite: bool) -> str:
+    """The reason in one line, with the way to continue where that is all it takes."""
+    reason = " ".join(str(stop).split())
+    if not isinstance(stop, Preempted | CheckpointFailed | DiskFull):
+        return reason
+    command = "the same command without --overwrite" if overwrite else "the same command"
+    return f"{reason}; run {command} to continue"
 
 
 def check(
@@ -158,7 +170,7 @@ def check(
         UsageError: the folder holds another run, data are missing, parts do not fit together, or not this machine.
     """
     world = World.of(config.trainer)
-    if _is_through(config, overwrite):
+    if has_finished(config, overwrite):
         return
     _find_files(config)
     if after is not None:
@@ -192,14 +204,10 @@ def _find_files(config: DictConfig) -> None:
             raise UsageError(f"{name}.weights={path}: there is no such file or folder.")
 
 
-def _is_through(config: DictConfig, overwrite: bool) -> bool:
-    return not overwrite and holds_run(config) and read_status(run_folder(config)).get("state") in THROUGH
-
-
 def _prepare_scoring(config: DictConfig, scoring: Scoring | None, overwrite: bool) -> None:
     """What is wrong with the benchmarks must not wait for the end of training, nor cost an earlier run its folder."""
     # The scoring of a run that is through begins at once, and looks for itself.
-    if scoring is not None and not _is_through(config, overwrite):
+    if scoring is not None and not has_finished(config, overwrite):
         scoring.prepare(build_source(group(config, "data")).benchmarks)
 
 
@@ -213,15 +221,10 @@ def _newly_asked(config: DictConfig, folder: Path, scoring: Scoring | None) -> S
     return missing
 
 
-def _prepare(config: DictConfig, overwrite: bool, held: ExitStack) -> Plan:
-    folder = run_folder(config)
-    if (folder / "config.yaml").is_file() and (lock := lock_run(folder)):
-        lock.close()
-    plan = prepare_run(config, overwrite=overwrite)
-    if lock := lock_run(plan.folder):
-        held.enter_context(lock)
-    clear_failures(plan.folder)
-    return plan
+def _open(config: DictConfig, overwrite: bool, held: ExitStack) -> RunTarget:
+    target = open_run(config, held, overwrite=overwrite)
+    clear_failures(target.folder)
+    return target
 
 
 def _fit(config: DictConfig, force: bool) -> str:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from prism_deco.exits import SIGNALS, Interrupted, Preempted, take_over
+from prism_deco.training.status import slurm_job
 
 log = logging.getLogger(__name__)
 
@@ -63,28 +64,27 @@ class Preemption:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             return  # a forked loader process: a terminal's Ctrl-C reaches it as well
-        if self.requested is not None:
+        if self.requested:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
         self.requested = Interrupted if number == signal.SIGINT else Preempted
         name = signal.Signals(number).name
         if not self._waits:
-            raise self.requested(f"received {name}; run the same command to continue")
+            raise self.requested(f"received {name}")
         again = ", press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
         log.warning("Received %s: saving after this step%s", name, again)
 
 
 def requeue() -> None:
-    """Asks SLURM to queue this job again; says so where that does not work."""
-    job = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if job else os.environ.get("SLURM_JOB_ID")
+    """Asks SLURM to queue this job again; logs where that does not work."""
+    job = slurm_job()
     if job is None:
-        log.warning("trainer.requeue=true, but this is no SLURM job: nothing is queued again")
+        log.warning("trainer.requeue=true has no effect: this is not a SLURM job")
         return
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
-        log.error("scontrol requeue %s failed (%s): queue the job again by hand", job, error)
+        log.error("scontrol requeue %s failed (%s): requeue the job by hand", job, error)
     else:
-        log.info("SLURM queues job %s again", job)
+        log.info("Requeued SLURM job %s", job)

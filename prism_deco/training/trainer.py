@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,18 +37,20 @@ from prism_deco.training.board import Board
 from prism_deco.training.callbacks import ProgressReport, SampleAnswers
 from prism_deco.training.checkpoint_callback import Checkpointing
 from prism_deco.training.checkpoints import Checkpoint
+from prism_deco.training.checksums import trained_sha256
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.feature_cache import build_caches, cached
 from prism_deco.training.init_from import find_start, start_from
 from prism_deco.training.lightning_internals import FirstError
 from prism_deco.training.manifest import build_manifest
 from prism_deco.training.metrics import VAL_LOSS, Metrics, Recorder
-from prism_deco.training.model_folder import save_model, trained_sha256
+from prism_deco.training.model_folder import save_model
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.monitor import SpeedMonitor, choices_of
 from prism_deco.training.preemption import Preemption, requeue
 from prism_deco.training.preflight import preflight
-from prism_deco.training.run_dir import Plan
+from prism_deco.training.provenance import Provenance, check_owner, find_provenance
+from prism_deco.training.run_dir import RunTarget, full_disk_named
 from prism_deco.training.sharding import Sharding, reshard
 from prism_deco.training.status import read_status, set_status
 from prism_deco.vlm import VLM
@@ -58,7 +60,7 @@ log = logging.getLogger(__name__)
 FEATURE_STATISTICS_IMAGES = 512
 
 
-def train(config: DictConfig, plan: Plan, world: World, preemption: Preemption) -> None:
+def train(config: DictConfig, plan: RunTarget, world: World, preemption: Preemption) -> None:
     """Trains the configured model and writes `model/`, `manifest.json` and `status.json`.
 
     Args:
@@ -73,7 +75,8 @@ def train(config: DictConfig, plan: Plan, world: World, preemption: Preemption) 
     with _logged(plan.folder, world), failure_recorded(plan.folder, world, finish):
         if world.is_main:
             set_status(plan.folder, "running", pid=os.getpid(), started=started)
-        _train(config, plan, world, preemption)
+        with full_disk_named(plan.folder):
+            _train(config, plan, world, preemption)
     if world.is_main:
         clear_failures(plan.folder)
         set_status(plan.folder, "trained", started=started, seconds=round(time.time() - started, 1))
@@ -81,9 +84,16 @@ def train(config: DictConfig, plan: Plan, world: World, preemption: Preemption) 
 
 
 def _finish(folder: Path, requeues: bool, stop: Stop) -> None:
-    set_status(folder, stop.state, reason=" ".join(str(stop).split()))
-    if requeues and isinstance(stop, Preempted) and not isinstance(stop, Interrupted):
+    requeues = requeues and isinstance(stop, Preempted) and not isinstance(stop, Interrupted)
+    with suppress(OSError):  # the disk may be what failed
+        set_status(folder, stop.state, reason=" ".join(str(stop).split()), **({"requeued": True} if requeues else {}))
+    if requeues:
         requeue()
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk takes no line. The write of what the run needs is what ends it, with one message."""
 
 
 @contextmanager
@@ -93,7 +103,7 @@ def _logged(folder: Path, world: World) -> Iterator[None]:
         yield
         return
     logger = logging.getLogger("prism_deco")
-    handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
+    handler = _LogFile(folder / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     try:
@@ -103,12 +113,14 @@ def _logged(folder: Path, world: World) -> Iterator[None]:
         handler.close()
 
 
-def _train(config: DictConfig, plan: Plan, world: World, preemption: Preemption) -> None:
+def _train(config: DictConfig, plan: RunTarget, world: World, preemption: Preemption) -> None:
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)
+    resume = _open_checkpoint(config, plan)
+    start = None
     if config.recipe.start_from:
-        find_start(Path(config.recipe.start_from), config)  # a wrong one must not wait for the LLM's weights
+        start = find_start(Path(config.recipe.start_from), config)  # a wrong one must not wait for the LLM's weights
     with world.main_first():
         source = build_source(group(config, "data"))
     sharding = Sharding.of(config.trainer, world.size) if config.trainer.strategy == "fsdp" else None
@@ -124,6 +136,7 @@ def _train(config: DictConfig, plan: Plan, world: World, preemption: Preemption)
         _fit_features(vlm, data, world)
     if config.recipe.start_from:
         start_from(Path(config.recipe.start_from), config, vlm, llm)
+    provenance = world.decide(lambda: find_provenance(config, vlm, data, start, resume))
     if config.trainer.preflight and plan.checkpoint is None:
         world.decide(lambda: preflight(config, plan.folder, vlm, llm, data, world.device))
     caches = build_caches(config, vlm, data, world)
@@ -136,7 +149,7 @@ def _train(config: DictConfig, plan: Plan, world: World, preemption: Preemption)
         shard=partial(sharding.apply, vlm, llm) if sharding else None,
         stop_requested=lambda: preemption.requested,
     )
-    trainer = _trainer(config, plan, world, data, llm, preemption, cached=bool(caches))
+    trainer = _trainer(config, plan, resume, provenance, world, data, llm, preemption, cached=bool(caches))
     log.info(
         "Training %s: %d records (%d with images), %d steps, %d visual tokens per image, %d processes",
         config.run_id,
@@ -151,7 +164,17 @@ def _train(config: DictConfig, plan: Plan, world: World, preemption: Preemption)
             _fit(trainer, module, data)
             reshard(vlm)
         digests = [cache.digest for cache in caches if cache.names]
-        _save(config, plan.folder, vlm, llm, data, module, source, world, digests)
+        _save(config, plan.folder, vlm, llm, data, module, source, provenance, world, digests)
+
+
+def _open_checkpoint(config: DictConfig, plan: RunTarget) -> Checkpoint | None:
+    """The checkpoint to continue from, verified; all processes must call it."""
+    if plan.checkpoint is None:
+        return None
+    checkpoint = Checkpoint(plan.checkpoint)
+    check_owner(checkpoint, config)
+    checkpoint.verify()
+    return checkpoint
 
 
 def _fit_features(vlm: VLM, data: Conversations, world: World) -> None:
@@ -201,7 +224,9 @@ def strategy_of(config: DictConfig, world: World) -> Any:
 
 def _trainer(
     config: DictConfig,
-    plan: Plan,
+    plan: RunTarget,
+    resume: Checkpoint | None,
+    provenance: Provenance,
     world: World,
     data: Conversations,
     llm: LanguageModel,
@@ -212,7 +237,6 @@ def _trainer(
     settings = config.trainer
     every = settings.checkpoint_every
     every = max(1, round(every * data.total_steps)) if 0 < every < 1 else int(every)
-    resume = Checkpoint(plan.checkpoint) if plan.checkpoint else None
     metrics = board = None
     callbacks: list[Callback] = []
     if world.is_main:
@@ -234,7 +258,7 @@ def _trainer(
             metrics,
             every=every,
             keep=settings.keep_checkpoints,
-            about={},
+            about=provenance.content,
             preemption=preemption,
         )
     )
@@ -273,6 +297,7 @@ def _save(
     data: Conversations,
     module: TrainingModule,
     source: Source,
+    provenance: Provenance,
     world: World,
     feature_caches: list[str],
 ) -> None:
@@ -283,6 +308,7 @@ def _save(
         config,
         vlm,
         data_hash=data.data_hash,
+        input_changes=provenance.changes,
         steps=data.total_steps,
         samples=min(data.total_steps * config.recipe.global_batch_size, len(data.train_records) * config.recipe.epochs),
         records=len(data.train_records),

@@ -16,11 +16,11 @@ from prism_deco.cli import main
 from prism_deco.config import load_config, read_config, save_config
 from prism_deco.exits import OutOfMemory, Preempted, as_stop
 from prism_deco.training import run_dir as run_folders
-from prism_deco.training.entry import _prepare
+from prism_deco.training.entry import _open
 from prism_deco.training.metrics import Metrics, read_metrics
 from prism_deco.training.nonfinite import diagnose
 from prism_deco.training.preemption import Preemption, requeue
-from prism_deco.training.run_dir import flat, lock_run, prepare_run
+from prism_deco.training.run_dir import flat, lock_run, open_run
 
 LONG = ["recipe.epochs=400", "trainer.checkpoint_every=10000"]
 
@@ -180,7 +180,7 @@ def test_a_signal_outside_the_training_loop_ends_the_run_at_once():
         with preemption.at_boundaries():
             os.kill(os.getpid(), signal.SIGUSR1)
             assert preemption.requested
-        preemption.requested = False
+        preemption.requested = None
         with pytest.raises(Preempted, match="received SIGTERM"):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -194,7 +194,7 @@ def test_what_an_earlier_start_said_is_forgotten_before_this_one_listens(start, 
     assert "loss or gradient not finite" in (told / "failure.json").read_text()
     config = read_config(tmp_path / "run" / "config.yaml")
     with ExitStack() as held:
-        assert _prepare(config, False, held).state == "train"
+        assert _open(config, False, held).state == "train"
     assert not told.exists()
 
 
@@ -204,10 +204,13 @@ def test_other_micro_batches_are_told_where_they_change_the_loss(tmp_path, monke
     (tmp_path / "x").mkdir()
     save_config(load_config([*settings, "recipe.micro_batch_size=16"]), tmp_path / "x" / "config.yaml")
     monkeypatch.setattr(run_folders, "newest_checkpoint", lambda folder: folder / "step_000002")
-    assert prepare_run(load_config([*settings, "recipe.micro_batch_size=16", "data.num_workers=1"])).state == "train"
+    with ExitStack() as held:
+        target = open_run(load_config([*settings, "recipe.micro_batch_size=16", "data.num_workers=1"]), held)
+    assert target.state == "train"
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     others = ["recipe.micro_batch_size=8", "trainer.devices=2"]
-    assert prepare_run(load_config([*settings, *others])).state == "train"
+    with ExitStack() as held:
+        assert open_run(load_config([*settings, *others]), held).state == "train"
     said = "recipe.micro_batch_size was 16 and is 8, trainer.devices was 1 and is 2: the loss"
     assert (said in caplog.text) == warns
 

@@ -207,7 +207,7 @@ def test_a_finished_run_is_left_alone_and_never_mixed_with_another(runs, colors,
     before = (runs / "a" / "manifest.json").stat().st_mtime_ns
     same = ["seed=1", "run_id=a", "recipe.epochs=2", "data.val_fraction=0.3"]
     assert _train(colors, runs, *same, "trainer.log_every=2", "recipe.micro_batch_size=1") == 0
-    assert f"The run in {runs / 'a'} is done" in caplog.text
+    assert f"Run {runs / 'a'} is complete. Use run_id=NAME" in caplog.text
     assert _train(colors, runs, *same, "recipe.lr=1", "seed=3") == 2
     error = " ".join(capsys.readouterr().err.split())
     assert "holds a run of another configuration: recipe.lr was 0.0015 and is 1.0; seed was 1 and is 3." in error
@@ -215,7 +215,7 @@ def test_a_finished_run_is_left_alone_and_never_mixed_with_another(runs, colors,
     (runs / "notes").mkdir()
     (runs / "notes" / "todo.txt").write_text("keep me")
     assert _train(colors, runs, "run_id=notes") == 2
-    assert "is no run (it has no config.yaml)" in " ".join(capsys.readouterr().err.split())
+    assert "exists but is not a run folder (no config.yaml)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_auto_came_to_is_recorded(runs, colors):
