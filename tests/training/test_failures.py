@@ -174,6 +174,32 @@ def test_slurm_is_asked_to_queue_the_job_again(start, tmp_path, monkeypatch):
     assert (tmp_path / "asked").read_text().endswith("requeue 7_3\n")
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_requeued_job_does_not_overwrite_its_own_run(start, tmp_path, told):
+    """Its command line is that of the first start, with --overwrite; another job's, or a later start's, is meant.
+
+    SLURM counts the starts of a job; where it did not say so, the run remembers that it asked to be queued again.
+    """
+    tool = tmp_path / "bin" / "scontrol"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    path = f"{tool.parent}:{os.environ['PATH']}"
+    options = [*LONG, "--overwrite", f"trainer.requeue={str(not told).lower()}"]
+    first = start(*options, PATH=path, SLURM_JOB_ID="4242")
+    first.until(_training)
+    first.signal(signal.SIGUSR1)
+    assert first.wait() == [75], first.log.read_text()
+    assert "run the same command without --overwrite to continue" in first.log.read_text()
+    stopped = len(read_metrics(tmp_path / "run"))
+    again = start(*options, PATH=path, SLURM_JOB_ID="4242", **({"SLURM_RESTART_COUNT": "1"} if told else {}))
+    again.until(lambda folder: len(read_metrics(folder)) > stopped)
+    again.kill()
+    assert "training continues from step_" in again.log.read_text()
+    other = start(*options, PATH=path, SLURM_JOB_ID="4243")
+    other.until(lambda folder: "Removing the earlier run" in other.log.read_text())
+
+
 def test_a_signal_outside_the_training_loop_ends_the_run_at_once():
     preemption = Preemption()
     with preemption.watched():
