@@ -37,10 +37,10 @@ from prism_deco.training.board import Board
 from prism_deco.training.callbacks import ProgressReport, SampleAnswers
 from prism_deco.training.checkpoint_callback import Checkpointing
 from prism_deco.training.checkpoints import Checkpoint
-from prism_deco.training.checksums import trained_sha256
+from prism_deco.training.checksums import trained_sha256, verify_model
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.feature_cache import build_caches, cached
-from prism_deco.training.init_from import find_start, start_from
+from prism_deco.training.init_from import find_start, start_from, takes_llm
 from prism_deco.training.lightning_internals import FirstError
 from prism_deco.training.manifest import build_manifest
 from prism_deco.training.metrics import VAL_LOSS, Metrics, Recorder
@@ -121,10 +121,14 @@ def _train(config: DictConfig, plan: RunTarget, world: World, preemption: Preemp
     start = None
     if config.recipe.start_from:
         start = find_start(Path(config.recipe.start_from), config)  # a wrong one must not wait for the LLM's weights
+        world.decide(partial(verify_model, start))
     with world.main_first():
         source = build_source(group(config, "data"))
     sharding = Sharding.of(config.trainer, world.size) if config.trainer.strategy == "fsdp" else None
-    vlm, llm = build_model(config, defer_llm=sharding is not None and _is_readable_in_pieces(config))
+    is_read_later = sharding is not None and _is_readable_in_pieces(config)
+    if start is not None and takes_llm(start, config):
+        is_read_later = False
+    vlm, llm = build_model(config, defer_llm=is_read_later)
     recipe = config.recipe
     check_isolation(vlm.lm, packing=recipe.packing, turn_mask=recipe.turn_mask, longest=max_positions(config, llm))
     checkpoint_activations(vlm.lm, config.trainer.activation_checkpointing)
