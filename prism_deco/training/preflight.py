@@ -226,12 +226,8 @@ class _Checks:
             raise _failed("images", f"{found} (if that is intended: recipe.blind=true)")
         ratio = sum(other) / sum(own)
         level = logging.INFO if ratio > 1 else logging.WARNING
-        log.log(
-            level,
-            "Preflight: after %d steps the loss with the images of other records is %.4g times as high",
-            STEPS,
-            ratio,
-        )
+        found = "the loss with the images of other records is %.4g times as high"
+        log.log(level, f"Preflight: after %d steps {found}", STEPS, ratio)
 
     def saving(self, folder: Path, llm: LanguageModel) -> None:
         """Equal logits of a saved and loaded model, on the CPU: equal weights give equal bits there."""
