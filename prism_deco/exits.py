@@ -96,7 +96,7 @@ def as_stop(error: BaseException) -> Stop | None:
     if isinstance(error, Stop):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted("interrupted without saving; the last checkpoint stays")
+        return Interrupted("interrupted; the newest checkpoint stays")
     text = str(error).lower()
     # torch has an exception class for GPU memory only; its CPU allocator raises a plain RuntimeError.
     on_host = isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)

@@ -23,6 +23,7 @@ from prism_deco.inference import answer
 from prism_deco.llms import LanguageModel
 from prism_deco.training.board import Board
 from prism_deco.training.datamodule import Conversations
+from prism_deco.training.metrics import VAL_LOSS, Metrics
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,29 @@ class ProgressReport(Callback):
         if self._bar:
             self._bar.stop()
             self._bar = None
+
+
+class Recorder(Callback):
+    """Writes the numbers of each step and validation: to `metrics.jsonl` all of them, to TensorBoard every
+    `log_every` steps and under the same names. Rank 0 has it.
+    """
+
+    def __init__(self, metrics: Metrics, board: Board, log_every: int):
+        self._metrics = metrics
+        self._board = board
+        self._log_every = log_every
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        step = trainer.global_step
+        if step % self._log_every == 0:
+            counts = {f"train/{name}": count for name, count in pl_module.counts.items() if count}
+            self._board.scalars(pl_module.last_step | pl_module.last_norms | counts, step)
+        self._metrics.append(step, pl_module.last_step)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        # What metrics.jsonl has is not made again after a kill, so that it comes last.
+        self._board.scalars({VAL_LOSS: pl_module.val_loss}, trainer.global_step)
+        self._metrics.append(trainer.global_step, {VAL_LOSS: pl_module.val_loss})
 
 
 class SampleAnswers(Callback):

@@ -10,7 +10,6 @@ from typing import Any, cast
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from prism_deco.errors import UsageError
 from prism_deco.exits import Interrupted
 from prism_deco.training.checkpoint_state import (
     checkpoint_tensors,
@@ -57,8 +56,6 @@ class Checkpointing(Callback):
         about: Mapping[str, Any],
         preemption: Preemption,
     ):
-        if keep < 1 or every < 1:
-            raise UsageError("trainer.keep_checkpoints must be at least 1, trainer.checkpoint_every above 0.")
         self._folder = folder / CHECKPOINTS
         self._resume = resume
         self._metrics = metrics

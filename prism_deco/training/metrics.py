@@ -1,4 +1,4 @@
-"""The numbers of a run: `metrics.jsonl` has every step's, exact; TensorBoard shows them under the same names."""
+"""`metrics.jsonl`: the numbers of every step, exact."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
-
 from prism_deco.files import write_whole
-from prism_deco.training.board import Board
 
 METRICS = "metrics.jsonl"
 VAL_LOSS = "val/loss"
@@ -51,31 +47,6 @@ class Metrics:
     def best(self) -> int | None:
         """The step with the lowest validation loss, the first of equals."""
         return min(self.validated, key=lambda step: (self.validated[step], step), default=None)
-
-
-class Recorder(Callback):
-    """Writes the numbers of a `TrainingModule`; of all processes the first one has it.
-
-    Args:
-        log_every: steps between two points in TensorBoard.
-    """
-
-    def __init__(self, metrics: Metrics, board: Board, log_every: int):
-        self._metrics = metrics
-        self._board = board
-        self._log_every = log_every
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
-        step = trainer.global_step
-        if step % self._log_every == 0:
-            counts = {f"train/{name}": count for name, count in pl_module.counts.items() if count}
-            self._board.scalars(pl_module.last_step | pl_module.last_norms | counts, step)
-        self._metrics.append(step, pl_module.last_step)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        # What metrics.jsonl has is not made again after a kill, so that it comes last.
-        self._board.scalars({VAL_LOSS: pl_module.val_loss}, trainer.global_step)
-        self._metrics.append(trainer.global_step, {VAL_LOSS: pl_module.val_loss})
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from prism_deco.backbones import build_backbone
 from prism_deco.build import build_model, compose_projector, group, prompt_options
 from prism_deco.config import read_config, save_config
 from prism_deco.config.registry import require_imported
+from prism_deco.config.stored import CONFIG
 from prism_deco.errors import UsageError
 from prism_deco.files import write_json
 from prism_deco.llms import LanguageModel, build_llm
@@ -38,7 +39,6 @@ LLM_RECORD = "llm.json"
 BASE_RECORD = "base.json"
 ADAPTER = "adapter"
 TOKENIZER = "tokenizer"
-CONFIG = "config.yaml"
 
 
 def save_model(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import shutil
@@ -13,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from prism_deco.config import cache_dir, default_run_id, is_free, read_config, save_config
+from prism_deco.config import cache_dir, default_run_id, flat, is_free, read_config, save_config
+from prism_deco.config.stored import CONFIG
 from prism_deco.errors import UsageError
 from prism_deco.exits import DiskFull, is_disk_full
 from prism_deco.files import remove_unfinished
@@ -23,8 +23,6 @@ from prism_deco.training.checkpoints import CHECKPOINTS, newest_checkpoint, remo
 from prism_deco.training.status import THROUGH, is_requeued, read_status
 
 log = logging.getLogger(__name__)
-
-CONFIG = "config.yaml"
 
 _CUT = ("recipe.micro_batch_size", "trainer.devices", "trainer.num_nodes")
 """How records fall into micro-batches: where the loss is a mean over these, what is learned depends on it."""
@@ -139,20 +137,6 @@ def _disk_full(folder: Path, error: Exception) -> DiskFull:
 def _free_bytes(folder: Path) -> int:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
-
-
-def flat(config: DictConfig) -> dict[str, Any]:
-    """The configuration as `group.key` -> value; lists stay whole."""
-
-    def walk(content: Any, prefix: str) -> dict[str, Any]:
-        if not isinstance(content, dict) or not content:
-            return {prefix: content}
-        leaves = {}
-        for key, value in content.items():
-            leaves |= walk(value, f"{prefix}.{key}" if prefix else str(key))
-        return leaves
-
-    return walk(json.loads(json.dumps(OmegaConf.to_container(config, resolve=True))), "")
 
 
 def lock_run(folder: Path) -> TextIO | None:

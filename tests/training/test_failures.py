@@ -16,11 +16,11 @@ from prism_deco.cli import main
 from prism_deco.config import load_config, read_config, save_config
 from prism_deco.exits import OutOfMemory, Preempted, as_stop
 from prism_deco.training import run_dir as run_folders
-from prism_deco.training.entry import _open
+from prism_deco.training.entry import _prepare
 from prism_deco.training.metrics import Metrics, read_metrics
 from prism_deco.training.nonfinite import diagnose
 from prism_deco.training.preemption import Preemption, requeue
-from prism_deco.training.run_dir import flat, lock_run, open_run
+from prism_deco.training.run_dir import lock_run, open_run
 
 LONG = ["recipe.epochs=400", "trainer.checkpoint_every=10000"]
 
@@ -303,10 +303,3 @@ def test_a_wrong_number_of_processes_is_an_error(colors, tmp_path, capsys):
     arguments = ["train", "trainer.devices=2", f"runs_dir={tmp_path}", "evaluate.benchmarks=null"]
     assert main([*arguments, "trainer.devices=0"]) == 2
     assert "trainer.devices=0 must be at least 1, or -1" in capsys.readouterr().err
-
-
-def test_settings_are_compared_key_by_key():
-    from prism_deco.config import load_config
-
-    content = flat(load_config(["recipe.betas=[0.9, 0.95]"]))
-    assert content["recipe.betas"] == [0.9, 0.95] and content["seed"] == 7
