@@ -5,6 +5,8 @@ Schedulers and `prism-deco sweep` act on the exit codes.
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 from collections.abc import Callable, Iterable
 from types import FrameType
@@ -15,6 +17,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 PREEMPTED = 75
 """Exit code of a run that saved and stopped; the same command line resumes it (EX_TEMPFAIL)."""
+
+INTERRUPTED = 130
+"""Exit code of a run that saved and stopped after Ctrl-C, as shells report it; the same command line resumes it."""
 
 OUT_OF_MEMORY = 76
 """Exit code of a run that ran out of memory."""
@@ -57,6 +62,12 @@ class Preempted(Stop):
         self.agreed = agreed
 
 
+class Interrupted(Preempted):
+    """Ctrl-C: like a preemption, but nobody waits to start the run again."""
+
+    exit_code = INTERRUPTED
+
+
 class OutOfMemory(Stop):
     """The device or the host ran out of memory."""
 
@@ -72,6 +83,10 @@ class CheckpointFailed(Stop):
     """A checkpoint could not be written."""
 
 
+class DiskFull(Stop):
+    """A file could not be written for want of space."""
+
+
 class RankFailed(Stop):
     """Another process of the run failed, or stopped answering."""
 
@@ -80,6 +95,8 @@ def as_stop(error: BaseException) -> Stop | None:
     """The stop that an exception amounts to; None for an error of another kind."""
     if isinstance(error, Stop):
         return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted; the newest checkpoint stays")
     text = str(error).lower()
     # torch has an exception class for GPU memory only; its CPU allocator raises a plain RuntimeError.
     on_host = isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
@@ -89,3 +106,10 @@ def as_stop(error: BaseException) -> Stop | None:
             "trainer.activation_checkpointing=full, or shard over more devices (trainer=fsdp)."
         )
     return None
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception says that a disk, a quota or the allowed size of a file is exhausted."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return os.strerror(errno.ENOSPC) in str(error)  # safetensors and tokenizers, written in Rust, have own classes

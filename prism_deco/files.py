@@ -1,10 +1,12 @@
-"""Small files that are there whole or not at all, and hashes of large ones."""
+"""Small files that are there whole or not at all, and checksums of large ones."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -20,12 +22,16 @@ def write_whole(path: Path, content: bytes | str, *, durable: bool = True) -> No
         durable: the content reaches the disk before the name does, so that a crash of the machine leaves no empty file.
     """
     building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with building.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(building, path)
+    try:
+        with building.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(building, path)
+    except OSError:
+        building.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:
@@ -45,6 +51,12 @@ def check_writable(folder: Path, way_out: str) -> None:
         raise UsageError(f"{folder} cannot be written ({error.strerror}). {way_out}") from error
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes what `write_whole` leaves below a folder when its process is killed."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes the names in a folder survive a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -52,6 +64,37 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def inside(folder: Path, name: str, index: Path) -> Path:
+    """The file of that name in a folder, which an index lists.
+
+    Raises:
+        UsageError: the name leads out of the folder.
+    """
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise UsageError(f"{index} names {name}, a file outside its folder: do not trust it.")
+    return folder / path
+
+
+def verify_sha256(folder: Path, digests: Mapping[str, str], index: Path, way_out: str) -> None:
+    """Compares files with the SHA-256 that an index says they have, several at a time.
+
+    Raises:
+        UsageError: a file is missing, has another content, or lies outside the folder.
+    """
+    paths = {name: inside(folder, name, index) for name in digests}
+    if missing := [path for path in paths.values() if not path.is_file()]:
+        raise UsageError(f"{missing[0]} is missing. {way_out}")
+    with ThreadPoolExecutor(4) as pool:
+        found = dict(zip(paths, pool.map(file_sha256, paths.values()), strict=True))
+    for name, expected in digests.items():
+        if found[name] != expected:
+            raise UsageError(
+                f"{paths[name]} was damaged or replaced after it was written: its SHA-256 is {found[name][:12]}…, "
+                f"{index.name} says {expected[:12]}…. {way_out}"
+            )
 
 
 def file_sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prism_deco.errors import UsageError
+from prism_deco.files import inside
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (SAFETENSORS, ".bin", ".pth", ".pt")
@@ -80,7 +81,15 @@ def indexed_files(path: Path) -> list[Path]:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{index} lists no shards: it is damaged, or of another kind. Fetch it again.") from error
-    return sorted(index.with_name(name) for name in names)
+    return sorted(inside(index.parent, str(name), index) for name in names)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor an infinite number; one of integers does not."""
+    if not tensor.is_floating_point():
+        return True
+    # A sum takes no memory. It may overflow where no number does.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 class _Safetensors(Mapping[str, Tensor]):

@@ -141,16 +141,20 @@ def _scoring(config: DictConfig) -> _Scoring | None:
     )
 
 
-def _check(stages: Sequence[Stage], config: DictConfig, **options: bool) -> int:
-    from prism_deco.training.entry import check
-    from prism_deco.training.run_dir import run_folder
+def _check(stages: Sequence[Stage], config: DictConfig, *, overwrite: bool, force: bool) -> int:
+    from prism_deco.distributed import World
+    from prism_deco.training.preconditions import check_all
+    from prism_deco.training.run_dir import has_finished, run_folder
 
     before: dict[str, DictConfig] = {}
     for name, its in [(f"Stage {stage.name}: ", stage.config) for stage in stages] or [("", config)]:
+        after = before.get(its.recipe.start_from)
         try:
-            check(its, scoring=_scoring(its), after=before.get(its.recipe.start_from), **options)
+            if not has_finished(its, overwrite):
+                world = World.of(its.trainer)
+                check_all(its, world, scoring=_scoring(its), after=after, plans=True, force=force)
         except UsageError as error:
             raise UsageError(f"{name}{error}") from error
-        log.info("%snothing was found that would stop it", name)
+        log.info("%sno problem found", name)
         before[str(run_folder(its))] = its
     return 0

@@ -112,7 +112,8 @@ class RecipeConfig:
     stages: dict[str, list[str]] | None = None
     """Runs that follow one another: a name and what its command line begins with, each; None is a single run."""
     start_from: str | None = None
-    """Folder of an earlier run whose projector is taken over (and its LLM, where that began from random weights)."""
+    """Folder of a finished run of the same model to start from, whatever data it was trained on: its projector, and
+    its LLM or adapters where it trained them."""
     lm: str = one_of(LM, "full")
     """What is trained of the LLM: full (all of it) | frozen (nothing) | lora (adapters) | qlora (adapters on
     four-bit weights; needs a GPU)."""
@@ -219,6 +220,9 @@ class TrainerConfig:
     """A loss or gradient that is not finite: stop (and name its origin) | skip (the step; counted)."""
     timeout_minutes: float = number(30.0, above=0)
     """Devices that wait for another one that long give up, and name it."""
+    accept_changed_inputs: bool = False
+    """Continue a run although its data, backbone weights or start model changed since its last checkpoint;
+    `manifest.json` records it."""
     requeue: bool = False
     """SLURM: ask for the job to be queued again when it is preempted."""
     feature_cache: bool = False

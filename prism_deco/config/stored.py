@@ -11,6 +11,7 @@ from prism_deco.config.compose import compose
 from prism_deco.config.parse import read_yaml
 from prism_deco.config.schema import RETIRED
 from prism_deco.errors import UsageError
+from prism_deco.files import write_whole
 
 CONFIG = "config.yaml"
 
@@ -25,7 +26,7 @@ def is_free(key: str) -> bool:
 
 def save_config(config: DictConfig, path: Path) -> None:
     """Writes the composed configuration, references resolved."""
-    path.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+    write_whole(path, OmegaConf.to_yaml(config, resolve=True))
 
 
 def read_config(path: Path) -> DictConfig:

@@ -112,6 +112,16 @@ def load_lora(model: PreTrainedModel, folder: Path) -> None:
         raise UsageError(f"{folder / ADAPTER_WEIGHTS} is missing: the run's folder is incomplete.")
     config = peft.LoraConfig.from_pretrained(folder)
     _inject(model, config)
+    fill_lora(model, folder)
+
+
+def fill_lora(model: PreTrainedModel, folder: Path) -> None:
+    """Gives a model's adapters the values that `save_lora` wrote.
+
+    Raises:
+        UsageError: the adapters cannot be read or do not fit the model.
+    """
+    peft = _peft()
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in open_tensors(folder / ADAPTER_WEIGHTS).items()}
     try:
         report = peft.set_peft_model_state_dict(model, tensors, _NAME)

@@ -15,6 +15,9 @@ from prism_deco.report.benchmarks import family_of
 from prism_deco.report.cells import Curve, Score
 
 SHOWN = ("train/loss", "val/loss", "speed/samples_per_s")
+
+_BOARD_NAMES = {"train/samples_per_s": "speed/samples_per_s"}
+"""TensorBoard's names that differ; earlier versions plotted the speed under the name that reports use."""
 TAIL_LINES = 8
 
 _GROUPS = ("backbone", "projector", "llm", "data", "recipe", "evaluate")
@@ -131,8 +134,12 @@ def _read_tensorboard(folder: Path) -> dict[str, dict[int, float]]:
     # Sample images and texts are not wanted; 0 keeps all scalars.
     events = EventAccumulator(str(folder), size_guidance={"images": 1, "tensors": 1, "scalars": 0})
     events.Reload()
-    known = events.Tags()["scalars"]
-    return {name: {event.step: event.value for event in events.Scalars(name)} for name in SHOWN if name in known}
+    curves = {}
+    for tag in events.Tags()["scalars"]:
+        name = _BOARD_NAMES.get(tag, tag)
+        if name in SHOWN:
+            curves[name] = {event.step: event.value for event in events.Scalars(tag)}
+    return curves
 
 
 def log_tail(folder: Path, recorded: Any) -> str:

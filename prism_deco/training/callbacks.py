@@ -1,13 +1,19 @@
-"""What a run shows while it trains: a progress bar, and the model's own answers."""
+"""What a run shows while it trains: its progress, and the model's own answers."""
 
 from __future__ import annotations
 
-from typing import cast
+import logging
+import sys
+from datetime import timedelta
+from time import monotonic
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, RichProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.callbacks import Callback
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from prism_deco.data.images import load_image
 from prism_deco.data.loader import stack_pixels
@@ -15,55 +21,136 @@ from prism_deco.data.records import IMAGE_TAG
 from prism_deco.data.split import Subset
 from prism_deco.inference import answer
 from prism_deco.llms import LanguageModel
+from prism_deco.training.board import Board
 from prism_deco.training.datamodule import Conversations
-from prism_deco.training.module import TrainingModule
+from prism_deco.training.metrics import VAL_LOSS, Metrics
+from prism_deco.vlm import VLM
+
+log = logging.getLogger(__name__)
+
+LOG_SECONDS = 120.0
+"""Time between two log lines: a run of a week gets five thousand of them."""
 
 
-class ProgressBar(RichProgressBar):
-    """Lightning's bar over optimizer steps, with time left; all epochs are one pass here."""
+class ProgressReport(Callback):
+    """A bar over optimizer steps on a terminal, and a log line every two minutes.
+
+    The bar shares the log's console: two consoles on one terminal would write into each other's lines.
+    """
 
     def __init__(self) -> None:
-        super().__init__(leave=True)
+        self._bar: Progress | None = None
+        self._steps: Any = None
+        self._validation: Any = None
+        self._first_step = 0
+        self._started = self._logged = 0.0
 
-    @property
-    def total_train_batches(self) -> int:
-        """The steps of the run; the loader may have more, or, when a run goes on, fewer."""
-        return int(self.trainer.max_steps)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._first_step = trainer.global_step
+        self._started = self._logged = monotonic()
+        if sys.stderr.isatty():
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[loss]}"),
+            )
+            self._bar = Progress(*columns, console=_log_console())
+            done, total = trainer.global_step, pl_module.total_steps
+            self._steps = self._bar.add_task("Training", completed=done, total=total, loss="")
+            self._validation = self._bar.add_task("Validation", visible=False, loss="")
+            self._bar.start()
 
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "Training"
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        step, loss = trainer.global_step, pl_module.last_step["train/loss"]
+        if self._bar:
+            self._bar.update(self._steps, completed=step, loss=f"loss {loss:.4f}")
+        now = monotonic()
+        if now - self._logged >= LOG_SECONDS:
+            self._logged = now
+            seconds = (now - self._started) / (step - self._first_step)
+            left = timedelta(seconds=round(seconds * (pl_module.total_steps - step)))
+            log.info(
+                "Step %d of %d: loss %.4f, %.2f s per step, %s left", step, pl_module.total_steps, loss, seconds, left
+            )
 
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self._bar:
+            total = sum(int(count) for count in trainer.num_val_batches)
+            self._bar.reset(self._validation, total=total, visible=True)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        if self._bar:
+            self._bar.advance(self._validation)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        log.info("Step %d of %d: val/loss %.4f", trainer.global_step, pl_module.total_steps, pl_module.val_loss)
+        if self._bar:
+            self._bar.update(self._validation, visible=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+class Recorder(Callback):
+    """Writes the numbers of each step and validation: to `metrics.jsonl` all of them, to TensorBoard every
+    `log_every` steps and under the same names. Rank 0 has it.
+    """
+
+    def __init__(self, metrics: Metrics, board: Board, log_every: int):
+        self._metrics = metrics
+        self._board = board
+        self._log_every = log_every
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        step = trainer.global_step
+        if step % self._log_every == 0:
+            counts = {f"train/{name}": count for name, count in pl_module.counts.items() if count}
+            self._board.scalars(pl_module.last_step | pl_module.last_norms | counts, step)
+        self._metrics.append(step, pl_module.last_step)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        # What metrics.jsonl has is not made again after a kill, so that it comes last.
+        self._board.scalars({VAL_LOSS: pl_module.val_loss}, trainer.global_step)
+        self._metrics.append(trainer.global_step, {VAL_LOSS: pl_module.val_loss})
 
 
 class SampleAnswers(Callback):
-    """Logs, after each validation, a few held-out images with the question, the model's answer and the
-    reference answer (TensorBoard: images and text).
+    """Shows in TensorBoard, after each validation, a few held-out images with the question, the model's answer and
+    the reference answer.
 
     Args:
         count: number of validation images shown, the first of the file; of each its first record.
+        board: None in all processes but the first.
     """
 
-    def __init__(self, llm: LanguageModel, count: int, max_new_tokens: int = 32):
+    def __init__(
+        self, llm: LanguageModel, data: Conversations, count: int, board: Board | None, max_new_tokens: int = 32
+    ):
         self._llm = llm
+        self._data = data
         self._count = count
+        self._board = board
         self._max_new_tokens = max_new_tokens
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        vlm = cast(TrainingModule, pl_module).vlm
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        vlm: VLM = pl_module.vlm
         # Where weights are sharded, all processes answer together, and the first one shows it.
-        if trainer.sanity_checking or not (trainer.is_global_zero or vlm.every_unit):
+        if self._board is None and not vlm.every_unit:
             return
-        assert isinstance(trainer.logger, TensorBoardLogger)
-        step = trainer.global_step - 1  # what Lightning calls the step before this validation
-        data = cast(Conversations, trainer.datamodule)  # type: ignore[attr-defined]  # set by Trainer.fit
-        board = trainer.logger.experiment
-        for row, index in enumerate(_distinct_images(data.val_records, self._count)):
-            record = data.val_records[index]
-            example = data.val_examples[index]
+        records, examples = self._data.val_records, self._data.val_examples
+        for row, index in enumerate(_distinct_images(records, self._count)):
+            record, example = records[index], examples[index]
             if example.bad_images or example.bad_record:
                 continue
             pixels = stack_pixels(example.pixels)
@@ -73,14 +160,18 @@ class SampleAnswers(Callback):
             [text] = answer(
                 vlm, self._llm, [list(vlm.visual_tokens(pixels))], [question], max_new_tokens=self._max_new_tokens
             )
-            image = load_image(data.val_examples.images, record.images[0])
-            board.add_image(f"samples/{row}", np.asarray(image), step, dataformats="HWC")
-            shown = question.replace(IMAGE_TAG, "").strip()
-            board.add_text(
-                f"samples/{row}",
-                f"**question** {shown}\n\n**answer** {text}\n\n**reference** {reference}",
-                step,
-            )
+            if self._board:
+                image = np.asarray(load_image(examples.images, record.images[0]))
+                shown = question.replace(IMAGE_TAG, "").strip()
+                markdown = f"**question** {shown}\n\n**answer** {text}\n\n**reference** {reference}"
+                self._board.image(f"val/sample_{row}", image, trainer.global_step)
+                self._board.text(f"val/sample_{row}", markdown, trainer.global_step)
+
+
+def _log_console() -> Console:
+    """The terminal that the log goes to."""
+    handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, RichHandler)]
+    return handlers[0].console if handlers else Console(stderr=True)
 
 
 def _distinct_images(records: Subset, count: int) -> list[int]:

@@ -1,19 +1,18 @@
-"""The callback that saves a run as it goes, and takes it up again."""
+"""The callback that saves a run as it goes, and restores it."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from prism_deco.errors import UsageError
-from prism_deco.exits import Preempted
+from prism_deco.exits import Interrupted
 from prism_deco.training.checkpoint_state import (
     checkpoint_tensors,
-    fast_forward,
     restore_scheduler,
     restore_tensors,
     scheduler_content,
@@ -24,9 +23,9 @@ from prism_deco.training.checkpoints import (
     checkpoint_name,
     prune_checkpoints,
     save_checkpoint,
-    step_of,
 )
-from prism_deco.training.metrics import VAL_LOSS, Metrics
+from prism_deco.training.lightning_internals import run_validation, set_position
+from prism_deco.training.metrics import Metrics
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.preemption import Preemption
 from prism_deco.training.sharding import reshard
@@ -35,64 +34,68 @@ log = logging.getLogger(__name__)
 
 
 class Checkpointing(Callback):
-    """Saves every `every` optimizer steps, at the end, and when the run has to make way; writes `metrics.jsonl`.
+    """Saves every `every` optimizer steps, after the best validation, at the end, and when the run is asked to stop.
 
     Args:
         folder: the run's folder.
-        resume: the checkpoint to go on from; None begins at the start.
+        resume: the checkpoint to continue from; None begins at the start.
+        metrics: what was recorded so far; None in all processes but the first.
         every: steps between checkpoints.
-        keep: checkpoints that stay.
+        keep: checkpoints that stay, beside the one of the lowest validation loss.
+        about: what the checkpoints say of the run that they belong to.
     """
 
-    def __init__(self, folder: Path, resume: Path | None, *, every: int, keep: int, preemption: Preemption):
-        if keep < 1 or every < 1:
-            raise UsageError("trainer.keep_checkpoints must be at least 1, trainer.checkpoint_every above 0.")
-        self._folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        resume: Checkpoint | None,
+        metrics: Metrics | None,
+        *,
+        every: int,
+        keep: int,
+        about: Mapping[str, Any],
+        preemption: Preemption,
+    ):
+        self._folder = folder / CHECKPOINTS
         self._resume = resume
+        self._metrics = metrics
         self._every = every
         self._keep = keep
+        self._about = about
         self._preemption = preemption
-        self._metrics: Metrics | None = None
-        self._best: int | None = None
+        self._best = metrics.best if metrics else None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        start = step_of(self._resume) if self._resume else 0
-        if self._resume:
-            module, optimizer, scheduler = _parts(trainer, pl_module)
-            checkpoint = Checkpoint(self._resume)
-            restore_tensors(checkpoint, module.vlm, optimizer)
-            restore_scheduler(checkpoint.content["schedule"], scheduler, optimizer)
-            module.counts.update(checkpoint.content["counts"])
-            fast_forward(trainer, start)
-        if trainer.is_global_zero:
-            self._metrics = Metrics(self._folder, start)
-            self._best = self._metrics.best
+        if self._resume is None:
+            return
+        module, optimizer, scheduler = _parts(trainer, pl_module)
+        step = self._resume.step
+        restore_tensors(self._resume, module.vlm, optimizer)
+        restore_scheduler(self._resume.content["schedule"], scheduler, optimizer)
+        module.counts.update(self._resume.content["counts"])
+        set_position(trainer, step)
+        # The process may have ended between this step and its validation. Not later than here: after the last step
+        # Lightning has nothing to train, and calls no other hook.
+        validates = trainer.limit_val_batches and step % int(trainer.val_check_interval or 1) == 0
+        missing = self._metrics is not None and step not in self._metrics.validated
+        if validates and trainer.strategy.broadcast(missing):
+            run_validation(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._preemption.claim()
-        step = trainer.global_step
-        known = bool(self._metrics and step in self._metrics.validated)
-        if step and self._validates(trainer, step) and not trainer.strategy.broadcast(known):
-            # The process was ended between this step and its validation.
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         module, step = cast(TrainingModule, pl_module), trainer.global_step
-        if self._metrics:
-            self._metrics.append(step, module.last_step)
-        if step % self._every == 0 or step == module.total_steps or module.making_way:
+        if step % self._every == 0 or step == module.total_steps or module.stop:
             self._save(trainer, module)
-        if module.making_way:
-            raise Preempted(f"made way after step {step} of {module.total_steps}", agreed=True)
+        if module.stop:
+            happened = "interrupted" if module.stop is Interrupted else "preempted"
+            reason = f"{happened} after step {step} of {module.total_steps}"
+            raise module.stop(reason, agreed=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = trainer.global_step
-        is_best = False
-        if self._metrics:
-            self._metrics.append(step, {VAL_LOSS: trainer.callback_metrics[VAL_LOSS].item()})
-            is_best = self._metrics.best == step
+        is_best = self._metrics is not None and self._metrics.best == step
         if trainer.strategy.broadcast(is_best):
             self._best = step
             self._save(trainer, cast(TrainingModule, pl_module))
@@ -100,16 +103,15 @@ class Checkpointing(Callback):
     def _save(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
         module, optimizer, scheduler = _parts(trainer, pl_module)
         reshard(module.vlm)
-        step, folder = trainer.global_step, self._folder / CHECKPOINTS
-        content = {"schedule": scheduler_content(scheduler, optimizer), "counts": module.counts}
-        if not (folder / checkpoint_name(step)).is_dir():
+        step = trainer.global_step
+        content = {"schedule": scheduler_content(scheduler, optimizer), "counts": module.counts, **self._about}
+        if not (self._folder / checkpoint_name(step)).is_dir():
             log.info("Saving %s", checkpoint_name(step))
-        save_checkpoint(folder, step, checkpoint_tensors(module.vlm, optimizer), content)
-        if trainer.is_global_zero:
-            prune_checkpoints(folder, self._keep, self._best)
-
-    def _validates(self, trainer: pl.Trainer, step: int) -> bool:
-        return bool(trainer.limit_val_batches) and step % int(trainer.val_check_interval or 1) == 0
+        if self._metrics:
+            self._metrics.sync()
+        save_checkpoint(self._folder, step, checkpoint_tensors(module.vlm, optimizer), content)
+        if self._metrics:
+            prune_checkpoints(self._folder, self._keep, self._best)
 
 
 def _parts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[TrainingModule, Any, Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from prism_deco.errors import UsageError
+from prism_deco.tensors import all_finite
 from prism_deco.training.checkpoints import MODEL, Checkpoint
 from prism_deco.training.shard_blocks import local_piece
 from prism_deco.vlm import VLM
@@ -64,10 +64,16 @@ def restore_tensors(checkpoint: Checkpoint, vlm: VLM, optimizer: Optimizer) -> N
 def _fill(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
     if checkpoint.shapes.get(name) != tuple(tensor.shape):
         found = checkpoint.shapes.get(name, "missing")
-        raise UsageError(f"The checkpoint does not fit the model: {name} is {found}, not {tuple(tensor.shape)}.")
+        raise UsageError(f"{checkpoint.folder} does not fit the model: {name} is {found}, not {tuple(tensor.shape)}.")
     piece = local_piece(tensor)
     if piece.tensor.numel():
-        piece.tensor.copy_(checkpoint.read(name, piece.tensor.shape, piece.offset))
+        stored = checkpoint.read(name, piece.tensor.shape, piece.offset)
+        if not all_finite(stored):
+            raise UsageError(
+                f"{checkpoint.folder}: {name} holds NaN or infinite numbers. Remove this checkpoint's folder: "
+                "training then continues from an earlier one, or from the start."
+            )
+        piece.tensor.copy_(stored)
 
 
 def _optimizer_state(vlm: VLM, optimizer: Optimizer) -> Iterator[tuple[str, str, Tensor]]:
@@ -75,16 +81,6 @@ def _optimizer_state(vlm: VLM, optimizer: Optimizer) -> Iterator[tuple[str, str,
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             yield names[id(parameter)], key, value
-
-
-def fast_forward(trainer: pl.Trainer, step: int) -> None:
-    """Sets Lightning's counters to those after `step` optimizer steps; call it before loaders are built."""
-    loop = trainer.fit_loop.epoch_loop
-    steps, batches = loop.manual_optimization.optim_step_progress.total, loop.batch_progress.total
-    steps.ready = steps.completed = step
-    batches.ready = batches.completed = step
-    batches.started = batches.processed = step  # type: ignore[attr-defined]  # of the subclass that counts batches
-    loop.on_load_checkpoint({"_batches_that_stepped": step})  # the step that loggers show
 
 
 def scheduler_content(scheduler: Any, optimizer: Optimizer) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prism_deco.errors import UsageError
 from prism_deco.exits import CheckpointFailed
-from prism_deco.files import sync_folder, write_json
+from prism_deco.files import inside, sync_folder, verify_sha256, write_json
 from prism_deco.tensors import open_safetensors
 from prism_deco.training.safetensors_writer import write_safetensors
 from prism_deco.training.shard_blocks import piece_of
@@ -36,6 +36,7 @@ MODEL = "model."
 """What the names of the model's tensors begin with; those of the optimizer begin with `optimizer.`"""
 
 _FORMAT = 1
+_WAY_OUT = "Remove this checkpoint's folder: training then continues from an earlier one, or from the start."
 _BUILDING, _REMOVING = ".building-", ".removing-"
 _NAME = re.compile(r"step_(\d{6,})")
 
@@ -79,21 +80,27 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], cont
     """
     final = folder / checkpoint_name(step)
     building = folder / f"{_BUILDING}{final.name}"
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, size = _place()
     if _together((final / INDEX).is_file())[0]:
         return final
-    with _failing_together(final):
+    pieces = {name: piece_of(tensor, rank) for name, tensor in tensors.items()}
+    pieces = {name: piece for name, piece in pieces.items() if piece is not None}
+    needed = sum(_together(sum(piece.tensor.nbytes for piece in pieces.values())))
+    with _failing_together(final, needed):
         if rank == 0:
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir(parents=True)
-    with _failing_together(final, building):
-        pieces = {name: piece for name, tensor in tensors.items() if (piece := piece_of(tensor, rank)) is not None}
+    digest = ""
+    with _failing_together(final, needed, building):
         places = {name: json.dumps([list(p.shape), list(p.offset)]) for name, p in pieces.items()}
-        write_safetensors(building / _file(rank), {n: p.tensor for n, p in pieces.items()}, metadata=places)
-    with _failing_together(final, building):
+        digest = write_safetensors(building / _file(rank), {n: p.tensor for n, p in pieces.items()}, metadata=places)
+    files = [_file(r) for r in range(size)]
+    digests = dict(zip(files, _together(digest), strict=True))
+    with _failing_together(final, needed, building):
         if rank == 0:
-            index = {"format": _FORMAT, "step": step, "files": [_file(r) for r in range(size)], **content}
-            write_json(building / INDEX, index)
+            write_json(
+                building / INDEX, {"format": _FORMAT, "step": step, "files": files, "sha256": digests, **content}
+            )
             sync_folder(building)
             building.rename(final)
             sync_folder(folder)
@@ -107,34 +114,55 @@ class Checkpoint:
         folder: `checkpoints/step_NNNNNN`.
 
     Attributes:
+        folder: the checkpoint's folder.
         step: optimizer steps taken.
         content: what was saved beside the tensors.
         shapes: name of each tensor and its whole shape.
 
     Raises:
-        UsageError: it is no checkpoint, damaged, or one of another version.
+        UsageError: it is not a checkpoint, damaged, or one of another version.
     """
 
     def __init__(self, folder: Path):
         if not (folder / INDEX).is_file():
-            raise UsageError(f"{folder} is no checkpoint: it has no {INDEX}.")
-        way_out = "Remove this checkpoint's folder: an earlier one, or the start, takes its place."
+            raise UsageError(f"{folder} is not a checkpoint (no {INDEX}).")
+        self.folder = folder
         try:
             self.content: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             version, step, files = (self.content[key] for key in ("format", "step", "files"))
         except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{folder / INDEX} is damaged ({type(error).__name__}). {way_out}") from error
+            raise UsageError(f"{folder / INDEX} is damaged ({type(error).__name__}). {_WAY_OUT}") from error
         if version != _FORMAT:
             raise UsageError(f"{folder} has format {version}; this version reads format {_FORMAT}.")
         self.step: int = step
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[_Stored]] = {}
+        self._digests: dict[str, str] = self.content.get("sha256") or {}
         for name in files:
-            file = open_safetensors(folder / name, way_out)
+            file = open_safetensors(inside(folder, name, folder / INDEX), _WAY_OUT)
             for key, place in (file.metadata() or {}).items():
                 shape, offset = json.loads(place)
                 self.shapes[key] = tuple(shape)
                 self._pieces.setdefault(key, []).append(_Stored(file, key, tuple(offset)))
+
+    def verify(self) -> None:
+        """Compares the files with their checksums; every process of the group must call it, each takes its share.
+
+        Raises:
+            UsageError: on every process, if a file was damaged or replaced since it was written.
+        """
+        rank, size = _place()
+        names = sorted(self._digests)[rank::size]
+        problem = None
+        try:
+            verify_sha256(self.folder, {n: self._digests[n] for n in names}, self.folder / INDEX, _WAY_OUT)
+        except UsageError as error:
+            problem = str(error)
+        problems = [problem for problem in _together(problem) if problem]
+        if problems:
+            raise UsageError(problems[0])
+        if not self._digests:
+            log.info("%s was written by an earlier version and has no checksums: it is not verified", self.folder)
 
     def read(self, name: str, shape: Sequence[int] | None = None, offset: Sequence[int] | None = None) -> Tensor:
         """A tensor, or the part of it of that shape that begins at that offset."""
@@ -201,6 +229,11 @@ def _file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
+def _place() -> tuple[int, int]:
+    """This process's number among how many."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def _together(value: Any) -> list[Any]:
     """The values of all processes."""
     if not dist.is_initialized():
@@ -211,8 +244,12 @@ def _together(value: Any) -> list[Any]:
 
 
 @contextmanager
-def _failing_together(final: Path, building: Path | None = None) -> Iterator[None]:
-    """An `OSError` of one process becomes a `CheckpointFailed` of all; it also keeps them in step."""
+def _failing_together(final: Path, needed: int, building: Path | None = None) -> Iterator[None]:
+    """An `OSError` of one process becomes a `CheckpointFailed` of all; it also keeps them in step.
+
+    Args:
+        needed: bytes of the checkpoint.
+    """
     problem = None
     try:
         yield
@@ -224,6 +261,6 @@ def _failing_together(final: Path, building: Path | None = None) -> Iterator[Non
             shutil.rmtree(building, ignore_errors=True)
         last = newest_checkpoint(final.parent)
         raise CheckpointFailed(
-            f"The checkpoint {final} could not be written ({problems[0]}). Make room or mend the folder and run the "
-            f"same command again: training goes on from {last.name if last else 'the start'}."
+            f"{final} could not be written ({problems[0]}); it needs {needed / 1e6:.1f} MB. Free some space or make "
+            f"the folder writable; training continues from {last.name if last else 'the start'}"
         )

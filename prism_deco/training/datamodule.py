@@ -29,28 +29,22 @@ log = logging.getLogger(__name__)
 class Conversations(pl.LightningDataModule):
     """Training and validation loaders whose items are optimizer steps.
 
+    Args:
+        vlm, llm: what prepares images and text; weights are not needed, the meta device will do.
+
     Raises:
-        UsageError: records are malformed, or none is left to train on, or images are missing and
-            `data.on_bad_image` is "fail".
+        UsageError: a record is refused and `data.on_bad_record` is "fail", or none is left to train on.
     """
 
     def __init__(self, source: Source, config: DictConfig, vlm: VLM, llm: LanguageModel):
         super().__init__()
         self._config = config
+        self.benchmarks = source.benchmarks
         parts = open_parts(source, cache_dir(), **record_options(config))
-        self.data_hash = parts.records.data_hash
-        self.train_records, self.val_records = parts.train, parts.val
+        self.data_hash, self.val_hash = parts.records.data_hash, parts.val_records.data_hash
+        self.train_records, self.val_records, self.left_out = parts.train, parts.val, parts.left_out
         self.train_examples = self._examples(self.train_records, source.images(parts.records), vlm, llm)
         self.val_examples = self._examples(self.val_records, source.images(parts.val_records), vlm, llm)
-        self.left_out = parts.left_out
-        if self.left_out:
-            log.info("%d records are left out (data.on_bad_record=skip): %s", len(parts.left_out), parts.left_out[0])
-        if config.data.on_bad_record == "fail":
-            for examples in (self.train_examples, self.val_examples):
-                check_records(examples.records, examples.encoder)
-        if config.data.on_bad_image == "fail":
-            for examples in (self.train_examples, self.val_examples):
-                _check_images(examples)
         self.collate = Collate(
             vlm.projector.num_tokens,
             config.recipe.micro_batch_size,
@@ -58,12 +52,36 @@ class Conversations(pl.LightningDataModule):
             pack=config.recipe.packing,
         )
         self.population = Population(self.train_records.words, self.train_records.has_image)
+        self.available_steps = len(self._sampler())
+
+    def check(self) -> None:
+        """Finds what would stop the run at some step: records that cannot be encoded, images that are missing. Logs
+        what is left out, and where the run is shorter than `recipe.max_steps` asks for.
+
+        Raises:
+            UsageError: the first of them, unless `data.on_bad_record` or `data.on_bad_image` says to go on.
+        """
+        recipe, settings = self._config.recipe, self._config.data
+        if self.left_out:
+            log.info("%d records are left out (data.on_bad_record=skip): %s", len(self.left_out), self.left_out[0])
+        for examples in (self.train_examples, self.val_examples):
+            if settings.on_bad_record == "fail":
+                check_records(examples.records, examples.encoder)
+            if settings.on_bad_image == "fail":
+                _check_images(examples)
+        if recipe.max_steps is not None and recipe.max_steps > self.available_steps:
+            log.warning(
+                "recipe.max_steps=%d is not reached: recipe.epochs=%d over %d records in batches of %d is %d steps. "
+                "Raise recipe.epochs to train longer.",
+                *(recipe.max_steps, recipe.epochs, len(self.train_records), recipe.global_batch_size),
+                self.available_steps,
+            )
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        steps, most = len(self._sampler()), self._config.recipe.max_steps
-        return steps if most is None else min(steps, most)
+        most = self._config.recipe.max_steps
+        return self.available_steps if most is None else min(self.available_steps, most)
 
     def train_dataloader(self) -> DataLoader[Step]:
         trainer = self.trainer
@@ -130,5 +148,5 @@ def _check_images(examples: Examples) -> None:
     if missing:
         raise UsageError(
             f"{len(missing)} of {len(owners)} images are missing under {examples.images}; the first is {missing[0]} "
-            f"(record {owners[missing[0]]}). Mend data.image_root, or go on without them: data.on_bad_image=skip"
+            f"(record {owners[missing[0]]}). Fix data.image_root, or train without them: data.on_bad_image=skip"
         )

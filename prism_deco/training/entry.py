@@ -5,95 +5,61 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import ExitStack, suppress
-from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
-from prism_deco.backbones.weights import ASSET, check_tower_weights
-from prism_deco.build import build_encoder, build_model, group, record_options
-from prism_deco.config import cache_dir, compose, read_config, save_config
+from prism_deco.config import compose, read_config, save_config
 from prism_deco.config.registry import import_plugins
-from prism_deco.data import build_source
-from prism_deco.data.encoder import check_records
-from prism_deco.data.split import open_parts
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
-from prism_deco.exits import Preempted, RankFailed, Stop
-from prism_deco.files import check_writable
-from prism_deco.llms.build import check_llm_weights
-from prism_deco.llms.checkpointing import ACTIVATION_CHECKPOINTING
-from prism_deco.llms.spec import read_spec
-from prism_deco.llms.tuning import tuning
-from prism_deco.plan import AUTO, plan_run, problems
-from prism_deco.plan.accelerators import device_memory
+from prism_deco.exits import CheckpointFailed, DiskFull, Preempted, RankFailed, Stop, as_stop
 from prism_deco.processes import clear_failures, start_ranks
-from prism_deco.training.init_from import check_start, find_start
-from prism_deco.training.module import TrainingModule
+from prism_deco.training.datamodule import Conversations
+from prism_deco.training.preconditions import Scoring, check_all
 from prism_deco.training.preemption import Preemption
-from prism_deco.training.run_dir import Plan, holds_run, lock_run, prepare_run, run_folder
-from prism_deco.training.sharding import Sharding
+from prism_deco.training.run_dir import (
+    CONFIG,
+    RunTarget,
+    full_disk_named,
+    has_finished,
+    lock_run,
+    open_run,
+    run_folder,
+)
 from prism_deco.training.status import THROUGH, read_status, set_status
-from prism_deco.training.trainer import strategy_of, train
+from prism_deco.training.trainer import train
 
 log = logging.getLogger(__name__)
 
 
-class Scoring(Protocol):
-    """What is to be measured of a trained run."""
-
-    def prepare(self, benchmarks: Path | None) -> None:
-        """Looks for what would stop it, before there is a model.
-
-        Args:
-            benchmarks: the folder of the benchmarks that come with the training data, if any do.
-
-        Raises:
-            UsageError: there is something.
-        """
-        ...
-
-    def missing(self, folder: Path) -> Scoring | None:
-        """What of it the run in a folder does not have yet; None where it has all."""
-        ...
-
-    def __call__(self, folder: Path, world: World) -> None:
-        """Measures it; all processes call this."""
-        ...
-
-
-def run(
-    config: DictConfig,
-    scoring: Scoring | None,
-    *,
-    overwrite: bool = False,
-    force: bool = False,
-) -> int:
-    """Trains and scores what the configuration says, or goes on with it where an earlier call has stopped.
+def run(config: DictConfig, scoring: Scoring | None, *, overwrite: bool = False, force: bool = False) -> int:
+    """Trains and scores what the configuration says; continues where an earlier call has stopped.
 
     Args:
-        scoring: what follows training, also of a run that is done, as far as it lacks it; None is nothing.
+        scoring: what follows training; of a complete run, the part that has no results yet. None is nothing.
         overwrite: replace an earlier run in the folder.
-        force: train even what does not fit this machine's memory by its plan.
+        force: with `trainer.activation_checkpointing=auto`, train even if the estimated memory does not suffice.
 
     Returns:
-        The exit code: 0 done, 75 preempted, 76 out of memory, 1 another failure.
+        The exit code: 0 done, 75 preempted, 76 out of memory, 130 interrupted, 1 another failure.
 
     Raises:
         UsageError: wrong input.
     """
-    world = World.of(config.trainer)
+    world, folder = World.of(config.trainer), run_folder(config)
     try:
         if world.starts_ranks:
             # Plain values: the classes of a composed configuration cannot be pickled.
             return start_ranks(_run, (OmegaConf.to_container(config), scoring, overwrite, force), world)
-        return _run(config, scoring, overwrite, force)
-    except Stop as stop:
+        with full_disk_named(folder):
+            return _run(config, scoring, overwrite, force)
+    except (Stop, KeyboardInterrupt) as error:
+        stop = as_stop(error)
+        assert stop is not None
         if isinstance(stop, RankFailed):
-            _record(run_folder(config), stop)
-        sys.stderr.write(f"prism-deco: {stop.state.replace('_', ' ')}: {' '.join(str(stop).split())}\n")
+            _record_failure(config, stop)
+        sys.stderr.write(f"prism-deco: {stop.state.replace('_', ' ')}: {_advised(stop, overwrite)}\n")
         return stop.exit_code
 
 
@@ -103,33 +69,60 @@ def _run(config: Any, scoring: Scoring | None, overwrite: bool, force: bool) -> 
     world, preemption = World.of(config.trainer), Preemption()
     # Until the processes have met, a signal ends them at once: they wait for each other in code that heeds none.
     with world.joined(), preemption.watched(), ExitStack() as held:
-        run_folder(config)
-        world.decide(partial(_check_files, config, overwrite))
-        import_plugins(config.plugins)  # what is planned, and the benchmarks, may be theirs
-        config.trainer.activation_checkpointing = world.decide(lambda: _fit(config, force))
-        world.decide(partial(_prepare_scoring, config, scoring, overwrite))
-        plan = world.decide(lambda: _prepare(config, overwrite, held))
-        if plan.state == "done":
-            scoring = world.decide(partial(_newly_asked, config, plan.folder, scoring))
+        import_plugins(config.plugins)
+        target, data = _prepare(config, scoring, world, held, overwrite=overwrite, force=force)
+        if target.state == "done":
+            scoring = world.decide(lambda: _added(config, target, scoring))
             if scoring is None:
-                log.info("The run in %s is done. Another one: run_id=NAME; in its place: --overwrite", plan.folder)
                 return 0
-            log.info("The run in %s is done but for the scoring that is newly asked for", plan.folder)
-        if plan.state == "train":
-            train(config, plan, world, preemption)
+        if target.state == "train":
+            train(config, data, target, world, preemption)
         if preemption.requested:
-            raise Preempted("made way before the scoring")
+            raise preemption.requested("stopped before scoring")
         if scoring is not None:
-            scoring(plan.folder, world)
+            scoring(target.folder, world)
         if world.is_main:
-            spent = {key: value for key, value in read_status(plan.folder).items() if key != "state"}
-            set_status(plan.folder, "done", **spent)
-        log.info("The run is in %s; watch it with: tensorboard --logdir %s", plan.folder, config.runs_dir)
+            set_status(target.folder, **read_status(target.folder) | {"state": "done"})
+        log.info("Run folder: %s; watch it with: tensorboard --logdir %s", target.folder, config.runs_dir)
         return 0
 
 
-def _record(folder: Path, stop: Stop) -> None:
+def _prepare(
+    config: DictConfig, scoring: Scoring | None, world: World, held: ExitStack, *, overwrite: bool, force: bool
+) -> tuple[RunTarget, Conversations | None]:
+    """Checks the run, then creates or opens its folder: nothing is replaced before all preconditions hold. Rank 0 does
+    it for all, and keeps the data that it has opened."""
+    data: Conversations | None = None
+
+    def prepare() -> tuple[RunTarget, str]:
+        nonlocal data
+        if not has_finished(config, overwrite):
+            data = check_all(config, world, scoring=scoring, force=force)
+        target = open_run(config, held, overwrite=overwrite)
+        clear_failures(target.folder)
+        return target, config.trainer.activation_checkpointing
+
+    target, config.trainer.activation_checkpointing = world.decide(prepare)
+    return target, data
+
+
+def _added(config: DictConfig, target: RunTarget, scoring: Scoring | None) -> Scoring | None:
+    """The scoring that a complete run is asked for and does not have; its `config.yaml` then names it."""
+    missing = scoring.missing(target.folder) if scoring is not None else None
+    if missing is None:
+        ways = "Use run_id=NAME to start another, or --overwrite to replace it."
+        log.info("Run %s is complete. %s", target.folder, ways)
+        return None
+    log.info("Run %s is complete except for the scoring that was added", target.folder)
+    recorded = read_config(target.folder / CONFIG)
+    recorded.evaluate = config.evaluate
+    save_config(recorded, target.folder / CONFIG)
+    return missing
+
+
+def _record_failure(config: DictConfig, stop: Stop) -> None:
     """Writes the status of a run whose processes were killed; those that were left know less about the reason."""
+    folder = run_folder(config)
     if read_status(folder).get("state") in (None, *THROUGH):
         return
     with suppress(UsageError):  # another command is training it by now
@@ -139,119 +132,10 @@ def _record(folder: Path, stop: Stop) -> None:
             lock.close()
 
 
-def check(
-    config: DictConfig,
-    *,
-    scoring: Scoring | None = None,
-    after: DictConfig | None = None,
-    overwrite: bool = False,
-    force: bool = False,
-) -> None:
-    """Looks for what would stop a run, as far as that can be told without its weights and from its data's files alone;
-    trains nothing. Nothing would stop a run that is through.
-
-    Args:
-        scoring: what is to be measured of the run; None is nothing.
-        after: the run that this one starts from, if it is still to be trained.
-        overwrite: an earlier run in the folder is to be replaced.
-        force: do not mind what does not fit this machine's memory.
-
-    Raises:
-        UsageError: the folder holds another run, data are missing, parts do not fit together, or not this machine.
-    """
-    world = World.of(config.trainer)
-    if _is_through(config, overwrite):
-        return
-    _check_files(config, overwrite)
-    if after is not None:
-        check_start(after, config)
-    elif config.recipe.start_from:
-        find_start(Path(config.recipe.start_from), config)
-    vlm, llm = build_model(config, device="meta")
-    tuning(config.recipe.lm).check()
-    TrainingModule(vlm, config.recipe, total_steps=1, nonfinite=config.trainer.nonfinite)
-    strategy_of(config, world)
-    if config.trainer.strategy == "fsdp":
-        Sharding.of(config.trainer, world.size)
-    source = build_source(group(config, "data"))
-    if scoring is not None:
-        scoring.prepare(source.benchmarks)
-    if world.is_main:  # it may index the data
-        parts = open_parts(source, cache_dir(), **record_options(config))
-        if config.data.on_bad_record == "fail":
-            encoder = build_encoder(config, llm, vlm.projector.num_tokens)
-            for records in (parts.train, parts.val):
-                check_records(records, encoder)
-        _fit(config, force)
-        check_weights(config)
-
-
-def check_weights(config: DictConfig) -> None:
-    """`UsageError` if pretrained weights are neither on this machine nor to be had from the hub; downloads nothing."""
-    check_tower_weights(group(config, "backbone"))
-    check_llm_weights(read_spec(group(config, "llm")))
-
-
-def _check_files(config: DictConfig, overwrite: bool) -> None:
-    """Fails before the model and the data are read, not after: on the run's folder, local weights, and plug-ins."""
-    if _is_through(config, overwrite):
-        return
-    check_writable(run_folder(config), "Name another folder with runs_dir.")
-    import_plugins(config.plugins)
-    for name in ("backbone", "llm", "projector"):
-        path = config[name].get("weights") if config[name].get("pretrained", True) else None
-        if path and not path.startswith(ASSET) and not Path(path).expanduser().exists():
-            raise UsageError(f"{name}.weights={path}: there is no such file or folder.")
-
-
-def _is_through(config: DictConfig, overwrite: bool) -> bool:
-    return not overwrite and holds_run(config) and read_status(run_folder(config)).get("state") in THROUGH
-
-
-def _prepare_scoring(config: DictConfig, scoring: Scoring | None, overwrite: bool) -> None:
-    """What is wrong with the benchmarks must not wait for the end of training, nor cost an earlier run its folder."""
-    # The scoring of a run that is through begins at once, and looks for itself.
-    if scoring is not None and not _is_through(config, overwrite):
-        scoring.prepare(build_source(group(config, "data")).benchmarks)
-
-
-def _newly_asked(config: DictConfig, folder: Path, scoring: Scoring | None) -> Scoring | None:
-    """What a run that is done has not been scored on; its `config.yaml` then names it, and keeps how it was trained."""
-    missing = scoring.missing(folder) if scoring is not None else None
-    if missing is not None:
-        recorded = read_config(folder / "config.yaml")
-        recorded.evaluate = config.evaluate
-        save_config(recorded, folder / "config.yaml")
-    return missing
-
-
-def _prepare(config: DictConfig, overwrite: bool, held: ExitStack) -> Plan:
-    folder = run_folder(config)
-    if (folder / "config.yaml").is_file() and (lock := lock_run(folder)):
-        lock.close()
-    plan = prepare_run(config, overwrite=overwrite)
-    if lock := lock_run(plan.folder):
-        held.enter_context(lock)
-    clear_failures(plan.folder)
-    return plan
-
-
-def _fit(config: DictConfig, force: bool) -> str:
-    """How activations are to be kept or recomputed; `UsageError` where the plan says that a run needs more memory than
-    there is, before time is spent."""
-    asked = config.trainer.activation_checkpointing
-    unplanned = ACTIVATION_CHECKPOINTING[-1] if asked == AUTO else asked
-    memory = device_memory() // (1 if torch.cuda.is_available() else max(1, config.trainer.devices))
-    try:
-        run_plan = plan_run(config, memory_bytes=memory)
-    except RuntimeError as error:  # as torch raises where code asks for the values of tensors that have none
-        log.warning("The run's memory could not be planned (%s: %s)", type(error).__name__, error)
-        return unplanned
-    if run_plan.problems:
-        raise UsageError("; ".join(run_plan.problems))
-    if (found := problems(run_plan, memory)) and not force:
-        raise UsageError(f"This run cannot work: {'; '.join(found)}. --force starts it anyway.")
-    chosen = run_plan.needs.setup.checkpointing if run_plan.needs else unplanned
-    if asked == AUTO:
-        log.info("Activations recomputed in the backward pass: %s", chosen)
-    return chosen
+def _advised(stop: Stop, overwrite: bool) -> str:
+    """The reason in one line, with the way to continue where that is all it takes."""
+    reason = " ".join(str(stop).split())
+    if not isinstance(stop, Preempted | CheckpointFailed | DiskFull):
+        return reason
+    command = "the same command without --overwrite" if overwrite else "the same command"
+    return f"{reason}; run {command} to continue"

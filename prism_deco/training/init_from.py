@@ -1,4 +1,5 @@
-"""Starting from an earlier run: the second stage of LLaVA-1.5 takes over the projector of the first."""
+"""Starting from an earlier run: the second stage of LLaVA-1.5 takes over the projector of the first, and a finished
+model is trained further on other data."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ from prism_deco.config import read_config
 from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import weights_record
-from prism_deco.llms.lora import base_name, is_adapter
+from prism_deco.llms.lora import base_name, fill_lora, is_adapter
 from prism_deco.llms.tuning import tuning
-from prism_deco.tensors import open_safetensors
-from prism_deco.training.model_folder import BASE_RECORD, CONFIG, TOWER, TOWER_RECORD, WEIGHTS, load_strict
+from prism_deco.tensors import all_finite, open_safetensors
+from prism_deco.training.model_folder import ADAPTER, BASE_RECORD, CONFIG, TOWER, TOWER_RECORD, WEIGHTS, load_strict
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ FEATURES = ("standardise_features", "token_scale")
 
 
 def start_from(run: Path, config: DictConfig, vlm: VLM, llm: LanguageModel) -> None:
-    """Takes over the projector of a finished run, and whatever of it is random elsewhere (tower, LLM).
+    """Takes over what a finished run has trained (projector, LLM or adapters), and whatever of it is random elsewhere
+    (tower, LLM).
 
     Args:
         run: a run folder, or its `model/`.
@@ -45,20 +47,30 @@ def start_from(run: Path, config: DictConfig, vlm: VLM, llm: LanguageModel) -> N
         vlm: its model, whole and on the CPU; adapters may be there already.
 
     Raises:
-        UsageError: there is no finished run, or it is one of another projector, backbone or LLM.
+        UsageError: there is no finished run, its files are damaged, or it is one of another projector, backbone or LLM.
     """
     folder = find_start(run, config)
+    earlier = tuning(read_config(folder / CONFIG).recipe.lm)
     if config.backbone.pretrained:
         _check("backbone.weights", run, _sha256(folder / TOWER_RECORD), vlm.backbone.sha256())
     else:
         load_strict(vlm.backbone, [folder / TOWER])
-    taken = ["projector.", "feature_"]
-    if config.llm.pretrained:
+    if config.llm.pretrained and not earlier.base:
         _check("llm.weights", run, _sha256(folder / BASE_RECORD), weights_record(llm.spec)["sha256"])
-    else:
-        taken.append("lm.")
-    log.info("Starting from the %s of %s", "projector" if config.llm.pretrained else "projector and LLM", run)
+    taken = {"projector.": "projector", "feature_": "feature statistics"}
+    if takes_llm(folder, config):
+        taken["lm."] = "LLM"
+    log.info(
+        "Starting from the %s of %s", ", ".join([*taken.values(), *(["adapters"] if earlier.adapters else [])]), run
+    )
     _copy(folder / WEIGHTS, vlm, tuple(taken))
+    if earlier.adapters:
+        fill_lora(vlm.lm, folder / ADAPTER)
+
+
+def takes_llm(folder: Path, config: DictConfig) -> bool:
+    """Whether the LLM's own weights come from the model that the run starts from."""
+    return not config.llm.pretrained or tuning(read_config(folder / CONFIG).recipe.lm).base
 
 
 def find_start(run: Path, config: DictConfig) -> Path:
@@ -77,16 +89,20 @@ def find_start(run: Path, config: DictConfig) -> Path:
 def check_start(earlier: DictConfig, config: DictConfig) -> None:
     """`UsageError` if the earlier run, which the configuration starts from, is one of another model, or one whose LLM
     would be lost."""
-    run, way = config.recipe.start_from, tuning(earlier.recipe.lm)
+    run, way, now = config.recipe.start_from, tuning(earlier.recipe.lm), tuning(config.recipe.lm)
     differing = _differing(earlier, config)
     if differing:
         listed = "; ".join(f"{key} is {theirs!r} there and {ours!r} here" for key, theirs, ours in differing[:5])
         raise UsageError(f"recipe.start_from={run} is a run of another model: {listed}. Start from one of the same.")
     if way.adapters:
-        raise UsageError(f"recipe.start_from={run} trains adapters: only a run without them can be started from.")
-    if way.base and config.llm.pretrained:
+        keys = ("lm", "lora_r", "lora_alpha")
+        if any(earlier.recipe[key] != config.recipe[key] for key in keys):
+            same = " ".join(f"recipe.{key}={earlier.recipe[key]}" for key in keys)
+            raise UsageError(f"recipe.start_from={run} trains adapters: only a run with {same} can continue them.")
+    if way.base and config.llm.pretrained and not now.base:
         raise UsageError(
-            f"recipe.start_from={run} trains the whole LLM: start from one that leaves it alone (recipe.lm=frozen)."
+            f"recipe.start_from={run} trains the whole LLM, which a run with recipe.lm={config.recipe.lm} would not "
+            "store: set recipe.lm=full, or start from a run that leaves the LLM alone (recipe.lm=frozen)."
         )
 
 
@@ -130,4 +146,7 @@ def _copy(file: Path, vlm: nn.Module, prefixes: tuple[str, ...]) -> None:
         if wrong:
             raise UsageError(f"{file} does not fit the model: {wrong[0]} ({len(wrong)} in all).")
         for name in names:
-            own[name].copy_(tensors.get_tensor(name))
+            stored = tensors.get_tensor(name)
+            if not all_finite(stored):
+                raise UsageError(f"{file}: {name} holds NaN or infinite numbers. Start from another run.")
+            own[name].copy_(stored)

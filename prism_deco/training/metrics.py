@@ -1,8 +1,9 @@
-"""`metrics.jsonl`: every step's numbers, exact, and never twice."""
+"""`metrics.jsonl`: the numbers of every step, exact."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,18 +16,18 @@ VAL_LOSS = "val/loss"
 
 
 class Metrics:
-    """Appends a line of JSON per step and per validation, under the names that TensorBoard shows.
+    """Appends a line of JSON per step and per validation, and never one twice.
 
     Floats are written so that reading gives the same bits.
 
     Args:
         folder: the run's folder.
-        step: where training goes on: lines of later steps, which will come again, are removed.
+        start: where training continues: lines of later steps, which will come again, are removed.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, start: int):
         self._path = folder / METRICS
-        kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
+        kept = [row for row in read_metrics(folder) if row["step"] <= start] if start else []
         write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self.validated = {row["step"]: row[VAL_LOSS] for row in kept if VAL_LOSS in row}
 
@@ -36,6 +37,11 @@ class Metrics:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if VAL_LOSS in values:
             self.validated[step] = values[VAL_LOSS]
+
+    def sync(self) -> None:
+        """Brings the lines to the disk: a checkpoint must not survive a crash of the machine without them."""
+        with self._path.open("ab") as file:
+            os.fsync(file.fileno())
 
     @property
     def best(self) -> int | None:
@@ -48,6 +54,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     rows = []
     with suppress(FileNotFoundError):
         for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):
+            with suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
     return rows

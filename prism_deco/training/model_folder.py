@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,16 @@ from prism_deco.backbones import build_backbone
 from prism_deco.build import build_model, compose_projector, group, prompt_options
 from prism_deco.config import read_config, save_config
 from prism_deco.config.registry import require_imported
+from prism_deco.config.stored import CONFIG
 from prism_deco.errors import UsageError
-from prism_deco.files import file_sha256
+from prism_deco.files import write_json
 from prism_deco.llms import LanguageModel, build_llm
 from prism_deco.llms.buffers import fill_buffers
 from prism_deco.llms.build import weights_record
-from prism_deco.llms.lora import ADAPTER_WEIGHTS, base_name, is_adapter, load_lora, save_lora
+from prism_deco.llms.lora import base_name, is_adapter, load_lora, save_lora
 from prism_deco.llms.tuning import tuning
-from prism_deco.tensors import open_tensors, tensor_files
+from prism_deco.tensors import all_finite, open_tensors, tensor_files
+from prism_deco.training.checksums import SUMS, verify_model, write_sums
 from prism_deco.training.safetensors_writer import full, write_safetensors
 from prism_deco.vlm import VLM
 
@@ -37,7 +39,6 @@ LLM_RECORD = "llm.json"
 BASE_RECORD = "base.json"
 ADAPTER = "adapter"
 TOKENIZER = "tokenizer"
-CONFIG = "config.yaml"
 
 
 def save_model(
@@ -65,14 +66,17 @@ def save_model(
     if is_main:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / CONFIG)
+        (folder / SUMS).unlink(missing_ok=True)
+    digests = {}
     for name, tensors in parts.items():
-        write_safetensors(folder / name if is_main else None, tensors, read=read)
+        digests[name] = write_safetensors(folder / name if is_main else None, tensors, read=read)
     if is_main:
         describe_parts(folder, config, vlm, llm)
         if is_named:
-            (folder / BASE_RECORD).write_text(json.dumps(weights_record(llm.spec), indent=2) + "\n")
+            write_json(folder / BASE_RECORD, weights_record(llm.spec))
         if adapters:
             save_lora(vlm.lm, folder / ADAPTER, adapters)
+        write_sums(folder, digests)
     else:
         vlm.backbone.sha256()  # gathers what the first process hashes
 
@@ -89,9 +93,9 @@ def describe_parts(folder: Path, config: DictConfig, vlm: VLM, llm: LanguageMode
     architecture = vlm.lm.config.to_diff_dict() | {"vocab_size": llm.embedding_rows}
     # Where and how its weights were stored says nothing about these.
     architecture = {k: v for k, v in architecture.items() if k not in ("_name_or_path", "quantization_config")}
-    (folder / LLM_RECORD).write_text(json.dumps(architecture, indent=2) + "\n")
+    write_json(folder / LLM_RECORD, architecture)
     record = {"name": config.backbone.name, "sha256": vlm.backbone.sha256(), "transform": _transform(vlm)}
-    (folder / TOWER_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    write_json(folder / TOWER_RECORD, record)
 
 
 def load_model(folder: Path) -> tuple[VLM, LanguageModel, DictConfig]:
@@ -101,20 +105,30 @@ def load_model(folder: Path) -> tuple[VLM, LanguageModel, DictConfig]:
     LLM, and the weights are in memory once.
 
     Raises:
-        UsageError: a file is missing, a weight is missing or unexpected, or the backbone's weights
-            are not those the model was trained with.
+        UsageError: a file is missing or damaged, a weight is missing, unexpected or not finite, or the backbone's
+            weights are not those the model was trained with.
     """
+    with ThreadPoolExecutor(1) as pool:
+        verified = pool.submit(verify_model, folder)  # while the weights are read: it takes about as long
+        try:
+            loaded = _load(folder)
+        except UsageError:
+            raise
+        except Exception:
+            verified.result()  # a damaged file explains whatever its reader stumbled over
+            raise
+        verified.result()
+    return loaded
+
+
+def _load(folder: Path) -> tuple[VLM, LanguageModel, DictConfig]:
     config = read_config(folder / CONFIG)
     require_imported(config.plugins, folder / CONFIG)
     weights, tower = tensor_files(folder / WEIGHTS), tensor_files(folder / TOWER)
     for name, found in ((WEIGHTS, weights), (TOWER_RECORD, (folder / TOWER_RECORD).is_file())):
         if not found:
             raise UsageError(f"{folder / name} is missing: the run has not finished, or its folder is incomplete.")
-    bare = config.copy()
-    bare.llm.tokenizer = str(folder / TOKENIZER)
-    if bare.llm.get("architecture") is None and (folder / LLM_RECORD).is_file():
-        OmegaConf.update(bare, "llm.architecture", json.loads((folder / LLM_RECORD).read_text()), force_add=True)
-    bare.recipe.lm = "full"  # its adapters come from their file
+    bare = _architecture_only(folder, config)
     vlm, llm = build_model(bare, device="meta")
     is_named = (folder / BASE_RECORD).is_file()
     if is_named:
@@ -129,6 +143,22 @@ def load_model(folder: Path) -> tuple[VLM, LanguageModel, DictConfig]:
         load_strict(vlm.backbone, tower)
     else:
         vlm.backbone = build_backbone(group(config, "backbone"))
+    _check_backbone(folder, config, vlm)
+    _check_finite(folder, vlm)
+    return vlm.eval(), llm, config
+
+
+def _architecture_only(folder: Path, config: DictConfig) -> DictConfig:
+    """The configuration of the model without its adapters, with tokenizer and architecture as the folder holds them."""
+    bare = config.copy()
+    bare.llm.tokenizer = str(folder / TOKENIZER)
+    bare.recipe.lm = "full"
+    if bare.llm.get("architecture") is None and (folder / LLM_RECORD).is_file():
+        OmegaConf.update(bare, "llm.architecture", json.loads((folder / LLM_RECORD).read_text()), force_add=True)
+    return bare
+
+
+def _check_backbone(folder: Path, config: DictConfig, vlm: VLM) -> None:
     record = json.loads((folder / TOWER_RECORD).read_text())
     if vlm.backbone.sha256() != record["sha256"]:
         raise UsageError(
@@ -140,22 +170,24 @@ def load_model(folder: Path) -> tuple[VLM, LanguageModel, DictConfig]:
             f"{folder}: the model was trained on images prepared by {record['transform']}, this version prepares them "
             f"by {_transform(vlm)}. Use the version that manifest.json or README.md names."
         )
-    return vlm.eval(), llm, config
 
 
-def trained_sha256(folder: Path) -> str:
-    """SHA-256 of the weights that `save_model` wrote; with adapters, of both files' hashes."""
-    hashes = [file_sha256(file) for file in (folder / WEIGHTS, folder / ADAPTER / ADAPTER_WEIGHTS) if file.is_file()]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+def _check_finite(folder: Path, vlm: VLM) -> None:
+    for name, parameter in vlm.named_parameters():
+        if not all_finite(parameter):
+            raise UsageError(
+                f"{folder}: {name} holds NaN or infinite numbers, so that the model can answer nothing. Train it "
+                "again, or export an earlier checkpoint of the run (prism-deco export)."
+            )
 
 
 def _named_base(folder: Path, config: DictConfig) -> PreTrainedModel:
-    """The LLM that the folder names and does not hold."""
+    """The base LLM of an adapter-only folder, checked against its recorded hash."""
     try:
         llm = build_llm(group(config, "llm"), **prompt_options(config))
         found = weights_record(llm.spec)
     except UsageError as error:
-        raise UsageError(f"{folder} holds no language model, it names the one it was trained on: {error}") from error
+        raise UsageError(f"{folder} does not hold its language model, only the name of it: {error}") from error
     wanted = json.loads((folder / BASE_RECORD).read_text())
     if found["sha256"] != wanted["sha256"]:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The LightningModule: optimizer steps over a plain `VLM`, and what TensorBoard shows of them."""
+"""The LightningModule: optimizer steps over a plain `VLM`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pytorch_lightning as pl
 import torch
@@ -17,12 +17,25 @@ from torch.distributed.device_mesh import DeviceMesh
 from prism_deco.config.registry import unknown
 from prism_deco.config.schema import LOSS, NONFINITE
 from prism_deco.data.loader import Step
-from prism_deco.exits import NonFinite
+from prism_deco.exits import Interrupted, NonFinite, Preempted
+from prism_deco.training.lightning_internals import count_skipped_step
 from prism_deco.training.nonfinite import diagnose
 from prism_deco.training.optim import adamw, clip_gradients, grad_norm, parameter_groups, warmup_cosine
 from prism_deco.vlm import VLM, Loss
 
 log = logging.getLogger(__name__)
+
+
+class _Totals(NamedTuple):
+    """Counts of a step; summed over all ranks they are float64[]."""
+
+    targets: Any
+    passes: Any
+    tokens_cut: Any
+    bad_images: Any
+    bad_records: Any
+    preempted: Any
+    interrupted: Any
 
 
 class TrainingModule(pl.LightningModule):
@@ -38,7 +51,13 @@ class TrainingModule(pl.LightningModule):
         seed: seeds dropout, anew in each step, so that a resumed run draws the same.
         nonfinite: stop | skip: what a step does whose loss or gradient is not finite.
         shard: divides the model among the processes of a mesh, once there is one; None leaves it whole.
-        preempted: whether this process was asked to make way; `making_way` is what all agree on.
+        stop_requested: how this process was asked to stop, if it was.
+
+    Attributes:
+        counts: text tokens cut, bad images, bad records and skipped steps so far.
+        stop: how the run has to stop after this step, agreed between all processes; None if it has not.
+        last_step, last_norms: the numbers of the last step.
+        val_loss: of the last validation, in nats per token.
     """
 
     def __init__(
@@ -50,7 +69,7 @@ class TrainingModule(pl.LightningModule):
         seed: int = 0,
         nonfinite: str = "stop",
         shard: Callable[[DeviceMesh], None] | None = None,
-        preempted: Callable[[], bool] = lambda: False,
+        stop_requested: Callable[[], type[Preempted] | None] = lambda: None,
     ):
         super().__init__()
         if recipe.loss not in LOSS:
@@ -63,12 +82,14 @@ class TrainingModule(pl.LightningModule):
         self.recipe = recipe
         self.total_steps = total_steps
         self.counts = {"tokens_cut": 0, "bad_images": 0, "bad_records": 0, "steps_skipped": 0}
-        self.making_way = False
+        self.stop: type[Preempted] | None = None
         self.last_step: dict[str, Any] = {}
+        self.last_norms: dict[str, float] = {}
+        self.val_loss = math.nan
         self._seed = seed
         self._nonfinite = nonfinite
         self._shard = shard
-        self._preempted = preempted
+        self._stop_requested = stop_requested
         self._validation = torch.zeros(2, dtype=torch.float64)
 
     def configure_model(self) -> None:
@@ -91,52 +112,59 @@ class TrainingModule(pl.LightningModule):
         return [optimizer], [warmup_cosine(optimizer, self.total_steps, recipe.warmup_ratio)]
 
     def training_step(self, batch: Step, batch_idx: int) -> None:
-        step = batch
-        optimizer = cast(Any, self.optimizers())
-        scheduler = cast(Any, self.lr_schedulers())
+        optimizer, scheduler = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
         optimizer.zero_grad()
-        passes = sum(micro_batch.num_targets > 0 for micro_batch in step.batches)
-        counts = [step.num_targets, passes, step.tokens_cut, step.bad_images, step.bad_records, self._preempted()]
-        totals = self.all_reduce_sum(torch.tensor(counts, dtype=torch.float64, device=self.device))
-        targets, passes = totals[0].float(), totals[1].float()
-        total = torch.zeros((), device=self.device)
-        self._seed_step()
-        for micro_batch in step.batches:
-            result = self.vlm(micro_batch)
-            loss = self._scaled(result, targets, passes)
-            self.manual_backward(loss)
-            total += loss.detach()
-        # Ranks' scaled losses average to the global one, as their gradients do.
-        total = self.all_reduce_sum(total) / self.trainer.world_size
-        norms = {
-            part: grad_norm(module.parameters())
-            for part, module in (("projector", self.vlm.projector), ("lm", self.vlm.lm))
-        }
+        totals = self._totals(batch)
+        loss = self._accumulate(batch, totals)
         norm = grad_norm(self.vlm.parameters())
-        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        _, _, tokens_cut, bad_images, bad_records, making_way = (int(value) for value in totals.tolist())
-        if math.isfinite(total.item() + norm.item()):
-            # Not before: a norm that is no number would spoil the gradients that were good.
+        self.last_norms = {
+            "train/grad_norm_projector": grad_norm(self.vlm.projector.parameters()).item(),
+            "train/grad_norm_lm": grad_norm(self.vlm.lm.parameters()).item(),
+        }
+        self.last_step = {
+            "train/loss": loss.item(),
+            "train/grad_norm": norm.item(),
+            "train/lr": {group["name"]: group["lr"] for group in optimizer.param_groups},
+            "train/supervised_tokens": int(totals.targets),
+        }
+        if math.isfinite(loss.item() + norm.item()):
+            # Clipped here, not earlier: a norm that is NaN would spoil the gradients that were good.
             clip_gradients(self.vlm.parameters(), self.recipe.grad_clip, norm)
             optimizer.step()
         else:
-            self._handle_nonfinite(step)
+            self._handle_nonfinite(batch)
             optimizer.zero_grad()
-            # Lightning counts steps of the optimizer, and this is one that was left out.
-            self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.increment_ready()
-            self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.increment_completed()
+            count_skipped_step(self.trainer)
         scheduler.step()
-        self.making_way = making_way > 0
-        self.counts["tokens_cut"] += tokens_cut
-        self.counts["bad_images"] += bad_images
-        self.counts["bad_records"] += bad_records
-        self.last_step = {
-            "train/loss": total.item(),
-            "train/grad_norm": norm.item(),
-            "train/lr": rates,
-            "train/supervised_tokens": int(targets),
-        }
-        self._log_step(total, norm, norms, rates)
+        self.counts["tokens_cut"] += int(totals.tokens_cut)
+        self.counts["bad_images"] += int(totals.bad_images)
+        self.counts["bad_records"] += int(totals.bad_records)
+        if totals.preempted:
+            self.stop = Interrupted if totals.interrupted else Preempted
+
+    def _totals(self, step: Step) -> _Totals:
+        asked = self._stop_requested()
+        counts = _Totals(
+            targets=step.num_targets,
+            passes=sum(micro_batch.num_targets > 0 for micro_batch in step.batches),
+            tokens_cut=step.tokens_cut,
+            bad_images=step.bad_images,
+            bad_records=step.bad_records,
+            preempted=asked is not None,
+            interrupted=asked is Interrupted,
+        )
+        return _Totals(*self.all_reduce_sum(torch.tensor(counts, dtype=torch.float64, device=self.device)))
+
+    def _accumulate(self, step: Step, totals: _Totals) -> Tensor:
+        """Runs the forward and backward passes; returns the loss of the step over all ranks, float[]."""
+        total = torch.zeros((), device=self.device)
+        self._seed_step()
+        for micro_batch in step.batches:
+            loss = self._scaled(self.vlm(micro_batch), totals.targets.float(), totals.passes.float())
+            self.manual_backward(loss)
+            total += loss.detach()
+        # Ranks' scaled losses average to the global one, as their gradients do.
+        return self.all_reduce_sum(total) / self.trainer.world_size
 
     def _seed_step(self) -> None:
         """Dropout is a function of seed, step and rank: a checkpoint needs no state of generators."""
@@ -145,13 +173,14 @@ class TrainingModule(pl.LightningModule):
 
     def _handle_nonfinite(self, step: Step) -> None:
         self._seed_step()
-        message = (
-            f"step {self.trainer.global_step + 1}: loss or gradient not finite: {diagnose(self.vlm, step.batches)}"
-        )
+        number = self.trainer.global_step + 1
+        message = f"step {number}: loss or gradient not finite: {diagnose(self.vlm, step.batches)}"
         if self._nonfinite == "stop":
-            raise NonFinite(f"{message}. Lower recipe.lr or mend the records; trainer.nonfinite=skip leaves it out.")
+            raise NonFinite(
+                f"{message}. Lower recipe.lr, fix the records, or set trainer.nonfinite=skip to skip such steps."
+            )
         self.counts["steps_skipped"] += 1
-        log.warning("Left out %s", message)
+        log.warning("Skipped %s", message)
 
     def _scaled(self, loss: Loss, targets: Tensor, passes: Tensor) -> Tensor:
         """This pass's share of the step's loss. Gradients are averaged over ranks afterwards.
@@ -169,17 +198,6 @@ class TrainingModule(pl.LightningModule):
         """The sum of a tensor over all ranks."""
         return cast(Tensor, self.trainer.strategy.reduce(value, reduce_op="sum"))
 
-    def _log_step(self, loss: Tensor, norm: Tensor, norms: dict[str, Tensor], rates: dict[str, float]) -> None:
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/grad_norm", norm)
-        for part, value in norms.items():
-            self.log(f"train/grad_norm_{part}", value)
-        for name in {name.partition("/")[0] for name in rates}:
-            rate = next(value for group, value in rates.items() if group.startswith(f"{name}/"))
-            self.log(f"train/lr_{name}", rate)
-        self.log("data/bad_images", float(self.counts["bad_images"]))
-        self.log("data/text_tokens_cut", float(self.counts["tokens_cut"]))
-
     def on_validation_epoch_start(self) -> None:
         self._validation = torch.zeros(2, dtype=torch.float64, device=self.device)
 
@@ -189,6 +207,6 @@ class TrainingModule(pl.LightningModule):
             self._validation += torch.stack([loss.total.double(), loss.count.double()])
 
     def on_validation_epoch_end(self) -> None:
-        # Every rank logs, also one that held fillers only: the mean is over the tokens of all ranks.
+        # Every rank takes part, also one that held fillers only: the mean is over the tokens of all ranks.
         total, count = self.all_reduce_sum(self._validation)
-        self.log("val/loss", (total / count.clamp(min=1)).float(), prog_bar=True)
+        self.val_loss = (total / count.clamp(min=1)).float().item()

@@ -1,10 +1,9 @@
-"""How fast a run is, what it waits for and what it takes, in TensorBoard; and its choices beside its final loss."""
+"""How fast a run is, what it waits for and how much memory it takes."""
 
 from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
 from time import perf_counter
 from typing import Any, cast
 
@@ -18,29 +17,30 @@ from prism_deco.data.loader import Step
 from prism_deco.plan.accelerators import GIB, peak_flops
 from prism_deco.plan.flops import TrainingFlops
 from prism_deco.sequence import Batch
+from prism_deco.training.board import Board
 
 
 class SpeedMonitor(Callback):
-    """Logs, every `log_every` optimizer steps, means since the last time over all devices:
+    """Plots, every `log_every` optimizer steps, means since the last time over all devices:
 
-    - `speed/samples_per_s`, `speed/tokens_per_s` (positions of the LLM without padding) and
-      `speed/supervised_tokens_per_s`;
-    - `speed/mfu`: share of the devices' peak that the model's arithmetic reaches, on devices of a known peak;
-    - `speed/data_wait`: share of the time in which a step waited for the loader;
-    - `memory/gib`: the most since the start, of tensors on a GPU, else of the process; of the first device.
+    - `train/samples_per_s`, `train/tokens_per_s` (positions of the LLM without padding) and
+      `train/supervised_tokens_per_s`;
+    - `train/mfu`: fraction of the devices' peak that the model's arithmetic reaches, on devices of a known peak;
+    - `train/data_wait`: fraction of the time in which a step waited for the loader;
+    - `train/memory_gib`: peak since the start, of tensors on a GPU, else of the process; of the first device.
 
-    Validation counts for none of them. When training ends, the choices are logged with the last `val/loss`.
+    Validation counts for none of them.
 
     Args:
         flops: costs of the model (`plan.flops.training_flops`); None leaves the utilisation out.
         log_every: optimizer steps.
-        choices: what TensorBoard's HPARAMS tab compares runs by, see `choices_of`.
+        board: where they are plotted; None in all processes but the first.
     """
 
-    def __init__(self, flops: TrainingFlops | None, log_every: int, choices: Mapping[str, Any]):
+    def __init__(self, flops: TrainingFlops | None, log_every: int, board: Board | None):
         self._flops = flops
         self._log_every = log_every
-        self._choices = dict(choices)
+        self._board = board
         self._start = self._last_end = self._paused = 0.0
         self._waited = 0.0
         self._counts: Tensor | None = None
@@ -71,11 +71,6 @@ class SpeedMonitor(Callback):
         self._start += pause
         self._last_end += pause
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        loss = trainer.callback_metrics.get("val/loss")
-        if loss is not None and trainer.logger is not None:
-            trainer.logger.log_hyperparams(self._choices, {"val/loss": float(loss)})  # type: ignore[call-arg]
-
     def _restart(self) -> None:
         self._start = self._last_end = perf_counter()
         self._waited, self._counts = 0.0, None
@@ -86,18 +81,18 @@ class SpeedMonitor(Callback):
         total = cast(Tensor, trainer.strategy.reduce(self._counts, reduce_op="sum"))
         records, images, positions, pairs, targets = total.tolist()
         values = {
-            "speed/samples_per_s": records / seconds,
-            "speed/tokens_per_s": positions / seconds,
-            "speed/supervised_tokens_per_s": targets / seconds,
-            "speed/data_wait": self._waited / seconds,
-            "memory/gib": _memory(device) / GIB,
+            "train/samples_per_s": records / seconds,
+            "train/tokens_per_s": positions / seconds,
+            "train/supervised_tokens_per_s": targets / seconds,
+            "train/data_wait": self._waited / seconds,
+            "train/memory_gib": _memory(device) / GIB,
         }
         peak = peak_flops(device)
         if peak is not None and self._flops is not None:
             done = self._flops.step(images=images, positions=positions, pairs=pairs, targets=targets)
-            values["speed/mfu"] = done / (seconds * peak * trainer.world_size)
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+            values["train/mfu"] = done / (seconds * peak * trainer.world_size)
+        if self._board:
+            self._board.scalars(values, trainer.global_step)
 
 
 def choices_of(config: DictConfig) -> dict[str, Any]:

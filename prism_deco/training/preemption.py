@@ -1,4 +1,4 @@
-"""Making way: signals of a scheduler, read by all processes at the same step."""
+"""Signals that ask a run to stop, read by all processes at the same step; requeueing under SLURM."""
 
 from __future__ import annotations
 
@@ -11,25 +11,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from prism_deco.exits import SIGNALS, Preempted, take_over
+from prism_deco.exits import SIGNALS, Interrupted, Preempted, take_over
+from prism_deco.training.status import slurm_job
 
 log = logging.getLogger(__name__)
 
 
 class Preemption:
-    """Whether this process was asked to make way.
+    """Whether this process was asked to stop.
 
     Signals reach the processes of a run at different moments, and saving takes all of them: within `at_boundaries`
     the handler only sets a flag, which the processes compare once per step. Elsewhere nothing is under way that a
-    later start could not repeat, and the handler raises `Preempted`.
+    later start could not repeat, and the handler raises `Preempted` or `Interrupted`. A second Ctrl-C ends the
+    process at once.
 
     Attributes:
-        requested: a signal has come.
+        requested: how it was asked; None if it was not.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested: type[Preempted] | None = None
         self._waits = False
+        self._pid = os.getpid()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -37,7 +40,7 @@ class Preemption:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = take_over(SIGNALS, self._handle)
+        before = take_over((signal.SIGINT, *SIGNALS), self._handle)
         try:
             yield
         finally:
@@ -59,24 +62,29 @@ class Preemption:
             take_over(SIGNALS, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again = self.requested
-        self.requested = True
-        if not again:
-            log.warning("Received %s: making way", signal.Signals(number).name)
-        if not self._waits and not again:
-            raise Preempted(f"received {signal.Signals(number).name}")
+        if os.getpid() != self._pid:
+            return  # a forked loader process: a terminal's Ctrl-C reaches it as well
+        if self.requested:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.requested = Interrupted if number == signal.SIGINT else Preempted
+        name = signal.Signals(number).name
+        if not self._waits:
+            raise self.requested(f"received {name}")
+        again = ", press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+        log.warning("Received %s: saving after this step%s", name, again)
 
 
 def requeue() -> None:
-    """Asks SLURM to queue this job again; says so where that does not work."""
-    job = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if job else os.environ.get("SLURM_JOB_ID")
+    """Asks SLURM to queue this job again; logs where that does not work."""
+    job = slurm_job()
     if job is None:
-        log.warning("trainer.requeue=true, but this is no SLURM job: nothing is queued again")
+        log.warning("trainer.requeue=true has no effect: this is not a SLURM job")
         return
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
-        log.error("scontrol requeue %s failed (%s): queue the job again by hand", job, error)
+        log.error("scontrol requeue %s failed (%s): requeue the job by hand", job, error)
     else:
-        log.info("SLURM queues job %s again", job)
+        log.info("Requeued SLURM job %s", job)

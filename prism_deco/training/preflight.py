@@ -1,15 +1,18 @@
 """What would spoil a run without ending it, looked for before time is spent.
 
-Labels that miss the answers, a projector that no gradient reaches, images that the model ignores and weights that do
-not come back from disk all leave a loss that falls. Each is seen on a few records within seconds.
+Labels that miss the answers, a projector that no gradient reaches, images that the model ignores and weights that are
+not restored from disk all leave a loss that falls. Each shows on a few records within seconds.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -21,12 +24,16 @@ from torch import Tensor
 
 from prism_deco.data.examples import Example
 from prism_deco.data.records import Record
+from prism_deco.errors import UsageError
 from prism_deco.llms import Encoded, LanguageModel
 from prism_deco.llms.encoding import IGNORE
+from prism_deco.llms.lora import is_adapter
 from prism_deco.llms.prompts import IMAGE_TAG
 from prism_deco.llms.tuning import tuning
+from prism_deco.sequence import Batch
 from prism_deco.training.datamodule import Conversations
-from prism_deco.training.preflight_checks import Checks, failed, modes_kept
+from prism_deco.training.model_folder import adapter_dtype, load_model, save_model
+from prism_deco.training.optim import adamw, clip_gradients, grad_norm, parameter_groups
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -34,31 +41,32 @@ log = logging.getLogger(__name__)
 RECORDS = 8
 SHOWN = 3
 """Records whose supervised text is logged."""
+STEPS = 10
 
 
 def preflight(
     config: DictConfig, folder: Path, vlm: VLM, llm: LanguageModel, data: Conversations, device: torch.device
 ) -> None:
-    """Checks labels, gradients, learning, the use of images, and saving; the model is afterwards what it was.
+    """Checks labels, gradients, learning, the use of images, and saving; leaves the model unchanged.
 
     1. The supervised tokens of each record decode to text of its answers.
     2. The first gradient of the projector and of the LLM, where they are trained, is finite and not zero.
     3. Ten steps of AdamW at the recipe's learning rates lower the loss of eight records.
-    4. With the images of other records the loss is another one. That it is higher holds once a model has learned to
-       look; few steps from random weights may not get there, so that a lower one is a warning.
+    4. With the images of other records the loss is another one. A model that has learned to look has a higher one;
+       few steps from random weights may not get there, so a lower one is a warning.
     5. The model, with what these steps taught it, gives the same logits after saving and loading.
 
     Sharded training has the whole model on no device: there, only the labels are checked. Four-bit weights are
-    loaded as what they were quantised from, and leave out the last check.
+    loaded as what they were quantised from, so they skip the last check.
 
     Args:
         config: of the run.
         folder: of the run; what is saved goes there for a moment.
         vlm: on the CPU; only a model with four-bit weights stays on the device.
-        device: where the run trains. It needs the memory of training, and no more.
+        device: where the run trains. Takes the memory of training, and no more.
 
     Raises:
-        UsageError: a check failed; it is named, with what was found.
+        UsageError: a check failed; names it, and what was found.
     """
     started = time.monotonic()
     with isolate_rng(include_cuda=device.type == "cuda"):
@@ -67,7 +75,7 @@ def preflight(
             log.info("Preflight: labels are right; no device holds the whole of a sharded model for the other checks")
             return
         with _unchanged(vlm):
-            checks = Checks(config, vlm.to(device), data, examples, device)
+            checks = _Checks(config, vlm.to(device), data, examples, device)
             checks.learning()
             if not config.recipe.blind:
                 checks.images()
@@ -77,6 +85,10 @@ def preflight(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     log.info("Preflight passed in %.1f s", time.monotonic() - started)
+
+
+def _failed(check: str, found: str) -> UsageError:
+    return UsageError(f"Preflight, {check}: {found}. trainer.preflight=false trains anyway.")
 
 
 def _checked_examples(data: Conversations, llm: LanguageModel) -> list[Example]:
@@ -92,9 +104,9 @@ def _checked_examples(data: Conversations, llm: LanguageModel) -> list[Example]:
         text = _check_labels(example.encoded, record, llm)
         examples.append(example)
         if len(examples) <= SHOWN:
-            log.info("Preflight: record %s teaches %r", record.id, text)
+            log.info("Preflight: record %s is supervised on %r", record.id, text)
     if not examples:
-        raise failed("labels", f"none of {len(indices)} records has images that can be read")
+        raise _failed("labels", f"none of {len(indices)} records has images that can be read")
     return examples
 
 
@@ -107,14 +119,14 @@ def _check_labels(encoded: Encoded, record: Record, llm: LanguageModel) -> list[
     runs = groupby(encoded.labels, key=lambda label: label != IGNORE)
     learned = [decode(list(run)) for supervised, run in runs if supervised]
     if not learned:
-        raise failed("labels", f"record {record.id} has no supervised token")
-    # Through the tokenizer, too: it may change letters (normalisation, unknown ones).
+        raise _failed("labels", f"record {record.id} has no supervised token")
     answers = [m["content"].replace(IMAGE_TAG, "") for m in record.messages if m["role"] == "assistant"]
+    # Compared as the tokenizer renders them: it may change letters (normalisation, unknown ones).
     known = "".join(_bare(decode(llm.tokenizer(a, add_special_tokens=False)["input_ids"])) for a in answers)
     for text in learned:
         # A cut may go through a character of several tokens.
         if _bare(text).rstrip("\ufffd") not in known:
-            raise failed("labels", f"record {record.id} would teach {text!r}, its answers are {answers}")
+            raise _failed("labels", f"record {record.id} would be supervised on {text!r}, its answers are {answers}")
     return learned
 
 
@@ -124,14 +136,14 @@ def _bare(text: str) -> str:
 
 @contextmanager
 def _unchanged(vlm: VLM) -> Iterator[None]:
-    """Gives trained weights and buffers their values back, which wait on the CPU, and modules their modes."""
+    """Restores trained weights and buffers, copies of which wait on the CPU, and the modes of modules."""
 
     def changing() -> list[Tensor]:
         return [*(p for p in vlm.parameters() if p.requires_grad), *vlm.buffers()]
 
     saved = [tensor.detach().to("cpu", copy=True) for tensor in changing()]
     try:
-        with modes_kept(vlm):
+        with _modes_kept(vlm):
             yield
     finally:
         vlm.zero_grad(set_to_none=True)
@@ -139,3 +151,121 @@ def _unchanged(vlm: VLM) -> Iterator[None]:
             # Moving a model replaces its buffers: these are others than before.
             for tensor, value in zip(changing(), saved, strict=True):
                 tensor.copy_(value)
+
+
+@contextmanager
+def _modes_kept(vlm: VLM) -> Iterator[None]:
+    modes = [(module, module.training) for module in vlm.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@dataclass(frozen=True)
+class _Checks:
+    """The checks that run the model, which is on `device`."""
+
+    config: DictConfig
+    vlm: VLM
+    data: Conversations
+    examples: list[Example]
+    device: torch.device
+
+    def learning(self) -> None:
+        """Gradients, and a loss that falls."""
+        recipe, vlm, batches = self.config.recipe, self.vlm, self.data.collate(self.examples).batches
+        groups = parameter_groups(
+            vlm.projector, vlm.lm, lr=recipe.lr, projector_lr=recipe.projector_lr, weight_decay=recipe.weight_decay
+        )
+        optimizer = adamw(groups, recipe)
+        targets = sum(batch.num_targets for batch in batches)
+        before = sum(self._losses(batches)) / targets
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            for batch in batches:
+                with self._precision():
+                    loss = vlm(batch.to(self.device)).total / targets
+                if loss.requires_grad:
+                    loss.backward()
+            if step == 0:
+                self._check_gradients()
+            clip_gradients(vlm.parameters(), recipe.grad_clip, grad_norm(vlm.parameters()))
+            optimizer.step()
+        after = sum(self._losses(batches)) / targets
+        found = f"{STEPS} steps at recipe.lr={recipe.lr} take the loss of {len(self.examples)} records"
+        if not after < before:
+            raise _failed("learning", f"{found} from {before:.6g} to {after:.6g}, not down")
+        log.info("Preflight: %s from %.4f to %.4f", found, before, after)
+
+    def _check_gradients(self) -> None:
+        # Norms of whole parts: a parameter may rightly have none at first (a LoRA factor behind one of zeros).
+        parts = {"LLM": self.vlm.lm}
+        if not self.config.recipe.blind and any(example.pixels for example in self.examples):
+            parts = {"projector": self.vlm.projector} | parts
+        for name, part in parts.items():
+            norm = float(grad_norm(part.parameters()))
+            if any(p.requires_grad for p in part.parameters()) and not (math.isfinite(norm) and norm > 0):
+                raise _failed("gradient", f"the norm of the {name}'s first gradient is {norm}; it must be above 0")
+
+    def images(self) -> None:
+        """Another loss with images that belong to other records."""
+        pixels = [image for example in self.examples for image in example.pixels]
+        half = len(pixels) // 2
+        others = pixels[half:] + pixels[:half]
+        if all(_same_image(own, other) for own, other in zip(pixels, others, strict=True)):
+            log.info("Preflight: the records have no two different images to swap")
+            return
+        turn = iter(others)
+        swapped = [replace(example, pixels=[next(turn) for _ in example.pixels]) for example in self.examples]
+        own = self._losses(self.data.collate(self.examples).batches)
+        other = self._losses(self.data.collate(swapped).batches)
+        if own == other:
+            found = "the loss stays the same to the last bit when images change places: the model ignores them"
+            raise _failed("images", f"{found} (if that is intended: recipe.blind=true)")
+        ratio = sum(other) / sum(own)
+        level = logging.INFO if ratio > 1 else logging.WARNING
+        found = "the loss with the images of other records is %.4g times as high"
+        log.log(level, f"Preflight: after %d steps {found}", STEPS, ratio)
+
+    def saving(self, folder: Path, llm: LanguageModel) -> None:
+        """Equal logits of a saved and loaded model, on the CPU: equal weights give equal bits there."""
+        with torch.no_grad():
+            for name, parameter in self.vlm.named_parameters():
+                if is_adapter(name):
+                    parameter.copy_(parameter.to(adapter_dtype(self.config)))
+        batch = self.data.collate.batch(sorted(self.examples, key=lambda e: len(e.encoded.input_ids))[:2])
+        try:
+            save_model(folder, self.config, self.vlm, llm)
+            expected, found = _logits(self.vlm, batch), _logits(load_model(folder)[0], batch)
+        except UsageError as error:
+            raise _failed("saving", f"what was saved cannot be loaded: {error}") from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        difference, largest = float((expected - found).abs().max()), float(expected.abs().max())
+        # Libraries may round differently where memory is aligned differently; other weights differ by more.
+        if not difference <= largest * math.sqrt(torch.finfo(expected.dtype).eps):
+            raise _failed("saving", f"logits of up to {largest:.3g} differ by {difference:.3g} once loaded")
+        log.info("Preflight: logits differ by %.3g after saving and loading", difference)
+
+    @torch.no_grad()
+    def _losses(self, batches: Sequence[Batch]) -> list[float]:
+        """The summed loss of each batch, without dropout."""
+        with _modes_kept(self.vlm), self._precision():
+            self.vlm.eval()
+            return [float(self.vlm(batch.to(self.device)).total) for batch in batches]
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.trainer.precision == "bf16-mixed")
+
+
+def _same_image(own: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(own[tower], other[tower]) for tower in own)
+
+
+@torch.no_grad()
+def _logits(vlm: VLM, batch: Batch) -> Tensor:
+    """float[B, L, V], without dropout."""
+    vlm.eval()
+    return vlm.logits(vlm.hidden_states(batch))

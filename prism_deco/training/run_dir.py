@@ -1,21 +1,26 @@
-"""The run's folder: whether a command line starts a run, goes on with one, or finds it done."""
+"""The run's folder: whether a command line starts a run, continues one, or finds it complete."""
 
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from prism_deco.config import default_run_id, is_free, read_config, save_config
+from prism_deco.config import cache_dir, default_run_id, flat, is_free, read_config, save_config
+from prism_deco.config.stored import CONFIG
 from prism_deco.errors import UsageError
+from prism_deco.exits import DiskFull, is_disk_full
+from prism_deco.files import remove_unfinished
 from prism_deco.training.checkpoints import CHECKPOINTS, newest_checkpoint, remove_leftovers
-from prism_deco.training.status import THROUGH, read_status
+from prism_deco.training.status import THROUGH, is_requeued, read_status
 
 log = logging.getLogger(__name__)
 
@@ -26,13 +31,13 @@ _LOCK = ".lock"
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunTarget:
     """What a command line amounts to.
 
     Attributes:
         folder: the run's folder.
         state: train, or one of `THROUGH`.
-        checkpoint: where training goes on; None is its start.
+        checkpoint: where training continues; None is its start.
     """
 
     folder: Path
@@ -46,25 +51,45 @@ def run_folder(config: DictConfig) -> Path:
     return Path(config.runs_dir) / config.run_id
 
 
-def prepare_run(config: DictConfig, *, overwrite: bool = False) -> Plan:
-    """Creates the run's folder with its `config.yaml`, or finds where the run in it stands.
+def replaces(config: DictConfig, overwrite: bool) -> bool:
+    """Whether `--overwrite` removes what is in the folder. It is meant for what was there before the job."""
+    return overwrite and not is_requeued(run_folder(config))
+
+
+def has_finished(config: DictConfig, overwrite: bool) -> bool:
+    """Whether the folder holds this run, and its training has finished.
 
     Raises:
-        UsageError: the folder holds a run of another configuration, or something else.
+        UsageError: see `holds_run`.
+    """
+    if replaces(config, overwrite):
+        return False
+    return holds_run(config) and read_status(run_folder(config)).get("state") in THROUGH
+
+
+def open_run(config: DictConfig, held: ExitStack, *, overwrite: bool = False) -> RunTarget:
+    """Creates the run's folder with its `config.yaml`, or finds where the run in it stands; locks it.
+
+    Args:
+        held: holds the lock.
+
+    Raises:
+        UsageError: the folder holds a run of another configuration, or something else, or another process trains it.
     """
     folder = run_folder(config)
-    if folder.exists() and overwrite:
-        log.warning("Removing the earlier run in %s", folder)
-        shutil.rmtree(folder)
-    if holds_run(config):
-        plan = _found(config, folder)
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        plan = Plan(folder)
-    if plan.state != "done":
-        save_config(config, folder / "config.yaml")
-        remove_leftovers(folder / CHECKPOINTS)
-    return plan
+    if _is_run(folder) and replaces(config, overwrite):
+        with ExitStack() as removing:
+            _hold(folder, removing)
+            _remove(folder)
+    is_known = holds_run(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    _hold(folder, held)
+    remove_unfinished(folder)
+    remove_leftovers(folder / CHECKPOINTS)
+    target = _found(config, folder) if is_known else RunTarget(folder)
+    if target.state != "done":
+        save_config(config, folder / CONFIG)
+    return target
 
 
 def holds_run(config: DictConfig) -> bool:
@@ -74,50 +99,49 @@ def holds_run(config: DictConfig) -> bool:
         UsageError: it holds a run of another configuration, or something else.
     """
     folder = run_folder(config)
-    if not folder.exists() or not any(folder.iterdir()):
+    if not _is_run(folder):
         return False
-    if not (folder / "config.yaml").is_file():
-        raise UsageError(f"{folder} exists and is no run (it has no config.yaml). Choose another run_id=NAME.")
-    earlier, now = flat(read_config(folder / "config.yaml")), flat(config)
-    differing = [key for key in sorted(earlier | now) if earlier.get(key) != now.get(key) and not is_free(key)]
+    differing = _differing(config, folder)
     if differing:
-        listed = "; ".join(f"{key} was {earlier.get(key)!r} and is {now.get(key)!r}" for key in differing[:5])
+        listed = "; ".join(f"{key} was {was!r} and is {now!r}" for key, was, now in differing[:5])
+        more = " ..." if len(differing) > 5 else ""
         raise UsageError(
-            f"{folder} already holds a run of another configuration: {listed}{' ...' * (len(differing) > 5)}. "
+            f"{folder} already holds a run of another configuration: {listed}{more}. "
             "Name this one run_id=NAME, or replace the earlier one with --overwrite."
         )
     return True
 
 
-def _found(config: DictConfig, folder: Path) -> Plan:
-    state = read_status(folder).get("state")
-    if state in THROUGH:
-        return Plan(folder, state)
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """`DiskFull` names the folder, and how much room a run needs, where a write finds none."""
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise _disk_full(folder, error) from error
+
+
+def _disk_full(folder: Path, error: Exception) -> DiskFull:
+    # A write that fails does not say where: the cache may lie on another disk.
+    place = min((folder, cache_dir()), key=_free_bytes)
+    reason = f"{place}: {os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error}"
     checkpoint = newest_checkpoint(folder / CHECKPOINTS)
-    if checkpoint and config.recipe.loss == "micro_batch_mean":
-        earlier, now = flat(read_config(folder / "config.yaml")), flat(config)
-        changed = [f"{key} was {earlier.get(key)} and is {now[key]}" for key in _CUT if earlier.get(key) != now[key]]
-        if changed:
-            log.warning("%s: the loss, a mean over micro-batches, is another from here on", ", ".join(changed))
-    where = checkpoint.name if checkpoint else "its start: it has no checkpoint yet"
-    log.info("%s holds this run, unfinished; training goes on from %s", folder, where)
-    return Plan(folder, checkpoint=checkpoint)
+    need = "some space"
+    if checkpoint:
+        need = f"{sum(path.stat().st_size for path in checkpoint.iterdir()) / 1e6:.1f} MB for the next checkpoint"
+    return DiskFull(f"{reason} ({_free_bytes(place) / 1e6:.1f} MB free). Free {need}")
 
 
-def flat(config: DictConfig) -> dict[str, Any]:
-    """The configuration as `group.key` -> value; lists stay whole."""
-
-    def walk(content: Any, prefix: str) -> dict[str, Any]:
-        if not isinstance(content, dict) or not content:
-            return {prefix: content}
-        return {k: v for key, value in content.items() for k, v in walk(value, f"{prefix}.{key}").items()}
-
-    content = json.loads(json.dumps(OmegaConf.to_container(config, resolve=True)))
-    return {k: v for key, value in content.items() for k, v in walk(value, str(key)).items()}
+def _free_bytes(folder: Path) -> int:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def lock_run(folder: Path) -> TextIO | None:
-    """Keeps other processes from training the same run for as long as the result stays open.
+    """Keeps other processes from training the same run for as long as the result stays open; None on a file system
+    without locks.
 
     Raises:
         UsageError: another process trains it.
@@ -130,6 +154,52 @@ def lock_run(folder: Path) -> TextIO | None:
         file.close()
         raise UsageError(f"{folder} is being trained by another process. Wait for it, or use run_id=NAME.") from error
     except OSError:
-        file.close()  # a file system without locks
+        file.close()
         return None
     return file
+
+
+def _hold(folder: Path, held: ExitStack) -> None:
+    if lock := lock_run(folder):
+        held.enter_context(lock)
+
+
+def _is_run(folder: Path) -> bool:
+    # A start that was killed, or found the disk full, leaves hidden files: the lock, a file not written whole.
+    if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
+        return False
+    if not (folder / CONFIG).is_file():
+        raise UsageError(f"{folder} exists but is not a run folder (no {CONFIG}). Choose another run_id=NAME.")
+    return True
+
+
+def _remove(folder: Path) -> None:
+    """Removes a run so that a kill on the way leaves nothing that looks like one."""
+    log.warning("Removing the earlier run in %s", folder)
+    removing = folder.parent / f".removing-{folder.name}"
+    shutil.rmtree(removing, ignore_errors=True)
+    folder.rename(removing)
+    (removing / CONFIG).unlink()
+    shutil.rmtree(removing)
+
+
+def _differing(config: DictConfig, folder: Path) -> list[tuple[str, Any, Any]]:
+    """(key, earlier value, value now) of what may not change when a run continues."""
+    earlier, now = flat(read_config(folder / CONFIG)), flat(config)
+    keys = [key for key in sorted(earlier | now) if not is_free(key)]
+    return [(key, earlier.get(key), now.get(key)) for key in keys if earlier.get(key) != now.get(key)]
+
+
+def _found(config: DictConfig, folder: Path) -> RunTarget:
+    state = read_status(folder).get("state")
+    if state in THROUGH:
+        return RunTarget(folder, state)
+    checkpoint = newest_checkpoint(folder / CHECKPOINTS)
+    if checkpoint and config.recipe.loss == "micro_batch_mean":
+        earlier, now = flat(read_config(folder / CONFIG)), flat(config)
+        changed = [f"{key} was {earlier.get(key)} and is {now[key]}" for key in _CUT if earlier.get(key) != now[key]]
+        if changed:
+            log.warning("%s: the loss, a mean over micro-batches, is another one from here on", ", ".join(changed))
+    where = checkpoint.name if checkpoint else "its start: it has no checkpoint yet"
+    log.info("%s holds this run, unfinished; training continues from %s", folder, where)
+    return RunTarget(folder, checkpoint=checkpoint)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,18 @@ def write_safetensors(
     *,
     read: Callable[[Tensor], Tensor] = full,
     metadata: Mapping[str, str] | None = None,
-) -> None:
+) -> str:
     """Writes what `safetensors.torch.save_file` would, byte for byte, with one tensor at a time on the host.
+
+    The SHA-256 is computed on the way, in a thread beside the disk.
 
     Args:
         path: the file; None reads the tensors and writes nothing (the other ranks of a gathering `read`).
         tensors: what to write; dtypes and shapes are those of the file.
         read: makes the values of a tensor out of its entry.
+
+    Returns:
+        The file's SHA-256; empty where nothing is written.
 
     Raises:
         OSError: the file cannot be written; what there is of it is removed.
@@ -45,22 +52,29 @@ def write_safetensors(
     if path is None:
         for name in order:
             read(tensors[name])
-        return
+        return ""
+    digest = hashlib.sha256()
     try:
-        with path.open("wb") as file:
-            file.write(_header(order, tensors, metadata or {}))
+        with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
+            header = _header(order, tensors, metadata or {})
+            digest.update(header)
+            file.write(header)
             for name in order:
                 value = read(tensors[name]).detach().to("cpu").contiguous()
-                file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+                content = value.reshape(-1).view(torch.uint8).numpy().data
+                hashed = hasher.submit(digest.update, content)
+                file.write(content)
+                hashed.result()
             file.flush()
             os.fsync(file.fileno())
     except OSError:
         path.unlink(missing_ok=True)
         raise
+    return digest.hexdigest()
 
 
 def _header(order: Iterable[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for name in order:
         tensor = tensors[name]

@@ -1,4 +1,4 @@
-"""Which modules are sharded, and how (FSDP2, `fully_shard`)."""
+"""How a model is spread over devices: Lightning's strategies, and which modules FSDP2 (`fully_shard`) shards."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from prism_deco.config.registry import unknown
+from prism_deco.distributed import World
 from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import tensor_files
@@ -20,6 +23,25 @@ from prism_deco.llms.layers import decoder_layers
 from prism_deco.projectors import Projector
 from prism_deco.training.sharded_loading import read_weights
 from prism_deco.vlm import VLM
+
+
+def strategy_of(trainer: DictConfig, world: World) -> Any:
+    """Lightning's strategy that the `trainer` group names.
+
+    Raises:
+        UsageError: it is unknown, or not for that many devices.
+    """
+    strategies = {
+        "auto": lambda: "auto",
+        "ddp": lambda: DDPStrategy(timeout=world.timeout),
+        # Its defaults shard nothing and synchronise nothing.
+        "fsdp": lambda: ModelParallelStrategy(data_parallel_size=world.size, tensor_parallel_size=1),
+    }
+    if trainer.strategy not in strategies:
+        raise unknown("trainer.strategy", trainer.strategy, strategies)
+    if trainer.strategy == "auto" and world.size > 1:
+        raise UsageError(f"{world.size} devices need trainer.strategy=ddp or trainer.strategy=fsdp.")
+    return strategies[trainer.strategy]()
 
 
 @dataclass(frozen=True)

@@ -6,48 +6,49 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from prism_deco.build import build_model, group, max_positions
-from prism_deco.config.registry import unknown
-from prism_deco.data import Source, build_source
+from prism_deco.data import build_source
 from prism_deco.distributed import World
-from prism_deco.errors import UsageError
-from prism_deco.exits import Preempted, Stop
+from prism_deco.exits import Interrupted, Preempted, Stop
+from prism_deco.features import FeatureCache
 from prism_deco.files import write_json
 from prism_deco.llms import LanguageModel, build_llm
 from prism_deco.llms.build import tensor_files
 from prism_deco.llms.checkpointing import checkpoint_activations
 from prism_deco.llms.isolation import check_isolation
-from prism_deco.plan.flops import training_flops
+from prism_deco.plan.flops import TrainingFlops, training_flops
 from prism_deco.processes import clear_failures, failure_recorded
-from prism_deco.training.callbacks import ProgressBar, SampleAnswers
+from prism_deco.training.board import Board
+from prism_deco.training.callbacks import ProgressReport, Recorder, SampleAnswers
 from prism_deco.training.checkpoint_callback import Checkpointing
-from prism_deco.training.checkpoints import step_of
+from prism_deco.training.checkpoints import Checkpoint
+from prism_deco.training.checksums import trained_sha256, verify_model
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.feature_cache import build_caches, cached
-from prism_deco.training.init_from import find_start, start_from
+from prism_deco.training.init_from import find_start, start_from, takes_llm
+from prism_deco.training.lightning_internals import FirstError
 from prism_deco.training.manifest import build_manifest
-from prism_deco.training.model_folder import save_model, trained_sha256
+from prism_deco.training.metrics import VAL_LOSS, Metrics
+from prism_deco.training.model_folder import save_model
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.monitor import SpeedMonitor, choices_of
 from prism_deco.training.preemption import Preemption, requeue
 from prism_deco.training.preflight import preflight
-from prism_deco.training.run_dir import Plan
-from prism_deco.training.sharding import Sharding, reshard
+from prism_deco.training.provenance import Provenance, check_owner, find_provenance
+from prism_deco.training.run_dir import RunTarget, full_disk_named
+from prism_deco.training.sharding import Sharding, reshard, strategy_of
 from prism_deco.training.status import read_status, set_status
 from prism_deco.vlm import VLM
 
@@ -56,75 +57,62 @@ log = logging.getLogger(__name__)
 FEATURE_STATISTICS_IMAGES = 512
 
 
-def train(config: DictConfig, plan: Plan, world: World, preemption: Preemption) -> None:
-    """Trains the configured model and writes `model/`, `manifest.json` and `status.json`.
+@dataclass(frozen=True)
+class Parts:
+    """What a run trains, and on what; without caches the towers run in every step."""
+
+    vlm: VLM
+    llm: LanguageModel
+    data: Conversations
+    caches: list[FeatureCache]
+
+
+def train(
+    config: DictConfig, data: Conversations | None, target: RunTarget, world: World, preemption: Preemption
+) -> None:
+    """Trains the configured model and writes `model/`, `manifest.json` and `status.json`; every process calls this.
 
     Args:
-        plan: what `prepare_run` found; training goes on from its checkpoint.
-        world: the processes of the run; each of them calls this.
+        data: of the run, where this process has opened it already.
+        target: where training continues.
 
     Raises:
-        Stop: the run ended early: preempted, out of memory, a guard, another process.
+        Stop: the run ended early.
     """
     started = time.time()
-    finish = partial(_finish, plan.folder, config.trainer.requeue)
-    with _logged(plan.folder, world), failure_recorded(plan.folder, world, finish):
+    finish = partial(_finish, target.folder, config.trainer.requeue)
+    with _logged(target.folder, world), failure_recorded(target.folder, world, finish):
         if world.is_main:
-            set_status(plan.folder, "running", pid=os.getpid(), started=started)
-        _train(config, plan, world, preemption)
+            set_status(target.folder, "running", pid=os.getpid(), started=started)
+        with full_disk_named(target.folder):
+            _train(config, data, target, world, preemption)
     if world.is_main:
-        clear_failures(plan.folder)
-        set_status(plan.folder, "trained", started=started, seconds=round(time.time() - started, 1))
-    world.barrier()  # what follows reads the model that the first process has written
+        clear_failures(target.folder)
+        set_status(target.folder, "trained", started=started, seconds=round(time.time() - started, 1))
+    world.barrier()  # what follows reads the model that rank 0 has written
 
 
-def _finish(folder: Path, requeues: bool, stop: Stop) -> None:
-    set_status(folder, stop.state, reason=" ".join(str(stop).split()))
-    if requeues and isinstance(stop, Preempted):
-        requeue()
-
-
-@contextmanager
-def _logged(folder: Path, world: World) -> Iterator[None]:
-    """Rank 0 keeps a log in the run's folder."""
-    if not world.is_main:
-        yield
-        return
-    logger = logging.getLogger("prism_deco")
-    handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
-
-
-def _train(config: DictConfig, plan: Plan, world: World, preemption: Preemption) -> None:
+def _train(
+    config: DictConfig, data: Conversations | None, target: RunTarget, world: World, preemption: Preemption
+) -> None:
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    if config.recipe.start_from:
-        find_start(Path(config.recipe.start_from), config)  # a wrong one must not wait for the LLM's weights
-    with world.main_first():
-        source = build_source(group(config, "data"))
+    resume = _open_checkpoint(config, target)
+    start = _open_start(config, world)
     sharding = Sharding.of(config.trainer, world.size) if config.trainer.strategy == "fsdp" else None
-    vlm, llm = build_model(config, defer_llm=sharding is not None and _is_readable_in_pieces(config))
-    recipe = config.recipe
-    check_isolation(vlm.lm, packing=recipe.packing, turn_mask=recipe.turn_mask, longest=max_positions(config, llm))
-    checkpoint_activations(vlm.lm, config.trainer.activation_checkpointing)
-    with world.main_first():
-        data = Conversations(source, config, vlm, llm)
-    if world.is_main:
-        set_status(plan.folder, **read_status(plan.folder), total_steps=data.total_steps)
-    if config.recipe.standardise_features and plan.checkpoint is None:
+    vlm, llm = _build(config, start, sharding)
+    if data is None:
+        data = Conversations(build_source(group(config, "data")), config, vlm, llm)
+    _announce(config, target, world, vlm, data)
+    if config.recipe.standardise_features and resume is None:
         _fit_features(vlm, data, world)
-    if config.recipe.start_from:
-        start_from(Path(config.recipe.start_from), config, vlm, llm)
-    if config.trainer.preflight and plan.checkpoint is None:
-        world.decide(lambda: preflight(config, plan.folder, vlm, llm, data, world.device))
-    caches = build_caches(config, vlm, data, world)
+    if start is not None:
+        start_from(start, config, vlm, llm)
+    provenance = world.decide(lambda: find_provenance(config, vlm, data, start, resume))
+    if config.trainer.preflight and resume is None:
+        world.decide(lambda: preflight(config, target.folder, vlm, llm, data, world.device))
+    parts = Parts(vlm, llm, data, build_caches(config, vlm, data, world))
     module = TrainingModule(
         vlm,
         config.recipe,
@@ -132,9 +120,56 @@ def _train(config: DictConfig, plan: Plan, world: World, preemption: Preemption)
         seed=config.seed,
         nonfinite=config.trainer.nonfinite,
         shard=partial(sharding.apply, vlm, llm) if sharding else None,
-        preempted=lambda: preemption.requested,
+        stop_requested=lambda: preemption.requested,
     )
-    trainer = _trainer(config, plan, world, data, llm, preemption, cached=bool(caches))
+    callbacks = _callbacks(config, target, world, parts, resume, provenance, preemption)
+    trainer = _lightning_trainer(config, world, data, callbacks)
+    with preemption.at_boundaries():
+        with cached(vlm, data, parts.caches):
+            _fit(trainer, module, data)
+            reshard(vlm)
+        _save(config, target.folder, world, parts, provenance, module.counts)
+
+
+def _open_checkpoint(config: DictConfig, target: RunTarget) -> Checkpoint | None:
+    """The checkpoint to continue from, verified by all processes together."""
+    if target.checkpoint is None:
+        return None
+    checkpoint = Checkpoint(target.checkpoint)
+    check_owner(checkpoint, config)
+    checkpoint.verify()
+    return checkpoint
+
+
+def _open_start(config: DictConfig, world: World) -> Path | None:
+    """The model folder to start from, verified; before the LLM's weights are read."""
+    if not config.recipe.start_from:
+        return None
+    folder = find_start(Path(config.recipe.start_from), config)
+    world.decide(partial(verify_model, folder))
+    return folder
+
+
+def _build(config: DictConfig, start: Path | None, sharding: Sharding | None) -> tuple[VLM, LanguageModel]:
+    """The model on the CPU, or without its LLM's weights, of which each process then reads just its shard."""
+    # Random weights are drawn whole, so that they do not depend on how they are sharded.
+    defers = sharding is not None and config.llm.pretrained and _has_tensor_files(config)
+    if start is not None and takes_llm(start, config):
+        defers = False
+    vlm, llm = build_model(config, defer_llm=defers)
+    recipe = config.recipe
+    check_isolation(vlm.lm, packing=recipe.packing, turn_mask=recipe.turn_mask, longest=max_positions(config, llm))
+    checkpoint_activations(vlm.lm, config.trainer.activation_checkpointing)
+    return vlm, llm
+
+
+def _has_tensor_files(config: DictConfig) -> bool:
+    return tensor_files(build_llm(group(config, "llm"), pretrained=False, device="meta").spec) is not None
+
+
+def _announce(config: DictConfig, target: RunTarget, world: World, vlm: VLM, data: Conversations) -> None:
+    if world.is_main:
+        set_status(target.folder, **read_status(target.folder), total_steps=data.total_steps)
     log.info(
         "Training %s: %d records (%d with images), %d steps, %d visual tokens per image, %d processes",
         config.run_id,
@@ -144,16 +179,10 @@ def _train(config: DictConfig, plan: Plan, world: World, preemption: Preemption)
         vlm.projector.num_tokens,
         world.size,
     )
-    with preemption.at_boundaries():
-        with cached(vlm, data, caches):
-            _fit(trainer, module, data)
-            reshard(vlm)
-        digests = [cache.digest for cache in caches if cache.names]
-        _save(config, plan.folder, vlm, llm, data, module, source, world, digests)
 
 
 def _fit_features(vlm: VLM, data: Conversations, world: World) -> None:
-    """In the first process, for all: on another number of threads the others would round otherwise."""
+    """Rank 0 computes them for all: on another number of threads the others would round differently."""
 
     def fit() -> tuple[Tensor | None, Tensor | None]:
         vlm.fit_features(data.sample_pixels(FEATURE_STATISTICS_IMAGES), world.device)
@@ -162,86 +191,67 @@ def _fit_features(vlm: VLM, data: Conversations, world: World) -> None:
     vlm.feature_mean, vlm.feature_std = world.decide(fit)
 
 
-class _Errors(Callback):
-    """Keeps what ended the training: Lightning may raise something else while it cleans up."""
-
-    first: BaseException | None = None
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.first = self.first or exception
-
-
-def _fit(trainer: pl.Trainer, module: TrainingModule, data: Conversations) -> None:
-    errors = _Errors()
-    trainer.callbacks.insert(0, errors)  # type: ignore[attr-defined]
-    try:
-        trainer.fit(module, datamodule=data)
-    except BaseException as error:
-        raise errors.first or error from None
-
-
-def _is_readable_in_pieces(config: DictConfig) -> bool:
-    """Whether each process can read just its part of the LLM's weights: there are files, and nothing else in them.
-
-    Random weights are drawn whole, so that they do not depend on how they are sharded.
-    """
-    if not config.llm.pretrained:
-        return False
-    spec = build_llm(group(config, "llm"), pretrained=False, device="meta").spec
-    return tensor_files(spec) is not None
-
-
-def strategy_of(config: DictConfig, world: World) -> Any:
-    """Lightning's strategy of that name; `UsageError` where it is unknown, or not for that many devices."""
-    strategies = {
-        "auto": lambda: "auto",
-        "ddp": lambda: DDPStrategy(timeout=world.timeout),
-        # Its defaults shard nothing and synchronise nothing.
-        "fsdp": lambda: ModelParallelStrategy(data_parallel_size=world.size, tensor_parallel_size=1),
-    }
-    if config.trainer.strategy not in strategies:
-        raise unknown("trainer.strategy", config.trainer.strategy, strategies)
-    if config.trainer.strategy == "auto" and world.size > 1:
-        raise UsageError(f"{world.size} devices need trainer.strategy=ddp or trainer.strategy=fsdp.")
-    return strategies[config.trainer.strategy]()
-
-
-def _trainer(
+def _callbacks(
     config: DictConfig,
-    plan: Plan,
+    target: RunTarget,
     world: World,
-    data: Conversations,
-    llm: LanguageModel,
+    parts: Parts,
+    resume: Checkpoint | None,
+    provenance: Provenance,
     preemption: Preemption,
-    *,
-    cached: bool,
-) -> pl.Trainer:
+) -> list[Callback]:
+    """In the order in which they see a step: it is recorded before it is saved."""
     settings = config.trainer
-    every = settings.checkpoint_every
-    every = max(1, round(every * data.total_steps)) if 0 < every < 1 else int(every)
-    start = step_of(plan.checkpoint) if plan.checkpoint else 0
-    keeping = Checkpointing(
-        plan.folder, plan.checkpoint, every=every, keep=settings.keep_checkpoints, preemption=preemption
-    )
-    # Only GPUs have a known peak to compare with.
-    flops = training_flops(config) if torch.cuda.is_available() else None
-    if flops is not None and cached:
-        flops = replace(flops, tower=0)
-    monitor = SpeedMonitor(flops, settings.log_every, choices_of(config))
-    callbacks: list[Callback] = [SampleAnswers(llm, settings.samples), monitor, keeping]
+    metrics = board = None
     if world.is_main:
-        callbacks.insert(0, ProgressBar())
+        start = resume.step if resume else 0
+        metrics, board = Metrics(target.folder, start), Board(target.folder, start)
+        board.hyperparameters(choices_of(config), [VAL_LOSS])
+    callbacks: list[Callback] = [
+        SpeedMonitor(_step_flops(config, parts), settings.log_every, board),
+        SampleAnswers(parts.llm, parts.data, settings.samples, board),
+    ]
+    if metrics and board:
+        callbacks += [ProgressReport(), Recorder(metrics, board, settings.log_every)]
+    saving = Checkpointing(
+        target.folder,
+        resume,
+        metrics,
+        every=_checkpoint_interval(settings, parts.data.total_steps),
+        keep=settings.keep_checkpoints,
+        about=provenance.content,
+        preemption=preemption,
+    )
+    return [*callbacks, saving]
+
+
+def _step_flops(config: DictConfig, parts: Parts) -> TrainingFlops | None:
+    """The cost of a step, on GPUs: of other devices no peak is known to compare it with."""
+    if not torch.cuda.is_available():
+        return None
+    flops = training_flops(config)
+    return replace(flops, tower=0) if parts.caches else flops
+
+
+def _checkpoint_interval(trainer: DictConfig, total_steps: int) -> int:
+    """Optimizer steps between two checkpoints; the setting is their number, or a fraction of all steps."""
+    every = trainer.checkpoint_every
+    return max(1, round(every * total_steps)) if every < 1 else int(every)
+
+
+def _lightning_trainer(config: DictConfig, world: World, data: Conversations, callbacks: list[Callback]) -> pl.Trainer:
+    settings = config.trainer
     return pl.Trainer(
         accelerator=settings.accelerator,
         devices=world.devices,
         num_nodes=settings.num_nodes,
-        strategy=strategy_of(config, world),
+        strategy=strategy_of(settings, world),
         # Sharded weights have their types set where they are sharded.
         precision="32-true" if settings.strategy == "fsdp" else settings.precision,
         plugins=[world.environment] if world.grouped and world.environment else None,
+        # The loader runs through all epochs in one pass; see StepSampler.
         max_epochs=1,
         max_steps=data.total_steps,
-        # The loader runs through all epochs in one pass; see StepSampler.
         val_check_interval=max(1, round(data.total_steps * settings.val_every)),
         check_val_every_n_epoch=None,
         # A validation before the first step, after resuming, would leave FSDP's buffers unfit for training.
@@ -250,47 +260,78 @@ def _trainer(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_checkpointing=False,
-        enable_progress_bar=world.is_main,
+        enable_progress_bar=False,
         enable_model_summary=False,
-        log_every_n_steps=settings.log_every,
         callbacks=callbacks,
-        # What is taken back on resuming must not be shown twice.
-        logger=TensorBoardLogger(
-            plan.folder, name=None, version="tensorboard", default_hp_metric=False, purge_step=start or None
-        ),
-        default_root_dir=plan.folder,
+        logger=False,
     )
+
+
+def _fit(trainer: pl.Trainer, module: TrainingModule, data: Conversations) -> None:
+    first = FirstError()
+    trainer.callbacks.insert(0, first)  # type: ignore[attr-defined]
+    try:
+        trainer.fit(module, datamodule=data)
+    except BaseException as error:
+        raise first.error or error from None
 
 
 def _save(
-    config: DictConfig,
-    folder: Path,
-    vlm: VLM,
-    llm: LanguageModel,
-    data: Conversations,
-    module: TrainingModule,
-    source: Source,
-    world: World,
-    feature_caches: list[str],
+    config: DictConfig, folder: Path, world: World, parts: Parts, provenance: Provenance, counts: dict[str, int]
 ) -> None:
-    save_model(folder / "model", config, vlm, llm)
+    save_model(folder / "model", config, parts.vlm, parts.llm)
     if not world.is_main:
         return
+    data, records = parts.data, parts.data.train_records
+    shown = min(data.total_steps * config.recipe.global_batch_size, len(records) * config.recipe.epochs)
     manifest = build_manifest(
         config,
-        vlm,
+        parts.vlm,
         data_hash=data.data_hash,
+        input_changes=provenance.changes,
         steps=data.total_steps,
-        samples=min(data.total_steps * config.recipe.global_batch_size, len(data.train_records) * config.recipe.epochs),
-        records=len(data.train_records),
-        records_with_images=int(np.count_nonzero(data.train_records.has_image)),
-        bad_records=len(data.left_out) + module.counts["bad_records"],
-        bad_images=module.counts["bad_images"],
-        text_tokens_cut=module.counts["tokens_cut"],
-        steps_skipped=module.counts["steps_skipped"],
+        samples=shown,
+        records=len(records),
+        records_with_images=int(np.count_nonzero(records.has_image)),
+        bad_records=len(data.left_out) + counts["bad_records"],
+        bad_images=counts["bad_images"],
+        text_tokens_cut=counts["tokens_cut"],
+        steps_skipped=counts["steps_skipped"],
         devices=world.size,
-        feature_caches=feature_caches,
+        feature_caches=[cache.digest for cache in parts.caches if cache.names],
         model_sha256=trained_sha256(folder / "model"),
-        benchmarks=str(source.benchmarks) if source.benchmarks else None,
+        benchmarks=str(data.benchmarks) if data.benchmarks else None,
     )
     write_json(folder / "manifest.json", manifest)
+
+
+def _finish(folder: Path, requeues: bool, stop: Stop) -> None:
+    """Records why the run ended early, and asks SLURM to continue it."""
+    requeues = requeues and isinstance(stop, Preempted) and not isinstance(stop, Interrupted)
+    details: dict[str, object] = {"requeued": True} if requeues else {}
+    with suppress(OSError):  # the disk may be what failed
+        set_status(folder, stop.state, reason=" ".join(str(stop).split()), **details)
+    if requeues:
+        requeue()
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drops a line that a full disk does not take: the next file that the run needs ends it, with one message."""
+
+
+@contextmanager
+def _logged(folder: Path, world: World) -> Iterator[None]:
+    """Rank 0 keeps a log in the run's folder."""
+    if not world.is_main:
+        yield
+        return
+    logger = logging.getLogger("prism_deco")
+    handler = _LogFile(folder / "train.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,7 +1,9 @@
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,7 +102,7 @@ def test_half_a_checkpoint_has_no_valid_name(tmp_path, tensors):
     assert newest_checkpoint(tmp_path) == tmp_path / "step_000004"
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000004", "step_000010"]
-    with pytest.raises(ValueError, match=r"step_000010 is no checkpoint: it has no index\.json"):
+    with pytest.raises(ValueError, match=r"step_000010 is not a checkpoint \(no index\.json\)"):
         Checkpoint(tmp_path / "step_000010")
 
 
@@ -140,12 +142,14 @@ def test_a_file_that_cannot_grow_leaves_the_last_checkpoint(tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "step_000002 could not be written (OSError: [Errno 27] File too large)" in done.stdout
-    assert "training goes on from step_000001" in done.stdout
+    assert "it needs 0.4 MB" in done.stdout and "training continues from step_000001" in done.stdout
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, tensors):
     (tmp_path / "checkpoints").write_text("a file")
-    with pytest.raises(CheckpointFailed, match="checkpoints/step_000002 could not be written.*goes on from the start"):
+    with pytest.raises(
+        CheckpointFailed, match="checkpoints/step_000002 could not be written.*continues from the start"
+    ):
         save_checkpoint(tmp_path / "checkpoints", 2, tensors, {})
 
 
@@ -190,3 +194,56 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path, tensors):
     (folder / "index.json").write_text('{"format": 1')
     with pytest.raises(ValueError, match=r"step_000003/index\.json is damaged.*Remove this checkpoint"):
         Checkpoint(folder)
+
+
+def _flip(file: Path, place: int) -> None:
+    """Changes one bit of a byte, counted from the end: of a tensor's values, not of the file's header."""
+    content = bytearray(file.read_bytes())
+    content[-place] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_is_found(tmp_path, tensors):
+    folder = save_checkpoint(tmp_path, 3, tensors, {})
+    file = folder / "rank_00000.safetensors"
+    recorded = json.loads((folder / "index.json").read_text())["sha256"]
+    assert recorded == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
+    Checkpoint(folder).verify()
+    _flip(file, 5)
+    with pytest.raises(ValueError, match=r"step_000003/rank_00000\.safetensors was damaged.*Remove this checkpoint"):
+        Checkpoint(folder).verify()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_used_without_checksums(tmp_path, tensors, caplog):
+    caplog.set_level("INFO")
+    folder = save_checkpoint(tmp_path, 3, tensors, {})
+    index = json.loads((folder / "index.json").read_text())
+    del index["sha256"]
+    (folder / "index.json").write_text(json.dumps(index))
+    checkpoint = Checkpoint(folder)
+    checkpoint.verify()
+    assert torch.equal(checkpoint.read("model.weight"), tensors["model.weight"])
+    assert caplog.text.count("has no checksums") == 1
+
+
+@pytest.mark.parametrize("name", ["../step_000001/rank_00000.safetensors", "/etc/passwd"])
+def test_an_index_names_no_file_outside_its_folder(tmp_path, tensors, name):
+    save_checkpoint(tmp_path, 1, tensors, {})
+    folder = save_checkpoint(tmp_path, 3, tensors, {})
+    index = json.loads((folder / "index.json").read_text()) | {"files": [name]}
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"step_000003/index\.json names .*, a file outside its folder"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_numbers_are_refused(tmp_path, tiny, value):
+    vlm, _ = tiny()
+    optimizer = torch.optim.AdamW([p for p in vlm.parameters() if p.requires_grad])
+    tensors = checkpoint_tensors(vlm, optimizer)
+    name = "model.projector.mlp.0.weight"
+    tensors[name] = tensors[name].detach().clone()
+    tensors[name][0, 0] = value
+    checkpoint = Checkpoint(save_checkpoint(tmp_path, 2, tensors, {}))
+    with pytest.raises(ValueError, match=rf"step_000002: {name} holds NaN or infinite numbers\. Remove"):
+        restore_tensors(checkpoint, vlm, optimizer)

@@ -16,11 +16,10 @@ from prism_deco.cli import main
 from prism_deco.config import load_config, read_config, save_config
 from prism_deco.exits import OutOfMemory, Preempted, as_stop
 from prism_deco.training import run_dir as run_folders
-from prism_deco.training.entry import _prepare
 from prism_deco.training.metrics import Metrics, read_metrics
 from prism_deco.training.nonfinite import diagnose
 from prism_deco.training.preemption import Preemption, requeue
-from prism_deco.training.run_dir import flat, lock_run, prepare_run
+from prism_deco.training.run_dir import lock_run, open_run
 
 LONG = ["recipe.epochs=400", "trainer.checkpoint_every=10000"]
 
@@ -174,13 +173,39 @@ def test_slurm_is_asked_to_queue_the_job_again(start, tmp_path, monkeypatch):
     assert (tmp_path / "asked").read_text().endswith("requeue 7_3\n")
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_requeued_job_does_not_overwrite_its_own_run(start, tmp_path, told):
+    """Its command line is that of the first start, with --overwrite; another job's, or a later start's, is meant.
+
+    SLURM counts the starts of a job; where it did not say so, the run remembers that it asked to be queued again.
+    """
+    tool = tmp_path / "bin" / "scontrol"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    path = f"{tool.parent}:{os.environ['PATH']}"
+    options = [*LONG, "--overwrite", f"trainer.requeue={str(not told).lower()}"]
+    first = start(*options, PATH=path, SLURM_JOB_ID="4242")
+    first.until(_training)
+    first.signal(signal.SIGUSR1)
+    assert first.wait() == [75], first.log.read_text()
+    assert "run the same command without --overwrite to continue" in first.log.read_text()
+    stopped = len(read_metrics(tmp_path / "run"))
+    again = start(*options, PATH=path, SLURM_JOB_ID="4242", **({"SLURM_RESTART_COUNT": "1"} if told else {}))
+    again.until(lambda folder: len(read_metrics(folder)) > stopped)
+    again.kill()
+    assert "training continues from step_" in again.log.read_text()
+    other = start(*options, PATH=path, SLURM_JOB_ID="4243")
+    other.until(lambda folder: "Removing the earlier run" in other.log.read_text())
+
+
 def test_a_signal_outside_the_training_loop_ends_the_run_at_once():
     preemption = Preemption()
     with preemption.watched():
         with preemption.at_boundaries():
             os.kill(os.getpid(), signal.SIGUSR1)
             assert preemption.requested
-        preemption.requested = False
+        preemption.requested = None
         with pytest.raises(Preempted, match="received SIGTERM"):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -194,7 +219,7 @@ def test_what_an_earlier_start_said_is_forgotten_before_this_one_listens(start, 
     assert "loss or gradient not finite" in (told / "failure.json").read_text()
     config = read_config(tmp_path / "run" / "config.yaml")
     with ExitStack() as held:
-        assert _prepare(config, False, held).state == "train"
+        assert _open(config, False, held).state == "train"
     assert not told.exists()
 
 
@@ -204,10 +229,13 @@ def test_other_micro_batches_are_told_where_they_change_the_loss(tmp_path, monke
     (tmp_path / "x").mkdir()
     save_config(load_config([*settings, "recipe.micro_batch_size=16"]), tmp_path / "x" / "config.yaml")
     monkeypatch.setattr(run_folders, "newest_checkpoint", lambda folder: folder / "step_000002")
-    assert prepare_run(load_config([*settings, "recipe.micro_batch_size=16", "data.num_workers=1"])).state == "train"
+    with ExitStack() as held:
+        target = open_run(load_config([*settings, "recipe.micro_batch_size=16", "data.num_workers=1"]), held)
+    assert target.state == "train"
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     others = ["recipe.micro_batch_size=8", "trainer.devices=2"]
-    assert prepare_run(load_config([*settings, *others])).state == "train"
+    with ExitStack() as held:
+        assert open_run(load_config([*settings, *others]), held).state == "train"
     said = "recipe.micro_batch_size was 16 and is 8, trainer.devices was 1 and is 2: the loss"
     assert (said in caplog.text) == warns
 
@@ -274,10 +302,3 @@ def test_a_wrong_number_of_processes_is_an_error(colors, tmp_path, capsys):
     arguments = ["train", "trainer.devices=2", f"runs_dir={tmp_path}", "evaluate.benchmarks=null"]
     assert main([*arguments, "trainer.devices=0"]) == 2
     assert "trainer.devices=0 must be at least 1, or -1" in capsys.readouterr().err
-
-
-def test_settings_are_compared_key_by_key():
-    from prism_deco.config import load_config
-
-    content = flat(load_config(["recipe.betas=[0.9, 0.95]"]))
-    assert content["recipe.betas"] == [0.9, 0.95] and content["seed"] == 7

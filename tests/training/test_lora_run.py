@@ -121,7 +121,7 @@ def test_another_base_is_not_taken_in_silence(tmp_path, base):
     with pytest.raises(ValueError, match=r"with SHA-256 .{12}…, those found here differ. Set llm\.weights"):
         load_model(tmp_path / "model")
     shutil.rmtree(copy)
-    with pytest.raises(ValueError, match=r"holds no language model, it names the one.*there is no such file or folder"):
+    with pytest.raises(ValueError, match=r"does not hold its language model.*there is no such file or folder"):
         load_model(tmp_path / "model")
 
 
@@ -214,6 +214,24 @@ def test_a_random_llm_goes_along_with_its_projector(tmp_path, llm):
     assert all(torch.equal(t, before[n]) for n, t in vlm.state_dict().items() if ".lora_" in n)
 
 
+def test_a_fine_tuned_model_goes_on_whole(tmp_path, base):
+    """On other data, say: what was trained of the LLM is taken over, not read from its first weights again."""
+    earlier = _trained(tmp_path / "full" / "model", _named(base, "recipe.lm=full"))
+    vlm, before = _start(tmp_path / "full", _named(base, "recipe.lm=full"))
+    state = earlier.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in vlm.state_dict().items())
+    assert any(not torch.equal(before[name], tensor) for name, tensor in state.items() if name.startswith("lm."))
+
+
+def test_trained_adapters_go_on(tmp_path, base):
+    earlier = _trained(tmp_path / "lora" / "model", _named(base))
+    vlm, before = _start(tmp_path / "lora", _named(base))
+    state = earlier.state_dict()
+    assert state.keys() == vlm.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in vlm.state_dict().items())
+    assert any(not torch.equal(before[name], tensor) for name, tensor in state.items() if ".lora_B." in name)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -250,8 +268,8 @@ def test_what_else_cannot_be_started_from(tmp_path, base):
     with pytest.raises(ValueError, match="holds no finished model: train that run first"):
         _start(tmp_path / "nowhere", _named(base))
     _trained(tmp_path / "lora" / "model", _named(base))
-    with pytest.raises(ValueError, match="trains adapters"):
-        _start(tmp_path / "lora", _named(base))
+    with pytest.raises(ValueError, match="trains adapters: only a run with recipe.lm=lora recipe.lora_r=.* can contin"):
+        _start(tmp_path / "lora", _named(base, "recipe.lora_r=3"))
     _trained(tmp_path / "full" / "model", _named(base, "recipe.lm=full"))
     with pytest.raises(ValueError, match="trains the whole LLM"):
         _start(tmp_path / "full", _named(base))

@@ -6,7 +6,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
-from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prism_deco.config import load_config
@@ -15,6 +14,7 @@ from prism_deco.data.loader import Collate, Examples
 from prism_deco.data.records import open_records
 from prism_deco.plan.flops import TrainingFlops
 from prism_deco.training import monitor
+from prism_deco.training.board import Board
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.monitor import SpeedMonitor, choices_of
 
@@ -34,11 +34,11 @@ def test_numbers_by_hand(steps, monkeypatch):
     monkeypatch.setattr(monitor, "perf_counter", lambda: clock.now)
     monkeypatch.setattr(monitor, "peak_flops", lambda device: 1000.0)
     logged = {}
-    logger = SimpleNamespace(log_metrics=lambda values, step: logged.update(values, step=step))
+    board = SimpleNamespace(scalars=lambda values, step: logged.update(values, step=step))
     strategy = SimpleNamespace(reduce=lambda value, reduce_op: 2 * value)  # another rank did the same
-    trainer = SimpleNamespace(global_step=0, strategy=strategy, loggers=[logger], world_size=2)
+    trainer = SimpleNamespace(global_step=0, strategy=strategy, world_size=2)
     module = SimpleNamespace(device=torch.device("cpu"))
-    callback = SpeedMonitor(FLOPS, log_every=2, choices={})
+    callback = SpeedMonitor(FLOPS, log_every=2, board=board)
     callback.on_train_start(trainer, module)
     for number, step in enumerate(steps[0][:2], start=1):
         clock.now += 1  # the loader
@@ -54,35 +54,36 @@ def test_numbers_by_hand(steps, monkeypatch):
     lengths = [len(e.input_ids) + 4 * len(e.image_slots) for e in encoded]
     targets = sum(label >= 0 for e in encoded for label in e.labels)
     assert logged["step"] == 2
-    assert logged["speed/samples_per_s"] == 2 * 2 * 9 / 8
-    assert logged["speed/tokens_per_s"] == 2 * 2 * sum(lengths) / 8
-    assert logged["speed/supervised_tokens_per_s"] == 2 * 2 * targets / 8
-    assert logged["speed/data_wait"] == 2 / 8
+    assert logged["train/samples_per_s"] == 2 * 2 * 9 / 8
+    assert logged["train/tokens_per_s"] == 2 * 2 * sum(lengths) / 8
+    assert logged["train/supervised_tokens_per_s"] == 2 * 2 * targets / 8
+    assert logged["train/data_wait"] == 2 / 8
     work = 8 * (100 + 20) + 7 * sum(lengths) + 3 * sum(n * n for n in lengths) + 11 * targets
-    assert logged["speed/mfu"] == pytest.approx(2 * 2 * work / (8 * 1000 * 2))
+    assert logged["train/mfu"] == pytest.approx(2 * 2 * work / (8 * 1000 * 2))
 
 
 def test_tensorboard_gets_them(steps, tmp_path, tiny):
     vlm, _ = tiny()
     settings = OmegaConf.structured(RecipeConfig(name="test"))
-    config = load_config(["seed=3", "recipe.lr=0.5"])
-    logger = TensorBoardLogger(tmp_path, name=None, version="board", default_hp_metric=False)
+    board = Board(tmp_path, 0)
+    board.hyperparameters(choices_of(load_config(["seed=3", "recipe.lr=0.5"])), ["val/loss"])
     trainer = pl.Trainer(
-        accelerator="cpu", max_steps=4, logger=logger, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, precision="64-true", callbacks=[SpeedMonitor(FLOPS, 2, choices_of(config))],
+        accelerator="cpu", max_steps=4, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, precision="64-true", callbacks=[SpeedMonitor(FLOPS, 2, board)],
     )  # fmt: skip
     for step in steps[0]:
         for batch in step.batches:
             batch.pixels = batch.pixels and {tower: images.double() for tower, images in batch.pixels.items()}
     loader = torch.utils.data.DataLoader(steps[0], batch_size=None)
-    trainer.fit(TrainingModule(vlm.double(), settings, total_steps=4), loader, loader)
-    board = EventAccumulator(str(tmp_path / "board")).Reload()
-    tags = board.Tags()["scalars"]
-    assert "speed/mfu" not in tags  # a CPU's peak is not known
-    for tag in ("speed/samples_per_s", "speed/tokens_per_s", "speed/supervised_tokens_per_s", "memory/gib"):
-        assert [event.step for event in board.Scalars(tag) if event.value > 0][-2:] == [2, 4]
-    assert all(0 <= event.value < 1 for event in board.Scalars("speed/data_wait"))
-    session = board.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    trainer.fit(TrainingModule(vlm.double(), settings, total_steps=4), loader)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = events.Tags()["scalars"]
+    assert "train/mfu" not in tags  # a CPU's peak is not known
+    assert "val/loss" not in tags  # naming a metric beside the choices makes no point of it
+    for tag in ("train/samples_per_s", "train/tokens_per_s", "train/supervised_tokens_per_s", "train/memory_gib"):
+        assert [event.step for event in events.Scalars(tag) if event.value > 0] == [2, 4]
+    assert all(0 <= event.value < 1 for event in events.Scalars("train/data_wait"))
+    session = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     for part in (b"mini_siglip", b"avgpool", b"seed", b"projector_lr"):
         assert part in session
-    assert board.Scalars("val/loss")[-1].value == pytest.approx(float(trainer.callback_metrics["val/loss"]), rel=1e-5)
+    assert b"val/loss" in events.summary_metadata["_hparams_/experiment"].plugin_data.content

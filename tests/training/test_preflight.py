@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prism_deco.build import build_model, group
@@ -16,7 +15,7 @@ from prism_deco.config import load_config
 from prism_deco.data import build_source
 from prism_deco.sweep.launchers import train_command
 from prism_deco.sweep.ledger import LedgerEntry
-from prism_deco.training import preflight_checks
+from prism_deco.training import model_folder
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.preflight import preflight
 
@@ -74,7 +73,7 @@ def test_a_sound_run_passes_and_is_as_it_was(parts, tmp_path, caplog, overrides)
     assert torch.equal(torch.random.get_rng_state(), random)
     assert all(parameter.grad is None for parameter in vlm.parameters())
     assert not list(tmp_path.iterdir()), "what was saved for the comparison must go"
-    assert "record red40 teaches ['red', 'Yes']" in caplog.text
+    assert "record red40 is supervised on ['red', 'Yes']" in caplog.text
     assert "logits differ by 0 after saving and loading" in caplog.text
     assert "with the images of other records" in caplog.text and "Preflight passed" in caplog.text
 
@@ -115,7 +114,9 @@ def test_labels_that_miss_the_answers_are_found(parts, monkeypatch):
         with pytest.raises(ValueError, match=r"Preflight, labels: record red40 has no supervised token"):
             preflight(*arguments)
     _break_examples(data, monkeypatch, lambda encoded: replace(encoded, labels=list(encoded.input_ids)))
-    with pytest.raises(ValueError, match=r"labels: record red40 would teach .*What color is it.*\['red', 'Yes'\]"):
+    with pytest.raises(
+        ValueError, match=r"labels: record red40 would be supervised on .*What color is it.*\['red', 'Yes'\]"
+    ):
         preflight(*arguments)
 
 
@@ -162,20 +163,18 @@ def test_ignored_images_are_found_unless_the_recipe_says_so(parts, monkeypatch, 
 
 def test_weights_that_do_not_come_back_are_found(parts, monkeypatch, tmp_path):
     arguments = parts()
-    save = preflight_checks.save_model
+    write = model_folder.write_safetensors
 
     def damaged(change):
-        def save_damaged(folder: Path, *model) -> None:
-            save(folder, *model)
-            weights = load_file(folder / "model.safetensors")
-            save_file(change(weights), folder / "model.safetensors")
+        def write_damaged(path: Path, tensors, **options) -> str:
+            return write(path, change(tensors) if path.name == "model.safetensors" else tensors, **options)
 
-        monkeypatch.setattr(preflight_checks, "save_model", save_damaged)
+        monkeypatch.setattr(model_folder, "write_safetensors", write_damaged)
 
     damaged(lambda weights: {k: v for k, v in weights.items() if k != "projector.mlp.0.weight"})
     with pytest.raises(ValueError, match=r"saving: what was saved cannot be loaded: .*missing projector\.mlp\.0\.wei"):
         preflight(*arguments)
-    damaged(lambda weights: {k: v.bfloat16().float() for k, v in weights.items()})
+    damaged(lambda weights: {k: v.detach().bfloat16().float() for k, v in weights.items()})
     with pytest.raises(ValueError, match=r"saving: logits of up to .* differ by"):
         preflight(*arguments)
     assert not list(tmp_path.iterdir())
@@ -204,7 +203,7 @@ def test_what_the_first_process_finds_holds_for_all(start, lr, codes):
     job = start("trainer.preflight=true", "trainer.strategy=ddp", "recipe.max_steps=1", f"recipe.lr={lr}", ranks=2)
     assert job.wait() == codes, job.log.read_text()[-2000:]
     text = (job.folder / "train.log").read_text()
-    assert text.count("red40 teaches") == 1 and text.count("Preflight passed") == codes.count(0) // 2
+    assert text.count("red40 is supervised") == 1 and text.count("Preflight passed") == codes.count(0) // 2
 
 
 def test_sweeps_ask_for_it_unless_they_say_otherwise(tmp_path):

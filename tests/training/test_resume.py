@@ -5,6 +5,7 @@ import random
 import signal
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prism_deco.training.checkpoints import list_checkpoints, newest_checkpoint
 from prism_deco.training.metrics import read_metrics
@@ -59,6 +60,22 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(start, tmp_path, same_m
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
 
 
+def test_tensorboard_shows_each_step_once_after_kills(start, tmp_path):
+    """One before the first checkpoint, one between two."""
+    options = [*DROPOUT, "trainer.checkpoint_every=4", "data.val_fraction=0.3", "trainer.val_every=0.2"]
+    for step in (3, 6):
+        job = start(*options)
+        job.until(_at_step(step))
+        job.kill()
+    job = start(*options)
+    assert job.wait() == [0], job.log.read_text()
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    rows = read_metrics(tmp_path / "run")
+    for name in ("train/loss", "val/loss"):
+        expected = [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows if name in row]
+        assert [(event.step, event.value) for event in board.Scalars(name)] == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_whenever_it_is_killed(start, tmp_path, ranks, same_model):
@@ -105,7 +122,7 @@ def test_a_preempted_run_stops_at_one_step_and_goes_on(start, tmp_path):
     job.signal(signal.SIGTERM, rank=0)
     assert job.wait(200) == [75, 75], job.log.read_text()
     state = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert state["state"] == "preempted" and "made way after step" in state["reason"]
+    assert state["state"] == "preempted" and "preempted after step" in state["reason"]
     [checkpoint] = list_checkpoints(tmp_path / "run" / "checkpoints")
     stopped = len(_losses(tmp_path / "run"))
     assert checkpoint.name == f"step_{stopped:06d}" and 2 <= stopped < 48
@@ -113,3 +130,39 @@ def test_a_preempted_run_stops_at_one_step_and_goes_on(start, tmp_path):
     assert again.wait() == [0, 0], again.log.read_text()
     assert whole.wait() == [0, 0]
     assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_saves_and_the_same_command_goes_on(start, tmp_path, ranks):
+    """A terminal sends it to all processes; a `kill -INT` reaches the first one alone."""
+    options = ["recipe.epochs=16", "trainer.checkpoint_every=1000", "data.num_workers=1", "trainer.requeue=true"]
+    job = start(*options, ranks=ranks)
+    job.until(_at_step(2))
+    job.signal(signal.SIGINT, rank=0)
+    assert job.wait(200) == [130] * ranks, job.log.read_text()
+    said = job.log.read_text()
+    assert "run the same command to continue" in said and "Traceback" not in said and "no SLURM job" not in said
+    state = json.loads((tmp_path / "run" / "status.json").read_text())
+    stopped = len(_losses(tmp_path / "run"))
+    assert state["state"] == "preempted" and state["reason"].startswith(f"interrupted after step {stopped} of 48")
+    [checkpoint] = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoint.name == f"step_{stopped:06d}" and 2 <= stopped < 48
+    job = start(*options, ranks=ranks)
+    job.until(_at_step(stopped + 1))
+    assert "goes on from step_" in job.log.read_text()
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(start, tmp_path):
+    job = start("recipe.epochs=400", "trainer.checkpoint_every=1000", "plugins=[slow_to_save]", PLUGINS=str(tmp_path))
+    (tmp_path / "slow_to_save.py").write_text(
+        "import time\nfrom prism_deco.training import checkpoint_callback\n"
+        "checkpoint_callback.save_checkpoint = lambda *_: time.sleep(600)\n"
+    )
+    job.until(_at_step(2))
+    job.signal(signal.SIGINT)
+    job.until(lambda _: "saving after this step, press Ctrl-C again" in job.log.read_text())
+    job.until(lambda _: "Saving step_" in job.log.read_text())
+    job.signal(signal.SIGINT)
+    assert job.wait(60) == [130], job.log.read_text()
+    state = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert state["state"] == "preempted" and "interrupted without saving" in state["reason"]

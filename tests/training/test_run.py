@@ -66,13 +66,37 @@ def test_tensorboard_holds_what_a_user_watches(runs):
     board.Reload()
     tags = set(board.Tags()["scalars"])
     assert {
-        "train/loss", "train/grad_norm", "train/grad_norm_projector", "train/grad_norm_lm", "train/lr_lm",
-        "train/lr_projector", "speed/samples_per_s", "speed/supervised_tokens_per_s", "val/loss", "data/bad_images",
+        "train/loss", "train/grad_norm", "train/grad_norm_projector", "train/grad_norm_lm", "train/lr/lm/decay",
+        "train/lr/projector/no_decay", "train/samples_per_s", "train/supervised_tokens_per_s", "val/loss",
     } <= tags  # fmt: skip
-    assert any(tag.startswith("samples/") for tag in board.Tags()["images"])
-    assert any(tag.startswith("samples/") for tag in board.Tags()["tensors"])
-    rates = _scalars(runs / "a", "train/lr_lm")
+    # TensorBoard opens the first two groups, in alphabetical order.
+    assert {tag.partition("/")[0] for tag in [*tags, *board.Tags()["images"]]} == {"train", "val"}
+    assert any(tag.startswith("val/sample_") for tag in board.Tags()["images"])
+    assert any(tag.startswith("val/sample_") for tag in board.Tags()["tensors"])
+    rates = _scalars(runs / "a", "train/lr/lm/decay")
     assert rates[0] == pytest.approx(load_config().recipe.lr) and rates[-1] < rates[0]
+
+
+def _flat(row: dict, prefix: str = "") -> dict[str, float]:
+    flat = {}
+    for name, value in row.items():
+        flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def test_tensorboard_and_metrics_have_the_same_names_steps_and_numbers(runs):
+    """Of every scalar in metrics.jsonl, and no other point: none at step 0."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in (runs / "a" / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        step = row.pop("step")
+        for name, value in _flat(row).items():
+            points.setdefault(name, []).append((step, pytest.approx(value, rel=1e-6)))
+    board = EventAccumulator(str(runs / "a" / "tensorboard"))
+    board.Reload()
+    assert {"train/loss", "train/lr/lm/decay", "val/loss"} <= points.keys() <= set(board.Tags()["scalars"])
+    for name, expected in points.items():
+        assert [(event.step, event.value) for event in board.Scalars(name)] == expected, name
 
 
 def test_the_run_folder_describes_itself(runs, colors):
@@ -183,7 +207,7 @@ def test_a_finished_run_is_left_alone_and_never_mixed_with_another(runs, colors,
     before = (runs / "a" / "manifest.json").stat().st_mtime_ns
     same = ["seed=1", "run_id=a", "recipe.epochs=2", "data.val_fraction=0.3"]
     assert _train(colors, runs, *same, "trainer.log_every=2", "recipe.micro_batch_size=1") == 0
-    assert f"The run in {runs / 'a'} is done" in caplog.text
+    assert f"Run {runs / 'a'} is complete. Use run_id=NAME" in caplog.text
     assert _train(colors, runs, *same, "recipe.lr=1", "seed=3") == 2
     error = " ".join(capsys.readouterr().err.split())
     assert "holds a run of another configuration: recipe.lr was 0.0015 and is 1.0; seed was 1 and is 3." in error
@@ -191,7 +215,7 @@ def test_a_finished_run_is_left_alone_and_never_mixed_with_another(runs, colors,
     (runs / "notes").mkdir()
     (runs / "notes" / "todo.txt").write_text("keep me")
     assert _train(colors, runs, "run_id=notes") == 2
-    assert "is no run (it has no config.yaml)" in " ".join(capsys.readouterr().err.split())
+    assert "exists but is not a run folder (no config.yaml)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_auto_came_to_is_recorded(runs, colors):

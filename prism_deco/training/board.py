@@ -1,0 +1,75 @@
+"""TensorBoard's files of a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]  # generated code
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
+
+FOLDER = "tensorboard"
+
+
+class Board:
+    """Writes events as they come.
+
+    torch's `SummaryWriter` writes from a thread of its own: what waits there is lost in a kill, and a full disk ends
+    in the thread's traceback.
+
+    Args:
+        run: the run's folder.
+        start: optimizer steps already taken. Events of later steps, which will come again, are hidden.
+    """
+
+    def __init__(self, run: Path, start: int):
+        folder = run / FOLDER
+        if not start:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("xb")
+        self._records = RecordWriter(self._file)
+        self._write(Event(file_version="brain.Event:2"))
+        if start:
+            self._write(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def scalars(self, values: Mapping[str, Any], step: int) -> None:
+        """Plots numbers; `{"lr": {"lm": 1}}` is shown as `lr/lm`."""
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                self.scalars({f"{name}/{key}": number for key, number in value.items()}, step)
+            else:
+                self._add(summary.scalar(name, value), step)
+
+    def image(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """Shows an image, uint8[H, W, 3]."""
+        self._add(summary.image(name, pixels, dataformats="HWC"), step)
+
+    def text(self, name: str, markdown: str, step: int) -> None:
+        """Shows a text."""
+        self._add(summary.text(name, markdown), step)
+
+    def hyperparameters(self, choices: Mapping[str, Any], metrics: list[str]) -> None:
+        """Fills the HPARAMS tab; the numbers beside the choices are the last ones of these scalars."""
+        for part in summary.hparams(dict(choices), dict.fromkeys(metrics, 0.0)):
+            self._add(part, 0)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _add(self, content: Any, step: int) -> None:
+        self._write(Event(step=step, summary=content))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+        self._records.flush()

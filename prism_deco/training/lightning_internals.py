@@ -1,0 +1,43 @@
+"""What this package does to Lightning beyond its public interface.
+
+`tests/training/test_lightning_internals.py` holds each function against the installed version, and `pyproject.toml`
+bounds that version.
+"""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+
+def set_position(trainer: pl.Trainer, step: int) -> None:
+    """Sets the counters to those after `step` optimizer steps; call it before loaders are built."""
+    loop = trainer.fit_loop.epoch_loop
+    steps, batches = loop.manual_optimization.optim_step_progress.total, loop.batch_progress.total
+    steps.ready = steps.completed = step
+    batches.ready = batches.completed = step
+    batches.started = batches.processed = step  # type: ignore[attr-defined]  # of the subclass that counts batches
+
+
+def count_skipped_step(trainer: pl.Trainer) -> None:
+    """Counts an optimizer step that was left out: Lightning counts calls of `optimizer.step`."""
+    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+    progress.increment_ready()
+    progress.increment_completed()
+
+
+def run_validation(trainer: pl.Trainer) -> None:
+    """Runs a validation outside the training loop, which Lightning does only between two steps."""
+    stage = trainer.state.stage
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.state.stage = stage
+
+
+class FirstError(Callback):
+    """Keeps the error that ended the training: Lightning may raise another one while it cleans up."""
+
+    error: BaseException | None = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.error = self.error or exception

@@ -1,0 +1,137 @@
+"""Everything that would stop a run, looked for before its folder is touched and before weights are read."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from omegaconf import DictConfig
+
+from prism_deco.backbones.weights import ASSET, check_tower_weights
+from prism_deco.build import build_model, group
+from prism_deco.config.registry import import_plugins
+from prism_deco.data import build_source
+from prism_deco.distributed import World
+from prism_deco.errors import UsageError
+from prism_deco.files import check_writable
+from prism_deco.llms.build import check_llm_weights
+from prism_deco.llms.spec import read_spec
+from prism_deco.llms.tuning import tuning
+from prism_deco.training.datamodule import Conversations
+from prism_deco.training.init_from import check_start, find_start
+from prism_deco.training.run_dir import run_folder
+from prism_deco.training.sharding import Sharding, strategy_of
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+
+class Scoring(Protocol):
+    """What is to be measured of a trained run."""
+
+    def prepare(self, benchmarks: Path | None) -> None:
+        """Looks for what would stop it, before there is a model.
+
+        Args:
+            benchmarks: the folder of the benchmarks that come with the training data, if any do.
+
+        Raises:
+            UsageError: a benchmark cannot be asked.
+        """
+        ...
+
+    def missing(self, folder: Path) -> Scoring | None:
+        """The part of this scoring that has no results in the run's folder yet; None if it is complete."""
+        ...
+
+    def __call__(self, folder: Path, world: World) -> None:
+        """Measures it; all processes call this."""
+        ...
+
+
+def check_all(
+    config: DictConfig,
+    world: World,
+    *,
+    scoring: Scoring | None = None,
+    after: DictConfig | None = None,
+    plans: bool = False,
+    force: bool = False,
+) -> Conversations:
+    """Checks what can be checked without the model's weights; one process does it for all.
+
+    Sets `trainer.activation_checkpointing` where it is `auto`.
+
+    Args:
+        scoring: what is to be measured of the run; None is nothing.
+        after: the run that this one starts from, if it is still to be trained.
+        plans: estimate the memory of a step and ask the hub for absent weights as well, which takes seconds.
+        force: accept a run whose estimated memory this machine does not have.
+
+    Returns:
+        The data of the run.
+
+    Raises:
+        UsageError: files are missing or malformed, parts do not fit together, or the run does not fit this machine.
+    """
+    import_plugins(config.plugins)
+    check_writable(run_folder(config), "Choose another folder: runs_dir=FOLDER.")
+    _check_local_weights(config)
+    source = build_source(group(config, "data"))
+    if after is not None:
+        check_start(after, config)
+    elif config.recipe.start_from:
+        find_start(Path(config.recipe.start_from), config)
+    tuning(config.recipe.lm).check()
+    strategy_of(config.trainer, world)
+    if config.trainer.strategy == "fsdp":
+        Sharding.of(config.trainer, world.size)
+    vlm, llm = build_model(config, device="meta")
+    if scoring is not None:
+        scoring.prepare(source.benchmarks)
+    data = Conversations(source, config, vlm, llm)
+    data.check()
+    if plans or config.trainer.activation_checkpointing == AUTO:
+        config.trainer.activation_checkpointing = _plan_memory(config, force)
+    if plans:
+        check_tower_weights(group(config, "backbone"))
+        check_llm_weights(read_spec(group(config, "llm")))
+    return data
+
+
+def _check_local_weights(config: DictConfig) -> None:
+    for name in ("backbone", "llm", "projector"):
+        path = config[name].get("weights") if config[name].get("pretrained", True) else None
+        if path and not path.startswith(ASSET) and not Path(path).expanduser().exists():
+            raise UsageError(f"{name}.weights={path}: there is no such file or folder.")
+
+
+def _plan_memory(config: DictConfig, force: bool) -> str:
+    """The setting of `trainer.activation_checkpointing` that fits the memory.
+
+    Raises:
+        UsageError: none does, and `force` is not set.
+    """
+    from prism_deco.plan import plan_run, problems
+    from prism_deco.plan.accelerators import device_memory
+
+    asked = config.trainer.activation_checkpointing
+    unplanned = "full" if asked == AUTO else asked
+    memory = device_memory() // (1 if torch.cuda.is_available() else max(1, config.trainer.devices))
+    try:
+        plan = plan_run(config, memory_bytes=memory)
+    except RuntimeError as error:  # as torch raises where a plug-in's code asks for values of tensors that have none
+        log.warning("The run's memory could not be planned (%s: %s)", type(error).__name__, error)
+        return unplanned
+    if plan.problems:
+        raise UsageError("; ".join(plan.problems))
+    found = problems(plan, memory)
+    if found and not force:
+        raise UsageError(f"This run would fail: {'; '.join(found)}. Use --force to start it anyway.")
+    chosen = plan.needs.setup.checkpointing if plan.needs else unplanned
+    if asked == AUTO:
+        log.info("Activation checkpointing: %s", chosen)
+    return chosen
