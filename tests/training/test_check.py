@@ -265,12 +265,6 @@ def test_fewer_steps_than_asked_for_are_told(tmp_path, colors, caplog, most, war
     assert len((tmp_path / "x" / "metrics.jsonl").read_text().splitlines()) == min(most, 5)
 
 
-def test_a_folder_that_cannot_be_written_is_found(tmp_path):
-    (tmp_path / "runs").write_text("a file")
-    with pytest.raises(ValueError, match=r"runs/x cannot be written \(.*runs_dir=FOLDER"):
-        check(load_config([f"runs_dir={tmp_path / 'runs'}", "run_id=x"]))
-
-
 def test_images_are_looked_for(tmp_path, colors):
     settings = ["data=llava", f"data.json={colors / 'train.json'}", f"data.image_root={tmp_path}", "run_id=x"]
     with pytest.raises(ValueError, match="8 of 8 images are missing"):
