@@ -12,7 +12,7 @@ from PIL import Image
 
 from prism_deco.backbones import build_backbone
 from prism_deco.llms import build, build_llm
-from prism_deco.llms.quantize import quantization
+from prism_deco.llms.tuning import quantization
 from prism_deco.projectors import build_projector
 from prism_deco.vlm import VLM
 

@@ -19,7 +19,7 @@ from prism_deco.export.llava_card import llava_card
 from prism_deco.export.processor import IMAGE_TOKEN, llava_processor, preprocessing_note, token_ids_note
 from prism_deco.export.vision import vision_model
 from prism_deco.llms import LanguageModel
-from prism_deco.llms.buffers import fill_buffers
+from prism_deco.llms.layers import fill_buffers
 from prism_deco.projectors.linear import Linear
 from prism_deco.sequence import build_batch
 from prism_deco.vlm import VLM

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prism_deco.errors import UsageError
 from prism_deco.llms.encoding import Encoded, encode_segments, prompt_of
+from prism_deco.llms.hub import load_tokenizer
 from prism_deco.llms.prompts import Message, PromptFormat, Segment, build_format
 from prism_deco.llms.spec import LLMSpec
-from prism_deco.llms.tokenizers import load_tokenizer
 
 # Any answer that begins with a letter.
 _STAND_IN = {"role": "assistant", "content": "A"}

@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from prism_deco.config import load_choice
 from prism_deco.errors import UsageError
 from prism_deco.llms.base import LanguageModel
-from prism_deco.llms.hub import has_weights, model_folder, weight_files
-from prism_deco.llms.quantize import quantization
+from prism_deco.llms.hub import has_weights, snapshot_folder, weight_files
 from prism_deco.llms.spec import LLMSpec, architecture, read_spec
-from prism_deco.llms.weights import folder_tensors, load_model
+from prism_deco.llms.tuning import quantization
+from prism_deco.llms.weights import folder_tensors, load_lm
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def weights_record(spec: LLMSpec) -> dict[str, Any]:
     return {"name": spec.name, **source, "sha256": digest.hexdigest()}
 
 
-def tensor_files(spec: LLMSpec) -> dict[str, Path] | None:
+def weight_map(spec: LLMSpec) -> dict[str, Path] | None:
     """The safetensors file of each weight, for those who read them in pieces; None where there are no such files.
 
     Raises:
@@ -87,7 +87,7 @@ def tensor_files(spec: LLMSpec) -> dict[str, Path] | None:
     """
     path = _weights_path(spec)
     if not path.is_dir() or not has_weights(path):
-        return None  # one file of any kind, or nothing that `load_model` would take
+        return None  # one file of any kind, or nothing that `load_lm` would take
     _check_architecture(spec, AutoConfig.from_pretrained(path, trust_remote_code=False), path)
     return folder_tensors(path)
 
@@ -111,7 +111,7 @@ def _load(spec: LLMSpec) -> PreTrainedModel:
     config = architecture(spec) if spec.architecture else None
     path = _weights_path(spec)
     options = _options(spec) | (quantization(spec.quantize) if spec.quantize else {})
-    model = load_model(path, config, **options)
+    model = load_lm(path, config, **options)
     _check_architecture(spec, model.config, path)
     return model
 
@@ -142,7 +142,7 @@ def _hub_folder(spec: LLMSpec, *, dry_run: bool = False) -> Path:
         "could they be downloaded. Copy the repository's files here and point to them: llm.weights=PATH "
         "(random weights: llm.pretrained=false)."
     )
-    return model_folder(spec.hub, spec.revision, hint, dry_run=dry_run)
+    return snapshot_folder(spec.hub, spec.revision, hint, dry_run=dry_run)
 
 
 def _fit_embeddings(llm: LanguageModel) -> None:

@@ -118,9 +118,7 @@ def _first_layers(lm: PreTrainedModel, longest: int) -> PreTrainedModel:
     layers = decoder_layers(small)
     kinds = getattr(config, "layer_types", None) or [_kind(layer) for layer in layers]
     depth = max(kinds.index(kind) for kind in kinds) + 1
-    for module in small.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == len(layers) and module[0] is layers[0]:
-            del module[depth:]
+    del layers[depth:]
     decoder = cast(nn.Module, small.base_model)
     table = small.get_input_embeddings()
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -1,20 +1,73 @@
-"""The layers of a language model, whatever its architecture calls them."""
+"""Parts of any causal LM of transformers, whatever its architecture calls them: layers, activations, buffers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from typing import Any, cast
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
 
+from prism_deco.config.registry import unknown
+from prism_deco.config.schema import ACTIVATION_CHECKPOINTING
 from prism_deco.errors import UsageError
 
+# What `selective` keeps: results that are expensive to compute and cheap to hold.
+_KEPT = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
 
-def decoder_layers(lm: nn.Module) -> list[nn.Module]:
-    """The decoder layers of a causal LM of transformers, in order; `UsageError` where there is no list of them."""
+
+def decoder_layers(lm: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a causal LM, in order; `UsageError` if it has no list of them."""
     depth = cast(Any, lm).config.num_hidden_layers
     for module in lm.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return list(module)
-    raise UsageError(
-        f"{type(lm).__name__} has no list of {depth} decoder layers: it can be neither sharded nor planned."
+            return module
+    raise UsageError(f"{type(lm).__name__} has no list of {depth} decoder layers, so it cannot be sharded or planned.")
+
+
+def checkpoint_activations(lm: PreTrainedModel, policy: str) -> None:
+    """Trades computation for memory in every layer of the LLM.
+
+    Args:
+        policy: none | selective (keep matrix products and attention, recompute the rest) | full (keep the input of
+            each layer and recompute everything else, as prismatic-vlms does).
+    """
+    if policy not in ACTIVATION_CHECKPOINTING:
+        raise unknown("trainer.activation_checkpointing", policy, ACTIVATION_CHECKPOINTING)
+    if policy == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if policy == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _KEPT)
+    # The first name is the newer one.
+    enable: Callable[[dict[str, Any]], None] = getattr(
+        lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable
     )
+    enable(options)
+
+
+def fill_buffers(lm: PreTrainedModel) -> None:
+    """Computes, on the CPU, the buffers that no file holds (rotary frequencies, position numbers).
+
+    For a model that was built on the meta device and then given its weights. As in `from_pretrained`, transformers' own
+    `initialize_weights` fills whatever is not marked as initialised; nothing random is drawn.
+    """
+    for tensor in chain(lm.parameters(), lm.buffers()):
+        tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
+    for module in lm.modules():
+        empty = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        module._is_hf_initialized = not empty  # type: ignore[assignment]
+        for name in empty:
+            setattr(module, name, torch.empty_like(module.get_buffer(name), device="cpu"))
+    lm.initialize_weights()

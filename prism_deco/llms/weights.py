@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _UNREADABLE = (ImportError, KeyError, OSError, RuntimeError, ValueError, SafetensorError, struct.error)
 
 
-def load_model(path: Path, config: PretrainedConfig | None, **options: Any) -> PreTrainedModel:
+def load_lm(path: Path, config: PretrainedConfig | None, **options: Any) -> PreTrainedModel:
     """A causal LM with the weights of a local folder or file.
 
     Args:

@@ -10,9 +10,9 @@ from omegaconf import DictConfig
 
 from prism_deco.build import max_positions
 from prism_deco.config.registry import import_plugins
+from prism_deco.config.schema import ACTIVATION_CHECKPOINTING
 from prism_deco.data.samplers import SAMPLERS, Population
 from prism_deco.errors import UsageError
-from prism_deco.llms.checkpointing import ACTIVATION_CHECKPOINTING
 from prism_deco.plan.accelerators import GIB, accelerator
 from prism_deco.plan.flops import training_flops
 from prism_deco.plan.memory import FLOAT32, Memory, step_memory

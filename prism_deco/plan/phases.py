@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prism_deco.backbones import VisionBackbone
-from prism_deco.llms.checkpointing import checkpoint_activations
-from prism_deco.llms.layers import decoder_layers
+from prism_deco.llms.layers import checkpoint_activations, decoder_layers
 from prism_deco.loss import summed_cross_entropy
 from prism_deco.plan.meta_models import build_projector_of, build_shallow, fresh_backbone
 from prism_deco.plan.setup import Setup

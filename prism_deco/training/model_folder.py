@@ -23,8 +23,8 @@ from prism_deco.config.stored import CONFIG
 from prism_deco.errors import UsageError
 from prism_deco.files import write_json
 from prism_deco.llms import LanguageModel, build_llm
-from prism_deco.llms.buffers import fill_buffers
 from prism_deco.llms.build import weights_record
+from prism_deco.llms.layers import fill_buffers
 from prism_deco.llms.lora import base_name, is_adapter, load_lora, save_lora
 from prism_deco.llms.tuning import tuning
 from prism_deco.tensors import all_finite, open_tensors, tensor_files

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from prism_deco.errors import UsageError
-from prism_deco.llms.buffers import fill_buffers
 from prism_deco.llms.build import added_rows
+from prism_deco.llms.layers import fill_buffers
 from prism_deco.llms.lora import base_name, draw_lora, is_adapter
 from prism_deco.training.shard_blocks import Piece, local_piece
 

@@ -18,7 +18,7 @@ from prism_deco.config.registry import unknown
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel
-from prism_deco.llms.build import tensor_files
+from prism_deco.llms.build import weight_map
 from prism_deco.llms.layers import decoder_layers
 from prism_deco.projectors import Projector
 from prism_deco.training.sharded_loading import read_weights
@@ -86,7 +86,7 @@ class Sharding:
         for unit in [*sharded_units(vlm), vlm]:
             fully_shard(unit, mesh=mesh, mp_policy=self._policy(unit))
         if any(parameter.is_meta for parameter in vlm.lm.parameters()):
-            files = tensor_files(llm.spec)
+            files = weight_map(llm.spec)
             assert files is not None
             read_weights(vlm.lm, files, device)
         # A rank without images must gather the tower's and the projector's weights with the others, or all wait.

@@ -25,9 +25,9 @@ from prism_deco.exits import Interrupted, Preempted, Stop
 from prism_deco.features import FeatureCache
 from prism_deco.files import write_json
 from prism_deco.llms import LanguageModel, build_llm
-from prism_deco.llms.build import tensor_files
-from prism_deco.llms.checkpointing import checkpoint_activations
+from prism_deco.llms.build import weight_map
 from prism_deco.llms.isolation import check_isolation
+from prism_deco.llms.layers import checkpoint_activations
 from prism_deco.plan.flops import TrainingFlops, training_flops
 from prism_deco.processes import clear_failures, failure_recorded
 from prism_deco.training.board import Board
@@ -164,7 +164,7 @@ def _build(config: DictConfig, start: Path | None, sharding: Sharding | None) ->
 
 
 def _has_tensor_files(config: DictConfig) -> bool:
-    return tensor_files(build_llm(group(config, "llm"), pretrained=False, device="meta").spec) is not None
+    return weight_map(build_llm(group(config, "llm"), pretrained=False, device="meta").spec) is not None
 
 
 def _announce(config: DictConfig, target: RunTarget, world: World, vlm: VLM, data: Conversations) -> None:

@@ -13,7 +13,7 @@ def test_they_are_the_units_that_transformers_names(name):
     lm = build_llm(name, device="meta").model
     layers = decoder_layers(lm)
     assert len(layers) == lm.config.num_hidden_layers
-    assert layers == [module for module in lm.modules() if type(module).__name__ in lm._no_split_modules]
+    assert list(layers) == [module for module in lm.modules() if type(module).__name__ in lm._no_split_modules]
 
 
 def test_a_model_without_layers_is_refused():

@@ -3,7 +3,7 @@
 import pytest
 
 from prism_deco.llms import build_llm
-from prism_deco.llms.tokenizers import ASSETS
+from prism_deco.llms.hub import ASSETS
 from prism_deco.miniature.conversations import corpus
 from prism_deco.miniature.train_tokenizer import INSTRUCTIONS, train_tokenizers
 

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from prism_deco.build import build_model
 from prism_deco.config import load_config
 from prism_deco.data.loader import Step
-from prism_deco.llms.checkpointing import checkpoint_activations
+from prism_deco.llms.layers import checkpoint_activations
 from prism_deco.plan.memory import step_memory
 from prism_deco.plan.phases import Layout
 from prism_deco.plan.setup import Setup, setup_of

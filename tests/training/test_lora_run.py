@@ -16,7 +16,7 @@ from prism_deco.build import build_model
 from prism_deco.cli import main
 from prism_deco.config import load_config
 from prism_deco.llms import build_llm
-from prism_deco.llms.build import tensor_files
+from prism_deco.llms.build import weight_map
 from prism_deco.llms.lora import merge_lora
 from prism_deco.sequence import build_batch
 from prism_deco.training.init_from import start_from
@@ -175,7 +175,7 @@ def test_a_model_whose_weights_are_read_in_pieces_begins_as_the_whole_one_does(b
     whole, _ = build_model(config)
     torch.manual_seed(1)
     vlm, llm = build_model(config, defer_llm=True)
-    files = tensor_files(llm.spec)
+    files = weight_map(llm.spec)
     assert files is not None and all(p.is_meta for p in vlm.lm.parameters())
     read_weights(vlm.lm, files, torch.device("cpu"))
     expected = dict(whole.named_parameters())

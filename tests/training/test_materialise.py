@@ -5,7 +5,7 @@ import torch
 
 from prism_deco.config import load_choice
 from prism_deco.llms import build_llm
-from prism_deco.llms.build import tensor_files
+from prism_deco.llms.build import weight_map
 from prism_deco.training.sharded_loading import read_weights
 
 
@@ -22,7 +22,7 @@ def test_tables_with_more_or_fewer_rows_than_the_tokenizer_has_tokens(tmp_path, 
     spec = {"weights": str(tmp_path), "pretrained": True, "tokenizer_size": needed["architecture"]["vocab_size"]}
     whole = build_llm("mini_phi", pad_to_multiple_of=1, **spec)
     bare = build_llm("mini_phi", pad_to_multiple_of=1, device="meta", **spec)
-    files = tensor_files(bare.spec)
+    files = weight_map(bare.spec)
     assert files is not None
     read_weights(bare.model, files, torch.device("cpu"))
     expected = dict(whole.model.named_parameters())
@@ -37,7 +37,7 @@ def test_another_shape_is_an_error(tmp_path):
     build_llm("mini_phi", pretrained=False).model.save_pretrained(tmp_path)
     wider = choice["architecture"] | {"intermediate_size": choice["architecture"]["intermediate_size"] + 8}
     bare = build_llm(choice | {"architecture": wider}, device="meta")
-    files = tensor_files(build_llm("mini_phi", weights=str(tmp_path), device="meta").spec)
+    files = weight_map(build_llm("mini_phi", weights=str(tmp_path), device="meta").spec)
     assert files is not None
     with pytest.raises(ValueError, match=r"The weight model\.layers\.0\.mlp\.fc1\.weight is \[.*\] in its file and"):
         read_weights(bare.model, files, torch.device("cpu"))

@@ -7,7 +7,7 @@ import torch
 
 from prism_deco.llms import build_llm
 from prism_deco.llms.lora import add_lora
-from prism_deco.llms.quantize import quantization
+from prism_deco.llms.tuning import quantization
 
 
 @pytest.fixture
