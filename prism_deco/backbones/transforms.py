@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from prism_deco.config.registry import unknown
+from prism_deco.config.schema import RESIZE
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,12 @@ def resize_crop(size: tuple[int, int], side: int) -> Frame:
     return _crop_to_square(size, size, (0, 0), side)
 
 
+_LETTERBOX, _PAD, _NAIVE, _CROP = RESIZE
 STRATEGIES: Mapping[str, Callable[[tuple[int, int], int], Frame]] = {
-    "letterbox": letterbox,
-    "pad": pad,
-    "resize-naive": resize_naive,
-    "resize-crop": resize_crop,
+    _LETTERBOX: letterbox,
+    _PAD: pad,
+    _NAIVE: resize_naive,
+    _CROP: resize_crop,
 }
 
 

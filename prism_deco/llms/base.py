@@ -16,7 +16,7 @@ from prism_deco.llms.hub import load_tokenizer
 from prism_deco.llms.prompts import Message, PromptFormat, Segment, build_format
 from prism_deco.llms.spec import LLMSpec
 
-# Any answer that begins with a letter.
+# A placeholder: any answer that begins with a letter does.
 _STAND_IN = {"role": "assistant", "content": "A"}
 
 
@@ -34,7 +34,7 @@ class LanguageModel:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer; loaded when first used, so that planning a model needs no files.
+        """The tokenizer; loaded on first use, so that planning a model needs no files.
 
         Raises:
             UsageError: it cannot be found, or has more tokens than the model has embeddings.
@@ -57,12 +57,12 @@ class LanguageModel:
 
     @property
     def embedding_rows(self) -> int:
-        """Rows of the embedding table: the tokenizer's size, or somewhat more."""
+        """Rows of the embedding table: the tokenizer's size or somewhat more."""
         return cast(nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence the model was made for, in tokens."""
+        """Longest sequence that the model supports, in tokens."""
         return int(self.model.config.max_position_embeddings)
 
     @cached_property
@@ -72,7 +72,7 @@ class LanguageModel:
         known = self.tokenizer.get_vocab()
         for token in tokens:
             if token not in known:
-                raise UsageError(f"The tokenizer of {self.spec.name} does not know the stop token {token!r}.")
+                raise UsageError(f"The tokenizer of {self.spec.name} has no token {token!r} (llm.stop_tokens).")
         return tuple(known[token] for token in tokens)
 
     @cached_property
@@ -99,9 +99,8 @@ class LanguageModel:
     def encode(self, messages: Sequence[Message], num_images: int = 0, add_generation_prompt: bool = False) -> Encoded:
         """The tokens of a conversation.
 
-        With `add_generation_prompt` these are the very tokens that stand before the answer in training,
-        since they are cut from a conversation with an answer: tokenised by itself, a prompt's end
-        ("ASSISTANT: ") may become other tokens.
+        With `add_generation_prompt` these are exactly the tokens before the answer in training: they are cut
+        from a conversation with an answer. A prompt tokenised by itself may end in other tokens ("ASSISTANT: ").
         """
         if add_generation_prompt:
             return prompt_of(self.encode([*messages, _STAND_IN], num_images))
@@ -113,9 +112,9 @@ def _add_special_tokens(tokenizer: PreTrainedTokenizerBase, spec: LLMSpec) -> No
     tokens: dict[str, Any] = dict(spec.special_tokens)
     if not spec.added_tokens and tokens["pad_token"] not in known:
         if tokenizer.unk_token is None:
-            raise UsageError(f"{spec.name}'s tokenizer has no unknown token to pad with: recipe.added_tokens=true.")
+            raise UsageError(f"{spec.name}'s tokenizer has no unknown token to pad with: set recipe.added_tokens=true.")
         tokens["pad_token"] = tokenizer.unk_token
     for role, token in tokens.items():
         if token not in known and role != "pad_token":
-            raise UsageError(f"The tokenizer of {spec.name} does not know the {role} {token!r}: is it the right one?")
+            raise UsageError(f"The tokenizer of {spec.name} has no {role} {token!r}. Is it the right tokenizer?")
     tokenizer.add_special_tokens(tokens)

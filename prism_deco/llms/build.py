@@ -34,12 +34,12 @@ def build_llm(
 
     Args:
         choice: a YAML name under `conf/llm`, or the mapping such a YAML holds.
-        pretrained: load weights, or draw random ones from torch's global generator; None: as the YAML says.
-        device: where the model lives; on "meta" it is the bare architecture, and nothing is loaded.
-        options: replace the YAML's keys (`LLMSpec`).
+        pretrained: load weights, or draw random ones from torch's global generator; None follows the YAML.
+        device: of the model; on "meta" it is the bare architecture, and nothing is loaded.
+        options: override the YAML's keys (`LLMSpec`).
 
     Raises:
-        UsageError: an unknown key or choice, weights that cannot be found or do not fit.
+        UsageError: a key or choice is unknown, or weights cannot be found or do not fit.
     """
     spec = read_spec((load_choice("llm", choice) if isinstance(choice, str) else dict(choice)) | options)
     pretrained = spec.pretrained if pretrained is None else pretrained
@@ -49,7 +49,7 @@ def build_llm(
     model = _load(spec) if pretrained and device.type != "meta" else _random(spec, device)
     llm = LanguageModel(model, spec)
     _fit_embeddings(llm)
-    # Checkpoints bring sampling settings and repetition penalties of their own; decoding here is plain.
+    # Drops the sampling settings and repetition penalties that checkpoints bring: decoding here is greedy.
     model.generation_config = GenerationConfig()
     if spec.quantize is None:
         model.to(device)  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ def check_llm_weights(spec: LLMSpec) -> None:
 
 
 def weights_record(spec: LLMSpec) -> dict[str, Any]:
-    """What names pretrained weights: where they come from, and the SHA-256 of their files.
+    """What identifies pretrained weights: where they come from, and the SHA-256 of their files.
 
     Raises:
         UsageError: they cannot be found.
@@ -74,20 +74,20 @@ def weights_record(spec: LLMSpec) -> dict[str, Any]:
     for file in weight_files(path):
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
-    # The folder of a snapshot is named after its commit.
+    # A snapshot's folder is named after its commit.
     source = {"path": str(path.resolve())} if spec.weights else {"hub": spec.hub, "revision": path.name}
     return {"name": spec.name, **source, "sha256": digest.hexdigest()}
 
 
 def weight_map(spec: LLMSpec) -> dict[str, Path] | None:
-    """The safetensors file of each weight, for those who read them in pieces; None where there are no such files.
+    """The safetensors file of each weight, for reading them one by one; None if there are no such files.
 
     Raises:
         UsageError: the weights cannot be found, or belong to another architecture.
     """
     path = _weights_path(spec)
     if not path.is_dir() or not has_weights(path):
-        return None  # one file of any kind, or nothing that `load_lm` would take
+        return None  # a single file, or nothing that `load_lm` accepts
     _check_architecture(spec, AutoConfig.from_pretrained(path, trust_remote_code=False), path)
     return folder_tensors(path)
 
@@ -102,7 +102,7 @@ def _random(spec: LLMSpec, device: torch.device) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(architecture(spec), trust_remote_code=False, **_options(spec))
     except ImportError as error:
         raise UsageError(
-            f"llm.attention={spec.attention} cannot be used here: {error} Install what it needs, or take "
+            f"llm.attention={spec.attention} cannot be used here: {error} Install what it needs, or set "
             "llm.attention=sdpa."
         ) from error
 
@@ -119,7 +119,7 @@ def _load(spec: LLMSpec) -> PreTrainedModel:
 def _check_architecture(spec: LLMSpec, config: PretrainedConfig, path: Path) -> None:
     for key, value in (spec.architecture or {}).items():
         found = getattr(config, key, value)
-        # The vocabulary may have been resized since; a nested value may be spelled in several ways.
+        # The vocabulary may have been resized, and nested values have several spellings.
         if key != "vocab_size" and isinstance(value, int | str) and found != value:
             raise UsageError(f"The weights in {path} are not those of {spec.name}: {key} is {found}, not {value}.")
 
@@ -131,31 +131,31 @@ def _weights_path(spec: LLMSpec) -> Path:
 def _hub_folder(spec: LLMSpec, *, dry_run: bool = False) -> Path:
     if spec.hub is None:
         raise UsageError(
-            f"{spec.name} has no pretrained weights to download: give your own (llm.weights=PATH), or start from "
-            "random ones (llm.pretrained=false)."
+            f"{spec.name} has no pretrained weights to download: set llm.weights=PATH to your own, or start from "
+            "random ones with llm.pretrained=false."
         )
     size = ""
     if spec.architecture:
         size = f", about {2 * _random(spec, torch.device('meta')).num_parameters() / 1e9:.1f} GB in half precision"
     hint = (
-        f"The weights of {spec.name} (repository {spec.hub}{size}) are neither in the local Hugging Face cache nor "
-        "could they be downloaded. Copy the repository's files here and point to them: llm.weights=PATH "
-        "(random weights: llm.pretrained=false)."
+        f"The weights of {spec.name} (repository {spec.hub}{size}) are not in the local Hugging Face cache and could "
+        "not be downloaded. Copy the repository's files here and set llm.weights=PATH, or start from random weights "
+        "with llm.pretrained=false."
     )
     return snapshot_folder(spec.hub, spec.revision, hint, dry_run=dry_run)
 
 
 def _fit_embeddings(llm: LanguageModel) -> None:
-    """Gives the embedding tables the rows that the tokenizer needs; tied tables stay tied."""
+    """Resizes the embedding tables to what the tokenizer needs; tied tables stay tied."""
     spec, model = llm.spec, llm.model
     rows = llm.embedding_rows
     multiple = spec.pad_to_multiple_of
     if not spec.added_tokens or (multiple is None and spec.tokenizer_size is None):
-        return  # `LanguageModel.tokenizer` checks that they suffice
+        return  # `LanguageModel.tokenizer` checks that there are enough rows
     size = spec.tokenizer_size or len(llm.tokenizer)
     wanted = -(-size // multiple) * multiple if multiple else max(size, rows)
     if wanted != rows:
-        # New rows are drawn like any others of the architecture, as in the reference, not from the mean of the old.
+        # New rows follow the architecture's own initialisation, as in the reference, not the mean of the old rows.
         with torch.random.fork_rng(devices=[]):
             model.resize_token_embeddings(wanted, mean_resizing=False)
         for table in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -165,8 +165,8 @@ def _fit_embeddings(llm: LanguageModel) -> None:
 
 
 def added_rows(count: int, width: int, std: float) -> Tensor:
-    """float32[count, width] of an embedding table for tokens that the weights do not know.
+    """float32[count, width]: rows of an embedding table for tokens that the weights do not cover.
 
-    Always the same: a base that is named by its source must be so whenever it is loaded, and by every process.
+    Always the same: a base model that a run only names must come out equal at every load, in every process.
     """
     return torch.empty(count, width).normal_(std=std, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""From segments to token ids and labels, and their truncation."""
+"""From segments to token ids and labels, and the truncation of both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Encoded:
         input_ids: token ids.
         labels: the token itself where it is supervised, -100 elsewhere.
         rounds: `Segment.round` of each token.
-        image_slots: for each image the index in `input_ids` before which its visual tokens go.
+        image_slots: for each image, the index in `input_ids` before which its visual tokens go.
     """
 
     input_ids: list[int]
@@ -35,8 +35,8 @@ def encode_segments(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerB
     """Tokenises a rendered conversation.
 
     Args:
-        tokenize: "per_turn" tokenises each segment by itself (PRISM), "whole" everything between two
-            image slots at once (LLaVA); a token then belongs to the segment of its last character.
+        tokenize: "per_turn" tokenises each segment separately (PRISM), "whole" tokenises everything
+            between two image slots at once (LLaVA); a token then belongs to the segment of its last character.
     """
     encoded = Encoded([], [], [], [])
     for chunk in _chunks(segments, tokenize):
@@ -51,16 +51,16 @@ def encode_segments(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerB
 
 
 def truncate(encoded: Encoded, max_text_tokens: int) -> tuple[Encoded, int]:
-    """Cuts a conversation to `max_text_tokens`, and says how many tokens went.
+    """Cuts a conversation to `max_text_tokens`; returns it and the number of tokens cut.
 
-    The end is cut, as in PRISM. Where that would leave nothing to learn from, the middle of the first
-    question goes instead, and the end of its answer if that alone fills half of the room.
+    The end is cut, as in PRISM. If that would leave no supervised token, the middle of the first question is
+    cut instead, and the end of its answer if the answer alone takes more than half of the tokens.
 
     Raises:
         UsageError: fewer than two tokens are allowed.
     """
     if max_text_tokens < 2:
-        raise UsageError(f"max_text_tokens={max_text_tokens} has no room for a question and an answer.")
+        raise UsageError(f"max_text_tokens={max_text_tokens} leaves no room for a question and an answer.")
     length = len(encoded.input_ids)
     if length <= max_text_tokens:
         return encoded, 0
@@ -70,13 +70,13 @@ def truncate(encoded: Encoded, max_text_tokens: int) -> tuple[Encoded, int]:
     last = next((i for i in range(first, length) if encoded.labels[i] == IGNORE), length)
     answer = min(last - first, max_text_tokens // 2)
     prompt = max_text_tokens - answer
-    tail = prompt // 2  # ends with what announces the answer
+    tail = prompt // 2  # the end of the prompt announces the answer
     kept = [*range(prompt - tail), *range(first - tail, first + answer)]
     return _keep(encoded, kept), length - max_text_tokens
 
 
 def prompt_of(encoded: Encoded) -> Encoded:
-    """What precedes the last answer: the prompt to generate it from."""
+    """The tokens before the last answer: the prompt that generates it."""
     labels = encoded.labels
     start = len(labels)
     while start and labels[start - 1] == IGNORE:
@@ -89,23 +89,29 @@ def prompt_of(encoded: Encoded) -> Encoded:
 
 
 def _chunks(segments: Sequence[Segment], tokenize: str) -> Iterator[list[Segment]]:
-    """Groups of segments that are tokenised together: one image slot, or some text."""
+    """Groups of segments that are tokenised together: an image slot, or text."""
     if tokenize == "per_turn":
-        yield from ([segment] for segment in segments)
+        for segment in segments:
+            yield [segment]
         return
-    # Round 0 is the BOS token, which stays by itself (see `PromptFormat`).
+    # Round 0 is the BOS token, which is tokenised separately (see `PromptFormat`).
     for (image, _), group in groupby(segments, key=lambda s: (s.image, s.round == 0)):
         chunk = list(group)
-        yield from ([segment] for segment in chunk) if image else [chunk]
+        if not image:
+            yield chunk
+            continue
+        for slot in chunk:
+            yield [slot]
 
 
 def _tokens(chunk: Sequence[Segment], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, Segment]]:
     """The token ids of one chunk, each with the segment that it belongs to."""
     text = "".join(s.text for s in chunk)
-    # The template has written the special tokens; `verbose` would warn of long texts, which are cut later.
+    # The template writes the special tokens. `verbose` would warn about long texts, which are cut later.
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=len(chunk) > 1, verbose=False)
     if len(chunk) == 1:
-        yield from ((token, chunk[0]) for token in tokens["input_ids"])
+        for token in tokens["input_ids"]:
+            yield token, chunk[0]
         return
     owners = [segment for segment in chunk for _ in segment.text]
     for token, (begin, end) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
@@ -113,9 +119,8 @@ def _tokens(chunk: Sequence[Segment], tokenizer: PreTrainedTokenizerBase) -> Ite
 
 
 def _keep(encoded: Encoded, kept: Sequence[int]) -> Encoded:
-    position = {index: new for new, index in enumerate(kept)}
-    # A slot whose text is gone moves to where that text was; images themselves are never cut.
-    slots = [sum(index < slot for index in position) for slot in encoded.image_slots]
+    # A slot whose text was cut moves to where that text was; images themselves are never cut.
+    slots = [sum(index < slot for index in kept) for slot in encoded.image_slots]
     return Encoded(
         [encoded.input_ids[i] for i in kept],
         [encoded.labels[i] for i in kept],

@@ -1,7 +1,7 @@
-"""Whether a model computes records of one packed row, and rounds under `turn_mask=block`, as if each stood alone.
+"""A check that a model computes the records of a packed row, and rounds under `turn_mask=block`, independently.
 
-Both rely on attention alone to keep positions apart. Convolutions and recurrent states carry something from one
-position to the next whatever the attention does, and a mask of our own replaces that of a sliding window.
+Both features separate positions by the attention mask. Convolutions and recurrent states pass information on to later
+positions regardless of any mask, and the mask of a packed row replaces that of a sliding window.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prism_deco.llms.packed_attention import Segments, no_mask, use_packed_atten
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
-"""Difference of the hidden states, as a fraction of the largest: rounding in float32 stays far below it."""
+"""Largest difference of hidden states relative to their maximum; float32 rounding stays far below it."""
 
 _LENGTHS = (24, 9, 15)
 _WINDOW = 8
@@ -29,15 +29,15 @@ _CPU = torch.device("cpu")
 
 
 def check_isolation(lm: PreTrainedModel, *, packing: bool, turn_mask: str, longest: int) -> None:
-    """Compares records in one row, and rounds under a block mask, with the same ones alone.
+    """Compares records in one row, and rounds under a block mask, with each computed alone.
 
-    It takes seconds for models of any size, and the weights do not matter: a copy of the first layers with random
-    float32 weights computes a few short records on the CPU. `lm` may be on any device, be sharded, or have no weights.
+    A copy of the first layers, with random float32 weights, computes a few short records on the CPU: this takes
+    seconds for a model of any size. `lm` itself may be on any device, sharded, or without weights.
 
     Args:
-        packing: the run packs its records (`recipe.packing`); switches `lm` to packed attention.
+        packing: whether the run packs records (`recipe.packing`); if so, `lm` is switched to packed attention.
         turn_mask: of the run (`recipe.turn_mask`).
-        longest: most positions of a record; a window of that many positions or more is none.
+        longest: maximum length of a record; attention windows of at least that length have no effect.
 
     Raises:
         UsageError: the results differ.
@@ -58,11 +58,11 @@ def _compare(lm: PreTrainedModel, compute: Any, way_out: str) -> None:
     difference = float((together - alone).abs().max() / alone.abs().max())
     log.debug("%s: %s differs by %.1e", type(lm).__name__, compute.__name__, difference)
     if not difference <= TOLERANCE:
-        kinds = getattr(lm.config, "layer_types", None) or ["unknown kind"]
+        kinds = getattr(lm.config, "layer_types", None) or ["of unknown types"]
         raise UsageError(
-            f"{type(lm).__name__} does not keep the records or rounds of one row apart: its hidden states differ by "
-            f"{difference:.1e} of their range from those of each alone. Its layers ({', '.join(sorted(set(kinds)))}) "
-            f"are not all plain causal attention. Set {way_out}."
+            f"{type(lm).__name__} does not compute the records or rounds of one row independently: hidden states "
+            f"differ by {difference:.1e} of their maximum from those computed alone. Not all of its layers "
+            f"({', '.join(sorted(set(kinds)))}) are plain causal attention. Set {way_out}."
         )
 
 
@@ -82,7 +82,7 @@ def _packed(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, Tensor]
 
 
 def _block_masked(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """float[1, L, E] of a shared prefix and two rounds in one row, and of each round alone behind the prefix."""
+    """float[1, L, E] of a shared prefix and two rounds in one row, and of each round alone after the prefix."""
     prefix, *rounds = records
     shared = prefix.shape[1]
     alone = [_hidden(lm, inputs_embeds=torch.cat([prefix, each], dim=1)) for each in rounds]
@@ -103,13 +103,13 @@ def _hidden(lm: PreTrainedModel, **inputs: Any) -> Tensor:
 
 
 def _first_layers(lm: PreTrainedModel, longest: int) -> PreTrainedModel:
-    """The same architecture on the CPU, as deep as it takes to have a layer of every kind, with random weights.
+    """The same architecture on the CPU with random weights, deep enough to contain every kind of layer.
 
-    Windows that records of `longest` positions exceed become short enough for the records compared here.
+    Attention windows shorter than `longest` are shortened further, below the length of the records compared here.
     """
     config = copy.deepcopy(lm.config)
     config._attn_implementation = "sdpa"
-    config.initializer_range = 0.1  # what a layer adds stands out from what passes by it
+    config.initializer_range = 0.1  # large enough for a layer's output to matter next to the residual stream
     for name in ("sliding_window", "attention_chunk_size"):
         if (getattr(config, name, None) or longest) < longest:
             setattr(config, name, _WINDOW)
@@ -124,7 +124,7 @@ def _first_layers(lm: PreTrainedModel, longest: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         for module in decoder.modules():
-            if module is not table:  # the inputs are embeddings
+            if module is not table:  # not needed: the inputs are embeddings
                 module.to_empty(device=_CPU, recurse=False)
         for tensor in (*decoder.parameters(), *decoder.buffers()):
             if tensor.is_floating_point():

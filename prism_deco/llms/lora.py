@@ -1,7 +1,7 @@
 """LoRA adapters on the language model, through peft (Hu et al. 2021, arXiv 2106.09685).
 
-Adapters are injected into the LLM's own module tree: its class, its methods and the names of its modules stay, and
-each adapted linear layer becomes one that holds the original as `base_layer`.
+Adapters are injected into the LLM's own module tree: its class, its methods and the names of its modules stay the same,
+and each adapted linear layer is wrapped in one that holds it as `base_layer`.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from prism_deco.errors import UsageError
 from prism_deco.tensors import open_tensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-"""The file of an adapter folder that holds the tensors; `adapter_config.json` lies beside it."""
+"""The file of an adapter folder that holds the tensors, next to `adapter_config.json`."""
 
 _NAME = "default"
-_PREFIX = "base_model.model."  # what `peft.PeftModel`, which wraps the LLM, puts before its names
+_PREFIX = "base_model.model."  # of names in a `peft.PeftModel`, which wraps the LLM
 
 
 def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, base: str | None = None) -> None:
     """Adds trainable adapters to every linear layer but the output head, as LLaVA does, and freezes the rest.
 
-    A follows torch's seed (see `draw_lora`), B is zero: the model's output does not change yet. Adapters of a
-    half-precision base are float32, so that small updates are not lost.
+    A is drawn from torch's seed (see `draw_lora`) and B is zero, so that the model's output does not change at first.
+    Adapters of a half-precision base are float32, so that small updates are not lost.
 
     Args:
         r: rank of the update.
         alpha: the update is scaled by alpha / r.
-        dropout: share of an adapter's inputs that are dropped in training.
+        dropout: fraction of an adapter's inputs that are dropped in training.
         base: where the base weights come from, for the record.
 
     Raises:
@@ -45,7 +45,7 @@ def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, base
     """
     peft = _peft()
     if r < 1 or not 0 <= dropout < 1:
-        raise UsageError(f"recipe.lora_r={r} must be at least 1, recipe.lora_dropout={dropout} in [0, 1).")
+        raise UsageError(f"recipe.lora_r={r} must be at least 1 and recipe.lora_dropout={dropout} in [0, 1).")
     config = peft.LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -68,15 +68,15 @@ def is_adapter(name: str) -> bool:
 
 
 def base_name(name: str) -> str:
-    """What a base weight is called in an LLM without adapters."""
+    """The name of a base weight in the LLM without adapters."""
     return name.replace(".base_layer.", ".")
 
 
 def draw_lora(name: str, shape: Sequence[int]) -> Tensor:
-    """float32 start of an adapter's tensor, as peft draws it (B is zero).
+    """Initial float32 values of an adapter's tensor, distributed as in peft (B is zero).
 
-    It depends on torch's seed and the tensor's name alone, not on what was drawn before: a model that is filled piece
-    by piece, by many processes, gets the same.
+    They depend only on torch's seed and the tensor's name, not on earlier draws, so that a model filled tensor by
+    tensor in many processes comes out the same.
     """
     tensor = torch.zeros(*shape)
     if ".lora_A." in name:
@@ -89,11 +89,11 @@ def save_lora(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] 
     """Writes the adapters in peft's format: `peft.PeftModel.from_pretrained(base, folder)` reads them too.
 
     Args:
-        state: the LLM's state dict, where it had to be gathered; None takes the model's own.
+        state: the LLM's state dict if it had to be gathered; None takes the model's own.
     """
     peft = _peft()
     folder.mkdir(parents=True, exist_ok=True)
-    # peft would look for the base model's embeddings on the hub to see whether they were resized.
+    # peft would otherwise look on the hub whether the base model's embeddings were resized.
     tensors = peft.get_peft_model_state_dict(model, dict(state) if state else None, _NAME, save_embedding_layers=False)
     tensors = {f"{_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     (folder / ADAPTER_WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
@@ -109,7 +109,7 @@ def load_lora(model: PreTrainedModel, folder: Path) -> None:
     """
     peft = _peft()
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise UsageError(f"{folder / ADAPTER_WEIGHTS} is missing: the run's folder is incomplete.")
+        raise UsageError(f"{folder / ADAPTER_WEIGHTS} is missing: the run folder is incomplete.")
     config = peft.LoraConfig.from_pretrained(folder)
     _inject(model, config)
     fill_lora(model, folder)
@@ -135,7 +135,7 @@ def fill_lora(model: PreTrainedModel, folder: Path) -> None:
 
 
 def merge_lora(model: PreTrainedModel) -> None:
-    """Adds the adapters' updates to the base weights, and takes the adapters away.
+    """Adds the adapters' updates to the base weights and removes the adapters.
 
     Raises:
         UsageError: a merged weight is not finite.
@@ -150,7 +150,7 @@ def merge_lora(model: PreTrainedModel) -> None:
 
 
 def has_lora(model: PreTrainedModel) -> bool:
-    """Whether the model carries adapters."""
+    """Whether the model has adapters."""
     return hasattr(model, "peft_config")
 
 
@@ -167,6 +167,6 @@ def _peft() -> ModuleType:
         import peft
     except ImportError as error:
         raise UsageError(
-            "LoRA needs the package peft: pip install 'prism-deco[lora]' (or train the whole LLM: recipe.lm=full)."
+            "LoRA needs the package peft: pip install 'prism-deco[lora]', or train the whole LLM with recipe.lm=full."
         ) from error
     return peft

@@ -1,7 +1,7 @@
-"""Attention for several records in one row, each by itself: no padding, and no work across records.
+"""Attention within each of several records that share one row, without padding.
 
-`PACKED` is transformers' SDPA attention and, where a forward pass is given `segments`, attention within
-each of them. A model that is switched to it computes padded batches and generation as before.
+`PACKED` is transformers' SDPA attention, restricted to `segments` if a forward pass is given any. A model that is
+switched to it computes padded batches and generation as before.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ PACKED = "packed_sdpa"
 
 
 class Segments(NamedTuple):
-    """The records of a row, one behind the other.
+    """The records of a row, one after another.
 
     Attributes:
         lengths: positions of each record.
         longest: the largest of them.
-        bounds: int32[records + 1], where they begin, and where the last one ends.
+        bounds: int32[records + 1], where each begins, and where the last one ends.
     """
 
     lengths: tuple[int, ...]
@@ -41,16 +41,16 @@ class Segments(NamedTuple):
 
 
 def no_mask(device: torch.device) -> Tensor:
-    """bool[1, 1, 1, 1]: a mask for packed rows without one of their own. transformers hands a ready mask
-    through; given none, it would make one of L x L positions."""
+    """bool[1, 1, 1, 1]: the mask of packed rows that need none. transformers passes on a ready mask; without one it
+    would build L x L positions."""
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Switches a model to `PACKED`, for good: recomputed activations (checkpointing) must find it, too.
+    """Switches a model to `PACKED` for good: recomputed activations (checkpointing) must find it as well.
 
     Raises:
-        UsageError: it uses another attention than SDPA.
+        UsageError: the model uses another attention than SDPA.
     """
     used = model.config._attn_implementation
     if used == PACKED:
@@ -76,23 +76,21 @@ def packed_attention(
 
     Args:
         query, key, value: float[B, heads, L, head_dim]; B is 1 with `segments`; keys may have fewer heads.
-        attention_mask: with `segments`: bool[1, 1, L, L] of allowed pairs (those across segments do not
-            matter), or `no_mask` for causal attention.
+        attention_mask: with `segments`, bool[1, 1, L, L] of allowed pairs (those across segments are
+            ignored), or `no_mask` for causal attention.
 
     Returns:
-        float[B, L, heads, head_dim], and no probabilities.
+        float[B, L, heads, head_dim], and None for the probabilities.
     """
     if segments is None:
         if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:
-            raise UsageError(
-                f"{type(module).__name__} does not pass on `segments`: train it with recipe.packing=false."
-            )
+            raise UsageError(f"{type(module).__name__} does not pass on `segments`. Set recipe.packing=false.")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
     causal = attention_mask is None or attention_mask.shape[-1] == 1
     if torch.is_autocast_enabled(query.device.type):
-        # Rotary embeddings leave queries and keys in float32; the one kernel for all is not known to autocast.
+        # Rotary embeddings leave queries and keys in float32, and autocast does not cover the varlen kernel.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if causal and not dropout and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
@@ -102,7 +100,7 @@ def packed_attention(
     return out, None
 
 
-@torch.compiler.disable  # it would be compiled anew for every batch's lengths
+@torch.compiler.disable  # it would be recompiled for the lengths of every batch
 def _one_by_one(
     query: Tensor,
     key: Tensor,
@@ -112,16 +110,17 @@ def _one_by_one(
     dropout: float,
     scaling: float | None,
 ) -> Tensor:
-    """A kernel for each segment: float[1, L, heads, head_dim]."""
+    """One kernel per segment: float[1, L, heads, head_dim]."""
     grouped = query.shape[1] > key.shape[1]
-    parts, start = [], 0
+    parts = []
+    start = 0
     for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
         end = start + q.shape[2]
         within = None if mask is None else mask[:, :, start:end, start:end]
         out = F.scaled_dot_product_attention(
             q, k, v, within, dropout, is_causal=within is None, scale=scaling, enable_gqa=grouped
         )
-        parts.append(out.transpose(1, 2))  # as the output layer reads it: put together, nothing is copied again
+        parts.append(out.transpose(1, 2))  # the layout that the output layer reads, so that nothing is copied later
         start = end
     return torch.cat(parts, dim=1)
 
@@ -132,10 +131,12 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scali
 
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # the oldest supported torch has no grouped heads here
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        key = key.repeat_interleave(groups, 1)
+        value = value.repeat_interleave(groups, 1)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    bounds, longest = segments.bounds, segments.longest
-    # The window: all that comes before, nothing behind.
+    bounds = segments.bounds
+    longest = segments.longest
+    # The window is causal: everything before a position, nothing after it.
     out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
     assert isinstance(out, Tensor)
     return out[None]

@@ -1,10 +1,10 @@
-"""From messages to segments of text: which tokens a conversation is made of is the chat template's decision.
+"""From messages to segments of text, by a chat template that decides on every token of a conversation.
 
-A template is Jinja, in the LLM's YAML, and rendered by transformers. It writes every special token itself, puts
-supervised text between `{% generation %}` and `{% endgeneration %}`, and is given, besides `messages` and
-the special tokens by name:
+A template is Jinja, stands in the LLM's YAML and is rendered by transformers. It writes every special token itself
+and puts supervised text between `{% generation %}` and `{% endgeneration %}`. Besides `messages` and the special
+tokens by name, it receives:
 
-- `image`: stands where the visual tokens go (right after the BOS token); empty when images go in place;
+- `image`: marks where the visual tokens go (right after the BOS token); empty if images go in place;
 - `tokenize`: "per_turn" or "whole", for templates whose spaces depend on it.
 """
 
@@ -29,9 +29,9 @@ PLAIN_TEMPLATE = """\
 {%- for message in messages if message.role == 'assistant' -%}
   {%- generation -%}{{- message.content ~ '\n' -}}{%- endgeneration -%}
 {%- endfor -%}"""
-"""LLaVA's alignment prompt: the image and its caption; what the user asked is left out."""
+"""LLaVA's alignment prompt: the image and its caption, without the user's question."""
 
-# Marks the image slot in rendered text. A noncharacter: Unicode keeps it for internal use.
+# Marks an image slot in rendered text. Unicode reserves this noncharacter for internal use.
 _SENTINEL = "\ufdd0"
 _REPLACEMENT = "\ufffd"
 
@@ -43,11 +43,11 @@ class Segment:
     """A stretch of a rendered conversation.
 
     Attributes:
-        text: as it is tokenised; empty for an image slot.
+        text: to be tokenised; empty for an image slot.
         supervised: whether the loss covers it (the answers with their end token).
-        image: the place of one image's visual tokens.
-        round: 0 for the BOS token and an image slot right after it, which all rounds share; else the
-            question-and-answer round, from 1. What precedes the first question belongs to round 1.
+        image: whether it is the slot of one image's visual tokens.
+        round: the question-and-answer round, from 1; 0 for the BOS token and an image slot right after it,
+            which all rounds share. Text before the first question belongs to round 1.
     """
 
     text: str
@@ -60,11 +60,11 @@ class Segment:
 class PromptFormat:
     """A chat format.
 
-    Special tokens that a message spells out are tokenised as such, as in PRISM and LLaVA.
+    Special tokens that are spelled out in a message are tokenised as such, as in PRISM and LLaVA.
 
     Args:
         template: Jinja source.
-        special_tokens: `bos_token`, `eos_token`, `pad_token`: the names templates know them by.
+        special_tokens: `bos_token`, `eos_token`, `pad_token`, as templates name them.
         tokenize: passed to the template.
         image_slot: "after_bos" (PRISM: `<image>` is deleted, messages are stripped) or "in_place"
             (LLaVA: `<image>` moves to the start of its message, a newline follows).
@@ -90,8 +90,8 @@ class PromptFormat:
             num_images: images of the conversation.
 
         Raises:
-            UsageError: roles out of order, no answer, images and `<image>` tags that do not match, or
-                a message that the format has no place for.
+            UsageError: roles are out of order, there is no answer, images and `<image>` tags do not match, or
+                the format has no place for a message.
         """
         check_roles(messages)
         after_bos = self.image_slot == "after_bos"
@@ -109,11 +109,9 @@ class PromptFormat:
         (text,), (spans,) = rendered
         segments = list(self._segments(text, spans))
         if sum(s.image for s in segments) != num_images:
-            raise UsageError(
-                f"The chat template does not place {num_images} images: it must write {{{{ image }}}} once."
-            )
+            raise UsageError(f"The chat template must write {{{{ image }}}} once to place {num_images} images.")
         if not any(s.supervised for s in segments):
-            raise UsageError("No text is supervised: answers stand between {% generation %} and {% endgeneration %}.")
+            raise UsageError("No text is supervised: put answers between {% generation %} and {% endgeneration %}.")
         return segments
 
     def _place(self, messages: Sequence[Message], num_images: int) -> list[dict[str, str]]:
@@ -124,7 +122,7 @@ class PromptFormat:
         bos = self.special_tokens.get("bos_token", "")
         at = 0
         if bos and text.startswith(bos):
-            # On its own, since SentencePiece tokenizers put their dummy space at the start of what follows.
+            # Separate, because SentencePiece tokenizers put their dummy space before the text that follows.
             yield Segment(bos, supervised=False)
             at = len(bos)
             while text.startswith(_SENTINEL, at):
@@ -139,7 +137,7 @@ class PromptFormat:
 
 
 class PlainFormat(PromptFormat):
-    """LLaVA's alignment prompt (`PLAIN_TEMPLATE`): captions stay as they are, and there is no end token."""
+    """LLaVA's alignment prompt (`PLAIN_TEMPLATE`): captions are unchanged, and there is no end token."""
 
     def _place(self, messages: Sequence[Message], num_images: int) -> list[dict[str, str]]:
         return [{"role": m["role"], "content": _neutral(m["content"]).replace(IMAGE_TAG, "")} for m in messages]
@@ -151,7 +149,7 @@ def build_format(
     """The format of that name: "chat" (the LLM's own template) or "plain" (LLaVA's alignment stage)."""
     formats = {
         "chat": PromptFormat(template, special_tokens, tokenize, image_slot),
-        # No text stands before the image, so that both slots are the one after BOS.
+        # There is no text before the image, so both slots are the one after BOS.
         "plain": PlainFormat(PLAIN_TEMPLATE, special_tokens, tokenize, "after_bos"),
     }
     if prompt not in formats:
@@ -169,16 +167,16 @@ def check_roles(messages: Sequence[Message]) -> None:
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns:
-        raise UsageError("The conversation is empty: it needs a user's message and an answer.")
+        raise UsageError("The conversation is empty: it needs a user message and an answer.")
     for number, role in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if role != expected:
             raise UsageError(
-                f"Message {number + 1} of the conversation is from {role!r} where {expected!r} is expected: "
-                "messages alternate, the user's first (a system message may precede them)."
+                f"Message {number + 1} of the conversation is from {role!r}, expected {expected!r}: user and assistant "
+                "alternate, starting with the user (after an optional system message)."
             )
     if len(turns) % 2:
-        raise UsageError("The conversation ends without an answer: nothing in it would be supervised.")
+        raise UsageError("The conversation ends without an answer, so its last question would teach nothing.")
 
 
 def _is_encodable(text: str) -> bool:
@@ -208,10 +206,12 @@ def _tags_first(messages: Sequence[Message], num_images: int) -> list[dict[str, 
         # In LLaVA a message has one image, however often it says so, and in a conversation without images all is text.
         tags = [min(count, 1, num_images) for count in tags]
     if not any(tags) and num_images:
-        # Plain questions about images: as if the first one began with the tags.
+        # Questions without tags: as if the first one began with them.
         tags[[m["role"] for m in messages].index("user")] = num_images
     if sum(tags) != num_images:
-        raise UsageError(f"The conversation has {sum(tags)} {IMAGE_TAG} tags and {num_images} images: they must match.")
+        raise UsageError(
+            f"The conversation has {sum(tags)} {IMAGE_TAG} tags and {num_images} images: one tag per image."
+        )
     placed = []
     for message, count in zip(messages, tags, strict=True):
         text = _neutral(message["content"])
@@ -222,5 +222,5 @@ def _tags_first(messages: Sequence[Message], num_images: int) -> list[dict[str, 
 
 
 def _neutral(text: str) -> str:
-    """Text that cannot be taken for an image slot."""
+    """The text without the character that marks image slots."""
     return text.replace(_SENTINEL, _REPLACEMENT)

@@ -21,36 +21,36 @@ class LLMSpec:
     chat_template: str
     """Jinja source of the chat format; see `prism_deco/llms/prompts.py`."""
     special_tokens: Mapping[str, str]
-    """`bos_token`, `eos_token`, `pad_token`; one that the tokenizer does not know (a pad token) is added."""
+    """`bos_token`, `eos_token`, `pad_token`; a pad token that the tokenizer lacks is added."""
     hub: str | None = None
     """Repository of the weights, and of the tokenizer."""
     revision: str | None = None
-    """A commit of the repository; None is its newest."""
+    """A commit of the repository; None is the newest."""
     pretrained: bool = True
     """Load weights; false starts from random ones."""
     weights: str | None = None
-    """Local folder, or .safetensors, .gguf or .bin file, instead of the hub's weights."""
+    """Local folder, or .safetensors, .gguf or .bin file, to load instead of the hub's weights."""
     tokenizer: str | None = None
-    """Local folder, repository, or `asset:<name>` of the package; None: beside the weights, or `hub`."""
+    """Local folder, repository, or `asset:<name>` of the package; None: next to the weights, or from `hub`."""
     architecture: Mapping[str, Any] | None = None
-    """`model_type` and its numbers, as in the checkpoint's config.json: builds the model without any file."""
+    """`model_type` and its settings, as in the checkpoint's config.json: builds the model without any file."""
     tokenizer_size: int | None = None
-    """Tokens of the tokenizer, added ones included; None asks the tokenizer."""
+    """Size of the tokenizer, added tokens included; None asks the tokenizer."""
     pad_to_multiple_of: int | None = None
-    """Embedding tables get the tokenizer's size rounded up to a multiple of it; None keeps them unless too small."""
+    """Rounds the rows of the embedding tables up to a multiple of this; None keeps the tables unless too small."""
     added_tokens: bool = True
-    """Add a pad token that the tokenizer does not know; false pads with its unknown token then, and keeps the embedding
+    """Add a pad token that the tokenizer lacks; false pads with the unknown token instead and leaves the embedding
     tables as they are (LLaVA)."""
     stop_tokens: Sequence[str] = ()
     """Tokens that end an answer; empty: `eos_token`."""
     tokenize: str = "per_turn"
-    """per_turn: each turn by itself (PRISM) | whole: the conversation at once (LLaVA)."""
+    """per_turn: each turn separately (PRISM) | whole: the conversation at once (LLaVA)."""
     image_slot: str = "after_bos"
     """after_bos (PRISM) | in_place (LLaVA)."""
     prompt: str = "chat"
     """chat: `chat_template` | plain: LLaVA's alignment prompt, image and caption only."""
     quantize: str | None = None
-    """nf4: four bits per weight of the linear layers, through bitsandbytes on a GPU (QLoRA); None: `dtype`."""
+    """nf4: four bits per weight of the linear layers, by bitsandbytes on a GPU (QLoRA); None: as `dtype` says."""
     dtype: str = "float32"
     """Type of the weights; PRISM trains float32 master weights."""
     attention: str = "sdpa"
@@ -58,24 +58,24 @@ class LLMSpec:
 
 
 def read_spec(content: Mapping[str, Any]) -> LLMSpec:
-    """Checks the content of a YAML; `UsageError` names keys that are unknown or missing."""
+    """The checked content of a YAML; `UsageError` names a key that is unknown or missing."""
     known = [f.name for f in fields(LLMSpec)]
     for key in content:
         if key not in known:
             raise unknown("key of an LLM", key, known)
     for key in ("name", "chat_template", "special_tokens"):
         if not content.get(key):
-            raise UsageError(f"The LLM {content.get('name', '')!r} has no `{key}`: its YAML must set it.")
+            raise UsageError(f"The LLM {content.get('name', '')!r} has no `{key}`: set it in its YAML.")
     spec = LLMSpec(**content)
     if not isinstance(getattr(torch, spec.dtype, None), torch.dtype):
-        raise UsageError(f"llm.dtype={spec.dtype} is no type of torch: float32, bfloat16 or float16.")
+        raise UsageError(f"llm.dtype={spec.dtype} is not a torch dtype: choose float32, bfloat16 or float16.")
     return spec
 
 
 def architecture(spec: LLMSpec) -> PretrainedConfig:
-    """The architecture as transformers knows it; nothing is read or fetched."""
+    """The architecture as a configuration of transformers; nothing is read or downloaded."""
     if spec.architecture is None:
-        raise UsageError(f"{spec.name} has no `architecture`: it is needed to build the model without its weights.")
+        raise UsageError(f"{spec.name} has no `architecture`, which building it without weights requires.")
     if "model_type" not in spec.architecture:
-        raise UsageError(f"The architecture of {spec.name} has no model_type, for example `model_type: llama`.")
+        raise UsageError(f"The architecture of {spec.name} has no model_type; add, for example, `model_type: llama`.")
     return AutoConfig.for_model(**spec.architecture)

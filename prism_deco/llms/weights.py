@@ -25,7 +25,7 @@ from prism_deco.tensors import open_tensors
 
 log = logging.getLogger(__name__)
 
-# The last two come of files that are cut short, safetensors and GGUF.
+# The last two are raised for truncated files, safetensors and GGUF.
 _UNREADABLE = (ImportError, KeyError, OSError, RuntimeError, ValueError, SafetensorError, struct.error)
 
 
@@ -34,11 +34,11 @@ def load_lm(path: Path, config: PretrainedConfig | None, **options: Any) -> PreT
 
     Args:
         path: folder in the hub's layout, or a .safetensors, .gguf or .bin file.
-        config: the architecture; needed for .safetensors and .bin files, which do not tell theirs.
+        config: the architecture; needed for .safetensors and .bin files, which do not hold theirs.
         options: `dtype`, `attn_implementation`.
 
     Raises:
-        UsageError: nothing usable is there, or it does not fit the architecture.
+        UsageError: there is nothing usable, or it does not fit the architecture.
     """
     if not path.exists():
         raise UsageError(f"llm.weights={path}: there is no such file or folder.")
@@ -48,13 +48,13 @@ def load_lm(path: Path, config: PretrainedConfig | None, **options: Any) -> PreT
     if path.is_file():
         if config is None:
             raise UsageError(
-                f"{path} does not tell its architecture: give llm.architecture, or a folder with config.json."
+                f"{path} does not hold its architecture: set llm.architecture, or give a folder with config.json."
             )
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         return _from_pretrained(path, model_class, None, config=config, state_dict=dict(open_tensors(path)), **options)
     if not has_weights(path):
         raise UsageError(
-            f"llm.weights={path}: expected config.json and all of model*.safetensors (or pytorch_model*.bin) there."
+            f"llm.weights={path} must hold config.json and all of model*.safetensors (or pytorch_model*.bin)."
         )
     folder = path if has_safetensors(path) else convert_pickles(path)
     return _from_pretrained(
@@ -78,7 +78,7 @@ def folder_tensors(path: Path) -> dict[str, Path]:
 
 
 def convert_pickles(folder: Path) -> Path:
-    """A folder with the safetensors of `folder`'s .bin shards; made once, shard by shard, and cached."""
+    """A cached folder with `folder`'s .bin shards as safetensors; converted once, shard by shard."""
     shards = bin_shards(folder)
     key = json.dumps([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in shards] + [str(folder.resolve())])
     target = cache_dir() / "converted" / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -86,9 +86,9 @@ def convert_pickles(folder: Path) -> Path:
         return target
     building = building_folder(target)
     try:
-        # One process converts and the others wait: each would hold a shard in memory, and write a copy of all.
+        # Several converting at once would each hold a shard in memory and write a full copy.
         with (cache_dir() / "converting.lock").open("a") as lock:
-            with suppress(OSError):  # a file system without locks
+            with suppress(OSError):  # file systems without locks
                 fcntl.lockf(lock, fcntl.LOCK_EX)
             if not target.is_dir():
                 log.info("Converting %d pickled shards of %s to safetensors in %s", len(shards), folder, target)
@@ -107,11 +107,11 @@ def _convert(folder: Path, shards: Sequence[Path], target: Path) -> None:
     """Writes the tensors of pickled shards, and the configuration that lies next to them, into a new folder."""
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        # Copies, since safetensors refuses tensors that share storage.
+        # safetensors refuses tensors that share storage.
         tensors = {k: v.clone().contiguous() for k, v in open_tensors(shard).items()}
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(tensors, target / name, metadata={"format": "pt"})
-        (target / name).chmod(target.stat().st_mode & 0o666)  # safetensors keeps its files to their owner
+        (target / name).chmod(target.stat().st_mode & 0o666)  # safetensors lets only the owner read its files
         weight_map |= dict.fromkeys(tensors, name)
     index = {"metadata": {}, "weight_map": weight_map}
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -126,6 +126,6 @@ def _from_pretrained(source: Path, loader: Any, folder: Path | None, **options: 
         raise UsageError(f"{source} cannot be loaded as a language model: {error}") from error
     missing = sorted(report["missing_keys"])
     if missing:
-        # transformers fills gaps with random numbers.
-        raise UsageError(f"{source} lacks {len(missing)} weights of the architecture, for example {missing[0]}.")
+        # transformers would fill them with random numbers.
+        raise UsageError(f"{source} is missing {len(missing)} weights of the architecture, for example {missing[0]}.")
     return model

@@ -115,7 +115,7 @@ def test_gaps_are_not_filled_with_random_numbers(folder, load):
     del tensors["model.norm.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     for path in (folder, folder / "model.safetensors"):
-        with pytest.raises(ValueError, match=r"lacks 1 weights .* model\.norm\.weight"):
+        with pytest.raises(ValueError, match=r"is missing 1 weights .* model\.norm\.weight"):
             load(path)
 
 

@@ -138,8 +138,8 @@ def test_generation_prompt_ends_where_the_answer_begins(real_format):
     [
         ([], "empty"),
         ([{"role": "system", "content": "x"}], "empty"),
-        ([assistant("x"), user("y")], "Message 1 .* 'assistant' where 'user'"),
-        ([user("x"), user("y")], "Message 2 .* 'user' where 'assistant'"),
+        ([assistant("x"), user("y")], "Message 1 .* 'assistant', expected 'user'"),
+        ([user("x"), user("y")], "Message 2 .* 'user', expected 'assistant'"),
         ([user("x")], "ends without an answer"),
         ([user("x"), {"role": "tool", "content": "y"}], "'tool'"),
         ([user("x"), {"role": "assistant", "content": None}], "A message is"),
@@ -177,7 +177,7 @@ def test_half_a_surrogate_pair_is_named(real_format):
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}", "does not place 1 images"),
+        ("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}", "must write .* once to place 1 images"),
         ("{{ image }}{% for m in messages %}{{ m.content }}{% endfor %}", "No text is supervised"),
         ("{{ image }}{{ nonsense.x }}", "cannot render"),
         ("{% if %}", "cannot render"),

@@ -3,14 +3,19 @@
 import importlib.util
 import json
 from pathlib import Path
+from string import ascii_uppercase
 
 import pytest
 
 import prism_deco
 from prism_deco.cli import main
+from prism_deco.llms import build_llm
+from prism_deco.llms.encoding import IGNORE
 
 PHOTOS = Path(__file__).parents[1] / "assets" / "photos.json"
 QUESTION = "What is this?"
+WORDS = ["Yes", "No", "True", "False", *ascii_uppercase]
+SENTENCES = ["Ein Käfer 🐞, sagt USER: Output:", "[0.10, 0.25, 0.50, 1.00]"]
 
 
 @pytest.fixture
@@ -52,3 +57,18 @@ def test_it_learns_eight_photographs_by_heart(gguf, tmp_path):
     assert len(list((tmp_path / "export").glob("model-*.safetensors"))) == 3
     again = prism_deco.load(tmp_path / "export").generate(images[:2], [QUESTION] * 2, max_new_tokens=20)
     assert again == answers[:2]
+
+
+@pytest.mark.real_llm
+def test_the_real_tokenizer_supervises_the_answer_and_its_end(gguf):
+    llm = build_llm("smollm2_135m_instruct", pretrained=False, device="meta", weights=str(gguf))
+    for answer in WORDS + SENTENCES:
+        talk = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}]
+        encoded = llm.encode(talk * 2)
+        ids = [label for label in encoded.labels if label != IGNORE]
+        end = llm.tokenizer.decode([next(i for i in llm.eos_ids if i in ids)])
+        assert "".join(llm.tokenizer.decode(ids).split()) == "".join(f"{answer}{end}{answer}{end}".split())
+        prompt = llm.encode(talk[:1], add_generation_prompt=True)
+        assert encoded.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+        if answer in WORDS:  # whose probabilities are compared
+            assert llm.tokenizer.decode(ids[:1]).strip() == answer
