@@ -17,7 +17,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("settings", nargs="*", metavar="plugins=[MODULE]", help=PLUGINS)
     parser.add_argument("--to", type=Path, required=True, help="new folder to write")
-    parser.add_argument("--merge", action="store_true", help="add a run's LoRA adapters to the LLM's weights")
+    parser.add_argument("--merge", action="store_true", help="merge a run's LoRA adapters into the LLM's weights")
     parser.add_argument("--checkpoint", metavar="NAME", help="the model of a checkpoint of the run, step_NNNNNN")
     parser.add_argument("--hf", action="store_true", help="for plain transformers, as LlavaForConditionalGeneration")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type of the weights (default: the run's)")
@@ -37,7 +37,7 @@ def export(args: argparse.Namespace) -> None:
     if args.checkpoint:
         if args.hf or args.dtype or args.merge:
             raise UsageError(
-                "--checkpoint writes a model folder as a run does: export that one with --merge, --hf or --dtype."
+                "--checkpoint writes a model folder like a run's: export that folder with --merge, --hf or --dtype."
             )
         with whole_folder(args.to) as building:
             consolidate(args.run, args.checkpoint, building)
@@ -57,8 +57,8 @@ def _check_merge(run: Path, merges: bool) -> None:
     model = run / "model" if (run / "model").is_dir() else run
     if (model / ADAPTER).is_dir() and not merges:
         raise UsageError(
-            f"{run} has LoRA adapters, and an export is one whole model: say --merge. The small form, adapters and "
-            f"projector for a base that is named, is {model} itself."
+            f"{run} has LoRA adapters, and an export is a whole model: add --merge. The small form, adapters and "
+            f"projector for a named base model, is {model} itself."
         )
     if merges and model.is_dir() and not (model / ADAPTER).is_dir():
-        raise UsageError(f"{run} has no LoRA adapters to merge: leave out --merge.")
+        raise UsageError(f"{run} has no LoRA adapters to merge: omit --merge.")

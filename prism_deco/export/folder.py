@@ -1,4 +1,4 @@
-"""A model in one folder that `prism_deco.load` reads with nothing else at hand."""
+"""A model in one self-contained folder that `prism_deco.load` reads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from prism_deco.vlm import VLM
 log = logging.getLogger(__name__)
 
 SHARD_SIZE = "4GB"
-"""Largest weights file. Saving copies one file's tensors at a time, so this also bounds the memory it takes."""
+"""Largest weights file. Saving copies the tensors of one file at a time, so this also bounds its memory."""
 
 _BUILDING = ".building"
 
@@ -45,17 +45,17 @@ def save_folder(
 
     Args:
         folder: new, or empty.
-        vlm: LoRA adapters are merged into the LLM's weights, here as well as in the folder.
-        dtype: type of the written weights, here as well; None keeps theirs.
-        max_shard_size: weights above it are split into several files, with an index.
+        vlm: changed in place: LoRA adapters are merged into the LLM's weights, and `dtype` is applied.
+        dtype: of the written weights; None keeps theirs.
+        max_shard_size: larger weights are split into several files with an index.
 
     Raises:
-        UsageError: there is something in the folder already.
+        UsageError: the folder is not empty, or the disk is full.
     """
     check_empty(folder)
     merge_adapters(vlm)
     if dtype is not None:
-        vlm.cast(dtype)  # after merging, whose sums would else be rounded
+        vlm.cast(dtype)  # after merging, whose sums would otherwise be rounded
     state = vlm.state_dict()
     parts = {
         WEIGHTS: {name: tensor for name, tensor in state.items() if not name.startswith("backbone.")},
@@ -74,19 +74,19 @@ def save_folder(
 def check_empty(folder: Path) -> None:
     """`UsageError` if the folder exists and anything is in it."""
     if folder.exists() and any(path.name != _BUILDING for path in folder.iterdir()):
-        raise UsageError(f"{folder} is not empty: an export does not mix with other files. Name a new folder.")
+        raise UsageError(f"{folder} is not empty. Export to a new folder.")
 
 
 @contextmanager
 def whole_folder(folder: Path, need: int | None = None) -> Iterator[Path]:
-    """A place to write to, whose files move to `folder` once all are there; after an error nothing of them is left.
+    """A folder to write to, whose files move to `folder` at the end; after an error none of them is left.
 
     Args:
         folder: new, or empty.
-        need: bytes that will be written, about; None where they are not known.
+        need: approximate number of bytes that will be written; None if unknown.
 
     Raises:
-        UsageError: there is something in the folder already, or no room for what is written.
+        UsageError: the folder is not empty, or the disk is full.
     """
     check_empty(folder)
     log.info("Writing the model to %s", folder)
@@ -117,7 +117,7 @@ def whole_folder(folder: Path, need: int | None = None) -> Iterator[Path]:
 
 
 def stored_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Size of tensors in a file, where those that share memory stand once."""
+    """Size of tensors in a file, where tensors that share memory are stored once."""
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}.values())
 
 
@@ -129,7 +129,7 @@ def _no_room(error: Exception) -> str | None:
 
 
 def write_card(folder: Path, text: str) -> None:
-    """Writes `README.md`, and lets those read the weights who may read it: safetensors keeps them to the owner."""
+    """Writes `README.md`, and gives weights its permissions: safetensors lets only the owner read them."""
     readme = folder / "README.md"
     readme.write_text(text, encoding="utf-8")
     for file in folder.glob("*.safetensors"):
@@ -137,16 +137,16 @@ def write_card(folder: Path, text: str) -> None:
 
 
 def merge_adapters(vlm: VLM) -> None:
-    """Makes an LLM with LoRA adapters one without; others stay as they are."""
+    """Merges LoRA adapters into the LLM's weights, if there are any."""
     if has_lora(vlm.lm):
         log.info("Merging the LoRA adapters into the language model")
         merge_lora(vlm.lm)
 
 
 def portable(config: DictConfig) -> DictConfig:
-    """The configuration without the paths of this machine: of a local file or folder the name remains.
+    """The configuration without this machine's paths: only the names of local files and folders remain.
 
-    Choices that the towers of an ensemble have in YAML files of the user's are written out.
+    Towers of an ensemble that are the user's own YAML files are written out.
     """
     content = OmegaConf.to_container(config, resolve=True)
     assert isinstance(content, dict)
@@ -170,7 +170,7 @@ def _without_paths(value: Any) -> Any:
 
 
 def _is_path(text: str) -> bool:
-    # Repositories of the hub have a slash, too; templates have many lines.
+    # Names of hub repositories contain a slash as well; templates have several lines.
     if "\n" in text or "/" not in text or "://" in text:
         return False
     return text.startswith(("/", "~", "./", "../")) or Path(text).exists()

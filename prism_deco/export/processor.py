@@ -13,8 +13,8 @@ from prism_deco.vlm import VLM
 
 IMAGE_TOKEN = IMAGE_TAG
 
-# What precedes the LLM's own template: messages of text and image parts, as transformers hands them over,
-# become what that template expects. The two bodies say where `<image>` goes.
+# Goes before the LLM's own template. It turns messages of text and image parts, as transformers passes them, into
+# what that template expects. PLACE is one of `_PLACES`, which put `<image>` where it belongs.
 _PRELUDE = """\
 {%- set tokenize = 'whole' -%}
 {%- set talk = namespace(images='', messages=[]) -%}
@@ -45,29 +45,26 @@ _PLACES = {
 }
 
 _INEXACT = {
-    "letterbox": "The image processor pads to an exact square. Training used resize=letterbox, which leaves the canvas "
-    "one pixel short of a square where the sides of an image differ by an odd number of pixels; transformers cannot "
-    "express that, and shifts such images by half a pixel.",
-    "resize-crop": "The image processor rounds the crop of resize=resize-crop its own way: some images are shifted by "
+    "letterbox": "The image processor pads to an exact square. Training used resize=letterbox, whose canvas is one "
+    "pixel short of a square if the sides of an image differ by an odd number of pixels. transformers cannot express "
+    "that and shifts such images by half a pixel.",
+    "resize-crop": "The image processor rounds the crop of resize=resize-crop differently: some images are shifted by "
     "one pixel.",
 }
-"""Strategies that transformers has in another rounding, and what follows from it."""
+"""Resize strategies that transformers rounds differently, with the consequence."""
 
 
 def chat_template(llm: LanguageModel) -> str:
-    """The LLM's template for messages with images.
-
-    Text is tokenised at once there, so the template is asked for the spaces that belong to that.
-    """
+    """The LLM's template for messages with images, with the spaces of a prompt that is tokenised as a whole."""
     prelude = _PRELUDE.replace("PLACE", _PLACES[llm.spec.image_slot])
-    # Whitespace between the tags would be part of the prompt.
+    # Whitespace between tags would become part of the prompt.
     return "".join(line.strip() for line in prelude.splitlines()) + llm.spec.chat_template
 
 
 def llava_processor(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
-    """The processor; `tokenizer` knows `<image>`.
+    """The processor for a model whose `tokenizer` has the token `<image>`.
 
-    `pad` and `letterbox` pad to a square, `resize-naive` stretches, `resize-crop` cuts off.
+    `pad` and `letterbox` pad to a square, `resize-naive` stretches, `resize-crop` crops.
     """
     transform = _transform(vlm)
     side = transform.image_size
@@ -81,9 +78,9 @@ def llava_processor(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizer
     )
     template = chat_template(llm)
     tokenizer.chat_template = template
-    # Training pads on the right, but a batch of prompts must end where the answers begin.
+    # Prompts in a batch must all end where their answers begin.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what is saved
-    # The number of `<image>` is computed from the pixels, less one for the class token: added here for all towers.
+    # The processor counts patches and subtracts one for the class token, so one is added here for all towers.
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
@@ -96,12 +93,12 @@ def llava_processor(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizer
 
 
 def preprocessing_note(vlm: VLM) -> str | None:
-    """What is not as in training about the exported image processor, but for rounding."""
+    """How the exported image processor differs from training beyond rounding of pixels."""
     return _INEXACT.get(_transform(vlm).resize)
 
 
 def token_ids_note(processor: LlavaProcessor, llm: LanguageModel) -> str | None:
-    """Whether prompts become other tokens than in training, where turns were tokenised one by one."""
+    """Whether prompts become other tokens than in training."""
     talk = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]
     image = processor.image_token_id
     for messages in (talk[:1], [*talk, {"role": "user", "content": "Is it red?"}]):
@@ -111,11 +108,15 @@ def token_ids_note(processor: LlavaProcessor, llm: LanguageModel) -> str | None:
         asked = [{"role": "user", "content": f"{IMAGE_TOKEN}\n{messages[0]['content']}"}, *messages[1:]]
         text = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
         ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
-        theirs = [token for token, run in groupby(ids) for _ in ([0] if token == image else run)]
+        theirs = []
+        for token, repeated in groupby(ids):
+            # One image token for each visual token: the slot counts once.
+            theirs += [token] if token == image else repeated
         if theirs != ours:
             return (
-                "Training tokenised each turn by itself (llm.tokenize=per_turn), this processor tokenises the whole "
-                "text: some tokens of a prompt differ, and answers may be worse. prism_deco.load has the original."
+                f"This processor tokenises a prompt as a whole, training tokenised parts of it separately "
+                f"(llm.tokenize={llm.spec.tokenize}): some tokens differ, and answers may be worse. Use "
+                "prism_deco.load for the original tokens."
             )
     return None
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from prism_deco.errors import UsageError
+from prism_deco.export.card import llava_card
 from prism_deco.export.folder import SHARD_SIZE, check_empty, merge_adapters, stored_bytes, whole_folder, write_card
-from prism_deco.export.llava_card import llava_card
 from prism_deco.export.processor import IMAGE_TOKEN, llava_processor, preprocessing_note, token_ids_note
 from prism_deco.export.vision import vision_model
 from prism_deco.llms import LanguageModel
@@ -27,7 +27,7 @@ from prism_deco.vlm import VLM
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
-"""Largest difference of the logits, as a share of their range: float32 sums in another order, and no more."""
+"""Largest difference of the logits relative to their maximum: float32 sums in another order."""
 
 
 def save_llava(
@@ -39,18 +39,17 @@ def save_llava(
     dtype: torch.dtype | None = None,
     max_shard_size: str = SHARD_SIZE,
 ) -> None:
-    """Writes model, processor and README, once the logits of both are found equal.
+    """Writes model, processor and README, after checking that the logits of both models are equal.
 
-    What has no place of its own there is folded: standardisation into the projector's first layer,
-    `token_scale` into its last one.
+    Standardisation of features is folded into the projector's first layer, `token_scale` into its last one.
 
     Args:
-        vlm: on the CPU, in the precision it was trained in. LoRA adapters are merged into the LLM's weights.
+        vlm: on the CPU, in the precision of its training. LoRA adapters are merged into the LLM's weights.
         folder: new, or empty.
         dtype: type of the written weights; None keeps theirs.
 
     Raises:
-        UsageError: the class cannot hold this model (all reasons are given), or `folder` is not empty.
+        UsageError: the class cannot hold this model (with all reasons), `folder` is not empty, or the disk is full.
     """
     check_empty(folder)
     merge_adapters(vlm)
@@ -77,10 +76,10 @@ def to_llava(vlm: VLM, llm: LanguageModel, image_id: int) -> LlavaForConditional
     """The same model in transformers' class; it shares the weights that need no folding.
 
     Args:
-        image_id: the token that stands for one visual token; the embedding tables get rows up to it.
+        image_id: the token that stands for a visual token; the embedding tables grow to cover it.
 
     Raises:
-        UsageError: lists every reason for which the class cannot hold it.
+        UsageError: the class cannot hold it; lists every reason.
     """
     reasons = _reasons(vlm)
     tower = None
@@ -103,7 +102,7 @@ def to_llava(vlm: VLM, llm: LanguageModel, image_id: int) -> LlavaForConditional
         image_token_index=image_id,
         image_seq_length=vlm.backbone.num_patches,
         projector_hidden_act="gelu",
-        # The blocks after the one whose output is used are not there: the last one is it.
+        # The tower ends with the block whose output is used.
         vision_feature_layer=-1,
         vision_feature_select_strategy="default" if has_class_token else "full",
         tie_word_embeddings=text.tie_word_embeddings,
@@ -113,19 +112,19 @@ def to_llava(vlm: VLM, llm: LanguageModel, image_id: int) -> LlavaForConditional
     state = {f"model.vision_tower.{k}": v for k, v in tower.state_dict().items()}
     state |= {f"model.multi_modal_projector.{k}": v for k, v in _projector(vlm).items()}
     state |= _language(vlm.lm, rows)
-    _, homeless = model.load_state_dict(state, strict=False, assign=True)
+    _, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     fill_buffers(model)
     # A bias of the output layer is zero here (`_reasons`).
-    strange = [name for name in homeless if name != "lm_head.bias"]
-    strange += [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if strange:
-        raise UsageError(f"LlavaForConditionalGeneration and {type(vlm.lm).__name__} differ in {strange[0]}.")
+    different = [name for name in unexpected if name != "lm_head.bias"]
+    different += [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if different:
+        raise UsageError(f"LlavaForConditionalGeneration and {type(vlm.lm).__name__} differ in {different[0]}.")
     model.generation_config = GenerationConfig(
         bos_token_id=llm.tokenizer.bos_token_id,
         eos_token_id=list(llm.eos_ids),
         pad_token_id=llm.tokenizer.pad_token_id,
-        # Neither the image token nor the rows that make room for it are words.
+        # Neither the image token nor the rows added for it are words.
         suppress_tokens=sorted({image_id, *range(llm.embedding_rows, rows)}),
     )
     return model.eval()
@@ -136,7 +135,7 @@ def compare(model: LlavaForConditionalGeneration, vlm: VLM, llm: LanguageModel, 
     """Largest difference of the logits for one random image and a question.
 
     Raises:
-        UsageError: it is larger than rounding, so the class computes something else.
+        UsageError: it exceeds rounding, so the class computes something else.
     """
     [(tower, side)] = [(name, t.image_size) for name, t in vlm.backbone.transform.towers.items()]
     weight = next(vlm.backbone.parameters())
@@ -149,8 +148,8 @@ def compare(model: LlavaForConditionalGeneration, vlm: VLM, llm: LanguageModel, 
     expected = vlm.logits(vlm.hidden_states(batch)).float()
     found = model(input_ids=ids, pixel_values=pixels).logits[..., : expected.shape[-1]].float()
     difference = float((found - expected).abs().max())
-    share = max(TOLERANCE, 4 * torch.finfo(weight.dtype).eps)
-    if not difference <= share * float(expected.abs().max()):
+    tolerance = max(TOLERANCE, 4 * torch.finfo(weight.dtype).eps)
+    if not difference <= tolerance * float(expected.abs().max()):
         raise UsageError(
             f"LlavaForConditionalGeneration computes something else with these weights: its logits differ by up to "
             f"{difference:.3g}. Export the model without --hf, for prism_deco.load."
@@ -159,17 +158,20 @@ def compare(model: LlavaForConditionalGeneration, vlm: VLM, llm: LanguageModel, 
 
 
 def _reasons(vlm: VLM) -> list[str]:
-    """What of the model but its tower the class has no place for."""
+    """Why the class cannot hold the projector, the LLM, or how they are used."""
     reasons = []
-    projector, width = vlm.projector, vlm.projector.out_dim
+    projector = vlm.projector
+    width = projector.out_dim
     if not isinstance(projector, Linear):
-        reasons.append("its projector compresses the visual tokens, and that class has no place for such a step")
-    elif (widths := [layer.out_features for layer in _layers(projector)]) != [width, width]:
-        reasons.append(f"its projector is an MLP of widths {widths}, and that class has two layers of {width}")
+        reasons.append("its projector compresses the visual tokens, which that class does not do")
+    else:
+        widths = [layer.out_features for layer in _layers(projector)]
+        if widths != [width, width]:
+            reasons.append(f"its projector is an MLP of widths {widths}, and that class has two layers of {width}")
     if vlm.turn_mask != "causal":
         reasons.append("it was trained with recipe.turn_mask=block, and that class attends to all turns")
     if vlm.blind:
-        reasons.append("it was trained blind, and that class shows the image")
+        reasons.append("it was trained blind, and that class uses the image")
     head = vlm.lm.get_output_embeddings()
     if getattr(head, "bias", None) is not None and bool(head.bias.any()):  # type: ignore[union-attr]
         reasons.append(f"the output layer of {type(vlm.lm).__name__} has a bias, and that class's has none")
@@ -181,7 +183,7 @@ def _layers(projector: Linear) -> list[nn.Linear]:
 
 
 def _projector(vlm: VLM) -> dict[str, Tensor]:
-    """The two layers of the MLP with what is folded into them, computed in float64."""
+    """The two layers of the MLP with standardisation and scale folded in, computed in float64."""
     first, last = _layers(cast(Linear, vlm.projector))
     weights = [first.weight.double(), first.bias.double(), last.weight.double(), last.bias.double()]
     if vlm.feature_mean is not None and vlm.feature_std is not None:
@@ -195,7 +197,7 @@ def _projector(vlm: VLM) -> dict[str, Tensor]:
 
 
 def _language(lm: PreTrainedModel, rows: int) -> dict[str, Tensor]:
-    """Decoder and output layer; embedding tables get zero rows up to `rows`."""
+    """Decoder and output layer, embedding tables padded with zeros to `rows` rows."""
     tables = {id(lm.get_input_embeddings().weight), id(lm.get_output_embeddings().weight)}  # type: ignore[union-attr]
     decoder = f"{lm.base_model_prefix}."
     state = {}

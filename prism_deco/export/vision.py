@@ -1,4 +1,4 @@
-"""A tower in the shape of Hugging Face's CLIPVisionModel or SiglipVisionModel."""
+"""A tower as Hugging Face's CLIPVisionModel or SiglipVisionModel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, SiglipVisionConfig, SiglipVisionModel
 
 from prism_deco.backbones import VisionBackbone
@@ -20,12 +20,12 @@ _ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pyt
 
 
 def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
-    """The tower's own weights in Hugging Face's class, cut off after the block whose output is used.
+    """The tower's own weights in Hugging Face's class, up to the block whose output is used.
 
-    Its `hidden_states[-1]` is what the tower gives, with the class token in front in CLIP.
+    Its `hidden_states[-1]` is the tower's output, in CLIP with the class token before it.
 
     Raises:
-        UsageError: there is no such class for it; says why.
+        UsageError: neither class fits the tower.
     """
     if not isinstance(backbone, Tower):
         raise UsageError("it has several vision towers, and that class has one")
@@ -38,26 +38,28 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
         embedding = trunk.vit.patch_embed
         if not isinstance(getattr(embedding, "proj", None), nn.Conv2d):
             raise UsageError(
-                f"its tower embeds patches by a {type(embedding).__name__} (a convolutional stem), and transformers' "
-                "towers do by one convolution"
+                f"its tower embeds patches by a {type(embedding).__name__} (a convolutional stem), those of "
+                "transformers by a single convolution"
             )
         block = cast(Any, trunk.blocks[0])
         sizes = _sizes(trunk, backbone.image_size, block.attn.num_heads, block.mlp.fc1, block.mlp.act, block.norm1)
         model = _hollow(SiglipVisionModel, SiglipVisionConfig(**sizes, vision_use_head=False))
     else:
         raise UsageError(f"its tower is a {type(trunk.vit).__name__}, and that class has a CLIP or SigLIP tower")
-    state, depth = trunk.vit.state_dict(), len(trunk.blocks)
+    state = trunk.vit.state_dict()
+    depth = len(trunk.blocks)
     layout = recognise(state)
     assert layout is not None
     state = to_hugging_face(to_timm(state, layout, tap=depth - 1, depth=depth))
-    # The norm after the last block takes no part in the features; the class has it all the same.
+    # The class requires a norm after the last block, which does not affect the features.
     unused = next(iter(state.values())).new_zeros(trunk.embed_dim)
     state |= {"post_layernorm.weight": unused + 1, "post_layernorm.bias": unused}
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    strange = sorted({_part(n) for n in own.keys() ^ state.keys()} | {n for n in own if _differs(state.get(n), own[n])})
-    if strange:
+    different = {_part(name) for name in own.keys() ^ state.keys()}
+    different |= {name for name in own.keys() & state.keys() if state[name].shape != own[name]}
+    if different:
         raise UsageError(
-            f"its tower is none of transformers' CLIP or SigLIP towers: they differ in {', '.join(strange[:4])}"
+            f"its tower is no CLIP or SigLIP tower of transformers: they differ in {', '.join(sorted(different)[:4])}"
         )
     model.load_state_dict(state, assign=True)
     return model
@@ -87,9 +89,5 @@ def _hollow(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
 
 
 def _part(name: str) -> str:
-    """The name of a weight without the number of its block."""
+    """The name of a weight without its block's number."""
     return re.sub(r"^encoder\.layers\.\d+\.", "", name)
-
-
-def _differs(tensor: Tensor | None, shape: torch.Size) -> bool:
-    return tensor is not None and tensor.shape != shape

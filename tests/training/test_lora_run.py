@@ -142,7 +142,7 @@ def test_adapters_are_merged_when_that_is_asked_for_and_before_rounding(tmp_path
     _trained(tmp_path / "run" / "model", _named(base))
     run, half = str(tmp_path / "run"), ["--to", str(tmp_path / "half"), "--dtype", "bfloat16"]
     assert main(["export", run, *half]) == 2
-    assert "has LoRA adapters, and an export is one whole model: say --merge" in capsys.readouterr().err
+    assert "has LoRA adapters, and an export is a whole model: add --merge" in capsys.readouterr().err
     assert not (tmp_path / "half").exists()
     assert main(["export", run, "--merge", *half]) == 0
     vlm = prism_deco.load(run).vlm
