@@ -67,7 +67,10 @@ class Ensemble(VisionBackbone):
                 f"The towers of the ensemble {name} have different patch grids ({grids}), so their features cannot be "
                 "concatenated: choose towers of one grid, or an image_size that gives them one."
             )
-        self.image_size, self.patch_size, self.grid = members[0].image_size, members[0].patch_size, members[0].grid
+        first = members[0]
+        self.image_size = first.image_size
+        self.patch_size = first.patch_size
+        self.grid = first.grid
         self.embed_dim = sum(member.embed_dim for member in members)
         self.transform = BackboneTransform(
             {tower: transform for member in members for tower, transform in member.transform.towers.items()}
@@ -86,10 +89,11 @@ class Ensemble(VisionBackbone):
 
 
 def _weights_of(tower: str, folder: str) -> str:
-    found = [path for end in ("", *SUFFIXES) if (path := Path(folder) / f"{tower}{end}").exists()]
-    if not found:
-        raise UsageError(
-            f"weights={folder} holds nothing for the tower {tower}: an ensemble takes a folder with "
-            f"{tower}.safetensors (or a folder {tower}/) and the like for its other towers."
-        )
-    return str(found[0])
+    for suffix in ("", *SUFFIXES):
+        path = Path(folder) / f"{tower}{suffix}"
+        if path.exists():
+            return str(path)
+    raise UsageError(
+        f"backbone.weights={folder} has no weights for the tower {tower}: an ensemble takes a folder with "
+        f"{tower}.safetensors (or a folder {tower}/), and the same for its other towers."
+    )

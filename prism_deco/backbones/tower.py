@@ -62,7 +62,9 @@ class Tower(VisionBackbone):
             self.trunk = self.build_trunk(model, image_size, layer)
         self.towers = (name,)
         self.image_size = image_size or self.native_size(model)
-        self.grid, self.patch_size, self.embed_dim = self.trunk.grid, self.trunk.patch_size, self.trunk.embed_dim
+        self.grid = self.trunk.grid
+        self.patch_size = self.trunk.patch_size
+        self.embed_dim = self.trunk.embed_dim
         mean, std = self.normalisation(model)
         self.transform = BackboneTransform({name: TowerTransform(self.image_size, resize, mean, std)})
         unread = self.image_size - self.grid[0] * self.patch_size

@@ -1,4 +1,4 @@
-"""The two vision transformers in use, timm's and open_clip's, behind one face."""
+"""A common interface to the vision transformers of timm and open_clip."""
 
 from __future__ import annotations
 

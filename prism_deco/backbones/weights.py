@@ -66,10 +66,10 @@ def locate(
     if weights is not None:
         path = ASSETS / f"{weights.removeprefix(ASSET)}.safetensors" if weights.startswith(ASSET) else Path(weights)
         if not path.exists():
-            raise UsageError(f"The weights of {name} are not at {path}. {way_out}")
+            raise UsageError(f"There are no weights of {name} at {path}. {way_out}")
         return path
     if hub is None or file is None:
-        raise UsageError(f"The choice {name} names neither `weights` nor a `hub` repository with a `file`. {way_out}")
+        raise UsageError(f"The backbone {name} sets neither `weights` nor a `hub` repository with a `file`. {way_out}")
     cached = try_to_load_from_cache(hub, file)
     if isinstance(cached, str):
         return Path(cached)
@@ -100,7 +100,7 @@ def load_trunk(trunk: Trunk, path: Path, name: str, device: torch.device) -> Non
     layout = recognise(vision)
     if layout is None:
         raise UsageError(
-            f"{path}: the keys are those of no known vision tower (open_clip, timm, Hugging Face CLIP, SigLIP or "
+            f"{path}: the keys match no known vision tower (open_clip, timm, Hugging Face CLIP, SigLIP or "
             f"DINOv2). The first are: {', '.join(sorted(where)[:5])}."
         )
     log.info("%s: reading %s weights from %s", name, layout.name, path)
@@ -126,7 +126,7 @@ def _fit_positions(state: dict[str, Tensor], trunk: Trunk, path: Path) -> None:
         table = table[:, 1:]
     side = math.isqrt(table.shape[1] - prefix)
     if side * side != table.shape[1] - prefix:
-        raise UsageError(f"{path}: the position table of {table.shape[1]} rows belongs to no square patch grid.")
+        raise UsageError(f"{path}: the position table of {table.shape[1]} rows does not fit a square patch grid.")
     if (side, side) != trunk.grid:
         log.info("resampling the position table from %dx%d to %dx%d", side, side, *trunk.grid)
         table = resample_abs_pos_embed(

@@ -147,7 +147,8 @@ def _hub_folder(spec: LLMSpec, *, dry_run: bool = False) -> Path:
 
 def _fit_embeddings(llm: LanguageModel) -> None:
     """Resizes the embedding tables to what the tokenizer needs; tied tables stay tied."""
-    spec, model = llm.spec, llm.model
+    spec = llm.spec
+    model = llm.model
     rows = llm.embedding_rows
     multiple = spec.pad_to_multiple_of
     if not spec.added_tokens or (multiple is None and spec.tokenizer_size is None):

@@ -64,7 +64,7 @@ class DAbstractor(Projector):
         heads: attention heads.
         points: places that each head of a query reads.
         ffn_dim: hidden width of the feed-forward layers.
-        dropout: share of dropped activations in training.
+        dropout: fraction of activations dropped in training.
         query_mode: what the pooled features are. `query`: the queries' position embedding, while a learned
             table is their content; `tgt`: the other way round.
         directional_offsets: start with offsets in the compass directions, as Deformable DETR does (see

@@ -334,7 +334,7 @@ def test_missing_files_say_what_is_wanted(monkeypatch, tmp_path):
         build_backbone("clip_vit_l_336")
     for part in ("model.safetensors", "timm/vit_large_patch14_clip_336.openai", "1.2 GB", "backbone.weights=PATH"):
         assert part in str(error.value)
-    with pytest.raises(ValueError, match="not at .*nowhere"):
+    with pytest.raises(ValueError, match="no weights of clip_vit_l_336 at .*nowhere"):
         build_backbone("clip_vit_l_336", weights=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="expected one weight file in the folder and found none"):
         build_backbone("clip_vit_l_336", weights=str(tmp_path))
@@ -359,7 +359,7 @@ def test_ensemble_reads_a_folder_per_tower(tmp_path):
         for key, value in member.trunk.vit.state_dict().items():
             torch.testing.assert_close(value, state[key], rtol=0, atol=0)
     (tmp_path / "mini_siglip.safetensors").unlink()
-    with pytest.raises(ValueError, match="holds nothing for the tower mini_siglip"):
+    with pytest.raises(ValueError, match="has no weights for the tower mini_siglip"):
         build_backbone("mini_dinov2_siglip", weights=str(tmp_path))
 
 
