@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "prism_deco"
 RANKS = {
     "errors": -1,
     "config": 1,
+    "bootstrap": 0,
     "files": 0,
     "tensors": 0,
     "exits": 0,

@@ -1,13 +1,18 @@
-"""Reading annotation files: every error names the file and the first offending record."""
+"""Reading annotation files, and what benchmarks with ten annotators share. Every error names the file and the first
+offending record."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 from prism_deco.errors import UsageError
+from prism_deco.evaluation.base import Benchmark
+from prism_deco.evaluation.items import Prediction, by_part, mean_score, most_common
+from prism_deco.evaluation.metrics.vqa import VQAScore
 
 Kind = type | tuple[type, ...]
 ID: Kind = (int, str)
@@ -41,6 +46,32 @@ def read_json_lines(path: Path) -> list[Any]:
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}, line {number} is not complete JSON ({error}).") from error
     return records
+
+
+class _DataUnpickler(pickle.Unpickler):
+    """Admits no class and no function: only the built-in containers, strings and numbers can be built."""
+
+    def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
+        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
+
+
+def load_data_pickle(path: Path) -> Any:
+    """The content of a pickle of plain containers, strings and numbers.
+
+    Raises:
+        UsageError: it is missing or damaged, or it names a class or function (unpickling may run those,
+            so nothing of it is executed).
+    """
+    try:
+        with path.open("rb") as file:
+            return _DataUnpickler(file, encoding="utf-8").load()
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist.") from error
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise UsageError(
+            f"{path} is not a pickle of plain data ({type(error).__name__}: {error}). Nothing of it was executed; "
+            "take the file from its publisher again."
+        ) from error
 
 
 def checked(value: Any, fields: Mapping[str, Kind], where: str, what: str) -> dict[str, Any]:
@@ -92,3 +123,32 @@ def _some(record: Mapping[str, Any]) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class AnnotatorBenchmark(Benchmark):
+    """Targets hold the `answers` of the annotators and, where there are kinds of questions, their `type`."""
+
+    process: ClassVar[Callable[[str], str]]
+    """How the primary convention rewrites a prediction."""
+    conventions: ClassVar[Mapping[str, VQAScore]]
+    """Scores by metric name; that of the primary comes first."""
+
+    def parse(self, text: str, target: Mapping[str, Any]) -> str:
+        return type(self).process(text)
+
+    def score(self, answer: Any, text: str, target: Mapping[str, Any]) -> float:
+        return self.conventions[self.primary](text, target["answers"])
+
+    def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        metrics = {self.primary: mean_score(predictions)}
+        for name, score in self.conventions.items():
+            if name != self.primary:
+                scores = [score(p.text, p.target["answers"]) for p in predictions if p.output is not None]
+                metrics[name] = 100 * sum(scores) / len(predictions)
+        if all("type" in p.target for p in predictions):
+            parts = by_part(predictions, "type")
+            metrics |= {f"{self.primary}/{part}": mean_score(members) for part, members in parts.items()}
+        return metrics
+
+    def constants(self, targets: Sequence[Mapping[str, Any]]) -> list[str]:
+        return most_common(answer for target in targets for answer in target["answers"])

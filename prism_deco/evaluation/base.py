@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from prism_deco.bootstrap import Combine
 from prism_deco.config.registry import Registry, unknown
 from prism_deco.data.images import resolve_image
 from prism_deco.errors import UsageError
 from prism_deco.evaluation.items import Item, Prediction, Question, Variant, cut, mean_score, most_common
-from prism_deco.evaluation.metrics.bootstrap import Combine
 
 ON_BAD_IMAGE = ("fail", "count_wrong")
 SHORT = "{question}\nAnswer the question using a single word or phrase."  # LLaVA-1.5's short-answer prompt

@@ -8,11 +8,10 @@ from statistics import fmean, median
 from typing import Any, ClassVar
 
 from prism_deco.errors import UsageError
-from prism_deco.evaluation.annotations import ID, checked, checked_list, index_unique, read_json
+from prism_deco.evaluation.annotations import ID, checked, checked_list, index_unique, load_data_pickle, read_json
 from prism_deco.evaluation.base import BENCHMARKS, Benchmark
 from prism_deco.evaluation.items import Prediction, Question, Variant, mean_score
 from prism_deco.evaluation.metrics.boxes import Box, iou, normalise_box, parse_lenient, parse_strict, round_box, unpad
-from prism_deco.evaluation.safe_pickle import load_data_pickle
 
 _ASK = "Please provide the bounding box coordinate of the region this sentence describes: "
 _REF = {"ref_id": ID, "ann_id": ID, "image_id": ID, "split": str, "sentences": list}

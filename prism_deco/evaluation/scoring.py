@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prism_deco.bootstrap import bootstrap_interval, combine_strata
 from prism_deco.errors import UsageError
 from prism_deco.evaluation.base import Benchmark
 from prism_deco.evaluation.items import Item, Prediction
-from prism_deco.evaluation.metrics.bootstrap import bootstrap_interval, combine_strata
 from prism_deco.evaluation.predictions import VARIANTS, load_predictions
 
 

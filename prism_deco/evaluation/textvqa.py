@@ -8,16 +8,16 @@ from typing import Any, ClassVar
 from prism_deco.errors import UsageError
 from prism_deco.evaluation.annotations import (
     ID,
+    AnnotatorBenchmark,
     checked,
     checked_list,
     read_json,
     read_json_lines,
     ten_answers,
 )
-from prism_deco.evaluation.annotators import AnnotatorBenchmark
 from prism_deco.evaluation.base import BENCHMARKS, SHORT
 from prism_deco.evaluation.items import Question, Variant
-from prism_deco.evaluation.metrics import vqa, vqa_text
+from prism_deco.evaluation.metrics import vqa
 
 _OCR_LINE = "Reference OCR token:"
 _WITH_OCR = SHORT.replace("{question}", f"{{question}}\n{_OCR_LINE} {{ocr}}")
@@ -43,7 +43,7 @@ class TextVQA(AnnotatorBenchmark):
         "prism": Variant(SHORT.replace("{question}", _WITH_OCR)),
         "plain": Variant(SHORT),
     }
-    process = staticmethod(vqa_text.process_evalai)
+    process = staticmethod(vqa.process_evalai)
     conventions: ClassVar = {"accuracy": vqa.evalai}
 
     def __init__(self, *, annotations: str, ocr: str | None = None, **common: Any):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from prism_deco.evaluation.annotations import checked_list, read_json, ten_answers
-from prism_deco.evaluation.annotators import AnnotatorBenchmark
+from prism_deco.evaluation.annotations import AnnotatorBenchmark, checked_list, read_json, ten_answers
 from prism_deco.evaluation.base import BENCHMARKS
 from prism_deco.evaluation.items import Question, Variant
-from prism_deco.evaluation.metrics import vqa, vqa_text
+from prism_deco.evaluation.metrics import vqa
 
 
 @BENCHMARKS.register("vizwiz")
@@ -28,7 +27,7 @@ class VizWiz(AnnotatorBenchmark):
             "\nAnswer the question using a single word or phrase."
         )
     }
-    process = staticmethod(vqa_text.process_prism_vizwiz)
+    process = staticmethod(vqa.process_prism_vizwiz)
     conventions: ClassVar = {
         "accuracy": vqa.prism_vizwiz,
         "accuracy_official": vqa.vizwiz,

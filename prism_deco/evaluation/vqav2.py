@@ -5,11 +5,18 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from prism_deco.errors import UsageError
-from prism_deco.evaluation.annotations import ID, checked, checked_list, index_unique, read_json, ten_answers
-from prism_deco.evaluation.annotators import AnnotatorBenchmark
+from prism_deco.evaluation.annotations import (
+    ID,
+    AnnotatorBenchmark,
+    checked,
+    checked_list,
+    index_unique,
+    read_json,
+    ten_answers,
+)
 from prism_deco.evaluation.base import BENCHMARKS, SHORT
 from prism_deco.evaluation.items import Question, Variant
-from prism_deco.evaluation.metrics import vqa, vqa_text
+from prism_deco.evaluation.metrics import vqa
 
 _QUESTION = {"question_id": ID, "image_id": ID, "question": str}
 _ANNOTATION = {"question_id": ID, "image_id": ID, "answer_type": str, "answers": list}
@@ -28,7 +35,7 @@ class VQAv2(AnnotatorBenchmark):
     """
 
     VARIANTS: ClassVar = {"short": Variant(SHORT)}
-    process = staticmethod(vqa_text.process)
+    process = staticmethod(vqa.process)
     conventions: ClassVar = {
         "accuracy": vqa.prism_vqav2,
         "accuracy_official": vqa.official,

@@ -18,12 +18,13 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prism_deco.bootstrap import mean_interval
 from prism_deco.data.images import open_image
 from prism_deco.errors import UsageError
 from prism_deco.explain.faithfulness import area, curves
 from prism_deco.explain.gae import DEFAULT_METHOD, METHODS, Relevance, image_pixels, relevance
 from prism_deco.explain.geometry import Box
-from prism_deco.explain.measures import energy_in_box, mean_interval, padding_fraction, pointing_hit, redundancy, spread
+from prism_deco.explain.measures import energy_in_box, padding_fraction, pointing_hit, redundancy, spread
 from prism_deco.explain.page import Panel, Section, write_page
 from prism_deco.explain.render import mosaic, overlay
 from prism_deco.explain.words import encode_answer

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
+from prism_deco.bootstrap import Combine, bootstrap_interval, combine_strata
 from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark
-from prism_deco.evaluation.metrics.bootstrap import Combine, bootstrap_interval, combine_strata
 from prism_deco.report.baselines import main_predictions
 from prism_deco.report.cells import Score, SeedGroup
 from prism_deco.report.stats import average, holm, mcnemar, seed_interval, subtract

@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 
-from prism_deco.evaluation.safe_pickle import load_data_pickle
+from prism_deco.evaluation.annotations import load_data_pickle
 
 DATA = [{"ref_id": 1, "sentences": [{"sent": "the left cat", "tokens": ("the", "left")}], "box": [1.5, None, True]}]
 

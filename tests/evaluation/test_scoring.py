@@ -3,9 +3,9 @@ from dataclasses import asdict
 
 import pytest
 
+from prism_deco.bootstrap import combine_strata
 from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark, chance, load_predictions, score_file
-from prism_deco.evaluation.metrics.bootstrap import combine_strata
 from prism_deco.evaluation.scoring import predict, summarise
 
 KINDS = ("pope", "refcoco", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "seed", "mmbench", "questions")

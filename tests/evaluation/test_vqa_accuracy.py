@@ -1,7 +1,7 @@
 import pytest
 
 from prism_deco.evaluation.metrics import vqa
-from prism_deco.evaluation.metrics.vqa_text import (
+from prism_deco.evaluation.metrics.vqa import (
     process,
     process_evalai,
     process_prism_vizwiz,

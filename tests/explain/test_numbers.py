@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from prism_deco.backbones.transforms import frame
+from prism_deco.bootstrap import mean_interval
 from prism_deco.explain.faithfulness import area, curves
 from prism_deco.explain.geometry import PatchFrame
-from prism_deco.explain.measures import energy_in_box, mean_interval, padding_fraction, pointing_hit, redundancy, spread
+from prism_deco.explain.measures import energy_in_box, padding_fraction, pointing_hit, redundancy, spread
 from prism_deco.explain.words import encode_answer
 from prism_deco.sequence import build_batch
 

@@ -1,23 +1,117 @@
 """VQA accuracy: agreement with ten annotators, averaged over leaving each of them out.
 
-The conventions differ in what they rewrite before comparing; all take the raw prediction and the raw
-answers of the annotators and return a score in 0..1.
+The conventions differ in what they rewrite before they compare. Each takes the raw prediction and the annotators' raw
+answers and returns a score in 0..1. The processors reproduce the scripts' quirks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from prism_deco.evaluation.metrics.vqa_text import (
-    flatten,
-    process,
-    process_evalai,
-    process_prism_vizwiz,
-    process_vizwiz,
-    strip_punctuation,
-)
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 VQAScore = Callable[[str, Sequence[str]], float]
+
+_PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
+_ARTICLES = frozenset(("a", "an", "the"))
+_DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
+# The scripts write `(?!<=\d)` where they mean the look-behind `(?<!\d)`. As written it asserts that "<=" and
+# a digit do not follow, which a period never fulfils: only the second condition is effective.
+_PERIOD = re.compile(r"\.(?!\d)")
+# They pass `re.UNICODE` in the place of `count`, so that only this many periods are removed.
+_MAX_PERIODS = int(re.UNICODE)
+
+# Written without their apostrophe, these get it back.
+_ONE_APOSTROPHE = """
+ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't
+it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't
+somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's
+they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's
+where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
+""".split()  # noqa: SIM905 - a hundred quoted words would be harder to read
+# Written with one of their two apostrophes, these get the other back.
+_TWO_APOSTROPHES = """
+couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've
+there'd've they'd've we'd've who'd've wouldn't've you'd've y'all'll
+""".split()  # noqa: SIM905
+# VizWiz's table has a typographic apostrophe nearly everywhere; these entries kept the plain one.
+_VIZWIZ_KEPT = frozenset(("ain't", "aren't", "can't", "could've", "couldn't", "we've", "where's", "who've"))
+
+
+def _contractions() -> dict[str, str]:
+    table = {word.replace("'", ""): word for word in _ONE_APOSTROPHE}
+    for word in _TWO_APOSTROPHES:
+        first, second, third = word.split("'")
+        table |= {f"{first}{second}'{third}": word, f"{first}'{second}{third}": word}
+    table |= dict.fromkeys(("yall'd've", "y'alld've", "y'all'dve"), "y'all'd've")
+    table |= dict.fromkeys(("ow's'at", "'ows'at", "'ow'sat"), "'ow's'at")
+    table["somebody'd"] = "somebodyd"  # in all the tables, though it goes the wrong way
+    return table  # the tables' keys with a capital ("Im", "Ive") are left out: words are lower-cased first
+
+
+CONTRACTIONS: Mapping[str, str] = _contractions()
+
+
+def _vizwiz_contractions(apostrophe: str) -> dict[str, str]:
+    table = {key.replace("'", apostrophe): word.replace("'", apostrophe) for key, word in CONTRACTIONS.items()}
+    table |= {word.replace("'", ""): word for word in _VIZWIZ_KEPT}
+    for key in ("couldn'tve", "hadn'tve"):  # in these two only the value has the other apostrophe
+        table[key] = table.pop(key.replace("'", apostrophe))
+    return table
+
+
+_VIZWIZ_CONTRACTIONS: Mapping[str, str] = _vizwiz_contractions("\u2019")
+# In the PRISM harness's copy it became a backtick, which is punctuation: keys with one never match.
+_PRISM_VIZWIZ_CONTRACTIONS: Mapping[str, str] = _vizwiz_contractions("`")
+
+
+def strip_punctuation(text: str) -> str:
+    """Deletes each punctuation mark that borders on a space somewhere in `text`, replaces the others by a
+    space, and deletes the periods that no digit follows. A comma between digits makes all marks go."""
+    glued = _DIGIT_COMMA_DIGIT.search(text) is not None
+    result = text
+    for mark in _PUNCTUATION:
+        delete = glued or f"{mark} " in text or f" {mark}" in text
+        result = result.replace(mark, "" if delete else " ")
+    return _PERIOD.sub("", result, count=_MAX_PERIODS)
+
+
+def normalise_words(text: str, contractions: Mapping[str, str] = CONTRACTIONS) -> str:
+    """Lower-cases, writes none..ten as digits, drops articles, restores apostrophes."""
+    words = (_DIGITS.get(word, word) for word in text.lower().split())
+    return " ".join(contractions.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def flatten(text: str) -> str:
+    """Newlines and tabs become spaces; the ends are stripped."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+@lru_cache(maxsize=1 << 16)
+def process(text: str) -> str:
+    """The official VQA script's processing of an answer."""
+    return normalise_words(strip_punctuation(flatten(text)))
+
+
+@lru_cache(maxsize=1 << 16)
+def process_evalai(text: str) -> str:
+    """The EvalAI server's processing of an answer (MMF's `EvalAIAnswerProcessor`)."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return normalise_words(strip_punctuation(flatten(text)))
+
+
+@lru_cache(maxsize=1 << 16)
+def process_vizwiz(text: str) -> str:
+    """The processing of a prediction by VizWiz's own script."""
+    return normalise_words(strip_punctuation(flatten(text)), _VIZWIZ_CONTRACTIONS)
+
+
+@lru_cache(maxsize=1 << 16)
+def process_prism_vizwiz(text: str) -> str:
+    """The PRISM harness's processing of a VizWiz prediction."""
+    return normalise_words(strip_punctuation(flatten(text)), _PRISM_VIZWIZ_CONTRACTIONS)
 
 
 def agreement(prediction: str, answers: Sequence[str]) -> float:

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from prism_deco.evaluation.metrics.bootstrap import bootstrap_interval, combine_strata
+from prism_deco.bootstrap import bootstrap_interval, combine_strata
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
-"""Confidence intervals by resampling."""
+"""Confidence intervals by resampling, for benchmarks, relevance maps and reports."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,3 +34,13 @@ def bootstrap_interval(
     totals = means.mean(axis=0) if combine == "mean" else means.sum(axis=0)
     low, high = np.percentile(totals, [2.5, 97.5])
     return float(low), float(high)
+
+
+def mean_interval(values: Sequence[float], *, seed: int = 0) -> dict[str, Any]:
+    """The mean of a sample, one number per independent example, with its 95 % interval.
+
+    Returns:
+        mean, interval95 [low, high], n.
+    """
+    low, high = bootstrap_interval({"all": values}, "mean", seed=seed, resamples=2000)
+    return {"mean": float(np.mean(values)), "interval95": [low, high], "n": len(values)}
