@@ -5,11 +5,18 @@ import torch
 
 from prism_deco.cli import main
 from prism_deco.config import load_config, save_config
-from prism_deco.training import entry as session
-from prism_deco.training.entry import check
+from prism_deco.distributed import World
+from prism_deco.training.preconditions import check_all
+from prism_deco.training.run_dir import has_finished
 from prism_deco.training.status import set_status
 
 SECOND_STAGE = ["recipe=llava_v1_5_finetune", "backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5"]
+
+
+def check(config, *, overwrite=False, **options):
+    """What `train --check` does."""
+    if not has_finished(config, overwrite):
+        check_all(config, World.of(config.trainer), plans=True, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -23,12 +30,15 @@ def no_gpu_and_no_runs(monkeypatch, tmp_path):
     [
         ([*SECOND_STAGE, "data=llava_v1_5_mix665k", "data.root=/nowhere"], "/nowhere/llava_v1_5_mix665k.json does not"),
         ([*SECOND_STAGE, "data=shapes", "recipe.lm=qlora"], "recipe.lm=qlora.* need"),
-        (["recipe.lm=qlora", "trainer=fsdp"], "recipe.lm=qlora cannot be sharded"),
+        (["recipe.lm=qlora", "trainer=fsdp", "trainer.accelerator=cpu"], "recipe.lm=qlora cannot be sharded"),
         (["recipe.num_tokens=81"], "num_tokens=81"),
         (["trainer.devices=-2"], "trainer.devices=-2 must be at least 1"),
         (["trainer.strategy=ddpx"], "Unknown trainer.strategy 'ddpx'"),
         (["trainer.devices=2"], "2 devices need trainer.strategy=ddp"),
-        (["trainer=fsdp", "trainer.devices=2", "trainer.shard_size=3"], "trainer.shard_size=3 does not divide"),
+        (
+            ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.shard_size=3"],
+            "trainer.shard_size=3 does not divide",
+        ),
         (["recipe.loss=sum"], "Unknown recipe.loss 'sum'"),
         (["recipe.start_from=/nowhere"], "recipe.start_from=/nowhere holds no finished model"),
     ],
@@ -63,8 +73,8 @@ def test_what_is_malformed_is_no_question_of_force(tmp_path):
 
 
 def test_memory_is_a_mistake_that_can_be_forced(monkeypatch):
-    monkeypatch.setattr(session, "device_memory", lambda: 2**20)
-    with pytest.raises(ValueError, match="This run cannot work.*--force starts it anyway"):
+    monkeypatch.setattr("prism_deco.plan.accelerators.device_memory", lambda: 2**20)
+    with pytest.raises(ValueError, match="This run would fail: .*Use --force to start it anyway"):
         check(load_config([]))
     check(load_config([]), force=True)
 
@@ -78,7 +88,7 @@ def test_every_process_finds_the_same(monkeypatch):
     for rank in "10":
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(ValueError, match="data=llava needs"):
-            check(load_config(["data=llava", "trainer=ddp"]))
+            check(load_config(["data=llava", "trainer=ddp", "trainer.accelerator=cpu"]))
 
 
 def test_what_a_plug_in_brings_is_known(tmp_path, monkeypatch):
@@ -157,3 +167,29 @@ def test_the_miniature_s_own_benchmarks_come_with_its_data(tmp_path):
     line = ["train", "--check", *SMALL, f"runs_dir={tmp_path / 'runs'}"]
     assert main([*line, "evaluate.relevance=mini_refcoco", "evaluate.split=test"]) == 0
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("most", "warns"), [(60, True), (4, False)])
+def test_fewer_steps_than_asked_for_are_told(tmp_path, colors, caplog, most, warns):
+    """One pass over nine records in batches of two is five steps, whatever `recipe.max_steps` says."""
+    line = ["train", "data=llava", f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}",
+            "data.val_fraction=0", "recipe.global_batch_size=2", "evaluate.benchmarks=null", f"runs_dir={tmp_path}",
+            "run_id=x", f"recipe.max_steps={most}", "trainer=cpu"]  # fmt: skip
+    said = "recipe.max_steps=60 is not reached: recipe.epochs=1 over 9 records in batches of 2 is 5 steps."
+    assert main([*line, "--check"]) == 0
+    assert caplog.text.count(said) == warns
+    assert main(line) == 0
+    assert caplog.text.count(said) == 2 * warns
+    assert len((tmp_path / "x" / "metrics.jsonl").read_text().splitlines()) == min(most, 5)
+
+
+def test_a_folder_that_cannot_be_written_is_found(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(ValueError, match=r"runs/x cannot be written \(.*runs_dir=FOLDER"):
+        check(load_config([f"runs_dir={tmp_path / 'runs'}", "run_id=x"]))
+
+
+def test_images_are_looked_for(tmp_path, colors):
+    settings = ["data=llava", f"data.json={colors / 'train.json'}", f"data.image_root={tmp_path}", "run_id=x"]
+    with pytest.raises(ValueError, match="8 of 8 images are missing"):
+        check(load_config(settings))

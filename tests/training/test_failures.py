@@ -14,6 +14,7 @@ import torch
 
 from prism_deco.cli import main
 from prism_deco.config import load_config, read_config, save_config
+from prism_deco.distributed import World
 from prism_deco.exits import OutOfMemory, Preempted, as_stop
 from prism_deco.training import run_dir as run_folders
 from prism_deco.training.entry import _prepare
@@ -220,7 +221,8 @@ def test_what_an_earlier_start_said_is_forgotten_before_this_one_listens(start, 
     assert "loss or gradient not finite" in (told / "failure.json").read_text()
     config = read_config(tmp_path / "run" / "config.yaml")
     with ExitStack() as held:
-        assert _open(config, False, held).state == "train"
+        target, _ = _prepare(config, None, World(), held, overwrite=False, force=False)
+        assert target.state == "train"
     assert not told.exists()
 
 
