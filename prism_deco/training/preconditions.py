@@ -85,11 +85,11 @@ def check_all(
         check_start(after, config)
     elif config.recipe.start_from:
         find_start(Path(config.recipe.start_from), config)
-    tuning(config.recipe.lm).check()
     strategy_of(config.trainer, world)
     if config.trainer.strategy == "fsdp":
         Sharding.of(config.trainer, world.size)
     vlm, llm = build_model(config, device="meta")
+    tuning(config.recipe.lm).check()
     if scoring is not None:
         scoring.prepare(source.benchmarks)
     data = Conversations(source, config, vlm, llm)

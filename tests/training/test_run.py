@@ -179,7 +179,7 @@ def test_other_weights_or_keys_are_not_loaded_in_silence(runs, tmp_path):
         (["projector.num_tokens=144"], "num_tokens=144 (12x12) does not fit the patch grid 8x8"),
         (["projector.num_tokens=16", "projector=linear"], "linear keeps all 64 patches"),
         (["evaluate.benchmarks=popo"], "Unknown benchmark 'popo'"),
-        (["recipe.sampler=sorted"], "Unknown sampler 'sorted'"),
+        (["recipe.sampler=sorted"], "Unknown recipe.sampler 'sorted'"),
         (["recipe.image_slot=in_place"], "recipe.turn_mask=block needs recipe.image_slot=after_bos"),
         (["plugins=[no_such_module]"], "'no_such_module' cannot be imported"),
     ],
