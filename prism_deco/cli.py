@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     configure_logging(debug=args.debug)
     try:
         return command(args) or 0
-    except (UsageError, OSError) as error:
+    except UsageError as error:
         if args.debug:
             raise
         sys.stderr.write(f"prism-deco: error: {' '.join(str(error).split())}\n")

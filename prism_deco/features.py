@@ -243,7 +243,7 @@ class CachedExamples(Examples):
         unreadable = name in self._unreadable
         # Opening the image once more handles it as `data.on_bad_image` says.
         if unreadable and self.open_image(record, name) is not None:
-            raise OSError(
+            raise UsageError(
                 f"Record {record}: {self.images.location(name)} could not be read when features were cached, but can "
                 "be read now. Run again: its features will be computed."
             )

@@ -1,4 +1,4 @@
-"""What the command line writes to the terminal or a log file."""
+"""What the command line writes to the terminal or to a log file."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ import os
 import sys
 import warnings
 
+_USELESS = (
+    "Failed to load CPU gemm_4bit",  # bitsandbytes: a faster kernel that nothing here needs
+    "No pretrained weights",  # open_clip and timm: weights are read after the architecture is built
+)
+"""What warnings of libraries begin with that the user can do nothing about."""
+
 
 def configure_logging(*, debug: bool) -> None:
-    """Sends log records to stderr: all of this package's, warnings of the libraries."""
+    """Sends log records to stderr: this package's from INFO on, warnings of the libraries; errors alone on other ranks
+    than 0, since every rank has the same to say."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.logging import RichHandler
@@ -21,18 +28,36 @@ def configure_logging(*, debug: bool) -> None:
         handler = logging.StreamHandler()
         form, date = f"%(asctime)s %(levelname)s {'%(name)s:%(lineno)d ' if debug else ''}%(message)s", "%Y-%m-%d %X"
     if not debug:
-        # Lightning's hardware report and product tips, and deprecations between the libraries themselves.
-        handler.addFilter(lambda record: record.name.startswith("prism_deco") or record.levelno >= logging.WARNING)
+        handler.addFilter(_concerns_the_user)
+        # Deprecations between the libraries themselves.
         warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|torch)\.")
+        logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # `start_ranks` says why ranks end
     for name in ("lightning_fabric", "pytorch_lightning"):  # imported before, they have handlers of their own
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     logging.basicConfig(level=logging.WARNING, format=form, datefmt=date, handlers=[handler])
     logging.getLogger("prism_deco").setLevel(logging.DEBUG if debug else logging.INFO)
     if _rank():
-        # Every rank has the same to say.
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
+        _hide_progress_bars()
+
+
+def _concerns_the_user(record: logging.LogRecord) -> bool:
+    if record.name.startswith("prism_deco"):
+        return True
+    # The hub's client writes to stderr by itself; passed on, its records would appear twice.
+    own_handler = record.name.startswith("huggingface_hub")
+    # Below are Lightning's hardware report and product tips.
+    return record.levelno >= logging.WARNING and not own_handler and not record.getMessage().startswith(_USELESS)
+
+
+def _hide_progress_bars() -> None:
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    if "transformers" in sys.modules:  # it looks at the hub's setting when it is imported
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
 def _rank() -> int:

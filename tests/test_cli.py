@@ -65,7 +65,7 @@ def test_the_example_of_a_command_is_understood(name):
         (["export", "runs/x"], "prism-deco export [-h]", "the following arguments are required: --to"),
         (["trian"], "prism-deco COMMAND", "Unknown command 'trian'. Did you mean 'train'?"),
         (["data", "chek"], "prism-deco COMMAND", "Unknown command 'data chek'. Did you mean 'data check'?"),
-        (["bench"], "prism-deco COMMAND", "Choices: bench cache, bench data, bench projectors"),
+        (["bench"], "prism-deco COMMAND", "Choices: bench data, bench projectors"),
         ([], "prism-deco COMMAND", "name a command"),
     ],
 )
@@ -189,7 +189,7 @@ def test_the_parts_of_the_miniature_are_its_towers_and_tokenizers():
 
 def test_lines_of_a_log_that_goes_to_a_file_are_whole():
     path = "/a/long/path" * 20
-    code = f"from prism_deco import cli; cli._configure_logging(debug=False); cli.log.warning('in %s [x]', {path!r})"
+    code = f"import logging; from prism_deco.logs import configure_logging; configure_logging(debug=False); logging.getLogger('prism_deco').warning('in %s [x]', {path!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     (line,) = done.stderr.splitlines()
     assert line.endswith(f" WARNING in {path} [x]")

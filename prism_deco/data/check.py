@@ -23,6 +23,7 @@ from prism_deco.data.encoder import Encoder
 from prism_deco.data.images import ImageSource
 from prism_deco.data.records import Records, open_records
 from prism_deco.data.validators import KINDS, Fault, TextInspector, inspect_image
+from prism_deco.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ def _run(chunks: Sequence[Chunk], inspector: Inspector, workers: int) -> Iterato
         try:
             yield from zip(chunks, pool.map(_work, chunks), strict=True)
         except BrokenProcessPool as error:
-            raise OSError(
+            raise UsageError(
                 "A worker process was killed, perhaps for lack of memory: run the command again with fewer --workers."
             ) from error
         finally:

@@ -26,12 +26,12 @@ _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that are worth
 
 
 def remote_size(url: str) -> int | None:
-    """The size of a file in bytes; None if the server does not tell, `OSError` if it does not have the file."""
+    """The size of a file in bytes; None if the server does not tell, `UsageError` if it does not have the file."""
     try:
         with _open(url, method="HEAD") as response:
             return _length(response.headers)
     except _BROKEN as error:
-        raise OSError(f"Cannot reach {url} ({error}).") from error
+        raise UsageError(f"Cannot reach {url} ({error}).") from error
 
 
 def download(
@@ -55,7 +55,7 @@ def download(
         progress: called with the bytes so far and their final number, None if that is unknown.
 
     Raises:
-        OSError: the server refuses the file, keeps breaking off, or sends other content.
+        UsageError: the server refuses the file, keeps breaking off, or sends other content.
     """
     part = target.with_name(f"{target.name}.part")
     failures = 0
@@ -67,20 +67,22 @@ def download(
             reason = "the connection was closed early"
         except urllib.error.HTTPError as error:
             if error.code not in _TRANSIENT:
-                raise OSError(f"{url}: the server answers {error.code} {error.reason}. Has the file moved?") from error
+                raise UsageError(
+                    f"{url}: the server answers {error.code} {error.reason}. Has the file moved?"
+                ) from error
             reason = f"{error.code} {error.reason}"
         except _BROKEN as error:
             reason = str(error) or type(error).__name__
         failures = 0 if _size(part) > before else failures + 1
         if failures >= attempts:
-            raise OSError(f"{url} failed {failures} times in a row ({reason}). Try again later: {part} is kept.")
+            raise UsageError(f"{url} failed {failures} times in a row ({reason}). Try again later: {part} is kept.")
         log.warning("%s: %s after %d bytes; resuming", url, reason, _size(part))
         if failures:
             time.sleep(min(60.0, pause * 2 ** (failures - 1)))
     found = sha256 and file_sha256(part)
     if found != sha256:
         part.unlink()
-        raise OSError(f"SHA-256 mismatch for {target}: got {found}, expected {sha256}. The file was deleted.")
+        raise UsageError(f"SHA-256 mismatch for {target}: got {found}, expected {sha256}. The file was deleted.")
     part.replace(target)
     _version_file(part).unlink(missing_ok=True)
 

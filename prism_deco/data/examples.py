@@ -61,7 +61,7 @@ class Examples(Dataset[Example]):
 
     Raises:
         UsageError: an unknown policy; on access, a record that cannot be encoded.
-        OSError: on access, an image that cannot be read.
+        UsageError: on access, an image that cannot be read.
     """
 
     def __init__(
@@ -119,12 +119,12 @@ class Examples(Dataset[Example]):
         return (self.transform(image), False) if image is not None else (blank_pixels(self.transform), True)
 
     def open_image(self, record: str, name: str) -> Image.Image | None:
-        """An image of a record; None if it cannot be read and `on_bad_image` allows that, else `OSError`."""
+        """An image of a record; None if it cannot be read and `on_bad_image` allows that, else `UsageError`."""
         try:
             return load_image(self.images, name)
         except OSError as error:
             if self._on_bad_image == "fail":
-                raise OSError(
+                raise UsageError(
                     f"Record {record}: {error} Fix the file, or skip such records with data.on_bad_image=skip."
                 ) from error
             log.warning("Record %s: %s (data.on_bad_image=%s)", record, error, self._on_bad_image)

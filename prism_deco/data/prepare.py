@@ -136,7 +136,7 @@ def download_dataset(dataset: Dataset, root: Path) -> None:
 
     Raises:
         UsageError: the disk is too small.
-        OSError: a download fails for good, or no archive has an image that the records name.
+        UsageError: a download fails for good, or no archive has an image that the records name.
     """
     todo = plan_download(dataset, root)
     log.info("%s needs %s on disk; %s are free", dataset.name, _gb(todo.needed), _gb(todo.free))
@@ -156,7 +156,7 @@ def download_dataset(dataset: Dataset, root: Path) -> None:
     assert missing is not None
     lost = [name for names in missing.values() for name in names]
     if lost:
-        raise OSError(
+        raise UsageError(
             f"{len(lost)} images are in none of the archives, for example {lost[0]}. Put them under "
             f"{root / dataset.image_root}, or train without them: data.on_bad_image=skip"
         )
@@ -169,7 +169,7 @@ def _download_json(dataset: Dataset, root: Path) -> None:
     try:
         hf_hub_download(dataset.repo, dataset.json, local_dir=root, **place)
     except Exception as error:  # the hub's client passes on whatever its HTTP library raises
-        raise OSError(f"Cannot download {hf_hub_url(dataset.repo, dataset.json, **place)} ({error}).") from error
+        raise UsageError(f"Cannot download {hf_hub_url(dataset.repo, dataset.json, **place)} ({error}).") from error
 
 
 def _fetch_images(archive: Archive, root: Path, image_root: Path, names: list[str]) -> None:
@@ -194,7 +194,7 @@ def extract(archive: Path, folder: Path, wanted: Collection[str]) -> int:
         wanted: paths relative to `folder`.
 
     Raises:
-        OSError: the archive is damaged.
+        UsageError: the archive is damaged.
     """
     left = set(wanted)
     try:
@@ -213,7 +213,7 @@ def extract(archive: Path, folder: Path, wanted: Collection[str]) -> int:
                     shutil.copyfileobj(source, file)
                 os.replace(temporary, target)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise OSError(f"{archive} is damaged ({error}): delete it and run the command again.") from error
+        raise UsageError(f"{archive} is damaged ({error}): delete it and run the command again.") from error
     return len(set(wanted)) - len(left)
 
 
@@ -228,7 +228,9 @@ def _missing(dataset: Dataset, root: Path) -> dict[str, list[str]] | None:
     for name in ImageFolder(image_root).missing(names):
         folder = next((into for into in missing if into == "." or name.startswith(f"{into}/")), None)
         if folder is None:
-            raise OSError(f"No archive of {dataset.name} is for the image {name}: its records are of another version.")
+            raise UsageError(
+                f"No archive of {dataset.name} is for the image {name}: its records are of another version."
+            )
         missing[folder].append(name)
     return missing
 
@@ -236,7 +238,7 @@ def _missing(dataset: Dataset, root: Path) -> dict[str, list[str]] | None:
 def _archive_size(archive: Archive) -> int:
     try:
         size = remote_size(archive.url)
-    except OSError as error:
+    except UsageError as error:
         log.warning("%s Its size is taken from the configuration.", error)
         size = None
     return round(archive.gigabytes * 1e9) if size is None else size

@@ -14,6 +14,7 @@ from prism_deco.data.examples import Examples
 from prism_deco.data.loader import Collate, build_loader
 from prism_deco.data.records import open_records
 from prism_deco.data.samplers import Filler, Population, StepSampler, in_order
+from prism_deco.errors import UsageError
 
 IGNORE = -100
 
@@ -127,7 +128,7 @@ def test_a_file_of_another_format_is_named_with_its_record(colors, tmp_path, tin
     records = open_records(colors / "train.json", tmp_path)
     examples = Examples(records, tmp_path, llm, vlm.backbone.transform, max_text_tokens=200)
     with pytest.raises(
-        OSError, match=r"Record red40: .*red40\.png cannot be decoded .*none of JPEG, PNG, .*on_bad_image"
+        UsageError, match=r"Record red40: .*red40\.png cannot be decoded .*none of JPEG, PNG, .*on_bad_image"
     ):
         examples[0]
 

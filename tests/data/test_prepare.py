@@ -19,6 +19,7 @@ from prism_deco.data import prepare as prepare_module
 from prism_deco.data.download import download, remote_size
 from prism_deco.data.prepare import Archive, Dataset, download_dataset, extract, plan_download, read_dataset
 from prism_deco.data.records import open_records
+from prism_deco.errors import UsageError
 
 
 class Server:
@@ -107,10 +108,10 @@ def test_a_download_goes_on_where_the_connection_broke(server, tmp_path):
 
 def test_a_later_call_goes_on_where_the_last_one_gave_up(server, tmp_path):
     server.files["/a.zip"], server.budget = NOISE, 0
-    with pytest.raises(OSError, match="failed 3 times in a row .*[Tt]ry again later"):
+    with pytest.raises(UsageError, match="failed 3 times in a row .*[Tt]ry again later"):
         download(f"{server.url}/a.zip", tmp_path / "a.zip", pause=0, attempts=3)
     server.budget, server.statuses = 40_000, [503, None, 503, 502]
-    with pytest.raises(OSError, match="failed 2 times"):
+    with pytest.raises(UsageError, match="failed 2 times"):
         download(f"{server.url}/a.zip", tmp_path / "a.zip", pause=0, attempts=2)
     assert (tmp_path / "a.zip.part").stat().st_size == 40_000 and not (tmp_path / "a.zip").exists()
     server.budget = None
@@ -137,7 +138,7 @@ def test_a_file_that_changed_is_fetched_anew(server, tmp_path):
 def test_servers_without_ranges_or_versions_start_over(server, tmp_path, ranges, etags):
     server.files["/a.zip"], server.budget = NOISE, 60_000
     server.ranges, server.etags = ranges, etags
-    with pytest.raises(OSError, match="failed 2 times"):
+    with pytest.raises(UsageError, match="failed 2 times"):
         download(f"{server.url}/a.zip", tmp_path / "a.zip", pause=0, attempts=2)
     server.budget = None
     download(f"{server.url}/a.zip", tmp_path / "a.zip", pause=0)
@@ -146,11 +147,11 @@ def test_servers_without_ranges_or_versions_start_over(server, tmp_path, ranges,
 
 def test_wrong_content_and_refusals_are_errors(server, tmp_path):
     server.files["/a.zip"] = NOISE
-    with pytest.raises(OSError, match=f"SHA-256 mismatch .*got {hashlib.sha256(NOISE).hexdigest()}, expected 00"):
+    with pytest.raises(UsageError, match=f"SHA-256 mismatch .*got {hashlib.sha256(NOISE).hexdigest()}, expected 00"):
         download(f"{server.url}/a.zip", tmp_path / "a.zip", sha256="00" * 32)
     assert not (tmp_path / "a.zip").exists() and not (tmp_path / "a.zip.part").exists()
     download(f"{server.url}/a.zip", tmp_path / "a.zip", sha256=hashlib.sha256(NOISE).hexdigest())
-    with pytest.raises(OSError, match="404 Not Found. Has the file moved"):
+    with pytest.raises(UsageError, match="404 Not Found. Has the file moved"):
         download(f"{server.url}/gone.zip", tmp_path / "gone.zip")
     with pytest.raises(ValueError, match="only http and https"):
         download("file:///etc/passwd", tmp_path / "x")
@@ -173,7 +174,7 @@ def test_only_wanted_members_leave_an_archive(tmp_path):
     damaged = bytearray((tmp_path / "a.zip").read_bytes())
     damaged[damaged.index(b"2.jpg") + 5] ^= 1
     (tmp_path / "a.zip").write_bytes(damaged)
-    with pytest.raises(OSError, match=r"a\.zip is damaged .*CRC"):
+    with pytest.raises(UsageError, match=r"a\.zip is damaged .*CRC"):
         extract(tmp_path / "a.zip", tmp_path / "out", ["2.jpg"])
     assert not (tmp_path / "out" / "2.jpg").exists()
 
@@ -234,7 +235,7 @@ def test_a_data_set_is_downloaded_laid_out_and_completed(server, dataset, tmp_pa
 
 def test_what_cannot_be_completed_is_said(server, dataset, tmp_path, monkeypatch):
     server.files["/1.zip"] = _zip({"1.jpg": _jpeg(0)})
-    with pytest.raises(OSError, match="3 images are in none of the archives, for example vg/VG_100K/0.jpg"):
+    with pytest.raises(UsageError, match="3 images are in none of the archives, for example vg/VG_100K/0.jpg"):
         download_dataset(dataset, tmp_path / "a")
     usage = type("Usage", (), {"free": 5})
     monkeypatch.setattr(prepare_module.shutil, "disk_usage", lambda _: usage)
@@ -243,7 +244,7 @@ def test_what_cannot_be_completed_is_said(server, dataset, tmp_path, monkeypatch
     assert not (tmp_path / "b").exists()
     monkeypatch.undo()
     del server.files["/datasets/someone/talk/resolve/main/talk.json"]
-    with pytest.raises(OSError, match=r"/datasets/someone/talk/resolve/main/talk\.json \("):
+    with pytest.raises(UsageError, match=r"/datasets/someone/talk/resolve/main/talk\.json \("):
         download_dataset(dataset, tmp_path / "c")
 
 

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from prism_deco.config.schema import RecipeConfig
 from prism_deco.data.loader import Collate, Examples, Step
 from prism_deco.data.records import open_records
+from prism_deco.errors import UsageError
 from prism_deco.exits import NonFinite
 from prism_deco.training.module import TrainingModule
 
@@ -100,7 +101,7 @@ def test_bad_images_follow_the_policy_and_are_counted(colors, tmp_path, tiny):
             opened, colors / "images", llm, vlm.backbone.transform, max_text_tokens=200, on_bad_image=policy
         )
 
-    with pytest.raises(OSError, match=r"Record red90: .*gone\.png.*data\.on_bad_image=skip"):
+    with pytest.raises(UsageError, match=r"Record red90: .*gone\.png.*data\.on_bad_image=skip"):
         load("fail")[1]
     skipped = Collate(4, 2)([load("skip")[i] for i in range(2)])
     assert skipped.bad_images == 1 and skipped.num_targets == Collate(4, 2)([load("skip")[0]]).num_targets
