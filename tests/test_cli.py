@@ -189,7 +189,10 @@ def test_the_parts_of_the_miniature_are_its_towers_and_tokenizers():
 
 def test_lines_of_a_log_that_goes_to_a_file_are_whole():
     path = "/a/long/path" * 20
-    code = f"import logging; from prism_deco.logs import configure_logging; configure_logging(debug=False); logging.getLogger('prism_deco').warning('in %s [x]', {path!r})"
+    code = (
+        "import logging; from prism_deco.logs import configure_logging; configure_logging(debug=False); "
+        f"logging.getLogger('prism_deco').warning('in %s [x]', {path!r})"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     (line,) = done.stderr.splitlines()
     assert line.endswith(f" WARNING in {path} [x]")
