@@ -7,13 +7,17 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from prism_deco import distributed
 from prism_deco.config import load_config
 from prism_deco.distributed import World, local_device, requested_device
 from prism_deco.errors import UsageError
 from prism_deco.exits import Preempted
+from prism_deco.training.checkpoints import save_checkpoint
 from prism_deco.training.sharding import Sharding
 
 
@@ -138,6 +142,38 @@ def _look_at_groups(rank, port):
 
 def test_the_groups_of_hybrid_sharding_have_the_runs_timeout(free_port):
     assert _run(_look_at_groups, free_port, size=4) == [0] * 4
+
+
+def _save_hybrid(rank, port, folder):
+    world = _world(rank, port, size=4)
+    with world.joined():
+        settings = ["trainer=fsdp", "trainer.shard_size=2"]
+        mesh = Sharding.of(load_config(settings).trainer, 4)._hybrid(init_device_mesh("cpu", (4,)))
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 5)
+        whole = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+        fully_shard(layer, mesh=mesh)
+        save_checkpoint(folder, 1, dict(layer.named_parameters()), {})
+    if rank == 0:
+        save_file(whole, folder / "whole.safetensors")
+
+
+def test_a_hybrid_mesh_writes_each_block_once(tmp_path, free_port):
+    """Two groups hold the same halves, of three and two rows; only the first one writes them."""
+    assert _run(_save_hybrid, free_port, tmp_path, size=4) == [0] * 4
+    places = []
+    filled = {name: torch.full_like(t, torch.nan) for name, t in load_file(tmp_path / "whole.safetensors").items()}
+    for path in sorted((tmp_path / "step_000001").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                shape, offset = json.loads(file.metadata()[name])
+                block = file.get_tensor(name)
+                assert shape == list(filled[name].shape)
+                filled[name][offset[0] : offset[0] + len(block)] = block
+                places.append((name, tuple(offset)))
+    assert sorted(places) == [("bias", (0,)), ("bias", (3,)), ("weight", (0, 0)), ("weight", (3, 0))]
+    for name, tensor in load_file(tmp_path / "whole.safetensors").items():
+        assert torch.equal(filled[name], tensor)
 
 
 def test_the_environment_says_who_starts_the_processes(monkeypatch):

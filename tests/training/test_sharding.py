@@ -91,6 +91,23 @@ def test_every_way_to_share_the_work_gives_the_same_numbers(start, tmp_path, ass
 
 
 @pytest.mark.slow
+def test_a_mean_over_micro_batches_is_one_over_those_of_all_processes(start, tmp_path, assert_same_run):
+    """As in prismatic: each forward pass weighs the same, whatever it supervises. Two processes share three of them."""
+    one = ["recipe.grad_clip=0", "recipe.epochs=1", "recipe.global_batch_size=3", "recipe.micro_batch_size=1"]
+    strict = [*one, "recipe.loss=micro_batch_mean"]
+    shared = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.precision=32-true"]
+    jobs = {
+        "alone": start(*strict, run="alone"),
+        "shared": start(*strict, *shared, ranks=2, run="shared"),
+        "by_token": start(*one, run="by_token"),
+    }
+    for job in jobs.values():
+        assert set(job.wait()) == {0}, job.log.read_text()
+    assert_same_run(tmp_path / "shared", tmp_path / "alone")
+    assert _numbers(tmp_path / "alone")[0] != pytest.approx(_numbers(tmp_path / "by_token")[0], **EXACT)
+
+
+@pytest.mark.slow
 def test_pretrained_weights_are_read_in_pieces(start, tmp_path, assert_same_run):
     """From files in half precision and of fewer rows than the table: as the whole model's loader does it."""
     from prism_deco.llms import build_llm
