@@ -110,6 +110,8 @@ def as_stop(error: BaseException) -> Stop | None:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an exception says that a disk, a quota or the allowed size of a file is exhausted."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return os.strerror(errno.ENOSPC) in str(error)  # safetensors and tokenizers, written in Rust, have own classes
+        return error.errno in codes
+    # safetensors and tokenizers are written in Rust, and their errors have the reason in the text alone.
+    return any(os.strerror(code) in str(error) for code in codes)

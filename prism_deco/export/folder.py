@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prism_deco.config import compose, load_choice, save_config
 from prism_deco.errors import UsageError
+from prism_deco.exits import is_disk_full
 from prism_deco.export.card import card
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.lora import has_lora, merge_lora
@@ -101,13 +102,12 @@ def whole_folder(folder: Path, need: int | None = None) -> Iterator[Path]:
         for path in building.iterdir():
             path.rename(folder / path.name)
     except Exception as error:
-        reason = _no_room(error)
-        if reason is None:
+        if not is_disk_full(error):
             raise
         wanted = "" if need is None else f" It needs about {need / 1e6:.1f} MB."
         free = shutil.disk_usage(building).free / 1e6
         raise UsageError(
-            f"The export to {folder} could not be written: {reason} ({free:.1f} MB free).{wanted} Free some "
+            f"The export to {folder} could not be written: {error} ({free:.1f} MB free).{wanted} Free some "
             "space, or name a folder on another disk."
         ) from error
     finally:
@@ -119,13 +119,6 @@ def whole_folder(folder: Path, need: int | None = None) -> Iterator[Path]:
 def stored_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Size of tensors in a file, where tensors that share memory are stored once."""
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}.values())
-
-
-def _no_room(error: Exception) -> str | None:
-    """What an error says about a disk, a quota or the allowed size of a file being exhausted."""
-    # safetensors and tokenizers are written in Rust: their errors have the reason in the text alone.
-    reasons = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
-    return next((reason for reason in reasons if reason in str(error)), None)
 
 
 def write_card(folder: Path, text: str) -> None:
