@@ -13,7 +13,7 @@ from rich.table import Table
 from prism_deco.bench.measure import memory_kind, step_memory, step_seconds
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
-from prism_deco.plan.counter import step_flops
+from prism_deco.plan.flops import step_flops
 from prism_deco.projectors import PROJECTORS, Projector, build_projector
 
 log = logging.getLogger(__name__)

@@ -88,7 +88,7 @@ def sweep(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> None:
     """Estimate the memory, hours and disk of a run or of a sweep's cells, without weights, data or a GPU."""
-    from prism_deco.plan import as_json, plan_run, table
+    from prism_deco.plan import as_json, estimate_run, table
     from prism_deco.stages import split
     from prism_deco.sweep import expand, parse
     from prism_deco.sweep.spec import is_sweep
@@ -104,7 +104,7 @@ def plan(args: argparse.Namespace) -> None:
         stages = {f"{name} {stage.name}".strip(): stage.config for stage in split(arguments)}
         configs |= stages or {name: config or load_config(arguments)}
     plans = [
-        plan_run(config, name, accelerator_name=args.accelerator, mfu=args.mfu) for name, config in configs.items()
+        estimate_run(config, name, accelerator_name=args.accelerator, mfu=args.mfu) for name, config in configs.items()
     ]
     if args.json:
         args.json.write_text(json.dumps(as_json(plans), indent=2) + "\n", encoding="utf-8")

@@ -13,18 +13,17 @@ from prism_deco.config.registry import import_plugins
 from prism_deco.config.schema import ACTIVATION_CHECKPOINTING
 from prism_deco.data.samplers import SAMPLERS, Population
 from prism_deco.errors import UsageError
-from prism_deco.plan.accelerators import GIB, accelerator
+from prism_deco.plan.devices import GIB, Setup, accelerator, setup_of
+from prism_deco.plan.fake_memory import PassShape
 from prism_deco.plan.flops import training_flops
 from prism_deco.plan.memory import FLOAT32, Memory, step_memory
-from prism_deco.plan.meta_models import backbone_of, count, llm_of, projector_of
-from prism_deco.plan.phases import Layout
+from prism_deco.plan.meta_models import NeedsData, backbone_of, count, llm_of, projector_of
 from prism_deco.plan.sequences import Sequences, sequences_of
-from prism_deco.plan.setup import Setup, setup_of
 
 AUTO = "auto"
 
 ROOM = 0.9
-"""Share of a device's memory that `auto` plans to use: the allocator needs some for itself."""
+"""Fraction of a device's memory that `auto` plans to use: the allocator needs some for itself."""
 
 DEFAULT_ACCELERATOR = "h100"
 DEFAULT_MFU = 0.4
@@ -40,12 +39,12 @@ class Needs:
         sequence: positions of a record on average, visual tokens included, after cutting.
         longest: positions of the longest forward pass.
         positions: the most that the LLM, or the recipe, allows.
-        cut: share of the records whose text is cut; None where lengths are only estimated.
+        cut: fraction of the records whose text is cut; None if lengths are only estimated.
         records, steps: of the whole training.
         source: where the lengths come from (`Sequences.source`).
         memory: of one device.
         flops: of the whole training; validation and scoring are not part of it.
-        hours: None where the accelerator's speed is not known.
+        hours: None if the accelerator's speed is not known.
         checkpoint: one checkpoint: trained weights in float32 and AdamW's moments.
         checkpoints_kept: the newest ones and the best.
     """
@@ -70,15 +69,15 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One run, planned.
+class RunEstimate:
+    """What one run will take.
 
     Attributes:
         name: the sweep's cell, or the choices.
         accelerator: kind of GPU; None is this machine's CPU.
-        needs: None where the parts do not fit together at all.
+        needs: None if the parts do not fit together, or cannot be run without data.
         problems: why it cannot run, apart from memory (see `problems`).
-        warnings: what is to be mended before it starts.
+        warnings: what to fix before it starts.
     """
 
     name: str
@@ -88,58 +87,62 @@ class Plan:
     warnings: tuple[str, ...]
 
 
-def plan_run(
+def estimate_run(
     config: DictConfig,
     name: str = "",
     *,
     accelerator_name: str | None = None,
     mfu: float = DEFAULT_MFU,
     memory_bytes: int | None = None,
-) -> Plan:
-    """Plans a run without weights, data or a GPU.
+) -> RunEstimate:
+    """Estimates a run without weights, data or a GPU.
 
     Args:
         name: what to call it; empty: the choices of backbone, projector and LLM.
-        accelerator_name: one of `ACCELERATORS`; None is an H100, or no accelerator where the run is on a CPU.
-        mfu: share of the accelerator's peak that the arithmetic reaches (model FLOPs utilisation).
-        memory_bytes: of one device, by which `trainer.activation_checkpointing=auto` decides; None takes what the
-            planned accelerator has, if there is one.
+        accelerator_name: one of `ACCELERATORS`; None is an H100, or no accelerator for a run on a CPU.
+        mfu: fraction of the accelerator's peak that the arithmetic reaches (model FLOPs utilisation).
+        memory_bytes: of one device, by which `trainer.activation_checkpointing=auto` decides; None takes that of the
+            accelerator, if there is one.
 
     Raises:
-        UsageError: an unknown accelerator, or a share outside (0, 1].
+        UsageError: an unknown accelerator, or a fraction outside (0, 1].
     """
     if not 0 < mfu <= 1:
         raise UsageError(f"mfu={mfu} must be above 0 and at most 1.")
     name = name or " ".join(config[part].name for part in ("backbone", "projector", "llm"))
     setup = setup_of(config)
     kind = accelerator_name or (DEFAULT_ACCELERATOR if setup.cuda else None)
-    peak = accelerator(kind).flops if kind else None
+    device = accelerator(kind) if kind else None
     import_plugins(config.plugins)
     if config.recipe.stages:
         stages = "; ".join(f"{stage}: {settings[0]}" for stage, settings in config.recipe.stages.items())
-        return Plan(name, kind, None, (f"its recipe is made of stages, to be planned one by one ({stages})",), ())
+        return RunEstimate(name, kind, None, (f"its recipe has stages, to be planned one by one ({stages})",), ())
+    if memory_bytes is None and device:
+        memory_bytes = device.memory
     try:
         sequences, missing = sequences_of(config)
-        if memory_bytes is None and kind:
-            memory_bytes = accelerator(kind).memory
-        needs = _least_recomputation(config, setup, sequences, peak and peak * mfu, memory_bytes)
+        needs = _least_recomputation(config, setup, sequences, memory_bytes)
     except UsageError as error:
-        return Plan(name, kind, None, (str(error),), ())
-    warnings = [missing] if missing else []
-    return Plan(name, kind, needs, tuple(_batch_problems(config, setup)), tuple(warnings))
+        return RunEstimate(name, kind, None, (str(error),), ())
+    except NeedsData as error:
+        return RunEstimate(name, kind, None, (), (f"cannot be planned: {error}",))
+    if device:
+        needs = replace(needs, hours=needs.flops / (device.flops * mfu) / setup.devices / 3600)
+    warnings = (missing,) if missing else ()
+    return RunEstimate(name, kind, needs, tuple(_batch_problems(config, setup)), warnings)
 
 
-def problems(plan: Plan, memory_bytes: int | None = None) -> list[str]:
-    """Why a planned run cannot work; empty where nothing speaks against it.
+def problems(estimate: RunEstimate, memory_bytes: int | None = None) -> list[str]:
+    """Why a run cannot work; empty if nothing speaks against it.
 
     Args:
-        memory_bytes: of one device; None takes what the planned accelerator has, if there is one.
+        memory_bytes: of one device; None takes that of the accelerator, if there is one.
     """
-    found = list(plan.problems)
-    if memory_bytes is None and plan.accelerator:
-        memory_bytes = accelerator(plan.accelerator).memory
-    if plan.needs is not None and memory_bytes is not None and plan.needs.memory.peak > memory_bytes:
-        memory = plan.needs.memory
+    found = list(estimate.problems)
+    if memory_bytes is None and estimate.accelerator:
+        memory_bytes = accelerator(estimate.accelerator).memory
+    if estimate.needs is not None and memory_bytes is not None and estimate.needs.memory.peak > memory_bytes:
+        memory = estimate.needs.memory
         found.append(
             f"a step needs {memory.peak / GIB:.1f} GiB per device ({memory.when}), and there are "
             f"{memory_bytes / GIB:.1f}: lower recipe.micro_batch_size, recompute activations "
@@ -148,74 +151,89 @@ def problems(plan: Plan, memory_bytes: int | None = None) -> list[str]:
     return found
 
 
-def _least_recomputation(
-    config: DictConfig, setup: Setup, sequences: Sequences, speed: float | None, memory_bytes: int | None
-) -> Needs:
-    """With as many activations recomputed as asked for; `auto` is the least that fits, or all."""
+def _least_recomputation(config: DictConfig, setup: Setup, sequences: Sequences, memory_bytes: int | None) -> Needs:
+    """The needs with as many activations recomputed as asked for; `auto` is the least that fits, or all."""
     policies = ACTIVATION_CHECKPOINTING if setup.checkpointing == AUTO else (setup.checkpointing,)
+    shape = _largest_pass(config, setup, sequences)
     for policy in policies:
-        needs = _needs(config, replace(setup, checkpointing=policy), sequences, speed)
-        if memory_bytes is None or needs.memory.peak <= ROOM * memory_bytes:
+        chosen = replace(setup, checkpointing=policy)
+        memory = step_memory(config, chosen, shape)
+        if memory_bytes is None or memory.peak <= ROOM * memory_bytes:
             break
-    return needs
+    return _needs(config, chosen, sequences, shape, memory)
 
 
-def _needs(config: DictConfig, setup: Setup, sequences: Sequences, speed: float | None) -> Needs:
-    recipe = config.recipe
+def _needs(config: DictConfig, setup: Setup, sequences: Sequences, shape: PassShape, memory: Memory) -> Needs:
     backbone, llm, projector = backbone_of(config), llm_of(config), projector_of(config)
-    visual, positions = projector.num_tokens, max_positions(config, llm)
-    room = min(recipe.max_text_tokens, positions - visual)
-    steps = math.ceil(sequences.records / recipe.global_batch_size) * recipe.epochs
-    if recipe.max_steps is not None:
-        steps = min(steps, recipe.max_steps)
-    seen = min(steps * recipe.global_batch_size, sequences.records * recipe.epochs)
-    images = sequences.images / sequences.records
-
-    lengths = np.array([sequences.text]) if sequences.lengths is None else sequences.lengths
-    lengths = np.minimum(lengths, room) + visual * images
-    kept = (float(lengths.mean()) - visual * images) / sequences.text
-    layout = _layout(config, setup, sequences, visual, room)
-    costs = training_flops(config, layout.records, setup)
-    flops = seen * costs.step(
-        images=images,
-        positions=float(lengths.mean()),
-        pairs=float((lengths**2).mean()),
-        targets=sequences.supervised * kept,
-    )
+    lengths = _cut_lengths(config, sequences)
     trained = count(projector, llm.model, trained=True)
     return Needs(
         parameters=count(backbone, projector, llm.model),
         trained=trained,
         visual_in=backbone.num_patches,
-        visual_out=visual,
+        visual_out=projector.num_tokens,
         sequence=float(lengths.mean()),
-        longest=layout.length,
-        positions=positions,
-        cut=sequences.share_cut(room),
+        longest=shape.length,
+        positions=max_positions(config, llm),
+        cut=sequences.share_cut(_text_room(config)),
         records=sequences.records,
-        steps=steps,
+        steps=_steps(config, sequences),
         source=sequences.source,
         setup=setup,
-        memory=step_memory(config, setup, layout),
-        flops=flops,
-        hours=flops / speed / setup.devices / 3600 if speed else None,
+        memory=memory,
+        flops=_flops(config, sequences, lengths),
+        hours=None,
         checkpoint=3 * FLOAT32 * trained,
         checkpoints_kept=config.trainer.keep_checkpoints + 1,
     )
 
 
-def _layout(config: DictConfig, setup: Setup, sequences: Sequences, visual: int, room: int) -> Layout:
+def _text_room(config: DictConfig) -> int:
+    """Tokens of text that a sequence has room for."""
+    visual = projector_of(config).num_tokens
+    return min(config.recipe.max_text_tokens, max_positions(config, llm_of(config)) - visual)
+
+
+def _cut_lengths(config: DictConfig, sequences: Sequences) -> np.ndarray:
+    """float64[records], or [1] for the mean alone: positions after cutting, visual tokens included."""
+    text = np.array([sequences.text]) if sequences.lengths is None else sequences.lengths
+    visual = projector_of(config).num_tokens * sequences.images / sequences.records
+    return np.minimum(text, _text_room(config)) + visual
+
+
+def _steps(config: DictConfig, sequences: Sequences) -> int:
+    recipe = config.recipe
+    steps = math.ceil(sequences.records / recipe.global_batch_size) * recipe.epochs
+    return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
+
+
+def _flops(config: DictConfig, sequences: Sequences, lengths: np.ndarray) -> float:
+    """Operations of the whole training."""
+    recipe = config.recipe
+    images = sequences.images / sequences.records
+    seen = min(_steps(config, sequences) * recipe.global_batch_size, sequences.records * recipe.epochs)
+    kept = (float(lengths.mean()) - projector_of(config).num_tokens * images) / sequences.text
+    return seen * training_flops(config).step(
+        images=images,
+        positions=float(lengths.mean()),
+        pairs=float((lengths**2).mean()),
+        targets=sequences.supervised * kept,
+    )
+
+
+def _largest_pass(config: DictConfig, setup: Setup, sequences: Sequences) -> PassShape:
     """The forward pass that holds the longest record."""
-    share = math.ceil(config.recipe.global_batch_size / setup.devices)
-    records = min(config.recipe.micro_batch_size, share)
-    text = min(sequences.longest_text, room)
+    per_device = math.ceil(config.recipe.global_batch_size / setup.devices)
+    records = min(config.recipe.micro_batch_size, per_device)
+    text = min(sequences.longest_text, _text_room(config))
     supervised = sequences.longest_supervised * text / sequences.longest_text
-    return Layout(
+    visual = projector_of(config).num_tokens
+    return PassShape(
         records=records,
         length=math.ceil(text) + visual,
         visual=visual,
         supervised=math.ceil(records * supervised),
-        passes=math.ceil(share / records),
+        passes=math.ceil(per_device / records),
         packed=config.recipe.packing,
     )
 

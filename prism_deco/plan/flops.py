@@ -7,39 +7,51 @@ for model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from prism_deco.llms.layers import decoder_layers
-from prism_deco.plan.meta_models import backbone_key, llm_of, projector_key, projector_of
-from prism_deco.plan.phases import walk_projector, walk_tower
-from prism_deco.plan.setup import Setup
+from prism_deco.plan.meta_models import (
+    backbone_key,
+    build_projector_of,
+    llm_of,
+    projector_key,
+    projector_of,
+    short_backbone,
+    without_data,
+)
+
+_META = torch.device("meta")
 
 
 @dataclass(frozen=True)
 class TrainingFlops:
-    """What one of each costs, forward and backward pass together; the tower is frozen and has no backward pass."""
+    """The costs of one of each, forward and backward pass together; the tower is frozen and has no backward pass."""
 
     tower: int
-    """Of an image."""
+    """Per image."""
     projector: int
-    """Of an image."""
+    """Per image."""
     position: int
-    """Of a position of the LLM, attention and output head apart."""
+    """Per position of the LLM, without attention and output head."""
     pair: int
-    """Of attention between two positions."""
+    """Per pair of positions in attention."""
     target: int
-    """Of the output head at a supervised position."""
+    """Of the output head, per supervised position."""
 
     def vision(self, images: float) -> float:
-        """Of images, up to the visual tokens."""
+        """Cost of images, up to the visual tokens."""
         return images * (self.tower + self.projector)
 
     def step(self, *, images: float, positions: float, pairs: float, targets: float) -> float:
-        """Of an optimizer step over all devices, or of any other lot.
+        """Cost of an optimizer step over all devices, or of any other number of records.
 
         Args:
             images: images shown.
@@ -51,34 +63,76 @@ class TrainingFlops:
         return self.vision(images) + language
 
 
-def training_flops(config: DictConfig, images: int = 1, setup: Setup | None = None) -> TrainingFlops:
+def training_flops(config: DictConfig) -> TrainingFlops:
     """The costs of a configured model, from its bare architecture.
 
-    Args:
-        images: how many to walk through tower and projector with; the costs of one do not depend on it.
-        setup: types to compute in; nor on these.
+    Raises:
+        UsageError: its parts do not fit together.
+        NeedsData: a part cannot be run without data.
     """
     lm = llm_of(config).model
-    projector_of(config)  # raises where it does not fit
-    setup = (setup or Setup()).outside_llm
-    tower = walk_tower(backbone_key(config), images, setup)
-    projector = walk_projector(projector_key(config), tower.shape, tower.dtype, setup)
+    projector_of(config)  # raises if it does not fit
     settings: Any = lm.config
     layers = decoder_layers(lm)
-    width = settings.num_attention_heads * (
-        getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
-    )
+    head_width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
     head: Any = lm.get_output_embeddings()  # type: ignore[operator]  # every causal LM has them
     return TrainingFlops(
-        tower=tower.flops,
-        projector=projector.flops,
+        tower=_tower_flops(backbone_key(config)),
+        projector=_projector_flops(projector_key(config)),
         position=sum(_product(weight) for layer in layers for weight in layer.parameters() if weight.ndim == 2),
         # Scores and weighted sum, forward; and the gradients of both factors of each.
-        pair=3 * 2 * 2 * width * len(layers),
+        pair=3 * 2 * 2 * settings.num_attention_heads * head_width * len(layers),
         target=_product(head.weight),
     )
 
 
+def step_flops(module: nn.Module, features: Tensor) -> tuple[int, int]:
+    """Operations of a module's forward pass, and of its forward and backward pass together."""
+    with FlopCounterMode(display=False, custom_mapping={_CONVOLUTION: _convolution_backward_flops}) as counter:
+        total = module(features).sum()
+        forward = counter.get_total_flops()
+        total.backward()
+    return forward, counter.get_total_flops()
+
+
+_CONVOLUTION = torch.ops.aten.convolution_backward
+
+
+def _convolution_backward_flops(
+    grad: Sequence[int], features: Sequence[int], weight: Sequence[int], *args: Any, **_: Any
+) -> int:
+    """Either gradient of a convolution takes as many operations as the convolution did.
+
+    Torch's own formula forgets the groups in the weight's gradient: a depthwise convolution would cost as much as a
+    dense one.
+    """
+    wanted: Sequence[bool] = args[-1]  # gradients of input, weight, bias; the bias' is not counted
+    return (wanted[0] + wanted[1]) * conv_flop_count(list(features), list(weight), list(grad))
+
+
+# On the meta device attention is a sequence of matrix products. The fused kernels of other devices have no formula in
+# torch and would count nothing.
+@lru_cache(maxsize=32)
+def _tower_flops(key: str) -> int:
+    backbone, runs = short_backbone(key)
+    with without_data("backbone"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        backbone(backbone.blank(_META))
+    per_module = counter.get_flop_counts()
+    total = counter.get_total_flops()
+    names = {module: name for name, module in backbone.named_modules()}
+    for block, times in runs:
+        total += (times - 1) * sum(per_module[f"{type(backbone).__name__}.{names[block]}"].values())
+    return total
+
+
+@lru_cache(maxsize=64)
+def _projector_flops(key: str) -> int:
+    projector = build_projector_of(key).train()
+    height, width = projector.in_grid
+    with without_data("projector"):
+        return step_flops(projector, torch.empty(1, height * width, projector.in_dim, device=_META))[1]
+
+
 def _product(weight: nn.Parameter) -> int:
-    """Of a vector times a matrix: the product, its gradient and, where the matrix is trained, the matrix' gradient."""
+    """A vector times a matrix: the product, its gradient and, if the matrix is trained, the matrix' gradient."""
     return 2 * weight.numel() * (3 if weight.requires_grad else 2)

@@ -10,6 +10,8 @@ from torch import nn
 
 from prism_deco.backbones import VisionBackbone
 from prism_deco.llms.layers import decoder_layers
+from prism_deco.plan.devices import Setup
+from prism_deco.plan.fake_memory import LossShape, PassShape, walk_language, walk_projector, walk_tower
 from prism_deco.plan.meta_models import (
     backbone_key,
     backbone_of,
@@ -19,8 +21,6 @@ from prism_deco.plan.meta_models import (
     projector_key,
     projector_of,
 )
-from prism_deco.plan.phases import Layout, Loss, walk_language, walk_projector, walk_tower
-from prism_deco.plan.setup import Setup
 
 FLOAT32 = 4
 NF4 = 4.127 / 8
@@ -65,13 +65,13 @@ class Moment(NamedTuple):
     gathered: int
 
 
-def step_memory(config: DictConfig, setup: Setup, layout: Layout) -> Memory:
+def step_memory(config: DictConfig, setup: Setup, shape: PassShape) -> Memory:
     """Memory of a training step: that of the fullest of its moments."""
     backbone, lm, projector = backbone_of(config), llm_of(config).model, projector_of(config)
     trained = count(projector, lm, trained=True)
     all_gradients = FLOAT32 * trained // setup.shards
     # Gradients of earlier passes are there from the start. Shards of them are small: they are counted throughout.
-    earlier = all_gradients if layout.passes > 1 or setup.shards > 1 else None
+    earlier = all_gradients if shape.passes > 1 or setup.shards > 1 else None
     neighbours, last_exchange = _gathered(projector, lm, setup)
     moments: dict[str, Moment] = {}
 
@@ -81,13 +81,13 @@ def step_memory(config: DictConfig, setup: Setup, layout: Layout) -> Memory:
         gradients = made + both - alone if earlier is None else earlier
         moments[name] = Moment(alone - logits + kept, logits, gradients, neighbours)
 
-    tower = walk_tower(backbone_key(config), layout.records, setup.outside_llm)
+    tower = walk_tower(backbone_key(config), shape.records, setup.outside_llm)
     add("tower", tower.phases["forward"])
-    projected = walk_projector(projector_key(config), tower.shape, tower.dtype, setup.outside_llm).phases
+    projected = walk_projector(projector_key(config), tower.shape, tower.dtype, setup.outside_llm)
     add("projector forward", projected["forward"])
     kept = projected["kept"][0]
-    loss = Loss(config.recipe.turn_mask, config.recipe.max_logits)
-    language = walk_language(llm_key(config), lm.config.num_hidden_layers, layout, loss, setup)
+    loss = LossShape(config.recipe.turn_mask, config.recipe.max_logits)
+    language = walk_language(llm_key(config), lm.config.num_hidden_layers, shape, loss, setup)
     add("LLM forward", language["layers"], kept=kept)
     add("loss", language["loss"], kept=kept, loss_from=language["kept"][0])
     add("backward, last layer", language["last"], kept=kept)
@@ -103,7 +103,7 @@ def step_memory(config: DictConfig, setup: Setup, layout: Layout) -> Memory:
         # DDP exchanges gradients through buckets that hold all of them once more.
         gradients=fullest.gradients + (FLOAT32 * trained if setup.replicas > 1 and setup.shards == 1 else 0),
         optimizer=2 * FLOAT32 * trained // setup.shards,
-        inputs=layout.records * layout.passes * _pixel_bytes(backbone),
+        inputs=shape.records * shape.passes * _pixel_bytes(backbone),
         activations=fullest.activations,
         logits=fullest.logits,
         gathered=fullest.gathered,

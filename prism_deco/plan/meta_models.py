@@ -1,15 +1,24 @@
-"""The parts of a cell as bare architectures; cells of a grid share towers and LLMs, so each is built once."""
+"""The parts of a model as bare architectures on the meta device. Runs of a grid share towers and LLMs: each is built
+once."""
 
 from __future__ import annotations
 
 import copy
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 from transformers import PreTrainedModel
 
 from prism_deco.backbones import VisionBackbone, build_backbone
@@ -21,23 +30,68 @@ from prism_deco.llms.tuning import tuning
 from prism_deco.projectors import Projector, build_projector
 
 
+class NeedsData(Exception):
+    """Code of a part cannot be run without data, so that the run cannot be planned."""
+
+
+@contextmanager
+def without_data(part: str) -> Iterator[None]:
+    """Runs a part on tensors without data.
+
+    Raises:
+        NeedsData: the part asks for values. Any other error is the part's own, and stays what it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, _NO_DATA) and not _SPEAKS_OF_IT.search(str(error)):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise NeedsData(f"the {part} cannot be run without data ({type(error).__name__}: {reason})") from error
+
+
+_NO_DATA = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
+_SPEAKS_OF_IT = re.compile(r"\bmeta\b|_meta\b|FakeTensor|tensor subclasses")
+"""Torch says it in errors of general classes, too."""
+
+
 def backbone_key(config: DictConfig) -> str:
     """Tells backbones apart."""
     return json.dumps(group(config, "backbone"))
 
 
 def backbone_of(config: DictConfig) -> VisionBackbone:
-    """The configured tower on the meta device; shared, so not to be changed."""
+    """The configured backbone on the meta device; shared, so not to be changed."""
     return _backbone(backbone_key(config))
 
 
-def fresh_backbone(key: str) -> VisionBackbone:
-    """The backbone of that `backbone_key`, the caller's own."""
-    return copy.deepcopy(_backbone(key))
+def short_backbone(key: str) -> tuple[VisionBackbone, list[tuple[nn.Module, int]]]:
+    """The backbone of that `backbone_key` with one block for each run of equal blocks, the caller's own; and each of
+    these blocks with the number it stands for."""
+    backbone = _backbone(key)
+    left_out: dict[int, Any] = {}
+    counts: list[int] = []
+    before = None
+    for block in backbone.blocks:
+        shapes = [parameter.shape for parameter in block.parameters()]
+        if shapes == before:
+            left_out[id(block)] = _PassThrough()
+            counts[-1] += 1
+        else:
+            counts.append(1)
+        before = shapes
+    short = copy.deepcopy(backbone, left_out)  # what is in there counts as copied
+    blocks = [block for block in short.blocks if not isinstance(block, _PassThrough)]
+    return short, list(zip(blocks, counts, strict=True))
+
+
+class _PassThrough(nn.Module):
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden
 
 
 def llm_key(config: DictConfig) -> str:
-    """Tells LLMs and how they are trained apart."""
+    """Tells LLMs apart, and how they are trained."""
     recipe = config.recipe
     adapters = {"r": recipe.lora_r, "alpha": recipe.lora_alpha, "dropout": recipe.lora_dropout}
     return json.dumps(
@@ -46,7 +100,7 @@ def llm_key(config: DictConfig) -> str:
 
 
 def llm_of(config: DictConfig) -> LanguageModel:
-    """The configured LLM on the meta device, what is trained of it marked as such; shared, so not to be changed."""
+    """The configured LLM on the meta device, its trained parameters marked; shared, so not to be changed."""
     return _llm(llm_key(config))
 
 
@@ -59,7 +113,7 @@ def build_shallow(key: str, depth: int) -> PreTrainedModel:
 
 
 def projector_key(config: DictConfig) -> str:
-    """Tells projectors and what they stand between apart."""
+    """Tells projectors apart, and the backbones and LLMs they connect."""
     backbone, llm = backbone_of(config), llm_of(config)
     sizes = {"in_dim": backbone.embed_dim, "out_dim": llm.embed_dim, "in_grid": backbone.grid}
     bare = {key: None if key == "weights" else value for key, value in group(config, "projector").items()}
@@ -109,7 +163,6 @@ def _llm(key: str) -> LanguageModel:
 
 
 def _build_llm(content: dict[str, Any]) -> LanguageModel:
-    way = tuning(content["lm"])
     llm = build_llm(content["llm"], device="meta", **content["prompt"])
-    way.apply(llm.model, **content["adapters"])
+    tuning(content["lm"]).apply(llm.model, **content["adapters"])
     return llm

@@ -10,8 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from prism_deco.plan.accelerators import GIB
-from prism_deco.plan.estimate import Needs, Plan, problems
+from prism_deco.plan.devices import GIB
+from prism_deco.plan.estimate import Needs, RunEstimate, problems
 
 SOURCES = {
     "measured": "Lengths: from the data's records and the LLM's tokenizer",
@@ -20,7 +20,7 @@ SOURCES = {
 }
 
 
-def table(plans: Sequence[Plan], mfu: float) -> Table:
+def table(plans: Sequence[RunEstimate], mfu: float) -> Table:
     """One row per run; problems and warnings below."""
     first = next((plan.needs for plan in plans if plan.needs is not None), None)
     kind = plans[0].accelerator
@@ -59,7 +59,7 @@ def _cells(needs: Needs) -> list[str]:
     ]
 
 
-def _notes(plans: Sequence[Plan]) -> list[str]:
+def _notes(plans: Sequence[RunEstimate]) -> list[str]:
     notes = [
         "Memory is that of tensors in the forward pass of the longest record; --json has its parts. Hours are without",
         "validation and scoring. On disk: the checkpoints kept.",
@@ -77,7 +77,7 @@ def _notes(plans: Sequence[Plan]) -> list[str]:
     return notes + [f"{', '.join(names) if len(names) < len(plans) else 'all'}: {text}" for text, names in said.items()]
 
 
-def as_json(plans: Sequence[Plan]) -> list[dict[str, Any]]:
+def as_json(plans: Sequence[RunEstimate]) -> list[dict[str, Any]]:
     """The plans with all their parts, bytes and operations as plain numbers."""
     result = []
     for plan in plans:

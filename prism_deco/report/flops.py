@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from prism_deco.config.registry import require_imported
 from prism_deco.config.schema import Config
 from prism_deco.errors import UsageError
-from prism_deco.plan.estimate import plan_run
+from prism_deco.plan.estimate import estimate_run
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def _flops_per_sample(text: str) -> float | None:
     config: Any = OmegaConf.create(text)
     try:
         require_imported(config.plugins, Path("config.yaml"))
-        needs = plan_run(config).needs
+        needs = estimate_run(config).needs
     except (UsageError, OmegaConfBaseException) as error:
         log.warning("What a step costs is not known: %s", error)
         return None

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from prism_deco.data.loader import Step
-from prism_deco.plan.accelerators import GIB, peak_flops
+from prism_deco.plan.devices import GIB, peak_flops
 from prism_deco.plan.flops import TrainingFlops
 from prism_deco.sequence import Batch
 from prism_deco.training.board import Board

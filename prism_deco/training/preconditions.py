@@ -115,14 +115,14 @@ def _plan_memory(config: DictConfig, force: bool) -> str:
     Raises:
         UsageError: none does, and `force` is not set.
     """
-    from prism_deco.plan import plan_run, problems
-    from prism_deco.plan.accelerators import device_memory
+    from prism_deco.plan import estimate_run, problems
+    from prism_deco.plan.devices import device_memory
 
     asked = config.trainer.activation_checkpointing
     unplanned = "full" if asked == AUTO else asked
     memory = device_memory() // (1 if torch.cuda.is_available() else max(1, config.trainer.devices))
     try:
-        plan = plan_run(config, memory_bytes=memory)
+        plan = estimate_run(config, memory_bytes=memory)
     except RuntimeError as error:  # as torch raises where a plug-in's code asks for values of tensors that have none
         log.warning("The run's memory could not be planned (%s: %s)", type(error).__name__, error)
         return unplanned

@@ -10,7 +10,7 @@ from torch import nn
 
 from prism_deco.bench.measure import step_memory
 from prism_deco.bench.projectors import Sizes, bench_projectors, render
-from prism_deco.plan.counter import step_flops
+from prism_deco.plan.flops import step_flops
 from prism_deco.projectors import PROJECTORS, build_projector
 
 SIZES = Sizes(in_dim=8, out_dim=12, in_grid=(4, 4), num_tokens=4, batch_size=2)

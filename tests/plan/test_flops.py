@@ -79,3 +79,9 @@ def test_the_tower_by_hand():
     """SigLIP SO400M at 384 px: 26 blocks up to the tap, width 1152, MLP 4304, 27 x 27 patches of 14 x 14 x 3."""
     block = 2 * 729 * (4 * 1152**2 + 2 * 1152 * 4304) + 2 * 2 * 729**2 * 1152
     assert training_flops(load_config(["backbone=siglip_so400m_384"])).tower == 26 * block + 2 * 729 * 588 * 1152
+
+
+def test_the_tower_of_clip_by_hand():
+    """CLIP ViT-L at 336 px: 23 blocks up to the tap, width 1024, 576 patches of 14 x 14 x 3 and the class token."""
+    block = 2 * 577 * (4 * 1024**2 + 2 * 1024 * 4096) + 2 * 2 * 577**2 * 1024
+    assert training_flops(load_config(["backbone=clip_vit_l_336"])).tower == 23 * block + 2 * 576 * 588 * 1024

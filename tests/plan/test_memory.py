@@ -14,9 +14,9 @@ from prism_deco.build import build_model
 from prism_deco.config import load_config
 from prism_deco.data.loader import Step
 from prism_deco.llms.layers import checkpoint_activations
+from prism_deco.plan.devices import Setup, setup_of
+from prism_deco.plan.fake_memory import PassShape
 from prism_deco.plan.memory import step_memory
-from prism_deco.plan.phases import Layout
-from prism_deco.plan.setup import Setup, setup_of
 from prism_deco.sequence import Batch
 from prism_deco.training.module import TrainingModule
 
@@ -27,38 +27,38 @@ NARROW = ("projector.hidden_dim=96", "projector.heads=4")
 QWEN = ("llm.architecture.vocab_size=151936", "llm.architecture.hidden_size=64", "llm.pad_to_multiple_of=null")
 
 SETTINGS = {
-    "block mask, two passes": ((), Layout(4, 128, 16, 200, passes=2)),
-    "causal, long": ((CAUSAL,), Layout(4, 384, 16, 800, passes=1)),
+    "block mask, two passes": ((), PassShape(4, 128, 16, 200, passes=2)),
+    "causal, long": ((CAUSAL,), PassShape(4, 384, 16, 800, passes=1)),
     "phi, c_abstractor": (
-        (CAUSAL, "llm=mini_phi", "projector=c_abstractor", "projector.hidden_dim=96"), Layout(8, 64, 16, 96, 1)
+        (CAUSAL, "llm=mini_phi", "projector=c_abstractor", "projector.hidden_dim=96"), PassShape(8, 64, 16, 96, 1)
     ),
     "llama, qformer": (
-        (CAUSAL, "llm=mini_llama", "projector=qformer", *NARROW, "projector.ffn_dim=384"), Layout(8, 64, 16, 96, 1)
+        (CAUSAL, "llm=mini_llama", "projector=qformer", *NARROW, "projector.ffn_dim=384"), PassShape(8, 64, 16, 96, 1)
     ),
-    "llama, d_abstractor": ((CAUSAL, "llm=mini_llama", "projector=d_abstractor", *NARROW), Layout(8, 64, 16, 96, 1)),
-    "two towers, linear": ((CAUSAL, "backbone=mini_dinov2_siglip", "projector=linear"), Layout(8, 96, 64, 96, 1)),
-    "the projector is largest": ((CAUSAL, "projector=c_abstractor"), Layout(4, 48, 16, 32, 1)),
-    "vocabulary of Qwen": ((CAUSAL, *QWEN), Layout(2, 64, 16, 80, 1)),
+    "llama, d_abstractor": ((CAUSAL, "llm=mini_llama", "projector=d_abstractor", *NARROW), PassShape(8, 64, 16, 96, 1)),
+    "two towers, linear": ((CAUSAL, "backbone=mini_dinov2_siglip", "projector=linear"), PassShape(8, 96, 64, 96, 1)),
+    "the projector is largest": ((CAUSAL, "projector=c_abstractor"), PassShape(4, 48, 16, 32, 1)),
+    "vocabulary of Qwen": ((CAUSAL, *QWEN), PassShape(2, 64, 16, 80, 1)),
     "vocabulary of Qwen, logits in chunks": (
-        (CAUSAL, *QWEN, "recipe.max_logits=4000000"), Layout(2, 64, 16, 80, 1)
+        (CAUSAL, *QWEN, "recipe.max_logits=4000000"), PassShape(2, 64, 16, 80, 1)
     ),
-    "deep": ((CAUSAL, DEEP), Layout(4, 128, 16, 64, 1)),
-    "deep, recomputed": ((CAUSAL, DEEP, "trainer.activation_checkpointing=full"), Layout(4, 256, 16, 64, 1)),
+    "deep": ((CAUSAL, DEEP), PassShape(4, 128, 16, 64, 1)),
+    "deep, recomputed": ((CAUSAL, DEEP, "trainer.activation_checkpointing=full"), PassShape(4, 256, 16, 64, 1)),
     "deep, partly recomputed": (
-        (CAUSAL, DEEP, "llm=mini_llama", "trainer.activation_checkpointing=selective"), Layout(4, 128, 16, 64, 1)
+        (CAUSAL, DEEP, "llm=mini_llama", "trainer.activation_checkpointing=selective"), PassShape(4, 128, 16, 64, 1)
     ),
-    "deep, packed": ((CAUSAL, DEEP, "recipe.packing=true"), Layout(4, 128, 16, 64, 1, packed=True)),
-    "bfloat16": ((CAUSAL, "llm=mini_phi", "trainer.precision=bf16-mixed"), Layout(4, 96, 16, 64, 1)),
+    "deep, packed": ((CAUSAL, DEEP, "recipe.packing=true"), PassShape(4, 128, 16, 64, 1, packed=True)),
+    "bfloat16": ((CAUSAL, "llm=mini_phi", "trainer.precision=bf16-mixed"), PassShape(4, 96, 16, 64, 1)),
     "bfloat16, recomputed": (
         (CAUSAL, DEEP, "trainer.precision=bf16-mixed", "trainer.activation_checkpointing=full"),
-        Layout(4, 96, 16, 64, 1),
+        PassShape(4, 96, 16, 64, 1),
     ),
-    "frozen LLM": ((CAUSAL, "recipe.lm=frozen"), Layout(4, 128, 16, 64, 1)),
-    "adapters": ((CAUSAL, DEEP, "recipe.lm=lora", "recipe.lora_r=8"), Layout(4, 128, 16, 64, 1)),
+    "frozen LLM": ((CAUSAL, "recipe.lm=frozen"), PassShape(4, 128, 16, 64, 1)),
+    "adapters": ((CAUSAL, DEEP, "recipe.lm=lora", "recipe.lora_r=8"), PassShape(4, 128, 16, 64, 1)),
 }  # fmt: skip
 
 
-def _batch(towers: dict, layout: Layout) -> Batch:
+def _batch(towers: dict, layout: PassShape) -> Batch:
     rows, length = layout.records, layout.length
     labels = torch.full((rows, length), -100)
     labels[:, -layout.supervised // rows :] = 5
@@ -75,7 +75,7 @@ def _batch(towers: dict, layout: Layout) -> Batch:
     return Batch(torch.full_like(labels, 7), labels, visual, real, positions, rounds, pixels, lengths=lengths)
 
 
-def _measure(config, layout: Layout) -> int:
+def _measure(config, layout: PassShape) -> int:
     """Largest number of bytes of tensors in two optimizer steps; the second has AdamW's moments from the start."""
     vlm, _ = build_model(config)
     checkpoint_activations(vlm.lm, config.trainer.activation_checkpointing)

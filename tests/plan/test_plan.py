@@ -9,7 +9,7 @@ from rich.console import Console
 
 from prism_deco.cli import main
 from prism_deco.config import load_config
-from prism_deco.plan import as_json, plan_run, problems, table
+from prism_deco.plan import as_json, estimate_run, problems, table
 
 GIB = 2**30
 GOOD = {"id": "good", "conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]}
@@ -19,7 +19,7 @@ B6 = ("backbone=dinov2_siglip_384", "llm=vicuna_7b_v1_5", "projector=avgpool", *
 
 @pytest.fixture(scope="module")
 def b6():
-    return plan_run(load_config(B6), "B6")
+    return estimate_run(load_config(B6), "B6")
 
 
 def test_the_largest_cell_of_the_paper(b6):
@@ -53,14 +53,14 @@ def test_shards_of_weights_gradients_and_moments(b6):
         (("recipe.num_tokens=900",), "does not fit the patch grid 8x8"),
         (("llm.architecture.max_position_embeddings=16",), "16 visual tokens leave no room"),
         (("data=llava",), "data.json"),
-        (("recipe=llava_v1_5",), "made of stages"),
+        (("recipe=llava_v1_5",), "has stages"),
         (("recipe.sampler=prismatic", "trainer=ddp", "trainer.devices=3"), "16 is not divisible by 3"),
         (("trainer=gpu", "recipe.micro_batch_size=200000", "recipe.global_batch_size=200000"), "GiB per device"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_what_cannot_run_says_why(overrides, reason):
-    [found] = problems(plan_run(load_config(overrides)))
+    [found] = problems(estimate_run(load_config(overrides)))
     assert reason in found
 
 
@@ -68,13 +68,13 @@ def test_problems_go_by_the_memory_at_hand(b6):
     assert problems(b6, 1000 * GIB) == []
     [reason] = problems(b6, 10 * GIB)
     assert "there are 10.0: lower recipe.micro_batch_size" in reason
-    on_cpu = plan_run(load_config([]))
+    on_cpu = estimate_run(load_config([]))
     assert on_cpu.needs.hours is None and problems(on_cpu) == [] and len(problems(on_cpu, 1000)) == 1
 
 
 def test_lengths_are_measured_where_the_files_are(colors):
     config = load_config(["data=llava", f"data.json={colors}/train.json", f"data.image_root={colors}/images"])
-    needs = plan_run(config).needs
+    needs = estimate_run(config).needs
     assert needs.source == "measured" and needs.records == 9 and needs.cut == 0.0
     from prism_deco.data.records import open_records
     from prism_deco.llms import build_llm
@@ -83,7 +83,7 @@ def test_lengths_are_measured_where_the_files_are(colors):
     records = open_records(colors / "train.json", colors / "index")
     tokens = [len(llm.encode(record.messages, len(record.images)).input_ids) for record in records]
     assert needs.sequence == pytest.approx(sum(tokens) / 9 + 16 * 8 / 9)
-    short = plan_run(load_config([*_given(config), "recipe.max_text_tokens=10"])).needs
+    short = estimate_run(load_config([*_given(config), "recipe.max_text_tokens=10"])).needs
     assert short.cut == 1.0 and short.longest == 10 + 16
 
 
@@ -101,7 +101,7 @@ def test_lengths_are_measured_where_the_files_are(colors):
 def test_records_that_training_refuses_are_a_problem(tmp_path, records, reason):
     (tmp_path / "data.json").write_text(json.dumps(records))
     given = ["data=llava", f"data.json={tmp_path}/data.json", f"data.image_root={tmp_path}", "data.val_fraction=0.9999"]
-    [found] = problems(plan_run(load_config(given)))
+    [found] = problems(estimate_run(load_config(given)))
     assert re.search(reason, found)
 
 
@@ -111,13 +111,13 @@ def _given(config):
 
 def test_unknown_names():
     with pytest.raises(ValueError, match="h100"):
-        plan_run(load_config([]), accelerator_name="h1000")
+        estimate_run(load_config([]), accelerator_name="h1000")
     with pytest.raises(ValueError, match="mfu=40"):
-        plan_run(load_config([]), mfu=40)
+        estimate_run(load_config([]), mfu=40)
 
 
 def test_table_and_json(b6):
-    broken = plan_run(load_config(["recipe.num_tokens=900"]), "broken")
+    broken = estimate_run(load_config(["recipe.num_tokens=900"]), "broken")
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(table([b6, broken], 0.4))
     text = console.export_text()
@@ -156,14 +156,14 @@ def test_as_little_is_recomputed_as_memory_allows():
     deep = ("recipe.turn_mask=causal", "llm.architecture.num_hidden_layers=24")
     peaks = {}
     for policy in ("none", "selective", "full"):
-        peaks[policy] = plan_run(load_config([*deep, asked + policy])).needs.memory.peak
+        peaks[policy] = estimate_run(load_config([*deep, asked + policy])).needs.memory.peak
     assert peaks["full"] < peaks["selective"] < peaks["none"]
     auto = load_config([*deep, asked + "auto"])
     for policy, peak in peaks.items():
         # A tenth is left to the allocator: one byte less, and the next policy is taken.
         room = -(-peak * 10 // 9)
-        assert plan_run(auto, memory_bytes=room).needs.setup.checkpointing == policy
+        assert estimate_run(auto, memory_bytes=room).needs.setup.checkpointing == policy
         less = {"none": "selective", "selective": "full", "full": "full"}[policy]
-        assert plan_run(auto, memory_bytes=room - 10).needs.setup.checkpointing == less
-    assert problems(plan_run(auto, memory_bytes=peaks["full"] // 2), peaks["full"] // 2)
-    assert plan_run(auto).needs.setup.checkpointing == "none"  # a CPU of unknown size
+        assert estimate_run(auto, memory_bytes=room - 10).needs.setup.checkpointing == less
+    assert problems(estimate_run(auto, memory_bytes=peaks["full"] // 2), peaks["full"] // 2)
+    assert estimate_run(auto).needs.setup.checkpointing == "none"  # a CPU of unknown size

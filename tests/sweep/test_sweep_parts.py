@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_cell import __file__ as fake_cell
 
 from prism_deco.config import load_config
-from prism_deco.plan import plan_run
+from prism_deco.plan import estimate_run
 from prism_deco.sweep import Ledger, driver, dry_run, expand, parse, run
 from prism_deco.sweep.launchers import LocalLauncher
 
@@ -139,7 +139,7 @@ def test_equal_compute_is_equal_to_a_percent():
     for cell in expand(parse(["study", "seed=1", "part=steps,tokens,compute"])):
         if not cell.config.recipe.blind:
             of = (cell.config.projector.name, cell.config.recipe.num_tokens)
-            flops[cell.part][of] = plan_run(cell.config).needs.flops
+            flops[cell.part][of] = estimate_run(cell.config).needs.flops
     tokens = load_config([]).recipe.num_tokens
     projectors = [(name, tokens) for name in ("linear", "qformer", "c_abstractor", "d_abstractor")]
     assert list(flops["compute"]) == [*projectors, ("avgpool", 36), ("avgpool", 4)]

@@ -155,7 +155,7 @@ def test_what_is_malformed_is_no_question_of_force(tmp_path):
 
 
 def test_memory_is_a_mistake_that_can_be_forced(monkeypatch):
-    monkeypatch.setattr("prism_deco.plan.accelerators.device_memory", lambda: 2**20)
+    monkeypatch.setattr("prism_deco.plan.devices.device_memory", lambda: 2**20)
     with pytest.raises(ValueError, match="This run would fail: .*Use --force to start it anyway"):
         check(load_config([]))
     check(load_config([]), force=True)

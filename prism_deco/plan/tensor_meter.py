@@ -1,9 +1,4 @@
-"""Memory and arithmetic of a computation that never runs: the real modules on fake tensors, every storage counted.
-
-Fake tensors (`torch._subclasses.fake_tensor`) have shapes and lifetimes but no data, so that a step of a 7B model is
-walked through in a second on a laptop. What autograd keeps, what a kernel's backward pass needs and when each tensor
-dies is then measured on the very code that will run, for any architecture, rather than written down per architecture.
-"""
+"""A meter of the bytes that tensors take while a computation runs, and fake tensors for it to run on."""
 
 from __future__ import annotations
 
@@ -17,28 +12,27 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from prism_deco.plan.counter import FORMULAS
+Phases = dict[str, tuple[int, int]]
+"""Per phase of a computation its peak in bytes: without gradients of parameters, and with those made so far."""
 
 
-class Ledger(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside it, views counted once, until they die; and the arithmetic.
+class TensorMeter(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside it until they die; views count once.
 
-    Gradients of parameters are booked apart and dropped at once (`book`): how long they stay, and how large a share
-    of them a device keeps, is the training strategy's business.
+    Gradients of parameters are counted separately and dropped at once (`book`): how long they stay, and how much of
+    them a device keeps, is up to the training strategy.
 
     Attributes:
         live: bytes alive now, without gradients of parameters.
-        gradients: bytes of the gradients booked so far.
-        flops: floating-point operations of all matrix products and convolutions.
-        peaks: per phase (see `phase`), the largest `live`, and the largest `live + gradients`.
+        gradients: bytes of the gradients counted so far.
+        peaks: per phase (see `phase`) the largest `live`, and the largest `live + gradients`.
     """
 
     def __init__(self, module: nn.Module):
         super().__init__()
         self.live = 0
         self.gradients = 0
-        self.flops = 0
-        self.peaks: dict[str, tuple[int, int]] = {}
+        self.peaks: Phases = {}
         self._phase = "start"
         # The storages of the weights were there before; views of them must not count.
         self._known: dict[int, weakref.ref[Any]] = {}
@@ -55,29 +49,15 @@ class Ledger(TorchDispatchMode):
         self._note()
 
     def book(self, parameter: Tensor) -> None:
-        """Takes the gradient that a parameter has just got."""
+        """Counts and drops the gradient that a parameter has just received."""
         assert parameter.grad is not None
         size = parameter.grad.untyped_storage().nbytes()
         parameter.grad = None
         self.gradients += size
         self._note()
 
-    def multiply(self, module: nn.Module, times: int) -> None:
-        """Counts the operations of a module's forward pass that often."""
-        begin: list[int] = []
-        module.register_forward_pre_hook(lambda *_: begin.append(self.flops))
-
-        def end(*_: Any) -> None:
-            self.flops += (times - 1) * (self.flops - begin.pop())
-
-        module.register_forward_hook(end)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        formula = FORMULAS.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=result)
+        result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage())
@@ -101,11 +81,11 @@ class Ledger(TorchDispatchMode):
         self.peaks[self._phase] = max(alone, self.live), max(both, self.live + self.gradients)
 
 
-def to_fake(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> nn.Module:
+def to_fake(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> None:
     """Replaces, in place, the tensors of a module on the meta device by fake ones on a fake CPU; ties stay.
 
     Args:
-        dtype: type of the parameters; None keeps theirs.
+        dtype: of the parameters; None keeps theirs.
     """
     made: dict[int, Tensor] = {}
     originals = []  # kept alive, so that no id is used twice
@@ -121,13 +101,12 @@ def to_fake(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None =
                         new = torch.empty(old.shape, dtype=dtype or old.dtype, device="cpu")
                         made[id(old)] = nn.Parameter(new, old.requires_grad)
                     part._parameters[name] = made[id(old)]  # type: ignore[assignment]
-    return module
 
 
 class CudaTypes(TorchFunctionMode):
-    """The operations that autocast computes in float32 on CUDA but not on the CPU (torch.amp's op reference).
+    """Computes in float32 what autocast computes in float32 on CUDA but not on the CPU (torch.amp's op reference).
 
-    The one that counts is `pow`: it makes the GELU of Phi-2 keep float32 tensors of the width of its MLP.
+    The one that matters is `pow`: it makes the GELU of Phi-2 keep float32 tensors of the width of its MLP.
     """
 
     FLOAT32 = frozenset({"pow", "__pow__", "rsqrt", "layer_norm", "rms_norm", "group_norm", "softmax", "log_softmax"})
@@ -139,7 +118,7 @@ class CudaTypes(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def within(self, module: nn.Module) -> None:
-        """Is on whenever the module's forward pass runs, as part of a backward pass too."""
+        """Is on whenever the module's forward pass runs, also when a backward pass runs it again."""
         module.register_forward_pre_hook(lambda *_: self.__enter__() and None)
         module.register_forward_hook(lambda *_: self.__exit__(None, None, None), always_call=True)
 

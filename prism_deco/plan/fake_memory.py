@@ -1,0 +1,193 @@
+"""Memory of the parts of a training step, by running the real modules on fake tensors.
+
+Fake tensors (`torch._subclasses.fake_tensor`) have shapes and lifetimes but no data: a step of a 7B model takes a
+second on a laptop. What autograd keeps, what a kernel's backward pass needs and when each tensor dies is measured on
+the code that will run, for any architecture, rather than written down per architecture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from prism_deco.backbones import VisionBackbone
+from prism_deco.llms.layers import checkpoint_activations, decoder_layers
+from prism_deco.loss import summed_cross_entropy
+from prism_deco.plan.devices import Setup
+from prism_deco.plan.meta_models import build_projector_of, build_shallow, short_backbone, without_data
+from prism_deco.plan.tensor_meter import CudaTypes, Phases, TensorMeter, to_fake
+from prism_deco.projectors import build_projector
+from prism_deco.sequence import Batch
+from prism_deco.vlm import VLM
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """The largest forward pass of one device.
+
+    Attributes:
+        records: sequences, with one image each.
+        length: positions they are padded to, visual tokens included.
+        visual: visual tokens per image.
+        supervised: supervised positions in all.
+        passes: forward passes per optimizer step.
+        packed: the sequences share one row.
+    """
+
+    records: int
+    length: int
+    visual: int
+    supervised: int
+    passes: int
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class LossShape:
+    """What the recipe says about attention and loss: `turn_mask`, `max_logits`."""
+
+    turn_mask: str
+    max_logits: int | None
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The memory of a part, and shape and dtype of its result."""
+
+    phases: Phases
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+@lru_cache(maxsize=32)
+def walk_tower(key: str, images: int, setup: Setup) -> Walk:
+    """The frozen tower, in the one phase `forward`.
+
+    Args:
+        key: names the backbone, see `meta_models.backbone_key`.
+    """
+    mode = FakeTensorMode()
+    # Frozen, equal blocks need the same memory one after the other.
+    backbone, _ = short_backbone(key)
+    to_fake(backbone, mode, _weights_type(setup))
+    with mode, without_data("backbone"), torch.no_grad():
+        towers = backbone.transform.towers.items()
+        pixels = {name: torch.empty(images, 3, t.image_size, t.image_size, device="cpu") for name, t in towers}
+        with _autocast(setup), TensorMeter(backbone) as meter:
+            meter.phase("forward")
+            features = backbone(pixels)
+    return Walk(meter.peaks, features.shape, features.dtype)
+
+
+@lru_cache(maxsize=64)
+def walk_projector(key: str, shape: torch.Size, dtype: torch.dtype, setup: Setup) -> Phases:
+    """Phases `forward`, `kept` (by autograd, after the forward pass) and `backward` on features of that shape.
+
+    Args:
+        key: names the projector, see `meta_models.projector_key`.
+    """
+    mode = FakeTensorMode()
+    projector = build_projector_of(key).train()
+    to_fake(projector, mode, _weights_type(setup))
+    with mode, without_data("projector"), _autocast(setup), TensorMeter(projector) as meter:
+        meter.phase("forward")
+        # No name holds the features: unless autograd keeps them they die with the call, as in `VLM.visual_tokens`.
+        tokens = projector(torch.empty(shape, dtype=_weights_type(setup) or dtype, device="cpu"))
+        meter.phase("kept")
+        meter.phase("backward")
+        tokens.backward(torch.empty_like(tokens))
+    return meter.peaks
+
+
+def walk_language(key: str, depth: int, shape: PassShape, loss: LossShape, setup: Setup) -> Phases:
+    """Phases `layers` (forward), `kept` (by autograd then), `loss`, backward of the `last` and of the `first` layer.
+
+    Layers are alike: the memory of one and of two layers tells that of any number, phase by phase.
+
+    Args:
+        key: names the LLM, see `meta_models.llm_key`.
+        depth: its layers.
+    """
+    if depth <= 2:
+        return _walk_language(key, depth, shape, loss, setup)
+    one, two = (_walk_language(key, layers, shape, loss, setup) for layers in (1, 2))
+
+    def extend(low: int, high: int) -> int:
+        return low + (depth - 1) * (high - low)
+
+    return {phase: (extend(one[phase][0], two[phase][0]), extend(one[phase][1], two[phase][1])) for phase in two}
+
+
+@lru_cache(maxsize=64)
+def _walk_language(key: str, depth: int, shape: PassShape, loss: LossShape, setup: Setup) -> Phases:
+    lm = build_shallow(key, depth)
+    mode = FakeTensorMode()
+    to_fake(lm, mode, _weights_type(setup))
+    vlm = _without_tower(lm, loss)
+    vlm.train()
+    checkpoint_activations(lm, setup.checkpointing)
+    with mode, without_data("LLM"):
+        batch, visual, places = _batch(lm, shape)
+        with _autocast(setup), TensorMeter(lm) as meter:
+            for number, layer in enumerate(decoder_layers(lm)):
+                layer.register_forward_hook(_starts(meter, "last" if number == depth - 1 else "first"))
+                if setup.autocast and setup.cuda:
+                    CudaTypes().within(layer)
+            meter.phase("layers")
+            _summed_loss(vlm, batch, visual, places, meter).backward()
+    return {"first": meter.peaks["last"]} | meter.peaks  # a single layer is both
+
+
+def _weights_type(setup: Setup) -> torch.dtype | None:
+    return torch.bfloat16 if setup.half else None
+
+
+def _autocast(setup: Setup) -> torch.autocast:
+    # Lightning keeps no copies of the weights beyond the operation that needs them.
+    return torch.autocast("cpu", torch.bfloat16, enabled=setup.autocast, cache_enabled=False)
+
+
+def _starts(meter: TensorMeter, phase: str) -> Any:
+    """A forward hook: the phase starts when the gradient of the layer's output is there."""
+
+    def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        hidden.register_hook(lambda _: meter.phase(phase))
+
+    return hook
+
+
+def _without_tower(lm: Any, loss: LossShape) -> VLM:
+    """A VLM that is only ever given ready visual tokens."""
+    backbone = VisionBackbone()
+    backbone.grid, backbone.embed_dim = (1, 1), 1
+    projector = build_projector("linear", 1, lm.get_input_embeddings().embedding_dim, (1, 1))
+    return VLM(backbone, projector, lm, turn_mask=loss.turn_mask, max_logits=loss.max_logits)
+
+
+def _batch(lm: Any, shape: PassShape) -> tuple[Batch, Tensor, Tensor]:
+    """A batch, its visual tokens, and the places (record, position) of the supervised tokens, int64[S, 2]."""
+    size = (1, shape.records * shape.length) if shape.packed else (shape.records, shape.length)
+    ids, mask = torch.zeros(size, dtype=torch.long), torch.ones(size, dtype=torch.bool)
+    lengths = (shape.length,) * shape.records if shape.packed else None
+    batch = Batch(ids, ids, mask, mask, ids, ids, lengths=lengths)
+    table = lm.get_input_embeddings().weight
+    visual = torch.empty(shape.records, shape.visual, table.shape[1], dtype=table.dtype, requires_grad=True)
+    return batch, visual, torch.zeros(shape.supervised, 2, dtype=torch.long)
+
+
+def _summed_loss(vlm: VLM, batch: Batch, visual: Tensor, places: Tensor, meter: TensorMeter) -> Tensor:
+    """`VLM.forward`, told which positions are supervised: that is data, and fake tensors have none."""
+    hidden = vlm.hidden_states(batch, visual)[:, :-1]
+    meter.phase("kept")
+    meter.phase("loss")
+    records, positions = places.unbind(dim=1)
+    head = cast(nn.Linear, vlm.lm.get_output_embeddings())
+    return summed_cross_entropy(
+        hidden[records, positions], head.weight, head.bias, torch.zeros_like(records), max_logits=vlm.max_logits
+    )
