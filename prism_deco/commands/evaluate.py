@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
 from prism_deco.config import parse_value, read_config
+from prism_deco.config.benchmarks import resolve_benchmarks, results_name
 from prism_deco.errors import UsageError
 from prism_deco.files import check_writable
 
@@ -123,11 +124,11 @@ def score_run(
 
     from prism_deco.api import load
     from prism_deco.distributed import local_device, requested_device
-    from prism_deco.evaluation import chance, evaluate, load_predictions, resolve, table
-    from prism_deco.evaluation.choose import prepare, results_name
+    from prism_deco.evaluation import chance, evaluate, load_predictions, table
+    from prism_deco.evaluation.choose import prepare
 
     chosen = requested_device(device) if device else None
-    names = resolve(names)
+    names = resolve_benchmarks(names)
     benchmarks = prepare(names, options, own, root=own_benchmarks(folder))
     folders = [
         (out or folder / "eval") / results_name(name, benchmark.split)
@@ -141,13 +142,36 @@ def score_run(
     model.vlm.to(chosen or local_device(model.config.trainer.accelerator))
     computed_in = str(next(model.vlm.lm.parameters()).dtype).removeprefix("torch.")
     about = {"batch_size": batch_size, "model_id": manifest["model_sha256"], "dtype": computed_in}
+    known = {results_folder: _score(results_folder) for results_folder in folders}
     results, constant = [], {}
     for benchmark, results_folder in zip(benchmarks, folders, strict=True):
         results.append(evaluate(model, benchmark, results_folder, **about, world=world))
         if world.is_main:
             constant[benchmark.name] = chance(benchmark, load_predictions(results_folder / FILE))
-    if world.is_main:
-        show(table(results, constant, _blind(model.config, benchmarks)))
+    if not world.is_main:
+        return
+    if out is None:
+        scores = {f"eval/{f.name}": _score(f) for f in folders if _score(f) != known[f]}
+        _show_in_tensorboard(folder, scores, manifest["steps"])
+    show(table(results, constant, _blind(model.config, benchmarks)))
+
+
+def _score(results_folder: Path) -> float | None:
+    """The primary metric in a results folder; None where there is none yet."""
+    path = results_folder / "metrics.json"
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content["metrics"][content["primary"]]
+
+
+def _show_in_tensorboard(run: Path, scores: Mapping[str, Any], step: int) -> None:
+    from prism_deco.training.board import FOLDER, Board
+
+    if scores and (run / FOLDER).is_dir():
+        board = Board(run, start=step)
+        board.scalars(scores, step)
+        board.close()
 
 
 def _blind(config: DictConfig, benchmarks: Iterable[Benchmark]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
 from prism_deco.commands.evaluate import finished_run
+from prism_deco.config.benchmarks import results_name
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
 from prism_deco.files import check_writable
@@ -46,7 +47,6 @@ def explain(args: argparse.Namespace) -> None:
 
     from prism_deco.api import load
     from prism_deco.distributed import requested_device
-    from prism_deco.evaluation.choose import results_name
     from prism_deco.explain import ExplainExample, explain_image, side_by_side, table, write_page
 
     place = {"device": requested_device(args.device), "dtype": getattr(torch, args.dtype) if args.dtype else None}
@@ -107,7 +107,6 @@ def measure_relevance(
     """
     benchmark = _benchmark(run, name, options)
     from prism_deco.api import load
-    from prism_deco.evaluation.choose import results_name
     from prism_deco.explain import explain_set
 
     folder = out or run / "explain" / results_name(name, benchmark.split)
@@ -119,7 +118,6 @@ def measure_relevance(
 def has_relevance(run: Path, name: str, split: str | None) -> bool:
     """Whether the maps of a benchmark's questions have been measured; all runs had one folder for that once."""
     from prism_deco.evaluation import build_benchmark
-    from prism_deco.evaluation.choose import results_name
 
     if (run / "explain" / results_name(name, split) / "metrics.json").is_file():
         return True

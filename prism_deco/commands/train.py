@@ -16,6 +16,7 @@ from prism_deco.commands.evaluate import score_run
 from prism_deco.commands.explain import has_relevance, measure_relevance
 from prism_deco.commands.keys import print_config
 from prism_deco.config import load_config
+from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks, results_name
 from prism_deco.errors import UsageError
 from prism_deco.stages import Stage, split
 from prism_deco.stages import run as run_stages
@@ -85,8 +86,6 @@ class _Scoring:
 
     def missing(self, folder: Path) -> _Scoring | None:
         """What of it the folder has no numbers of, whatever else they were asked with; None where it has all."""
-        from prism_deco.evaluation.choose import results_name
-
         scored = {path.parent.name for path in folder.glob("eval/*/metrics.json")}
         benchmarks = [name for name in self.benchmarks if results_name(name, self._split(name)) not in scored]
         relevance = self.relevance
@@ -116,9 +115,7 @@ class _Scoring:
         return {"split": self.options["split"], "limit": self.relevance_limit} | own
 
     def _own(self, choice: str) -> dict[str, Any]:
-        from prism_deco.evaluation.choose import choice_name
-
-        return self.own.get(choice_name(choice), {})
+        return self.own.get(benchmark_name(choice), {})
 
     def _split(self, choice: str) -> str | None:
         return self._own(choice).get("split", self.options["split"])
@@ -128,10 +125,8 @@ def _scoring(config: DictConfig) -> _Scoring | None:
     asked = config.evaluate
     if not asked.benchmarks and not asked.relevance:
         return None
-    from prism_deco.evaluation import resolve
-
     return _Scoring(
-        benchmarks=tuple(resolve(asked.benchmarks or "")),
+        benchmarks=tuple(resolve_benchmarks(asked.benchmarks or "")),
         relevance=asked.relevance,
         relevance_limit=asked.relevance_limit,
         options={"split": asked.split, "limit": asked.limit},

@@ -15,7 +15,7 @@ from prism_deco.files import write_whole
 
 CONFIG = "config.yaml"
 
-_FREE = ("trainer", "recipe.micro_batch_size", "data.num_workers", "runs_dir")
+_FREE = ("trainer", "benchmark", "recipe.micro_batch_size", "data.num_workers", "runs_dir")
 
 
 def is_free(key: str) -> bool:

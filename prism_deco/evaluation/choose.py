@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
 
-import yaml
-
-from prism_deco.config import load_choice, parse_value
+from prism_deco.config import load_choice
+from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
 from prism_deco.evaluation.base import BENCHMARKS, Benchmark
 from prism_deco.evaluation.items import Question
+from prism_deco.evaluation.keys import keys_of, typed
 
 log = logging.getLogger(__name__)
 
@@ -39,29 +37,15 @@ def build_benchmark(choice: str | Mapping[str, Any], **overrides: Any) -> Benchm
     if "family" not in content:
         raise UsageError(f"The benchmark {name!r} has no `family`. Families: {', '.join(BENCHMARKS.names())}.")
     family = BENCHMARKS.get(content.pop("family"))
-    valid = _keys(family)
+    valid = keys_of(family)
     for key, value in content.items():
         if key not in valid:
             raise unknown(f"key of the benchmark {name}", key, valid)
-        content[key] = _typed(f"{name}: {key}", value, valid[key])
+        content[key] = typed(f"{name}: {key}", value, valid[key])
     missing = [key for key, parameter in valid.items() if parameter.default is parameter.empty and key not in content]
     if missing:
         raise UsageError(f"The benchmark {name} is missing the key {' and '.join(missing)}.")
     return family(**content)
-
-
-def resolve(names: str | Iterable[str]) -> list[str]:
-    """Benchmark names with their groups (YAMLs with `members`) expanded; each once, in order.
-
-    Args:
-        names: a list, or a string with commas.
-
-    Raises:
-        UsageError: an unknown name, or groups that contain each other.
-    """
-    if isinstance(names, str):
-        names = [name.strip() for name in names.split(",") if name.strip()]
-    return list(dict.fromkeys(member for name in names for member in _expand(name, ())))
 
 
 def check_keys(names: str | Iterable[str], keys: Iterable[str], also: Iterable[str] = ()) -> None:
@@ -70,8 +54,8 @@ def check_keys(names: str | Iterable[str], keys: Iterable[str], also: Iterable[s
     Args:
         also: other keys that may be given where these are.
     """
-    families = [BENCHMARKS.get(load_choice("benchmark", name)["family"]) for name in resolve(names)]
-    known = {*also, *(key for family in families for key in _keys(family) if key != "name")}
+    families = [BENCHMARKS.get(load_choice("benchmark", name)["family"]) for name in resolve_benchmarks(names)]
+    known = {*also, *(key for family in families for key in keys_of(family) if key != "name")}
     for key in keys:
         if key not in known:
             raise unknown("key", key, known)
@@ -88,7 +72,7 @@ def prepare(
     model is trained or loaded. Of the images only the first is looked for: all of them would take minutes.
 
     Args:
-        names: see `resolve`.
+        names: see `resolve_benchmarks`.
         options: keys to replace in all of them; None keeps what a YAML says.
         own: keys to replace in single ones, by their names.
         root: the folder of those that have none of their own.
@@ -97,12 +81,12 @@ def prepare(
         UsageError: an unknown name or key, a value of a wrong type, a file that is missing or damaged, no questions.
     """
     shared = {key: value for key, value in (options or {}).items() if value is not None}
-    names = resolve(names)
+    names = resolve_benchmarks(names)
     if not names:
         raise UsageError("No benchmark is named.")
     prepared = []
     for name in names:
-        keys = shared | dict((own or {}).get(choice_name(name), {}))
+        keys = shared | dict((own or {}).get(benchmark_name(name), {}))
         prepared.append(build_benchmark(name, **keys))
     for benchmark in prepared:
         benchmark.root = benchmark.root or root
@@ -131,7 +115,7 @@ def check_names(names: str | Iterable[str], own: Mapping[str, Any]) -> None:
         names: of benchmarks and groups.
         own: keys by benchmark.
     """
-    asked = [choice_name(name) for name in resolve(names)]
+    asked = [benchmark_name(name) for name in resolve_benchmarks(names)]
     for name in own:
         if name not in asked:
             raise unknown("benchmark, among those that are asked for,", name, asked)
@@ -148,7 +132,7 @@ def prepare_one(
     Raises:
         UsageError: several benchmarks, or none with boxes, as well.
     """
-    names = resolve(name)
+    names = resolve_benchmarks(name)
     if len(names) > 1:
         raise UsageError(f"{name} is a group of benchmarks: {', '.join(names)}. Name one.")
     (benchmark,) = prepare(names, options, root=root)
@@ -157,78 +141,8 @@ def prepare_one(
     return benchmark
 
 
-def choice_name(choice: str) -> str:
-    """The name that a choice gives a benchmark: its own, or that of its YAML."""
-    return Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice
-
-
-def results_name(choice: str, split: str | None = None) -> str:
-    """What the folder of a benchmark's results is called: its name, with the split where that is not its own."""
-    own = build_benchmark(choice)
-    return own.name if split in (None, own.split) else f"{own.name}-{split}"
-
-
-def _expand(name: str, parents: tuple[str, ...]) -> list[str]:
-    if name in parents:
-        raise UsageError(f"The benchmark groups {' > '.join((*parents, name))} contain each other.")
-    members = load_choice("benchmark", name).get("members")
-    if members is None:
-        return [name]
-    return [leaf for member in members for leaf in _expand(member, (*parents, name))]
-
-
 def _counted(questions: Sequence[Question]) -> str:
     """`5 questions (random 3, popular 2)`."""
     counts = Counter(question.stratum for question in questions)
     parts = ", ".join(f"{part} {count}" for part, count in counts.items())
     return f"{len(questions)} questions" + (f" ({parts})" if len(counts) > 1 else "")
-
-
-def _keys(family: type[Benchmark]) -> dict[str, inspect.Parameter]:
-    """Keyword arguments of a family, its bases' included, their annotations resolved."""
-    keys: dict[str, inspect.Parameter] = {}
-    for base in family.__mro__:
-        if "__init__" in vars(base) and issubclass(base, Benchmark):
-            for name, parameter in _parameters(base).items():
-                if parameter.kind is parameter.KEYWORD_ONLY:
-                    keys.setdefault(name, parameter)
-    return keys
-
-
-def _parameters(base: type) -> Mapping[str, inspect.Parameter]:
-    try:
-        return inspect.signature(base.__init__, eval_str=True).parameters
-    except NameError:  # a plug-in may import the names of its annotations for type checkers only
-        return inspect.signature(base.__init__).parameters
-
-
-def _typed(key: str, value: Any, parameter: inspect.Parameter) -> Any:
-    """A value as its key's type has it; text is read by that type. Types other than these are taken as they are."""
-    annotation = parameter.annotation
-    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    if NoneType in kinds and value in (None, "null"):
-        return None
-    if str in kinds:
-        if not isinstance(value, str | Path):
-            raise UsageError(f"{key}={value} must be text: write it in quotes.")
-        return value
-    if any(get_origin(kind) in (Sequence, list, tuple) and get_args(kind)[:1] == (str,) for kind in kinds):
-        texts = _texts(value) if isinstance(value, str) else value
-        if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-            raise UsageError(f"{key}={value} must be a list of texts; in YAML, Yes, No and numbers need quotes.")
-        return texts
-    if isinstance(value, str):
-        value = parse_value(key, value)
-    if int in kinds and type(value) is not int:
-        raise UsageError(f"{key}={value} must be a whole number.")
-    return value
-
-
-def _texts(text: str) -> Any:
-    """`[Yes, 5]` -> ["Yes", "5"]; what is no list is the only one."""
-    if not text.startswith("["):
-        return [text]
-    try:
-        return yaml.load(text, Loader=yaml.BaseLoader)  # this loader makes text of all scalars
-    except yaml.YAMLError:
-        return None

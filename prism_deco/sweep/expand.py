@@ -12,7 +12,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from prism_deco.config import GROUPS, load_choice, parse_value
+from prism_deco.config import GROUPS, parse_value
+from prism_deco.config.benchmarks import resolve_benchmarks
 from prism_deco.errors import UsageError
 from prism_deco.stages import final_config
 from prism_deco.sweep.spec import PART, RunGrid, Spec, SweepRow
@@ -127,6 +128,4 @@ def _label(key: str, value: str, config: DictConfig) -> Any:
 
 def _check_benchmarks(config: DictConfig) -> None:
     """A wrong name must not wait for the end of training."""
-    for name in (config.evaluate.benchmarks or "").split(","):
-        if name.strip():
-            load_choice("benchmark", name.strip())
+    resolve_benchmarks(config.evaluate.benchmarks or "")

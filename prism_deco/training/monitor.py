@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
+from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks, results_name
 from prism_deco.data.loader import Step
 from prism_deco.plan.devices import GIB, peak_flops
 from prism_deco.plan.flops import TrainingFlops
@@ -103,6 +104,15 @@ def choices_of(config: DictConfig) -> dict[str, Any]:
     # TensorBoard has no empty values.
     chosen = {key: "" if recipe[key] is None else recipe[key] for key in keys}
     return names | chosen | {"image_size": config.backbone.image_size or "", "seed": config.seed}
+
+
+def score_names(config: DictConfig) -> list[str]:
+    """What TensorBoard calls the scores of the benchmarks that follow training: `eval/<results folder>`."""
+    found = []
+    for choice in resolve_benchmarks(config.evaluate.benchmarks or ""):
+        own = config.benchmark.get(benchmark_name(choice), {})
+        found.append(f"eval/{results_name(choice, own.get('split', config.evaluate.split))}")
+    return found
 
 
 def _counts(step: Step, device: torch.device) -> Tensor:

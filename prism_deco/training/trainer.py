@@ -43,7 +43,7 @@ from prism_deco.training.manifest import build_manifest
 from prism_deco.training.metrics import VAL_LOSS, Metrics
 from prism_deco.training.model_folder import save_model
 from prism_deco.training.module import TrainingModule
-from prism_deco.training.monitor import SpeedMonitor, choices_of
+from prism_deco.training.monitor import SpeedMonitor, choices_of, score_names
 from prism_deco.training.preemption import Preemption, requeue
 from prism_deco.training.preflight import preflight
 from prism_deco.training.provenance import Provenance, check_owner, find_provenance
@@ -206,7 +206,7 @@ def _callbacks(
     if world.is_main:
         start = resume.step if resume else 0
         metrics, board = Metrics(target.folder, start), Board(target.folder, start)
-        board.hyperparameters(choices_of(config), [VAL_LOSS])
+        board.hyperparameters(choices_of(config), [VAL_LOSS, *score_names(config)])
     callbacks: list[Callback] = [
         SpeedMonitor(_step_flops(config, parts), settings.log_every, board),
         SampleAnswers(parts.llm, parts.data, settings.samples, board),

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prism_deco.cli import main
 from prism_deco.commands.train import _scoring
 from prism_deco.config import load_config, read_config, save_config
 from prism_deco.distributed import World
-from prism_deco.evaluation import build_benchmark, resolve
+from prism_deco.evaluation import BENCHMARKS, build_benchmark, resolve
 from prism_deco.evaluation.scoring import predict
 
 FAST = ["data.val_fraction=0", "data.num_workers=0", "recipe.max_steps=2", "recipe.global_batch_size=2",
@@ -151,6 +152,7 @@ class Mine(GQA):
 def test_a_plug_in_that_the_run_was_trained_without(run, files, tmp_path, monkeypatch, capsys):
     (tmp_path / "my_benchmark.py").write_text(PLUGIN.format(name="plugged_in"))
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(BENCHMARKS, "_entries", dict(BENCHMARKS._entries))  # other tests do not have it
     mine = _yaml(files.gqa(family="plugged_in"), tmp_path / "mine")
     arguments = ["evaluate", str(run), f"benchmark={mine}", "benchmark.mine.limit=2", "max_new_tokens=4"]
     assert main(arguments) == 2
@@ -159,6 +161,25 @@ def test_a_plug_in_that_the_run_was_trained_without(run, files, tmp_path, monkey
     assert json.loads((run / "eval/mine/metrics.json").read_text())["n"] == 2
     score_only = ["evaluate", "--score-only", str(run / "eval/mine/predictions.jsonl")]
     assert main([*score_only, f"benchmark={mine}", "plugins=[my_benchmark]"]) == 0
+
+
+def test_scores_are_shown_in_tensorboard(colors, files, tmp_path):
+    """Beside the choices of the run as well, and once: the same scoring again adds no point."""
+    first, second = _yaml(files.gqa(), tmp_path / "first"), _yaml(files.refcoco(), tmp_path / "second")
+    source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}", f"runs_dir={tmp_path}"]
+    asked = [f"evaluate.benchmarks={first}", "benchmark.first.max_new_tokens=4", "run_id=run"]
+    assert main(["train", "data=llava", *source, *FAST, *asked]) == 0
+    run = tmp_path / "run"
+    for _ in range(2):
+        assert main(["evaluate", str(run), f"benchmark={first},{second}", "max_new_tokens=4"]) == 0
+    assert main(["evaluate", str(run), f"benchmark={first}", "limit=1", f"--out={tmp_path / 'out'}"]) == 0
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    for name in ("first", "second"):
+        score = json.loads((run / f"eval/{name}/metrics.json").read_text())["metrics"]["accuracy"]
+        [point] = events.Scalars(f"eval/{name}")
+        assert (point.step, point.value) == (2, pytest.approx(score))
+    content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    assert b"eval/first" in content and b"val/loss" in content
 
 
 def test_training_takes_the_keys_of_single_benchmarks(colors, files, tmp_path, capsys):
@@ -172,7 +193,7 @@ def test_training_takes_the_keys_of_single_benchmarks(colors, files, tmp_path, c
     assert main([*asked, "--check", "benchmark.mine.root=5"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "evaluate.benchmarks: mine, split '':" in said and "'mini_gqa'. Choices: mine." in said
-    assert "mine: root=5 must be text" in said
+    assert "split '': 5/gqa.json does not exist" in said
     own = [f"benchmark.mine.root={elsewhere}", "benchmark.mine.max_new_tokens=3", "benchmark.mine.limit=1"]
     assert main([*asked, *own]) == 0
     metrics = json.loads((tmp_path / "scored/eval/mine/metrics.json").read_text())
@@ -279,4 +300,4 @@ def test_a_run_that_is_done_is_scored_on_what_is_newly_asked(run, colors, files,
     (run / "explain/second").rename(run / "explain/other")
     (run / "explain/other/metrics.json").rename(run / "explain/metrics.json")  # as runs once had it
     assert main(both) == 0
-    assert "is done. Another one: run_id=NAME" in caplog.text
+    assert "is complete. Use run_id=NAME" in caplog.text

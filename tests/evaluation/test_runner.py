@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.multiprocessing
 
+from prism_deco.config.benchmarks import results_name
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark, evaluate, load_predictions, score_file
-from prism_deco.evaluation.choose import check_names, prepare, prepare_one, results_name
+from prism_deco.evaluation.choose import check_names, prepare, prepare_one
 from prism_deco.evaluation.scoring import predict
 
 KINDS = ("pope", "refcoco", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "seed", "mmbench", "questions")

@@ -1,0 +1,50 @@
+"""Names of benchmarks: groups of them, and what their results are called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from prism_deco.config.choices import YAML_SUFFIXES, load_choice
+from prism_deco.errors import UsageError
+
+
+def resolve_benchmarks(names: str | Iterable[str]) -> list[str]:
+    """Benchmark names with their groups (YAMLs with `members`) expanded; each once, in order.
+
+    Args:
+        names: a list, or a string with commas.
+
+    Raises:
+        UsageError: an unknown name, or groups that contain each other.
+    """
+    if isinstance(names, str):
+        names = [name.strip() for name in names.split(",") if name.strip()]
+    members: list[str] = []
+    for name in names:
+        members += _expand(name, ())
+    return list(dict.fromkeys(members))
+
+
+def benchmark_name(choice: str) -> str:
+    """The name of a benchmark that is chosen by its name or by the path of its YAML."""
+    return Path(choice).stem if choice.endswith(YAML_SUFFIXES) else choice
+
+
+def results_name(choice: str, split: str | None = None) -> str:
+    """The name of a benchmark's results folder: the benchmark's, followed by the split unless it is the YAML's own."""
+    own = load_choice("benchmark", choice).get("split") or ""
+    name = benchmark_name(choice)
+    return name if split in (None, own) else f"{name}-{split}"
+
+
+def _expand(name: str, parents: tuple[str, ...]) -> list[str]:
+    if name in parents:
+        raise UsageError(f"The benchmark groups {' > '.join((*parents, name))} contain each other.")
+    members = load_choice("benchmark", name).get("members")
+    if members is None:
+        return [name]
+    expanded: list[str] = []
+    for member in members:
+        expanded += _expand(member, (*parents, name))
+    return expanded
