@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,38 +24,20 @@ from prism_deco.report.benchmarks import benchmarks_of
 from prism_deco.report.cells import RunCell
 from prism_deco.report.collect import collect
 from prism_deco.report.comparability import refusal
-from prism_deco.report.contrasts import ContrastResult, evaluate_claims
+from prism_deco.report.contrasts import contrast_records
+from prism_deco.report.document import PageSection, about, document, notes
 from prism_deco.report.forest_plot import forests
 from prism_deco.report.grid import ScoreTable
 from prism_deco.report.html_page import render
-from prism_deco.report.hypotheses import parse_claims, read_sweep
+from prism_deco.report.hypotheses import Claim, parse_claims, read_sweep
 from prism_deco.report.paired_tests import BASE, Difference, difference_records, paired_differences
 from prism_deco.report.plotting import Figure
 from prism_deco.report.recipe_diff import override_sentences
-from prism_deco.report.tabular import Table, comma_separated, escape, markdown, paragraph, records_table
+from prism_deco.report.tabular import Table, comma_separated, records_table
 
 log = logging.getLogger(__name__)
 
 OWN_SPLIT = "own"
-
-MOST_CURVES = 40
-"""Above that many cells, curves are drawn of unfinished cells only."""
-
-
-@dataclass(frozen=True)
-class PageSection:
-    """A part of the report, under the title of its first table.
-
-    Attributes:
-        notes: paragraphs above the tables; warnings are set off.
-        folded: long tables, shown on demand.
-    """
-
-    tables: Sequence[Table]
-    figures: Sequence[Figure] = ()
-    warnings: Sequence[str] = ()
-    notes: Sequence[str] = ()
-    folded: Sequence[Table] = field(default_factory=tuple)
 
 
 def write_report(
@@ -86,7 +66,8 @@ def write_report(
     chosen, others = _choose_split(cells, split)
     # Claims are about one study; several side by side are tables only.
     sweep: Mapping[str, Any] = read_sweep(folders[0]) if len(folders) == 1 else {}
-    results = evaluate_claims(parse_claims(sweep.get("claims") or []), cells, benchmarks_of(cells, None), chosen)
+    claims = parse_claims(sweep.get("claims") or [])
+    contrasts = contrast_records(claims, cells, benchmarks_of(cells, None), chosen)
     searches = lr_search.search_records(sweep, cells)
     score_tables = grid.score_tables(cells, chosen)
     for table in score_tables:
@@ -95,16 +76,22 @@ def write_report(
     differences = []
     for table in score_tables:
         log.info("%s: comparing %d lines on %d benchmarks", table.title, len(table.groups), len(table.benchmarks))
-        differences.append(paired_differences(table.groups, table.benchmarks, chosen))
-    costs = compute.compute_records([group for table in score_tables if table.part for group in table.groups])
+        differences.append(paired_differences(table.groups, table.benchmarks, chosen, table.has_mean))
+    of_parts = [table for table in score_tables if table.part]
+    costs = compute.compute_records([group for table in of_parts for group in table.groups])
     log.info("Drawing the figures")
-    claimed, scored = _claim_sections(results), _score_sections(score_tables, differences)
-    settings = lr_search.search_tables(searches)
+    claimed = _claim_sections(claims, contrasts)
+    scored = _score_sections(score_tables, differences)
+    settings = []
+    if searches:
+        settings.append(
+            records_table("Settings chosen on the validation split", searches, lr_search.CAPTION, "projector")
+        )
     if costs:
-        settings.append(records_table("Steps and compute", costs, compute.CAPTION, heading="part"))
+        settings.append(records_table("Steps and compute", costs, compute.CAPTION, "part"))
     sections = [*claimed, *(PageSection([table]) for table in settings), *scored]
-    title = _title(folders)
-    text, figures = _document(title, [*_about(cells), *_notes(cells, chosen, others)], cells, sections)
+    paragraphs = [*about(cells), notes(cells, chosen, others)]
+    text, figures = document(_title(folders), paragraphs, cells, sections)
     files: dict[str, str | bytes] = {
         "report.html": render(text, figures),
         "report.md": text,
@@ -117,7 +104,7 @@ def write_report(
     secondary = [record for table in score_tables for record in secondary_metrics.secondary_records(table)]
     optional = {
         "readings.csv": secondary,
-        "claims.csv": claim_report.claim_records(results),
+        "claims.csv": contrasts,
         "ladder.csv": searches,
         "compute.csv": costs,
     }
@@ -158,61 +145,18 @@ def _choose_split(cells: Sequence[RunCell], split: str | None) -> tuple[str, lis
 
 
 def _title(folders: Sequence[Path]) -> str:
-    first, others = folders[0].resolve().name, len(folders) - 1
+    first = folders[0].resolve().name
+    others = len(folders) - 1
     return first if not others else f"{first} and {others} {'other' if others == 1 else 'others'}"
 
 
-def _about(cells: Sequence[RunCell]) -> list[str]:
-    """Which models were trained, when, and by which version."""
-    trained = [cell for cell in cells if cell.manifest]
-    if not trained:
-        return []
-
-    def names(group: str) -> str:
-        return ", ".join(dict.fromkeys(str(cell.config[group].name) for cell in trained if cell.config is not None))
-
-    params = _span([cell.manifest["params"]["total"] for cell in trained])
-    steps = _span([cell.manifest["steps"] for cell in trained])
-    samples = _span([cell.manifest["samples"] for cell in trained])
-    versions = ", ".join(dict.fromkeys(str(cell.manifest.get("code_version", "?")) for cell in trained))
-    days = [datetime.fromtimestamp(cell.started, UTC).date() for cell in trained if cell.started]
-    when = f" between {min(days)} and {max(days)}" if len(set(days)) > 1 else f" on {days[0]}" if days else ""
-    return [
-        f"{len(trained)} models of {params} parameters (vision backbone {names('backbone')}, LLM {names('llm')}), "
-        f"trained{when} with prism_deco {versions} for {steps} steps on {samples} records of {names('data')}, "
-        f"recipe {names('recipe')}."
-    ]
-
-
-def _span(values: Sequence[int]) -> str:
-    least, most = min(values), max(values)
-    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
-
-
-def _notes(cells: Sequence[RunCell], split: str, others: Sequence[str]) -> list[str]:
-    if not cells:
-        return [
-            "There are no cells. Nothing was planned or run here yet: start with prism-deco sweep or prism-deco train."
-        ]
-    notes = [status_tables.progress(cells), f"Split: {split or 'the benchmarks’ own'}."]  # noqa: RUF001
-    if others:
-        notes.append(f"Also scored: {', '.join(others)} (--split).")
-    if len(cells) > MOST_CURVES:
-        notes.append("Curves of single cells are those of unfinished ones.")
-    machines = {str(cell.manifest.get("machine")) for cell in cells if cell.manifest}
-    if len(machines) > 1:
-        notes.append(f"The cells were trained on {len(machines)} kinds of machine: their times do not compare.")
-    return [" ".join(notes)]
-
-
-def _claim_sections(results: Sequence[ContrastResult]) -> list[PageSection]:
+def _claim_sections(claims: Sequence[Claim], contrasts: Sequence[Mapping[str, Any]]) -> list[PageSection]:
     """What became of the claims, and the contrasts behind it; none where nothing was claimed."""
-    if not results:
+    if not contrasts:
         return []
-    notes = [*claim_report.outcome_sentences(results), claim_report.SCOPE]
     return [
-        PageSection([claim_report.claims_table(results)], forests(results), notes=notes),
-        PageSection([claim_report.contrasts_table(results)]),
+        PageSection([claim_report.claims_table(claims, contrasts)], forests(contrasts), notes=[claim_report.SCOPE]),
+        PageSection([claim_report.contrasts_table(contrasts)]),
     ]
 
 
@@ -236,8 +180,9 @@ def _score_section(
     table: ScoreTable, differences: Sequence[Difference], tokens_figures: Sequence[Figure]
 ) -> PageSection:
     curves = curve_figures.convergence(table)
+    warnings = [f"Not comparable: {line}" for line in table.disagreements]
     if not table.benchmarks:
-        return PageSection([tables.losses_table(table)], [curves] if curves else [], table.disagreements)
+        return PageSection([tables.losses_table(table)], [curves] if curves else [], warnings)
     with_base = [pair for pair in differences if BASE in (pair.first, pair.second)] or differences
     rest = [pair for pair in differences if pair not in with_base]
     shown = [
@@ -253,50 +198,12 @@ def _score_section(
         *(score_figures.cost_figure(table, cost) for cost in score_figures.COSTS),
         score_figures.differences_figure(table, with_base),
     ]
-    cells = [cell for group in table.groups for cell in group.cells]
-    overrides = [f"Other settings: {line}" for line in override_sentences(cells)] if table.table else []
+    if table.table:
+        cells = [cell for group in table.groups for cell in group.cells]
+        warnings += [f"Other settings: {line}" for line in override_sentences(cells)]
     return PageSection(
         tables=[one for one in shown if one is not None],
         figures=[figure for figure in figures if figure is not None],
-        warnings=[*(f"Not comparable: {line}" for line in table.disagreements), *overrides],
+        warnings=warnings,
         folded=[tables.differences_table(rest, title="Differences of the other pairs")] if rest else [],
     )
-
-
-def _document(
-    title: str, paragraphs: Sequence[str], cells: Sequence[RunCell], sections: Sequence[PageSection]
-) -> tuple[str, dict[str, bytes]]:
-    """The Markdown, and SVG by the path under which it is named there."""
-    figures: dict[str, bytes] = {}
-    parts = [f"# {escape(title)}\n", *map(paragraph, paragraphs)]
-
-    def add(figure: Figure, prefix: str = "") -> None:
-        path = f"figures/{prefix}{figure.name}.svg"
-        figures[path] = figure.svg
-        parts.append(f"![{escape(figure.caption or figure.name)}](<{path}>)\n")
-
-    open_cells = status_tables.unfinished(cells)
-    if open_cells:
-        parts.append(markdown(status_tables.unfinished_table(cells), 2))
-    for cell in open_cells:
-        if cell.log_tail:
-            quoted = "\n".join(f"    {line}" for line in cell.log_tail.splitlines())
-            parts.append(f"#### Last log lines of {escape(cell.id)}\n\n{quoted}\n")
-    for number, section in enumerate(sections, start=1):
-        first, *others = section.tables
-        heading, body = markdown(first, 2).split("\n", 1)
-        parts += [f"{heading}\n", *(f"> {paragraph(text)}" for text in section.warnings)]
-        parts += [*map(paragraph, section.notes), body.lstrip(), *map(markdown, others)]
-        for figure in section.figures:
-            add(figure, f"{number}-" if len(sections) > 1 else "")
-        parts += [markdown(table, 4) for table in section.folded]
-    drawn = cells if len(cells) <= MOST_CURVES else open_cells
-    curves = [curve_figures.cell_curves(cell) for cell in drawn]
-    if any(curves):
-        parts.append("## Curves of single cells\n")
-    for figure in curves:
-        if figure is not None:
-            add(figure)
-    if cells:
-        parts.append(markdown(status_tables.cells_table(cells), 2))
-    return "\n".join(parts), figures

@@ -12,7 +12,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from prism_deco.report.flops import flops_per_sample
 from prism_deco.report.stats import seed_interval
 from prism_deco.training.status import THROUGH
 
@@ -143,12 +142,6 @@ class RunCell:
         """Whether the LLM reads fewer visual tokens than there are patches."""
         tokens = self.manifest.get("tokens")
         return tokens is None or tokens["visual_out"] < tokens["visual_in"]
-
-    @cached_property
-    def flops(self) -> float | None:
-        """Floating-point operations of the training; None where they are not known, or it has not finished."""
-        per_sample = flops_per_sample(self.config) if self.manifest and self.config is not None else None
-        return per_sample * self.manifest["samples"] if per_sample is not None else None
 
     @property
     def step_seconds(self) -> float | None:

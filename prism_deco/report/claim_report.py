@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prism_deco.report.arms import Arm, label_text
-from prism_deco.report.contrasts import (
-    ALPHA,
-    HOLDS,
-    MIXED,
-    REVERSED,
-    UNRESOLVED,
-    ContrastResult,
-    joint_verdict,
-)
-from prism_deco.report.hypotheses import EQUAL
+from prism_deco.report.contrasts import ALPHA, HOLDS, REVERSED, UNRESOLVED
+from prism_deco.report.hypotheses import EQUAL, Claim
 from prism_deco.report.tables import format_p
 from prism_deco.report.tabular import MISSING, Field, Table, format_interval, format_number, under_headings
+
+Record = Mapping[str, Any]
+"""One of `contrast_records`."""
 
 SCOPE = (
     "The intervals are over seeds, that is over initialisation and data order: they say how these projectors would "
@@ -25,163 +19,116 @@ SCOPE = (
     "towers, LLMs, data, training lengths or sizes. A verdict here is no verdict on the paper's own models."
 )
 
+TEXTS = ("effect", "95 % over seeds", "first", "second", "blind", "p (Holm)")
+"""What `contrast_texts` gives."""
 
-def by_claim(results: Sequence[ContrastResult]) -> dict[str, list[ContrastResult]]:
+
+def by_claim(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Claim by claim, what judges before the details."""
-    found: dict[str, list[ContrastResult]] = {}
-    for result in sorted(results, key=lambda result: not result.judged):
-        found.setdefault(result.claim.name, []).append(result)
-    return {name: found[name] for name in dict.fromkeys(result.claim.name for result in results)}
-
-
-def outcome_sentences(results: Sequence[ContrastResult]) -> list[str]:
-    """Which claims hold, at equal steps and at equal compute."""
-    found = []
-    for equal in EQUAL:
-        verdicts = {name: _judging(own, equal) for name, own in by_claim(results).items()}
-        parts = []
-        for kind in (HOLDS, REVERSED, MIXED, UNRESOLVED):
-            names = [name for name, own in verdicts.items() if own and joint_verdict(own) == kind]
-            parts.append(f"{kind}: {'; '.join(names) or 'none'}")
-        if any(verdicts.values()):
-            found.append(f"At equal {equal}: {'. '.join(parts)}.")
+    found: dict[str, list[Record]] = {record["claim"]: [] for record in records}
+    for record in sorted(records, key=lambda record: not record["judged"]):
+        found[record["claim"]].append(record)
     return found
 
 
-def claims_table(results: Sequence[ContrastResult]) -> Table:
+def joint_verdict(records: Sequence[Record]) -> str:
+    """Of several contrasts: holds or reversed where all do, mixed where some hold and others are reversed."""
+    verdicts = {record["verdict"] for record in records}
+    if {HOLDS, REVERSED} <= verdicts:
+        return "mixed"
+    return verdicts.pop() if len(verdicts) == 1 else UNRESOLVED
+
+
+def claims_table(claims: Sequence[Claim], records: Sequence[Record]) -> Table:
     """A row per claim: its verdict at equal steps and at equal compute."""
-    used = [equal for equal in EQUAL if any(result.contrast.equal == equal for result in results)]
+    used = [equal for equal in EQUAL if any(record["equal"] == equal for record in records)]
     rows = []
-    for name, own in by_claim(results).items():
-        claim = own[0].claim
+    for claim in claims:
+        own = [record for record in records if record["claim"] == claim.name and record["judged"]]
         about = [f"The paper: {claim.paper}" if claim.paper else "", claim.note]
-        rows.append([Field(name, tuple(filter(None, about))), *(_verdict(_judging(own, equal)) for equal in used)])
+        verdicts = [_verdict([record for record in own if record["equal"] == equal]) for equal in used]
+        rows.append([Field(claim.name, tuple(filter(None, about))), *verdicts])
     caption = (
         "A claim holds, or is reversed, where all the contrasts that judge it do by their 95 % intervals over seeds; "
         "mixed: some hold, others are reversed; not resolved: an interval includes zero (or the margin), or there is "
         "none. In smaller print what the paper says, the contrasts that judge it (first minus second), and how many "
-        f"of them remain clear after adjusting p for all {_tested(results)} contrasts (Holm, below {ALPHA})."
+        f"of them remain clear after adjusting p for all {_tested(records)} contrasts (Holm, below {ALPHA})."
     )
     return Table("Claims", ["claim", *(f"equal {equal}" for equal in used)], rows, caption=caption)
 
 
-def _judging(results: Sequence[ContrastResult], equal: str) -> list[ContrastResult]:
-    """Those that judge a claim where both arms were given the same steps, or the same compute."""
-    return [result for result in results if result.judged and result.contrast.equal == equal]
-
-
-def _verdict(judging: Sequence[ContrastResult]) -> Field:
+def _verdict(judging: Sequence[Record]) -> Field:
     if not judging:
         return Field(MISSING)
-    lines = [f"{result.pair}: {_effect(result)}" for result in judging]
-    lines.append(f"{sum(result.is_clear for result in judging)} of {len(judging)} after Holm")
-    lines += dict.fromkeys(note for result in judging if result.effect is not None for note in result.notes)
+    lines = []
+    for record in judging:
+        bounds = format_interval((record["low95"], record["high95"]), sign="+") if record["p"] is not None else ""
+        effect = format_number(record["effect"], sign="+") if record["effect"] is not None else record["notes"]
+        lines.append(f"{pair(record)}: {effect}{f' ({bounds})' if bounds else ''}")
+    lines.append(f"{sum(record['after_holm'] for record in judging)} of {len(judging)} after Holm")
+    lines += dict.fromkeys(record["notes"] for record in judging if record["notes"] and record["effect"] is not None)
     verdict = joint_verdict(judging)
     return Field(verdict, tuple(lines), best=verdict in (HOLDS, REVERSED))
 
 
-def _effect(result: ContrastResult) -> str:
-    """`+3.1 (+1.2 to +5.0)`; why there is none where there is none."""
-    if result.effect is None:
-        return "; ".join(result.notes) or MISSING
-    bounds = f" ({format_interval(result.interval, sign='+')})" if result.interval else ""
-    return f"{format_number(result.effect, sign='+')}{bounds}"
-
-
-def contrasts_table(results: Sequence[ContrastResult]) -> Table:
-    """A row per contrast and outcome, those that judge a claim first."""
+def contrasts_table(records: Sequence[Record]) -> Table:
+    """A row per contrast and measure, those that judge a claim first."""
     rows = []
-    for name, own in by_claim(results).items():
-        for result in own:
-            margin = result.contrast.margin
+    for name, own in by_claim(records).items():
+        for record in own:
+            margin = f"margin {format_number(record['margin'])}" if record["margin"] else ""
             fields = [
-                Field(result.pair, result.notes),
-                Field(result.verdict, best=result.is_clear),
-                Field(outcome_label(result), (f"margin {format_number(margin)}",) if margin else ()),
-                Field(result.contrast.equal),
-                *map(Field, result_texts(result)),
-                Field(f"{len(result.seeds)} of {len(result.planned)}"),
-                Field(format_number(result.paper, sign="+")),
+                Field(pair(record), (record["notes"],) if record["notes"] else ()),
+                Field(record["verdict"], best=record["after_holm"]),
+                Field(measure(record), (margin,) if margin else ()),
+                Field(record["equal"]),
+                *map(Field, contrast_texts(record)),
+                Field(f"{len(record['seeds'].split())} of {record['planned_seeds']}"),
+                Field(format_number(record["paper_table1"], sign="+")),
             ]
             rows.append((Field(name), fields))
     columns = ["contrast", "verdict", "measure", "equal", *TEXTS, "seeds", "paper"]
     caption = (
         "First minus second, paired by seed: mean difference and Student's t interval over the seeds that both have. "
-        "Benchmarks: their mean in points (per cent). Relevance in hundredths: the fraction of R-GAE's relevance in "
-        "the box, the fraction of hits in the pointing game, the cosine of two visual tokens' maps, and the spread as "
-        "a fraction of the grid's side. First, second and blind: means over all of an arm's seeds ± their standard "
-        "deviation; blind is trained without the images. Paper: the same difference in Table 1, over the columns that "
-        "the miniature has. In brackets: details, by which no claim is judged. p (Holm): t test against zero, or "
-        "against minus the margin where the claim is 'not worse by more than that', adjusted for all "
-        f"{_tested(results)} tests. Bold: below {ALPHA}."
+        "mean, boxes, questions: of all benchmarks, those that ask for boxes and the others, in points (per cent). The "
+        "others are R-GAE's, in hundredths: the fraction of relevance in the box, the fraction of hits in the pointing "
+        "game, the cosine of two visual tokens' maps, and the spread as a fraction of the grid's side. First, second "
+        "and blind: means over all of an arm's seeds ± their standard deviation; blind is trained without the images. "
+        "Paper: the same difference in Table 1, over the columns of the miniature. In brackets: details, by which "
+        "no claim is judged. p (Holm): t test against zero, or against minus the margin where the claim is 'not worse "
+        f"by more than that', adjusted for all {_tested(records)} tests. Bold: below {ALPHA}."
     )
     return Table("Contrasts", columns, under_headings(rows), heads=2, caption=caption)
 
 
-TEXTS = ("effect", "95 % over seeds", "first", "second", "blind", "p (Holm)")
-"""What `result_texts` gives."""
+def pair(record: Record) -> str:
+    """`steps avgpool − steps linear`, by the labels of the two arms."""
+    arms = [" ".join(label.partition("=")[2] for label in record[arm].split()) for arm in ("first", "second")]
+    return " − ".join(arms)  # noqa: RUF001
 
 
-def result_texts(result: ContrastResult) -> list[str]:
+def measure(record: Record) -> str:
+    return record["measure"] if record["judged"] else f"({record['measure']})"
+
+
+def contrast_texts(record: Record) -> list[str]:
     """The numbers of a contrast, for tables and figures."""
     return [
-        format_number(result.effect, sign="+"),
-        format_interval(result.interval, sign="+"),
-        _with_deviation(result.first),
-        _with_deviation(result.second),
-        format_number(result.blind.mean),
-        format_p(result.adjusted),
+        format_number(record["effect"], sign="+"),
+        format_interval((record["low95"], record["high95"]), sign="+") if record["p"] is not None else MISSING,
+        _with_deviation(record, "first"),
+        _with_deviation(record, "second"),
+        format_number(record["blind_mean"]),
+        format_p(record["p_holm"]),
     ]
 
 
-def outcome_label(result: ContrastResult) -> str:
-    return result.label if result.judged else f"({result.label})"
-
-
-def _with_deviation(arm: Arm) -> str:
+def _with_deviation(record: Record, arm: str) -> str:
     """`35.6 ±0.4`."""
-    spread = f" ±{format_number(arm.deviation)}" if arm.deviation is not None else ""
-    return f"{format_number(arm.mean)}{spread}"
+    deviation = record[f"{arm}_deviation"]
+    spread = f" ±{format_number(deviation)}" if deviation is not None else ""
+    return f"{format_number(record[f'{arm}_mean'])}{spread}"
 
 
-def claim_records(results: Sequence[ContrastResult]) -> list[dict[str, Any]]:
-    """A record per contrast and outcome, for CSV."""
-    found = []
-    for result in results:
-        low, high = result.interval or (None, None)
-        found.append(
-            {
-                "claim": result.claim.name,
-                "first": label_text(result.contrast.first),
-                "second": label_text(result.contrast.second),
-                "measure": result.measure,
-                "unit": result.unit,
-                "judged": result.judged,
-                "equal": result.contrast.equal,
-                "expect": result.contrast.expect,
-                "margin": result.contrast.margin,
-                "effect": result.effect,
-                "low95": low,
-                "high95": high,
-                "seeds": " ".join(result.seeds),
-                "planned_seeds": len(result.planned),
-                **_means("first", result.first),
-                **_means("second", result.second),
-                **_means("blind", result.blind),
-                "paper_table1": result.paper,
-                "p": result.p,
-                "p_holm": result.adjusted,
-                "verdict": result.verdict,
-                "after_holm": result.is_clear,
-                "notes": "; ".join(result.notes),
-            }
-        )
-    return found
-
-
-def _means(name: str, arm: Arm) -> dict[str, Any]:
-    return {f"{name}_mean": arm.mean, f"{name}_deviation": arm.deviation, f"{name}_seeds": len(arm.values)}
-
-
-def _tested(results: Sequence[ContrastResult]) -> int:
-    return sum(result.p is not None for result in results)
+def _tested(records: Sequence[Record]) -> int:
+    return sum(record["p"] is not None for record in records)

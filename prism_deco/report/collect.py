@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from prism_deco.config import flat
 from prism_deco.errors import UsageError
 from prism_deco.report.benchmarks import asked_by
 from prism_deco.report.cells import RunCell
@@ -24,7 +25,6 @@ from prism_deco.report.run_files import (
     read_scores,
 )
 from prism_deco.stages import final_config
-from prism_deco.training.run_dir import flat
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,8 @@ def disagreements(groups: Sequence[SeedGroup], split: str) -> list[str]:
     length. Within a row the number of visual tokens must be the same too, except for an uncompressed projector (as
     many tokens as patches), to which a row is compared; so must the micro-batches where the loss is a mean over them.
     """
-    trained = [cell for group in groups for cell in group.cells if cell.manifest]
+    cells = [cell for group in groups for cell in group.cells]
+    trained = [cell for cell in cells if cell.manifest]
     found = [_spread(name, trained, read) for name, read in _RUN.items()]
     found += _budgets(trained)
     for row in dict.fromkeys(cell.row for cell in trained):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from prism_deco.report.claim_report import TEXTS, by_claim, outcome_label, result_texts
-from prism_deco.report.contrasts import HOLDS, REVERSED, ContrastResult
+from prism_deco.report.claim_report import TEXTS, Record, by_claim, contrast_texts, measure, pair
+from prism_deco.report.contrasts import HOLDS, REVERSED
 from prism_deco.report.plotting import Figure, legend, settings, to_svg
 
 _COLORS = {HOLDS: "#0072B2", REVERSED: "#D55E00"}
@@ -17,27 +17,28 @@ _ROW = 0.24  # height in inches
 _CHARACTER = 0.078  # width in inches
 
 
-def forests(results: Sequence[ContrastResult]) -> list[Figure]:
+def forests(records: Sequence[Record]) -> list[Figure]:
     """A forest plot per unit; contrasts of which nothing is known have a line without a mark."""
-    units = dict.fromkeys(result.unit for result in results)
-    return [_forest([result for result in results if result.unit == unit], unit) for unit in units]
+    units = dict.fromkeys(record["unit"] for record in records)
+    return [_forest([record for record in records if record["unit"] == unit], unit) for unit in units]
 
 
-def _forest(results: Sequence[ContrastResult], unit: str) -> Figure:
-    lines: list[tuple[str, ContrastResult | None]] = []
-    for name, own in by_claim(results).items():
+def _forest(records: Sequence[Record], unit: str) -> Figure:
+    lines: list[tuple[str, Record | None]] = []
+    for name, own in by_claim(records).items():
         lines.append((name, None))
-        lines += [(f"{result.pair}, {outcome_label(result)}", result) for result in own]
+        lines += [(f"{pair(record)}, {measure(record)}", record) for record in own]
     columns = ["equal", *TEXTS, "verdict"]
     texts = [[""] * len(columns) if one is None else _texts(one) for _, one in lines]
     widths = [max(len(row[k]) for row in [columns, *texts]) * _CHARACTER + 0.12 for k in range(len(columns))]
-    left, plot = max(len(label) for label, _ in lines) * _CHARACTER, 3.2
+    left = max(len(label) for label, _ in lines) * _CHARACTER
+    plot = 3.2
     with settings():
         size = (left + plot + sum(widths), (len(lines) + 1) * _ROW + 0.9)
         figure = Canvas(figsize=size, layout="constrained")
         ax, beside = figure.subplots(1, 2, width_ratios=[left + plot, sum(widths)])
         ax.set_ylim(len(lines), -1)  # the first line is that of the table's heads
-        ax.set_xlim(*_range(results))
+        ax.set_xlim(*_range(records))
         ax.axvline(0, color="#000000", linewidth=0.9)
         for y, (_, result) in enumerate(lines):
             if result is not None:
@@ -67,42 +68,43 @@ def _forest(results: Sequence[ContrastResult], unit: str) -> Figure:
     return Figure(f"claims-{unit}", to_svg(figure), caption)
 
 
-def _texts(result: ContrastResult) -> list[str]:
-    *numbers, p = result_texts(result)
-    return [result.contrast.equal, *numbers, f"{p}*" if result.is_clear else p, result.verdict]
+def _texts(record: Record) -> list[str]:
+    *numbers, p = contrast_texts(record)
+    return [record["equal"], *numbers, f"{p}*" if record["after_holm"] else p, record["verdict"]]
 
 
-def _mark(ax: Axes, y: float, result: ContrastResult) -> None:
-    if result.contrast.margin:
-        null = result.contrast.null
+def _mark(ax: Axes, y: float, record: Record) -> None:
+    effect = record["effect"]
+    if record["margin"]:
+        null = -record["margin"]
         ax.plot([null, null], [y - 0.4, y + 0.4], color="#000000", linestyle=(0, (3, 2)), label="margin")
-    if result.effect is None:
+    if effect is None:
         return
-    color, (least, most) = _COLORS.get(result.verdict, _OTHERWISE), ax.get_xlim()
-    low, high = result.interval or (result.effect, result.effect)
+    color = _COLORS.get(record["verdict"], _OTHERWISE)
+    least, most = ax.get_xlim()
+    low, high = (effect, effect) if record["low95"] is None else (record["low95"], record["high95"])
     ax.errorbar(
-        [result.effect],
+        [effect],
         [y],
-        xerr=[[result.effect - max(low, least)], [min(high, most) - result.effect]],
+        xerr=[[effect - max(low, least)], [min(high, most) - effect]],
         marker="o",
         color=color,
-        markerfacecolor=color if result.contrast.equal == "steps" else "#ffffff",
+        markerfacecolor=color if record["equal"] == "steps" else "#ffffff",
         linestyle="none",
-        label=f"equal {result.contrast.equal}",
+        label=f"equal {record['equal']}",
     )
     for bound, marker, beyond in ((least, "<", low < least), (most, ">", high > most)):
         if beyond:
             ax.plot([bound], [y], color=color, marker=marker, clip_on=False)
 
 
-def _range(results: Sequence[ContrastResult]) -> tuple[float, float]:
+def _range(records: Sequence[Record]) -> tuple[float, float]:
     """Of the axis: all effects, zero and margins, and the intervals of three seeds or more; those of two can be of
     any length, and would hide the others."""
-    values = [0.0, *(result.contrast.null for result in results)]
-    values += [result.effect for result in results if result.effect is not None]
-    for result in results:
-        if result.interval is not None and len(result.seeds) > 2:
-            values += result.interval
-    low, high = min(values), max(values)
-    pad = 0.06 * (high - low) or 1.0
-    return low - pad, high + pad
+    values = [0.0, *(-record["margin"] for record in records)]
+    values += [record["effect"] for record in records if record["effect"] is not None]
+    for record in records:
+        if len(record["seeds"].split()) > 2 and record["low95"] is not None:
+            values += [record["low95"], record["high95"]]
+    pad = 0.06 * (max(values) - min(values)) or 1.0
+    return min(values) - pad, max(values) + pad

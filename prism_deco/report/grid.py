@@ -158,7 +158,8 @@ def _table(
             chances[name] = level
     blinds = {}
     for row in dict.fromkeys(row.row for row in rows):
-        members = [cell for own in rows if own.row == row and own.group for cell in own.group.cells]
+        own = [other.group for other in rows if other.row == row and other.group]
+        members = [cell for group in own for cell in group.cells]
         # Where every line of a part has settings of its own, so has the study's image-blind baseline.
         values = blind(members, blind_cells, split) or (mean_scores(blind_cells, split) if part else {})
         if values:
@@ -204,7 +205,8 @@ def score_records(table: ScoreTable) -> list[dict[str, Any]]:
     found = []
     for row in table.rows:
         for name in table.benchmarks:
-            summary, printed = row.summary(name, table.split), row.paper.get(name)
+            summary = row.summary(name, table.split)
+            printed = row.paper.get(name)
             low, high = summary.interval if summary else (None, None)
             found.append(
                 place(table, row, name)

@@ -39,7 +39,8 @@ class _PageRenderer(RendererHTML):
     """Renders headings as sections, images as figures, and tables so that they scroll by themselves."""
 
     def heading_open(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
-        tag, text = tokens[idx].tag, html.escape(_text(tokens[idx + 1]))
+        tag = tokens[idx].tag
+        text = html.escape(_text(tokens[idx + 1]))
         closing = ""
         while env["open"] and (tag == "h2" or env["open"][-1] == "details"):
             closing += f"</{env['open'].pop()}>"

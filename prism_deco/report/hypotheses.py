@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from prism_deco.config import read_yaml
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
-from prism_deco.report.arms import OUTCOMES
+from prism_deco.report.outcomes import OUTCOMES
 
 EQUAL = ("steps", "compute")
 
@@ -46,11 +46,6 @@ class Contrast:
     margin: float = 0.0
     equal: Literal["steps", "compute"] = "steps"
     judges: bool = True
-
-    @property
-    def null(self) -> float:
-        """The difference above which the claim holds and below which it is reversed."""
-        return -self.margin
 
 
 @dataclass

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from prism_deco.report.cells import RunCell, projector_rank
-from prism_deco.report.tabular import MISSING, Field, Table, format_number
+from prism_deco.report.tabular import MISSING
 from prism_deco.training.status import THROUGH
 
 _CRITERION = "val/loss"
+
+CAPTION = (
+    "val_loss: after the last validation, in nats per token; the lowest is chosen. At the edge: it is the first or the "
+    "last value that was tried, a better one may lie beyond. used: in the parts that choose by it."
+)
 
 
 def search_records(sweep: Mapping[str, Any], cells: Sequence[RunCell]) -> list[dict[str, Any]]:
@@ -67,38 +72,6 @@ def _tried(cells: Sequence[RunCell], key: str) -> list[dict[str, Any]]:
         }
         for value in values
     ]
-
-
-def search_tables(records: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """A table per setting that was chosen, with a row per projector and a column per value."""
-    found = []
-    for source, key in dict.fromkeys((record["part"], record["setting"]) for record in records):
-        own = [record for record in records if (record["part"], record["setting"]) == (source, key)]
-        values = sorted({record["value"] for record in own}, key=_by_number)
-        rows = []
-        for name in dict.fromkeys(record["projector"] for record in own):
-            by_value = {record["value"]: record for record in own if record["projector"] == name}
-            rows.append([Field(name), *(_field(by_value.get(value)) for value in values), _used(by_value.values())])
-        caption = (
-            f"val/loss after the last validation of the part {source}, in nats per token; the lowest is chosen, and "
-            "bold. At the edge: the lowest one is the first or the last that was tried, a better one may lie beyond."
-        )
-        columns = ["projector", *values, "used"]
-        found.append(Table(f"{key} chosen on the validation split", columns, rows, caption=caption))
-    return found
-
-
-def _field(record: Mapping[str, Any] | None) -> Field:
-    if record is None or record["val_loss"] is None:
-        return Field(record["missing"] if record else MISSING)
-    lines = ("at the edge",) if record["at_edge"] else ()
-    return Field(format_number(record["val_loss"], 4), lines, best=record["chosen"])
-
-
-def _used(records: Iterable[Mapping[str, Any]]) -> Field:
-    chosen = [record["value"] for record in records if record["chosen"]]
-    used = next(iter(records))["used"]
-    return Field(used or MISSING, ("not the lowest",) if used and [used] != chosen else ())
 
 
 def _name(cell: RunCell) -> str:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
+from statistics import fmean
 from typing import Any
 
 from prism_deco.bootstrap import Combine, bootstrap_interval, combine_strata
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 
 BASE = "avgpool"
 """The projector that the others are compared with first: the one the paper proposes."""
+
+MEAN = "mean"
+"""Stands for a benchmark where it is the mean over all."""
 
 _ROUNDING = 1e-6
 
@@ -64,38 +68,51 @@ class _Units:
     data_hash: str
 
 
-def paired_differences(groups: Sequence[SeedGroup], benchmarks: Sequence[str], split: str) -> list[Difference]:
-    """All pairs of projectors within each row, the pairs of the base projector first."""
+def paired_differences(
+    groups: Sequence[SeedGroup], benchmarks: Sequence[str], split: str, mean: bool = False
+) -> list[Difference]:
+    """All pairs of projectors within each row, the pairs of the base projector first.
+
+    Args:
+        mean: whether the mean over benchmarks means something; then it follows them, without a test.
+    """
     found = []
     for row in dict.fromkeys(group.row for group in groups):
         members = [group for group in groups if group.row == row]
         members.sort(key=lambda group: group.projector != BASE)
         units = {name: {group.variant: _read_units(group, name, split) for group in members} for name in benchmarks}
-        for first, second in combinations([group.variant for group in members], 2):
-            found += [_compare(Difference(row, name, first, second), units[name]) for name in benchmarks]
+        for first, second in combinations(members, 2):
+            pair = Difference(row, MEAN, first.variant, second.variant)
+            own = [_compare(replace(pair, benchmark=name), units[name]) for name in benchmarks]
+            found += [*own, *([_mean_difference(pair, first, second, split, own)] if mean else [])]
     adjusted = holm([difference.p for difference in found])
     return [replace(difference, adjusted=p) for difference, p in zip(found, adjusted, strict=True)]
 
 
-def leads(
-    first: SeedGroup, second: SeedGroup, benchmarks: Sequence[str], split: str, differences: Sequence[Difference]
-) -> bool:
-    """Whether the mean over benchmarks, all in per cent, is clearly higher for `first` than for `second`: by the
-    differences seed by seed, or with one seed by the intervals of the benchmarks' differences, assumed independent.
+def _mean_difference(
+    pair: Difference, first: SeedGroup, second: SeedGroup, split: str, own: Sequence[Difference]
+) -> Difference:
+    """Of the means over benchmarks that are all percentages; their intervals over items are assumed independent.
 
     Args:
-        differences: between the two.
+        own: the differences on the benchmarks.
     """
-    ours, theirs = first.means(benchmarks, split), second.means(benchmarks, split)
+    names = [difference.benchmark for difference in own]
+    ours = first.means(names, split)
+    theirs = second.means(names, split)
     gains = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
-    if len(gains) > 1:
-        return seed_interval(gains)[0] > 0
-    halves = [(pair.interval[1] - pair.interval[0]) / 2 for pair in differences if pair.interval is not None]
-    return bool(gains) and len(halves) == len(benchmarks) and gains[0] > math.hypot(*halves) / len(halves)
+    halves = [(one.interval[1] - one.interval[0]) / 2 for one in own if one.interval is not None]
+    if not gains or len(halves) < len(own):
+        return replace(pair, note="not all benchmarks are available")
+    half = math.hypot(*halves) / len(halves)
+    value = fmean(gains)
+    over_seeds = seed_interval(gains) if len(gains) > 1 else None
+    return replace(pair, value=value, interval=(value - half, value + half), over_seeds=over_seeds, seeds=len(gains))
 
 
 def _compare(pair: Difference, units: Mapping[str, Mapping[str, _Units] | str]) -> Difference:
-    first, second = units[pair.first], units[pair.second]
+    first = units[pair.first]
+    second = units[pair.second]
     if isinstance(first, str):
         return replace(pair, note=first)
     if isinstance(second, str):
@@ -145,7 +162,7 @@ def _units(score: Score) -> _Units:
 def difference_records(differences: Sequence[Difference]) -> list[dict[str, Any]]:
     """A record per pair and benchmark, for CSV."""
     found = []
-    for difference in differences:
+    for difference in [difference for difference in differences if difference.benchmark != MEAN]:
         record = asdict(difference)
         for name in ("interval", "over_seeds"):
             low, high = record.pop(name) or (None, None)

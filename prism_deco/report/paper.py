@@ -120,14 +120,14 @@ def setting(cell: RunCell, table: int) -> str | None:
 
 def _row(record: Mapping[str, str]) -> PaperRow:
     name = record.get("row", "")
-    tower, resolution = _TOWERS[record["vision"]], int(record["resolution"])
+    resolution = int(record["resolution"])
     known = set(COLUMNS[1])
     values = {_BENCHMARKS.get(name, name): value for name, value in record.items()}
     projector = name or record["projector"]
     return PaperRow(
         setting=record.get("setting", "T1"),
         projector=_PROJECTORS.get(projector, projector),
-        backbone=f"{tower}_{resolution}",
+        backbone=f"{_TOWERS[record['vision']]}_{resolution}",
         llm=_LLMS[record["llm"]],
         resolution=resolution,
         tokens=int(record["tokens_out"]),

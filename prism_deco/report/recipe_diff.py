@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from functools import cache
 from itertools import pairwise
@@ -11,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from prism_deco.config import choices, load_choice, load_config
+from prism_deco.config import choices, load_choice, load_config, value_text
 from prism_deco.report.cells import RunCell
 
 _IGNORED = {"name", "stages", "start_from", "num_tokens", "micro_batch_size", "packing", "max_logits"}
@@ -26,13 +25,15 @@ def recipe_overrides(config: DictConfig) -> str:
     Args:
         config: of a run with a shipped recipe.
     """
-    name, start = str(config.recipe.name), config.recipe.get("start_from")
+    name = str(config.recipe.name)
+    start = config.recipe.get("start_from")
     default: Any = OmegaConf.to_container(_recipe(name), resolve=True)
     own: Any = OmegaConf.to_container(config.recipe, resolve=True)
     differing = []
     for key, value in own.items():
-        if key in default and key not in _IGNORED and _text(value) != _text(default[key]):
-            differing.append(f"recipe.{key}={_text(value)} (default {_text(default[key])})")
+        if key in default and key not in _IGNORED:
+            ours, usual = (value_text(f"recipe.{key}", one) for one in (value, default[key]))
+            differing += [f"recipe.{key}={ours} (default {usual})"] if ours != usual else []
     before = _stage_before(name)
     if start and before is None:
         differing.append(f"recipe.start_from={Path(start).name} (default null)")
@@ -68,11 +69,3 @@ def _stage_before(recipe: str) -> str | None:
             if f"recipe={recipe}" in stages[stage]:
                 return before
     return None
-
-
-def _text(value: Any) -> str:
-    """A value as a YAML file has it; small numbers as `2e-5`."""
-    if isinstance(value, float) and 0 < abs(value) < 1e-3:
-        mantissa, _, exponent = f"{value:e}".partition("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    return value if isinstance(value, str) else json.dumps(value)

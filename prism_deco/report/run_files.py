@@ -18,6 +18,7 @@ SHOWN = ("train/loss", "val/loss", "speed/samples_per_s")
 
 _BOARD_NAMES = {"train/samples_per_s": "speed/samples_per_s"}
 """TensorBoard's names that differ; earlier versions plotted the speed under the name that reports use."""
+
 TAIL_LINES = 8
 
 _GROUPS = ("backbone", "projector", "llm", "data", "recipe", "evaluate")
@@ -78,7 +79,8 @@ def read_scores(folder: Path, asked: Mapping[str, str]) -> dict[str, dict[str, S
 
 def read_relevance(folder: Path, config: DictConfig) -> dict[str, Any]:
     """What was measured of the benchmark that the configuration names; without a name, of the only one there is."""
-    choice, split = config.evaluate.get("relevance"), config.evaluate.get("split")
+    choice = config.evaluate.get("relevance")
+    split = config.evaluate.get("split")
     if choice:
         name = Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice
         # explain/<benchmark> holds the benchmark's own split, explain/<benchmark>-<split> another one.

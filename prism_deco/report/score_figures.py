@@ -51,7 +51,8 @@ def points(table: ScoreTable, cost: Cost) -> list[Point]:
     """Lines whose cost is known and that have all benchmarks, cheapest first."""
     found = []
     for group in table.groups:
-        value, score = cost.read(group), group.overall(table.benchmarks, table.split)
+        value = cost.read(group)
+        score = group.overall(table.benchmarks, table.split)
         if value is not None and score is not None:
             found.append(Point(group, value, score))
     return sorted(found, key=lambda point: (point.cost, -point.score.mean))
@@ -174,7 +175,8 @@ def cost_figure(table: ScoreTable, cost: Cost) -> Figure | None:
 
 def differences_figure(table: ScoreTable, differences: Sequence[Difference]) -> Figure | None:
     """The differences of pairs with their intervals, a panel per row and pair; None where none is available."""
-    shown = [pair for pair in differences if pair.value is not None and table.maximum(pair.benchmark) == 100]
+    percentages = [name for name in table.benchmarks if table.maximum(name) == 100]
+    shown = [pair for pair in differences if pair.value is not None and pair.benchmark in percentages]
     panel_pairs: dict[tuple[str, str, str], list[Difference]] = {}
     for pair in shown:
         panel_pairs.setdefault((pair.row, pair.first, pair.second), []).append(pair)

@@ -40,7 +40,8 @@ def count_wins(first: Mapping[Hashable, float | None], second: Mapping[Hashable,
     signs = []
     places = dict.fromkeys([*first, *second])
     for place in places:
-        one, other = first.get(place), second.get(place)
+        one = first.get(place)
+        other = second.get(place)
         if one is not None and other is not None:
             difference = round(one, 1) - round(other, 1)
             signs.append((difference > 0) - (difference < 0))
@@ -54,7 +55,8 @@ def relative_gain(first: Sequence[float], second: Sequence[float]) -> float:
 
 def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % confidence interval of the mean of at least two independent values, by Student's t."""
-    mean, error = fmean(values), float(stats.sem(values))
+    mean = fmean(values)
+    error = float(stats.sem(values))
     if error == 0:  # scipy's interval of equal values is nan
         return mean, mean
     low, high = stats.t.interval(0.95, len(values) - 1, mean, error)

@@ -64,7 +64,9 @@ _COLUMNS += ("visual_tokens", "trained_parameters", *_MANIFEST, "data_hash", "st
 
 
 def _values(cell: RunCell) -> list[Any]:
-    manifest, config, time = cell.manifest, cell.config, cell.step_seconds
+    manifest = cell.manifest
+    config = cell.config
+    time = cell.step_seconds
     return [
         cell.id,
         cell.state,

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from prism_deco.report import paper
 from prism_deco.report.cells import SeedGroup
 from prism_deco.report.grid import ScoreRow, ScoreTable, paper_mean
-from prism_deco.report.paired_tests import BASE, Difference, leads
+from prism_deco.report.paired_tests import BASE, MEAN, Difference
 from prism_deco.report.secondary_metrics import SECONDARY, secondary_values
 from prism_deco.report.stats import Wins, count_wins
 from prism_deco.report.tabular import MISSING, Field, Table, format_interval, format_number, under_headings
@@ -20,12 +20,13 @@ def scores_table(table: ScoreTable, differences: Sequence[Difference] = ()) -> T
     Args:
         differences: of this table, by which the lead of a best score is clear.
     """
-    names = [*table.benchmarks, *(["mean"] if table.has_mean else [])]
+    names = [*table.benchmarks, *([MEAN] if table.has_mean else [])]
     rows = []
     for name in dict.fromkeys(row.row for row in table.rows):
         members = [row for row in table.rows if row.row == name]
         heading = Field(name, members[0].about)
-        leaders = {column: _leader(table, members, column, differences) for column in names}
+        own = [pair for pair in differences if pair.row == name]
+        leaders = {column: _leader(table, members, column, own) for column in names}
         for row in members:
             tokens = Field(str(row.group.tokens) if row.group and row.group.tokens else MISSING)
             fields = [_score(table, row, column, best=leaders[column] is row) for column in names]
@@ -38,7 +39,7 @@ def scores_table(table: ScoreTable, differences: Sequence[Difference] = ()) -> T
 
 
 def _score(table: ScoreTable, row: ScoreRow, name: str, *, best: bool) -> Field:
-    printed = paper_mean(row, table.benchmarks) if name == "mean" else row.paper.get(name)
+    printed = paper_mean(row, table.benchmarks) if name == MEAN else row.paper.get(name)
     lines = [] if printed is None else [f"paper {format_number(printed)}"]
     if row.cited:
         return Field(MISSING, tuple(lines))
@@ -58,7 +59,11 @@ def _score(table: ScoreTable, row: ScoreRow, name: str, *, best: bool) -> Field:
 def _leader(
     table: ScoreTable, rows: Sequence[ScoreRow], name: str, differences: Sequence[Difference]
 ) -> ScoreRow | None:
-    """The line that is clearly ahead of all others of its row."""
+    """The line that is clearly ahead of all others of its row.
+
+    Args:
+        differences: of the row.
+    """
     known = []
     for row in rows:
         summary = table.summary(row.group, name) if row.group else None
@@ -67,22 +72,14 @@ def _leader(
     if len(known) < 2:
         return None
     (_, first), *others = sorted(known, key=lambda item: -item[0])
-    own = [pair for pair in differences if pair.row == first.row and (name == "mean" or pair.benchmark == name)]
-    return first if all(_leads(table, first, other, name, own) for _, other in others) else None
-
-
-def _leads(table: ScoreTable, first: ScoreRow, second: ScoreRow, name: str, differences: Sequence[Difference]) -> bool:
-    own = [pair for pair in differences if {pair.first, pair.second} == {first.variant, second.variant}]
-    if name == "mean":
-        assert first.group is not None and second.group is not None
-        return leads(first.group, second.group, table.benchmarks, table.split, own)
-    return any(pair.is_clear for pair in own)
+    clear = [{pair.first, pair.second} for pair in differences if pair.is_clear and pair.benchmark == name]
+    return first if all({first.variant, other.variant} in clear for _, other in others) else None
 
 
 def _baseline(values: Mapping[str, float], names: Sequence[str]) -> list[Field]:
-    own = [name for name in names if name != "mean"]
+    own = [name for name in names if name != MEAN]
     mean = fmean(values[name] for name in own) if all(name in values for name in own) else None
-    return [Field(format_number(mean if name == "mean" else values.get(name))) for name in names]
+    return [Field(format_number(mean if name == MEAN else values.get(name))) for name in names]
 
 
 def _caption(table: ScoreTable) -> str:
@@ -112,7 +109,8 @@ def _caption(table: ScoreTable) -> str:
     parts += [text for name, text in SECONDARY.items() if any(m.rpartition("/")[2] == name for m in metrics)]
     if any("/" in metric for metric in metrics):
         parts.append("With a slash: the same questions asked by another variant of the benchmark.")
-    steps = {cell.manifest["steps"] for group in table.groups for cell in group.cells if cell.manifest}
+    cells = [cell for group in table.groups for cell in group.cells]
+    steps = {cell.manifest["steps"] for cell in cells if cell.manifest}
     if len(steps) > 1 and not table.disagreements:
         parts.append(f"The lines have {min(steps):,} to {max(steps):,} steps, which cost the same compute.")
     return " ".join(parts)

@@ -78,9 +78,11 @@ def records_table(
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else MISSING
     if isinstance(value, float):
         return f"{value:.4g}"
-    return MISSING if value is None else str(value)
+    return str(value) if value else MISSING
 
 
 def under_headings(rows: Iterable[tuple[Field, Sequence[Field]]]) -> list[Sequence[Field]]:

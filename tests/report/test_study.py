@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import statistics
 from datetime import UTC, datetime
 
@@ -17,10 +18,10 @@ from prism_deco.cli import main
 from prism_deco.report import forest_plot
 from prism_deco.report.assemble import write_report
 from prism_deco.report.collect import collect
-from prism_deco.report.contrasts import evaluate_claims
+from prism_deco.report.contrasts import contrast_records
 from prism_deco.report.forest_plot import forests
 from prism_deco.report.hypotheses import Claim, Contrast, parse_claims, read_sweep
-from prism_deco.report.lr_search import search_records, search_tables
+from prism_deco.report.lr_search import search_records
 from prism_deco.sweep.expand import expand
 from prism_deco.sweep.spec import parse
 
@@ -126,7 +127,7 @@ def test_claims_csv_holds_what_was_planted(study, report):
     assert (float(first["low95"]), float(first["high95"])) == pytest.approx((low, high), rel=1e-4)
     assert float(first["p"]) == pytest.approx(test.pvalue, rel=1e-4)
     assert (first["seeds"], first["planned_seeds"], first["first_seeds"]) == ("1 2", "3", "3")
-    assert first["notes"].startswith("linear (64): seed 3 failed")
+    assert first["notes"].startswith("part=steps projector=linear: seed 3 failed")
     blind = statistics.mean(means["steps", "blind", seed] for seed in (1, 2, 3))
     assert float(first["blind_mean"]) == pytest.approx(blind, rel=1e-5)
     assert (boxes["judged"], compute["equal"], compute["verdict"]) == ("False", "compute", "holds")
@@ -149,12 +150,9 @@ def test_the_search_says_what_was_chosen_and_where_its_edge_is(study, report):
         ("linear", "0.006", True, "0.006"),
         ("avgpool (blind)", "0.0015", True, "0.003"),
     }
-    rows = {row[0].text: row[1:] for row in search_tables(records)[0].rows}
-    assert [field.text for field in rows["avgpool"]] == ["0.9000", "0.5000", "0.7000", "0.003"]
-    assert [field.best for field in rows["avgpool"]] == [False, True, False, False]
-    assert rows["linear"][2].lines == ("at the edge",)
-    low, none, nan, used = rows["avgpool (blind)"]
-    assert (low.best, none.text, nan.text) == (True, "no val/loss", "nan") and used.lines == ("not the lowest",)
+    tried = {(one["projector"], one["value"]): (one["val_loss"], one["missing"]) for one in records}
+    assert tried["avgpool", "0.003"] == (0.5, None) and tried["avgpool (blind)", "0.003"] == (None, "no val/loss")
+    assert math.isnan(tried["avgpool (blind)", "0.006"][0])
     written = _read(report[0] / "ladder.csv")
     assert [row["value"] for row in written if row["chosen"] == "True"] == ["0.006", "0.003", "0.0015"]
 
@@ -174,9 +172,15 @@ def test_parts_have_tables_of_their_own_with_the_blind_model(study, report):
     for table in report[1][1:]:
         assert "blind" in [row[0].text for row in table.rows]
     assert {row["part"] for row in _read(report[0] / "scores.csv")} == {"steps", "tokens", "compute"}
+    claims = {row[0].text: [field.text for field in row[1:]] for row in report[1][0].rows}
+    assert claims == {
+        "pooling": ["holds", "holds"],
+        "upper bound": ["reversed", "-"],
+        "tokens": ["holds", "-"],
+        "absent": ["not resolved", "-"],
+    }
     text = (report[0] / "report.md").read_text()
-    assert "At equal steps: holds: pooling; tokens. reversed: upper bound. mixed: none. not resolved: absent." in text
-    assert "At equal compute: holds: pooling. reversed: none." in text and "<script" not in text
+    assert "<script" not in text
     assert "if the same study were repeated with these learning rates and these questions, and nothing about" in text
 
 
@@ -231,7 +235,7 @@ def test_no_text_of_the_forest_plot_lies_on_another(study, monkeypatch):
         Contrast(text, {"a": "b"}),
     ]
     claims = [Claim(f"A claim with a name that takes some room, number {k}", contrasts) for k in range(3)]
-    [figure] = forests(evaluate_claims(claims, cells, ["mini_refcoco", "mini_gqa"], ""))
+    [figure] = forests(contrast_records(claims, cells, ["mini_refcoco", "mini_gqa"], ""))
     assert figure.name == "claims-points"
     [canvas] = drawn
     FigureCanvasAgg(canvas).draw()
@@ -263,15 +267,15 @@ def test_marks_are_coloured_by_verdict_and_filled_hollow_or_go_on(study, monkeyp
         Contrast(linear, avgpool),
         Contrast(avgpool, avgpool),
     ]
-    results = evaluate_claims([Claim("one", contrasts)], cells, ["mini_refcoco", "mini_gqa"], "")
-    assert [result.verdict for result in results] == ["holds", "holds", "reversed", "not resolved"]
+    results = contrast_records([Claim("one", contrasts)], cells, ["mini_refcoco", "mini_gqa"], "")
+    assert [result["verdict"] for result in results] == ["holds", "holds", "reversed", "not resolved"]
     forests(results)
     ax = drawn[0].axes[0]
     marks = [container.lines[0] for container in ax.containers]
     colors = [mark.get_color() for mark in marks]
     assert colors[0] == colors[1] and len(set(colors)) == 3
     assert [mark.get_markerfacecolor() for mark in marks[:2]] == [colors[0], "#ffffff"]
-    assert [mark.get_xdata()[0] for mark in marks] == pytest.approx([result.effect for result in results])
+    assert [mark.get_xdata()[0] for mark in marks] == pytest.approx([result["effect"] for result in results])
     # Two seeds have an interval longer than the axis, which is as long as those of three and the effects need.
     assert "<" in [line.get_marker() for line in ax.lines]
 
@@ -313,7 +317,7 @@ def test_the_page_of_a_study_in_a_browser(page):
     assert browser.title == "study" and not browser.get_log("browser")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     headings = [h.text for h in browser.find_elements("css selector", "h2")]
-    settings = ["recipe.lr chosen on the validation split", "Steps and compute"]
+    settings = ["Settings chosen on the validation split", "Steps and compute"]
     scores = ["Scores: steps", "Scores: tokens", "Scores: compute"]
     assert headings[1:-2] == ["Claims", "Contrasts", *settings, *scores]
     assert [link.text for link in browser.find_elements("css selector", "nav a")] == headings

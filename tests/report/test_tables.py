@@ -14,13 +14,13 @@ from prism_deco.config import CONF_DIR
 from prism_deco.errors import UsageError
 from prism_deco.evaluation import BENCHMARKS
 from prism_deco.report import blind, paper, tables
-from prism_deco.report.arms import OUTCOMES
 from prism_deco.report.assemble import write_report
 from prism_deco.report.baselines import chance
 from prism_deco.report.benchmarks import families_of
 from prism_deco.report.cells import SeedGroup, Summary
 from prism_deco.report.collect import collect
 from prism_deco.report.grid import score_records, score_tables
+from prism_deco.report.outcomes import OUTCOMES
 from prism_deco.report.paired_tests import paired_differences
 from prism_deco.report.score_figures import COSTS, Point, budget_table, pareto_front, points
 from prism_deco.report.tabular import Field, Table, comma_separated, markdown
@@ -386,7 +386,7 @@ def test_the_mean_of_one_seed_stays_within_what_it_can_be(make, tmp_path):
 
 def _bold(grid, column):
     """The projectors that are bold in a column."""
-    shown = tables.scores_table(grid, paired_differences(grid.groups, grid.benchmarks, grid.split))
+    shown = tables.scores_table(grid, paired_differences(grid.groups, grid.benchmarks, grid.split, grid.has_mean))
     column = list(shown.columns).index(column)
     return [row[0].text for row in shown.rows if len(row) > 1 and row[column].best]
 
