@@ -416,7 +416,7 @@ def _on_double_abstraction():
 def _on_the_rest():
     cells, compute = rows(STUDY / "cells.csv"), rows(STUDY / "compute.csv")
     steps = [int(row["steps"]) for row in cells]
-    total = re.search(r"models of ([\d,]+) to ([\d,]+) parameters", (STUDY / "claims.md").read_text(encoding="utf-8"))
+    total = re.search(r"models of ([\d,]+) to ([\d,]+) parameters", (STUDY / "report.md").read_text(encoding="utf-8"))
     sizes = [int(size.replace(",", "")) / 1e6 for size in total.groups()] if total else []
     trained = min(int(row["trained_parameters"]) for row in cells) / 1e6
     highest = {label: ladder[-1] for label, (ladder, _) in losses().items()}
