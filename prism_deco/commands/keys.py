@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from prism_deco.config import GROUPS, choices, flat, load_choice, load_config, value_origins, value_text
 from prism_deco.config.choices import choice_path
 from prism_deco.config.reference import reference
+from prism_deco.config.reference_page import reference_page
 from prism_deco.config.registry import unknown
 from prism_deco.stages import Stage
 
@@ -22,11 +23,15 @@ def keys_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help=f"{', '.join(_groups())}, or GROUP=CHOICE for the YAML of a choice (default: all groups)",
     )
+    parser.add_argument("--markdown", action="store_true", help="print all keys and choices as conf/README.md has them")
 
 
 def keys(args: argparse.Namespace) -> None:
     """List the keys of the configuration with types, defaults and meanings, all or those of one group. A key that only
     some choices have is explained in their YAML files, which GROUP=CHOICE prints."""
+    if args.markdown:
+        sys.stdout.write(reference_page())
+        return
     group, is_choice, choice = (args.group or "").partition("=")
     if group and group not in _groups():
         raise unknown("group", group, _groups())

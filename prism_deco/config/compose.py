@@ -17,10 +17,11 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, GrammarParseE
 
 from prism_deco.config.fields import Range
 from prism_deco.config.hints import unknown_key
+from prism_deco.config.keys import RETIRED, allowed, is_text_key
 from prism_deco.config.parse import flatten, value_text
 from prism_deco.config.reference import type_text
 from prism_deco.config.registry import unknown
-from prism_deco.config.schema import GROUPS, RETIRED, SAMPLER, STATISTICS, Config, allowed, is_text_key
+from prism_deco.config.schema import GROUPS, SAMPLER, STATISTICS, Config
 from prism_deco.errors import UsageError
 
 

@@ -13,9 +13,10 @@ from prism_deco.config.choices import CONF_DIR, YAML_SUFFIXES, choice_path, defa
 from prism_deco.config.compose import compose, default_run_id, set_key, takes_text, validate
 from prism_deco.config.diff import changed_from_defaults, flat, shipped_choices
 from prism_deco.config.hints import unknown_key
+from prism_deco.config.keys import RETIRED
 from prism_deco.config.parse import flatten, parse_value, read_yaml, split_pair
 from prism_deco.config.registry import require_imported
-from prism_deco.config.schema import GROUPS, RETIRED, RecipeConfig, TrainerConfig
+from prism_deco.config.schema import GROUPS, RecipeConfig, TrainerConfig
 from prism_deco.config.stored import CONFIG, read_config
 from prism_deco.errors import UsageError
 

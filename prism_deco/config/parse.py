@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prism_deco.config.schema import is_text_key
+from prism_deco.config.keys import is_text_key
 from prism_deco.errors import UsageError
 
 

@@ -1,16 +1,17 @@
-"""The schema of the configuration: every key that all choices of a group share, its type, its meaning, and the values
-it takes where its type allows more. Names of registered components (projector, loss, sampler, ...) are checked by
-their registries, which plug-ins may extend."""
+"""The schema of the configuration: every key that all choices of a group share, with its type, default, range and
+meaning. Names of components that plug-ins may add (projector, data family, ...) are checked by their registries.
+
+`prism-deco keys` and `conf/README.md` show the strings below the fields to users.
+"""
 
 from __future__ import annotations
 
-from dataclasses import Field, dataclass, field, fields, is_dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import II, MISSING
 
-from prism_deco.config.fields import Range, number, one_of
+from prism_deco.config.fields import number, one_of
 
 # Stated here and imported where they act: those modules import torch, for which a configuration must not wait.
 RESIZE = ("letterbox", "pad", "resize-naive", "resize-crop")
@@ -30,6 +31,13 @@ ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 NONFINITE = ("stop", "skip")
 LOSS = ("token_mean", "micro_batch_mean")
 SAMPLER = ("shuffled", "grouped", "llava", "prismatic")
+STATISTICS = (
+    "images", "records_per_image", "text_records", "text_tokens", "supervised_tokens", "longest_text_tokens",
+    "longest_supervised_tokens",
+)  # fmt: skip
+"""Keys of `data.statistics`."""
+GROUPS = ("backbone", "projector", "llm", "data", "recipe", "trainer")
+"""Groups that a choice, a YAML of `conf/<group>`, fills."""
 
 
 @dataclass
@@ -37,19 +45,19 @@ class BackboneConfig:
     """The frozen vision tower, or an ensemble of them (`conf/backbone`)."""
 
     name: str = MISSING
-    """The choice: the YAML's file name."""
+    """Name of the choice: the file name of its YAML."""
     family: str = MISSING
-    """The registered class that builds it (`prism_deco/backbones/<family>.py`)."""
+    """Registered class that builds the tower (`prism_deco/backbones/FAMILY.py`)."""
     pretrained: bool = True
-    """Load pretrained weights; false starts from random ones (tests, planning, timing)."""
+    """Load pretrained weights; false starts from random ones (for tests and timing)."""
     weights: str | None = None
-    """A local file or folder with the weights, instead of the hub's."""
+    """Local file or folder to load the weights from instead of the hub."""
     image_size: int | None = number(None, least=1)
-    """Side of the square input in pixels; None keeps the tower's own. Position tables are resampled."""
+    """Side of the square input in pixels; null keeps the tower's own. Position embeddings are resampled."""
     layer: int = -2
-    """The transformer block whose output is used; -2 is the second-to-last (PRISM, LLaVA)."""
+    """Transformer block whose output is used; -2 is the second-to-last (PRISM, LLaVA)."""
     resize: str = one_of(RESIZE, II("recipe.resize"))
-    """How an image becomes square: letterbox | pad | resize-naive | resize-crop; the recipe says which."""
+    """How an image is made square; the default is the recipe's."""
 
 
 @dataclass
@@ -57,9 +65,9 @@ class ProjectorConfig:
     """What turns patch features into visual tokens (`conf/projector`)."""
 
     name: str = MISSING
-    """The choice: the registered name and the YAML's file name."""
+    """Name of the choice: the registered name of the projector, and the file name of its YAML."""
     num_tokens: int | None = number(None, least=1)
-    """Number of visual tokens, a square; None keeps every patch (`linear` only)."""
+    """Number of visual tokens, a square number; null keeps every patch (`linear` only)."""
 
 
 @dataclass
@@ -67,13 +75,13 @@ class LLMConfig:
     """The language model, its tokenizer and its chat format (`conf/llm`)."""
 
     name: str = MISSING
-    """The choice: the YAML's file name."""
+    """Name of the choice: the file name of its YAML."""
     hub: str | None = None
-    """Repository id of the weights and the tokenizer on the Hugging Face hub."""
+    """Hugging Face repository of the weights and the tokenizer."""
     pretrained: bool = True
     """Load pretrained weights; false starts from random ones."""
     weights: str | None = None
-    """A local folder or file with the weights, instead of the hub's."""
+    """Local folder or file to load the weights from instead of the hub."""
 
 
 @dataclass
@@ -81,26 +89,26 @@ class DataConfig:
     """Conversations and images to train on (`conf/data`)."""
 
     name: str = MISSING
-    """The choice: the YAML's file name."""
+    """Name of the choice: the file name of its YAML."""
     family: str = MISSING
-    """The registered source (`prism_deco/data/sources.py`, or a plug-in)."""
+    """Registered data source (`prism_deco/data/sources.py`, or a plug-in's)."""
     limit: int | None = number(None, least=1)
-    """Use only the first records; None uses all."""
+    """Use only the first N records; null uses all."""
     val_fraction: float = number(II("recipe.val_fraction"), least=0, below=1)
-    """Share of the images held out for `val/loss`; ignored where the source brings a validation file."""
+    """Fraction of the images held out for `val/loss`; ignored if the data has a validation file."""
     on_bad_image: str = one_of(ON_BAD_IMAGE, "fail")
-    """An image that is missing or unreadable: fail | skip (drop the record) | blank (mean-coloured image)."""
+    """What to do about a missing or unreadable image: fail, skip its record, or use a blank image of mean colour."""
     on_bad_record: str = one_of(ON_BAD_RECORD, "fail")
-    """A record that cannot be trained on: fail | skip (leave it out; the manifest counts them)."""
+    """What to do about a record that cannot be trained on: fail, or skip it (the manifest counts them)."""
     draft_jpeg: bool = False
-    """Decode JPEGs that are more than twice as large as the towers' input at a reduced size, in a half to a quarter
-    of the time. Pixels then differ, on average by less than one of 255 levels."""
+    """Decode JPEGs that are more than twice as large as the tower's input at a reduced size: two to four times faster.
+    Pixels change by less than one of 255 levels on average."""
     num_workers: int = number(0, least=0)
-    """Loader processes per rank; 0 loads in the training process."""
+    """DataLoader workers per rank; 0 loads in the training process."""
     statistics: dict[str, Any] | None = None
-    """What `prism-deco plan` goes by where the files are not on disk: `images` with `records_per_image` each (1),
-    `text_records` without one (0), and per record `text_tokens`, `supervised_tokens`, `longest_text_tokens`,
-    `longest_supervised_tokens` (of a record beside the longest)."""
+    """What `prism-deco plan` assumes if the files are not on disk: `images`, `records_per_image` (1), `text_records`
+    without an image (0), and per record `text_tokens`, `supervised_tokens`, `longest_text_tokens`,
+    `longest_supervised_tokens` (in the batch with the longest record)."""
 
 
 @dataclass
@@ -108,84 +116,85 @@ class RecipeConfig:
     """How the model is composed and optimised (`conf/recipe`)."""
 
     name: str = MISSING
-    """The choice: the YAML's file name."""
+    """Name of the choice: the file name of its YAML."""
     stages: dict[str, list[str]] | None = None
-    """Runs that follow one another: a name and what its command line begins with, each; None is a single run."""
+    """Runs to train one after the other, each a name and the settings that it starts with; null is a single run."""
     start_from: str | None = None
-    """Folder of a finished run of the same model to start from, whatever data it was trained on: its projector, and
-    its LLM or adapters where it trained them."""
+    """Folder of a finished run of the same model to start from, with any data: its projector, and its LLM or adapters
+    if it trained them."""
     lm: str = one_of(LM, "full")
-    """What is trained of the LLM: full (all of it) | frozen (nothing) | lora (adapters) | qlora (adapters on
-    four-bit weights; needs a GPU)."""
+    """How the LLM is trained: full (all weights), frozen, lora (adapters), or qlora (adapters on 4-bit weights; needs a
+    GPU)."""
     lora_r: int = number(128, least=1)
-    """Rank of the adapters."""
+    """Rank of the LoRA adapters."""
     lora_alpha: int = number(256, least=1)
-    """The adapters' updates are scaled by `lora_alpha / lora_r`."""
+    """The adapters' output is scaled by `lora_alpha / lora_r`."""
     lora_dropout: float = number(0.05, least=0, below=1)
-    """Share of an adapter's inputs that are dropped in training."""
+    """Dropout on the adapters' input."""
     prompt: str = one_of(PROMPT, "chat")
-    """chat (the LLM's format) | plain (LLaVA's alignment: image and caption; questions are left out)."""
+    """Format of the text: chat (the LLM's chat format) or plain (LLaVA's alignment: image and caption, no question)."""
     tokenize: str | None = one_of(TOKENIZE, None)
-    """per_turn (PRISM) | whole (LLaVA: a conversation at once); None is what the LLM's YAML says."""
+    """Tokenize turn by turn (per_turn, PRISM) or the whole conversation (whole, LLaVA); null is the LLM's default."""
     added_tokens: bool = True
-    """Add the padding token that the LLM's YAML names (PRISM); false pads with the unknown token instead, and keeps the
-    embedding tables as they are (LLaVA)."""
+    """Add the pad token that the LLM's YAML names (PRISM); false pads with the unknown token and leaves the embedding
+    tables as they are (LLaVA)."""
     resize: str = one_of(RESIZE, "letterbox")
-    """How an image becomes square: letterbox | pad | resize-naive | resize-crop (`backbone.resize` refers to it)."""
+    """How an image is made square: letterbox (pad, as prismatic), pad (as LLaVA-1.5), resize-naive (scale both sides),
+    or resize-crop (scale the shorter side and crop, as CLIP)."""
     num_tokens: int = number(144, least=1)
-    """Visual tokens that compressing projectors produce (they refer to this key)."""
+    """Number of visual tokens after compression; projectors that compress refer to this key."""
     image_slot: str = one_of(IMAGE_SLOT, "after_bos")
-    """Where visual tokens go: after_bos (PRISM) | in_place (LLaVA: where `<image>` stands in the text)."""
+    """Where visual tokens go: after_bos (after the first token, PRISM) or in_place (where `<image>` stands, LLaVA)."""
     standardise_features: bool = False
-    """Standardise each feature channel by statistics of the training images (not part of PRISM)."""
+    """Standardise each feature channel with the statistics of the training images (not part of PRISM)."""
     token_scale: float | None = number(None, above=0)
-    """Multiplies the projector's output; None is off (not part of PRISM)."""
+    """Factor on the projector's output; null is off (not part of PRISM)."""
     turn_mask: str = one_of(TURN_MASK, "causal")
-    """What a turn attends to: causal (all before it) | block (image and itself only; not part of PRISM)."""
+    """What a turn attends to: causal (everything before it) or block (only the image and itself; not part of PRISM)."""
     blind: bool = False
-    """Zero the visual tokens: the trained image-blind baseline."""
+    """Replace the visual tokens by zeros: the image-blind baseline."""
     val_fraction: float = number(0.005, least=0, below=1)
-    """Share of the images held out for validation, where the data brings none (`data.val_fraction` refers to it)."""
+    """Fraction of the images held out for validation if the data has no validation file."""
     odd_records: str = one_of(ODD_RECORDS, "refuse")
-    """`<image>` in a record without an image, several for one image, a last question without an answer: refuse (likely
-    a mistake: a bad record, see `data.on_bad_record`) | train (as PRISM does after BOS, and LLaVA in place)."""
+    """Records with `<image>` but no image, with several tags for one image, or with an unanswered last question: refuse
+    them as bad records (see `data.on_bad_record`), or train on them as PRISM and LLaVA do."""
     epochs: int = number(1, least=1)
     """Passes over the training records."""
     max_steps: int | None = number(None, least=1)
-    """Stop after that many optimizer steps; None trains all epochs."""
+    """Stop after this many optimizer steps; null trains all epochs."""
     global_batch_size: int = number(128, least=1)
-    """Records per optimizer step, over all devices and accumulation steps."""
+    """Records per optimizer step, summed over devices and accumulation steps."""
     micro_batch_size: int = number(16, least=1)
     """Records per forward pass on one device."""
     max_text_tokens: int = number(2048, least=1)
-    """Text is cut to this many tokens before the visual tokens are inserted."""
+    """Text is truncated to this many tokens before the visual tokens are inserted."""
     max_positions: int | None = number(None, least=1)
-    """Text is cut so that, with its visual tokens, it has at most this length; None is what the LLM was made for."""
+    """Text is truncated so that the sequence with its visual tokens is no longer; null is the LLM's own limit."""
     lr: float = number(2e-5, above=0)
     """Peak learning rate."""
     projector_lr: float | None = number(None, above=0)
-    """Peak learning rate of the projector; None uses `lr`."""
+    """Peak learning rate of the projector; null uses `lr`."""
     betas: tuple[float, float] = number((0.9, 0.999), least=0, below=1)
     """AdamW's betas."""
     eps: float = number(1e-8, above=0)
     """AdamW's epsilon."""
     weight_decay: float = number(0.1, least=0)
-    """AdamW's decay of matrices; vectors and biases have none."""
+    """AdamW's weight decay of matrices; vectors and biases have none."""
     warmup_ratio: float = number(0.03, least=0, most=1)
-    """Share of the steps in which the learning rate rises linearly from 0; a cosine to 0 follows."""
+    """Fraction of the steps with linear warmup from 0; cosine decay to 0 follows."""
     grad_clip: float = number(1.0, least=0)
-    """Global gradient norm above which gradients are scaled down; 0 is off."""
+    """Gradients are clipped to this global norm; 0 is off."""
     loss: str = one_of(LOSS, "token_mean")
-    """token_mean (over the global batch) | micro_batch_mean (per forward pass, then averaged: prismatic)."""
+    """How the loss is averaged: token_mean (over the tokens of the global batch) or micro_batch_mean (per forward pass,
+    then over these; prismatic)."""
     sampler: str = one_of(SAMPLER, "grouped")
-    """Order of the records: shuffled | grouped (by modality and length) | llava (by modality) | prismatic (strict
-    PRISM)."""
+    """Order of the records: shuffled, grouped (by modality and length), llava (by modality), or prismatic."""
     packing: bool = False
-    """Put the records of a forward pass one behind the other in one row, each attending to itself, instead of
-    padding them: the same loss, without the padding's time and memory. Needs `llm.attention=sdpa`."""
+    """Pack the records of a forward pass into one sequence, each attending to itself only, instead of padding them: the
+    same loss without the cost of padding. Needs `llm.attention=sdpa`."""
     max_logits: int | None = number(2**26, least=1)
-    """Logits (positions times vocabulary) that exist at once, more are computed in chunks; None knows no limit.
-    The default is 256 MiB in float32."""
+    """Largest number of logits (positions times vocabulary) in memory; more are computed in chunks. The default takes
+    256 MiB in float32; null is unlimited."""
 
 
 @dataclass
@@ -193,52 +202,53 @@ class TrainerConfig:
     """What the training runs on (`conf/trainer`)."""
 
     name: str = MISSING
-    """The choice: the YAML's file name."""
+    """Name of the choice: the file name of its YAML."""
     accelerator: str = one_of(ACCELERATOR, "auto")
-    """Lightning's accelerator: auto | cpu | gpu (cuda is the same)."""
+    """Lightning's accelerator; cuda is the same as gpu."""
     devices: int = 1
-    """Processes (devices) per node."""
+    """Devices per node, one process each; -1 takes all."""
     num_nodes: int = number(1, least=1)
     """Number of nodes."""
     strategy: str = one_of(STRATEGY, "auto")
-    """auto (one device) | ddp (each device holds the whole model) | fsdp (weights, gradients and optimizer sharded)."""
+    """Auto (one device), ddp (every device holds the whole model), or fsdp (weights, gradients and optimizer state are
+    sharded)."""
     shard_size: int | None = number(None, least=1)
-    """fsdp: devices that share one copy of the weights; None is all. The GPUs of a node: hybrid sharding, whose
-    groups exchange gradients only."""
+    """With fsdp, devices that share one copy of the weights; null is all of them. The number of GPUs per node gives
+    hybrid sharding, where only gradients cross nodes."""
     precision: str = one_of(PRECISION, "32-true")
-    """32-true | bf16-mixed (bf16 compute over fp32 master weights)."""
+    """Float32 throughout, or bfloat16 compute with float32 master weights."""
     reduce_dtype: str = one_of(REDUCE_DTYPE, "float32")
-    """fsdp: what gradients are summed in across devices: float32 | bfloat16 (prismatic)."""
+    """With fsdp, the type in which gradients are reduced across devices: float32, or bfloat16 (prismatic)."""
     activation_checkpointing: str = one_of((*ACTIVATION_CHECKPOINTING, "auto"), "none")
-    """Less memory for more computation in the LLM: none | selective (keep matrix products) | full (keep inputs of
-    layers; prismatic) | auto (the least of these that the plan fits into nine tenths of a device's memory)."""
+    """Recompute activations of the LLM in the backward pass: none, selective (keep matrix products), full (keep the
+    inputs of layers; prismatic), or auto (the least that fits nine tenths of a device's memory by the plan)."""
     checkpoint_every: float = number(0.25, above=0)
-    """Optimizer steps between two checkpoints; below 1 a share of all steps."""
+    """Optimizer steps between checkpoints; below 1, a fraction of all steps."""
     keep_checkpoints: int = number(2, least=1)
-    """How many of the newest checkpoints stay; the one with the best `val/loss` stays as well."""
+    """Number of newest checkpoints to keep; the one with the best `val/loss` is kept as well."""
     nonfinite: str = one_of(NONFINITE, "stop")
-    """A loss or gradient that is not finite: stop (and name its origin) | skip (the step; counted)."""
+    """What to do about a loss or gradient that is not finite: stop and name its origin, or skip the step (counted)."""
     timeout_minutes: float = number(30.0, above=0)
-    """Devices that wait for another one that long give up, and name it."""
+    """Minutes to wait for another process before giving up; the error names it."""
     accept_changed_inputs: bool = False
     """Continue a run although its data, backbone weights or start model changed since its last checkpoint;
     `manifest.json` records it."""
     requeue: bool = False
-    """SLURM: ask for the job to be queued again when it is preempted."""
+    """Under SLURM, requeue the job when it is preempted."""
     feature_cache: bool = False
-    """Compute the features of the frozen towers once and keep them on disk, for all epochs and for all runs with the
-    same towers and images. Pays where an image is seen several times and the towers are much of the work."""
+    """Cache the features of the frozen towers on disk, for all epochs and all runs with the same towers and images.
+    Pays off if images are seen several times and the towers are much of the work."""
     threads: int | None = number(None, least=1)
-    """CPU threads of torch per process; None leaves torch's choice."""
+    """CPU threads of torch per process; null leaves the choice to torch."""
     log_every: int = number(10, least=1)
-    """Optimizer steps between two entries in TensorBoard."""
+    """Optimizer steps between log entries."""
     val_every: float = number(0.25, above=0)
-    """Share of the training between two passes over the validation records."""
+    """Fraction of the training between validations."""
     samples: int = number(4, least=0)
-    """Validation images whose generated answers are logged with each validation."""
+    """Number of validation images whose generated answers are logged at each validation."""
     preflight: bool = False
-    """Check labels, gradients, learning, the use of images and saving on eight records before a new run starts
-    (seconds for small models). Sweeps do it for every cell unless it is set to false."""
+    """Before a new run starts, check labels, gradients, learning, the use of images and saving on eight records. Takes
+    seconds for small models. Sweeps do it for every cell unless this is false."""
 
 
 @dataclass
@@ -246,15 +256,15 @@ class EvaluateConfig:
     """The scoring that follows training."""
 
     benchmarks: str | None = None
-    """Names under `conf/benchmark`, separated by commas, or a group of them; None scores nothing."""
+    """Benchmarks to score, separated by commas: names or groups of `conf/benchmark`, or YAML files; null is none."""
     split: str | None = None
-    """Split of the benchmarks; None takes each YAML's own."""
+    """Split of the benchmarks; null takes each one's own."""
     limit: int | None = number(None, least=1)
-    """Ask only that many questions of each benchmark; None asks all."""
+    """Ask only this many questions of each benchmark; null asks all."""
     relevance: str | None = None
-    """A benchmark with boxes: the relevance maps (R-GAE) of its questions are measured as well."""
+    """Benchmark with boxes whose relevance maps (R-GAE) are measured as well."""
     relevance_limit: int = number(100, least=1)
-    """Questions whose relevance maps are measured."""
+    """Number of questions whose relevance maps are measured."""
     batch_size: int = number(64, least=1)
     """Questions per generation batch."""
 
@@ -271,74 +281,12 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     benchmark: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Keys of single benchmarks to replace, by the benchmark's name: `benchmark.vqav2.root=DIR`."""
+    """Keys of single benchmarks: `benchmark.vqav2.root=DIR`."""
     seed: int = number(7, least=0, most=2**32 - 1)
-    """Seeds initialisation, data order and dropout."""
+    """Seed of initialisation, data order and dropout."""
     runs_dir: str = "runs"
-    """Folder that holds the run folders."""
+    """Folder of the run folders."""
     run_id: str | None = None
-    """Name of the run's folder; None derives it from the choices and the seed."""
+    """Name of the run's folder; null derives it from the choices and the seed."""
     plugins: list[str] = field(default_factory=list)
-    """Modules to import first: they register components from outside the package."""
-
-
-GROUPS = ("backbone", "projector", "llm", "data", "recipe", "trainer")
-"""Groups that a choice, a YAML of `conf/<group>`, fills."""
-
-STATISTICS = (
-    "images", "records_per_image", "text_records", "text_tokens", "supervised_tokens", "longest_text_tokens",
-    "longest_supervised_tokens",
-)  # fmt: skip
-"""Keys of `data.statistics`."""
-
-TEXT_OPTIONS = {
-    "backbone": ("model", "hub", "file"),
-    "projector": ("weights",),
-    "llm": ("revision", "tokenizer", "dtype", "attention", "quantize"),
-    "data": ("root", "json", "image_root", "val_json", "path", "val_path", "repo", "revision"),
-    "benchmark": ("family", "root", "annotations", "questions", "instances", "ocr", "image", "split", "on_bad_image"),
-}
-"""Options of single components that are text. Where a YAML's default is null, its type says nothing."""
-
-
-RETIRED = {
-    "trainer.feature_cache=auto": "auto is no longer a choice, since it needed a plan of every run: use true where an "
-    "image is seen several times, by epochs or by runs of a sweep, and the towers are much of the work, else false",
-    "trainer.feature_cache_runs": "only trainer.feature_cache=auto used it, which is no longer a choice",
-}
-"""Keys and values of earlier versions: stored configurations may hold them, new ones may not."""
-
-
-@cache
-def schema_keys() -> dict[str, Field[Any]]:
-    """The field of every key: `recipe.lr`, `seed`, ..."""
-    found: dict[str, Field[Any]] = {}
-    for member in fields(Config):
-        kind = member.default_factory
-        if is_dataclass(kind):
-            found |= {f"{member.name}.{leaf.name}": leaf for leaf in fields(kind)}
-        else:
-            found[member.name] = member
-    return found
-
-
-def is_text_key(key: str) -> bool:
-    """Whether a key's value is text: the name of a choice, a `str` field, or one of `TEXT_OPTIONS`."""
-    first, _, rest = key.partition(".")
-    if first == "benchmark":  # benchmark.NAME.KEY
-        key = f"benchmark.{rest.rpartition('.')[2]}"
-    elif rest and first not in Config.__dataclass_fields__:  # STAGE.GROUP.KEY
-        key = rest
-    return key in _text_keys()
-
-
-@cache
-def _text_keys() -> frozenset[str]:
-    texts = {key for key, member in schema_keys().items() if member.type in ("str", "str | None")}
-    options = {f"{group}.{key}" for group, keys in TEXT_OPTIONS.items() for key in keys}
-    return frozenset({*GROUPS, *texts, *options})
-
-
-def allowed() -> dict[str, Range | tuple[str, ...]]:
-    """The keys that take only a part of their type: `recipe.lr` -> above 0, `recipe.prompt` -> two names."""
-    return {key: member.metadata["allowed"] for key, member in schema_keys().items() if "allowed" in member.metadata}
+    """Python modules to import first: they register components from outside the package."""

@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config.compose import compose
+from prism_deco.config.keys import RETIRED
 from prism_deco.config.parse import read_yaml
-from prism_deco.config.schema import RETIRED
 from prism_deco.errors import UsageError
 from prism_deco.files import write_whole
 
