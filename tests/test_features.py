@@ -23,6 +23,7 @@ from prism_deco.data.examples import Examples
 from prism_deco.data.images import open_image
 from prism_deco.data.records import open_records
 from prism_deco.data.split import first
+from prism_deco.errors import UsageError
 from prism_deco.features import BATCH, TOWER, CachedExamples, FeatureCache
 from prism_deco.llms import build_llm
 
@@ -219,10 +220,10 @@ def test_an_unreadable_image_is_kept_as_a_blank_one_until_it_can_be_read(make, b
         blank = backbone({"mini_siglip": torch.zeros(1, 3, 64, 64)})[0]
     torch.testing.assert_close(examples.features("040.png"), blank)
     assert examples[29].id == "040.png" and examples[29].bad_images == 1
-    with pytest.raises(OSError, match=r"Record 040\.png: .*040\.png cannot be decoded .*data\.on_bad_image=skip"):
+    with pytest.raises(UsageError, match=r"Record 040\.png: .*040\.png cannot be decoded .*data\.on_bad_image=skip"):
         CachedExamples(make(policy="fail"))[29]
     (pictures / "040.png").write_bytes(whole)
-    with pytest.raises(OSError, match=r"040\.png could not be read when features were cached.*Run again"):
+    with pytest.raises(UsageError, match=r"040\.png could not be read when features were cached.*Run again"):
         examples[29]
     assert _damaged(cache) == [1]
     cache.build(CPU)

@@ -15,7 +15,7 @@ RANKS = {
     "config": 1,
     "bootstrap": 0,
     "files": 0,
-    "tensors": 0,
+    "tensors": 1,
     "exits": 0,
     "logs": 0,
     "distributed": 2,

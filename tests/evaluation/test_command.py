@@ -127,7 +127,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(
 ):
     """A run of somebody else's, read by an ordinary user."""
     mine = _yaml(files.refcoco(), tmp_path / "mine")
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+    for folder in (tmp_path, *tmp_path.parents[:3]):
         folder.chmod(0o755)
     os.seteuid(65534)
     try:

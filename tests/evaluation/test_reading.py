@@ -149,7 +149,7 @@ def test_own_questions_have_one_image_several_or_none(files):
         ({"question": "Who?", "image": "a.png"}, "has no 'answer'"),
         ({"question": "Who?", "image": "a.png", "answer": []}, "image and answer must be text or lists of texts"),
         ({"question": "Who?", "image": ["a.png", 1], "answer": "x"}, "image and answer must be text or lists of texts"),
-        ({"question": "Who?", "image": "../a.png", "answer": "x"}, "leaves the image root"),
+        ({"question": "Who?", "image": "../a.png", "answer": "x"}, "leads out of the image root"),
     ],
 )
 def test_own_questions_that_cannot_be_asked(files, record, says):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from prism_deco.config import load_choice
 from prism_deco.evaluation import build_benchmark
-from prism_deco.evaluation.safe_pickle import load_data_pickle
+from prism_deco.evaluation.annotations import load_data_pickle
 from prism_deco.miniature.world import build_world
 
 GOLDEN_PIXELS = "aa3248b304af0fe7047b6ce2105eb754b7e161687daca5a87ef80902278c31fb"

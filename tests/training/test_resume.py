@@ -149,7 +149,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(start, tmp_path, ranks):
     assert checkpoint.name == f"step_{stopped:06d}" and 2 <= stopped < 48
     job = start(*options, ranks=ranks)
     job.until(_at_step(stopped + 1))
-    assert "goes on from step_" in job.log.read_text()
+    assert f"training continues from {checkpoint.name}" in job.log.read_text()
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once(start, tmp_path):
@@ -165,4 +165,4 @@ def test_a_second_ctrl_c_ends_the_run_at_once(start, tmp_path):
     job.signal(signal.SIGINT)
     assert job.wait(60) == [130], job.log.read_text()
     state = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert state["state"] == "preempted" and "interrupted without saving" in state["reason"]
+    assert state["state"] == "preempted" and "the newest checkpoint stays" in state["reason"]
