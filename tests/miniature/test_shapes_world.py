@@ -165,4 +165,4 @@ def test_the_readers_of_the_official_formats_find_every_question_and_image(world
     questions = build_benchmark(name, root=str(world), split=split).read()
     assert 0 < len(questions) <= SIZES[f"{split}_items"]
     assert len({question.question_id for question in questions}) == len(questions)
-    assert all(question.path.is_file() for question in questions)
+    assert all(path.is_file() for question in questions for path in question.paths)
