@@ -88,8 +88,8 @@ def test_a_bad_image_ends_the_run_as_ever(start, tmp_path, world):
     for name, mode in (("live", OFF), ("cached", ON)):
         job = start(*world, mode, run=name)
         assert job.wait() == [2], job.log.read_text()[-3000:]
-        [line] = [line for line in (tmp_path / name / "train.log").read_text().splitlines() if "The run stops" in line]
-        messages.append(line.partition(" ERROR ")[2])
+        [line] = [line for line in job.log.read_text().splitlines() if line.startswith("prism-deco: error: ")]
+        messages.append(line)
     assert messages[0] == messages[1] and "Record broken: " in messages[0]
 
 
