@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import prism_deco
 from prism_deco.commands import COMMANDS
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
+from prism_deco.exits import SIGNALS
 from prism_deco.logs import configure_logging
 
 DESCRIPTION = "Train vision-language models around DeCo's token compression, score them, and see where they look."
@@ -22,6 +24,14 @@ DESCRIPTION = "Train vision-language models around DeCo's token compression, sco
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code (0 done, 1 faults found or a failed run, 2 wrong input, 75 preempted,
     76 out of memory, 130 interrupted)."""
+    code = _run(argv)
+    if argv is None:
+        for number in SIGNALS:  # the code is decided: a signal that comes while Python shuts down must not change it
+            signal.signal(number, signal.SIG_IGN)
+    return code
+
+
+def _run(argv: list[str] | None) -> int:
     command, args = _parse(sys.argv[1:] if argv is None else argv)
     configure_logging(debug=args.debug)
     try:

@@ -152,6 +152,7 @@ class Mine(GQA):
 def test_a_plug_in_that_the_run_was_trained_without(run, files, tmp_path, monkeypatch, capsys):
     (tmp_path / "my_benchmark.py").write_text(PLUGIN.format(name="plugged_in"))
     monkeypatch.syspath_prepend(tmp_path)
+    BENCHMARKS.names()  # what is imported while the copy stands would be lost with it
     monkeypatch.setattr(BENCHMARKS, "_entries", dict(BENCHMARKS._entries))  # other tests do not have it
     mine = _yaml(files.gqa(family="plugged_in"), tmp_path / "mine")
     arguments = ["evaluate", str(run), f"benchmark={mine}", "benchmark.mine.limit=2", "max_new_tokens=4"]

@@ -18,6 +18,7 @@ EXAMPLE = Path(__file__).parent / "example"
 def on_path(monkeypatch):
     """The example's folder on sys.path, as PYTHONPATH would have it; the registry is put back afterwards."""
     monkeypatch.syspath_prepend(EXAMPLE)
+    PROJECTORS.names()  # what is imported while the copy stands would be lost with it
     monkeypatch.setattr(PROJECTORS, "_entries", dict(PROJECTORS._entries))
     yield
     sys.modules.pop("token_merge", None)
