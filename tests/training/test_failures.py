@@ -106,7 +106,7 @@ def test_the_command_starts_its_other_processes_and_leaves_none_behind(colors, t
     assert _status(tmp_path / "short")["state"] == "done" and len(read_metrics(tmp_path / "short")) == 3
     assert done.stderr.count("Training short") == 1, "the other processes are silent"
     again = subprocess.run([*command, "run_id=short"], capture_output=True, text=True, timeout=400)
-    assert again.returncode == 0 and "is done." in " ".join(again.stderr.split())
+    assert again.returncode == 0 and "is complete." in " ".join(again.stderr.split())
     child = subprocess.Popen(
         [*command, "run_id=long", *LONG], env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )

@@ -59,7 +59,9 @@ def attempt(start, tmp_path):
 def _files(run: Path) -> dict[str, bytes]:
     """The content of all files but the log, TensorBoard's and the status, which hold times and process numbers."""
     assert json.loads((run / "status.json").read_text())["state"] == "done"
-    paths = [path for path in sorted(run.rglob("*")) if path.is_file()]
+    # A checkpoint that the killed attempt had saved may stay beside the newest one.
+    older = sorted((run / "checkpoints").iterdir())[:-1]
+    paths = [path for path in sorted(run.rglob("*")) if path.is_file() and not set(older) & set(path.parents)]
     files = {path.relative_to(run).as_posix(): path.read_bytes() for path in paths}
     return {name: files[name] for name in files if not name.startswith(("tensorboard/", "train.log", "status.json"))}
 
