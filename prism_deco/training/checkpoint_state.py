@@ -24,11 +24,10 @@ def model_tensors(vlm: VLM) -> dict[str, Tensor]:
     Frozen weights are left out: they come from where they came from at the start.
     """
     trained: dict[str, Tensor] = {name: p for name, p in vlm.named_parameters() if p.requires_grad}
-    parameters = {name for name, _ in vlm.named_parameters(remove_duplicate=False)}
+    # Quantised layers add their quantisation state to the state dict: it belongs to frozen weights, and is no buffer.
+    known = {name for name, _ in vlm.named_buffers(remove_duplicate=False)}
     buffers = {
-        name: tensor
-        for name, tensor in vlm.state_dict().items()
-        if name not in parameters and not name.startswith("backbone.")
+        name: tensor for name, tensor in vlm.state_dict().items() if name in known and not name.startswith("backbone.")
     }
     return trained | buffers
 

@@ -41,7 +41,7 @@ def test_a_qlora_run_trains_resumes_and_is_exported(tmp_path, caplog):
     (run / "status.json").write_text(json.dumps({"state": "preempted"}))
     caplog.clear()
     assert main(command) == 0
-    assert f"goes on from {before.name}" in caplog.text
+    assert f"training continues from {before.name}" in caplog.text
     for name in trained:
         for key, tensor in load_file(run / "model" / name).items():
             assert torch.equal(tensor, trained[name][key]), key
