@@ -17,7 +17,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU g
 logging.getLogger("huggingface_hub.file_download").warning("hub is slow")
 logging.getLogger("transformers.modeling").warning("odd weights")
 logging.getLogger("pytorch_lightning").info("GPU available: False")
-logging.getLogger("some.library").warning("disk is slow")
+logging.getLogger("some_library").warning("disk is slow")
 logging.getLogger("prism_deco.x").info("step 1")
 logging.getLogger("prism_deco.x").error("step 2 failed")
 warnings.warn("deprecated thing")

@@ -20,7 +20,7 @@ SMALL = [
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="known fault: a resumed qlora run does not repeat the uninterrupted one's weights")
+@pytest.mark.xfail(reason="bitsandbytes 0.50 changes four-bit weights on a CPU ; the cause is not yet known")
 @pytest.mark.usefixtures("four_bits")
 def test_a_qlora_run_trains_resumes_and_is_exported(tmp_path, caplog):
     torch.manual_seed(0)
