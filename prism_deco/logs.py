@@ -31,7 +31,6 @@ def configure_logging(*, debug: bool) -> None:
         handler.addFilter(_concerns_the_user)
         # Deprecations between the libraries themselves.
         warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|torch)\.")
-        logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # `start_ranks` says why ranks end
     for name in ("lightning_fabric", "pytorch_lightning"):  # imported before, they have handlers of their own
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
@@ -46,7 +45,7 @@ def configure_logging(*, debug: bool) -> None:
 def _concerns_the_user(record: logging.LogRecord) -> bool:
     if record.name.startswith("prism_deco"):
         return True
-    # These write to stderr themselves; what they pass on as well (transformers does where CI is set) would appear twice.
+    # These write to stderr themselves; what they pass on, too (transformers does where CI is set), would appear twice.
     own_handler = record.name.startswith(("huggingface_hub", "transformers"))
     # Below are Lightning's hardware report and product tips.
     return record.levelno >= logging.WARNING and not own_handler and not record.getMessage().startswith(_USELESS)
