@@ -93,7 +93,7 @@ COMMANDS = {
     "bench train": Command(
         "bench:bench_train",
         "time a training step, compared with transformers' own LLaVA",
-        "bench train --preset qwen_small --ablation",
+        "bench train --preset qwen_small recipe.packing=false",
     ),
     "pretrain-mini": Command(
         "miniature:pretrain_mini",
