@@ -200,7 +200,7 @@ def local_device(accelerator: str) -> torch.device:
 
 
 def requested_device(name: str) -> torch.device:
-    """The device of a name that a user gave (auto | cpu | gpu | cuda | cuda:N | ...); never another one instead.
+    """The device of a name that a user gave (auto | cpu | gpu | cuda | cuda:N | ...), for this process.
 
     Raises:
         UsageError: there is no such device, or not on this machine.
@@ -215,9 +215,7 @@ def requested_device(name: str) -> torch.device:
         check_gpus(f"device {name}", 1 + (device.index or 0), "Use another one, for example cpu.")
         return device if device.index is not None else local_device("cuda")
     try:
-        if device.type == "meta":
-            raise RuntimeError("it computes nothing")
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"device {name} cannot be used ({str(error).splitlines()[0]}). Use cpu or cuda.") from error
     return device

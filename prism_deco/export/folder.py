@@ -128,7 +128,7 @@ def finish_folder(folder: Path, card: str) -> None:
     readme.write_text(card, encoding="utf-8")
     for file in folder.glob("*.safetensors"):
         file.chmod(readme.stat().st_mode)
-    write_sums(folder)
+    write_sums(folder, {})
 
 
 def merge_adapters(vlm: VLM) -> None:
