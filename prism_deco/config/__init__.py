@@ -7,7 +7,7 @@ from prism_deco.config.diff import changed_from_defaults, flat, shipped_choices
 from prism_deco.config.load import load_config, named_choice, value_origins
 from prism_deco.config.parse import parse_value, read_yaml, value_text
 from prism_deco.config.schema import GROUPS
-from prism_deco.config.stored import is_free, read_config, save_config
+from prism_deco.config.stored import is_free, read_config, read_stored, save_config
 
 __all__ = [
     "CONF_DIR",
@@ -25,6 +25,7 @@ __all__ = [
     "named_choice",
     "parse_value",
     "read_config",
+    "read_stored",
     "read_yaml",
     "save_config",
     "shipped_choices",

@@ -30,7 +30,16 @@ def save_config(config: DictConfig, path: Path) -> None:
 
 
 def read_config(path: Path) -> DictConfig:
-    """Reads what `save_config` wrote. Ranges are not checked again, and retired keys are left out.
+    """Reads what `save_config` wrote; keys that it does not hold are at their defaults. Ranges are not checked again.
+
+    Raises:
+        UsageError: as for `read_stored`, or the schema does not take it.
+    """
+    return compose(read_stored(path))
+
+
+def read_stored(path: Path) -> dict[str, Any]:
+    """What `save_config` wrote, as it stands in the file; retired keys are left out.
 
     Raises:
         UsageError: there is no such file, or it is not a stored configuration of plain values.
@@ -44,7 +53,7 @@ def read_config(path: Path) -> DictConfig:
         group, _, leaf = name.rpartition(".")
         if leaf in content.get(group, {}) and value in ("", content[group][leaf]):
             del content[group][leaf]
-    return compose(content)
+    return content
 
 
 def _refuse_references(content: Any, path: Path, key: str = "") -> None:

@@ -181,7 +181,7 @@ def test_tables_1_and_2_stand_beside_the_papers(make, tmp_path):
 def test_budgets_pick_what_nothing_cheaper_beats(make, tmp_path):
     for k, skill in ((4, 0.5), (16, 0.4), (64, 0.7)):
         make.run(tmp_path / f"k{k}", f"recipe.num_tokens={k}", skill=skill)
-        line = json.dumps({"step": 1, "speed/samples_per_s": {4: 64.0, 16: 16.0, 64: 32.0}[k]})
+        line = json.dumps({"step": 1, "train/samples_per_s": {4: 64.0, 16: 16.0, 64: 32.0}[k]})
         (tmp_path / f"k{k}/metrics.jsonl").write_text(line + "\n")
     [grid] = score_tables(collect([tmp_path]), "")
     tokens, time = COSTS
