@@ -16,7 +16,7 @@ from prism_deco.config.registry import unknown
 from prism_deco.config.schema import ON_BAD_IMAGE, ON_BAD_RECORD
 from prism_deco.data.encoder import Encoder
 from prism_deco.data.images import ImageFolder, ImageSource, load_image
-from prism_deco.data.records import RecordTable
+from prism_deco.data.records import Records
 from prism_deco.data.samplers import Filler
 from prism_deco.errors import UsageError
 from prism_deco.llms import Encoded, LanguageModel
@@ -66,7 +66,7 @@ class Examples(Dataset[Example]):
 
     def __init__(
         self,
-        records: RecordTable,
+        records: Records,
         images: ImageSource | Path,
         llm: LanguageModel,
         transform: Transform,

@@ -17,8 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from prism_deco.data.images import load_image
 from prism_deco.data.loader import stack_pixels
-from prism_deco.data.records import IMAGE_TAG
-from prism_deco.data.split import Subset
+from prism_deco.data.records import IMAGE_TAG, Records
 from prism_deco.inference import answer
 from prism_deco.llms import LanguageModel
 from prism_deco.training.board import Board
@@ -152,7 +151,7 @@ def _log_console() -> Console:
     return handlers[0].console if handlers else Console(stderr=True)
 
 
-def _distinct_images(records: Subset, count: int) -> list[int]:
+def _distinct_images(records: Records, count: int) -> list[int]:
     """The first records of the first `count` images."""
     chosen: dict[tuple[str, ...], int] = {}
     for index in np.flatnonzero(records.has_image).tolist():
