@@ -1,21 +1,8 @@
-"""Images with captions, to pretrain vision towers on."""
+"""A scene in words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
-from numpy.typing import NDArray
-
-from prism_deco.miniature.render import render
-from prism_deco.miniature.scene import IMAGE_SIZE, Box, Scene, draw_scene
-
-
-def captions(seed: int, count: int) -> Iterator[tuple[NDArray[np.uint8], str]]:
-    """Images, uint8[64, 64, 3], and their captions; none of them appears in the train, val or test images."""
-    for index in range(count):
-        scene = draw_scene(seed, "captions", index)
-        yield render(scene), caption(scene)
+from prism_deco.miniature.scene import IMAGE_SIZE, Box, Scene
 
 
 def caption(scene: Scene) -> str:

@@ -129,13 +129,6 @@ def caption_records(split: str, scenes: Sequence[tuple[str, Scene]]) -> Iterator
         yield _record(f"{split}-caption-{index:06d}", [(CAPTION_REQUEST, caption(scene))], path)
 
 
-def corpus(seed: int, count: int) -> Iterator[str]:
-    """Texts of that many conversations, prompts and answers on lines of their own, to train tokenizers on."""
-    scenes = [("", draw_scene(seed, "corpus", index)) for index in range(count)]
-    for _, record in zip(range(count), records(seed, "corpus", scenes, per_image=1), strict=False):
-        yield "\n".join(turn["value"].removeprefix("<image>\n") for turn in record["conversations"])
-
-
 def _read(seed: int, split: str, index: int, balance: Balance) -> list[tuple[str, str]]:
     """Turns that are answered by the text before each question; every turn brings its own text."""
     dice = Dice(seed, split, index, "text questions")

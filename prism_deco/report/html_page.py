@@ -13,8 +13,6 @@ from markdown_it import MarkdownIt
 from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 
-from prism_deco.report.tabular import VERDICTS
-
 
 def render(markdown: str, figures: Mapping[str, bytes]) -> str:
     """The page's HTML. All text is escaped: the Markdown may hold no HTML of its own.
@@ -97,9 +95,7 @@ def _mark_tables(tokens: Sequence[Token]) -> list[Token]:
             words = _text(made[k + 1])
             if made[k + 1].content.startswith("**"):
                 made[k].attrJoin("class", "best")
-            if words in VERDICTS:
-                made[k].attrJoin("class", words)
-            elif not any(sign.isdigit() for sign in words):
+            if not any(sign.isdigit() for sign in words):
                 made[k].attrJoin("class", "word")
     return made
 

@@ -13,6 +13,9 @@ from omegaconf import DictConfig
 from prism_deco.config import default_run_id
 from prism_deco.errors import UsageError
 from prism_deco.files import file_sha256
+from prism_deco.llms import LanguageModel
+from prism_deco.llms.build import weights_record
+from prism_deco.llms.tuning import tuning
 from prism_deco.training.checkpoints import Checkpoint
 from prism_deco.training.checksums import SUMS
 from prism_deco.training.datamodule import Conversations
@@ -24,6 +27,7 @@ _SOURCES = {
     "train": "the training records",
     "val": "the validation records",
     "backbone": "the weights of the backbone",
+    "llm": "the weights of the language model",
     "start_from": "the model of recipe.start_from",
 }
 
@@ -59,9 +63,14 @@ def check_owner(checkpoint: Checkpoint, config: DictConfig) -> None:
 
 
 def find_provenance(
-    config: DictConfig, vlm: VLM, data: Conversations, start: Path | None, resume: Checkpoint | None
+    config: DictConfig,
+    vlm: VLM,
+    llm: LanguageModel,
+    data: Conversations,
+    start: Path | None,
+    resume: Checkpoint | None,
 ) -> Provenance:
-    """What the run is trained on now; all processes must call it where weights are sharded.
+    """What the run is trained on now; before weights are sharded.
 
     Args:
         start: the model folder that it starts from, if any.
@@ -71,6 +80,8 @@ def find_provenance(
         UsageError: an input is another one than before, and `trainer.accept_changed_inputs` is not set.
     """
     inputs = {"train": data.data_hash, "val": data.val_hash, "backbone": vlm.backbone.sha256()}
+    if config.llm.pretrained and not tuning(config.recipe.lm).base:
+        inputs["llm"] = weights_record(llm.spec)["sha256"]  # frozen: checkpoints do not hold them
     if start is not None and (start / SUMS).is_file():
         inputs["start_from"] = file_sha256(start / SUMS)
     before: Mapping[str, str] = resume.content.get("inputs", {}) if resume else {}

@@ -109,7 +109,7 @@ def _train(
         _fit_features(vlm, data, world)
     if start is not None:
         start_from(start, config, vlm, llm)
-    provenance = world.decide(lambda: find_provenance(config, vlm, data, start, resume))
+    provenance = world.decide(lambda: find_provenance(config, vlm, llm, data, start, resume))
     if config.trainer.preflight and resume is None:
         world.decide(lambda: preflight(config, target.folder, vlm, llm, data, world.device))
     parts = Parts(vlm, llm, data, build_caches(config, vlm, data, world))

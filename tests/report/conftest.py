@@ -3,11 +3,16 @@
 import json
 import math
 import random
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from prism_deco.config import load_config, save_config
+
+# The claims of the study are tested by scripts of the checkout.
+sys.path.insert(0, str(Path(__file__).parents[2] / "runs/reference/study"))
 
 # How well each projector does, so that means differ clearly.
 SKILL = {

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from prism_deco.report import curve_figures, paper, score_figures
-from prism_deco.report.assemble import _score_sections
+from prism_deco.report.assemble import score_sections
 from prism_deco.report.collect import collect
 from prism_deco.report.grid import score_tables
 from prism_deco.report.score_figures import COSTS, TOKENS
@@ -44,7 +44,7 @@ def test_compression_has_all_its_points_in_one_figure(make, tmp_path):
     make.ledger(tmp_path, labels)
     grids = score_tables(collect([tmp_path]), "")
     assert [(grid.table, len(grid.groups)) for grid in grids] == [(1, 1), (None, 3)]
-    first, last = _score_sections(grids, [[], []])
+    first, last = score_sections(grids, [[], []])
     assert not [figure for figure in first.figures if figure.name == "tokens"]
     [figure] = [figure for figure in last.figures if figure.name == "tokens"]
     x, y = _panels(figure.svg)["gqa"]["avgpool"]
@@ -60,7 +60,7 @@ def test_a_table_without_scores_takes_no_figure_from_the_others(make, tmp_path):
     make.run(tmp_path / "other" / "a", "evaluate.benchmarks=null", benchmarks=())
     grids = [grid for name in ("scored", "other") for grid in score_tables(collect([tmp_path / name]), "")]
     assert [bool(grid.benchmarks) for grid in grids] == [True, False]
-    scored, other = _score_sections(grids, [[], []])
+    scored, other = score_sections(grids, [[], []])
     assert "tokens" in [figure.name for figure in scored.figures]
     assert "tokens" not in [figure.name for figure in other.figures]
 
@@ -79,7 +79,7 @@ def test_convergence_has_a_line_per_projector(make, tmp_path):
     [panel] = _panels(curve_figures.convergence(grid).svg).values()
     assert {name: line[1][0] for name, line in panel.items()} == {"linear": 9.0, "avgpool": 9.0}
     assert panel["avgpool"][1][-1] < panel["linear"][1][-1] < 9.0
-    [section] = _score_sections([grid], [[]])
+    [section] = score_sections([grid], [[]])
     [table] = section.tables
     assert table.title == "Losses" and [figure.name for figure in section.figures] == ["convergence"]
     assert {row[0].text: (row[2].text, row[3].text) for row in table.rows if len(row) > 1} == {
