@@ -6,14 +6,15 @@ import json
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,8 +22,7 @@ from prism_deco.config import cache_dir
 from prism_deco.config.registry import unknown
 from prism_deco.data.base import Source
 from prism_deco.data.encoder import Encoder
-from prism_deco.data.images import ImageSource
-from prism_deco.data.records import Records, open_records
+from prism_deco.data.records import open_records
 from prism_deco.data.validators import KINDS, Fault, ImageFindings, TextFindings, TextInspector, inspect_image
 
 log = logging.getLogger(__name__)
@@ -114,8 +114,7 @@ class CheckReport:
 
     def _overview(self) -> Table:
         t = self.totals
-        table = Table("", title="Data set", show_header=False)
-        table.add_column(justify="right")
+        table = Table("", Column(justify="right"), title="Data set", show_header=False)
         supervised = _percent(t.supervised - t.supervised_cut, t.tokens - t.tokens_cut)
         formats = ", ".join(f"{n:,} {name}" for name, n in t.formats.most_common())
         table.add_row("usable records", f"{t.records:,}")
@@ -132,10 +131,8 @@ class CheckReport:
         return table
 
     def _histogram(self) -> Table:
-        table = Table(title="Lengths of the records")
-        table.add_column("text tokens", justify="right")
-        table.add_column("records", justify="right")
-        table.add_column("fraction")
+        numbers = Column("text tokens", justify="right"), Column("records", justify="right")
+        table = Table(*numbers, "fraction", title="Lengths of the records")
         lengths = self.totals.lengths
         for size in range(min(lengths, default=0), max(lengths, default=-1) + 1):
             count = lengths[size]
@@ -146,41 +143,25 @@ class CheckReport:
         return table
 
     def _fault_table(self) -> Table:
-        table = Table(title="Faults", caption=Text(f"Listed one by one in {self.path}", "table.caption"))
-        table.add_column("kind")
-        table.add_column("number", justify="right")
-        table.add_column("meaning")
+        caption = Text(f"Listed one by one in {self.path}", "table.caption")
+        table = Table("kind", Column("number", justify="right"), "meaning", title="Faults", caption=caption)
         for kind, number in self.counts.items():
             table.add_row(kind, f"{number:,}{' (allowed)' if kind in self.allowed else ''}", KINDS[kind])
         return table
 
 
-class _Texts(Dataset[TextFindings]):
-    """What is found in the conversation of each record."""
+class _Findings(Dataset[Any]):
+    """What a function finds in each of some items."""
 
-    def __init__(self, records: Records, encoder: Encoder):
-        self._records = records
-        self._inspect = TextInspector(encoder)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, row: int) -> TextFindings:
-        return self._inspect(self._records[row])
-
-
-class _Images(Dataset[ImageFindings]):
-    """What is found in each image."""
-
-    def __init__(self, images: ImageSource, names: Iterable[str]):
-        self._images = images
-        self._names = list(names)
+    def __init__(self, inspect: Callable[[Any], Any], items: Sequence[Any]):
+        self._inspect = inspect
+        self._items = items
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._items)
 
-    def __getitem__(self, index: int) -> ImageFindings:
-        return inspect_image(self._images, self._names[index])
+    def __getitem__(self, index: int) -> Any:
+        return self._inspect(self._items[index])
 
 
 def check_dataset(
@@ -221,10 +202,10 @@ def check_dataset(
         for name in dict.fromkeys(record.images):
             shown_by[name].append(row)
     totals = Totals(with_image=int(records.has_image.sum()))
-    for row, text in enumerate(_inspected("records", _Texts(records, encoder), workers)):
+    for row, text in enumerate(_inspected("records", _Findings(TextInspector(encoder), records), workers)):
         totals.add_text(text)
         faults += [Fault(kind, entries[row], ids[row], detail) for kind, detail in text.faults]
-    found = _inspected("images", _Images(images, shown_by), workers)
+    found = _inspected("images", _Findings(partial(inspect_image, images), list(shown_by)), workers)
     for (name, rows), image in zip(shown_by.items(), found, strict=True):
         totals.add_image(image)
         if image.kind is not None:
@@ -236,12 +217,11 @@ def check_dataset(
     return report
 
 
-def _inspected(what: str, dataset: Dataset[Any], workers: int) -> Iterator[Any]:
-    """The items of a data set in their order, with a progress bar."""
-    loader = DataLoader(dataset, batch_size=64, num_workers=workers if workers > 1 else 0, collate_fn=list)
-    size = len(dataset)  # type: ignore[arg-type]  # both are sized
+def _inspected(what: str, findings: _Findings, workers: int) -> Iterator[Any]:
+    """The findings in order, with a progress bar."""
+    loader = DataLoader(findings, batch_size=64, num_workers=workers if workers > 1 else 0, collate_fn=list)
     items = (item for batch in loader for item in batch)
-    return iter(track(items, what, total=size, console=Console(stderr=True)))
+    yield from track(items, what, total=len(findings), console=Console(stderr=True))
 
 
 def _percent(part: int, whole: int) -> str:

@@ -58,7 +58,12 @@ def read_entries(path: Path) -> Iterator[Any]:
     found = False
     with path.open(encoding="utf-8-sig") as file:
         try:
-            for entry in _entries(file):
+            if _next_character(file) == "[":
+                entries = _list_entries(file)
+            else:
+                file.seek(0)
+                entries = _line_entries(file)
+            for entry in entries:
                 found = True
                 yield entry
         # Not JSON, not UTF-8, a number of thousands of digits; brackets nested a thousand deep.
@@ -66,14 +71,6 @@ def read_entries(path: Path) -> Iterator[Any]:
             raise UsageError(f"{path} is not valid JSON ({error}). Is the download complete?") from error
     if not found:
         raise UsageError(f"{path}: expected a non-empty JSON list of conversations, or JSON Lines, one on each line.")
-
-
-def _entries(file: TextIO) -> Iterator[Any]:
-    start = _next_character(file)
-    if start == "[":
-        return _list_entries(file)
-    file.seek(0)
-    return _line_entries(file)
 
 
 def _list_entries(file: TextIO) -> Iterator[Any]:
@@ -194,14 +191,10 @@ def _images(raw: dict[str, Any], image_root: Path | None) -> list[str]:
         _check_text(image, "`image`")
         if "\0" in image:
             raise RecordError("malformed", "`image` holds a NUL character.")
-        path = path_below(image_root, image)
-        if path is None:
-            raise RecordError(
-                "outside_root",
-                f"the image path {image!r} leads out of the image root {image_root}: name a root above it "
-                "(data.image_root=/ allows any absolute path), or link its folder into this one.",
-            )
-        inside.append(path)
+        try:
+            inside.append(path_below(image_root, image))
+        except UsageError as error:
+            raise RecordError("outside_root", str(error)) from error
     return inside
 
 
