@@ -6,6 +6,10 @@ import logging
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _USELESS = (
     "Failed to load CPU gemm_4bit",  # bitsandbytes: a faster kernel that nothing here needs
@@ -41,6 +45,15 @@ def configure_logging(*, debug: bool) -> None:
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
         _hide_progress_bars()
+
+
+def log_console() -> Console:
+    """The terminal that the log goes to. A progress bar on it stays below the lines of the log."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, RichHandler)]
+    return handlers[0].console if handlers else Console(stderr=True)
 
 
 def _concerns_the_user(record: logging.LogRecord) -> bool:

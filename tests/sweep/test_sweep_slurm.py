@@ -175,6 +175,9 @@ def test_the_script_asks_for_what_the_cell_needs(tmp_path, monkeypatch):
         "ntasks-per-node": "4", "gpus-per-node": "4", "cpus-per-task": "5", "signal": "USR2@300",
     }  # fmt: skip
     assert expected.items() <= options.items()
+    assert "wckey" not in options
+    keyed = SlurmLauncher(tmp_path, "mini", [cell], {"wckey": "vision"}, dry=True)
+    assert "#SBATCH --wckey=vision\n" in keyed.describe(cell, LedgerEntry(cell.id, {}, list(cell.overrides)))
     (srun,) = [line for line in script.splitlines() if line.startswith("srun ")]
     assert "--kill-on-bad-exit=1" in srun and "submitit.core._submit" in srun
     assert script.splitlines()[-1].endswith(f"projector=avgpool runs_dir={tmp_path} run_id=M1-avgpool")
