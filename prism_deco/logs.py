@@ -59,7 +59,7 @@ def log_console() -> Console:
 def _concerns_the_user(record: logging.LogRecord) -> bool:
     if record.name.startswith("prism_deco"):
         return True
-    # These write to stderr themselves; what they pass on as well (transformers does where CI is set) would appear twice.
+    # These write to stderr themselves; what they pass on as well (transformers does if CI is set) would appear twice.
     own_handler = record.name.startswith(("huggingface_hub", "transformers"))
     # Below are Lightning's hardware report and product tips.
     return record.levelno >= logging.WARNING and not own_handler and not record.getMessage().startswith(_USELESS)
