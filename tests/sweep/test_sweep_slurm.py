@@ -21,7 +21,6 @@ from prism_deco.sweep import driver, expand, parse
 from prism_deco.sweep.driver import Driver
 from prism_deco.sweep.expand import SweepCell
 from prism_deco.sweep.ledger import Ledger, LedgerEntry
-from prism_deco.sweep.live import LogView
 from prism_deco.sweep.slurm import SlurmJob, SlurmLauncher
 
 submitit = pytest.importorskip("submitit")
@@ -40,7 +39,7 @@ def drive(folder: Path, cells: list[SweepCell], **options) -> Ledger:
     folder.mkdir(exist_ok=True)
     ledger = Ledger.merge(folder, folder.name, cells)
     launcher = SlurmLauncher(folder, folder.name, cells, {"time": 10}, command=command, **options)
-    Driver(ledger, cells, launcher, LogView(), timeout=None).run()
+    Driver(ledger, cells, launcher, timeout=None).run()
     return ledger
 
 
