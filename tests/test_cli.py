@@ -160,7 +160,6 @@ def test_a_predictions_file_is_scored_without_a_model(tmp_path, capsys):
         (["evaluate"], "Name the one run to score"),
         (["evaluate", "no/such/run", "benchmark=mini"], "is not a folder: give a run folder"),
         (["evaluate", "no/such/run", "another"], "Name the one run to score"),
-        (["pretrain-mini", "mini_clp", "--out", "x"], "Did you mean 'mini_clip'"),
         (["bench", "projectors", "conv"], "Unknown projector 'conv'"),
         (["plan", "modle=1", "--json", "no/such/x.json"], "--json no/such/x.json: there is no folder no/such"),
         (["sweep", "seed=1,2", "--timeout", "-5"], "--timeout -5: give minutes"),
@@ -178,13 +177,6 @@ def test_options_may_stand_between_settings(capsys):
     with pytest.raises(SystemExit):
         main(["train", "seed=1", "--overwite", "seed=2"])
     assert "unrecognized arguments: --overwite" in capsys.readouterr().err
-
-
-def test_the_parts_of_the_miniature_are_its_towers_and_tokenizers():
-    from prism_deco.commands.miniature import MINIATURE_PARTS
-    from prism_deco.miniature.pretraining import mini_towers
-
-    assert {*mini_towers(), "tokenizers"} == set(MINIATURE_PARTS)
 
 
 def test_lines_of_a_log_that_goes_to_a_file_are_whole():

@@ -22,7 +22,6 @@ from prism_deco.backbones import build_backbone
 from prism_deco.data.examples import Examples
 from prism_deco.data.images import open_image
 from prism_deco.data.records import open_records
-from prism_deco.data.split import first
 from prism_deco.errors import UsageError
 from prism_deco.features import BATCH, TOWER, CachedExamples, FeatureCache
 from prism_deco.llms import build_llm
@@ -152,7 +151,7 @@ def test_what_a_cache_depends_on(make, cache, pictures, backbone):
         make(settings={"layer": -1}),
         make(tower=other),
         make(root=pictures.with_name("elsewhere")),
-        make(records=first(cache.examples.records, 10)),
+        make(records=cache.examples.records.select(slice(10))),
     ]
     assert len({cache.digest, *(other.digest for other in others)}) == 7
     # The place of the weights says nothing: their hash is in the key.

@@ -95,15 +95,5 @@ COMMANDS = {
         "time a training step, compared with transformers' own LLaVA",
         "bench train --preset qwen_small recipe.packing=false",
     ),
-    "pretrain-mini": Command(
-        "miniature:pretrain_mini",
-        "train the miniature's towers and tokenizers again",
-        "pretrain-mini mini_clip --out assets",
-    ),
-    "record-blind": Command(
-        "miniature:record_blind",
-        "keep the scores of an image-blind run as a reference",
-        "record-blind runs/RUN_ID --out blind.json",
-    ),
 }
 """In the order of `--help`."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
-from prism_deco.commands.evaluate import finished_run
-from prism_deco.config.benchmarks import results_name
+from prism_deco.commands.evaluate import finished_run, stored_keys
+from prism_deco.config.benchmarks import benchmark_name, results_name
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
 from prism_deco.files import check_writable
@@ -40,7 +40,6 @@ def explain(args: argparse.Namespace) -> None:
     """Explain one answer of one or more runs, or measure the relevance maps of a benchmark's questions."""
     asked = asked_of(args.arguments, ["plugins"])
     runs, name = asked.runs, asked.benchmarks
-    options: dict[str, Any] = dict(asked.options)
     import_named_plugins(asked)
     _check_arguments(args, asked)
     import torch
@@ -51,11 +50,13 @@ def explain(args: argparse.Namespace) -> None:
 
     place = {"device": requested_device(args.device), "dtype": getattr(torch, args.dtype) if args.dtype else None}
     example = ExplainExample(args.image, args.prompt, args.answer) if args.image is not None else None
-    if name is not None:  # what is wrong with one of the runs must not wait for those before it
-        options |= next(iter(asked.own.values()), {})
-        for run in runs:
-            check_writable(args.out or run / "explain", "Name a folder for the results with --out.")
-            _benchmark(run, name, options)
+    options: dict[Path, dict[str, Any]] = {}
+    for run in runs if name is not None else ():  # what is wrong with one of them must not wait for those before it
+        check_writable(args.out or run / "explain", "Name a folder for the results with --out.")
+        finished_run(run)
+        stored = stored_keys(run, benchmark_name(name), leave_out=["limit"])
+        options[run] = stored | asked.options | next(iter(asked.own.values()), {})
+        _benchmark(run, name, options[run])
     results, sections = [], []
     for run in runs:
         out = (args.out / run.name if len(runs) > 1 else args.out) if args.out else None
@@ -69,13 +70,13 @@ def explain(args: argparse.Namespace) -> None:
             sys.stdout.write(f"{run.name}: {answer}\n{folder / 'index.html'}\n")
             sections.append([section])
             continue
-        result, pages = measure_relevance(run, name, options, out=out, chunk=args.chunk, **place)
+        result, pages = measure_relevance(run, name, options[run], out=out, chunk=args.chunk, **place)
         results.append(result)
         sections.append(pages)
     if results:
         show(table(results))
     if len(runs) > 1:
-        about = _question_name(args) if name is None else results_name(name, options.get("split"))
+        about = _question_name(args) if name is None else results_name(name, options[runs[0]].get("split"))
         page = (args.out or runs[0].parent) / _comparison_name(runs, about)
         write_page(page, " and ".join(run.name for run in runs), side_by_side(sections))
         log.info("The runs stand side by side in %s", page)

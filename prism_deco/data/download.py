@@ -11,7 +11,6 @@ import urllib.request
 from collections.abc import Callable
 from email.message import Message
 from pathlib import Path
-from typing import Any
 
 import prism_deco
 from prism_deco.errors import UsageError
@@ -23,15 +22,6 @@ _BLOCK = 1 << 20  # bytes
 _TIMEOUT = 60.0  # seconds without a byte
 _BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that are worth another attempt
-
-
-def remote_size(url: str) -> int | None:
-    """The size of a file in bytes; None if the server does not tell, `UsageError` if it does not have the file."""
-    try:
-        with _open(url, method="HEAD") as response:
-            return _length(response.headers)
-    except _BROKEN as error:
-        raise UsageError(f"Cannot reach {url} ({error}).") from error
 
 
 def download(
@@ -57,6 +47,8 @@ def download(
     Raises:
         UsageError: the server refuses the file, keeps breaking off, or sends other content.
     """
+    if not url.startswith(("http://", "https://")):
+        raise UsageError(f"{url}: only http and https addresses can be downloaded.")
     part = target.with_name(f"{target.name}.part")
     failures = 0
     while True:
@@ -66,11 +58,9 @@ def download(
                 break
             reason = "the connection was closed early"
         except urllib.error.HTTPError as error:
-            if error.code not in _TRANSIENT:
-                raise UsageError(
-                    f"{url}: the server answers {error.code} {error.reason}. Has the file moved?"
-                ) from error
             reason = f"{error.code} {error.reason}"
+            if error.code not in _TRANSIENT:
+                raise UsageError(f"{url}: the server answers {reason}. Has the file moved?") from error
         except _BROKEN as error:
             reason = str(error) or type(error).__name__
         failures = 0 if _size(part) > before else failures + 1
@@ -92,10 +82,11 @@ def _fetch(url: str, part: Path, progress: Callable[[int, int | None], None]) ->
     start = _size(part)
     note = _version_file(part)
     version = json.loads(note.read_text())["version"] if note.is_file() else None
-    # Without a version nothing tells whether the rest belongs to the same file.
-    headers = {"Range": f"bytes={start}-", "If-Range": version} if start and version else {}
+    headers = {"User-Agent": f"prism-deco/{prism_deco.__version__}", "Accept-Encoding": "identity"}
+    if start and version:  # without a version nothing tells whether the rest belongs to the same file
+        headers |= {"Range": f"bytes={start}-", "If-Range": version}
     try:
-        response = _open(url, headers=headers)
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
@@ -110,8 +101,8 @@ def _fetch(url: str, part: Path, progress: Callable[[int, int | None], None]) ->
             note.write_text(json.dumps({"version": _version(response.headers)}))
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             raise http.client.HTTPException("the server sent a range that was not asked for")
-        length = _length(response.headers)
-        size = None if length is None else start + length
+        length = response.headers.get("Content-Length", "")
+        size = start + int(length) if length.isdigit() else None
         with part.open("ab") as file:
             while block := response.read(_BLOCK):
                 file.write(block)
@@ -127,21 +118,8 @@ def _version_file(part: Path) -> Path:
     return part.with_name(f"{part.name}.json")
 
 
-def _length(headers: Message) -> int | None:
-    length = headers.get("Content-Length", "")
-    return int(length) if length.isdigit() else None
-
-
 def _version(headers: Message) -> str | None:
     """Changes with the content; None if the server does not tell."""
     etag = headers.get("ETag")
     # If-Range does not accept a weak ETag ("W/..."), which may stand for other bytes.
     return headers.get("Last-Modified") if etag is None or etag.startswith("W/") else etag
-
-
-def _open(url: str, *, method: str = "GET", headers: dict[str, str] | None = None) -> Any:
-    if not url.startswith(("http://", "https://")):
-        raise UsageError(f"{url}: only http and https addresses can be downloaded.")
-    own = {"User-Agent": f"prism-deco/{prism_deco.__version__}", "Accept-Encoding": "identity"}
-    request = urllib.request.Request(url, headers=own | (headers or {}), method=method)
-    return urllib.request.urlopen(request, timeout=_TIMEOUT)

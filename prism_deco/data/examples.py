@@ -12,11 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from prism_deco.config.registry import unknown
-from prism_deco.config.schema import ON_BAD_IMAGE, ON_BAD_RECORD
 from prism_deco.data.encoder import Encoder
 from prism_deco.data.images import ImageFolder, ImageSource, load_image
-from prism_deco.data.records import RecordTable
+from prism_deco.data.records import Records
 from prism_deco.data.samplers import Filler
 from prism_deco.errors import UsageError
 from prism_deco.llms import Encoded, LanguageModel
@@ -60,13 +58,12 @@ class Examples(Dataset[Example]):
         on_bad_record: fail | skip, for a record that cannot be encoded.
 
     Raises:
-        UsageError: an unknown policy; on access, a record that cannot be encoded.
-        UsageError: on access, an image that cannot be read.
+        UsageError: on access, a record that cannot be encoded, or an image that cannot be read.
     """
 
     def __init__(
         self,
-        records: RecordTable,
+        records: Records,
         images: ImageSource | Path,
         llm: LanguageModel,
         transform: Transform,
@@ -77,10 +74,6 @@ class Examples(Dataset[Example]):
         on_bad_image: str = "fail",
         on_bad_record: str = "fail",
     ):
-        if on_bad_image not in ON_BAD_IMAGE:
-            raise unknown("data.on_bad_image", on_bad_image, ON_BAD_IMAGE)
-        if on_bad_record not in ON_BAD_RECORD:
-            raise unknown("data.on_bad_record", on_bad_record, ON_BAD_RECORD)
         self.records = records
         self.images: ImageSource = ImageFolder(images) if isinstance(images, Path) else images
         self.encoder = Encoder(

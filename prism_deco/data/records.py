@@ -10,8 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +28,29 @@ __all__ = ["IMAGE_TAG", "Record", "Records", "open_records"]
 log = logging.getLogger(__name__)
 
 
-class RecordTable(Sequence[Record]):
-    """Records, and what samplers and splits need to know of all of them.
+class Records(Sequence[Record]):
+    """Records of one file, read from its index.
+
+    Args:
+        folder: of the index.
+        rows: int[n], which of the file's records these are; None takes all, in file order.
 
     Attributes:
         data_hash: SHA-256 of the JSON file, or of the entries of Parquet files; hexadecimal.
         embedded: the images that came with the records; None if they are files.
     """
 
-    data_hash: str
-    embedded: PackedImages | None
+    def __init__(self, folder: Path, rows: np.ndarray | None = None):
+        self._folder = folder
+        self._table: np.ndarray = np.load(folder / "rows.npy", mmap_mode="r")
+        self._rows = np.arange(len(self._table)) if rows is None else rows
+        self._lines = PartialReader(folder / "records.jsonl")
+        self.data_hash = json.loads((folder / "index.json").read_text())["sha256"]
+        self.embedded = PackedImages(folder) if (folder / "images.bin").is_file() else None
 
-    @abstractmethod
     def column(self, name: str) -> np.ndarray:
         """A column of `index.ROW`."""
-
-    @abstractmethod
-    def record(self, index: int) -> Record:
-        """The record of a row."""
+        return self._table[name][self._rows]
 
     @property
     def words(self) -> np.ndarray:
@@ -63,48 +67,22 @@ class RecordTable(Sequence[Record]):
         """bool[n]."""
         return self.num_images > 0
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self.record(i) for i in range(*index.indices(len(self)))]
-        return self.record(index)
-
-    def __iter__(self) -> Iterator[Record]:
-        return (self.record(i) for i in range(len(self)))
-
-
-class Records(RecordTable):
-    """The records of one file, in file order, read from an index.
-
-    Args:
-        folder: of the index.
-    """
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._rows: np.ndarray = np.load(folder / "rows.npy", mmap_mode="r")
-        self._lines = PartialReader(folder / "records.jsonl")
-        self.data_hash = json.loads((folder / "index.json").read_text())["sha256"]
-        self.embedded = PackedImages(folder) if (folder / "images.bin").is_file() else None
-
-    @property
-    def faults(self) -> list[dict[str, Any]]:
-        """All that is wrong with entries of the file: {entry, id, kind, detail, usable}; usable entries are records."""
-        return _read_lines(self._folder / "faults.jsonl")
+    def select(self, rows: np.ndarray | slice) -> Records:
+        """Some of these records: bool[n], or a slice."""
+        return Records(self._folder, self._rows[rows])
 
     def refused(self, odd_records: str) -> list[dict[str, Any]]:
-        """The faults that keep an entry out of training.
+        """What keeps entries of the file out of training: {entry, id, kind, detail, usable}. A usable one is a record.
 
         Args:
             odd_records: refuse | train, see `recipe.odd_records`.
         """
-        faults = _read_lines(self._folder / "refused.jsonl")
+        with (self._folder / "refused.jsonl").open(encoding="utf-8") as file:
+            faults = [json.loads(line) for line in file]
         return [fault for fault in faults if odd_records == "refuse" or not fault["usable"]]
 
-    def column(self, name: str) -> np.ndarray:
-        return self._rows[name]
-
-    def record(self, index: int) -> Record:
-        row = self._rows[index]
+    def __getitem__(self, index: Any) -> Record:
+        row = self._table[self._rows[index]]
         raw = json.loads(self._lines.read(int(row["start"]), int(row["end"])))
         return Record(raw["id"], tuple(raw["images"]), raw["messages"])
 
@@ -112,7 +90,7 @@ class Records(RecordTable):
         return len(self._rows)
 
     def __reduce__(self) -> Any:
-        return Records, (self._folder,)  # other processes map the same files
+        return Records, (self._folder, self._rows)  # other processes map the same files
 
 
 def open_records(path: Path, cache: Path, *, image_root: Path | None = None, allow_faults: bool = False) -> Records:
@@ -122,8 +100,7 @@ def open_records(path: Path, cache: Path, *, image_root: Path | None = None, all
         path: a LLaVA JSON file (a list, or JSON Lines), or Parquet or Arrow files with the same fields and embedded
             images (see `packing.table_files`).
         image_root: folder of the images; absolute paths below it become relative to it.
-        allow_faults: leave out unusable entries and keep odd ones, all to be found in `Records.faults`, instead of
-            failing.
+        allow_faults: leave out unusable entries and keep odd ones (`Records.refused` lists both), instead of failing.
 
     Raises:
         UsageError: the file cannot be read, or a record is refused; names the file and the record.
@@ -154,8 +131,3 @@ def _fingerprint(files: Sequence[Path]) -> str:
     """Tells whether files are still the same without reading their hundreds of gigabytes."""
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]

@@ -1,57 +1,23 @@
-"""The held-out split: by image, so that no image is on both sides."""
+"""The records of a run: what is trained on, and what is held out, by image, so that no image is on both sides."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from prism_deco.data.base import Source
-from prism_deco.data.records import Record, RecordTable, open_records, refusal
+from prism_deco.data.records import Records, open_records, refusal
 from prism_deco.errors import UsageError
 
 
-class Subset(RecordTable):
-    """Some of the records of a table.
-
-    Args:
-        indices: int[n], rows of the table in the order of this one.
-    """
-
-    def __init__(self, records: RecordTable, indices: np.ndarray):
-        self._records = records
-        self._indices = indices
-        self.data_hash = records.data_hash
-        self.embedded = records.embedded
-
-    def column(self, name: str) -> np.ndarray:
-        return self._records.column(name)[self._indices]
-
-    def record(self, index: int) -> Record:
-        return self._records.record(int(self._indices[index]))
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-
-def hold_out(records: RecordTable, fraction: float) -> tuple[Subset, Subset]:
+def hold_out(records: Records, fraction: float) -> tuple[Records, Records]:
     """Splits records into (train, validation).
 
     A record is held out if the hash of its image falls below `fraction`, whatever the seed and the order: it never
     changes sides, and no image is on both.
     """
-    if not 0 <= fraction < 1:
-        raise UsageError(f"data.val_fraction={fraction} must be at least 0 and below 1.")
-    held = np.asarray(records.column("position")) < fraction
-    return Subset(records, np.flatnonzero(~held)), Subset(records, np.flatnonzero(held))
-
-
-def first(records: RecordTable, limit: int | None) -> Subset:
-    """The first `limit` records; all of them for None."""
-    if limit is not None and limit < 1:
-        raise UsageError(f"data.limit={limit} must be at least 1.")
-    return Subset(records, np.arange(len(records))[:limit])
+    held = records.column("position") < fraction
+    return records.select(~held), records.select(held)
 
 
 @dataclass(frozen=True)
@@ -59,15 +25,14 @@ class Parts:
     """The records of a run.
 
     Attributes:
-        records, val_records: all usable records of the files; the same object if a part of it is held out.
+        records: all usable records of the training file.
         train, val: what is trained on, and what is validated on.
         left_out: what is wrong with each refused record of both files.
     """
 
-    records: RecordTable
-    val_records: RecordTable
-    train: Subset
-    val: Subset
+    records: Records
+    train: Records
+    val: Records
     left_out: list[str]
 
 
@@ -95,26 +60,20 @@ def open_parts(
     """
     left_out: list[str] = []
 
-    def read(path: Path) -> RecordTable:
+    def read(path: Path) -> Records:
         records = open_records(path, cache, image_root=source.image_root, allow_faults=True)
         refused = records.refused(odd_records)
         if refused and on_bad_record == "fail":
             raise refusal(path, refused)
         left_out.extend({fault["entry"]: fault["detail"] for fault in refused}.values())
-        if odd_records == "train" or not refused:
-            return records
-        return Subset(records, np.flatnonzero(~records.column("odd")))
+        return records if odd_records == "train" else records.select(~records.column("odd"))
 
     records = read(source.train)
     if source.val is not None:
-        val_records = read(source.val)
-        train = first(records, None)
-        val = first(val_records, None)
+        train, val = records, read(source.val)
     else:
-        val_records = records
         train, val = hold_out(records, val_fraction)
     if len(train) == 0:
-        all_held = source.val is None and len(val) > 0
-        hint = f", and all are held out: lower data.val_fraction={val_fraction:g}" if all_held else ""
+        hint = f", and all are held out: lower data.val_fraction={val_fraction:g}" if len(records) else ""
         raise UsageError(f"There is nothing to train on: {source.train} has {len(records)} usable records{hint}.")
-    return Parts(records, val_records, first(train, limit), val, left_out)
+    return Parts(records, train.select(slice(limit)), val, left_out)

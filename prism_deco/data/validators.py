@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -27,7 +27,6 @@ KINDS: Mapping[str, str] = {
     "outside_root": "an image path that leads out of the image root",
     "unread_image": "an image under another key than `image`",
     "broken_text": "half of a surrogate pair, which is not text",
-    "id_type": "an id that is not text",
     "duplicate_id": "the id of an earlier record",
     "empty_turn": "a turn without text, or with nothing but <image>",
     "control_character": "NUL or another control character in the text",
@@ -179,16 +178,16 @@ class TextInspector:
 
     def __init__(self, encoder: Encoder):
         self._encoder = encoder
-        special = {i: token.content for i, token in encoder.tokenizer.added_tokens_decoder.items() if token.special}
-        self._special_ids = set(special)
-        self._special = re.compile("|".join(map(re.escape, sorted(special.values(), key=len, reverse=True))) or r"(?!)")
+        added = encoder.tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special} - {IMAGE_TAG}
+        longest_first = sorted(special, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def __call__(self, record: Record) -> TextFindings:
-        faults = list(self._simple_faults(record).items())
+        faults = list(self._faults(record).items())
         room = self._encoder.room(len(record.images))
         try:
             full = self._encoder.encode(record)
-            faults += self._control_tokens(record, full.input_ids)
             kept, cut = self._encoder.fit(full)
         except UsageError as error:
             return TextFindings(faults=[*faults, ("no_room" if room < 2 else "unrenderable", str(error))])
@@ -198,7 +197,7 @@ class TextInspector:
         remaining = sum(label != IGNORE for label in kept.labels)
         return TextFindings(len(full.input_ids), supervised, cut, supervised - remaining, faults)
 
-    def _simple_faults(self, record: Record) -> dict[str, str]:
+    def _faults(self, record: Record) -> dict[str, str]:
         """The first of each kind."""
         found: dict[str, str] = {}
         for number, message in enumerate(record.messages, start=1):
@@ -212,21 +211,6 @@ class TextInspector:
                 found.setdefault("image_tags", f"{turn} is an answer and holds {IMAGE_TAG}.")
             if control := _CONTROL.search(text):
                 found.setdefault("control_character", f"{turn} holds the character U+{ord(control[0]):04X}.")
+            if special := self._special.search(text):
+                found.setdefault("control_token", f"{turn} holds the special token {special[0]}.")
         return found
-
-    def _control_tokens(self, record: Record, ids: list[int]) -> Iterator[tuple[str, str]]:
-        found = {match for message in record.messages for match in self._special.findall(message["content"])}
-        if not found:
-            return
-        # Are there fewer special tokens if these words are broken up?
-        messages = [m | {"content": self._special.sub(_broken, m["content"])} for m in record.messages]
-        harmless = self._encoder.encode(replace(record, messages=messages)).input_ids
-        if self._count(ids) > self._count(harmless):
-            yield "control_token", f"The text holds {', '.join(sorted(found))}."
-
-    def _count(self, ids: list[int]) -> int:
-        return sum(i in self._special_ids for i in ids)
-
-
-def _broken(match: re.Match[str]) -> str:
-    return f"{match[0][0]} {match[0][1:]}"

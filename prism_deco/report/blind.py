@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from prism_deco.config import (
-    GROUPS,
-    changed_from_defaults,
-    load_choice,
-    read_config,
-    shipped_choices,
-    value_text,
-)
+from prism_deco.config import load_choice
 from prism_deco.config.schema import Config
 from prism_deco.errors import UsageError
-from prism_deco.files import write_json
-from prism_deco.training.manifest import config_hash
 
 REFERENCE = Path(__file__).parent.parent / "assets" / "reference" / "blind.json"
 
@@ -60,40 +49,6 @@ def settings_key(config: DictConfig) -> str:
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def record(run: Path, path: Path) -> dict[str, Any]:
-    """Adds the scores of a finished blind run to a reference file; returns the entry, with the command that trains the
-    same run again.
-
-    Raises:
-        UsageError: the run was not trained with `recipe.blind=true`, or has not been scored.
-    """
-    config = read_config(run / "config.yaml")
-    if not config.recipe.blind:
-        raise UsageError(f"{run} was trained with its images: train a baseline with recipe.blind=true.")
-    scores: dict[str, dict[str, float]] = {}
-    for file in sorted((run / "eval").glob("*/metrics.json")):
-        metrics = json.loads(file.read_text(encoding="utf-8"))
-        benchmark = metrics["benchmark"]
-        # eval/<benchmark> holds the benchmark's own split, eval/<benchmark>-<split> another one.
-        split = file.parent.name.removeprefix(benchmark).removeprefix("-") or _own_split(benchmark)
-        scores.setdefault(split, {})[benchmark] = round(metrics["metrics"][metrics["primary"]], 2)
-    if not scores:
-        raise UsageError(f"{run} has no scores: run prism-deco evaluate {run} benchmark=mini")
-    entry = {
-        "llm": config.llm.name,
-        "data": config.data.name,
-        "recipe": config.recipe.name,
-        "seed": config.seed,
-        "command": shlex.join(["prism-deco", "train", *_overrides(config)]),
-        "config_hash": config_hash(config),
-        "scores": scores,
-    }
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, known | {settings_key(config): entry})
-    return entry
-
-
 def blind_scores(config: DictConfig, split: str | None) -> dict[str, float] | None:
     """Primary score by benchmark of the image-blind baseline of these settings; None where none was recorded.
 
@@ -115,12 +70,3 @@ def _own_split(benchmark: str) -> str:
         return load_choice("benchmark", benchmark).get("split") or "own"
     except UsageError:  # a YAML of one's own, which is not found by its name alone
         return "own"
-
-
-def _overrides(config: DictConfig) -> list[str]:
-    """The choices of a run, and what it has changed of them. Of a YAML of one's own only the name is known."""
-    shipped = shipped_choices(config)
-    chosen = {group: shipped.get(group, f"{config[group].name}.yaml") for group in GROUPS}
-    changed = {key: value_text(key, value) for key, value in changed_from_defaults(config).items()}
-    elsewhere = ("run_id", "runs_dir")
-    return [f"{key}={text}" for key, text in (chosen | changed).items() if key not in elsewhere]

@@ -1,4 +1,4 @@
-"""A data set with faults of 23 kinds planted in it: all are found, none is invented."""
+"""A data set with faults of 22 kinds planted in it: all are found, none is invented."""
 
 import hashlib
 import io
@@ -14,7 +14,6 @@ import pytest
 from PIL import ExifTags, Image
 
 from prism_deco.cli import main
-from prism_deco.data import check as check_module
 from prism_deco.data.base import Source
 from prism_deco.data.check import check_dataset
 from prism_deco.data.encoder import Encoder
@@ -25,7 +24,7 @@ from prism_deco.llms import build_llm
 PLANTED = {
     "malformed": 9, "turn_order": 9, "image_tags": 8, "outside_root": 9, "duplicate_id": 8, "empty_turn": 8,
     "control_token": 8, "missing": 9, "outside_link": 8, "unreadable": 9, "wrong_type": 8, "huge": 7,
-    "unread_image": 6, "broken_text": 6, "id_type": 6, "control_character": 6, "no_room": 4, "answers_cut": 4,
+    "unread_image": 6, "broken_text": 6, "control_character": 6, "no_room": 4, "answers_cut": 4,
     "single_pixel": 5, "transparent": 5, "rotated": 5, "clipped": 5, "unrenderable": 0,
 }  # fmt: skip
 UNUSABLE = {"malformed", "outside_root", "unread_image", "broken_text"}
@@ -148,8 +147,6 @@ class PlantedSet:
             self.add(kind, "q", "a", **[{"images": [good]}, {"image_path": good}, {"img": good, "image": []}][i % 3])
         elif kind == "broken_text":
             self.add(kind, "<image>\nq", ["a \ud83d", "\udc00 a"][i % 2], image=good)
-        elif kind == "id_type":
-            self.add(kind, image=good, id=[at, [at], {"no": at}][i % 3])
         elif kind == "control_character":
             self.add(kind, "<image>\nq", ["a\0b", "\x1b[31mred", "bell\x07"][i % 3], image=good)
         elif kind == "no_room":
@@ -233,13 +230,12 @@ def _found(out) -> list[tuple[int, str]]:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_all_planted_faults_are_found_and_none_is_invented(world, encoder, tmp_path, workers):
     assert len(world.planted) == sum(PLANTED.values()) and set(PLANTED) == set(KINDS)
-    report = _check(world, encoder, tmp_path, workers=workers, chunk_size=64)
+    report = _check(world, encoder, tmp_path, workers=workers)
     assert report.exit_status == 1
     assert report.counts == {kind: number for kind, number in PLANTED.items() if number}
     assert sorted(_found(tmp_path)) == sorted(world.planted)
     assert report.totals.records == CLEAN + sum(PLANTED.values()) - world.unusable
     assert report.data_hash == hashlib.sha256((world.root / "train.json").read_bytes()).hexdigest()
-    assert not (tmp_path / "progress.jsonl").exists()
 
 
 def test_a_clean_set_ends_with_zero_and_is_counted(tmp_path, encoder, colors):
@@ -298,7 +294,7 @@ def test_an_image_fault_is_reported_with_every_record_that_shows_it(tmp_path, en
         records[i]["image"] = "gone.png"
     (tmp_path / "t.json").write_text(json.dumps(records))
     source = Source(tmp_path / "t.json", colors / "images")
-    report = check_dataset(source, encoder, tmp_path / "out", workers=1, chunk_size=2)
+    report = check_dataset(source, encoder, tmp_path / "out", workers=1)
     assert [(f.entry, f.id, f.image) for f in report.faults] == [(i, records[i]["id"], "gone.png") for i in (1, 4, 6)]
     assert report.totals.images == 6  # five that are there, and one that is not
     allowed = check_dataset(source, encoder, tmp_path / "out", workers=1, allow=["missing"])
@@ -315,49 +311,6 @@ def test_a_conversation_with_nothing_to_learn_from_is_a_fault(tmp_path, colors):
         Source(tmp_path / "t.json", colors), Encoder(llm, max_text_tokens=99), tmp_path / "out", workers=1
     )
     assert report.counts == {"empty_turn": 1, "unrenderable": 1}
-
-
-def test_an_interrupted_check_goes_on_where_it_stopped(world, encoder, tmp_path, monkeypatch):
-    whole = _check(world, encoder, tmp_path / "whole", workers=1, chunk_size=16)
-    inspected = []
-    inspect = check_module.inspect_image
-
-    def stop_late(images, name):
-        if len(inspected) == 200:
-            raise KeyboardInterrupt
-        inspected.append(name)
-        return inspect(images, name)
-
-    monkeypatch.setattr(check_module, "inspect_image", stop_late)
-    with pytest.raises(KeyboardInterrupt):
-        _check(world, encoder, tmp_path / "out", workers=1, chunk_size=16)
-    assert not (tmp_path / "out" / "bad.jsonl").exists()
-    with (tmp_path / "out" / "progress.jsonl").open("a") as file:
-        file.write('{"start": 9')  # killed in the middle of a line
-    before = list(inspected)
-    inspected.clear()
-    monkeypatch.setattr(check_module, "inspect_image", lambda *a: inspected.append(a[1]) or inspect(*a))
-    resumed = _check(world, encoder, tmp_path / "out", workers=1, chunk_size=16)
-    assert len(set(before) - set(inspected)) > 150  # not looked at again
-    assert (resumed.to_json(), resumed.faults) == (whole.to_json(), whole.faults)
-    again = _check(world, encoder, tmp_path / "out", workers=1, chunk_size=16)
-    assert again.to_json() == whole.to_json()
-
-
-def test_another_setting_does_not_use_the_old_results(world, tmp_path, monkeypatch, encoder):
-    monkeypatch.setattr(check_module, "_run", lambda chunks, inspector, workers: _interrupt(chunks, inspector))
-    with pytest.raises(KeyboardInterrupt):
-        _check(world, encoder, tmp_path, workers=1, chunk_size=16)
-    done = len((tmp_path / "progress.jsonl").read_text().splitlines())
-    assert done > 2
-    monkeypatch.undo()
-    shorter = Encoder(build_llm("mini_qwen2", pretrained=False, device="meta"), max_text_tokens=8)
-    assert _check(world, shorter, tmp_path, workers=1, chunk_size=16).totals.records_cut > 200
-
-
-def _interrupt(chunks, inspector):
-    yield from ((chunk, inspector(chunk)) for chunk in chunks[:4])
-    raise KeyboardInterrupt
 
 
 def test_the_report_can_be_read(world, encoder, tmp_path):

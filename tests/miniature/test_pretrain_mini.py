@@ -9,20 +9,21 @@ import math
 import numpy as np
 import pytest
 import torch
+from captioned_images import END, PAD, Vocabulary, load_captions, normalise, phrases
+from contrastive import PhraseClipLoss, PhraseSigLipLoss, retrieval
+from masked import MaskedPretraining, orientation_histograms
+from pretrain import OBJECTIVES, pretrain_tower
+from probe import Probe, probe
 from safetensors.torch import load_file
 from torch import nn
 
 from prism_deco.backbones import VisionBackbone, build_backbone
 from prism_deco.backbones.transforms import BackboneTransform, TowerTransform
 from prism_deco.backbones.weights import ASSETS
-from prism_deco.miniature.pretraining import mini_towers, pretrain_tower
-from prism_deco.miniature.pretraining.contrastive import PhraseClipLoss, PhraseSigLipLoss, retrieval
-from prism_deco.miniature.pretraining.data import END, PAD, Vocabulary, load_captions, normalise, phrases
-from prism_deco.miniature.pretraining.masked import MaskedPretraining, orientation_histograms
-from prism_deco.miniature.pretraining.objectives import OBJECTIVES
-from prism_deco.miniature.pretraining.probe import Probe, probe
+from prism_deco.config import choices, load_choice
+from prism_deco.miniature.render import render
+from prism_deco.miniature.scene import draw_scene
 
-TOWERS = ("mini_clip", "mini_siglip", "mini_dinov2")
 CAPTION = "a small red circle at the top left, a large blue cross in the middle and a plate at the top that says 47"
 
 
@@ -42,6 +43,13 @@ def test_vocabulary_reads_digits_one_by_one():
         vocabulary.encode(["blue"], length=5)
     with pytest.raises(ValueError, match="more than 2 words"):
         vocabulary.encode(["red red red"], length=3)
+
+
+def test_captioned_images_are_no_images_of_the_world():
+    images, _ = load_captions(seed=3, count=50)
+    shown = {image.permute(1, 2, 0).numpy().tobytes() for image in images}
+    for split in ("train", "val", "test"):
+        assert not shown & {render(draw_scene(3, split, index)).tobytes() for index in range(200)}
 
 
 def test_normalise_equals_the_transform_of_the_tower():
@@ -122,14 +130,12 @@ def test_orientation_histograms_by_hand():
     torch.testing.assert_close(histograms, expected)
 
 
-@pytest.mark.parametrize(
-    ("family", "model"),
-    [("clip", "mini-clip"), ("siglip", "mini-siglip"), ("dinov2", "vit_tiny_stem_patch8_reg4_64")],
-)
-def test_a_few_images_can_be_learnt(family, model):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_few_images_can_be_learnt(name):
     torch.manual_seed(0)
     images, captions = load_captions(seed=1, count=6)
-    objective = OBJECTIVES.get(family)(model, captions, 0)
+    objective = OBJECTIVES[name](load_choice("backbone", name)["model"], captions, 0)
     pixels = normalise(images, (0.5,) * 3, (0.5,) * 3)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-3)
     before = objective.eval().evaluate(pixels, captions)
@@ -177,6 +183,7 @@ def test_probe_reads_colours_from_colours_and_little_else():
     assert found.as_dict().keys() == Probe.__dataclass_fields__.keys()
 
 
+@pytest.mark.slow
 def test_pretraining_writes_weights_and_record(tmp_path):
     record = pretrain_tower(
         "mini_dinov2", tmp_path, seed=3, steps=3, batch_size=8, images=40, held_out=20, probe_scenes=200
@@ -191,22 +198,25 @@ def test_pretraining_writes_weights_and_record(tmp_path):
     assert probe(backbone, 3, 200, 50).as_dict() == record["probe"]
 
 
-def test_only_miniature_towers_are_pretrained(tmp_path):
-    assert set(mini_towers()) == set(TOWERS)
-    with pytest.raises(ValueError, match="Choices: mini_clip, mini_dinov2, mini_siglip"):
-        pretrain_tower("clip_vit_l_336", tmp_path)
+def test_every_shipped_tower_has_an_objective():
+    weights = {name: load_choice("backbone", name).get("weights") for name in choices("backbone")}
+    assert set(OBJECTIVES) == {name for name, source in weights.items() if source == f"asset:{name}"}
 
 
-@pytest.mark.parametrize("name", TOWERS)
-def test_shipped_towers(name):
-    """They load, are what their records say, and beat the same tower with random weights where it matters."""
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_shipped_towers_are_what_their_records_say(name):
     file = ASSETS / f"{name}.safetensors"
     record = json.loads((ASSETS / f"{name}.json").read_text())
     assert file.stat().st_size < 2_000_000
     assert record["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert record["name"] == name and len(record["versions"]) > 3
+    assert build_backbone(name).grid == (8, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_shipped_towers_beat_random_weights(name):
     backbone = build_backbone(name)
-    assert backbone.grid == (8, 8)
     torch.manual_seed(0)
     found, random = (probe(b, 99, 400, 150) for b in (backbone, build_backbone(name, pretrained=False)))
     assert found.color > 0.85

@@ -5,8 +5,9 @@ import json
 import re
 
 import pytest
+from train_tokenizers import corpus
 
-from prism_deco.miniature.conversations import Balance, Pool, converse, corpus, records
+from prism_deco.miniature.conversations import Balance, Pool, converse, records
 from prism_deco.miniature.expressions import box_text
 from prism_deco.miniature.questions import Question
 from prism_deco.miniature.rng import Dice

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from prism_deco.miniature.captions import captions
+from prism_deco.miniature.conversations import caption
 from prism_deco.miniature.render import mask, render
 from prism_deco.miniature.rng import Dice
 from prism_deco.miniature.scene import (
@@ -108,13 +108,9 @@ def test_pixels_are_the_same_on_every_machine():
     assert digest == "676c53797ac0ec3e2456ccf2ca4b6d7ce424342c2ae8da53ee59c18bb673f461"
 
 
-def test_captions_name_everything_and_never_show_a_training_image():
-    pairs = list(captions(3, 50))
-    assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for image, _ in pairs)
-    for index, (_, text) in enumerate(pairs):
+def test_captions_name_everything():
+    for index in range(50):
         scene = draw_scene(3, "captions", index)
+        text = caption(scene)
         assert [f"{t.size_word} {t.category}" in text for t in scene.things] == [True] * len(scene.things)
         assert (scene.plate is not None and str(scene.plate.number) in text) or "plate" not in text
-    seen = {render(scene).tobytes() for scene in SCENES}
-    assert not seen & {image.tobytes() for image, _ in pairs}
-    assert [text for _, text in captions(3, 2)] == [text for _, text in pairs[:2]]

@@ -1,11 +1,10 @@
 """The shipped tokenizers: how they cut the miniature world's texts, and that they can be made again."""
 
 import pytest
+from train_tokenizers import INSTRUCTIONS, corpus, train_tokenizers
 
 from prism_deco.llms import build_llm
 from prism_deco.llms.hub import ASSETS
-from prism_deco.miniature.conversations import corpus
-from prism_deco.miniature.train_tokenizer import INSTRUCTIONS, train_tokenizers
 
 CHOICES = ["mini_qwen2", "mini_phi", "mini_llama"]
 EVERYTHING = "".join(map(chr, range(256))) + "猫 né 🐈‍⬛ \U0010ffff"

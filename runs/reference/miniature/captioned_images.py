@@ -10,8 +10,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from prism_deco.errors import UsageError
-from prism_deco.miniature.captions import captions
+from prism_deco.miniature.conversations import caption
+from prism_deco.miniature.render import render
+from prism_deco.miniature.scene import draw_scene
 
 PAD = 0
 END = 127
@@ -35,14 +36,14 @@ class Vocabulary:
         """int64[len(texts), length]: padded on the right, the last word followed by `END`.
 
         Raises:
-            UsageError: a text is longer than `length`, or has a word that no caption has.
+            ValueError: a text is longer than `length`, or has a word that no caption has.
         """
         ids = torch.full((len(texts), length), PAD)
         for row, text in enumerate(texts):
             words = self.split(text)
             unknown = [word for word in words if word not in self._ids]
             if unknown or len(words) >= length:
-                raise UsageError(f"{text!r} has more than {length - 1} words, or unknown ones: {unknown}.")
+                raise ValueError(f"{text!r} has more than {length - 1} words, or unknown ones: {unknown}.")
             ids[row, : len(words) + 1] = torch.tensor([self._ids[word] for word in words] + [END])
         return ids
 
@@ -53,11 +54,10 @@ def phrases(caption: str) -> list[str]:
 
 
 def load_captions(seed: int, count: int) -> tuple[Tensor, list[str]]:
-    """uint8[count, 3, 64, 64] and the captions."""
-    pairs = list(captions(seed, count))
-    return rearrange(torch.from_numpy(np.stack([image for image, _ in pairs])), "n h w c -> n c h w"), [
-        text for _, text in pairs
-    ]
+    """uint8[count, 3, 64, 64] and their captions; none of them is an image of the world's own splits."""
+    scenes = [draw_scene(seed, "captions", index) for index in range(count)]
+    images = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
+    return rearrange(images, "n h w c -> n c h w"), [caption(scene) for scene in scenes]
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -4,16 +4,22 @@ They mirror the types of the real ones: byte-level BPE with ChatML tokens (Qwen)
 `<|endoftext|>` (Phi), and BPE with a dummy space in front and byte fallback (Llama's SentencePiece).
 All split numbers into digits, as Qwen and Llama do. Two things are one token that would be many: a coordinate of a
 box, and an instruction that all questions of a kind share. Both make sequences, and so training on a laptop, shorter.
+
+    python runs/reference/miniature/train_tokenizers.py --out DIR
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from prism_deco.miniature.conversations import records
+from prism_deco.miniature.scene import draw_scene
 
 COORDINATES = tuple(f"{k / 32:.2f}" for k in range(33))
 """The coordinates of boxes on a grid of 32 bins."""
@@ -37,6 +43,13 @@ _EMPHASIS = 1_000
 # Digits one by one, words with the space before them, and the separator of coordinates in one piece.
 _BYTE_LEVEL = r"\d|, (?=\d|$)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s"
 _METASPACE = r"\d|,▁(?=\d|$)|▁?\p{L}+|▁?[^▁\s\p{L}\p{N}]+|▁|\s"
+
+
+def corpus(seed: int, count: int) -> Iterator[str]:
+    """Texts of that many conversations, prompts and answers on lines of their own."""
+    scenes = [("", draw_scene(seed, "corpus", index)) for index in range(count)]
+    for _, record in zip(range(count), records(seed, "corpus", scenes, per_image=1), strict=False):
+        yield "\n".join(turn["value"].removeprefix("<image>\n") for turn in record["conversations"])
 
 
 def train_tokenizers(corpus: Iterable[str], folder: Path) -> None:
@@ -114,3 +127,15 @@ def _save(tokenizer: Tokenizer, folder: Path, **special: str) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the miniature's tokenizers again.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="of the conversations (default: %(default)s)")
+    args = parser.parse_args()
+    train_tokenizers(corpus(args.seed, count=500), args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,20 +13,24 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prism_deco.miniature.pretraining.objectives import OBJECTIVES, Objective
+import prism_deco.miniature.architectures  # noqa: F401  (registers the miniature's architectures)
 
 _BINS = 9
 _CELL = 4
 
 
-@OBJECTIVES.register("dinov2")
-class MaskedPretraining(Objective):
+class MaskedPretraining(nn.Module):
     """Blanked patches, and a linear layer that says what they and their neighbours look like.
 
     Two targets: pixels, as in SimMIM (arXiv 2111.09886), and histograms of gradient orientations, as in MaskFeat
     (arXiv 2112.09133), which make edges and corners count. Unlike there, each patch predicts the three by three
     patches around it, whether blanked or not: with blanked patches alone, a tower of this size and schedule learns
     hardly more than random weights hold.
+
+    Args:
+        model: timm's name of the architecture.
+        captions: not used.
+        seed: of the masks.
     """
 
     max_masked = 0.5
@@ -44,6 +48,7 @@ class MaskedPretraining(Objective):
         self.generator = torch.Generator().manual_seed(seed)
 
     def forward(self, images: Tensor, captions: Sequence[str] = ()) -> Tensor:
+        """float[B, 3, S, S] -> loss, float[]."""
         tokens = self.tokens(images)
         return F.mse_loss(self.pixels(tokens), self.pixel_targets(images)) + F.mse_loss(
             self.gradients(tokens), self.gradient_targets(images)
@@ -76,6 +81,7 @@ class MaskedPretraining(Objective):
         return rearrange(F.unfold(padded, 3 * step, stride=step), "b d n -> b n d")
 
     def evaluate(self, images: Tensor, captions: Sequence[str] = ()) -> dict[str, float]:
+        """The fraction of the targets' variance that is predicted."""
         tokens = self.tokens(images)
         found = {}
         for name, head, targets in (

@@ -13,12 +13,12 @@ from typing import Any, cast
 
 import open_clip
 import torch
+from captioned_images import Vocabulary, phrases
 from open_clip.loss import ClipLoss, SigLipLoss
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prism_deco.miniature.pretraining.data import Vocabulary, phrases
-from prism_deco.miniature.pretraining.objectives import OBJECTIVES, Objective
+import prism_deco.miniature.architectures  # noqa: F401  (registers the miniature's architectures)
 
 _LENGTH = 14
 """Tokens of a phrase: ten words and digits at most, the end, padding."""
@@ -75,8 +75,15 @@ class PhraseSigLipLoss(SigLipLoss):
         return logits if logit_bias is None else logits + logit_bias
 
 
-class ContrastivePretraining(Objective):
-    """An open_clip model and a loss over images and phrases."""
+class ContrastivePretraining(nn.Module):
+    """An open_clip model and a loss over images and phrases; `vit` is the tower that is kept.
+
+    Args:
+        model: open_clip's name of the architecture.
+        captions: all captions of the run, from which the vocabulary is built.
+        seed: of the choice of phrases.
+        loss: of one family.
+    """
 
     def __init__(self, model: str, captions: Sequence[str], seed: int, loss: PhraseClipLoss | PhraseSigLipLoss):
         super().__init__()
@@ -87,6 +94,7 @@ class ContrastivePretraining(Objective):
         self.loss = loss
 
     def forward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """float[B, 3, S, S], B captions -> loss, float[]."""
         parts = [set(phrases(caption)) for caption in captions]
         known = sorted(set().union(*parts))
         chosen = self.dice.sample(known, min(len(known), _MAX_PHRASES))
@@ -116,7 +124,6 @@ class ContrastivePretraining(Objective):
         raise NotImplementedError
 
 
-@OBJECTIVES.register("clip")
 class ClipPretraining(ContrastivePretraining):
     """`PhraseClipLoss`."""
 
@@ -128,7 +135,6 @@ class ClipPretraining(ContrastivePretraining):
         return logits @ (has / has.sum(1, keepdim=True)).T
 
 
-@OBJECTIVES.register("siglip")
 class SiglipPretraining(ContrastivePretraining):
     """`PhraseSigLipLoss`."""
 

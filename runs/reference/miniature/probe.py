@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from captioned_images import normalise
 from einops import rearrange, reduce
 from torch import Tensor
 
 from prism_deco.backbones import VisionBackbone
-from prism_deco.miniature.pretraining.data import normalise
 from prism_deco.miniature.render import render
 from prism_deco.miniature.scene import COLORS, SHAPES, Scene, draw_scene
 

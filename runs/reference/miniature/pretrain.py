@@ -1,7 +1,11 @@
-"""Pretrains the towers of the miniature study on its rendered world, in a few CPU minutes each."""
+"""Pretrains the towers of the miniature study on its rendered world, in a few CPU minutes each.
+
+python runs/reference/miniature/pretrain.py [mini_clip ...] --out DIR
+"""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import logging
@@ -11,25 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from captioned_images import load_captions, normalise
+from contrastive import ClipPretraining, SiglipPretraining
+from masked import MaskedPretraining
+from probe import probe
 from safetensors.torch import save_file
 from torch.optim.lr_scheduler import OneCycleLR
 
 from prism_deco.backbones import VisionBackbone, build_backbone
-from prism_deco.backbones.weights import ASSET
-from prism_deco.config import choices, load_choice
-from prism_deco.config.registry import unknown
-from prism_deco.miniature.pretraining.data import load_captions, normalise
-from prism_deco.miniature.pretraining.objectives import OBJECTIVES, Objective
-from prism_deco.miniature.pretraining.probe import probe
+from prism_deco.config import load_choice
+from prism_deco.logs import configure_logging
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("prism_deco.pretrain")
+
+OBJECTIVES = {"mini_clip": ClipPretraining, "mini_siglip": SiglipPretraining, "mini_dinov2": MaskedPretraining}
+"""What each shipped tower learns; none of it uses the renderer's labels."""
 
 _PACKAGES = ("torch", "timm", "open_clip_torch", "numpy", "safetensors")
-
-
-def mini_towers() -> list[str]:
-    """The backbones whose weights are shipped, and made here."""
-    return [name for name in choices("backbone") if str(load_choice("backbone", name).get("weights")).startswith(ASSET)]
 
 
 def pretrain_tower(
@@ -47,7 +49,7 @@ def pretrain_tower(
     """Trains a tower and writes `<name>.safetensors` (float16, timm's names) and `<name>.json` (the record).
 
     Args:
-        name: choice of one tower in `conf/backbone`, of 64 px; its `family` picks the objective.
+        name: one of `OBJECTIVES`, a choice of `conf/backbone`.
         out_dir: folder for the two files.
         seed: seeds weights, order, words and masks; the images are those of `seed + 1000`, the held-out ones and
             the probe's are of other seeds again.
@@ -61,19 +63,13 @@ def pretrain_tower(
 
     Returns:
         The record.
-
-    Raises:
-        UsageError: `name` is not among `mini_towers()`.
     """
-    if name not in mini_towers():
-        raise unknown("miniature tower", name, mini_towers())
-    choice = load_choice("backbone", name)
     start = time.process_time()
     torch.manual_seed(seed)
     untrained = build_backbone(name, pretrained=False)
     data = load_captions(seed + 1000, images)
     test = load_captions(seed + 2000, held_out)
-    objective = OBJECTIVES.get(choice["family"])(choice["model"], data[1] + test[1], seed)
+    objective = OBJECTIVES[name](load_choice("backbone", name)["model"], data[1] + test[1], seed)
     log.info("%s: %d steps of %d images", name, steps, batch_size)
     losses = _train(objective, untrained, data, steps, batch_size, lr, weight_decay, seed)
     objective.eval()
@@ -86,7 +82,7 @@ def pretrain_tower(
     save_file({key: value.half().contiguous() for key, value in objective.vit.state_dict().items()}, file)
     record = {
         "name": name,
-        "command": f"prism-deco pretrain-mini {name} --out DIR --seed {seed}",
+        "command": f"python runs/reference/miniature/pretrain.py {name} --out DIR --seed {seed}",
         "settings": {
             "seed": seed,
             "steps": steps,
@@ -112,7 +108,7 @@ def pretrain_tower(
 
 
 def _train(
-    objective: Objective,
+    objective: ClipPretraining | SiglipPretraining | MaskedPretraining,
     tower: VisionBackbone,
     data: tuple[torch.Tensor, list[str]],
     steps: int,
@@ -150,3 +146,21 @@ def _pixels(tower: VisionBackbone, images: torch.Tensor) -> torch.Tensor:
 def _milestones(steps: int) -> list[int]:
     """About ten steps, the last one among them."""
     return sorted({*range(max(steps // 10, 1), steps, max(steps // 10, 1)), steps})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the miniature's towers again, as they ship with the package.")
+    parser.add_argument("names", nargs="*", help=f"{', '.join(OBJECTIVES)} (default: all)")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and images (default: %(default)s)")
+    args = parser.parse_args()
+    unknown = set(args.names) - set(OBJECTIVES)
+    if unknown:
+        parser.error(f"unknown towers: {', '.join(sorted(unknown))}. Choices: {', '.join(OBJECTIVES)}.")
+    configure_logging(debug=False)
+    for name in args.names or OBJECTIVES:
+        pretrain_tower(name, args.out, args.seed)
+
+
+if __name__ == "__main__":
+    main()

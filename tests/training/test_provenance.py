@@ -1,0 +1,48 @@
+"""What a run may not find changed when it continues."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from prism_deco.config import load_config
+from prism_deco.llms import build_llm
+from prism_deco.training.manifest import provenance
+
+
+@pytest.fixture
+def found(tmp_path):
+    """(`recipe.lm`, checkpoint, overrides) -> provenance of a run on the LLM in `tmp_path`."""
+    vlm = SimpleNamespace(backbone=SimpleNamespace(sha256=lambda: "tower"))
+    data = SimpleNamespace(data_hash="a", val_hash="b")
+
+    def find(lm, checkpoint=None, *overrides):
+        options = ["llm=mini_llama", "llm.pretrained=true", f"llm.weights={tmp_path}", "run_id=x", *overrides]
+        llm = build_llm("mini_llama", weights=str(tmp_path), device="meta")
+        return provenance(load_config([*options, f"recipe.lm={lm}"]), vlm, llm, data, None, checkpoint)
+
+    return find
+
+
+def _write_base(folder):
+    build_llm("mini_llama", pretrained=False).model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("lm", ["frozen", "lora"])
+def test_a_replaced_base_llm_is_refused_unless_accepted(lm, found, tmp_path):
+    _write_base(tmp_path)
+    before = found(lm)
+    checkpoint = SimpleNamespace(content=before, step=7, folder=Path("step_000007"))
+    assert found(lm, checkpoint) == before
+    _write_base(tmp_path)
+    with pytest.raises(ValueError, match="The weights of the language model changed since step_000007"):
+        found(lm, checkpoint)
+    [change] = found(lm, checkpoint, "trainer.accept_changed_inputs=true")["input_changes"]
+    assert (change["step"], change["input"], change["before"]) == (7, "llm", before["inputs"]["llm"])
+    # Checkpoints of earlier versions do not name it.
+    del checkpoint.content["inputs"]["llm"]
+    assert found(lm, checkpoint)["input_changes"] == []
+
+
+def test_an_llm_that_is_trained_is_in_the_checkpoint_itself(found):
+    assert "llm" not in found("full")["inputs"]
