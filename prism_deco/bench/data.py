@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 
 from prism_deco.config import cache_dir
 from prism_deco.data.base import Source
+from prism_deco.data.encoder import Encoder
 from prism_deco.data.examples import Examples, Transform
 from prism_deco.data.images import FORMATS, ImageFolder, decode_image
 from prism_deco.data.loader import Collate, stack_pixels
@@ -74,7 +75,7 @@ def bench_data(
     chosen = [i for i in np.flatnonzero(records.has_image).tolist() if len(records[i].images) == 1][:images]
     if not chosen:
         raise UsageError(f"{source.train} has no record with an image.")
-    examples = Examples(records, folder, llm, transform, max_text_tokens=2048)
+    examples = Examples(records, folder, Encoder(llm, max_text_tokens=2048), transform)
     collate = Collate(tokens_per_image=144, micro_batch_size=micro_batch_size)
     files = [folder.root / records[i].images[0] for i in chosen]
     plain = _plain_transform(side)

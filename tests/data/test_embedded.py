@@ -11,6 +11,7 @@ from PIL import Image
 from prism_deco.config import cache_dir
 from prism_deco.data import build_source
 from prism_deco.data.base import Source
+from prism_deco.data.encoder import Encoder
 from prism_deco.data.examples import Examples
 from prism_deco.data.images import load_image
 from prism_deco.data.records import open_records
@@ -111,7 +112,7 @@ def test_examples_read_embedded_images(tmp_path, tiny):
     _write(tmp_path / "a.parquet", _table([100, 100]))
     records = open_records(tmp_path / "a.parquet", cache_dir())
     source = Source(tmp_path / "a.parquet", None)
-    examples = Examples(records, source.images(records), llm, vlm.backbone.transform, max_text_tokens=99)
+    examples = Examples(records, source.images(records), Encoder(llm, max_text_tokens=99), vlm.backbone.transform)
     expected = vlm.backbone.transform(Image.new("RGB", (8, 6), (100, 200, 0)))["mini_siglip"]
     assert examples[1].pixels[0]["mini_siglip"].equal(expected)
 
