@@ -17,9 +17,8 @@ from prism_deco.data import Source
 from prism_deco.data.encoder import Encoder, check_records
 from prism_deco.data.images import ImageSource
 from prism_deco.data.loader import Collate, Examples, Step, build_loader, stack_pixels
-from prism_deco.data.records import Records
+from prism_deco.data.records import Records, open_parts
 from prism_deco.data.samplers import Population, StepSampler, in_order
-from prism_deco.data.split import open_parts
 from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel
 from prism_deco.vlm import VLM

@@ -14,8 +14,7 @@ from prism_deco.data.base import Source
 from prism_deco.data.encoder import Encoder
 from prism_deco.data.examples import Examples
 from prism_deco.data.images import load_image
-from prism_deco.data.records import open_records
-from prism_deco.data.split import hold_out
+from prism_deco.data.records import hold_out, open_records
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402

@@ -10,9 +10,8 @@ from prism_deco.data.base import Source
 from prism_deco.data.encoder import Encoder, check_records
 from prism_deco.data.examples import Examples
 from prism_deco.data.loader import Collate
-from prism_deco.data.records import open_records
+from prism_deco.data.records import open_parts, open_records
 from prism_deco.data.samplers import Filler
-from prism_deco.data.split import open_parts
 from prism_deco.llms import build_llm
 
 IGNORE = -100
