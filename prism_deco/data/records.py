@@ -38,6 +38,9 @@ class Records(Sequence[Record]):
         rows: int[n], which of the file's records these are; None takes all, in file order.
 
     Attributes:
+        words: int32[n].
+        num_images: int32[n].
+        has_image: bool[n].
         data_hash: SHA-256 of the JSON file, or of the entries of Parquet files; hexadecimal.
         embedded: the images that came with the records; None if they are files.
     """
@@ -47,27 +50,15 @@ class Records(Sequence[Record]):
         self._table: np.ndarray = np.load(folder / "rows.npy", mmap_mode="r")
         self._rows = np.arange(len(self._table)) if rows is None else rows
         self._lines = PartialReader(folder / "records.jsonl")
+        self.words = self.column("words")
+        self.num_images = self.column("num_images")
+        self.has_image = self.num_images > 0
         self.data_hash = json.loads((folder / "index.json").read_text())["sha256"]
         self.embedded = PackedImages(folder) if (folder / "images.bin").is_file() else None
 
     def column(self, name: str) -> np.ndarray:
         """A column of `index.ROW`."""
         return self._table[name][self._rows]
-
-    @property
-    def words(self) -> np.ndarray:
-        """int32[n]."""
-        return self.column("words")
-
-    @property
-    def num_images(self) -> np.ndarray:
-        """int32[n]."""
-        return self.column("num_images")
-
-    @property
-    def has_image(self) -> np.ndarray:
-        """bool[n]."""
-        return self.num_images > 0
 
     def select(self, rows: np.ndarray | slice) -> Records:
         """Some of these records: bool[n], or a slice."""
@@ -170,8 +161,6 @@ def open_parts(
         cache: see `open_records`.
         val_fraction: fraction of the images to hold out if the source has no validation records.
         limit: train on the first records only; None trains on all.
-        on_bad_record: fail | skip.
-        odd_records: refuse | train, see `recipe.odd_records`.
 
     Raises:
         UsageError: a file cannot be read, a record is refused and `on_bad_record` is "fail", or none is left to train

@@ -21,15 +21,10 @@ from prism_deco.errors import UsageError
 
 @dataclass(frozen=True)
 class Population:
-    """What samplers know of the records.
+    """What samplers know of the records."""
 
-    Attributes:
-        words: int[n], length of each record in whitespace-separated words.
-        has_image: bool[n].
-    """
-
-    words: np.ndarray
-    has_image: np.ndarray
+    words: np.ndarray  # int[n], length of each record in whitespace-separated words
+    has_image: np.ndarray  # bool[n]
 
 
 @dataclass(frozen=True)

@@ -49,54 +49,34 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    Attributes:
-        kind: one of `KINDS`.
-        entry: number of the record in the file.
-        id: the record's id.
-        image: name of the image, if the fault is in it.
-    """
-
-    kind: str
-    entry: int
-    id: str
+    kind: str  # one of `KINDS`
+    entry: int  # number of the record in the file
+    id: str  # of the record
     detail: str
-    image: str | None = None
+    image: str | None = None  # its name, if the fault is in an image
 
 
 @dataclass
 class ImageFindings:
-    """What reading an image showed.
-
-    Attributes:
-        format: of the content, as Pillow names it.
-        digest: SHA-256 of the file; None if it cannot be read.
-        fault: kind and detail, if there is one.
-    """
+    """What reading an image showed."""
 
     bytes: int = 0
-    format: str | None = None
-    digest: str | None = None
-    fault: tuple[str, str] | None = None
+    format: str | None = None  # of the content, as Pillow names it
+    digest: str | None = None  # SHA-256 of the file; None if it cannot be read
+    fault: tuple[str, str] | None = None  # kind and detail
 
 
 @dataclass(frozen=True)
 class TextFindings:
-    """What rendering a conversation showed; lengths in tokens of text.
+    """What rendering a conversation showed; lengths in tokens of text."""
 
-    Attributes:
-        length: before truncation.
-        supervised: tokens that the loss covers, before truncation.
-        cut, supervised_cut: how many of these truncation removes.
-        faults: kinds and details.
-    """
-
-    length: int = 0
-    supervised: int = 0
-    cut: int = 0
-    supervised_cut: int = 0
-    faults: list[tuple[str, str]] = field(default_factory=list)
+    length: int = 0  # before truncation
+    supervised: int = 0  # tokens that the loss covers, before truncation
+    cut: int = 0  # what truncation removes of `length`
+    supervised_cut: int = 0  # what it removes of `supervised`
+    faults: list[tuple[str, str]] = field(default_factory=list)  # kinds and details
 
 
 def inspect_image(images: ImageSource, name: str) -> ImageFindings:
