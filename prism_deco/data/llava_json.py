@@ -160,11 +160,11 @@ def parse_record(raw: Any, id: str, image_root: Path | None) -> tuple[Record, di
         oddities["turn_order"] = "the last human turn has no answer."
     # A conversation about one image without any tag is common in LLaVA files: the image goes first.
     tags = sum(m["content"].count(IMAGE_TAG) for m in messages if m["role"] == "user")
-    found = f"{tags} {IMAGE_TAG} tags but {len(images)} image files"
     if len(images) > 1 and tags != len(images):
-        raise RecordError("image_tags", f"{found}: write one tag per image.")
+        raise RecordError("image_tags", f"{len(images)} image files but {tags} {IMAGE_TAG} tags: write one per image.")
     if tags > len(images):
-        oddities["image_tags"] = f"{found}: add `image`, or remove the tag."
+        detail = f"{tags} {IMAGE_TAG} tags but {len(images)} image files: add `image`, or remove the tag."
+        oddities["image_tags"] = detail
     return Record(id, tuple(images), messages), oddities
 
 

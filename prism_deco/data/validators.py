@@ -58,7 +58,7 @@ class Fault:
     image: str | None = None  # its name, if the fault is in an image
 
 
-@dataclass
+@dataclass(slots=True)
 class ImageFindings:
     """What reading an image showed."""
 
@@ -68,7 +68,7 @@ class ImageFindings:
     fault: tuple[str, str] | None = None  # kind and detail
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TextFindings:
     """What rendering a conversation showed; lengths in tokens of text."""
 
