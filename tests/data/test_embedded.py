@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import pickle
 
 import numpy as np
@@ -147,5 +148,13 @@ def test_only_bytes_are_images_and_no_path_is_opened(tmp_path):
     _write(tmp_path / "a.parquet", table.set_column(2, "image", pa.array(paths, IMAGE)))
     with pytest.raises(ValueError, match=r"record 0 \(id r0\): `image` must be .* encoded images"):
         open_records(tmp_path / "a.parquet", tmp_path)
-    [record] = open_records(tmp_path / "a.parquet", tmp_path, allow_faults=True)
-    assert record.images == (hashlib.sha256(_png(2)).hexdigest()[:16],)
+    records = open_records(tmp_path / "a.parquet", tmp_path, allow_faults=True)
+    [record] = records
+    name = hashlib.sha256(_png(2)).hexdigest()[:16]
+    assert record.images == (name,)
+    # Runs are compared by this hash: it must stay what earlier versions wrote.
+    must = "`image` must be a path, or a list of paths (in Parquet and Arrow files: encoded images)."
+    refused = {"entry": 0, "id": "r0", "kind": "malformed", "detail": f"record 0 (id r0): {must}", "usable": False}
+    messages = [{"role": "user", "content": "What is 2?"}, {"role": "assistant", "content": "This."}]
+    kept = {"id": "r1", "images": [name], "messages": messages}
+    assert records.data_hash == hashlib.sha256(f"{json.dumps(refused)}{json.dumps(kept)}\n".encode()).hexdigest()
