@@ -195,6 +195,15 @@ class World:
         return result
 
 
+def gather_objects(value: T) -> list[T]:
+    """The values of all processes, by rank; all must call it."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code of a process that ends by an exception."""
     if isinstance(error, Stop):

@@ -93,9 +93,8 @@ class Conversations(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Step]:
         trainer = self.trainer
         assert trainer is not None
-        batches = in_order(
-            len(self.val_records), self.collate.micro_batch_size, trainer.global_rank, trainer.world_size
-        )
+        size = self.collate.micro_batch_size
+        batches = in_order(len(self.val_records), size, trainer.global_rank, trainer.world_size)
         return build_loader(self.val_examples, self.collate, batches, num_workers=self._config.data.num_workers)
 
     def transfer_batch_to_device(self, batch: Step, device: torch.device, dataloader_idx: int) -> Step:

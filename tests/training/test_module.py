@@ -84,12 +84,6 @@ def test_the_strict_loss_is_the_mean_of_the_micro_batches_means(tiny, examples):
             torch.testing.assert_close(got[name], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_an_unknown_loss_lists_the_known_ones(tiny):
-    settings = OmegaConf.structured(RecipeConfig(name="test", loss="mean"))
-    with pytest.raises(ValueError, match="Unknown recipe.loss 'mean'.*micro_batch_mean, token_mean"):
-        TrainingModule(tiny()[0], settings, total_steps=1)
-
-
 def test_bad_images_follow_the_policy_and_are_counted(colors, tmp_path, tiny):
     vlm, llm = tiny()
     records = json.loads((colors / "train.json").read_text())[:2]

@@ -149,6 +149,7 @@ def test_other_weights_or_keys_are_not_loaded_in_silence(runs, tmp_path):
     from safetensors.torch import load_file, save_file
 
     run = shutil.copytree(runs / "a", tmp_path / "copy")
+    (run / "model" / "SHA256SUMS").unlink()
     weights = load_file(run / "model" / "model.safetensors")
     name = "projector.mlp.0.weight"
     save_file({k: v for k, v in weights.items() if k != name}, run / "model" / "model.safetensors")
