@@ -19,6 +19,7 @@ from prism_deco.bench.measure import Usage, usage
 from prism_deco.bench.result import BenchResult, BenchRow, interleaved, spread
 from prism_deco.config import cache_dir
 from prism_deco.data.base import Source
+from prism_deco.data.encoder import Encoder
 from prism_deco.data.examples import Examples, Transform
 from prism_deco.data.images import FORMATS, decode_image
 from prism_deco.data.loader import Collate, stack_pixels
@@ -55,7 +56,7 @@ def bench_data(
     """
     source = photographs(folder, count, size)
     records = open_records(source.train, cache_dir(), image_root=source.image_root)
-    examples = Examples(records, source.images(records), llm, transform, max_text_tokens=2048)
+    examples = Examples(records, source.images(records), Encoder(llm, max_text_tokens=2048), transform)
     collate = Collate(tokens_per_image=144, micro_batch_size=micro_batch_size)
     files = [folder / "images" / f"{i}.jpg" for i in range(count)]
     plain = _plain_transform(side)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import prism_deco
 from prism_deco.errors import UsageError
-from prism_deco.files import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -28,24 +27,22 @@ def download(
     url: str,
     target: Path,
     *,
-    sha256: str | None = None,
     attempts: int = 8,
     pause: float = 1.0,
     progress: Callable[[int, int | None], None] = lambda done, size: None,
 ) -> None:
     """Downloads a file to `target`, resuming from `<target>.part` if an earlier call left one.
 
-    The file appears under its name only when it is complete: it has the size that the server announced, and the
-    expected SHA-256. If the server's file has changed since, the download starts over.
+    The file appears under its name only when it has the size that the server announced. If the server's file has
+    changed since, the download starts over.
 
     Args:
-        sha256: expected digest, hexadecimal; None checks only the size.
         attempts: consecutive connections that may bring nothing new.
         pause: seconds after the first of these; doubles each time.
         progress: called with the bytes so far and their final number, None if that is unknown.
 
     Raises:
-        UsageError: the server refuses the file, keeps breaking off, or sends other content.
+        UsageError: the server refuses the file, or keeps breaking off.
     """
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"{url}: only http and https addresses can be downloaded.")
@@ -69,10 +66,6 @@ def download(
         log.warning("%s: %s after %d bytes; resuming", url, reason, _size(part))
         if failures:
             time.sleep(min(60.0, pause * 2 ** (failures - 1)))
-    found = sha256 and file_sha256(part)
-    if found != sha256:
-        part.unlink()
-        raise UsageError(f"SHA-256 mismatch for {target}: got {found}, expected {sha256}. The file was deleted.")
     part.replace(target)
     _version_file(part).unlink(missing_ok=True)
 

@@ -1,8 +1,4 @@
-"""Images: looked for before training starts, opened safely, never replaced silently.
-
-Records name their images; an `ImageSource` knows where the bytes of a name are: in a folder, or packed into one file as
-they came out of Parquet (`packing.PackedImages`).
-"""
+"""Images by name: where their bytes are, and how they are decoded."""
 
 from __future__ import annotations
 
@@ -24,7 +20,8 @@ whatever name, to Ghostscript."""
 
 
 class ImageSource(ABC):
-    """Where images are read from; `str` names the place. Picklable, for loader processes.
+    """Where images are read from: a folder, or a file that they were packed into (`packing.PackedImages`). `str` names
+    the place. Picklable, for loader processes.
 
     Attributes:
         least_side: see `decode_image`; None decodes at full size.

@@ -37,11 +37,7 @@ class Record:
 
 
 class RecordError(ValueError):
-    """An entry that is no usable record.
-
-    Attributes:
-        kind: malformed | turn_order | image_tags | outside_root | unread_image | broken_text.
-    """
+    """An entry that is no usable record; its kind is one of `validators.KINDS`."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -167,16 +163,15 @@ def parse_record(raw: Any, id: str, image_root: Path | None) -> tuple[Record, di
     if len(images) > 1 and tags != len(images):
         raise RecordError("image_tags", f"{len(images)} image files but {tags} {IMAGE_TAG} tags: write one per image.")
     if tags > len(images):
-        oddities["image_tags"] = (
-            f"{tags} {IMAGE_TAG} tags but {len(images)} image files: add `image`, or remove the tag."
-        )
+        detail = f"{tags} {IMAGE_TAG} tags but {len(images)} image files: add `image`, or remove the tag."
+        oddities["image_tags"] = detail
     return Record(id, tuple(images), messages), oddities
 
 
 def _images(raw: dict[str, Any], image_root: Path | None) -> list[str]:
     images = raw.get("image")
     if images is None or images == []:
-        unread = unread_image_key(key for key, value in raw.items() if _holds_something(value))
+        unread = unread_image_key(key for key, value in raw.items() if isinstance(value, (str, list, dict)) and value)
         if unread is not None:
             raise RecordError("unread_image", f"the key `{unread}` is not read: images stand under `image`.")
         return []
@@ -201,10 +196,6 @@ def _images(raw: dict[str, Any], image_root: Path | None) -> list[str]:
 def unread_image_key(keys: Iterable[str]) -> str | None:
     """The first key that an image may stand under, `image` itself not among them."""
     return next((key for key in keys if key != "image" and _IMAGE_KEY.fullmatch(key)), None)
-
-
-def _holds_something(value: Any) -> bool:
-    return isinstance(value, (str, bytes, list, dict)) and len(value) > 0
 
 
 def _messages(turns: list[Any]) -> list[dict[str, str]]:

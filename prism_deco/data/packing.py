@@ -86,9 +86,7 @@ def _open_arrow(pa: Any, source: Any) -> Any:
 
 def _columns(file: Path, names: list[str]) -> list[str]:
     if "conversations" not in names:
-        raise UsageError(
-            f"{file} has the columns {', '.join(names)}; needed are conversations, image and id (optional)."
-        )
+        raise UsageError(f"{file} has the columns {', '.join(names)}; needed are conversations, image and maybe id.")
     unread = unread_image_key(names)
     if unread is not None and "image" not in names:
         raise UsageError(f"{file}: the column {unread} is not read: images stand in the column image.")
@@ -187,9 +185,7 @@ def check_space(files: list[Path], folder: Path) -> None:
     """`UsageError` if the unpacked images would not fit on the disk of `folder`."""
     needed = sum(file.stat().st_size for file in files)
     free = shutil.disk_usage(folder).free
-    log.info("Unpacking images into %s: about %.1f GB, %.1f GB are free", folder, needed / 1e9, free / 1e9)
+    sizes = f"about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+    log.info("Unpacking images into %s: %s", folder, sizes)
     if needed > free:
-        raise UsageError(
-            f"{folder} has {free / 1e9:.1f} GB free, but the unpacked images need about {needed / 1e9:.1f} GB. "
-            "Choose another disk with the environment variable PRISM_DECO_CACHE."
-        )
+        raise UsageError(f"Images cannot be unpacked into {folder}: {sizes}. Set PRISM_DECO_CACHE to another disk.")

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import hf_hub_download, hf_hub_url
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -28,18 +28,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Archive:
-    """A ZIP archive of images.
-
-    Attributes:
-        into: folder, relative to the image root, that its images belong in; "." for the root itself.
-        gigabytes: its size.
-        sha256: of the archive, if it is published.
-    """
+    """A ZIP archive of images."""
 
     url: str
-    into: str
+    into: str  # folder, relative to the image root, that its images belong in; "." for the root itself
     gigabytes: float
-    sha256: str | None = None
 
     @property
     def file_name(self) -> str:
@@ -49,42 +42,26 @@ class Archive:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set that can be downloaded (`conf/data`, family `published`).
-
-    Attributes:
-        repo: data set repository on the Hugging Face hub that has the records.
-        json: the records' file in the repository.
-        json_gigabytes: its size.
-        image_root: folder of the images, relative to the data set's.
-        archives: where the images come from.
-        revision: commit, branch or tag of the repository.
-        endpoint: address of a mirror of the hub; None is the hub, or what HF_ENDPOINT says.
-    """
+    """A data set that can be downloaded (`conf/data`, family `published`)."""
 
     name: str
-    repo: str
-    json: str
+    repo: str  # data set repository on the Hugging Face hub that has the records
+    json: str  # the records' file in the repository
     json_gigabytes: float
-    image_root: str
+    image_root: str  # folder of the images, relative to the data set's
     archives: tuple[Archive, ...]
-    revision: str = "main"
-    endpoint: str | None = None
+    revision: str = "main"  # commit, branch or tag of the repository
+    endpoint: str | None = None  # address of a mirror of the hub; None is the hub, or what HF_ENDPOINT says
 
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """What is left to download, and the disk space it takes.
-
-    Attributes:
-        downloads: size of each file, in gigabytes.
-        needed: gigabytes on disk at the peak; archives are deleted once their images are extracted.
-        free: free gigabytes on that disk.
-    """
+    """What is left to download, and the disk space it takes, in gigabytes."""
 
     root: Path
-    downloads: dict[str, float]
-    needed: float
-    free: float
+    downloads: dict[str, float]  # size of each file
+    needed: float  # on disk at the peak; archives are deleted once their images are extracted
+    free: float  # on that disk
 
     def render(self) -> Table:
         """The plan as a table of rich."""
@@ -165,9 +142,7 @@ def _missing_images(dataset: Dataset, root: Path) -> dict[str, list[str]]:
     for name in ImageFolder(image_root).missing(names):
         folder = next((into for into in missing if into == "." or name.startswith(f"{into}/")), None)
         if folder is None:
-            raise UsageError(
-                f"No archive of {dataset.name} is for the image {name}: its records are of another version."
-            )
+            raise UsageError(f"No archive of {dataset.name} is for {name}: its records are of another version.")
         missing[folder].append(name)
     return missing
 
@@ -184,15 +159,10 @@ def _download_json(dataset: Dataset, root: Path) -> None:
 def _fetch_images(archive: Archive, root: Path, image_root: Path, names: list[str]) -> None:
     file = root / archive.file_name
     if not file.is_file():
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(archive.into)
-            download(
-                archive.url,
-                file,
-                sha256=archive.sha256,
-                progress=lambda done, size: bar.update(task, completed=done, total=size),
-            )
+            download(archive.url, file, progress=lambda done, size: bar.update(task, completed=done, total=size))
     log.info("Extracting %d images from %s", len(names), file)
     prefix = f"{archive.into}/" if archive.into != "." else ""
     found = extract(file, image_root / archive.into, [name.removeprefix(prefix) for name in names])

@@ -8,8 +8,7 @@ import pytest
 
 from prism_deco.data import llava_json as entries
 from prism_deco.data.images import ImageFolder, open_image, resolve_image
-from prism_deco.data.records import open_records
-from prism_deco.data.split import hold_out
+from prism_deco.data.records import hold_out, open_records
 
 
 def _turns(*values):
