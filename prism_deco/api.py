@@ -108,7 +108,7 @@ class Model:
         Args:
             prompt: the raw question.
             answer: the text to explain; None takes the model's own answer.
-            options: see `prism_deco.explain.relevance` (method, chunk, through_backbone, max_new_tokens).
+            options: see `prism_deco.explain.relevance` (method, max_new_tokens).
         """
         return relevance(self.vlm, self.llm, image, prompt, answer, **options)
 
