@@ -65,7 +65,10 @@ def load_config(overrides: Iterable[str] = ()) -> DictConfig:
     Raises:
         UsageError: an unknown choice or key (with the nearest valid ones), a value of a wrong type or out of range.
     """
-    arguments = _read(overrides)
+    return _load(_read(overrides))
+
+
+def _load(arguments: _Arguments) -> DictConfig:
     contents = default_contents(arguments.choices)
     origins = {group: f"{group}={choice}" for group, choice in arguments.choices.items()}
     closed = [group for group in _CLOSED if group not in arguments.contents]
@@ -89,9 +92,8 @@ def named_choice(group: str, overrides: Iterable[str]) -> str | None:
 def value_origins(overrides: Iterable[str]) -> dict[str, str]:
     """Where each value of `load_config(overrides)` comes from, by dotted key: `command line`, the path of a YAML file,
     or `default`, the schema's; and the reference that stands there, if any."""
-    overrides = list(overrides)
     arguments = _read(overrides)
-    config = load_config(overrides)
+    config = _load(arguments)
     origins = dict.fromkeys(flat(config), "default")
     for key, content in default_contents(arguments.choices).items():
         choice = arguments.choices.get(key) or (content["name"] if key in GROUPS else "")
