@@ -26,6 +26,8 @@ _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SMALL = ["*.json", "tokenizer.model", "merges.txt"]
 _SAFETENSORS = "model*.safetensors"
 _BIN = "pytorch_model*.bin"
+MODEL_FILES = [[*_SMALL, _SAFETENSORS], [*_SMALL, _BIN]]
+"""Patterns of a model's files in a repository: pickles only if there is nothing better."""
 
 
 def has_weights(folder: Path) -> bool:
@@ -48,18 +50,46 @@ def weight_files(path: Path) -> list[Path]:
     return []
 
 
-def snapshot_folder(repo: str, revision: str | None, hint: str, *, dry_run: bool = False) -> Path:
-    """The local snapshot of a repository with a complete model; downloads what is missing.
+def snapshot(
+    repo: str,
+    revision: str | None,
+    complete: Callable[[Path], bool],
+    attempts: Sequence[list[str]],
+    hint: str,
+    dry_run: bool = False,
+) -> Path:
+    """The local snapshot of a repository, from the cache or else from the hub.
 
     Args:
+        complete: whether a folder holds all that is wanted.
+        attempts: patterns of the files to fetch; later ones are tried where earlier ones give nothing complete.
         hint: what an error begins with.
         dry_run: ask whether the hub has what is missing, without downloading it.
 
     Raises:
-        UsageError: the hub cannot be reached or refuses.
+        UsageError: the hub cannot be reached, refuses, or has no such files.
     """
-    # Pickles only if there is nothing better.
-    return _snapshot(repo, revision, has_weights, [[*_SMALL, _SAFETENSORS], [*_SMALL, _BIN]], hint, dry_run)
+    for patterns in attempts:
+        with suppress(OSError):  # not in the cache
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=True))
+            if complete(folder):
+                return folder
+    try:
+        for patterns in attempts:
+            if dry_run:
+                offered = snapshot_download(repo, revision=revision, allow_patterns=patterns[-1], dry_run=True)
+                if offered:
+                    return Path(offered[0].local_path).parent
+                continue
+            log.info("Fetching %s (%s) from the Hugging Face hub", repo, ", ".join(patterns))
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+            if complete(folder):
+                return folder
+    except (OSError, HTTPError) as error:
+        # The lines after the first advise on options of another library.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{hint} (Hugging Face hub: {reason})") from error
+    raise UsageError(f"{hint} (Hugging Face hub: {repo} holds none of {', '.join(attempts[-1])})")
 
 
 def load_tokenizer(
@@ -98,7 +128,7 @@ def _from_hub(repo: str, revision: str | None) -> PreTrainedTokenizerBase:
         f"The tokenizer of {repo} is not in the local Hugging Face cache and could not be downloaded (a few MB). "
         "Copy its files here and point to their folder: llm.tokenizer=PATH."
     )
-    return _load(_snapshot(repo, revision, _has_tokenizer, [_SMALL], hint))
+    return _load(snapshot(repo, revision, _has_tokenizer, [_SMALL], hint))
 
 
 def _load(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
@@ -123,35 +153,3 @@ def _prefix_every_text(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZER)
-
-
-def _snapshot(
-    repo: str,
-    revision: str | None,
-    complete: Callable[[Path], bool],
-    attempts: Sequence[list[str]],
-    hint: str,
-    dry_run: bool = False,
-) -> Path:
-    """The first snapshot that is `complete`: from the cache with each of the patterns, then from the hub."""
-    for patterns in attempts:
-        with suppress(OSError):  # not in the cache
-            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=True))
-            if complete(folder):
-                return folder
-    try:
-        for patterns in attempts:
-            if dry_run:
-                offered = snapshot_download(repo, revision=revision, allow_patterns=patterns[-1], dry_run=True)
-                if offered:
-                    return Path(offered[0].local_path).parent
-                continue
-            log.info("Fetching %s (%s) from the Hugging Face hub", repo, ", ".join(patterns))
-            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-            if complete(folder):
-                return folder
-    except (OSError, HTTPError) as error:
-        # The lines after the first advise on options of another library.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{hint} (Hugging Face hub: {reason})") from error
-    raise UsageError(f"{hint} (Hugging Face hub: {repo} holds none of {', '.join(attempts[-1])})")

@@ -60,14 +60,6 @@ def load_lm(path: Path, config: PretrainedConfig | None, **options: Any) -> PreT
     return _from_pretrained(path, AutoModelForCausalLM, as_safetensors(path), **safe, **options)
 
 
-def folder_tensors(path: Path) -> dict[str, Path]:
-    """The safetensors file that holds each tensor of a folder; pickled shards are converted first."""
-    files = {}
-    for file in weight_files(as_safetensors(path)):
-        files |= dict.fromkeys(open_tensors(file), file)
-    return files
-
-
 def as_safetensors(folder: Path) -> Path:
     """The folder itself, or a cached one with its .bin shards as safetensors; converted once, shard by shard."""
     shards = weight_files(folder)
