@@ -50,6 +50,6 @@ def pretrain_mini(args: argparse.Namespace) -> None:
 
 def record_blind(args: argparse.Namespace) -> None:
     """Keep the scores of an image-blind run as the reference that tables show."""
-    from prism_deco.report.blind import record
+    from prism_deco.report.baselines import record
 
     record(args.run, args.out)
