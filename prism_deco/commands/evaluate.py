@@ -179,7 +179,7 @@ def _show_in_tensorboard(run: Path, scores: Mapping[str, Any], step: int) -> Non
 
 def _blind(config: DictConfig, benchmarks: Iterable[Benchmark]) -> dict[str, float]:
     """Recorded scores of a model trained with these settings but without images, by benchmark."""
-    from prism_deco.report.blind import blind_scores
+    from prism_deco.report.baselines import blind_scores
 
     found = {}
     for benchmark in benchmarks:

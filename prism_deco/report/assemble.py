@@ -9,12 +9,12 @@ from pathlib import Path
 from prism_deco.config import read_yaml
 from prism_deco.config.registry import require_imported
 from prism_deco.errors import UsageError
-from prism_deco.report import curve_figures, score_figures, secondary_metrics, status_tables, tables
+from prism_deco.report import figures, status_tables, tables
 from prism_deco.report.cells import RunCell
 from prism_deco.report.collect import collect
 from prism_deco.report.comparability import refusal
 from prism_deco.report.document import PageSection, document
-from prism_deco.report.grid import ScoreTable, score_records, score_tables
+from prism_deco.report.grid import ScoreTable, score_records, score_tables, secondary_records
 from prism_deco.report.html_page import render
 from prism_deco.report.paired_tests import BASE, Difference, difference_records, paired_differences
 from prism_deco.report.plotting import Figure
@@ -57,23 +57,25 @@ def write_report(
         differences.append(paired_differences(table.groups, table.benchmarks, chosen, table.has_mean))
     log.info("Drawing the figures")
     scored = score_sections(grids, differences)
-    sections = [*_unfinished_section(cells), *scored, *_cell_sections(cells)]
-    text, figures = document(
+    sections = [*_unfinished_section(cells), *scored]
+    if cells:
+        sections.append(PageSection([status_tables.cells_table(cells)]))
+    text, drawn = document(
         _title(folders), [*status_tables.about(cells), status_tables.notes(cells, chosen, others)], sections
     )
     files: dict[str, str | bytes] = {
-        "report.html": render(text, figures),
+        "report.html": render(text, drawn),
         "report.md": text,
         "scores.csv": comma_separated([record for table in grids for record in score_records(table)]),
         "differences.csv": comma_separated([record for own in differences for record in difference_records(own)]),
         "cells.csv": comma_separated(status_tables.cell_records(cells)),
         "run_scores.csv": comma_separated(status_tables.run_records(cells, chosen)),
     }
-    secondary = [record for table in grids for record in secondary_metrics.secondary_records(table)]
+    secondary = [record for table in grids for record in secondary_records(table)]
     if secondary:
         files["readings.csv"] = comma_separated(secondary)
     out = out or _default_out(folders)
-    write_files(out, files | figures)
+    write_files(out, files | drawn)
     _mention_claims(folders)
     return out / "report.html", [section.tables[0] for section in scored]
 
@@ -132,20 +134,11 @@ def _title(folders: Sequence[Path]) -> str:
 
 
 def _unfinished_section(cells: Sequence[RunCell]) -> list[PageSection]:
-    unfinished = [cell for cell in cells if not cell.finished]
+    unfinished = [cell for cell in cells if cell.state != "done"]
     if not unfinished:
         return []
     logs = {cell.id: cell.log_tail for cell in unfinished if cell.log_tail}
     return [PageSection([status_tables.unfinished_table(unfinished)], logs=logs)]
-
-
-def _cell_sections(cells: Sequence[RunCell]) -> list[PageSection]:
-    """The curves of single cells, and the table of all."""
-    drawn = cells if len(cells) <= status_tables.MOST_CURVES else [cell for cell in cells if not cell.finished]
-    curves = [curve_figures.cell_curves(cell) for cell in drawn]
-    known = [figure for figure in curves if figure is not None]
-    sections = [PageSection(figures=known, title="Curves of single cells")] if known else []
-    return [*sections, PageSection([status_tables.cells_table(cells)])] if cells else []
 
 
 def score_sections(grids: Sequence[ScoreTable], differences: Sequence[Sequence[Difference]]) -> list[PageSection]:
@@ -154,18 +147,16 @@ def score_sections(grids: Sequence[ScoreTable], differences: Sequence[Sequence[D
     for table, own in zip(grids, differences, strict=True):
         # A figure of many numbers of tokens spans the tables of a part, and stands below the last of them.
         scored = [other for other in grids if other.part == table.part and other.benchmarks]
-        figures = []
+        spanning = []
         if scored and table is scored[-1]:
             more = [group for other in scored[:-1] for group in other.groups]
-            figures = score_figures.tokens_figures(table, more)
-        sections.append(_score_section(table, own, figures))
+            spanning = figures.tokens_figures(table, more)
+        sections.append(_score_section(table, own, spanning))
     return sections
 
 
-def _score_section(
-    table: ScoreTable, differences: Sequence[Difference], tokens_figures: Sequence[Figure]
-) -> PageSection:
-    curves = curve_figures.convergence(table)
+def _score_section(table: ScoreTable, differences: Sequence[Difference], spanning: Sequence[Figure]) -> PageSection:
+    curves = figures.convergence(table)
     warnings = [f"Not comparable: {line}" for line in table.disagreements]
     if not table.benchmarks:
         return PageSection([tables.losses_table(table)], [curves] if curves else [], warnings)
@@ -176,20 +167,15 @@ def _score_section(
         tables.wins_table(table),
         *([tables.gains_table(table), tables.spatial_table(table)] if table.table == 1 else []),
         tables.differences_table(with_base) if with_base else None,
-        score_figures.budget_table(table),
+        figures.budget_table(table),
     ]
-    figures = [
-        curves,
-        *tokens_figures,
-        score_figures.mean_figure(table),
-        score_figures.differences_figure(table, with_base),
-    ]
+    drawn = [curves, *spanning, figures.mean_figure(table)]
     if table.table:
         cells = [cell for group in table.groups for cell in group.cells]
         warnings += [f"Other settings: {line}" for line in override_sentences(cells)]
     return PageSection(
         tables=[one for one in shown if one is not None],
-        figures=[figure for figure in figures if figure is not None],
+        figures=[figure for figure in drawn if figure is not None],
         warnings=warnings,
         folded=[tables.differences_table(rest, title="Differences of the other pairs")] if rest else [],
     )

@@ -103,11 +103,6 @@ class RunCell:
         return self.labels.get("part", "")
 
     @property
-    def finished(self) -> bool:
-        """Whether it is trained and scored to the end."""
-        return self.state == "done"
-
-    @property
     def blind(self) -> bool:
         """Whether it was trained without its images, as a baseline for the others."""
         labelled = self.labels.get("recipe.blind", "").lower() == "true"  # the configuration may be unreadable

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from prism_deco.report.cells import RunCell, SeedGroup
-from prism_deco.report.compute import same_compute
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-_RUN: dict[str, Callable[[RunCell], Any]] = {
-    "training data (data_hash)": lambda cell: cell.manifest["data_hash"][:12],
-}
-_BUDGET: dict[str, Callable[[RunCell], Any]] = {
-    "steps": lambda cell: cell.manifest["steps"],
-    "samples": lambda cell: cell.manifest["samples"],
-}
+from prism_deco.config.registry import require_imported
+from prism_deco.config.schema import Config
+from prism_deco.errors import UsageError
+from prism_deco.plan.estimate import estimate_run
+from prism_deco.report.cells import RunCell, SeedGroup
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 0.01
+"""Relative difference in compute of two trainings that still counts as equal: steps are whole."""
+
+_PLANNED = ["backbone", "projector", "llm", "data", "recipe", "trainer", "plugins"]
+"""Keys on which the compute of a training depends."""
+
 _SCORE: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "questions (data_hash)": lambda content: content["data_hash"][:12],
     "prompts (prompt_hash)": lambda content: content["prompt_hash"][:12],
@@ -26,19 +36,27 @@ def disagreements(groups: Sequence[SeedGroup], split: str) -> list[str]:
     """What differs between cells that should only differ in their labels, each as one sentence.
 
     In a whole table the training data must be the same, and either the number of steps and of samples or their
-    compute (see `compute`); each line must have the same seeds (planned ones count: a seed that is still training is
-    missing, not different), and each benchmark must have asked the same questions with the same prompts and answer
-    length. Within a row the number of visual tokens must be the same too, except for an uncompressed projector (as
-    many tokens as patches), to which a row is compared; so must the micro-batches where the loss is a mean over them.
+    compute (see `same_compute`). Each line must have the same seeds; planned ones count: a seed that is still training
+    is missing, not different. Each benchmark must have asked the same questions with the same prompts and answer
+    length. Within a row the number of visual tokens must be the same, except for an uncompressed projector (as many
+    tokens as patches), to which a row is compared; so must the micro-batches where the loss is a mean over them.
     """
     cells = [cell for group in groups for cell in group.cells]
     trained = [cell for cell in cells if cell.manifest]
-    found = [_spread(name, trained, read) for name, read in _RUN.items()]
-    found += _budgets(trained)
+    found = [_sentence("training data (data_hash)", ((cell.id, cell.manifest["data_hash"][:12]) for cell in trained))]
+    steps, samples = ([(cell.id, cell.manifest[key]) for cell in trained] for key in ("steps", "samples"))
+    budgets = [_sentence("steps", steps), _sentence("samples", samples)]
+    if any(budgets) and not same_compute(trained):
+        found += budgets
     for row in dict.fromkeys(cell.row for cell in trained):
-        compressed = [cell for cell in trained if cell.row == row and cell.compressed]
-        found.append(_spread(f"visual tokens in row {row}", compressed, lambda cell: cell.tokens))
-        sizes = [(cell.id, _micro_batch(cell)) for cell in trained if cell.row == row and _averages(cell)]
+        members = [cell for cell in trained if cell.row == row]
+        tokens = [(cell.id, cell.tokens) for cell in members if cell.compressed]
+        found.append(_sentence(f"visual tokens in row {row}", tokens))
+        sizes = []
+        for cell in members:
+            if cell.config is not None and cell.config.recipe.loss == "micro_batch_mean":
+                size = f"{cell.config.recipe.micro_batch_size} (x {cell.manifest.get('devices', 1)})"
+                sizes.append((cell.id, size))
         found.append(_sentence(f"micro-batches, over which the loss is a mean, in row {row}", sizes))
     for benchmark in dict.fromkeys(name for cell in trained for name in cell.scores.get(split, {})):
         scored = [cell for cell in trained if benchmark in cell.scores.get(split, {})]
@@ -58,26 +76,6 @@ def refusal(title: str, sentences: Sequence[str]) -> str:
     )
 
 
-def _averages(cell: RunCell) -> bool:
-    """Whether the loss depends on the records of a forward pass."""
-    return cell.config is not None and cell.config.recipe.loss == "micro_batch_mean"
-
-
-def _micro_batch(cell: RunCell) -> str:
-    """Records of a forward pass (x devices)."""
-    assert cell.config is not None
-    return f"{cell.config.recipe.micro_batch_size} (x {cell.manifest.get('devices', 1)})"
-
-
-def _budgets(cells: Sequence[RunCell]) -> list[str]:
-    sentences = [_spread(name, cells, read) for name, read in _BUDGET.items()]
-    return sentences if any(sentences) and not same_compute(cells) else []
-
-
-def _spread(name: str, cells: Sequence[RunCell], read: Callable[[RunCell], Any]) -> str:
-    return _sentence(name, ((cell.id, read(cell)) for cell in cells))
-
-
 def _sentence(name: str, values: Iterable[tuple[str, Any]]) -> str:
     """Names the values and who has them; empty where there is one value only."""
     owners: dict[Any, list[str]] = {}
@@ -91,3 +89,47 @@ def _sentence(name: str, values: Iterable[tuple[str, Any]]) -> str:
 def _few(names: Sequence[str]) -> str:
     shown = ", ".join(names[:4])
     return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+
+
+def training_flops(cell: RunCell) -> float | None:
+    """Floating-point operations of a training; None where they are not known, or it has not finished."""
+    if not cell.manifest or cell.config is None:
+        return None
+    per_sample = _flops_per_sample(cell.config)
+    return per_sample * cell.manifest["samples"] if per_sample is not None else None
+
+
+def _flops_per_sample(config: DictConfig) -> float | None:
+    """Of training on one sample, on average, as `prism-deco plan` counts them; None where the data have no `statistics`
+    or the configuration is of another version."""
+    if config.data.get("statistics") is None:
+        return None  # the planner would read the data
+    # A run of an earlier version does not have the keys that were added since.
+    defaults: Any = OmegaConf.to_container(OmegaConf.structured(Config))
+    chosen: Any = OmegaConf.merge({name: defaults[name] for name in _PLANNED}, OmegaConf.masked_copy(config, _PLANNED))
+    # The costs depend on neither, and so the cells of a study share few plans.
+    chosen.recipe.lr = 0.0
+    chosen.recipe.max_steps = None
+    return _planned_flops(OmegaConf.to_yaml(chosen, resolve=True))
+
+
+@cache
+def _planned_flops(text: str) -> float | None:
+    """Per sample, of a configuration as YAML."""
+    config: Any = OmegaConf.create(text)
+    try:
+        require_imported(config.plugins, Path("config.yaml"))
+        needs = estimate_run(config).needs
+    except (UsageError, OmegaConfBaseException) as error:
+        log.warning("The compute of a step is not known: %s", error)
+        return None
+    return needs.flops / needs.records / config.recipe.epochs if needs is not None else None
+
+
+def same_compute(cells: Iterable[RunCell]) -> bool | None:
+    """Whether the trainings had the same compute; None where it is not known of one of them."""
+    costs = [training_flops(cell) for cell in cells]
+    known = [cost for cost in costs if cost is not None]
+    if len(known) < len(costs) or not known:
+        return None
+    return max(known) <= (1 + TOLERANCE) * min(known)

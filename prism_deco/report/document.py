@@ -11,21 +11,19 @@ from prism_deco.report.tabular import Table, escape, markdown, paragraph
 
 @dataclass(frozen=True)
 class PageSection:
-    """A part of the report.
+    """A part of the report, under the title of its first table.
 
     Attributes:
-        title: by default that of the first table.
         warnings: paragraphs above the tables, set off.
         folded: long tables, shown on demand.
         logs: last lines by the name of a cell.
     """
 
-    tables: Sequence[Table] = ()
+    tables: Sequence[Table]
     figures: Sequence[Figure] = ()
     warnings: Sequence[str] = ()
     folded: Sequence[Table] = ()
     logs: Mapping[str, str] = field(default_factory=dict)
-    title: str = ""
 
 
 def document(
@@ -35,7 +33,7 @@ def document(
     figures: dict[str, str | bytes] = {}
     parts = [f"# {escape(title)}\n", *map(paragraph, paragraphs)]
     for number, section in enumerate(sections, start=1):
-        parts.append(f"## {escape(section.title or section.tables[0].title)}\n")
+        parts.append(f"## {escape(section.tables[0].title)}\n")
         parts += [f"> {paragraph(text)}" for text in section.warnings]
         for table in section.tables:
             parts += [f"### {escape(table.title)}\n"] if table is not section.tables[0] else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from prism_deco.report import paper
@@ -12,6 +12,15 @@ from prism_deco.report.baselines import blind, chance, mean_scores
 from prism_deco.report.benchmarks import benchmarks_of
 from prism_deco.report.cells import MAXIMA, RunCell, SeedGroup, Summary, projector_rank, seed_groups
 from prism_deco.report.comparability import disagreements
+
+SECONDARY: Mapping[str, str] = {
+    "f1": "f1: mean over POPE's subsets, yes is the positive answer.",
+    "accuracy_pad_corrected": (
+        "accuracy pad corrected: boxes are taken to be those of the image padded to a square, as in LLaVA's training "
+        "data, and mapped back before they are compared."
+    ),
+}
+"""Metrics that are shown below the primary one, and what they are."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +218,7 @@ def score_records(table: ScoreTable) -> list[dict[str, Any]]:
             printed = row.paper.get(name)
             low, high = summary.interval if summary else (None, None)
             found.append(
-                place(table, row, name)
+                _place(table, row, name)
                 | {
                     "score": summary.mean if summary else None,
                     "low95": low,
@@ -227,7 +236,47 @@ def score_records(table: ScoreTable) -> list[dict[str, Any]]:
     return found
 
 
-def place(table: ScoreTable, row: ScoreRow, benchmark: str) -> dict[str, Any]:
+def secondary_records(table: ScoreTable) -> list[dict[str, Any]]:
+    """A record per line, benchmark and metric, for CSV: means over the seeds that have the metric."""
+    found = []
+    for row in table.rows:
+        for name in table.benchmarks:
+            summary = row.summary(name, table.split)
+            scores = list(row.group.scores(name, table.split).values()) if row.group else []
+            for metric, values in secondary_values(row, name, table.split).items():
+                found.append(
+                    _place(table, row, name)
+                    | {
+                        "metric": metric,
+                        "score": fmean(values),
+                        "deviation": stdev(values) if len(values) > 1 else None,
+                        "seeds": len(values),
+                        "planned_seeds": row.planned,
+                        "primary_metric": str(scores[-1].content["primary"]),
+                        "primary": summary.mean if summary else None,
+                        "paper": row.paper.get(name),
+                    }
+                )
+    return found
+
+
+def secondary_values(row: ScoreRow, benchmark: str, split: str) -> dict[str, list[float]]:
+    """Values over the seeds by metric, in the order of `metrics.json`.
+
+    A metric is one of `SECONDARY`, or it or the primary one of another variant (`generate/f1`, `plain/accuracy`).
+    Its name is that of `metrics.json`, its unit the benchmark's.
+    """
+    found: dict[str, list[float]] = {}
+    for score in row.group.scores(benchmark, split).values() if row.group else ():
+        primary = score.content["primary"]
+        for name, value in score.content["metrics"].items():
+            # `variant/metric`; the parts of a metric are `metric/part`.
+            if name != primary and name.rpartition("/")[2] in (primary, *SECONDARY):
+                found.setdefault(name, []).append(float(value))
+    return found
+
+
+def _place(table: ScoreTable, row: ScoreRow, benchmark: str) -> dict[str, Any]:
     """The columns of a CSV that say what a record is about."""
     return {
         "part": table.part or None,

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 
 from prism_deco.report.cells import RunCell
-from prism_deco.report.stats import relative_gain
 
 FOLDER = Path(__file__).parent.parent / "assets" / "paper"
 
@@ -155,9 +155,8 @@ def gains(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, 
     Args:
         first, second: scores by benchmark.
     """
-    return {
-        name: relative_gain([first[c] for c in columns], [second[c] for c in columns])
-        if all(column in first and column in second for column in columns)
-        else None
-        for name, columns in GAIN_GROUPS.items()
-    }
+    found: dict[str, float | None] = {}
+    for name, columns in GAIN_GROUPS.items():
+        complete = all(column in first and column in second for column in columns)
+        found[name] = fmean(100 * (first[c] - second[c]) / second[c] for c in columns) if complete else None
+    return found

@@ -47,11 +47,6 @@ def count_wins(first: Mapping[Hashable, float | None], second: Mapping[Hashable,
     return Wins(signs.count(1), signs.count(-1), signs.count(0), len(places) - len(signs))
 
 
-def relative_gain(first: Sequence[float], second: Sequence[float]) -> float:
-    """Mean over columns of the gain of `first` over `second`, in per cent of `second`."""
-    return fmean(100 * (one - other) / other for one, other in zip(first, second, strict=True))
-
-
 def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % confidence interval of the mean of at least two independent values, by Student's t."""
     mean = fmean(values)

@@ -8,17 +8,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from prism_deco.explain.gae import DEFAULT_METHOD
 from prism_deco.report.cells import VAL_LOSS, RunCell
 from prism_deco.report.tabular import MISSING, Field, Table, format_number, records_table
 
 _MEANING = {"trained": "not scored yet"}
-
-
-MOST_CURVES = 40
-"""Above that many cells, curves are drawn of unfinished cells only."""
 
 
 def about(cells: Sequence[RunCell]) -> list[str]:
@@ -64,8 +58,6 @@ def notes(cells: Sequence[RunCell], split: str, others: Sequence[str]) -> str:
     found = [_progress(cells), f"Split: {split or 'the benchmarks’ own'}."]  # noqa: RUF001
     if others:
         found.append(f"Also scored: {', '.join(others)} (--split).")
-    if len(cells) > MOST_CURVES:
-        found.append("Curves of single cells are those of unfinished ones.")
     machines = {str(cell.manifest.get("machine")) for cell in cells if cell.manifest}
     if len(machines) > 1:
         found.append(f"The cells were trained on {len(machines)} kinds of machine: their times do not compare.")
@@ -90,7 +82,7 @@ def unfinished_table(cells: Sequence[RunCell]) -> Table:
         ]
         for cell in cells
     ]
-    return Table("Unfinished cells", ["cell", "state", "attempts", "reason"], rows)
+    return Table("Unfinished cells", ["cell", "state", "attempts", "reason"], rows, words=True)
 
 
 def cells_table(cells: Sequence[RunCell]) -> Table:
@@ -104,42 +96,38 @@ def cells_table(cells: Sequence[RunCell]) -> Table:
 
 def cell_records(cells: Sequence[RunCell]) -> list[dict[str, Any]]:
     """A record per cell, for CSV."""
-    return [dict(zip(_COLUMNS, _values(cell), strict=True)) for cell in cells]
+    return [_cell_record(cell) for cell in cells]
 
 
-_MANIFEST = ("steps", "samples", "bad_images", "code_version")
-_COLUMNS = ("cell", "state", "row", "projector", "seed", "recipe", "data", "lm", "start_from", "lr", "projector_lr")
-_COLUMNS += ("visual_tokens", "trained_parameters", *_MANIFEST, "data_hash", "step_seconds", "seconds")
-
-
-def _values(cell: RunCell) -> list[Any]:
-    manifest = cell.manifest
+def _cell_record(cell: RunCell) -> dict[str, Any]:
     config = cell.config
+    manifest = cell.manifest
+    recipe = config.recipe if config is not None else {}
+    start = recipe.get("start_from")
+    lr = recipe.get("lr")
     time = cell.step_seconds
-    return [
-        cell.id,
-        cell.state,
-        cell.row,
-        f"{cell.variant} (blind)" if cell.blind else cell.variant,
-        cell.seed,
-        str(config.recipe.name) if config is not None else None,
-        str(config.data.name) if config is not None else None,
-        *_learning(config),
-        cell.tokens,
-        manifest["params"]["trained"] if manifest else None,
-        *(manifest.get(name) for name in _MANIFEST),
-        manifest["data_hash"][:12] if manifest else None,
-        format_number(time, 3) if time is not None else None,
-        cell.seconds,
-    ]
-
-
-def _learning(config: DictConfig | None) -> list[Any]:
-    """What is trained of the LLM, the name of the run that was started from, and the learning rates."""
-    if config is None:
-        return [None] * 4
-    lm, start, lr, own = (config.recipe.get(key) for key in ("lm", "start_from", "lr", "projector_lr"))
-    return [lm, Path(start).name if start else None, lr, lr if own is None else own]
+    return {
+        "cell": cell.id,
+        "state": cell.state,
+        "row": cell.row,
+        "projector": f"{cell.variant} (blind)" if cell.blind else cell.variant,
+        "seed": cell.seed,
+        "recipe": recipe.get("name"),
+        "data": config.data.name if config is not None else None,
+        "lm": recipe.get("lm"),
+        "start_from": Path(start).name if start else None,
+        "lr": lr,
+        "projector_lr": lr if recipe.get("projector_lr") is None else recipe.get("projector_lr"),
+        "visual_tokens": cell.tokens,
+        "trained_parameters": manifest["params"]["trained"] if manifest else None,
+        "steps": manifest.get("steps"),
+        "samples": manifest.get("samples"),
+        "bad_images": manifest.get("bad_images"),
+        "code_version": manifest.get("code_version"),
+        "data_hash": manifest["data_hash"][:12] if manifest else None,
+        "step_seconds": format_number(time, 3) if time is not None else None,
+        "seconds": cell.seconds,
+    }
 
 
 def run_records(cells: Sequence[RunCell], split: str) -> list[dict[str, Any]]:

@@ -7,9 +7,8 @@ from statistics import fmean, stdev
 
 from prism_deco.report import paper
 from prism_deco.report.cells import TRAIN_LOSS, VAL_LOSS, SeedGroup
-from prism_deco.report.grid import ScoreRow, ScoreTable, paper_mean
+from prism_deco.report.grid import SECONDARY, ScoreRow, ScoreTable, paper_mean, secondary_values
 from prism_deco.report.paired_tests import BASE, MEAN, Difference
-from prism_deco.report.secondary_metrics import SECONDARY, secondary_values
 from prism_deco.report.stats import Wins, count_wins
 from prism_deco.report.tabular import MISSING, Field, Table, format_interval, format_number, under_headings
 
@@ -103,14 +102,11 @@ def _caption(table: ScoreTable) -> str:
     if table.blind:
         own = ", each line and the blind one at the settings chosen for it" if table.part else ""
         parts.append(f"blind: the same LLM, data and recipe, trained without the images{own}.")
-    metrics = [
-        metric for row in table.rows for name in table.benchmarks for metric in secondary_values(row, name, table.split)
-    ]
-    parts += [text for name, text in SECONDARY.items() if any(m.rpartition("/")[2] == name for m in metrics)]
-    if any("/" in metric for metric in metrics):
+    shown = {name for row in table.rows for own in table.benchmarks for name in secondary_values(row, own, table.split)}
+    parts += [text for name, text in SECONDARY.items() if any(metric.endswith(name) for metric in shown)]
+    if any("/" in metric for metric in shown):
         parts.append("With a slash: the same questions asked by another variant of the benchmark.")
-    cells = [cell for group in table.groups for cell in group.cells]
-    steps = {cell.manifest["steps"] for cell in cells if cell.manifest}
+    steps = {cell.manifest["steps"] for group in table.groups for cell in group.cells if cell.manifest}
     if len(steps) > 1 and not table.disagreements:
         parts.append(f"The lines have {min(steps):,} to {max(steps):,} steps, which cost the same compute.")
     return " ".join(parts)

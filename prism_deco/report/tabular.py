@@ -16,8 +16,6 @@ from rich.text import Text
 
 MISSING = "-"
 
-_NUMBER = re.compile(r"[<+-]?[\d.,]+( ±.*| to .*| of .*)?")
-
 
 @dataclass(frozen=True)
 class Field:
@@ -39,27 +37,20 @@ class Table:
 
     Attributes:
         rows: with a field per column; one with a single field is the heading of the rows below it.
+        words: whether the columns hold words, which are set flush left.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Field]]
     caption: str = ""
-
-    def column(self, number: int) -> list[str]:
-        """The texts of a column."""
-        return [row[number].text for row in self.rows if len(row) > 1]
-
-    def is_numeric(self, number: int) -> bool:
-        """Whether a column is one of numbers, which are set flush right."""
-        texts = [text for text in self.column(number) if text != MISSING]
-        return number > 0 and sum(bool(_NUMBER.fullmatch(text)) for text in texts) * 2 > len(texts)
+    words: bool = False
 
 
 def records_table(title: str, records: Sequence[Mapping[str, Any]], caption: str = "") -> Table:
     """The records of a CSV as a table."""
     rows = [[Field(_shown(value)) for value in record.values()] for record in records]
-    return Table(title, [key.replace("_", " ") for key in records[0]], rows, caption=caption)
+    return Table(title, [key.replace("_", " ") for key in records[0]], rows, caption, words=True)
 
 
 def _shown(value: Any) -> str:
@@ -100,7 +91,7 @@ def paragraph(text: str) -> str:
 def markdown(table: Table) -> str:
     """A Markdown table and its caption; all text in it is escaped."""
     width = len(table.columns)
-    sides = ["--:" if table.is_numeric(number) else ":--" for number in range(width)]
+    sides = [":--"] + [":--" if table.words else "--:"] * (width - 1)
     lines = ["| " + " | ".join(map(escape, table.columns)) + " |", "|" + "|".join(sides) + "|"]
     for row in table.rows:
         fields = [_markdown(field) for field in row] if len(row) > 1 else [_markdown(row[0], bold=True)]
@@ -124,49 +115,46 @@ def escape(text: str) -> str:
 class TerminalTable:
     """A table for the terminal, without the small print.
 
-    Where it is wider than the terminal, its columns are printed in several blocks, each with the first one: no word is
-    broken as long as it fits, and no column is dropped.
+    Where it is wider than the terminal, its columns are printed in several blocks, each with the first one: no column
+    is dropped, and only names are folded.
     """
 
     def __init__(self, table: Table):
         self._table = table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
-        room = options.max_width - 1
-        blocks = [[0]]
-        for number in range(1, len(self._table.columns)):
-            if len(blocks[-1]) > 1 and sum(self._least(own) + 3 for own in [*blocks[-1], number]) > room:
-                blocks.append([0])
+        widths = [max(map(len, texts)) for texts in self._columns()]
+        rest = max(widths[1:], default=0)
+        words = [word for text in self._columns()[0] for word in text.split()]
+        # The names have what a column beside them leaves, as long as no word has to be broken for it.
+        widths[0] = min(widths[0], max(options.max_width - rest - 7, *map(len, words)), options.max_width - 4)
+        blocks: list[list[int]] = [[]]
+        for number in range(1, len(widths)):
+            used = sum(widths[own] + 3 for own in (0, *blocks[-1], number)) + 1
+            if blocks[-1] and used > options.max_width:
+                blocks.append([])
             blocks[-1].append(number)
         for k, block in enumerate(blocks):
-            yield self._block(f"{self._table.title}{', continued' if k else ''}", block, room)
+            yield self._block(f"{self._table.title}{', continued' if k else ''}", block, widths)
 
-    def _texts(self, number: int) -> list[str]:
-        headings = [row[0].text for row in self._table.rows if len(row) == 1] if number == 0 else []
-        return [*self._table.column(number), *headings]
+    def _columns(self) -> list[list[str]]:
+        """The texts of each column with its name; of the first with the headings of rows."""
+        columns = [[name] for name in self._table.columns]
+        for row in self._table.rows:
+            for texts, field in zip(columns, row, strict=False):
+                texts.append(field.text)
+        return columns
 
-    def _least(self, number: int) -> int:
-        """The width that a column needs: numbers stay on one line, words are not broken."""
-        texts = self._texts(number)
-        if not self._table.is_numeric(number):
-            texts = [word for text in texts for word in text.split()]
-        return max(map(len, [*texts, *self._table.columns[number].split()]), default=0)
-
-    def _block(self, title: str, numbers: Sequence[int], room: int) -> RichTable:
+    def _block(self, title: str, numbers: Sequence[int], widths: Sequence[int]) -> RichTable:
         made = RichTable(title=Text(title), title_justify="left")
-        room -= sum(self._least(number) + 3 for number in numbers)
+        made.add_column(Text(self._table.columns[0]), overflow="fold", width=widths[0])
         for number in numbers:
-            name = self._table.columns[number]
-            width = min(max(map(len, [*self._texts(number), name])), self._least(number) + max(0, room))
-            room -= width - self._least(number)
-            justify = "right" if self._table.is_numeric(number) else "left"
-            # A word that is longer than a line has to be broken after all.
-            fixed = width if room >= 0 else None
-            made.add_column(Text(name), justify=justify, overflow="fold", width=fixed)
+            justify = "left" if self._table.words else "right"
+            made.add_column(Text(self._table.columns[number]), justify=justify, overflow="fold", width=widths[number])
         for row in self._table.rows:
             if len(row) == 1:
                 made.add_section()
-            fields = [row[number] for number in numbers] if len(row) > 1 else row
+            fields = [row[0], *(row[number] for number in numbers)] if len(row) > 1 else row
             made.add_row(*(Text(field.text, "bold" if field.best or len(row) == 1 else "") for field in fields))
         return made
 

@@ -7,7 +7,7 @@ import pytest
 from record_blind import main, record
 
 from prism_deco.config import load_config, save_config
-from prism_deco.report import blind
+from prism_deco.report import baselines
 from prism_deco.training.manifest import config_hash
 
 
@@ -22,17 +22,17 @@ def _run(folder, *overrides, scores):
 
 
 def test_recorded_scores_are_found_for_the_same_settings_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(blind, "REFERENCE", tmp_path / "blind.json")
-    assert blind.blind_scores(load_config(), None) is None
+    monkeypatch.setattr(baselines, "REFERENCE", tmp_path / "blind.json")
+    assert baselines.blind_scores(load_config(), None) is None
     scores = {"mini_pope": ("mini_pope", 51.234), "mini_pope-test": ("mini_pope", 49.0)}
     run = _run(tmp_path, "recipe.blind=true", "seed=3", scores=scores)
     entry = record(run, tmp_path / "blind.json")
     assert entry["scores"] == {"val": {"mini_pope": 51.23}, "test": {"mini_pope": 49.0}}
     assert entry["command"].endswith("recipe=mini trainer=cpu recipe.blind=true seed=3")
-    assert blind.blind_scores(load_config(["projector=linear", "backbone=mini_clip"]), None) == {"mini_pope": 51.23}
-    assert blind.blind_scores(load_config(), "test") == {"mini_pope": 49.0}
+    assert baselines.blind_scores(load_config(["projector=linear", "backbone=mini_clip"]), None) == {"mini_pope": 51.23}
+    assert baselines.blind_scores(load_config(), "test") == {"mini_pope": 49.0}
     for other in ("llm=mini_phi", "recipe.lr=1e-3", "recipe.epochs=2", "data.seed=5"):
-        assert blind.blind_scores(load_config([other]), None) is None, other
+        assert baselines.blind_scores(load_config([other]), None) is None, other
 
 
 def test_a_run_that_saw_images_or_was_not_scored_is_refused(tmp_path):
@@ -43,7 +43,7 @@ def test_a_run_that_saw_images_or_was_not_scored_is_refused(tmp_path):
 
 
 def test_the_shipped_reference_holds_the_default_settings():
-    scores = blind.blind_scores(load_config(), None)
+    scores = baselines.blind_scores(load_config(), None)
     assert scores is not None and len(scores) == 8, (
         "repeat the command in blind.json, then run runs/reference/miniature/record_blind.py"
     )
@@ -64,12 +64,12 @@ def test_the_recorded_command_trains_the_same_run(tmp_path):
 
 
 def test_scores_are_filed_under_the_benchmark_s_own_split(tmp_path, monkeypatch):
-    monkeypatch.setattr(blind, "REFERENCE", tmp_path / "blind.json")
+    monkeypatch.setattr(baselines, "REFERENCE", tmp_path / "blind.json")
     own = {"seed": ("seed", 40.0), "textvqa": ("textvqa", 5.0), "refcoco-testA": ("refcoco", 2.0)}
     run = _run(tmp_path, "recipe.blind=true", scores=own)
     monkeypatch.setattr("sys.argv", ["record_blind.py", str(run), "--out", str(tmp_path / "blind.json")])
     main()
     (entry,) = json.loads((tmp_path / "blind.json").read_text()).values()
     assert entry["scores"] == {"testA": {"refcoco": 2.0}, "own": {"seed": 40.0}, "val": {"textvqa": 5.0}}
-    assert blind.blind_scores(load_config(), None) == {"seed": 40.0, "textvqa": 5.0}
-    assert blind.blind_scores(load_config(), "testA") == {"refcoco": 2.0}
+    assert baselines.blind_scores(load_config(), None) == {"seed": 40.0, "textvqa": 5.0}
+    assert baselines.blind_scores(load_config(), "testA") == {"refcoco": 2.0}

@@ -22,7 +22,7 @@ from prism_deco.report.assemble import write_report
 from prism_deco.report.collect import collect
 from prism_deco.report.grid import score_tables
 from prism_deco.report.tables import scores_table
-from prism_deco.report.tabular import Field, Table, TerminalTable
+from prism_deco.report.tabular import TerminalTable
 
 NASTY = '</style><script>document.title = "broken"</script><img src=x onerror="document.title = 1">'
 
@@ -35,11 +35,10 @@ def report(mini_sweep, tmp_path_factory):
 
 
 def test_the_files_of_a_report(report):
-    figures = {"convergence", "differences"}
+    figures = {"convergence"}
     names = {path.relative_to(report).as_posix() for path in report.rglob("*.*")}
     assert {"report.html", "report.md", "scores.csv", "differences.csv", "cells.csv"} <= names
     assert {f"figures/{name}.svg" for name in figures} <= names
-    assert "figures/curves-M2-c_abstractor-9.svg" in names  # of a run that is not finished
     for path in report.glob("figures/*.svg"):
         ElementTree.parse(path)
     rows = list(csv.DictReader((report / "scores.csv").open()))
@@ -166,20 +165,6 @@ def test_the_command_in_a_narrow_terminal(mini_sweep, tmp_path):
         assert said in " ".join(logged.split())
 
 
-def test_long_names_fold_at_spaces_and_columns_go_on_below():
-    rows = [[Field("a name that is long"), *[Field("12.3 ±4.5")] * 6] for _ in range(2)]
-    table = Table("Title", ["name", *(f"column_number_{k}" for k in range(6))], rows)
-    console = Console(width=50, file=io.StringIO(), record=True)
-    console.print(TerminalTable(table))
-    text = console.export_text()
-    assert max(map(len, text.splitlines())) <= 50
-    assert [k for k in range(6) if f"column_number_{k} " in text] == list(range(6))
-    # The column that names a row is in every block.
-    assert text.count("│ long") == 2 * text.count("┡") and text.count("Title, continued") == text.count("┡") - 1
-    words = ["a", "name", "that", "is", "long", "12.3", "±4.5", "Title,", "Title", "continued"]
-    assert set(re.findall(r"[^\s┃│┏┓┡┩└┘━─┳╇┴╋├┤┼]+", text)) <= {*words, *table.columns}
-
-
 def test_the_command_prints_scores_and_refuses_what_is_no_run(make, tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "neither a run folder" in capsys.readouterr().err
@@ -197,11 +182,11 @@ def test_the_page_opens_in_a_browser_wide_and_narrow(browser, report, width):
     browser.get((report / "report.html").as_uri())
     assert browser.title == "mini" and not browser.get_log("browser")
     images = browser.execute_script("return Array.from(document.images, i => i.complete && i.naturalWidth)")
-    assert len(images) > 8 and all(size > 200 for size in images)
+    assert images and all(size > 200 for size in images)
     # The page itself never scrolls sideways: wide tables and figures scroll by themselves.
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     headings = [h.text for h in browser.find_elements("css selector", "h2")]
-    assert headings == ["Unfinished cells", "Scores", "Curves of single cells", "Cells"]
+    assert headings == ["Unfinished cells", "Scores", "Cells"]
     assert "<b>bad</b>" in browser.find_element("css selector", "#section-1 table").text
     details = browser.find_element("css selector", "#section-1 details")
     details.find_element("css selector", "summary").click()

@@ -14,7 +14,7 @@ from scipy import stats
 
 from prism_deco.config import load_config
 from prism_deco.report.cells import RunCell, Score
-from prism_deco.report.compute import training_flops
+from prism_deco.report.comparability import training_flops
 from prism_deco.report.stats import holm, seed_interval
 
 NAMES = ["mini_refcoco", "mini_gqa"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from prism_deco.report import curve_figures, paper, score_figures
+from prism_deco.report import figures, paper
 from prism_deco.report.assemble import score_sections
 from prism_deco.report.collect import collect
 from prism_deco.report.grid import score_tables
@@ -15,8 +15,7 @@ PAPERS = ("backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5", "data=llava", "data.j
 @pytest.fixture
 def drawn(monkeypatch):
     """Keeps matplotlib's figures as they are."""
-    for module in (curve_figures, score_figures):
-        monkeypatch.setattr(module, "to_svg", lambda figure: figure)
+    monkeypatch.setattr(figures, "to_svg", lambda figure: figure)
 
 
 def _panels(figure):
@@ -75,7 +74,7 @@ def test_convergence_has_a_line_per_projector(make, tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     [grid] = score_tables(collect([tmp_path]), "")
     assert grid.table is None  # an alignment is no line of Table 1
-    [panel] = _panels(curve_figures.convergence(grid).svg).values()
+    [panel] = _panels(figures.convergence(grid).svg).values()
     assert {name: line[1][0] for name, line in panel.items()} == {"linear": 9.0, "avgpool": 9.0}
     assert panel["avgpool"][1][-1] < panel["linear"][1][-1] < 9.0
     [section] = score_sections([grid], [[]])
@@ -93,13 +92,13 @@ def test_marks_stand_at_their_tokens_unless_they_would_cover_each_other(make, tm
         options = (f"projector={name}", "evaluate.benchmarks=mini_gqa")
         make.run(tmp_path / name, *options, benchmarks=("gqa",), tokens={"visual_in": 64, "visual_out": tokens})
     [grid] = score_tables(collect([tmp_path]), "")
-    figure = score_figures.mean_figure(grid)
+    figure = figures.mean_figure(grid)
     [panel] = _panels(figure.svg).values()
     x = {name: line[0][0] for name, line in panel.items() if name in ("avgpool", "maxpool", "linear")}
     assert x["linear"] == 64 and x["avgpool"] < 16 < x["maxpool"]
     assert x["avgpool"] * x["maxpool"] == pytest.approx(16**2) and x["maxpool"] / x["avgpool"] < 1.1
     [front] = [line for line in figure.svg.axes[0].get_lines() if line.get_drawstyle() == "steps-post"]
-    best = score_figures.pareto_front(score_figures.points(grid))
+    best = figures.pareto_front(figures.points(grid))
     assert list(front.get_xdata()) == [point.tokens for point in best]
 
 
@@ -114,5 +113,5 @@ def test_single_marks_are_not_moved(make, tmp_path):
                 make.run(tmp_path / "one" / f"{name}{k}", *options, benchmarks=("gqa",), tokens=tokens)
     for name, x in (("one", [4, 16, 64]), ("both", [4, 16 * 2**-0.045, 64])):
         [grid] = score_tables(collect([tmp_path / name]), "")
-        [figure] = score_figures.tokens_figures(grid)
+        [figure] = figures.tokens_figures(grid)
         assert _panels(figure.svg)["mini_gqa"]["avgpool"][0] == pytest.approx(x)

@@ -12,9 +12,8 @@ from prism_deco.evaluation import Prediction, build_benchmark, resolve
 from prism_deco.report import paper
 from prism_deco.report.assemble import write_report
 from prism_deco.report.collect import collect
-from prism_deco.report.grid import score_tables
+from prism_deco.report.grid import SECONDARY, score_tables, secondary_records
 from prism_deco.report.recipe_diff import override_sentences, recipe_overrides
-from prism_deco.report.secondary_metrics import SECONDARY, secondary_records
 from prism_deco.report.tables import scores_table
 from prism_deco.stages import final_config
 

@@ -14,14 +14,14 @@ from prism_deco.cli import main
 from prism_deco.config import CONF_DIR
 from prism_deco.errors import UsageError
 from prism_deco.evaluation import BENCHMARKS
-from prism_deco.report import blind, paper, tables
+from prism_deco.report import baselines, paper, tables
 from prism_deco.report.assemble import write_report
 from prism_deco.report.baselines import chance
 from prism_deco.report.cells import SeedGroup, Summary
 from prism_deco.report.collect import collect
+from prism_deco.report.figures import Point, budget_table, pareto_front, points
 from prism_deco.report.grid import score_records, score_tables
 from prism_deco.report.paired_tests import paired_differences
-from prism_deco.report.score_figures import Point, budget_table, pareto_front, points
 from prism_deco.report.tabular import Field, Table, comma_separated, markdown
 
 PRISM = ("recipe=prism", "data=llava", "data.json=x.json", "evaluate.benchmarks=table3")
@@ -85,7 +85,7 @@ def test_chance_and_blindness_stand_below(grid):
     shown = tables.scores_table(grid)
     assert [row[0].text for row in shown.rows].count("chance") == 2  # one per row of the study
     assert _cell(shown, "M1", "chance", "mini_pope").text == "50.0"  # as many yes as no
-    known = blind.blind_scores(grid.groups[0].cells[0].config, None)
+    known = baselines.blind_scores(grid.groups[0].cells[0].config, None)
     assert _cell(shown, "M1", "blind", "mini_gqa").text == f"{known['mini_gqa']:.1f}"
 
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from prism_deco.config import GROUPS, changed_from_defaults, load_choice, read_config, shipped_choices, value_text
 from prism_deco.files import write_json
-from prism_deco.report.blind import settings_key
+from prism_deco.report.baselines import settings_key
 from prism_deco.training.manifest import config_hash
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from prism_deco.report.cells import RunCell, SeedGroup, projector_rank
-from prism_deco.report.compute import training_flops
+from prism_deco.report.comparability import training_flops
 from prism_deco.training.status import THROUGH
 
 _CRITERION = "val/loss"

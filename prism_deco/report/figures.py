@@ -1,4 +1,4 @@
-"""What scores cost in visual tokens: figures, and the best within a budget; and figures of the differences of pairs."""
+"""Figures: training losses, what scores cost in visual tokens, and the best within a budget."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from prism_deco.report.cells import SeedGroup, Summary
+from prism_deco.report.cells import TRAIN_LOSS, Curve, RunCell, SeedGroup, Summary
 from prism_deco.report.grid import ScoreTable
-from prism_deco.report.paired_tests import Difference
-from prism_deco.report.plotting import Figure, label_axes, legend, panels, settings, styles, to_svg
+from prism_deco.report.plotting import STEPS, Figure, label_axes, legend, panels, settings, styles, to_svg
 from prism_deco.report.tabular import MISSING, Field, Table, format_interval, format_number
 
 TOKENS = "visual tokens per image"
+
+_MARKERS = 8  # along a curve
 
 _SIDE_BY_SIDE = "Marks with the same number of tokens stand side by side."
 
@@ -143,41 +144,6 @@ def mean_figure(table: ScoreTable) -> Figure | None:
         return Figure("score-against-visual-tokens", to_svg(figure), caption)
 
 
-def differences_figure(table: ScoreTable, differences: Sequence[Difference]) -> Figure | None:
-    """The differences of pairs with their intervals, a panel per row and pair; None where none is available."""
-    percentages = [name for name in table.benchmarks if table.maximum(name) == 100]
-    panel_pairs: dict[tuple[str, str, str], list[Difference]] = {}
-    for pair in differences:
-        if pair.value is not None and pair.benchmark in percentages:
-            panel_pairs.setdefault((pair.row, pair.first, pair.second), []).append(pair)
-    if not panel_pairs:
-        return None
-    shown = {pair.benchmark for members in panel_pairs.values() for pair in members}
-    names = [name for name in percentages if name in shown]
-    with settings():
-        figure, axes = panels(len(panel_pairs), width=3.9, height=0.9 + 0.22 * len(names))
-        for ((row, first, second), members), ax in zip(panel_pairs.items(), axes, strict=True):
-            ax.axvline(0, color="#000000", linewidth=0.8)
-            for pair in members:
-                y = names.index(pair.benchmark)
-                _interval(ax, pair.value, pair.interval, y - 0.15, "over items", "#0072B2", "o")
-                _interval(ax, pair.value, pair.over_seeds, y + 0.15, "over seeds", "#D55E00", "D")
-            label_axes(ax, row, f"{first} \u2212 {second} (points)", "")
-            ax.set_yticks(range(len(names)), names)
-            ax.set_ylim(len(names) - 0.5, -0.5)
-        legend(figure, axes)
-        caption = "Differences with their 95 % intervals; right of zero the first of the pair is ahead."
-        return Figure("differences", to_svg(figure), caption)
-
-
-def _interval(
-    ax: Axes, value: float | None, bounds: tuple[float, float] | None, y: float, label: str, color: str, marker: str
-) -> None:
-    if bounds is not None:
-        ax.plot(bounds, (y, y), color=color, linewidth=1.6, solid_capstyle="butt")
-        ax.plot([value or 0.0], [y], color=color, marker=marker, linestyle="none", label=label)
-
-
 def _draw(ax: Axes, found: Sequence[Point], looks: dict[str, dict[str, Any]]) -> None:
     """Draws points with their intervals, those of a variant joined."""
     order = list(looks)
@@ -210,3 +176,48 @@ def _token_axis(ax: Axes, tokens: Sequence[int]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticks(values, [str(value) for value in values])
     ax.set_xlim(values[0] / 1.6, values[-1] * 1.6)
+
+
+def convergence(table: ScoreTable) -> Figure | None:
+    """Training loss against steps: a panel per row, a line per projector (the paper's Figure 5)."""
+    groups = [group for group in table.groups if any(_loss(cell) for cell in group.cells)]
+    rows = list(dict.fromkeys(group.row for group in groups))
+    if not rows:
+        return None
+    looks = styles(group.variant for group in table.groups)
+    with settings():
+        figure, axes = panels(len(rows), width=5.0 if len(rows) == 1 else 3.5)
+        for row, ax in zip(rows, axes, strict=True):
+            for group in groups:
+                if group.row == row:
+                    _convergence(ax, group, looks[group.variant])
+            label_axes(ax, row, STEPS, "training loss (nats per token)")
+        legend(figure, axes, looks)
+        caption = (
+            "Training loss, a running mean over a fortieth of the run; with several seeds their mean, each seed faint."
+        )
+        return Figure("convergence", to_svg(figure), caption)
+
+
+def _convergence(ax: Axes, group: SeedGroup, look: dict[str, Any]) -> None:
+    smooth = [_smooth(_loss(cell)) for cell in group.cells if _loss(cell)]
+    if len(smooth) > 1:
+        for x, y in smooth:
+            ax.plot(x, y, color=look["color"], alpha=0.3, linewidth=0.7)
+    # The mean ends where the shortest curve does.
+    steps = np.array(sorted(set().union(*(x.tolist() for x, _ in smooth))))
+    steps = steps[steps <= min(x[-1] for x, _ in smooth)]
+    mean = np.mean([np.interp(steps, x, y) for x, y in smooth], axis=0)
+    ax.plot(steps, mean, label=group.variant, markevery=max(1, len(steps) // _MARKERS), **look)
+
+
+def _loss(cell: RunCell) -> Curve:
+    return list(cell.curves.get(TRAIN_LOSS, []))
+
+
+def _smooth(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and the running mean of the values, the window cut at the ends."""
+    x, y = np.array(curve).T
+    half = len(y) // 80
+    means = [y[max(0, k - half) : k + half + 1].mean() for k in range(len(y))]
+    return x, np.array(means)
