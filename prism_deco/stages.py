@@ -20,7 +20,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -33,12 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of a recipe.
-
-    Attributes:
-        arguments: those of its `prism-deco train`.
-        config: what they compose to.
-    """
+    """One run of a recipe: the arguments of its `prism-deco train`, and what they compose to."""
 
     name: str
     arguments: tuple[str, ...]
@@ -58,27 +52,39 @@ def split(arguments: Sequence[str]) -> list[Stage]:
     Raises:
         UsageError: a stage whose configuration does not compose.
     """
-    named = [argument for argument in arguments if argument.startswith("recipe=")]
     choice = named_choice("recipe", arguments)
     recipe = load_choice("recipe", choice) if choice else {}
     declared: dict[str, list[str]] = recipe.get("stages") or {}
     if not declared:
         return []
-    prefixes = tuple(f"{name}." for name in declared)
-    shared = [argument for argument in arguments if argument not in named and not argument.startswith(prefixes)]
-    everywhere = [argument for argument in shared if not argument.startswith("run_id=")]
-    own = {name: [a.removeprefix(f"{name}.") for a in arguments if a.startswith(f"{name}.")] for name in declared}
+    for_all: list[str] = []
+    for_stage: dict[str, list[str]] = {name: [] for name in declared}
+    for argument in arguments:
+        stage, _, rest = argument.partition(".")
+        if stage in declared:
+            for_stage[stage].append(rest)
+        elif not argument.startswith("recipe="):
+            for_all.append(argument)
+
     *_, last = declared
-    final = _compose(last, [*declared[last], *shared, *own[last]])
+    # The last stage is the run itself: the others are named after it.
+    final = _compose(last, [*declared[last], *for_all, *for_stage[last]])
     final.recipe.name = recipe["name"]
     run_id = final.run_id or default_run_id(final)
-    unscored = ["evaluate.benchmarks=null", "evaluate.relevance=null"]
+    for_all = [argument for argument in for_all if not argument.startswith("run_id=")]
+
     stages: list[Stage] = []
     for name, settings in declared.items():
-        start = [f"recipe.start_from={stages[-1].folder}"] if stages else []
-        place = [f"run_id={run_id}"] if name == last else [f"run_id={run_id}-{name}", *unscored]
-        given = (*settings, *start, *everywhere, *place, *own[name])
-        stages.append(Stage(name, given, _compose(name, given)))
+        given = [*settings]
+        if stages:
+            given.append(f"recipe.start_from={stages[-1].folder}")
+        given += for_all
+        if name == last:
+            given.append(f"run_id={run_id}")
+        else:
+            given += [f"run_id={run_id}-{name}", "evaluate.benchmarks=null", "evaluate.relevance=null"]
+        given += for_stage[name]
+        stages.append(Stage(name, tuple(given), _compose(name, given)))
     return stages
 
 
@@ -100,15 +106,20 @@ def run(arguments: Sequence[str], options: Sequence[str] = ()) -> int:
     """
     stages = split(arguments)
     train = [sys.executable, "-m", "prism_deco.cli", "train", *options]
-    with _Supervisor() as supervisor:
+    supervisor = _Supervisor()
+    handlers = take_over((signal.SIGINT, *SIGNALS), supervisor.pass_on)
+    try:
         # What is wrong with the last stage must not wait for the hours of those before it.
-        if code := supervisor.run([*train, "--check", *arguments], os.environ):
-            return code
+        code = supervisor.run([*train, "--check", *arguments], os.environ)
         for number, stage in enumerate(stages, start=1):
+            if code:
+                break
             log.info("Stage %d of %d, %s, in %s", number, len(stages), stage.name, stage.folder)
-            if code := supervisor.run([*train, *stage.arguments], _environment(number)):
-                return code
-    return 0
+            code = supervisor.run([*train, *stage.arguments], _environment(number))
+    finally:
+        for signal_number, handler in handlers.items():
+            signal.signal(signal_number, handler)
+    return code
 
 
 def _compose(name: str, arguments: Sequence[str]) -> DictConfig:
@@ -119,8 +130,8 @@ def _compose(name: str, arguments: Sequence[str]) -> DictConfig:
 
 
 def _environment(number: int) -> dict[str, str]:
-    """This process's. Where others started the processes, every stage meets at a port of its own: torchrun's store
-    still knows the stage before, and under srun a process that is ahead might find the first one there still."""
+    """Where a launcher started the processes, every stage meets at a port of its own: torchrun's store still knows the
+    stage before, and under srun a process that is ahead might find the first one there still."""
     environment = dict(os.environ)
     if "TORCHELASTIC_RUN_ID" in environment:
         environment |= {"MASTER_PORT": str(int(environment["MASTER_PORT"]) + number)}
@@ -132,20 +143,11 @@ def _environment(number: int) -> dict[str, str]:
 
 
 class _Supervisor:
-    """Runs processes one at a time, and passes on to them what this process is asked."""
+    """Runs processes one at a time, and passes on to them the signals that this process gets."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._asked: int | None = None
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> _Supervisor:
-        self._old = take_over((signal.SIGINT, *SIGNALS), self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
         """The exit code, 128 + number where a signal killed the process; `PREEMPTED` where this one was asked to stop
@@ -154,15 +156,15 @@ class _Supervisor:
             return PREEMPTED
         self._process = subprocess.Popen(command, env=environment)
         if self._asked is not None:
-            self._handle(self._asked)  # it came while the process was being made
+            self.pass_on(self._asked)  # it came while the process was being made
         code = self._process.wait()
         self._process = None
         if code < 0:
             return PREEMPTED if -code == self._asked in SIGNALS else 128 - code
         return code
 
-    def _handle(self, number: int, *_: object) -> None:
+    def pass_on(self, number: int, *_: object) -> None:
+        """Handles a signal. A terminal's Ctrl-C reaches the stage by itself."""
         self._asked = number
-        # A terminal's Ctrl-C reaches the stage by itself.
         if self._process is not None and number != signal.SIGINT:
             self._process.send_signal(number)

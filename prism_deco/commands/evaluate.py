@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
 from prism_deco.config import parse_value, read_config
-from prism_deco.config.benchmarks import resolve_benchmarks, results_name
+from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks, results_name
 from prism_deco.errors import UsageError
 from prism_deco.files import check_writable
 
@@ -61,6 +61,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
     check_keys(names, asked.options, also=("benchmark", *KEYS))
     check_names(names, asked.own)
+    own = {}
+    for name in map(benchmark_name, resolve_benchmarks(names)):
+        own[name] = stored_keys(run, name, leave_out=asked.options) | asked.own.get(name, {})
     batch_size = parse_value("batch_size", asked.others.get("batch_size", "64"))
     if type(batch_size) is not int or batch_size < 1:
         raise UsageError(f"batch_size={batch_size} must be a whole number above 0.")
@@ -69,7 +72,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     world = World.of_torchrun()
     with world.joined():
-        score_run(run, names, asked.options, asked.own, world=world, **more)
+        score_run(run, names, asked.options, own, world=world, **more)
 
 
 def _score_file(path: Path, asked: Asked) -> None:
@@ -214,3 +217,9 @@ def _trained_with(run: Path) -> str:
     if not benchmarks:
         raise UsageError(f"{run} names no benchmarks of its own: choose some, for example benchmark=table3")
     return benchmarks
+
+
+def stored_keys(run: Path, name: str, leave_out: Container[str]) -> dict[str, Any]:
+    """The keys of a benchmark that a run was trained with (`benchmark.NAME.KEY`): where its files lie, for example."""
+    stored: Any = OmegaConf.to_container(read_config(run / "config.yaml").benchmark)
+    return {key: value for key, value in stored.get(name, {}).items() if key not in leave_out}

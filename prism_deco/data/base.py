@@ -14,7 +14,7 @@ from prism_deco.data.images import ImageFolder, ImageSource
 from prism_deco.errors import UsageError
 
 if TYPE_CHECKING:  # reading records needs the LLM libraries; naming a source does not
-    from prism_deco.data.records import RecordTable
+    from prism_deco.data.records import Records
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Source:
     val: Path | None = None
     benchmarks: Path | None = None
 
-    def images(self, records: RecordTable) -> ImageSource:
+    def images(self, records: Records) -> ImageSource:
         """Where the images of its records are."""
         if records.embedded is not None:
             return records.embedded

@@ -2,99 +2,134 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.progress import track
+from rich.table import Column, Table
+from rich.text import Text
+from torch.utils.data import DataLoader, Dataset
 
 from prism_deco.config import cache_dir
 from prism_deco.config.registry import unknown
 from prism_deco.data.base import Source
-from prism_deco.data.check_report import CheckReport, Totals
 from prism_deco.data.encoder import Encoder
-from prism_deco.data.images import ImageSource
-from prism_deco.data.records import Records, open_records
-from prism_deco.data.validators import KINDS, Fault, TextInspector, inspect_image
-from prism_deco.errors import UsageError
+from prism_deco.data.records import open_records
+from prism_deco.data.validators import KINDS, Fault, ImageFindings, TextFindings, TextInspector, inspect_image
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Records start..end, and those of their images that no earlier record shows."""
+class CheckReport:
+    """The result of a check.
 
-    start: int
-    end: int
-    images: list[str]
+    Attributes:
+        data_hash: SHA-256 of the records' file.
+        totals: what `report.json` counts.
+        faults: in the order of the file.
+        allowed: kinds that are reported but do not count as failure.
+        path: of `bad.jsonl`.
+    """
+
+    data_hash: str
+    totals: dict[str, Any]
+    faults: Sequence[Fault]
+    allowed: Sequence[str]
+    path: Path
+
+    @property
+    def exit_status(self) -> int:
+        """1 if there is a fault that is not allowed, else 0."""
+        return int(any(fault.kind not in self.allowed for fault in self.faults))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of faults by kind."""
+        found = Counter(fault.kind for fault in self.faults)
+        return {kind: found[kind] for kind in KINDS if found[kind]}
+
+    def to_json(self) -> dict[str, Any]:
+        """The report without the individual faults, which are in `bad.jsonl`."""
+        return {"data_hash": self.data_hash, "faults": self.counts, **self.totals}
+
+    def render(self) -> Group:
+        """The report as tables of rich."""
+        tables = [self._overview(), self._histogram()]
+        return Group(*tables, self._fault_table()) if self.faults else Group(*tables)
+
+    def _overview(self) -> Table:
+        t = self.totals
+        table = Table("", Column(justify="right"), title="Data set", show_header=False)
+        supervised = _percent(t["supervised"] - t["supervised_cut"], t["tokens"] - t["tokens_cut"])
+        formats = ", ".join(f"{n:,} {name}" for name, n in t["formats"].most_common())
+        table.add_row("usable records", f"{t['records']:,}")
+        table.add_row("with images", f"{t['with_image']:,}")
+        table.add_row("text only", f"{t['records'] - t['with_image']:,}")
+        table.add_row("image files", f"{t['images']:,} ({t['image_bytes'] / 1e9:.3f} GB)")
+        table.add_row("formats", formats or "none readable")
+        table.add_row("text tokens", f"{t['tokens']:,}, longest record {t['longest']:,}")
+        table.add_row("supervised", f"{supervised} of those kept")
+        table.add_row("truncated", f"{t['tokens_cut']:,} tokens of {t['records_cut']:,} records")
+        table.add_row("supervised among these", f"{t['supervised_cut']:,}")
+        table.add_row("hash of the records", self.data_hash)
+        table.add_row("hash of the images", t["image_hash"])
+        return table
+
+    def _histogram(self) -> Table:
+        numbers = Column("text tokens", justify="right"), Column("records", justify="right")
+        table = Table(*numbers, "fraction", title="Lengths of the records")
+        lengths = self.totals["lengths"]
+        for size in range(min(lengths, default=0), max(lengths, default=-1) + 1):
+            count = lengths[size]
+            bar = "█" * round(40 * count / max(lengths.values()))
+            low = 2 ** (size - 1) + 1 if size > 1 else size + 1
+            label = f"{low}" if low >= 2**size else f"{low} to {2**size}"
+            table.add_row(label, f"{count:,}", f"{bar} {_percent(count, self.totals['records'])}")
+        return table
+
+    def _fault_table(self) -> Table:
+        caption = Text(f"Listed one by one in {self.path}", "table.caption")
+        table = Table("kind", Column("number", justify="right"), "meaning", title="Faults", caption=caption)
+        for kind, number in self.counts.items():
+            table.add_row(kind, f"{number:,}{' (allowed)' if kind in self.allowed else ''}", KINDS[kind])
+        return table
 
 
-@dataclass(frozen=True)
-class ChunkFindings:
-    """What inspecting a chunk showed. A fault of an image is listed once, with the first record that shows it."""
+class _Findings(Dataset[Any]):
+    """What a function finds in each of some items."""
 
-    totals: Totals
-    faults: list[Fault]
+    def __init__(self, inspect: Callable[[Any], Any], items: Sequence[Any]):
+        self._inspect = inspect
+        self._items = items
 
+    def __len__(self) -> int:
+        return len(self._items)
 
-class Inspector:
-    """Inspects chunks; each worker process holds one."""
-
-    def __init__(self, records: Records, images: ImageSource, encoder: Encoder):
-        self._records = records
-        self._entries = records.column("entry")
-        self._images = images
-        self._inspect_text = TextInspector(encoder)
-
-    def __call__(self, chunk: Chunk) -> ChunkFindings:
-        totals = Totals()
-        faults: list[Fault] = []
-        new = set(chunk.images)
-        for row in range(chunk.start, chunk.end):
-            record = self._records[row]
-            entry = int(self._entries[row])
-            text = self._inspect_text(record)
-            totals.add_text(text, has_image=bool(record.images))
-            faults += [Fault(kind, entry, record.id, detail) for kind, detail in text.faults]
-            for name in record.images:
-                if name not in new:
-                    continue
-                new.remove(name)
-                found = inspect_image(self._images, name)
-                totals.add_image(found)
-                if found.kind is not None:
-                    faults.append(Fault(found.kind, entry, record.id, found.detail, name))
-        return ChunkFindings(totals, faults)
+    def __getitem__(self, index: int) -> Any:
+        return self._inspect(self._items[index])
 
 
 def check_dataset(
-    source: Source,
-    encoder: Encoder,
-    out: Path,
-    *,
-    workers: int | None = None,
-    allow: Sequence[str] = (),
-    chunk_size: int = 256,
+    source: Source, encoder: Encoder, out: Path, *, workers: int | None = None, allow: Sequence[str] = ()
 ) -> CheckReport:
     """Checks the training records of a source with all their images.
 
-    Writes `bad.jsonl` (one fault per line and record) and `report.json` into `out`. An interrupted check resumes where
-    it stopped; chunks with faults are inspected again, since their files may have been fixed.
+    Writes `bad.jsonl` (one fault per line and record) and `report.json` into `out`.
 
     Args:
         encoder: tokenizer and length limits of the planned training.
         out: folder for the results.
         workers: processes; None takes all cores, 1 works in this one.
         allow: kinds of faults (`validators.KINDS`) that are reported but do not count as failure.
-        chunk_size: records that are handed out at a time.
 
     Raises:
         UsageError: an unknown kind in `allow`, or a file that cannot be read at all.
@@ -106,136 +141,63 @@ def check_dataset(
     images = source.images(records)
     out.mkdir(parents=True, exist_ok=True)
     log.info("Checking %d records of %s", len(records), source.train)
-    faults = [Fault(f["kind"], f["entry"], f["id"], f["detail"]) for f in records.faults]
-    faults += _repeated_ids(records)
-    chunks = _chunks(records, chunk_size)
-    journal = Journal(out / "progress.jsonl", _key(records, images, encoder, chunk_size))
-    done = journal.read()
-    if done:
-        log.info("Resuming an interrupted check: %d of %d chunks are done", len(done), len(chunks))
-    todo = [chunk for chunk in chunks if chunk.start not in done]
-    totals = Totals()
-    for chunk_totals in done.values():
-        totals.add(chunk_totals)
-    of_images: dict[str, Fault] = {}
-    with _progress_bar() as bar:
-        finished = len(records) - sum(chunk.end - chunk.start for chunk in todo)
-        task = bar.add_task("records", total=len(records), completed=finished)
-        for chunk, found in _run(todo, Inspector(records, images, encoder), workers or os.cpu_count() or 1):
-            if not found.faults:
-                journal.write(chunk.start, found.totals)
-            totals.add(found.totals)
-            faults += [fault for fault in found.faults if fault.image is None]
-            of_images |= {fault.image: fault for fault in found.faults if fault.image is not None}
-            bar.advance(task, chunk.end - chunk.start)
-    faults += _for_every_record(of_images, records)
+    workers = workers or os.cpu_count() or 1
+    entries = records.column("entry").tolist()
+    faults = [Fault(f["kind"], f["entry"], f["id"], f["detail"]) for f in records.refused("refuse")]
+    ids: list[str] = []
+    first: dict[str, int] = {}
+    shown_by: dict[str, list[int]] = defaultdict(list)
+    for row, record in enumerate(records):
+        ids.append(record.id)
+        entry = first.setdefault(record.id, entries[row])
+        if entry != entries[row]:
+            detail = f"Record {entry} of the file has the same id."
+            faults.append(Fault("duplicate_id", entries[row], record.id, detail))
+        for name in dict.fromkeys(record.images):
+            shown_by[name].append(row)
+    texts = _inspect_all("records", TextInspector(encoder), records, workers)
+    for row, text in enumerate(texts):
+        faults += [Fault(kind, entries[row], ids[row], detail) for kind, detail in text.faults]
+    found = _inspect_all("images", partial(inspect_image, images), list(shown_by), workers)
+    for (name, rows), image in zip(shown_by.items(), found, strict=True):
+        if image.fault is not None:
+            kind, detail = image.fault
+            faults += [Fault(kind, entries[row], ids[row], detail, name) for row in rows]
     faults.sort(key=lambda fault: (fault.entry, list(KINDS).index(fault.kind)))
+    totals = {"records": len(records), "with_image": int(records.has_image.sum()), **_totals(texts, found)}
     report = CheckReport(records.data_hash, totals, faults, tuple(allow), out / "bad.jsonl")
     report.path.write_text("".join(json.dumps(asdict(fault)) + "\n" for fault in faults), encoding="utf-8")
     (out / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    journal.path.unlink()
     return report
 
 
-def _repeated_ids(records: Records) -> list[Fault]:
-    first: dict[str, int] = {}
-    repeated = []
-    for entry, record in zip(records.column("entry").tolist(), records, strict=True):
-        before = first.setdefault(record.id, entry)
-        if before != entry:
-            repeated.append(Fault("duplicate_id", entry, record.id, f"Record {before} of the file has the same id."))
-    return repeated
+def _inspect_all(what: str, inspect: Callable[[Any], Any], items: Sequence[Any], workers: int) -> list[Any]:
+    """What is found in each of the items, in their order; shows a progress bar."""
+    findings = _Findings(inspect, items)
+    loader = DataLoader(findings, batch_size=64, num_workers=workers if workers > 1 else 0, collate_fn=list)
+    found = (finding for batch in loader for finding in batch)
+    return list(track(found, what, total=len(items), console=Console(stderr=True)))
 
 
-def _chunks(records: Records, size: int) -> list[Chunk]:
-    seen: set[str] = set()
-    chunks = []
-    for start in range(0, len(records), size):
-        end = min(start + size, len(records))
-        shown = dict.fromkeys(name for row in range(start, end) for name in records[row].images)
-        chunks.append(Chunk(start, end, [name for name in shown if name not in seen]))
-        seen |= shown.keys()
-    return chunks
+def _totals(texts: Sequence[TextFindings], images: Sequence[ImageFindings]) -> dict[str, Any]:
+    lengths = [text.length for text in texts]
+    digests = [int(image.digest, 16) for image in images if image.digest is not None]
+    return {
+        "images": len(images),
+        "image_bytes": sum(image.bytes for image in images),
+        "tokens": sum(lengths),
+        "supervised": sum(text.supervised for text in texts),
+        "records_cut": sum(text.cut > 0 for text in texts),
+        "tokens_cut": sum(text.cut for text in texts),
+        "supervised_cut": sum(text.supervised_cut for text in texts),
+        "longest": max(lengths, default=0),
+        # Records by length class: class k has more than 2^(k-1) and up to 2^k tokens of text.
+        "lengths": Counter((length - 1).bit_length() for length in lengths if length),
+        "formats": Counter(image.format for image in images if image.format is not None),
+        # Does not depend on the order of the images.
+        "image_hash": f"{sum(digests) % 2**256:064x}",
+    }
 
 
-def _run(chunks: Sequence[Chunk], inspector: Inspector, workers: int) -> Iterator[tuple[Chunk, ChunkFindings]]:
-    if workers == 1:
-        yield from zip(chunks, map(inspector, chunks), strict=True)
-        return
-    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(inspector,)) as pool:
-        try:
-            yield from zip(chunks, pool.map(_work, chunks), strict=True)
-        except BrokenProcessPool as error:
-            raise UsageError(
-                "A worker process was killed, perhaps for lack of memory: run the command again with fewer --workers."
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-_inspector: Inspector | None = None
-
-
-def _start_worker(inspector: Inspector) -> None:
-    global _inspector
-    _inspector = inspector
-
-
-def _work(chunk: Chunk) -> ChunkFindings:
-    assert _inspector is not None
-    return _inspector(chunk)
-
-
-def _for_every_record(of_images: dict[str, Fault], records: Records) -> Iterator[Fault]:
-    """The faults of images, once for every record that shows them."""
-    if not of_images:
-        return
-    for entry, record in zip(records.column("entry").tolist(), records, strict=True):
-        for name in dict.fromkeys(record.images):
-            if name in of_images:
-                yield replace(of_images[name], entry=entry, id=record.id)
-
-
-def _key(records: Records, images: ImageSource, encoder: Encoder, chunk_size: int) -> str:
-    """Differs wherever the results of an earlier check would."""
-    parts = [records.data_hash, str(images), encoder.fingerprint, chunk_size, *KINDS]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _progress_bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
-
-
-class Journal:
-    """The totals of faultless chunks, one per line, from which an interrupted check resumes.
-
-    Args:
-        path: the file; the check deletes it when it is done.
-        key: identifies the check; the totals of another one are not used.
-    """
-
-    def __init__(self, path: Path, key: str):
-        self.path = path
-        self._key = key
-
-    def read(self) -> dict[int, Totals]:
-        """Totals by the start of their chunk; rewrites the file with just these."""
-        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-        header, *lines = text.split("\n")
-        done = {}
-        for line in lines if header == self._key else []:
-            try:
-                content = json.loads(line)
-            except json.JSONDecodeError:
-                break  # the check was killed while writing this line
-            done[content["start"]] = Totals.from_json(content["totals"])
-        self.path.write_text(f"{self._key}\n", encoding="utf-8")
-        for start, totals in done.items():
-            self.write(start, totals)
-        return done
-
-    def write(self, start: int, totals: Totals) -> None:
-        """Adds a chunk; it is on disk at once."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"start": start, "totals": totals.to_json()}) + "\n")
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "0 %"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import cast
 
 import numpy as np
 
-from prism_deco.data.records import Record, RecordTable
+from prism_deco.data.records import Record, Records
 from prism_deco.errors import UsageError
 from prism_deco.llms import Encoded, LanguageModel, truncate
 from prism_deco.llms.encoding import IGNORE, encode_segments
@@ -81,15 +80,8 @@ class Encoder:
         token = cast(int, self.tokenizer.eos_token_id)
         return Encoded(input_ids=[token, token], labels=[IGNORE, IGNORE], rounds=[0, 0], image_slots=[])
 
-    @property
-    def fingerprint(self) -> str:
-        """Equal for encoders that make the same tokens of the same records."""
-        settings = (self._format, self._tokenize, self._max_text_tokens, self._max_positions, self._tokens_per_image)
-        tokenizer = self.tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]  # a fast tokenizer
-        return hashlib.sha256(f"{settings}{tokenizer}".encode()).hexdigest()
 
-
-def check_records(records: RecordTable, encoder: Encoder) -> None:
+def check_records(records: Records, encoder: Encoder) -> None:
     """Encodes the records that the index marks as suspect, odd ones and those with many images, so that none of them
     stops a run hours later.
 

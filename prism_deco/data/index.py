@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,6 @@ from prism_deco.data.packing import ImagePacker, check_space, read_rows
 
 VERSION = 2
 """Of the index; one of another version is built anew."""
-
-ODD = ("turn_order", "image_tags")
-"""Kinds of oddities that `recipe.odd_records` is about."""
 
 ROW = np.dtype(
     [
@@ -70,10 +67,7 @@ def _write_records(entries: Iterable[Any], image_root: Path | None, folder: Path
     joined: list[tuple[str, ...]] = []
     digest = hashlib.sha256()
     end = 0
-    with ExitStack() as stack:
-        records = stack.enter_context((folder / "records.jsonl").open("wb"))
-        faults = stack.enter_context((folder / "faults.jsonl").open("w", encoding="utf-8"))
-        refused = stack.enter_context((folder / "refused.jsonl").open("w", encoding="utf-8"))
+    with (folder / "records.jsonl").open("wb") as lines, (folder / "refused.jsonl").open("w") as refused:
         for number, raw in enumerate(entries):
             name = record_id(raw, number)
             where = f"record {number} (id {name})" if isinstance(raw, dict) and "id" in raw else name
@@ -83,26 +77,21 @@ def _write_records(entries: Iterable[Any], image_root: Path | None, folder: Path
             except RecordError as error:
                 fault |= {"kind": error.kind, "detail": f"{where}: {error}", "usable": False}
                 line = json.dumps(fault)
-                faults.write(f"{line}\n")
                 refused.write(f"{line}\n")
-                digest.update(line.encode())
+                digest.update(line.encode())  # so that rewording a message changes the hash of a Parquet data set
                 continue
-            for oddity in oddities:
-                fault |= {"kind": oddity.kind, "detail": f"{where}: {oddity.detail}", "usable": True}
-                line = json.dumps(fault)
-                faults.write(f"{line}\n")
-                if oddity.kind in ODD:
-                    refused.write(f"{line}\n")
+            for kind, detail in oddities.items():
+                fault |= {"kind": kind, "detail": f"{where}: {detail}", "usable": True}
+                refused.write(f"{json.dumps(fault)}\n")
             content = {"id": record.id, "images": record.images, "messages": record.messages}
             encoded = json.dumps(content).encode() + b"\n"
-            records.write(encoded)
+            lines.write(encoded)
             digest.update(encoded)
             start = end
             end += len(encoded)
             words = sum(len(message["content"].split()) for message in record.messages)
-            odd = any(oddity.kind in ODD for oddity in oddities)
             position = _position(record.images[0] if record.images else record.id)
-            rows.append((start, end, words, len(record.images), odd, position, number))
+            rows.append((start, end, words, len(record.images), bool(oddities), position, number))
             if len(record.images) > 1:
                 joined.append(record.images)
     table = np.array(rows, dtype=ROW)

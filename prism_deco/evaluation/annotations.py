@@ -128,6 +128,7 @@ def _short(value: Any) -> str:
 class AnnotatorBenchmark(Benchmark):
     """Targets hold the `answers` of the annotators and, where there are kinds of questions, their `type`."""
 
+    target_keys = ("answers",)
     process: ClassVar[Callable[[str], str]]
     """How the primary convention rewrites a prediction."""
     conventions: ClassVar[Mapping[str, VQAScore]]

@@ -63,6 +63,8 @@ class Benchmark(ABC):
     VARIANTS: ClassVar[Mapping[str, Variant]]
     primary: ClassVar[str] = "accuracy"
     """The metric that stands in the paper's column."""
+    target_keys: ClassVar[Sequence[str]] = ()
+    """What the target of every question holds: a file of predictions without them is another benchmark's."""
     combine: ClassVar[Combine] = "mean"
     """How the primary follows from the means of the `strata`."""
     choices: Sequence[str] = ()

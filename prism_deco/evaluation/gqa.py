@@ -23,6 +23,7 @@ class GQA(Benchmark):
     """
 
     VARIANTS: ClassVar = {"short": Variant(SHORT)}
+    target_keys = ("answer",)
 
     def __init__(self, *, annotations: str, **common: Any):
         super().__init__(**common)

@@ -34,6 +34,7 @@ class MMBench(Benchmark):
     """
 
     VARIANTS: ClassVar = {"letter": Variant("{hint}" + LETTER)}
+    target_keys = ("answer", "options", "category", "question", "rotation")
 
     def __init__(self, *, annotations: str, **common: Any):
         super().__init__(**common)

@@ -29,6 +29,7 @@ class MME(Benchmark):
     """
 
     VARIANTS: ClassVar = {"short": Variant(SHORT)}
+    target_keys = ("answer", "task")
     primary = "score"
     combine = "sum"
 

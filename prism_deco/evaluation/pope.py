@@ -28,6 +28,7 @@ class POPE(Benchmark):
     """
 
     VARIANTS: ClassVar = {"likelihood": Variant(SHORT, likelihood=True), "generate": Variant(SHORT)}
+    target_keys = ("answer", "subset")
 
     def __init__(
         self, *, annotations: str, subsets: Sequence[str], choices: Sequence[str] = ("Yes", "No"), **common: Any

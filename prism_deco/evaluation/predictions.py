@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,14 @@ class PredictionStore:
     """The predictions of one evaluation while it runs, one file per rank.
 
     Args:
-        folder: where they are written. Answers that an earlier evaluation left there are kept; questions that it could
-            not ask, because their image was missing or unreadable, are asked again.
+        folder: where they are written, and where an earlier evaluation may have left some.
         items: what is asked, in canonical order.
         decoding: how answers are produced. Kept in `decoding.json`: answers of different settings are not mixed.
         rank, world: this process among those that share the work; one process writes the final file directly.
+
+    Attributes:
+        done: the answers that are there. Questions that could not be asked, because their image was missing or
+            unreadable, are not among those of an earlier evaluation.
     """
 
     def __init__(self, folder: Path, items: Sequence[Item], decoding: Mapping[str, Any], rank: int = 0, world: int = 1):
@@ -54,16 +57,25 @@ class PredictionStore:
         self.items = {item.question_id: item for item in items}
         folder.mkdir(parents=True, exist_ok=True)
         self._check_decoding(dict(decoding), write=rank == 0)
-        self._own = folder / (FILE if world == 1 else f"predictions.rank{rank}.jsonl")
+        names = [FILE] if world == 1 else [f"predictions.rank{k}.jsonl" for k in range(world)]
+        self._files = [folder / name for name in names]
+        self._own = self._files[rank]
         self.done: dict[str, Prediction] = {}
         for path in sorted(folder.glob("predictions*.jsonl")):
             predictions = _read(path, drop_torn=True)
             for prediction in predictions:
                 self._check(prediction, path, len(predictions))
-            answered = [prediction for prediction in predictions if prediction.output is not None]
-            self.done |= {prediction.question_id: prediction for prediction in answered}
-            if path == self._own:
-                write_whole(path, "".join(map(_line, answered)))
+                if prediction.output is not None:
+                    self.done[prediction.question_id] = prediction
+
+    def has_all(self, items: Iterable[Item]) -> bool:
+        """Whether the answers to all of them are there."""
+        return all(item.question_id in self.done for item in items)
+
+    def start(self, kept: Container[str]) -> None:
+        """Begins this rank's file with the answers of earlier evaluations to the questions `kept`."""
+        self.done = {name: prediction for name, prediction in self.done.items() if name in kept}
+        write_whole(self._own, "".join(map(_line, self.done.values())))
 
     def append(self, predictions: Iterable[Prediction]) -> None:
         """Writes predictions at once, so that a kill loses no finished batch."""
@@ -74,15 +86,12 @@ class PredictionStore:
 
     def merge(self) -> list[Prediction]:
         """All predictions in canonical order, written to the final file; the ranks' files are removed."""
-        shards = [path for path in self.folder.glob("predictions*.jsonl") if path.name != FILE]
-        for path in shards:
-            for prediction in _read(path, drop_torn=True):
-                # A file of an earlier evaluation may still say that the image of a question was missing.
-                if prediction.output is not None or prediction.question_id not in self.done:
-                    self.done[prediction.question_id] = prediction
-        ordered = [self.done[question_id] for question_id in self.items]
+        found = {}
+        for path in self._files:
+            found |= {prediction.question_id: prediction for prediction in _read(path, drop_torn=True)}
+        ordered = [found[question_id] for question_id in self.items]
         write_whole(self.folder / FILE, "".join(map(_line, ordered)))
-        for path in shards:
+        for path in self.folder.glob("predictions.rank*.jsonl"):
             path.unlink()
         return ordered
 

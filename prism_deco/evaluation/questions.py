@@ -31,6 +31,7 @@ class Questions(Benchmark):
     """
 
     VARIANTS: ClassVar = {"short": Variant(SHORT), "plain": Variant("{question}")}
+    target_keys = ("answers",)
 
     def __init__(self, *, annotations: str, **common: Any):
         super().__init__(**common)

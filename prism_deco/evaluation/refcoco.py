@@ -36,6 +36,7 @@ class RefCOCO(Benchmark):
     """
 
     VARIANTS: ClassVar = {"quoted": Variant(_ASK + '"{expression}"'), "trained": Variant(_ASK + "{expression}.")}
+    target_keys = ("box", "width", "height")
 
     def __init__(self, *, annotations: str, instances: str, **common: Any):
         super().__init__(**common)

@@ -9,16 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from prism_deco.distributed import World
@@ -48,8 +39,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Answers and scores a benchmark; writes `predictions.jsonl` and `metrics.json` into `out_dir`.
 
-    A killed evaluation goes on where it stopped, with the same batches as an uninterrupted one (their composition
-    can change an answer in low precision).
+    A killed evaluation ends with the same `predictions.jsonl` as one that was not: batches are formed of all questions,
+    and a batch of which answers are missing is asked again as a whole. The composition of a batch can change an
+    answer in low precision.
 
     Args:
         batch_size: questions per generation, images per encoding.
@@ -72,20 +64,24 @@ def evaluate(
     decoding = {"strategy": "greedy", "max_new_tokens": benchmark.max_new_tokens, "dtype": dtype, "model": model_id}
     store = PredictionStore(out_dir, items, decoding | {VARIANTS: list(benchmark.variants)}, world.rank, world.size)
     world.barrier()  # nobody writes before all have read what is there
-    mine = _shard(items, world.rank, world.size)
-    todo = [item for item in mine if item.question_id not in store.done]
-    bad = bad_images(todo, benchmark.on_bad_image)
-    world.barrier()  # nobody generates before all images are known to be sound
     if world.is_main:
         log.info("%s: %s, %d of %d answers are there already", *_progress(benchmark, items, store))
-    store.append(benchmark.grade(predict(item, None)) for item in todo if bad.intersection(item.images))
+    mine = _shard(items, world.rank, world.size)
+    windows = _windows(mine, batch_size, image_cache)
+    unfinished = [window for window in windows if not all(store.has_all(batch) for batch in window)]
+    bad = bad_images([item for window in unfinished for batch in window for item in batch], benchmark.on_bad_image)
+    world.barrier()  # nobody generates before all images are known to be sound
+    unfinished = [[_without(batch, bad) for batch in window] for window in unfinished]
+    todo = [batch for window in unfinished for batch in window if not store.has_all(batch)]
+    store.start({item.question_id for item in mine} - {item.question_id for batch in todo for item in batch})
+    unanswerable = [item for item in mine if bad.intersection(item.images) and not store.has_all([item])]
+    store.append(benchmark.grade(predict(item, None)) for item in unanswerable)
     with _bar(enabled=progress and world.is_main) as bar:
-        task = bar.add_task(benchmark.name, total=len(mine), completed=len(mine) - len(todo))
-        usable = [item for item in mine if not bad.intersection(item.images)]
-        for predictions in _answers(model, benchmark, usable, store, batch_size, image_cache):
-            store.append(predictions)
-            bar.advance(task, len(predictions))
-        bar.update(task, completed=len(mine))
+        task = bar.add_task(benchmark.name, total=len(mine), completed=len(mine) - sum(map(len, todo)))
+        for window in unfinished:
+            for predictions in _answer_window(model, benchmark, window, store, batch_size):
+                store.append(predictions)
+                bar.advance(task, len(predictions))
     world.barrier()
     if world.is_main:
         predictions = store.merge()
@@ -122,7 +118,7 @@ def _by_images(items: Sequence[Item]) -> dict[tuple[str, ...], list[Item]]:
     return groups
 
 
-def _windows(items: Sequence[Item], batch_size: int, image_cache: int) -> Iterator[list[list[Item]]]:
+def _windows(items: Sequence[Item], batch_size: int, image_cache: int) -> list[list[list[Item]]]:
     """Batches by window of at most `image_cache` images: prompts of similar length, longest first."""
     windows: list[list[Item]] = [[]]
     held: set[str] = set()
@@ -133,58 +129,68 @@ def _windows(items: Sequence[Item], batch_size: int, image_cache: int) -> Iterat
             held = set()
         windows[-1] += members
         held.update(images)
-    for window in windows:
-        batches = []
-        for choices in dict.fromkeys(item.choices for item in window):
-            alike = sorted((i for i in window if i.choices == choices), key=lambda i: len(i.prompt), reverse=True)
-            batches += [alike[k : k + batch_size] for k in range(0, len(alike), batch_size)]
-        yield batches
+    return [_batches(window, batch_size) for window in windows]
 
 
-def _answers(
-    model: Model, benchmark: Benchmark, items: Sequence[Item], store: PredictionStore, batch_size: int, image_cache: int
+def _batches(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
+    batches = []
+    for choices in dict.fromkeys(item.choices for item in items):
+        alike = [item for item in items if item.choices == choices]
+        alike.sort(key=lambda item: len(item.prompt), reverse=True)
+        batches += [alike[k : k + batch_size] for k in range(0, len(alike), batch_size)]
+    return batches
+
+
+def _without(batch: Sequence[Item], bad: set[str]) -> list[Item]:
+    return [item for item in batch if not bad.intersection(item.images)]
+
+
+def _answer_window(
+    model: Model, benchmark: Benchmark, window: Sequence[Sequence[Item]], store: PredictionStore, batch_size: int
 ) -> Iterator[list[Prediction]]:
-    """Graded predictions of the items that are not done, batch by batch.
+    """Graded predictions of the batches that are not done.
 
-    Batches are formed of all items, done or not: those that remain are the same as without the interruption. Of
-    batches that do not fit the GPU's memory the halves are asked, from then on of all.
+    Images are encoded in the same groups whatever is done: those of which none is needed are left out.
     """
-    largest = batch_size
-    done = set(store.done)
-    for window in _windows(items, batch_size, image_cache):
-        batches = [[item for item in batch if item.question_id not in done] for batch in window]
-        batches = [batch for batch in batches if batch]
-        paths: dict[str, Path] = {}
-        for batch in batches:
-            for item in batch:
-                paths |= zip(item.images, item.paths, strict=True)
-        names = list(paths)
-        tokens: dict[str, Tensor] = {}
-        for k in range(0, len(names), batch_size):
-            chunk = names[k : k + batch_size]
-            tokens |= zip(chunk, model.encode_images([paths[name] for name in chunk]), strict=True)
-        while batches:
-            batch = batches.pop(0)
-            if len(batch) > largest:
-                batches[:0] = [batch[k : k + largest] for k in range(0, len(batch), largest)]
-                continue
-            try:
-                outputs = _ask(model, tokens, batch, benchmark.max_new_tokens)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                outputs = None
-            if outputs is None:  # no longer within the handling: the error holds on to what did not fit
-                torch.cuda.empty_cache()
-                largest = len(batch) // 2
-                log.warning("%d questions at a time are too many for the memory: now %d", len(batch), largest)
-                batches.insert(0, batch)
-                continue
-            yield [benchmark.grade(predict(item, output)) for item, output in zip(batch, outputs, strict=True)]
+    batches = [batch for batch in window if not store.has_all(batch)]
+    needed = {name for batch in batches for item in batch for name in item.images}
+    paths: dict[str, Path] = {}
+    for batch in window:
+        for item in batch:
+            paths |= zip(item.images, item.paths, strict=True)
+    names = list(paths)
+    tokens: dict[str, Tensor] = {}
+    for k in range(0, len(names), batch_size):
+        group = names[k : k + batch_size]
+        if needed.intersection(group):
+            tokens |= zip(group, model.encode_images([paths[name] for name in group]), strict=True)
+    for batch in batches:
+        outputs = _ask(model, tokens, batch, benchmark.max_new_tokens)
+        yield [benchmark.grade(predict(item, output)) for item, output in zip(batch, outputs, strict=True)]
 
 
 def _ask(model: Model, tokens: Mapping[str, Tensor], batch: Sequence[Item], max_new_tokens: int) -> list[str]:
-    """Outputs of a batch; `tokens` are the visual tokens float[M, E] of each image."""
+    """Outputs of a batch, or of its halves where it does not fit the GPU's memory.
+
+    Other batches are not made smaller for it: which of them came before this one differs after a kill.
+
+    Args:
+        tokens: visual tokens float[M, E] of each image.
+    """
+    try:
+        return _generate(model, tokens, batch, max_new_tokens)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    # No longer within the handling: the error holds on to what did not fit.
+    torch.cuda.empty_cache()
+    half = len(batch) // 2
+    log.warning("%d questions at a time are too many for the memory: now %d", len(batch), half)
+    first, second = batch[:half], batch[half:]
+    return _ask(model, tokens, first, max_new_tokens) + _ask(model, tokens, second, max_new_tokens)
+
+
+def _generate(model: Model, tokens: Mapping[str, Tensor], batch: Sequence[Item], max_new_tokens: int) -> list[str]:
     images: list[Any] = []
     for item in batch:
         own = [tokens[name] for name in item.images]
@@ -197,20 +203,12 @@ def _ask(model: Model, tokens: Mapping[str, Tensor], batch: Sequence[Item], max_
     return [json.dumps(dict(zip(choices, row, strict=True))) for row in rows]
 
 
-class _Rate(ProgressColumn):
-    """Answers per second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f}/s" if task.speed else "")
-
-
 def _bar(enabled: bool) -> Progress:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("answers"),
-        _Rate(),
         TimeRemainingColumn(),
     )
     return Progress(*columns, disable=not enabled)

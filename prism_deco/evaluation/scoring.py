@@ -72,14 +72,15 @@ def score_file(path: str | Path, benchmark: Benchmark, *, seed: int = 0) -> dict
             f"{path} holds answers of the variant {asked[0]}, not {benchmark.variants[0]}: score it with "
             f"variants=[{asked[0]}]."
         )
-    try:
-        graded = [benchmark.grade(prediction) for prediction in predictions]
-        return summarise(benchmark, graded, decoding or None, seed=seed)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{path} cannot be scored as {benchmark.name}: its targets are not this benchmark's "
-            f"({type(error).__name__}: {error})."
-        ) from error
+    for prediction in predictions:
+        missing = [key for key in benchmark.target_keys if key not in prediction.target]
+        if missing:
+            raise UsageError(
+                f"{path} cannot be scored as {benchmark.name}: its targets are not this benchmark's (that of question "
+                f"{prediction.question_id} has no {' and no '.join(missing)})."
+            )
+    graded = [benchmark.grade(prediction) for prediction in predictions]
+    return summarise(benchmark, graded, decoding or None, seed=seed)
 
 
 def read_decoding(folder: Path) -> dict[str, Any] | None:

@@ -39,6 +39,7 @@ class SEED(Benchmark):
     """
 
     VARIANTS: ClassVar = {"letter": Variant(LETTER)}
+    target_keys = ("answer", "type")
 
     def __init__(self, *, annotations: str, **common: Any):
         super().__init__(**common)

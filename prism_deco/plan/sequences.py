@@ -11,8 +11,7 @@ from omegaconf import DictConfig
 from prism_deco.build import group, record_options
 from prism_deco.config import cache_dir
 from prism_deco.data import build_source
-from prism_deco.data.records import RecordTable
-from prism_deco.data.split import Subset, first, open_parts
+from prism_deco.data.records import Records, open_parts
 from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel
 from prism_deco.plan.meta_models import llm_of
@@ -72,7 +71,7 @@ def sequences_of(config: DictConfig) -> tuple[Sequences, str | None]:
         return _estimate(config), str(error)
     # As training opens them: what that refuses is no run to be planned.
     parts = open_parts(source, cache_dir(), **record_options(config))
-    records = first(parts.records, config.data.limit)
+    records = parts.records.select(slice(config.data.limit))
     return _measure(records, llm_of(config), config.recipe.micro_batch_size), None
 
 
@@ -92,7 +91,7 @@ def _estimate(config: DictConfig) -> Sequences:
     )
 
 
-def _measure(records: Subset, llm: LanguageModel, micro_batch_size: int) -> Sequences:
+def _measure(records: Records, llm: LanguageModel, micro_batch_size: int) -> Sequences:
     try:
         per_word, supervised = _tokens_per_word(records, llm)
         source = "measured"
@@ -113,7 +112,7 @@ def _measure(records: Subset, llm: LanguageModel, micro_batch_size: int) -> Sequ
     )
 
 
-def _tokens_per_word(records: RecordTable, llm: LanguageModel) -> tuple[float, float]:
+def _tokens_per_word(records: Records, llm: LanguageModel) -> tuple[float, float]:
     """Tokens that a word makes, chat format included, and the share of them that is supervised."""
     words, tokens, supervised = 0, 0, 0
     for index in np.linspace(0, len(records) - 1, min(SAMPLE, len(records))).astype(int).tolist():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,6 @@ def asked_by(config: DictConfig) -> dict[str, str]:
     """By name, the choices (shipped names, or YAML files) of the benchmarks that a run is to be scored on."""
     names = str(config.evaluate.benchmarks or "").split(",")
     return {name: choice for part in names for name, choice in expand(part.strip()).items()}
-
-
-def families_of(cells: Iterable[RunCell], benchmarks: Iterable[str]) -> dict[str, str]:
-    """The families of benchmarks that the cells were asked, by name."""
-    choices = {name: choice for cell in cells for name, choice in cell.asked.items()}
-    return {name: family_of(choices.get(name, name)) for name in benchmarks}
 
 
 def family_of(choice: str) -> str:

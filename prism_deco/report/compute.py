@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,12 @@ from prism_deco.config.registry import require_imported
 from prism_deco.config.schema import Config
 from prism_deco.errors import UsageError
 from prism_deco.plan.estimate import estimate_run
-from prism_deco.report.cells import RunCell, SeedGroup
+from prism_deco.report.cells import RunCell
 
 log = logging.getLogger(__name__)
 
 TOLERANCE = 0.01
 """Relative difference in compute of two trainings that still counts as equal: steps are whole."""
-
-CAPTION = (
-    "Training's matrix products and convolutions, forward and backward, as prism-deco plan counts them, with the "
-    "towers in every step even where their features were cached; without validation and scoring."
-)
 
 _GROUPS = ["backbone", "projector", "llm", "data", "recipe", "trainer", "plugins"]
 
@@ -72,27 +67,3 @@ def same_compute(cells: Iterable[RunCell]) -> bool | None:
     if len(known) < len(costs) or not known:
         return None
     return max(known) <= (1 + TOLERANCE) * min(known)
-
-
-def compute_records(groups: Sequence[SeedGroup]) -> list[dict[str, Any]]:
-    """A record of steps and compute for each group with a finished cell."""
-    found = []
-    for group in groups:
-        cell = next((cell for cell in group.cells if cell.manifest), None)
-        if cell is None:
-            continue
-        flops = training_flops(cell)
-        steps = cell.manifest["steps"]
-        found.append(
-            {
-                "part": cell.part,
-                "row": group.row,
-                "projector": group.variant,
-                "visual_tokens": group.tokens,
-                "steps": steps,
-                "samples": cell.manifest["samples"],
-                "gflop_per_step": flops / steps / 1e9 if flops is not None else None,
-                "tflop": flops / 1e12 if flops is not None else None,
-            }
-        )
-    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -61,17 +60,6 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float]:
         return mean, mean
     low, high = stats.t.interval(0.95, len(values) - 1, mean, error)
     return float(low), float(high)
-
-
-def t_test(values: Sequence[float], null: float = 0.0) -> float:
-    """Two-sided p-value of Student's t for the mean of at least two independent values.
-
-    It is below 0.05 exactly where `seed_interval` leaves `null` out.
-    """
-    if min(values) == max(values):  # scipy's test of equal values is nan
-        return 1.0 if values[0] == null else 0.0
-    result: Any = stats.ttest_1samp(values, null)
-    return float(result.pvalue)
 
 
 def subtract(first: Strata, second: Strata) -> dict[str, list[float]]:

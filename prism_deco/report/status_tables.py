@@ -1,37 +1,86 @@
-"""Tables of what became of the cells."""
+"""What became of the cells, in words and tables."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from prism_deco.explain.gae import DEFAULT_METHOD
-from prism_deco.report.cells import RunCell
+from prism_deco.report.cells import VAL_LOSS, RunCell
 from prism_deco.report.tabular import MISSING, Field, Table, format_number, records_table
 
 _MEANING = {"trained": "not scored yet"}
 
 
-def unfinished(cells: Sequence[RunCell]) -> list[RunCell]:
-    """The cells that are not trained and scored to the end."""
-    return [cell for cell in cells if cell.state != "done"]
+MOST_CURVES = 40
+"""Above that many cells, curves are drawn of unfinished cells only."""
 
 
-def progress(cells: Sequence[RunCell]) -> str:
+def about(cells: Sequence[RunCell]) -> list[str]:
+    """A paragraph on which models were trained, when, and by which version."""
+    trained = [cell for cell in cells if cell.manifest]
+    if not trained:
+        return []
+
+    def names(group: str) -> str:
+        return ", ".join(dict.fromkeys(str(cell.config[group].name) for cell in trained if cell.config is not None))
+
+    models = f"{len(trained)} {'model' if len(trained) == 1 else 'models'}"
+    params = _span([cell.manifest["params"]["total"] for cell in trained])
+    steps = _span([cell.manifest["steps"] for cell in trained])
+    samples = _span([cell.manifest["samples"] for cell in trained])
+    versions = ", ".join(dict.fromkeys(str(cell.manifest.get("code_version", "?")) for cell in trained))
+    days = sorted({datetime.fromtimestamp(cell.started, UTC).date() for cell in trained if cell.started})
+    when = f" between {days[0]} and {days[-1]}" if len(days) > 1 else "".join(f" on {day}" for day in days)
+    return [
+        f"{models} of {params} parameters (vision backbone {names('backbone')}, LLM {names('llm')}), trained{when} "
+        f"with prism_deco {versions} for {steps} steps on {samples} records of {names('data')}, recipe "
+        f"{names('recipe')}."
+    ]
+
+
+def _span(values: Sequence[int]) -> str:
+    least = f"{min(values):,}"
+    most = f"{max(values):,}"
+    return least if least == most else f"{least} to {most}"
+
+
+def notes(cells: Sequence[RunCell], split: str, others: Sequence[str]) -> str:
+    """A paragraph on the state of the cells, and on what is shown of them.
+
+    Args:
+        split: that is shown; "" is the benchmarks' own.
+        others: that were scored as well.
+    """
+    if not cells:
+        return (
+            "There are no cells. Nothing was planned or run here yet: start with prism-deco sweep or prism-deco train."
+        )
+    found = [_progress(cells), f"Split: {split or 'the benchmarks’ own'}."]  # noqa: RUF001
+    if others:
+        found.append(f"Also scored: {', '.join(others)} (--split).")
+    if len(cells) > MOST_CURVES:
+        found.append("Curves of single cells are those of unfinished ones.")
+    machines = {str(cell.manifest.get("machine")) for cell in cells if cell.manifest}
+    if len(machines) > 1:
+        found.append(f"The cells were trained on {len(machines)} kinds of machine: their times do not compare.")
+    return " ".join(found)
+
+
+def _progress(cells: Sequence[RunCell]) -> str:
     """How many cells are in which state, in words."""
     states = Counter(cell.state for cell in cells)
-    if not states:
-        return "There are no cells."
     others = [f"{count} {state}" for state, count in states.items() if state != "done"]
     return ", ".join([f"{states['done']} of {len(cells)} cells done", *others]) + "."
 
 
 def unfinished_table(cells: Sequence[RunCell]) -> Table:
-    """The unfinished cells with the reason."""
+    """Unfinished cells with the reason."""
     rows = [
         [
             Field(cell.id),
@@ -39,9 +88,9 @@ def unfinished_table(cells: Sequence[RunCell]) -> Table:
             Field(MISSING if cell.attempts is None else str(cell.attempts)),
             Field(cell.reason or _MEANING.get(cell.state, MISSING)),
         ]
-        for cell in unfinished(cells)
+        for cell in cells
     ]
-    return Table("Unfinished cells", ["cell", "state", "attempts", "reason"], rows, heads=2)
+    return Table("Unfinished cells", ["cell", "state", "attempts", "reason"], rows)
 
 
 def cells_table(cells: Sequence[RunCell]) -> Table:
@@ -102,9 +151,9 @@ def run_records(cells: Sequence[RunCell], split: str) -> list[dict[str, Any]]:
     for cell in cells:
         about = {"cell": cell.id, "part": cell.part or None, "row": cell.row, "projector": cell.variant}
         about |= {"blind": cell.blind, "seed": cell.seed}
-        curve = cell.curves.get("val/loss")
+        curve = cell.curves.get(VAL_LOSS)
         if cell.manifest and curve:
-            found.append(about | {"split": "val", "measure": "val/loss", "value": curve[-1][1]})
+            found.append(about | {"split": "val", "measure": VAL_LOSS, "value": curve[-1][1]})
         values = {name: score.value for name, score in cell.scores.get(split, {}).items()}
         maps = cell.relevance.get("methods", {}).get(DEFAULT_METHOD, {})
         values |= {f"relevance {key}": value["mean"] for key, value in maps.items() if isinstance(value, dict)}

@@ -16,9 +16,6 @@ from rich.text import Text
 
 MISSING = "-"
 
-VERDICTS = {"holds": "blue", "reversed": "dark_orange3"}
-"""Words that have a colour of their own wherever they fill a field, and which one in a terminal."""
-
 _NUMBER = re.compile(r"[<+-]?[\d.,]+( ±.*| to .*| of .*)?")
 
 
@@ -38,17 +35,15 @@ class Field:
 
 @dataclass(frozen=True)
 class Table:
-    """A table to print.
+    """A table to print. Its first column names a row, and stays in sight where a table is wider than the screen.
 
     Attributes:
         rows: with a field per column; one with a single field is the heading of the rows below it.
-        heads: how many columns, from the left, name a row: they stay in sight where a table is wider than the screen.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Field]]
-    heads: int = 1
     caption: str = ""
 
     def column(self, number: int) -> list[str]:
@@ -58,23 +53,13 @@ class Table:
     def is_numeric(self, number: int) -> bool:
         """Whether a column is one of numbers, which are set flush right."""
         texts = [text for text in self.column(number) if text != MISSING]
-        return number >= self.heads and sum(bool(_NUMBER.fullmatch(text)) for text in texts) * 2 > len(texts)
+        return number > 0 and sum(bool(_NUMBER.fullmatch(text)) for text in texts) * 2 > len(texts)
 
 
-def records_table(
-    title: str, records: Sequence[Mapping[str, Any]], caption: str = "", heading: str | None = None
-) -> Table:
-    """The records of a CSV as a table.
-
-    Args:
-        heading: the key whose values are headings of the rows below.
-    """
-    keys = [key for key in records[0] if key != heading]
-    rows = [[Field(_shown(record[key])) for key in keys] for record in records]
-    if heading is not None:
-        headings = [Field(str(record[heading])) for record in records]
-        rows = under_headings(zip(headings, rows, strict=True))
-    return Table(title, [key.replace("_", " ") for key in keys], rows, caption=caption)
+def records_table(title: str, records: Sequence[Mapping[str, Any]], caption: str = "") -> Table:
+    """The records of a CSV as a table."""
+    rows = [[Field(_shown(value)) for value in record.values()] for record in records]
+    return Table(title, [key.replace("_", " ") for key in records[0]], rows, caption=caption)
 
 
 def _shown(value: Any) -> str:
@@ -112,16 +97,15 @@ def paragraph(text: str) -> str:
     return re.sub(r"^(\d*)([#>+~=.)-])", r"\1\\\2", escape(text)) + "\n"
 
 
-def markdown(table: Table, level: int = 3) -> str:
-    """A Markdown table below its title, a heading of that level; all text in it is escaped."""
+def markdown(table: Table) -> str:
+    """A Markdown table and its caption; all text in it is escaped."""
     width = len(table.columns)
     sides = ["--:" if table.is_numeric(number) else ":--" for number in range(width)]
     lines = ["| " + " | ".join(map(escape, table.columns)) + " |", "|" + "|".join(sides) + "|"]
     for row in table.rows:
         fields = [_markdown(field) for field in row] if len(row) > 1 else [_markdown(row[0], bold=True)]
         lines.append("| " + " | ".join(fields + [""] * (width - len(row))) + " |")
-    caption = ["", paragraph(table.caption)] if table.caption else [""]
-    return "\n".join([f"{'#' * level} {escape(table.title)}", "", *lines, *caption])
+    return "\n".join([*lines, "", *([paragraph(table.caption)] if table.caption else [])])
 
 
 def _markdown(field: Field, bold: bool = False) -> str:
@@ -140,23 +124,22 @@ def escape(text: str) -> str:
 class TerminalTable:
     """A table for the terminal, without the small print.
 
-    Where it is wider than the terminal, its columns are printed in several blocks, each with the columns that name a
-    row: no word is broken as long as it fits, no name and no column is dropped.
+    Where it is wider than the terminal, its columns are printed in several blocks, each with the first one: no word is
+    broken as long as it fits, and no column is dropped.
     """
 
     def __init__(self, table: Table):
         self._table = table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
-        heads = list(range(self._table.heads))
         room = options.max_width - 1
-        blocks: list[list[int]] = [[]]
-        for number in range(len(heads), len(self._table.columns)):
-            if blocks[-1] and sum(self._least(own) + 3 for own in [*heads, *blocks[-1], number]) > room:
-                blocks.append([])
+        blocks = [[0]]
+        for number in range(1, len(self._table.columns)):
+            if len(blocks[-1]) > 1 and sum(self._least(own) + 3 for own in [*blocks[-1], number]) > room:
+                blocks.append([0])
             blocks[-1].append(number)
         for k, block in enumerate(blocks):
-            yield self._block(f"{self._table.title}{', continued' if k else ''}", heads + block, room)
+            yield self._block(f"{self._table.title}{', continued' if k else ''}", block, room)
 
     def _texts(self, number: int) -> list[str]:
         headings = [row[0].text for row in self._table.rows if len(row) == 1] if number == 0 else []
@@ -184,12 +167,8 @@ class TerminalTable:
             if len(row) == 1:
                 made.add_section()
             fields = [row[number] for number in numbers] if len(row) > 1 else row
-            made.add_row(*(Text(field.text, style=_style(field, len(row) == 1)) for field in fields))
+            made.add_row(*(Text(field.text, "bold" if field.best or len(row) == 1 else "") for field in fields))
         return made
-
-
-def _style(field: Field, heading: bool) -> str:
-    return " ".join(["bold"] * (field.best or heading) + [VERDICTS.get(field.text, "")])
 
 
 def comma_separated(records: Sequence[Mapping[str, Any]]) -> str:

@@ -68,7 +68,7 @@ class Spec:
     choices: dict[str, dict[str, str]] = field(default_factory=dict)
     """Settings that go with a choice: `projector=qformer` -> {`projector.heads`: `4`}."""
     claims: list[Any] = field(default_factory=list)
-    """What the report is to test; see `report.claims`."""
+    """What a study tests with its results; the key is read by `runs/reference/study/report_claims.py`."""
     jobs: int | None = None
     """Cells at a time on one machine; None leaves it to the launcher."""
     launcher: str = "local"

@@ -57,11 +57,6 @@ class Board:
         """Shows a text."""
         self._add(summary.text(name, markdown), step)
 
-    def hyperparameters(self, choices: Mapping[str, Any], metrics: list[str]) -> None:
-        """Fills the HPARAMS tab; the numbers beside the choices are the last ones of these scalars."""
-        for part in summary.hparams(dict(choices), dict.fromkeys(metrics, 0.0)):
-            self._add(part, 0)
-
     def close(self) -> None:
         """Closes the file."""
         self._file.close()

@@ -17,8 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from prism_deco.data.images import load_image
 from prism_deco.data.loader import stack_pixels
-from prism_deco.data.records import IMAGE_TAG
-from prism_deco.data.split import Subset
+from prism_deco.data.records import IMAGE_TAG, Records
 from prism_deco.inference import answer
 from prism_deco.llms import LanguageModel
 from prism_deco.training.board import Board
@@ -31,6 +30,9 @@ log = logging.getLogger(__name__)
 LOG_SECONDS = 120.0
 """Time between two log lines: a run of a week gets five thousand of them."""
 
+MAX_NEW_TOKENS = 32
+"""Length of a sample answer."""
+
 
 class ProgressReport(Callback):
     """A bar over optimizer steps on a terminal, and a log line every two minutes.
@@ -40,8 +42,6 @@ class ProgressReport(Callback):
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
-        self._steps: Any = None
-        self._validation: Any = None
         self._first_step = 0
         self._started = self._logged = 0.0
 
@@ -58,48 +58,29 @@ class ProgressReport(Callback):
                 TextColumn("{task.fields[loss]}"),
             )
             self._bar = Progress(*columns, console=_log_console())
-            done, total = trainer.global_step, pl_module.total_steps
-            self._steps = self._bar.add_task("Training", completed=done, total=total, loss="")
-            self._validation = self._bar.add_task("Validation", visible=False, loss="")
+            self._bar.add_task("Training", completed=self._first_step, total=pl_module.total_steps, loss="")
             self._bar.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
-        step, loss = trainer.global_step, pl_module.last_step["train/loss"]
+        step, total, loss = trainer.global_step, pl_module.total_steps, pl_module.last_step["train/loss"]
         if self._bar:
-            self._bar.update(self._steps, completed=step, loss=f"loss {loss:.4f}")
+            self._bar.update(self._bar.task_ids[0], completed=step, loss=f"loss {loss:.4f}")
         now = monotonic()
         if now - self._logged >= LOG_SECONDS:
             self._logged = now
             seconds = (now - self._started) / (step - self._first_step)
-            left = timedelta(seconds=round(seconds * (pl_module.total_steps - step)))
-            log.info(
-                "Step %d of %d: loss %.4f, %.2f s per step, %s left", step, pl_module.total_steps, loss, seconds, left
-            )
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self._bar:
-            total = sum(int(count) for count in trainer.num_val_batches)
-            self._bar.reset(self._validation, total=total, visible=True)
-
-    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
-        if self._bar:
-            self._bar.advance(self._validation)
+            left = timedelta(seconds=round(seconds * (total - step)))
+            log.info("Step %d of %d: loss %.4f, %.2f s per step, %s left", step, total, loss, seconds, left)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         log.info("Step %d of %d: val/loss %.4f", trainer.global_step, pl_module.total_steps, pl_module.val_loss)
-        if self._bar:
-            self._bar.update(self._validation, visible=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._stop()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
         if self._bar:
             self._bar.stop()
-            self._bar = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
 
 
 class Recorder(Callback):
@@ -134,14 +115,11 @@ class SampleAnswers(Callback):
         board: None in all processes but the first.
     """
 
-    def __init__(
-        self, llm: LanguageModel, data: Conversations, count: int, board: Board | None, max_new_tokens: int = 32
-    ):
+    def __init__(self, llm: LanguageModel, data: Conversations, count: int, board: Board | None):
         self._llm = llm
         self._data = data
         self._count = count
         self._board = board
-        self._max_new_tokens = max_new_tokens
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         vlm: VLM = pl_module.vlm
@@ -157,9 +135,8 @@ class SampleAnswers(Callback):
             assert pixels is not None
             pixels = {tower: images.to(pl_module.device) for tower, images in pixels.items()}
             question, reference = record.messages[0]["content"], record.messages[1]["content"]
-            [text] = answer(
-                vlm, self._llm, [list(vlm.visual_tokens(pixels))], [question], max_new_tokens=self._max_new_tokens
-            )
+            visual = list(vlm.visual_tokens(pixels))
+            [text] = answer(vlm, self._llm, [visual], [question], max_new_tokens=MAX_NEW_TOKENS)
             if self._board:
                 image = np.asarray(load_image(examples.images, record.images[0]))
                 shown = question.replace(IMAGE_TAG, "").strip()
@@ -174,7 +151,7 @@ def _log_console() -> Console:
     return handlers[0].console if handlers else Console(stderr=True)
 
 
-def _distinct_images(records: Subset, count: int) -> list[int]:
+def _distinct_images(records: Records, count: int) -> list[int]:
     """The first records of the first `count` images."""
     chosen: dict[tuple[str, ...], int] = {}
     for index in np.flatnonzero(records.has_image).tolist():

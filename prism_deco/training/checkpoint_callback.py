@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+from torch.optim import Optimizer
 
+from prism_deco.errors import UsageError
 from prism_deco.exits import Interrupted
-from prism_deco.training.checkpoint_state import (
-    checkpoint_tensors,
-    restore_scheduler,
-    restore_tensors,
-    scheduler_content,
-)
+from prism_deco.tensors import all_finite
 from prism_deco.training.checkpoints import (
     CHECKPOINTS,
+    MODEL,
     Checkpoint,
     checkpoint_name,
     prune_checkpoints,
@@ -28,20 +29,23 @@ from prism_deco.training.lightning_internals import run_validation, set_position
 from prism_deco.training.metrics import Metrics
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.preemption import Preemption
+from prism_deco.training.shard_blocks import local_piece
 from prism_deco.training.sharding import reshard
+from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
 
+OPTIMIZER = "optimizer."
+
 
 class Checkpointing(Callback):
-    """Saves every `every` optimizer steps, after the best validation, at the end, and when the run is asked to stop.
+    """Saves every `trainer.checkpoint_every` steps, after the best validation, at the end, and when asked to stop.
 
     Args:
         folder: the run's folder.
         resume: the checkpoint to continue from; None begins at the start.
         metrics: what was recorded so far; None in all processes but the first.
-        every: steps between checkpoints.
-        keep: checkpoints that stay, beside the one of the lowest validation loss.
+        settings: the `trainer` group of the configuration.
         about: what the checkpoints say of the run that they belong to.
     """
 
@@ -50,29 +54,29 @@ class Checkpointing(Callback):
         folder: Path,
         resume: Checkpoint | None,
         metrics: Metrics | None,
-        *,
-        every: int,
-        keep: int,
+        settings: DictConfig,
         about: Mapping[str, Any],
         preemption: Preemption,
     ):
         self._folder = folder / CHECKPOINTS
         self._resume = resume
         self._metrics = metrics
-        self._every = every
-        self._keep = keep
+        self._settings = settings
         self._about = about
         self._preemption = preemption
-        self._best = metrics.best if metrics else None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._resume is None:
             return
-        module, optimizer, scheduler = _parts(trainer, pl_module)
+        module = cast(TrainingModule, pl_module)
         step = self._resume.step
+        optimizer, schedule = _optimization(trainer)
         restore_tensors(self._resume, module.vlm, optimizer)
-        restore_scheduler(self._resume.content["schedule"], scheduler, optimizer)
-        module.counts.update(self._resume.content["counts"])
+        saved = self._resume.content
+        schedule.load_state_dict(saved["schedule"]["scheduler"])
+        for group, rate in zip(optimizer.param_groups, saved["schedule"]["lr"], strict=True):
+            group["lr"] = rate
+        module.counts.update(saved["counts"])
         set_position(trainer, step)
         # The process may have ended between this step and its validation. Not later than here: after the last step
         # Lightning has nothing to train, and calls no other hook.
@@ -80,13 +84,18 @@ class Checkpointing(Callback):
         missing = self._metrics is not None and step not in self._metrics.validated
         if validates and trainer.strategy.broadcast(missing):
             run_validation(trainer)
+        # Or between saving a checkpoint, or learning which is the best, and removing those that this one replaces.
+        self._prune()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._preemption.claim()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        module, step = cast(TrainingModule, pl_module), trainer.global_step
-        if step % self._every == 0 or step == module.total_steps or module.stop:
+        module = cast(TrainingModule, pl_module)
+        step = trainer.global_step
+        every = self._settings.checkpoint_every
+        interval = max(1, round(every * module.total_steps)) if every < 1 else int(every)
+        if step % interval == 0 or step == module.total_steps or module.stop:
             self._save(trainer, module)
         if module.stop:
             happened = "interrupted" if module.stop is Interrupted else "preempted"
@@ -94,26 +103,95 @@ class Checkpointing(Callback):
             raise module.stop(reason, agreed=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        step = trainer.global_step
-        is_best = self._metrics is not None and self._metrics.best == step
+        is_best = self._metrics is not None and self._metrics.best == trainer.global_step
         if trainer.strategy.broadcast(is_best):
-            self._best = step
             self._save(trainer, cast(TrainingModule, pl_module))
 
-    def _save(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
-        module, optimizer, scheduler = _parts(trainer, pl_module)
-        reshard(module.vlm)
+    def _save(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        optimizer, schedule = _optimization(trainer)
         step = trainer.global_step
-        content = {"schedule": scheduler_content(scheduler, optimizer), "counts": module.counts, **self._about}
+        content = {
+            "schedule": {
+                "scheduler": schedule.state_dict(),
+                "lr": [group["lr"] for group in optimizer.param_groups],
+            },
+            "counts": module.counts,
+            **self._about,
+        }
         if not (self._folder / checkpoint_name(step)).is_dir():
             log.info("Saving %s", checkpoint_name(step))
         if self._metrics:
             self._metrics.sync()
+        reshard(module.vlm)
         save_checkpoint(self._folder, step, checkpoint_tensors(module.vlm, optimizer), content)
+        self._prune()
+
+    def _prune(self) -> None:
         if self._metrics:
-            prune_checkpoints(self._folder, self._keep, self._best)
+            prune_checkpoints(self._folder, self._settings.keep_checkpoints, self._metrics.best)
 
 
-def _parts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[TrainingModule, Any, Any]:
-    """The module, its optimizer and its schedule."""
-    return cast(TrainingModule, pl_module), trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
+def _optimization(trainer: pl.Trainer) -> tuple[Optimizer, Any]:
+    """The optimizer and the schedule of its learning rates."""
+    return trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
+
+
+def model_tensors(vlm: VLM) -> dict[str, Tensor]:
+    """The trained parameters, tied ones once, and the buffers that belong to the model's state.
+
+    Frozen weights are left out: they come from where they came from at the start.
+    """
+    trained: dict[str, Tensor] = {name: p for name, p in vlm.named_parameters() if p.requires_grad}
+    # Quantised layers add their quantisation state to the state dict: it belongs to frozen weights, and is no buffer.
+    known = {name for name, _ in vlm.named_buffers(remove_duplicate=False)}
+    buffers = {
+        name: tensor for name, tensor in vlm.state_dict().items() if name in known and not name.startswith("backbone.")
+    }
+    return trained | buffers
+
+
+def checkpoint_tensors(vlm: VLM, optimizer: Optimizer) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by their names: `model.NAME`, `optimizer.KEY.NAME`."""
+    names = {id(parameter): name for name, parameter in vlm.named_parameters()}
+    tensors = {f"{MODEL}{name}": tensor for name, tensor in model_tensors(vlm).items()}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            tensors[f"{OPTIMIZER}{key}.{names[id(parameter)]}"] = value
+    return tensors
+
+
+@torch.no_grad()
+def restore_tensors(checkpoint: Checkpoint, vlm: VLM, optimizer: Optimizer) -> None:
+    """Reads this process's part of a checkpoint into the model and its optimizer.
+
+    Raises:
+        UsageError: the checkpoint lacks a tensor, or holds one of another shape.
+    """
+    for name, tensor in model_tensors(vlm).items():
+        _fill(checkpoint, f"{MODEL}{name}", tensor)
+    trained = {name: p for name, p in vlm.named_parameters() if p.requires_grad}
+    for full_name in checkpoint.names(OPTIMIZER):
+        key, _, name = full_name.removeprefix(OPTIMIZER).partition(".")
+        parameter = trained[name]
+        # A state as large as its parameter is divided as it is; others (AdamW's step) are plain numbers.
+        if checkpoint.shapes[full_name] == tuple(parameter.shape):
+            tensor = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            _fill(checkpoint, full_name, tensor)
+        else:
+            tensor = checkpoint.read(full_name).to(parameter.device)  # a fused kernel looks for it there
+        optimizer.state[parameter][key] = tensor
+
+
+def _fill(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
+    if checkpoint.shapes.get(name) != tuple(tensor.shape):
+        found = checkpoint.shapes.get(name, "missing")
+        raise UsageError(f"{checkpoint.folder} does not fit the model: {name} is {found}, not {tuple(tensor.shape)}.")
+    piece = local_piece(tensor)
+    if piece.tensor.numel():
+        stored = checkpoint.read(name, piece.tensor.shape, piece.offset)
+        if not all_finite(stored):
+            raise UsageError(
+                f"{checkpoint.folder}: {name} holds NaN or infinite numbers. Remove this checkpoint's folder: "
+                "training then continues from an earlier one, or from the start."
+            )
+        piece.tensor.copy_(stored)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prism_deco.distributed import gather_objects
 from prism_deco.errors import UsageError
 from prism_deco.exits import CheckpointFailed
 from prism_deco.files import inside, sync_folder, verify_sha256, write_json
@@ -81,26 +82,28 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], cont
     final = folder / checkpoint_name(step)
     building = folder / f"{_BUILDING}{final.name}"
     rank, size = _place()
-    if _together((final / INDEX).is_file())[0]:
+    if gather_objects((final / INDEX).is_file())[0]:
         return final
-    pieces = {name: piece_of(tensor, rank) for name, tensor in tensors.items()}
-    pieces = {name: piece for name, piece in pieces.items() if piece is not None}
-    needed = sum(_together(sum(piece.tensor.nbytes for piece in pieces.values())))
-    with _failing_together(final, needed):
+    pieces: dict[str, Tensor] = {}
+    places: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if piece := piece_of(tensor, rank):
+            pieces[name] = piece.tensor
+            places[name] = json.dumps([list(piece.shape), list(piece.offset)])
+    needed = sum(gather_objects(sum(piece.nbytes for piece in pieces.values())))
+    digest = ""
+    with _failing_together(building, needed):
         if rank == 0:
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir(parents=True)
-    digest = ""
-    with _failing_together(final, needed, building):
-        places = {name: json.dumps([list(p.shape), list(p.offset)]) for name, p in pieces.items()}
-        digest = write_safetensors(building / _file(rank), {n: p.tensor for n, p in pieces.items()}, metadata=places)
+    with _failing_together(building, needed):
+        digest = write_safetensors(building / _file(rank), pieces, metadata=places)
     files = [_file(r) for r in range(size)]
-    digests = dict(zip(files, _together(digest), strict=True))
-    with _failing_together(final, needed, building):
+    digests = dict(zip(files, gather_objects(digest), strict=True))
+    index = {"format": _FORMAT, "step": step, "files": files, "sha256": digests, **content}
+    with _failing_together(building, needed):
         if rank == 0:
-            write_json(
-                building / INDEX, {"format": _FORMAT, "step": step, "files": files, "sha256": digests, **content}
-            )
+            write_json(building / INDEX, index)
             sync_folder(building)
             building.rename(final)
             sync_folder(folder)
@@ -151,18 +154,18 @@ class Checkpoint:
         Raises:
             UsageError: on every process, if a file was damaged or replaced since it was written.
         """
+        if not self._digests:
+            log.info("%s has no checksums: it is not verified", self.folder)
         rank, size = _place()
-        names = sorted(self._digests)[rank::size]
+        share = {name: self._digests[name] for name in sorted(self._digests)[rank::size]}
         problem = None
         try:
-            verify_sha256(self.folder, {n: self._digests[n] for n in names}, self.folder / INDEX, _WAY_OUT)
+            verify_sha256(self.folder, share, self.folder / INDEX, _WAY_OUT)
         except UsageError as error:
             problem = str(error)
-        problems = [problem for problem in _together(problem) if problem]
-        if problems:
-            raise UsageError(problems[0])
-        if not self._digests:
-            log.info("%s was written by an earlier version and has no checksums: it is not verified", self.folder)
+        for found in gather_objects(problem):
+            if found:
+                raise UsageError(found)
 
     def read(self, name: str, shape: Sequence[int] | None = None, offset: Sequence[int] | None = None) -> Tensor:
         """A tensor, or the part of it of that shape that begins at that offset."""
@@ -216,13 +219,15 @@ class _Stored:
             target.copy_(self.file.get_tensor(self.key))
             return
         stored = self.file.get_slice(self.key)
-        own = stored.get_shape()
-        low = [max(a, b) for a, b in zip(self.offset, offset, strict=True)]
-        high = [min(a + n, b + m) for a, n, b, m in zip(self.offset, own, offset, target.shape, strict=True)]
-        if all(a < b for a, b in zip(low, high, strict=True)):
-            source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, self.offset, strict=True))
-            goal = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))
-            target[goal] = stored[source]
+        source, goal = [], []
+        dimensions = zip(self.offset, stored.get_shape(), offset, target.shape, strict=True)
+        for own_start, own_size, start, size in dimensions:
+            low, high = max(own_start, start), min(own_start + own_size, start + size)
+            if low >= high:
+                return
+            source.append(slice(low - own_start, high - own_start))
+            goal.append(slice(low - start, high - start))
+        target[tuple(goal)] = stored[tuple(source)]
 
 
 def _file(rank: int) -> str:
@@ -234,32 +239,24 @@ def _place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _together(value: Any) -> list[Any]:
-    """The values of all processes."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 @contextmanager
-def _failing_together(final: Path, needed: int, building: Path | None = None) -> Iterator[None]:
+def _failing_together(building: Path, needed: int) -> Iterator[None]:
     """An `OSError` of one process becomes a `CheckpointFailed` of all; it also keeps them in step.
 
     Args:
-        needed: bytes of the checkpoint.
+        building: the unfinished checkpoint, which is removed.
+        needed: its bytes.
     """
     problem = None
     try:
         yield
     except OSError as error:
         problem = f"{type(error).__name__}: {error}"
-    problems = [problem for problem in _together(problem) if problem]
+    problems = [problem for problem in gather_objects(problem) if problem]
     if problems:
-        if building is not None:
-            shutil.rmtree(building, ignore_errors=True)
-        last = newest_checkpoint(final.parent)
+        shutil.rmtree(building, ignore_errors=True)
+        last = newest_checkpoint(building.parent)
+        final = building.with_name(building.name.removeprefix(_BUILDING))
         raise CheckpointFailed(
             f"{final} could not be written ({problems[0]}); it needs {needed / 1e6:.1f} MB. Free some space or make "
             f"the folder writable; training continues from {last.name if last else 'the start'}"

@@ -20,13 +20,13 @@ _SUFFIXES = (".safetensors", ".json", ".model", ".jinja", ".txt")
 """Not `config.yaml`, where a user may point at other copies of frozen weights, nor a README."""
 
 
-def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
+def write_sums(folder: Path, known: Mapping[str, str]) -> None:
     """Writes `SHA256SUMS`, after everything else that `load_model` reads.
 
     Args:
         known: checksums that were computed when a file was written.
     """
-    digests = dict(known or {})
+    digests = dict(known)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.suffix in _SUFFIXES and name not in digests:
@@ -41,7 +41,7 @@ def verify_model(folder: Path) -> None:
         UsageError: a file is missing, was damaged or replaced, or the model is not the one that its run trained.
     """
     if not (folder / SUMS).is_file():
-        log.info("%s was written by an earlier version and has no checksums: it is not verified", folder)
+        log.info("%s has no checksums: it is not verified", folder)
         return
     digests = _read_sums(folder)
     way_out = "Restore the folder from a copy, or write the model again from a checkpoint (prism-deco export)."

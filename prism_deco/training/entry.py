@@ -23,7 +23,7 @@ from prism_deco.training.run_dir import (
     RunTarget,
     full_disk_named,
     has_finished,
-    lock_run,
+    locked,
     open_run,
     run_folder,
 )
@@ -125,11 +125,8 @@ def _record_failure(config: DictConfig, stop: Stop) -> None:
     folder = run_folder(config)
     if read_status(folder).get("state") in (None, *THROUGH):
         return
-    with suppress(UsageError):  # another command is training it by now
-        lock = lock_run(folder)
+    with suppress(UsageError), locked(folder):  # unless another command is training it by now
         set_status(folder, stop.state, reason=str(stop))
-        if lock:
-            lock.close()
 
 
 def _advised(stop: Stop, overwrite: bool) -> str:

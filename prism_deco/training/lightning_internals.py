@@ -34,6 +34,16 @@ def run_validation(trainer: pl.Trainer) -> None:
     trainer.state.stage = stage
 
 
+def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule) -> None:
+    """Trains; raises the error that ended the training, where Lightning raises another one while it cleans up."""
+    first = FirstError()
+    trainer.callbacks.insert(0, first)  # type: ignore[attr-defined]
+    try:
+        trainer.fit(module, datamodule=data)
+    except BaseException as error:
+        raise first.error or error from None
+
+
 class FirstError(Callback):
     """Keeps the error that ended the training: Lightning may raise another one while it cleans up."""
 

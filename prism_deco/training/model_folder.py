@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,15 +53,18 @@ def save_model(
         read: makes the values of a weight out of the model's own tensor.
     """
     is_main = not dist.is_initialized() or dist.get_rank() == 0
-    way = tuning(config.recipe.lm)
-    is_named = config.llm.pretrained and not way.base
-    state = _distinct(vlm)
-    elsewhere = ("backbone.", "lm.") if is_named else ("backbone.",)
-    parts = {WEIGHTS: {base_name(k): v for k, v in state.items() if not k.startswith(elsewhere) and not is_adapter(k)}}
-    dtype = adapter_dtype(config)
-    adapters = {k.removeprefix("lm."): read(v).to(dtype) for k, v in state.items() if is_adapter(k)}
-    if not config.backbone.pretrained:
-        parts[TOWER] = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    is_named = config.llm.pretrained and not tuning(config.recipe.lm).base
+    weights: dict[str, Tensor] = {}
+    tower: dict[str, Tensor] = {}
+    adapters: dict[str, Tensor] = {}
+    for name, tensor in _distinct(vlm).items():
+        if is_adapter(name):
+            adapters[name.removeprefix("lm.")] = read(tensor).to(adapter_dtype(config))
+        elif name.startswith("backbone."):
+            tower[name.removeprefix("backbone.")] = tensor
+        elif not (is_named and name.startswith("lm.")):
+            weights[base_name(name)] = tensor
+    parts = {WEIGHTS: weights} if config.backbone.pretrained else {WEIGHTS: weights, TOWER: tower}
     if is_main:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / CONFIG)
@@ -108,43 +110,31 @@ def load_model(folder: Path) -> tuple[VLM, LanguageModel, DictConfig]:
         UsageError: a file is missing or damaged, a weight is missing, unexpected or not finite, or the backbone's
             weights are not those the model was trained with.
     """
-    with ThreadPoolExecutor(1) as pool:
-        verified = pool.submit(verify_model, folder)  # while the weights are read: it takes about as long
-        try:
-            loaded = _load(folder)
-        except UsageError:
-            raise
-        except Exception:
-            verified.result()  # a damaged file explains whatever its reader stumbled over
-            raise
-        verified.result()
-    return loaded
-
-
-def _load(folder: Path) -> tuple[VLM, LanguageModel, DictConfig]:
     config = read_config(folder / CONFIG)
     require_imported(config.plugins, folder / CONFIG)
     weights, tower = tensor_files(folder / WEIGHTS), tensor_files(folder / TOWER)
     for name, found in ((WEIGHTS, weights), (TOWER_RECORD, (folder / TOWER_RECORD).is_file())):
         if not found:
             raise UsageError(f"{folder / name} is missing: the run has not finished, or its folder is incomplete.")
+    verify_model(folder)
     bare = _architecture_only(folder, config)
     vlm, llm = build_model(bare, device="meta")
-    is_named = (folder / BASE_RECORD).is_file()
-    if is_named:
+    elsewhere = ["backbone."]
+    if (folder / BASE_RECORD).is_file():
         vlm.lm = llm.model = _named_base(folder, bare)
+        elsewhere.append("lm.")
     with torch.random.fork_rng(devices=[]):
         # Small, and a plug-in's may compute buffers that no file holds.
         vlm.projector = compose_projector(bare, vlm.backbone, llm, bare=True)
-    load_strict(vlm, weights, ignore=("backbone.", "lm.") if is_named else "backbone.")
+    load_weights(vlm, weights, elsewhere=elsewhere, assign=True)
     if (folder / ADAPTER).is_dir():
         load_lora(vlm.lm, folder / ADAPTER)
     if tower:
-        load_strict(vlm.backbone, tower)
+        load_weights(vlm.backbone, tower, assign=True)
     else:
         vlm.backbone = build_backbone(group(config, "backbone"))
     _check_backbone(folder, config, vlm)
-    _check_finite(folder, vlm)
+    check_finite(folder, vlm)
     return vlm.eval(), llm, config
 
 
@@ -172,12 +162,13 @@ def _check_backbone(folder: Path, config: DictConfig, vlm: VLM) -> None:
         )
 
 
-def _check_finite(folder: Path, vlm: VLM) -> None:
+def check_finite(folder: Path, vlm: VLM) -> None:
+    """`UsageError` if a weight that was read from a model folder is not a finite number."""
     for name, parameter in vlm.named_parameters():
         if not all_finite(parameter):
             raise UsageError(
-                f"{folder}: {name} holds NaN or infinite numbers, so that the model can answer nothing. Train it "
-                "again, or export an earlier checkpoint of the run (prism-deco export)."
+                f"{folder}: {name} holds NaN or infinite numbers. Train the model again, or export an earlier "
+                "checkpoint of the run (prism-deco export)."
             )
 
 
@@ -198,37 +189,46 @@ def _named_base(folder: Path, config: DictConfig) -> PreTrainedModel:
     return llm.model
 
 
-def load_strict(module: nn.Module, files: Sequence[Path], ignore: str | tuple[str, ...] | None = None) -> None:
-    """Puts the tensors of safetensors files in the place of the module's own; fills what no file holds.
+def load_weights(
+    module: nn.Module, files: Sequence[Path], *, elsewhere: Sequence[str] = (), assign: bool = False
+) -> None:
+    """Loads the tensors of safetensors files into a model, whose adapters, if any, stay as they are.
 
-    Tied parameters are stored once and may be missing under their other names; those that begin with `ignore` are
-    loaded elsewhere.
+    Args:
+        elsewhere: names that begin with one of these may be missing in the files.
+        assign: replace the module's tensors, which may be on the meta device, instead of copying into them.
 
     Raises:
         UsageError: a file is not there or not readable, a weight is missing, unexpected or of another shape.
     """
-    own = module.state_dict().keys()
-    loaded: set[str] = set()
+    own = module.state_dict(keep_vars=True)
+    names = {base_name(name): name for name in own if not is_adapter(name)}
+    stored: dict[int, Tensor] = {}
+    wrong = []
     for file in files:
-        state = dict(open_tensors(file))
-        try:
-            module.load_state_dict(state, strict=False, assign=True)
-        except RuntimeError as error:
-            raise UsageError(f"{file} does not fit the model: {error}") from error
-        loaded |= state.keys()
-    missing = {name for name in own if name not in loaded and not (ignore and name.startswith(ignore))}
-    for name, part in module.named_children():
-        if isinstance(part, PreTrainedModel):
-            absent = {key.removeprefix(f"{name}.") for key in missing if key.startswith(f"{name}.")}
-            # Takes out of `absent` what is tied to a weight that was there, whichever of the two names it had.
-            missing -= {f"{name}.{key}" for key in absent}
-            part.tie_weights(missing_keys=absent, recompute_mapping=False)
-            missing |= {f"{name}.{key}" for key in absent}
-            fill_buffers(part)
-    listed = [f"missing {name}" for name in sorted(missing)]
-    listed += [f"unexpected {name}" for name in sorted(loaded.difference(own))]
-    if listed:
-        raise UsageError(f"{files[0]} does not fit the model: {'; '.join(listed[:5])} ({len(listed)} in all).")
+        for name, tensor in open_tensors(file).items():
+            if name in names:
+                stored[id(own[names[name]])] = tensor
+            else:
+                wrong.append(f"unexpected {name}")
+    state = {}
+    for name in names.values():
+        # Tied parameters are one tensor of several names, and are stored under any of them.
+        if id(own[name]) in stored:
+            state[name] = stored[id(own[name])]
+        elif not name.startswith(tuple(elsewhere)):
+            wrong.append(f"missing {name}")
+    if wrong:
+        raise UsageError(f"{files[0]} does not fit the model: {'; '.join(wrong[:5])} ({len(wrong)} in all).")
+    try:
+        module.load_state_dict(state, strict=False, assign=assign)
+    except RuntimeError as error:
+        raise UsageError(f"{files[0]} does not fit the model: {error}") from error
+    if assign:
+        for part in module.children():
+            if isinstance(part, PreTrainedModel):
+                part.tie_weights()
+                fill_buffers(part)
 
 
 def _transform(vlm: VLM) -> dict[str, Any]:

@@ -14,14 +14,12 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from prism_deco.config.registry import unknown
-from prism_deco.config.schema import LOSS, NONFINITE
 from prism_deco.data.loader import Step
 from prism_deco.exits import Interrupted, NonFinite, Preempted
 from prism_deco.training.lightning_internals import count_skipped_step
 from prism_deco.training.nonfinite import diagnose
-from prism_deco.training.optim import adamw, clip_gradients, grad_norm, parameter_groups, warmup_cosine
-from prism_deco.vlm import VLM, Loss
+from prism_deco.training.optim import adamw, clip_gradients, grad_norm, warmup_cosine
+from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +70,6 @@ class TrainingModule(pl.LightningModule):
         stop_requested: Callable[[], type[Preempted] | None] = lambda: None,
     ):
         super().__init__()
-        if recipe.loss not in LOSS:
-            raise unknown("recipe.loss", recipe.loss, LOSS)
-        if nonfinite not in NONFINITE:
-            raise unknown("trainer.nonfinite", nonfinite, NONFINITE)
         self.automatic_optimization = False
         # An LLM that was read from files comes in eval mode: no dropout, no activation checkpointing.
         self.vlm = vlm.train()
@@ -100,16 +94,8 @@ class TrainingModule(pl.LightningModule):
             self._shard = None
 
     def configure_optimizers(self) -> Any:
-        recipe = self.recipe
-        groups = parameter_groups(
-            self.vlm.projector,
-            self.vlm.lm,
-            lr=recipe.lr,
-            projector_lr=recipe.projector_lr,
-            weight_decay=recipe.weight_decay,
-        )
-        optimizer = adamw(groups, recipe)
-        return [optimizer], [warmup_cosine(optimizer, self.total_steps, recipe.warmup_ratio)]
+        optimizer = adamw(self.vlm, self.recipe)
+        return [optimizer], [warmup_cosine(optimizer, self.total_steps, self.recipe.warmup_ratio)]
 
     def training_step(self, batch: Step, batch_idx: int) -> None:
         optimizer, scheduler = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
@@ -157,14 +143,21 @@ class TrainingModule(pl.LightningModule):
 
     def _accumulate(self, step: Step, totals: _Totals) -> Tensor:
         """Runs the forward and backward passes; returns the loss of the step over all ranks, float[]."""
+        targets = totals.targets.float().clamp(min=1)
+        passes = totals.passes.float().clamp(min=1)
+        size = self.trainer.world_size  # gradients are averaged over ranks afterwards
         total = torch.zeros((), device=self.device)
         self._seed_step()
         for micro_batch in step.batches:
-            loss = self._scaled(self.vlm(micro_batch), totals.targets.float(), totals.passes.float())
-            self.manual_backward(loss)
-            total += loss.detach()
+            loss = self.vlm(micro_batch)
+            if self.recipe.loss == "micro_batch_mean":
+                share = loss.total / loss.count.clamp(min=1) * size / passes
+            else:
+                share = loss.total * size / targets
+            self.manual_backward(share)
+            total += share.detach()
         # Ranks' scaled losses average to the global one, as their gradients do.
-        return self.all_reduce_sum(total) / self.trainer.world_size
+        return self.all_reduce_sum(total) / size
 
     def _seed_step(self) -> None:
         """Dropout is a function of seed, step and rank: a checkpoint needs no state of generators."""
@@ -181,18 +174,6 @@ class TrainingModule(pl.LightningModule):
             )
         self.counts["steps_skipped"] += 1
         log.warning("Skipped %s", message)
-
-    def _scaled(self, loss: Loss, targets: Tensor, passes: Tensor) -> Tensor:
-        """This pass's share of the step's loss. Gradients are averaged over ranks afterwards.
-
-        Args:
-            targets: float[], supervised tokens of the step on all ranks.
-            passes: float[], its forward passes that have any.
-        """
-        size = self.trainer.world_size
-        if self.recipe.loss == "micro_batch_mean":
-            return loss.total / loss.count.clamp(min=1) * size / passes.clamp(min=1)
-        return loss.total * size / targets.clamp(min=1)
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         """The sum of a tensor over all ranks."""

@@ -9,15 +9,12 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks, results_name
 from prism_deco.data.loader import Step
 from prism_deco.plan.devices import GIB, peak_flops
 from prism_deco.plan.flops import TrainingFlops
-from prism_deco.sequence import Batch
 from prism_deco.training.board import Board
 
 
@@ -96,37 +93,16 @@ class SpeedMonitor(Callback):
             self._board.scalars(values, trainer.global_step)
 
 
-def choices_of(config: DictConfig) -> dict[str, Any]:
-    """The main choices of a run, flat."""
-    recipe = config.recipe
-    names = {part: config[part].name for part in ("backbone", "projector", "llm", "data", "recipe")}
-    keys = ("num_tokens", "lm", "blind", "epochs", "global_batch_size", "lr", "projector_lr", "weight_decay")
-    # TensorBoard has no empty values.
-    chosen = {key: "" if recipe[key] is None else recipe[key] for key in keys}
-    return names | chosen | {"image_size": config.backbone.image_size or "", "seed": config.seed}
-
-
-def score_names(config: DictConfig) -> list[str]:
-    """What TensorBoard calls the scores of the benchmarks that follow training: `eval/<results folder>`."""
-    found = []
-    for choice in resolve_benchmarks(config.evaluate.benchmarks or ""):
-        own = config.benchmark.get(benchmark_name(choice), {})
-        found.append(f"eval/{results_name(choice, own.get('split', config.evaluate.split))}")
-    return found
-
-
 def _counts(step: Step, device: torch.device) -> Tensor:
     """float64[5]: records, images, positions, squared lengths, supervised positions of a step on this device."""
-    images = sum(len(next(iter(batch.pixels.values()))) for batch in step.batches if batch.pixels)
-    lengths = torch.cat([_lengths(batch) for batch in step.batches]).to(device, torch.float64)
-    targets = sum((batch.labels[:, 1:] >= 0).sum() for batch in step.batches)
-    counts = [step.records, images, lengths.sum(), (lengths**2).sum(), targets]
-    return torch.stack([torch.as_tensor(count, dtype=torch.float64, device=device) for count in counts])
-
-
-def _lengths(batch: Batch) -> Tensor:
-    """int64[B]: positions of each sequence, without padding."""
-    return batch.attention_mask.sum(dim=1) if batch.lengths is None else torch.tensor(batch.lengths)
+    images = targets = 0
+    lengths: list[int] = []
+    for batch in step.batches:
+        images += len(next(iter(batch.pixels.values()))) if batch.pixels else 0
+        targets += int((batch.labels[:, 1:] >= 0).sum())
+        lengths += batch.attention_mask.sum(dim=1).tolist() if batch.lengths is None else batch.lengths
+    counts = [step.records, images, sum(lengths), sum(length**2 for length in lengths), targets]
+    return torch.tensor(counts, dtype=torch.float64, device=device)
 
 
 def _memory(device: torch.device) -> int:

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from prism_deco.distributed import gather_objects
 from prism_deco.sequence import Batch
 from prism_deco.training.shard_blocks import local_piece
 from prism_deco.vlm import VLM
@@ -24,34 +24,29 @@ def diagnose(vlm: VLM, batches: Sequence[Batch]) -> str:
     What goes bad between two modules, in attention say, is seen in the output of the next one. All processes must
     call it, with their own batches, before the gradients are clipped.
     """
-    module, records = None, []
+    where, records = None, []
     for batch in batches:
         with _first_bad_output(vlm) as found:
             loss = vlm(batch).total
         if not loss.isfinite():
             records += batch.ids
-            module = module or next(iter(found), None)
-    gradient = None if module else _first_bad_gradient(vlm)
+            where = where or (f"first in the output of {found[0]}" if found else "in the loss itself")
+    gradient = None if where else _first_bad_gradient(vlm)
     everything = [name for batch in batches for name in batch.ids]
-    findings: list[Any] = [(module, gradient, records, everything)]
-    if dist.is_initialized():
-        findings = [None] * dist.get_world_size()
-        dist.all_gather_object(findings, (module, gradient, records, everything))
-    return _sentence(findings)
-
-
-def _sentence(findings: list[tuple[str | None, str | None, list[str], list[str]]]) -> str:
-    for rank, (module, _, records, _) in enumerate(findings):
-        if records:
-            where = f"first in the output of {module}" if module else "in the loss itself"
+    findings = gather_objects((where, gradient, records, everything))
+    for rank, (where, _, records, _) in enumerate(findings):
+        if where:
             return f"{where}, records {_listed(records)} (rank {rank})"
-    gradient = next((gradient for _, gradient, _, _ in findings if gradient), None)
-    where = f"the loss is finite, the gradient of {gradient} is not" if gradient else "only the sums are not finite"
+    gradients = [gradient for _, gradient, _, _ in findings if gradient]
+    where = (
+        f"the loss is finite, the gradient of {gradients[0]} is not" if gradients else "only the sums are not finite"
+    )
     return f"{where}, records {_listed([name for *_, names in findings for name in names])}"
 
 
 def _listed(names: list[str]) -> str:
-    return f"{', '.join(names[:8])}{f' and {len(names) - 8} more' * (len(names) > 8)}"
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
 
 
 @contextmanager

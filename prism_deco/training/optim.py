@@ -12,6 +12,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from prism_deco.training.safetensors_writer import full
+from prism_deco.vlm import VLM
 
 
 def parameter_groups(
@@ -39,8 +40,11 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def adamw(groups: list[dict], recipe: DictConfig) -> AdamW:
-    """The optimizer of `parameter_groups`, in one kernel: it holds no temporary copies of weights and gradients."""
+def adamw(vlm: VLM, recipe: DictConfig) -> AdamW:
+    """The recipe's optimizer, in one kernel: it holds no temporary copies of weights and gradients."""
+    groups = parameter_groups(
+        vlm.projector, vlm.lm, lr=recipe.lr, projector_lr=recipe.projector_lr, weight_decay=recipe.weight_decay
+    )
     return AdamW(groups, betas=tuple(recipe.betas), eps=recipe.eps, fused=True)
 
 

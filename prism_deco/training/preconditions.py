@@ -33,23 +33,13 @@ class Scoring(Protocol):
     """What is to be measured of a trained run."""
 
     def prepare(self, benchmarks: Path | None) -> None:
-        """Looks for what would stop it, before there is a model.
-
-        Args:
-            benchmarks: the folder of the benchmarks that come with the training data, if any do.
-
-        Raises:
-            UsageError: a benchmark cannot be asked.
-        """
-        ...
+        """Raises `UsageError` for what would stop it; `benchmarks` is the folder of those that come with the data."""
 
     def missing(self, folder: Path) -> Scoring | None:
-        """The part of this scoring that has no results in the run's folder yet; None if it is complete."""
-        ...
+        """The part of it that has no results in the run's folder yet; None if it is complete."""
 
     def __call__(self, folder: Path, world: World) -> None:
         """Measures it; all processes call this."""
-        ...
 
 
 def check_all(
@@ -79,7 +69,8 @@ def check_all(
     """
     import_plugins(config.plugins)
     check_writable(run_folder(config), "Choose another folder: runs_dir=FOLDER.")
-    _check_local_weights(config)
+    for name in ("backbone", "llm", "projector"):
+        _check_local_weights(name, config[name])
     source = build_source(group(config, "data"))
     if after is not None:
         check_start(after, config)
@@ -102,11 +93,10 @@ def check_all(
     return data
 
 
-def _check_local_weights(config: DictConfig) -> None:
-    for name in ("backbone", "llm", "projector"):
-        path = config[name].get("weights") if config[name].get("pretrained", True) else None
-        if path and not path.startswith(ASSET) and not Path(path).expanduser().exists():
-            raise UsageError(f"{name}.weights={path}: there is no such file or folder.")
+def _check_local_weights(name: str, part: DictConfig) -> None:
+    path = part.get("weights") if part.get("pretrained", True) else None
+    if path and not path.startswith(ASSET) and not Path(path).expanduser().exists():
+        raise UsageError(f"{name}.weights={path}: there is no such file or folder.")
 
 
 def _plan_memory(config: DictConfig, force: bool) -> str:
@@ -119,19 +109,17 @@ def _plan_memory(config: DictConfig, force: bool) -> str:
     from prism_deco.plan.devices import device_memory
 
     asked = config.trainer.activation_checkpointing
-    unplanned = "full" if asked == AUTO else asked
     memory = device_memory() // (1 if torch.cuda.is_available() else max(1, config.trainer.devices))
-    try:
-        plan = estimate_run(config, memory_bytes=memory)
-    except RuntimeError as error:  # as torch raises where a plug-in's code asks for values of tensors that have none
-        log.warning("The run's memory could not be planned (%s: %s)", type(error).__name__, error)
-        return unplanned
-    if plan.problems:
-        raise UsageError("; ".join(plan.problems))
-    found = problems(plan, memory)
+    estimate = estimate_run(config, memory_bytes=memory)
+    if estimate.problems:
+        raise UsageError("; ".join(estimate.problems))
+    found = problems(estimate, memory)
     if found and not force:
         raise UsageError(f"This run would fail: {'; '.join(found)}. Use --force to start it anyway.")
-    chosen = plan.needs.setup.checkpointing if plan.needs else unplanned
-    if asked == AUTO:
-        log.info("Activation checkpointing: %s", chosen)
+    if estimate.needs is None:
+        log.warning("The run's memory %s", "; ".join(estimate.warnings))
+    if asked != AUTO:
+        return asked
+    chosen = estimate.needs.setup.checkpointing if estimate.needs else "full"
+    log.info("Activation checkpointing: %s", chosen)
     return chosen

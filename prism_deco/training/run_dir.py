@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
 
 from omegaconf import DictConfig
 
@@ -32,17 +31,13 @@ _LOCK = ".lock"
 
 @dataclass(frozen=True)
 class RunTarget:
-    """What a command line amounts to.
-
-    Attributes:
-        folder: the run's folder.
-        state: train, or one of `THROUGH`.
-        checkpoint: where training continues; None is its start.
-    """
+    """What a command line amounts to."""
 
     folder: Path
     state: str = "train"
+    """Train, or one of `THROUGH`."""
     checkpoint: Path | None = None
+    """Where training continues; None is its start."""
 
 
 def run_folder(config: DictConfig) -> Path:
@@ -78,12 +73,11 @@ def open_run(config: DictConfig, held: ExitStack, *, overwrite: bool = False) ->
     """
     folder = run_folder(config)
     if _is_run(folder) and replaces(config, overwrite):
-        with ExitStack() as removing:
-            _hold(folder, removing)
+        with locked(folder):
             _remove(folder)
     is_known = holds_run(config)
     folder.mkdir(parents=True, exist_ok=True)
-    _hold(folder, held)
+    held.enter_context(locked(folder))
     remove_unfinished(folder)
     remove_leftovers(folder / CHECKPOINTS)
     target = _found(config, folder) if is_known else RunTarget(folder)
@@ -101,12 +95,15 @@ def holds_run(config: DictConfig) -> bool:
     folder = run_folder(config)
     if not _is_run(folder):
         return False
-    differing = _differing(config, folder)
+    earlier, now = flat(read_config(folder / CONFIG)), flat(config)
+    differing = []
+    for key in sorted(earlier | now):
+        if not is_free(key) and earlier.get(key) != now.get(key):
+            differing.append(f"{key} was {earlier.get(key)!r} and is {now.get(key)!r}")
     if differing:
-        listed = "; ".join(f"{key} was {was!r} and is {now!r}" for key, was, now in differing[:5])
         more = " ..." if len(differing) > 5 else ""
         raise UsageError(
-            f"{folder} already holds a run of another configuration: {listed}{more}. "
+            f"{folder} already holds a run of another configuration: {'; '.join(differing[:5])}{more}. "
             "Name this one run_id=NAME, or replace the earlier one with --overwrite."
         )
     return True
@@ -114,24 +111,16 @@ def holds_run(config: DictConfig) -> bool:
 
 @contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
-    """`DiskFull` names the folder, and how much room a run needs, where a write finds none."""
+    """Raises `DiskFull`, which names the folder, where a write finds no room."""
     try:
         yield
     except Exception as error:
         if not is_disk_full(error):
             raise
-        raise _disk_full(folder, error) from error
-
-
-def _disk_full(folder: Path, error: Exception) -> DiskFull:
-    # A write that fails does not say where: the cache may lie on another disk.
-    place = min((folder, cache_dir()), key=_free_bytes)
-    reason = f"{place}: {os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error}"
-    checkpoint = newest_checkpoint(folder / CHECKPOINTS)
-    need = "some space"
-    if checkpoint:
-        need = f"{sum(path.stat().st_size for path in checkpoint.iterdir()) / 1e6:.1f} MB for the next checkpoint"
-    return DiskFull(f"{reason} ({_free_bytes(place) / 1e6:.1f} MB free). Free {need}")
+        # A write that fails does not say where: the cache may lie on another disk.
+        place = min((folder, cache_dir()), key=_free_bytes)
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise DiskFull(f"{place}: {reason} ({_free_bytes(place) / 1e6:.1f} MB free). Free some space") from error
 
 
 def _free_bytes(folder: Path) -> int:
@@ -139,29 +128,24 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def lock_run(folder: Path) -> TextIO | None:
-    """Keeps other processes from training the same run for as long as the result stays open; None on a file system
-    without locks.
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training the same run; does nothing on a file system without locks.
 
     Raises:
         UsageError: another process trains it.
     """
-    file = (folder / _LOCK).open("a")
-    try:
-        # Not flock: loader processes would inherit that, and hold it for some seconds after a kill.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise UsageError(f"{folder} is being trained by another process. Wait for it, or use run_id=NAME.") from error
-    except OSError:
-        file.close()
-        return None
-    return file
-
-
-def _hold(folder: Path, held: ExitStack) -> None:
-    if lock := lock_run(folder):
-        held.enter_context(lock)
+    with (folder / _LOCK).open("a") as file:
+        try:
+            # Not flock: loader processes would inherit that, and hold it for some seconds after a kill.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{folder} is being trained by another process. Wait for it, or use run_id=NAME."
+            ) from error
+        except OSError:
+            pass
+        yield
 
 
 def _is_run(folder: Path) -> bool:
@@ -183,13 +167,6 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(removing)
 
 
-def _differing(config: DictConfig, folder: Path) -> list[tuple[str, Any, Any]]:
-    """(key, earlier value, value now) of what may not change when a run continues."""
-    earlier, now = flat(read_config(folder / CONFIG)), flat(config)
-    keys = [key for key in sorted(earlier | now) if not is_free(key)]
-    return [(key, earlier.get(key), now.get(key)) for key in keys if earlier.get(key) != now.get(key)]
-
-
 def _found(config: DictConfig, folder: Path) -> RunTarget:
     state = read_status(folder).get("state")
     if state in THROUGH:
@@ -197,7 +174,7 @@ def _found(config: DictConfig, folder: Path) -> RunTarget:
     checkpoint = newest_checkpoint(folder / CHECKPOINTS)
     if checkpoint and config.recipe.loss == "micro_batch_mean":
         earlier, now = flat(read_config(folder / CONFIG)), flat(config)
-        changed = [f"{key} was {earlier.get(key)} and is {now[key]}" for key in _CUT if earlier.get(key) != now[key]]
+        changed = [f"{key} was {earlier[key]} and is {now[key]}" for key in _CUT if earlier[key] != now[key]]
         if changed:
             log.warning("%s: the loss, a mean over micro-batches, is another one from here on", ", ".join(changed))
     where = checkpoint.name if checkpoint else "its start: it has no checkpoint yet"

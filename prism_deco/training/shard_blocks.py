@@ -5,18 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of a tensor.
-
-    Attributes:
-        tensor: the block itself.
-        shape: of the whole tensor.
-        offset: where the block begins in it.
-    """
+    """A block of a tensor, the shape of the whole tensor, and where the block begins in it."""
 
     tensor: Tensor
     shape: tuple[int, ...]
@@ -24,21 +19,14 @@ class Piece:
 
 
 def local_piece(tensor: Tensor) -> Piece:
-    """This process's block of a tensor: its rows of one that `fully_shard` divided, else all of it."""
+    """This process's block of a tensor: its part of one that `fully_shard` divided, else all of it."""
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
         return Piece(tensor.detach(), shape, (0,) * len(shape))
     local = tensor.to_local().detach()
-    offset = [0] * len(shape)
-    for dimension, placement in enumerate(tensor.placements):
-        if isinstance(placement, Shard):
-            # `torch.chunk`'s rule, which is also that of `fully_shard`: all blocks but the last ones are equal.
-            size = -(-shape[placement.dim] // tensor.device_mesh.size(dimension))
-            start = size * tensor.device_mesh.get_local_rank(dimension)
-            offset[placement.dim] = min(start, shape[placement.dim])
-            expected = min(size, shape[placement.dim] - offset[placement.dim])
-            assert local.shape[placement.dim] == expected, "sharded in another way than fully_shard does"
-    return Piece(local, shape, tuple(offset))
+    expected, offset = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
+    assert tuple(local.shape) == expected, "sharded in another way than fully_shard does"
+    return Piece(local, shape, offset)
 
 
 def piece_of(tensor: Tensor, rank: int) -> Piece | None:

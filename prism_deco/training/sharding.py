@@ -14,7 +14,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from prism_deco.config.registry import unknown
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel
@@ -26,22 +25,15 @@ from prism_deco.vlm import VLM
 
 
 def strategy_of(trainer: DictConfig, world: World) -> Any:
-    """Lightning's strategy that the `trainer` group names.
-
-    Raises:
-        UsageError: it is unknown, or not for that many devices.
-    """
-    strategies = {
-        "auto": lambda: "auto",
-        "ddp": lambda: DDPStrategy(timeout=world.timeout),
-        # Its defaults shard nothing and synchronise nothing.
-        "fsdp": lambda: ModelParallelStrategy(data_parallel_size=world.size, tensor_parallel_size=1),
-    }
-    if trainer.strategy not in strategies:
-        raise unknown("trainer.strategy", trainer.strategy, strategies)
-    if trainer.strategy == "auto" and world.size > 1:
+    """Lightning's strategy that the `trainer` group names; `UsageError` where it is not for that many devices."""
+    if trainer.strategy == "ddp":
+        return DDPStrategy(timeout=world.timeout)
+    if trainer.strategy == "fsdp":
+        # The defaults shard nothing and synchronise nothing.
+        return ModelParallelStrategy(data_parallel_size=world.size, tensor_parallel_size=1)
+    if world.size > 1:
         raise UsageError(f"{world.size} devices need trainer.strategy=ddp or trainer.strategy=fsdp.")
-    return strategies[trainer.strategy]()
+    return "auto"
 
 
 @dataclass(frozen=True)

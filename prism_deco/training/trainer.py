@@ -6,8 +6,8 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,11 +24,13 @@ from prism_deco.distributed import World
 from prism_deco.exits import Interrupted, Preempted, Stop
 from prism_deco.features import FeatureCache
 from prism_deco.files import write_json
-from prism_deco.llms import LanguageModel, build_llm
+from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import weight_map
 from prism_deco.llms.isolation import check_isolation
 from prism_deco.llms.layers import checkpoint_activations
+from prism_deco.llms.spec import read_spec
 from prism_deco.plan.flops import TrainingFlops, training_flops
+from prism_deco.plan.meta_models import NeedsData
 from prism_deco.processes import clear_failures, failure_recorded
 from prism_deco.training.board import Board
 from prism_deco.training.callbacks import ProgressReport, Recorder, SampleAnswers
@@ -38,15 +40,14 @@ from prism_deco.training.checksums import trained_sha256, verify_model
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.feature_cache import build_caches, cached
 from prism_deco.training.init_from import find_start, start_from, takes_llm
-from prism_deco.training.lightning_internals import FirstError
-from prism_deco.training.manifest import build_manifest
-from prism_deco.training.metrics import VAL_LOSS, Metrics
+from prism_deco.training.lightning_internals import fit
+from prism_deco.training.manifest import build_manifest, check_owner, provenance
+from prism_deco.training.metrics import Metrics
 from prism_deco.training.model_folder import save_model
 from prism_deco.training.module import TrainingModule
-from prism_deco.training.monitor import SpeedMonitor, choices_of, score_names
+from prism_deco.training.monitor import SpeedMonitor
 from prism_deco.training.preemption import Preemption, requeue
 from prism_deco.training.preflight import preflight
-from prism_deco.training.provenance import Provenance, check_owner, find_provenance
 from prism_deco.training.run_dir import RunTarget, full_disk_named
 from prism_deco.training.sharding import Sharding, reshard, strategy_of
 from prism_deco.training.status import read_status, set_status
@@ -55,16 +56,6 @@ from prism_deco.vlm import VLM
 log = logging.getLogger(__name__)
 
 FEATURE_STATISTICS_IMAGES = 512
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a run trains, and on what; without caches the towers run in every step."""
-
-    vlm: VLM
-    llm: LanguageModel
-    data: Conversations
-    caches: list[FeatureCache]
 
 
 def train(
@@ -109,10 +100,10 @@ def _train(
         _fit_features(vlm, data, world)
     if start is not None:
         start_from(start, config, vlm, llm)
-    provenance = world.decide(lambda: find_provenance(config, vlm, llm, data, start, resume))
+    about = world.decide(lambda: provenance(config, vlm, llm, data, start, resume))
     if config.trainer.preflight and resume is None:
         world.decide(lambda: preflight(config, target.folder, vlm, llm, data, world.device))
-    parts = Parts(vlm, llm, data, build_caches(config, vlm, data, world))
+    caches = build_caches(config, vlm, data, world) if config.trainer.feature_cache else []
     module = TrainingModule(
         vlm,
         config.recipe,
@@ -122,13 +113,36 @@ def _train(
         shard=partial(sharding.apply, vlm, llm) if sharding else None,
         stop_requested=lambda: preemption.requested,
     )
-    callbacks = _callbacks(config, target, world, parts, resume, provenance, preemption)
+    metrics = board = None
+    if world.is_main:
+        steps_done = resume.step if resume else 0
+        metrics, board = Metrics(target.folder, steps_done), Board(target.folder, steps_done)
+    # In the order in which they see a step: it is recorded before it is saved.
+    callbacks: list[Callback] = [
+        SpeedMonitor(_step_flops(config, caches), config.trainer.log_every, board),
+        SampleAnswers(llm, data, config.trainer.samples, board),
+    ]
+    if metrics and board:
+        callbacks += [ProgressReport(), Recorder(metrics, board, config.trainer.log_every)]
+    callbacks.append(Checkpointing(target.folder, resume, metrics, config.trainer, about, preemption))
     trainer = _lightning_trainer(config, world, data, callbacks)
     with preemption.at_boundaries():
-        with cached(vlm, data, parts.caches):
-            _fit(trainer, module, data)
+        with cached(vlm, data, caches) if caches else nullcontext():
+            fit(trainer, module, data)
             reshard(vlm)
-        _save(config, target.folder, world, parts, provenance, module.counts)
+        save_model(target.folder / "model", config, vlm, llm)
+        if world.is_main:
+            manifest = build_manifest(
+                config,
+                vlm,
+                data,
+                module.counts,
+                input_changes=about["input_changes"],
+                devices=world.size,
+                feature_caches=[cache.digest for cache in caches if cache.names],
+                model_sha256=trained_sha256(target.folder / "model"),
+            )
+            write_json(target.folder / "manifest.json", manifest)
 
 
 def _open_checkpoint(config: DictConfig, target: RunTarget) -> Checkpoint | None:
@@ -153,18 +167,15 @@ def _open_start(config: DictConfig, world: World) -> Path | None:
 def _build(config: DictConfig, start: Path | None, sharding: Sharding | None) -> tuple[VLM, LanguageModel]:
     """The model on the CPU, or without its LLM's weights, of which each process then reads just its shard."""
     # Random weights are drawn whole, so that they do not depend on how they are sharded.
-    defers = sharding is not None and config.llm.pretrained and _has_tensor_files(config)
+    defers = sharding is not None and config.llm.pretrained and weight_map(read_spec(group(config, "llm"))) is not None
     if start is not None and takes_llm(start, config):
         defers = False
     vlm, llm = build_model(config, defer_llm=defers)
     recipe = config.recipe
     check_isolation(vlm.lm, packing=recipe.packing, turn_mask=recipe.turn_mask, longest=max_positions(config, llm))
-    checkpoint_activations(vlm.lm, config.trainer.activation_checkpointing)
+    if config.trainer.activation_checkpointing != "none":
+        checkpoint_activations(vlm.lm, config.trainer.activation_checkpointing)
     return vlm, llm
-
-
-def _has_tensor_files(config: DictConfig) -> bool:
-    return weight_map(build_llm(group(config, "llm"), pretrained=False, device="meta").spec) is not None
 
 
 def _announce(config: DictConfig, target: RunTarget, world: World, vlm: VLM, data: Conversations) -> None:
@@ -191,52 +202,16 @@ def _fit_features(vlm: VLM, data: Conversations, world: World) -> None:
     vlm.feature_mean, vlm.feature_std = world.decide(fit)
 
 
-def _callbacks(
-    config: DictConfig,
-    target: RunTarget,
-    world: World,
-    parts: Parts,
-    resume: Checkpoint | None,
-    provenance: Provenance,
-    preemption: Preemption,
-) -> list[Callback]:
-    """In the order in which they see a step: it is recorded before it is saved."""
-    settings = config.trainer
-    metrics = board = None
-    if world.is_main:
-        start = resume.step if resume else 0
-        metrics, board = Metrics(target.folder, start), Board(target.folder, start)
-        board.hyperparameters(choices_of(config), [VAL_LOSS, *score_names(config)])
-    callbacks: list[Callback] = [
-        SpeedMonitor(_step_flops(config, parts), settings.log_every, board),
-        SampleAnswers(parts.llm, parts.data, settings.samples, board),
-    ]
-    if metrics and board:
-        callbacks += [ProgressReport(), Recorder(metrics, board, settings.log_every)]
-    saving = Checkpointing(
-        target.folder,
-        resume,
-        metrics,
-        every=_checkpoint_interval(settings, parts.data.total_steps),
-        keep=settings.keep_checkpoints,
-        about=provenance.content,
-        preemption=preemption,
-    )
-    return [*callbacks, saving]
-
-
-def _step_flops(config: DictConfig, parts: Parts) -> TrainingFlops | None:
+def _step_flops(config: DictConfig, caches: list[FeatureCache]) -> TrainingFlops | None:
     """The cost of a step, on GPUs: of other devices no peak is known to compare it with."""
     if not torch.cuda.is_available():
         return None
-    flops = training_flops(config)
-    return replace(flops, tower=0) if parts.caches else flops
-
-
-def _checkpoint_interval(trainer: DictConfig, total_steps: int) -> int:
-    """Optimizer steps between two checkpoints; the setting is their number, or a fraction of all steps."""
-    every = trainer.checkpoint_every
-    return max(1, round(every * total_steps)) if every < 1 else int(every)
+    try:
+        flops = training_flops(config)
+    except NeedsData as error:
+        log.info("TensorBoard will not show train/mfu: %s", error)
+        return None
+    return replace(flops, tower=0) if caches else flops
 
 
 def _lightning_trainer(config: DictConfig, world: World, data: Conversations, callbacks: list[Callback]) -> pl.Trainer:
@@ -265,44 +240,6 @@ def _lightning_trainer(config: DictConfig, world: World, data: Conversations, ca
         callbacks=callbacks,
         logger=False,
     )
-
-
-def _fit(trainer: pl.Trainer, module: TrainingModule, data: Conversations) -> None:
-    first = FirstError()
-    trainer.callbacks.insert(0, first)  # type: ignore[attr-defined]
-    try:
-        trainer.fit(module, datamodule=data)
-    except BaseException as error:
-        raise first.error or error from None
-
-
-def _save(
-    config: DictConfig, folder: Path, world: World, parts: Parts, provenance: Provenance, counts: dict[str, int]
-) -> None:
-    save_model(folder / "model", config, parts.vlm, parts.llm)
-    if not world.is_main:
-        return
-    data, records = parts.data, parts.data.train_records
-    shown = min(data.total_steps * config.recipe.global_batch_size, len(records) * config.recipe.epochs)
-    manifest = build_manifest(
-        config,
-        parts.vlm,
-        data_hash=data.data_hash,
-        input_changes=provenance.changes,
-        steps=data.total_steps,
-        samples=shown,
-        records=len(records),
-        records_with_images=int(np.count_nonzero(records.has_image)),
-        bad_records=len(data.left_out) + counts["bad_records"],
-        bad_images=counts["bad_images"],
-        text_tokens_cut=counts["tokens_cut"],
-        steps_skipped=counts["steps_skipped"],
-        devices=world.size,
-        feature_caches=[cache.digest for cache in parts.caches if cache.names],
-        model_sha256=trained_sha256(folder / "model"),
-        benchmarks=str(data.benchmarks) if data.benchmarks else None,
-    )
-    write_json(folder / "manifest.json", manifest)
 
 
 def _finish(folder: Path, requeues: bool, stop: Stop) -> None:

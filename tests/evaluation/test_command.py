@@ -200,6 +200,15 @@ def test_training_takes_the_keys_of_single_benchmarks(colors, files, tmp_path, c
     metrics = json.loads((tmp_path / "scored/eval/mine/metrics.json").read_text())
     assert (metrics["n"], metrics["decoding"]["max_new_tokens"]) == (1, 3)
     assert main([*asked, *own, "benchmark.mine.limit=2"]) == 0, "it says nothing about what was trained"
+    scored = ["evaluate", str(tmp_path / "scored"), f"--out={tmp_path / 'again'}"]
+    again = tmp_path / "again/mine/metrics.json"
+    assert main(scored) == 0, "where the files lie is what the run was trained with"
+    assert json.loads(again.read_text())["decoding"]["max_new_tokens"] == 3
+    shutil.rmtree(again.parent)
+    assert main([*scored, f"benchmark={mine}", "limit=3", "benchmark.mine.max_new_tokens=2"]) == 0
+    metrics = json.loads(again.read_text())
+    assert (metrics["n"], metrics["decoding"]["max_new_tokens"]) == (3, 2)
+    assert main([*scored, "root=/nowhere"]) == 2
 
 
 def test_own_questions_need_no_plug_in(run, files):

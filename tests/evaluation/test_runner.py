@@ -164,6 +164,46 @@ def test_a_killed_evaluation_resumes(files, fake_model, tmp_path, kind, torn):
     assert (folder / "predictions.jsonl").read_bytes() == (tmp_path / "whole/predictions.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["pope", "gqa", "questions", "mme"])
+def test_wherever_an_evaluation_is_killed_the_same_answers_come_out(files, fake_model, tmp_path, kind):
+    """Also where the composition of a batch, or of the images that are encoded together, changes an answer."""
+
+    class Sensitive(fake_model):
+        def encode_images(self, images):
+            group = " ".join(path.name for path in images)
+            tokens = super().encode_images(images)
+            for token in tokens:
+                token[1] = sum(group.encode())
+            return tokens
+
+        def _ask(self, images, prompts):
+            seen = [float(i[1, 0]) if not isinstance(i, list) else [float(one[1, 0]) for one in i] for i in images]
+            return [f"{answer} of {sorted(prompts)} and {seen}" for answer in super()._ask(images, prompts)]
+
+        def choice_probabilities(self, images, prompts, choices):
+            sums = [len(answer) + sum(answer.encode()) for answer in self._ask(images, prompts)]
+            return torch.tensor([[1 / total, 1 - 1 / total] for total in sums])
+
+    def answers(folder, **more):
+        model = Sensitive(**more)
+        evaluate(model, benchmark, folder, batch_size=2, progress=False)
+        return (folder / "predictions.jsonl").read_bytes(), model
+
+    benchmark = build_benchmark(getattr(files, kind)())
+    whole, model = answers(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        answers(tmp_path / "killed", dies_at=len(model.calls))
+    content = (tmp_path / "killed/predictions.jsonl").read_bytes()
+    written = content.splitlines(keepends=True)
+    assert written
+    for k in range(len(written) + 1):
+        for torn in (b"", b'{"question_id": "half'):
+            folder = tmp_path / f"{k}{len(torn)}"
+            folder.mkdir()
+            (folder / "predictions.jsonl").write_bytes(b"".join(written[:k]) + torn)
+            assert answers(folder)[0] == whole, k
+
+
 def test_progress_shows_the_count(files, fake_model, tmp_path, capsys, caplog):
     """Of the answers: two variants ask every question twice."""
     caplog.set_level("INFO")
@@ -186,7 +226,11 @@ def test_a_limited_evaluation_can_be_completed(files, fake_model, tmp_path):
     assert evaluate(fake_model(), benchmark, tmp_path, limit=2, progress=False)["n"] == 2
     model = fake_model()
     assert evaluate(model, benchmark, tmp_path, progress=False)["n"] == 3
-    assert sum(map(len, model.calls)) == 1
+    assert sum(map(len, model.calls)) == 3, "the batch of which two answers were there is asked as a whole"
+    limited, rest = tmp_path / "limited", fake_model()
+    evaluate(fake_model(), benchmark, limited, limit=2, batch_size=1, progress=False)
+    assert evaluate(rest, benchmark, limited, batch_size=1, progress=False)["n"] == 3
+    assert sum(map(len, rest.calls)) == 1
 
 
 def test_answers_are_not_mixed(files, fake_model, tmp_path):
@@ -252,7 +296,7 @@ def test_a_question_is_asked_once_its_image_is_back(files, fake_model, tmp_path,
     caplog.clear()
     model = fake_model()
     assert evaluate(model, build_benchmark(keys, on_bad_image=again), folder, progress=False) == whole
-    assert model.calls == [[build_benchmark(keys).items()[0].prompt]]
+    assert [sorted(call) for call in model.calls] == [sorted(item.prompt for item in build_benchmark(keys).items())]
     assert "tiny_gqa: 3 questions, 2 of 3 answers are there already" in caplog.text
     assert "answers are missing" not in caplog.text
     assert (folder / "predictions.jsonl").read_bytes() == (tmp_path / "whole/predictions.jsonl").read_bytes()
@@ -321,7 +365,8 @@ def test_two_ranks_share_the_images(files, fake_model, tmp_path, free_port):
     assert [process.exitcode for process in ranks] == [0, 0]
     reports = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [report[0] for report in reports] == [alone, alone]
-    assert [report[1] for report in reports] == [{"000.png": 1}, {"001.png": 1}]
+    encoded = [{"000.png": 1, "002.png": 1}, {"001.png": 1}]  # the batch of the answer that was there is asked again
+    assert [report[1] for report in reports] == encoded
     assert [report[3] for report in reports] == [True, False]
     assert (folder / "predictions.jsonl").read_bytes() == (tmp_path / "alone/predictions.jsonl").read_bytes()
     assert not list(folder.glob("predictions.rank*"))

@@ -184,8 +184,23 @@ def test_predictions_of_another_benchmark_are_refused(files, tmp_path):
     gqa = build_benchmark(files.gqa())
     path = tmp_path / "predictions.jsonl"
     path.write_text("".join(json.dumps(asdict(predict(i, "yes"))) + "\n" for i in gqa.items()))
-    with pytest.raises(ValueError, match="cannot be scored as tiny_vizwiz"):
+    with pytest.raises(UsageError, match=r"cannot be scored as tiny_vizwiz: .* question 200 has no answers\)"):
         score_file(path, build_benchmark(files.vizwiz()))
+
+
+@pytest.mark.parametrize("method", ["parse", "score", "metrics", "strata"])
+@pytest.mark.parametrize("error", [KeyError, TypeError, AttributeError])
+def test_a_bug_in_a_benchmark_keeps_its_traceback(files, tmp_path, method, error, monkeypatch):
+    def faulty(*_):
+        raise error("a bug")
+
+    benchmark = build_benchmark(files.gqa())
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps(asdict(predict(i, "yes"))) + "\n" for i in benchmark.items()))
+    monkeypatch.setattr(benchmark, method, faulty)
+    with pytest.raises(error) as caught:
+        score_file(path, benchmark)
+    assert str(caught.traceback[-1].path) == __file__ and caught.traceback[-1].name == "faulty"
 
 
 @pytest.mark.parametrize(

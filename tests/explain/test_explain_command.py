@@ -18,6 +18,7 @@ def run(tmp_path, small, monkeypatch):
     folder = tmp_path / "run"
     (folder / "model").mkdir(parents=True)
     save_config(load_config([]), folder / "model/config.yaml")
+    save_config(load_config([]), folder / "config.yaml")
     (folder / "manifest.json").write_text(json.dumps({"benchmarks": str(tmp_path)}))
     vlm, llm = small()
     monkeypatch.setattr("prism_deco.api.load", lambda *_, **__: Model(vlm.float(), llm, load_config([])))
@@ -50,6 +51,16 @@ def test_every_measurement_has_a_folder_of_its_own(run, choice, colors):
     assert (run / "mine/metrics.json").is_file()
 
 
+def test_files_of_a_benchmark_are_found_where_training_found_them(run, choice, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("val.json", "images"):
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    assert main(["explain", str(run), choice]) == 2
+    stored = [f"benchmark.one.root={tmp_path / 'elsewhere'}", "benchmark.one.limit=0"]
+    save_config(load_config(stored), run / "config.yaml")
+    assert main(["explain", str(run), choice]) == 0
+
+
 def test_another_question_or_comparison_replaces_nothing(run, colors, capsys):
     other = run.parent / "other"
     shutil.copytree(run, other)
@@ -68,7 +79,6 @@ def test_another_question_or_comparison_replaces_nothing(run, colors, capsys):
     [
         (["--image", "i.png", "benchmark=x"], "--image concern one image, benchmark= a benchmark"),
         (["--prompt", "?", "--answer", "", "benchmark=x"], "--prompt, --answer concern one image"),
-        (["--through-backbone", "benchmark=x"], "--through-backbone concern one image"),
         (["--image", "i.png", "--prompt", "?", "limit=3"], "--image, --prompt concern one image, limit= a benchmark"),
         (["--image", "i.png"], "either one question or a benchmark"),
         (["limit=3"], "either one question or a benchmark"),

@@ -43,7 +43,7 @@ def test_every_cell_of_a_sweep_is_in_its_report(name):
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_page_names_no_machine(name):
-    for path in (REFERENCE / name).rglob("*.*"):
+    for path in [path for path in (REFERENCE / name).rglob("*.*") if path.suffix != ".pyc"]:
         assert not re.search(r"(?<![\w.])/(work|home|root|tmp|Users)/", path.read_text(encoding="utf-8")), path
 
 

@@ -1,4 +1,4 @@
-"""The report of a sweep with parts and claims: its files, what they say, and the page in a real browser."""
+"""The report of a sweep with parts, and of its claims: the files, what they say, and the page in a real browser."""
 
 import csv
 import io
@@ -7,21 +7,21 @@ import math
 import statistics
 from datetime import UTC, datetime
 
+import forest_plot
 import numpy as np
 import pytest
+import report_claims
+from claims import Claim, Contrast, parse_claims
+from contrasts import Study, contrast_records
+from forest_plot import forests
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from omegaconf import OmegaConf
+from part_settings import search_records
 from PIL import Image
 from scipy import stats
 
-from prism_deco.cli import main
-from prism_deco.report import forest_plot
 from prism_deco.report.assemble import write_report
 from prism_deco.report.collect import collect
-from prism_deco.report.contrasts import contrast_records
-from prism_deco.report.forest_plot import forests
-from prism_deco.report.hypotheses import Claim, Contrast, parse_claims, read_sweep
-from prism_deco.report.lr_search import search_records
 from prism_deco.sweep.expand import expand
 from prism_deco.sweep.spec import parse
 
@@ -109,6 +109,7 @@ def study(make, tmp_path_factory):
 def report(study, tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
     _, tables = write_report([study[0]], out)
+    report_claims.report_claims(study[0], out)
     return out, tables
 
 
@@ -144,7 +145,7 @@ def test_claims_csv_holds_what_was_planted(study, report):
 
 
 def test_the_search_says_what_was_chosen_and_where_its_edge_is(study, report):
-    records = search_records(read_sweep(study[0]), collect([study[0]]))
+    records = search_records(SWEEP, collect([study[0]]))
     assert {(one["projector"], one["value"], one["at_edge"], one["used"]) for one in records if one["chosen"]} == {
         ("avgpool", "0.003", False, "0.003"),
         ("linear", "0.006", True, "0.006"),
@@ -167,21 +168,38 @@ def test_what_each_entry_cost(report):
 
 
 def test_parts_have_tables_of_their_own_with_the_blind_model(study, report):
-    titles = [table.title for table in report[1]]
-    assert titles == ["Claims", "Scores: steps", "Scores: tokens", "Scores: compute"]
-    for table in report[1][1:]:
+    assert [table.title for table in report[1]] == ["Scores: steps", "Scores: tokens", "Scores: compute"]
+    for table in report[1]:
         assert "blind" in [row[0].text for row in table.rows]
     assert {row["part"] for row in _read(report[0] / "scores.csv")} == {"steps", "tokens", "compute"}
-    claims = {row[0].text: [field.text for field in row[1:]] for row in report[1][0].rows}
-    assert claims == {
-        "pooling": ["holds", "holds"],
-        "upper bound": ["reversed", "-"],
-        "tokens": ["holds", "-"],
+
+
+def test_the_claims_page_says_what_became_of_each(report):
+    text = (report[0] / "claims.md").read_text()
+    table = text.partition("## Claims")[2].partition("## Contrasts")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    verdicts = {name.partition(" *")[0]: [one.partition(" *")[0] for one in fields] for name, *fields in rows}
+    assert verdicts == {
+        "claim": ["equal steps", "equal compute"],
+        "pooling": ["**holds**", "**holds**"],
+        "upper bound": ["**reversed**", "-"],
+        "tokens": ["**holds**", "-"],
         "absent": ["not resolved", "-"],
     }
-    text = (report[0] / "report.md").read_text()
-    assert "<script" not in text
+    for name in ("claims.md", "claims.html"):
+        assert "<script" not in (report[0] / name).read_text()
     assert "if the same study were repeated with these learning rates and these questions, and nothing about" in text
+    assert "](<figures/claims-points.svg>)" in text and (report[0] / "figures/claims-points.svg").is_file()
+
+
+def test_a_report_says_where_claims_are_tested(study, make, tmp_path, caplog):
+    caplog.set_level("INFO")
+    make.ledger(tmp_path / "s", [])
+    write_report([tmp_path / "s"])
+    assert "report_claims.py" not in caplog.text
+    OmegaConf.save(OmegaConf.create({"claims": SWEEP["claims"]}), tmp_path / "s/sweep.yaml")
+    write_report([tmp_path / "s"])
+    assert f"runs/reference/study/report_claims.py {tmp_path / 's'}" in caplog.text
 
 
 def test_the_report_begins_with_models_date_and_version(study, make, tmp_path):
@@ -216,11 +234,15 @@ def test_steps_must_agree_within_a_part(study, tmp_path, make):
         write_report([tmp_path / "s"])
 
 
-def test_a_wrong_claim_is_an_error_of_the_user(study, tmp_path, make, capsys):
+@pytest.mark.parametrize(
+    ("content", "message"), [({"claims": [{"name": "n", "contrast": []}]}, "contrast"), ({}, "states no claims")]
+)
+def test_a_wrong_claim_is_an_error_of_the_user(tmp_path, make, monkeypatch, capsys, content, message):
     make.ledger(tmp_path / "s", [])
-    OmegaConf.save(OmegaConf.create({"claims": [{"name": "n", "contrast": []}]}), tmp_path / "s/sweep.yaml")
-    assert main(["report", str(tmp_path / "s")]) == 2
-    assert "contrast" in capsys.readouterr().err
+    OmegaConf.save(OmegaConf.create(content), tmp_path / "s/sweep.yaml")
+    monkeypatch.setattr("sys.argv", ["report_claims.py", str(tmp_path / "s")])
+    assert report_claims.main() == 2
+    assert message in capsys.readouterr().err
 
 
 def test_no_text_of_the_forest_plot_lies_on_another(study, monkeypatch):
@@ -235,7 +257,7 @@ def test_no_text_of_the_forest_plot_lies_on_another(study, monkeypatch):
         Contrast(text, {"a": "b"}),
     ]
     claims = [Claim(f"A claim with a name that takes some room, number {k}", contrasts) for k in range(3)]
-    [figure] = forests(contrast_records(claims, cells, ["mini_refcoco", "mini_gqa"], ""))
+    [figure] = forests(contrast_records(claims, Study(cells, ["mini_refcoco", "mini_gqa"], "")))
     assert figure.name == "claims-points"
     [canvas] = drawn
     FigureCanvasAgg(canvas).draw()
@@ -267,7 +289,7 @@ def test_marks_are_coloured_by_verdict_and_filled_hollow_or_go_on(study, monkeyp
         Contrast(linear, avgpool),
         Contrast(avgpool, avgpool),
     ]
-    results = contrast_records([Claim("one", contrasts)], cells, ["mini_refcoco", "mini_gqa"], "")
+    results = contrast_records([Claim("one", contrasts)], Study(cells, ["mini_refcoco", "mini_gqa"], ""))
     assert [result["verdict"] for result in results] == ["holds", "holds", "reversed", "not resolved"]
     forests(results)
     ax = drawn[0].axes[0]
@@ -296,14 +318,14 @@ def test_the_claims_of_the_study_are_about_its_cells():
 
 @pytest.fixture(params=[(width, mode) for width in (400, 1400) for mode in ("light", "dark")], ids=str)
 def page(browser, report, request):
-    """The study's page as a phone or a screen shows it, by day and by night: the browser, its width, the mode."""
+    """The page of claims as a phone or a screen shows it, by day and by night: the browser, its width, the mode."""
     width, mode = request.param
     browser.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": mode}]}
     )
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get((report[0] / "report.html").as_uri())
+    browser.get((report[0] / "claims.html").as_uri())
     yield browser, width, mode
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
@@ -314,24 +336,20 @@ def _pixels(element):
 
 def test_the_page_of_a_study_in_a_browser(page):
     browser, width, mode = page
-    assert browser.title == "study" and not browser.get_log("browser")
+    assert browser.title == "The claims of study" and not browser.get_log("browser")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     headings = [h.text for h in browser.find_elements("css selector", "h2")]
-    settings = ["Settings chosen on the validation split", "Steps and compute"]
-    scores = ["Scores: steps", "Scores: tokens", "Scores: compute"]
-    assert headings[1:-2] == ["Claims", "Contrasts", *settings, *scores]
+    assert headings == ["Claims", "Contrasts", "Settings chosen on the validation split", "Steps and compute"]
     assert [link.text for link in browser.find_elements("css selector", "nav a")] == headings
-    claims = browser.find_element("css selector", "#section-2")
+    claims = browser.find_element("css selector", "#section-1")
     assert NASTY in claims.text
-    # Verdicts have colours of their own, and are in sight.
-    words = browser.find_elements("css selector", "#section-2 td, #section-3 td:nth-of-type(1)")
-    shown = {word.text.split("\n")[0]: word for word in words}
-    assert shown.keys() == {"holds", "reversed", "not resolved", "-"}
-    assert len({shown[word].value_of_css_property("color") for word in ("holds", "reversed", "not resolved")}) == 3
+    # Verdicts are in sight.
+    words = browser.find_elements("css selector", "#section-1 td + td, #section-2 td:nth-of-type(2):not(:empty)")
+    assert {word.text.split("\n")[0] for word in words} == {"holds", "reversed", "not resolved", "-"}
     for word in words:
         assert word.rect["x"] >= 0 and word.rect["x"] + min(word.rect["width"], 60) <= width
     # Figures are as bright as the page.
-    images = browser.find_elements("css selector", "figure img")
+    images = browser.find_elements("css selector", "img")
     assert browser.execute_script("return Array.from(document.images).every(i => i.complete && i.naturalWidth > 200)")
     assert (_pixels(images[0]).mean() > 200) == (mode == "light") and (_pixels(images[0]).mean() < 80) == (
         mode == "dark"
@@ -340,8 +358,8 @@ def test_the_page_of_a_study_in_a_browser(page):
 
 def test_wide_tables_show_that_they_scroll_and_keep_their_first_column(page):
     browser, width, _ = page
-    region = browser.find_element("css selector", "#section-3 .scroll")
-    name = region.find_element("css selector", "tbody tr:nth-child(2) th")
+    region = browser.find_element("css selector", "#section-2 .scroll")
+    name = region.find_element("css selector", "tbody tr:nth-child(2) td")
     scrolls = browser.execute_script("return arguments[0].scrollWidth > arguments[0].clientWidth", region)
     assert scrolls == (width == 400)
     place = name.rect["x"]

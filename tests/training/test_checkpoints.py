@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prism_deco.exits import CheckpointFailed
-from prism_deco.training.checkpoint_state import checkpoint_tensors, restore_tensors
+from prism_deco.training.checkpoint_callback import checkpoint_tensors, restore_tensors
 from prism_deco.training.checkpoints import (
     Checkpoint,
     checkpoint_name,

@@ -21,7 +21,7 @@ from prism_deco.training.entry import _prepare
 from prism_deco.training.metrics import Metrics, read_metrics
 from prism_deco.training.nonfinite import diagnose
 from prism_deco.training.preemption import Preemption, requeue
-from prism_deco.training.run_dir import lock_run, open_run
+from prism_deco.training.run_dir import locked, open_run
 
 LONG = ["recipe.epochs=400", "trainer.checkpoint_every=10000"]
 
@@ -123,12 +123,13 @@ def test_the_command_starts_its_other_processes_and_leaves_none_behind(colors, t
 
 
 def test_the_records_and_the_module_of_a_loss_that_is_not_finite_are_named(tiny, colors, tmp_path):
+    from prism_deco.data.encoder import Encoder
     from prism_deco.data.loader import Collate, Examples
     from prism_deco.data.records import open_records
 
     vlm, llm = tiny()
     records = open_records(colors / "train.json", tmp_path)
-    examples = Examples(records, colors / "images", llm, vlm.backbone.transform, max_text_tokens=200)
+    examples = Examples(records, colors / "images", Encoder(llm, max_text_tokens=200), vlm.backbone.transform)
     batches = Collate(4, 2)([examples[i] for i in range(4)]).batches
     for batch in batches:
         batch.pixels = {name: pixels.double() for name, pixels in batch.pixels.items()}
@@ -278,11 +279,12 @@ def test_a_run_is_trained_by_one_command_at_a_time(tmp_path):
         [sys.executable, "-c", hold, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert other.stdout.readline() == b"1\n"
-    with pytest.raises(ValueError, match="is being trained by another process"):
-        lock_run(tmp_path)
+    with pytest.raises(ValueError, match="is being trained by another process"), locked(tmp_path):
+        pass
     other.kill()
     other.communicate()
-    lock_run(tmp_path).close()
+    with locked(tmp_path):
+        pass
 
 
 def test_metrics_of_steps_that_come_again_are_removed(tmp_path):

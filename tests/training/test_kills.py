@@ -59,9 +59,7 @@ def attempt(start, tmp_path):
 def _files(run: Path) -> dict[str, bytes]:
     """The content of all files but the log, TensorBoard's and the status, which hold times and process numbers."""
     assert json.loads((run / "status.json").read_text())["state"] == "done"
-    # A checkpoint that the killed attempt had saved may stay beside the newest one.
-    older = sorted((run / "checkpoints").iterdir())[:-1]
-    paths = [path for path in sorted(run.rglob("*")) if path.is_file() and not set(older) & set(path.parents)]
+    paths = [path for path in sorted(run.rglob("*")) if path.is_file()]
     files = {path.relative_to(run).as_posix(): path.read_bytes() for path in paths}
     return {name: files[name] for name in files if not name.startswith(("tensorboard/", "train.log", "status.json"))}
 
@@ -77,7 +75,8 @@ def whole(attempt, tmp_path):
 
 
 def test_after_kills_every_file_is_the_same(attempt, whole, tmp_path):
-    """While config.yaml is written, between the last step and its validation, while the model is written."""
+    """While config.yaml is written, between the last step and its validation, before the checkpoint that the last one
+    replaces is removed, and while the model is written."""
     files, operations = whole
     named = max(k for k, text in enumerate(operations) if text.endswith("checkpoints/.building-step_000004"))
     lines_before = sum("/metrics.jsonl" in text for text in operations[:named])
@@ -87,6 +86,9 @@ def test_after_kills_every_file_is_the_same(attempt, whole, tmp_path):
     assert (tmp_path / "run/checkpoints/step_000004").is_dir(), "the last checkpoint has its name"
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "val/loss" in row] == [2], "and its validation is not recorded"
+    first = tmp_path / "run/checkpoints/step_000002"
+    assert attempt(f"os.rename {first}", at=1)[0] == -9
+    assert first.is_dir(), "it was to be removed"
     assert attempt("model/tokenizer", at=2)[0] == -9
     code, log = attempt()
     assert code == 0, log.read_text()

@@ -19,7 +19,7 @@ from prism_deco.llms import build_llm
 from prism_deco.llms.build import weight_map
 from prism_deco.llms.lora import merge_lora
 from prism_deco.sequence import build_batch
-from prism_deco.training.init_from import start_from
+from prism_deco.training.init_from import find_start, start_from
 from prism_deco.training.model_folder import load_model, save_model
 from prism_deco.training.sharded_loading import read_weights
 
@@ -188,7 +188,7 @@ def _start(run: Path, config: DictConfig, seed: int = 9):
     torch.manual_seed(seed)
     vlm, llm = build_model(config)
     before = {name: tensor.clone() for name, tensor in vlm.state_dict().items()}
-    start_from(run, config, vlm, llm)
+    start_from(find_start(run, config), config, vlm, llm)
     return vlm, before
 
 

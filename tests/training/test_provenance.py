@@ -7,7 +7,7 @@ import pytest
 
 from prism_deco.config import load_config
 from prism_deco.llms import build_llm
-from prism_deco.training.provenance import find_provenance
+from prism_deco.training.manifest import provenance
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def found(tmp_path):
     def find(lm, checkpoint=None, *overrides):
         options = ["llm=mini_llama", "llm.pretrained=true", f"llm.weights={tmp_path}", "run_id=x", *overrides]
         llm = build_llm("mini_llama", weights=str(tmp_path), device="meta")
-        return find_provenance(load_config([*options, f"recipe.lm={lm}"]), vlm, llm, data, None, checkpoint)
+        return provenance(load_config([*options, f"recipe.lm={lm}"]), vlm, llm, data, None, checkpoint)
 
     return find
 
@@ -32,17 +32,17 @@ def _write_base(folder):
 def test_a_replaced_base_llm_is_refused_unless_accepted(lm, found, tmp_path):
     _write_base(tmp_path)
     before = found(lm)
-    checkpoint = SimpleNamespace(content=before.content, step=7, folder=Path("step_000007"))
+    checkpoint = SimpleNamespace(content=before, step=7, folder=Path("step_000007"))
     assert found(lm, checkpoint) == before
     _write_base(tmp_path)
     with pytest.raises(ValueError, match="The weights of the language model changed since step_000007"):
         found(lm, checkpoint)
-    [change] = found(lm, checkpoint, "trainer.accept_changed_inputs=true").changes
-    assert (change["step"], change["input"], change["before"]) == (7, "llm", before.inputs["llm"])
+    [change] = found(lm, checkpoint, "trainer.accept_changed_inputs=true")["input_changes"]
+    assert (change["step"], change["input"], change["before"]) == (7, "llm", before["inputs"]["llm"])
     # Checkpoints of earlier versions do not name it.
     del checkpoint.content["inputs"]["llm"]
-    assert found(lm, checkpoint).changes == []
+    assert found(lm, checkpoint)["input_changes"] == []
 
 
 def test_an_llm_that_is_trained_is_in_the_checkpoint_itself(found):
-    assert "llm" not in found("full").inputs
+    assert "llm" not in found("full")["inputs"]

@@ -115,8 +115,7 @@ def test_the_run_folder_describes_itself(runs, colors):
 
 
 def _train_size(run: Path, colors: Path) -> int:
-    from prism_deco.data.records import open_records
-    from prism_deco.data.split import hold_out
+    from prism_deco.data.records import hold_out, open_records
 
     return len(hold_out(open_records(colors / "train.json", run), 0.3)[0])
 
@@ -150,6 +149,7 @@ def test_other_weights_or_keys_are_not_loaded_in_silence(runs, tmp_path):
     from safetensors.torch import load_file, save_file
 
     run = shutil.copytree(runs / "a", tmp_path / "copy")
+    (run / "model" / "SHA256SUMS").unlink()
     weights = load_file(run / "model" / "model.safetensors")
     name = "projector.mlp.0.weight"
     save_file({k: v for k, v in weights.items() if k != name}, run / "model" / "model.safetensors")

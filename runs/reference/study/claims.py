@@ -21,18 +21,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prism_deco.config import read_yaml
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
-from prism_deco.report.outcomes import OUTCOMES
 
 EQUAL = ("steps", "compute")
+
+BENCHMARKS = ("mean", "boxes", "questions")
+"""Measures in per cent: the mean of all benchmarks, of those that ask for boxes, of the others."""
+
+RELEVANCE = ("energy_in_box", "pointing", "query_redundancy", "query_spread")
+"""Measures in hundredths: means of R-GAE's relevance maps, by their names in the `metrics.json` of `explain`."""
 
 
 @dataclass
@@ -56,12 +59,6 @@ class Claim:
     contrasts: list[Contrast] = field(default_factory=list)
     paper: str = ""
     note: str = ""
-
-
-def read_sweep(folder: Path) -> Mapping[str, Any]:
-    """What a sweep was asked for; empty where the folder does not say."""
-    path = folder / "sweep.yaml"
-    return read_yaml(path) if path.is_file() else {}
 
 
 def parse_claims(content: Sequence[Any]) -> list[Claim]:
@@ -89,6 +86,6 @@ def _claim(content: Any, number: int) -> Claim:
         if (contrast.expect == "not_less") != (contrast.margin > 0):
             raise UsageError(f"{where}: expect: not_less and a margin above 0 go together.")
         for name in contrast.measures:
-            if name not in OUTCOMES:
-                raise unknown(f"measure of the claim {claim.name!r}", name, OUTCOMES)
+            if name not in (*BENCHMARKS, *RELEVANCE):
+                raise unknown(f"measure of the claim {claim.name!r}", name, (*BENCHMARKS, *RELEVANCE))
     return claim

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prism_deco.report.contrasts import ALPHA, HOLDS, REVERSED, UNRESOLVED
-from prism_deco.report.hypotheses import EQUAL, Claim
+from claims import EQUAL, Claim
+from contrasts import ALPHA, HOLDS, REVERSED, joint_verdict
+
 from prism_deco.report.tables import format_p
 from prism_deco.report.tabular import MISSING, Field, Table, format_interval, format_number, under_headings
 
@@ -29,14 +30,6 @@ def by_claim(records: Sequence[Record]) -> dict[str, list[Record]]:
     for record in sorted(records, key=lambda record: not record["judged"]):
         found[record["claim"]].append(record)
     return found
-
-
-def joint_verdict(records: Sequence[Record]) -> str:
-    """Of several contrasts: holds or reversed where all do, mixed where some hold and others are reversed."""
-    verdicts = {record["verdict"] for record in records}
-    if {HOLDS, REVERSED} <= verdicts:
-        return "mixed"
-    return verdicts.pop() if len(verdicts) == 1 else UNRESOLVED
 
 
 def claims_table(claims: Sequence[Claim], records: Sequence[Record]) -> Table:
@@ -98,7 +91,7 @@ def contrasts_table(records: Sequence[Record]) -> Table:
         "no claim is judged. p (Holm): t test against zero, or against minus the margin where the claim is 'not worse "
         f"by more than that', adjusted for all {_tested(records)} tests. Bold: below {ALPHA}."
     )
-    return Table("Contrasts", columns, under_headings(rows), heads=2, caption=caption)
+    return Table("Contrasts", columns, under_headings(rows), caption=caption)
 
 
 def pair(record: Record) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from claim_tables import TEXTS, Record, by_claim, contrast_texts, measure, pair
+from contrasts import HOLDS, REVERSED
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from prism_deco.report.claim_report import TEXTS, Record, by_claim, contrast_texts, measure, pair
-from prism_deco.report.contrasts import HOLDS, REVERSED
 from prism_deco.report.plotting import Figure, legend, settings, to_svg
 
 _COLORS = {HOLDS: "#0072B2", REVERSED: "#D55E00"}

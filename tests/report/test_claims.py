@@ -5,18 +5,17 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import claim_tables
 import pytest
+from claims import Claim, Contrast, parse_claims
+from contrasts import Study, contrast_records, joint_verdict, t_test
 from omegaconf import OmegaConf
 from scipy import stats
 
 from prism_deco.config import load_config
-from prism_deco.report import claim_report
 from prism_deco.report.cells import RunCell, Score
-from prism_deco.report.claim_report import joint_verdict
 from prism_deco.report.compute import training_flops
-from prism_deco.report.contrasts import contrast_records
-from prism_deco.report.hypotheses import Claim, Contrast, parse_claims
-from prism_deco.report.stats import holm, t_test
+from prism_deco.report.stats import holm, seed_interval
 
 NAMES = ["mini_refcoco", "mini_gqa"]
 AVG = [40.0, 42.5, 39.0, 41.0, 43.5]
@@ -53,7 +52,7 @@ def cells_of(projector, values, *overrides, **more):
 
 def run(cells, *contrasts):
     made = [Contrast(*one[:2], **one[2]) for one in contrasts]
-    return contrast_records([Claim("a claim", made)], cells, NAMES, "test")
+    return contrast_records([Claim("a claim", made)], Study(cells, NAMES, "test"))
 
 
 @pytest.mark.parametrize("count", range(2, 14))
@@ -61,7 +60,15 @@ def test_t_test_is_scipys(count):
     values = [3.0 * ((7 * k) % 5) - k for k in range(count)]
     for null in (0.0, -2.5, 1.0):
         assert t_test(values, null) == pytest.approx(stats.ttest_1samp(values, null).pvalue, abs=1e-12)
-    assert t_test([2.0, 2.0]) == 0 and t_test([2.0, 2.0], 2.0) == 1
+    assert t_test([2.0, 2.0]) == 0 and t_test([2.0, 2.0], 2.0) == 1 and t_test([0.1] * 3, 0.1) == 1
+
+
+@pytest.mark.parametrize("null", [0.0, 1.5, 2.0, 4.3])
+def test_the_test_and_the_interval_agree(null):
+    """P is below 0.05 exactly where the interval leaves the null out."""
+    for values in ([1.0, 2.0, 3.0], [1.9, 2.0, 2.05, 2.1], [-1.0, 5.0], [4.0, 4.1, 3.9, 4.05, 4.0]):
+        low, high = seed_interval(values)
+        assert (t_test(values, null) < 0.05) == (not low <= null <= high)
 
 
 def test_an_effect_is_paired_by_seed():
@@ -79,7 +86,7 @@ def test_an_effect_is_paired_by_seed():
     first = (result["first_mean"], result["first_deviation"])
     assert first == pytest.approx((statistics.mean(AVG), statistics.stdev(AVG)))
     assert result["second_mean"] == pytest.approx(30.1) and result["blind_mean"] is None
-    assert claim_report.pair(result) == "steps avgpool − steps c_abstractor"  # noqa: RUF001
+    assert claim_tables.pair(result) == "steps avgpool − steps c_abstractor"  # noqa: RUF001
     # Table 1 over all columns but SEED and MME, by hand.
     assert result["paper_table1"] == pytest.approx((441.1 - 425.0) / 8)
 
@@ -114,7 +121,7 @@ def test_holm_is_over_all_contrasts_of_all_claims():
     cells = [*cells_of("avgpool", AVG), *cells_of("c_abstractor", [30.0, 29.0, 31.0, 30.5, 30.0])]
     cells += [*cells_of("qformer", [38.0, 41.0, 38.0, 40.0, 38.0]), *cells_of("d_abstractor", [None] * 5)]
     contrasts = [Contrast(AVGPOOL, {"projector": name}) for name in ("c_abstractor", "qformer", "d_abstractor")]
-    results = contrast_records([Claim(str(k), [one]) for k, one in enumerate(contrasts)], cells, NAMES, "test")
+    results = contrast_records([Claim(str(k), [one]) for k, one in enumerate(contrasts)], Study(cells, NAMES, "test"))
     first, second, none = results
     assert none["p"] is None and none["p_holm"] is None and not none["after_holm"]
     assert [first["p_holm"], second["p_holm"]] == holm([first["p"], second["p"]])
@@ -145,7 +152,7 @@ def test_one_common_seed_has_no_interval_and_none_no_effect():
     assert one["notes"] == "one seed has no interval"
     assert none["effect"] is None and none["verdict"] == "not resolved"
     assert none["notes"] == "no cell has the labels part=steps projector=qformer"
-    heading, row = claim_report.contrasts_table([none]).rows
+    heading, row = claim_tables.contrasts_table([none]).rows
     assert heading[0].text == "a claim" and row[0].lines == (none["notes"],)
     assert (row[1].text, row[4].text) == ("not resolved", "-")
 
@@ -231,7 +238,7 @@ def test_labels_name_the_arms():
     labels = {"recipe.num_tokens": "36"}
     cells = [*cells_of("avgpool", AVG), *cells_of("avgpool", AVG, part="tokens", tokens=tokens, labels=labels)]
     [result] = run(cells, (AVGPOOL, {"part": "tokens", "projector": "avgpool", "recipe.num_tokens": "36"}, {}))
-    assert claim_report.pair(result) == "steps avgpool − tokens avgpool 36"  # noqa: RUF001
+    assert claim_tables.pair(result) == "steps avgpool − tokens avgpool 36"  # noqa: RUF001
     assert result["paper_table1"] is None  # whose projectors are as they are
 
 
@@ -246,7 +253,7 @@ def test_a_contrast_that_cannot_fail_judges_nothing():
     cells = [*cells_of("avgpool", low), *cells_of("c_abstractor", AVG)]
     results = run(cells, (AVGPOOL, CABS, {}), (CABS, AVGPOOL, {"judges": False}))
     assert [(one["verdict"], one["judged"]) for one in results] == [("reversed", True), ("holds", False)]
-    [row] = claim_report.claims_table([Claim("a claim")], results).rows
+    [row] = claim_tables.claims_table([Claim("a claim")], results).rows
     assert row[1].text == "reversed"  # with the other it would be mixed
 
 
