@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from prism_deco.config import load_choice
 from prism_deco.errors import UsageError
+from prism_deco.files import file_sha256
 from prism_deco.llms.base import LanguageModel
 from prism_deco.llms.hub import MODEL_FILES, has_weights, snapshot, weight_files
 from prism_deco.llms.spec import LLMSpec, architecture, read_spec
@@ -70,14 +72,21 @@ def weights_record(spec: LLMSpec) -> dict[str, Any]:
         UsageError: they cannot be found.
     """
     path = _weights_path(spec)
-    log.info("Hashing the language model's weights in %s", path)
-    digest = hashlib.sha256()
-    for file in weight_files(path):
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
     # A snapshot's folder is named after its commit.
     source = {"path": str(path.resolve())} if spec.weights else {"hub": spec.hub, "revision": path.name}
-    return {"name": spec.name, **source, "sha256": digest.hexdigest()}
+    files = weight_files(path)
+    digest = _hash_files(tuple(files), tuple(file.stat().st_mtime_ns for file in files))
+    return {"name": spec.name, **source, "sha256": digest}
+
+
+@lru_cache(maxsize=4)
+def _hash_files(files: tuple[Path, ...], _times: tuple[int, ...]) -> str:
+    """One SHA-256 of several files. A run asks for it at its start and at its end, and they may be tens of GB."""
+    log.info("Hashing the language model's weights in %s", files[0].parent)
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(bytes.fromhex(file_sha256(file)))
+    return digest.hexdigest()
 
 
 def weight_map(spec: LLMSpec) -> dict[str, Path] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,23 @@ def image_name(index: int) -> str:
 
 def export_benchmarks(folder: Path, split: Split) -> None:
     """Writes all benchmarks of a split, one folder each."""
-    _pope(folder / "pope", split)
-    _vqav2(folder / "vqav2", split)
-    _gqa(folder / "gqa", split)
-    _vizwiz(folder / "vizwiz", split)
-    _textvqa(folder / "textvqa", split)
-    for name, owner in (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")):
-        _refcoco(folder / name, split, owner)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Compact JSON: the same bytes on every system."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(json.dumps(content).encode())
+    writers = {
+        "pope": _pope,
+        "vqav2": _vqav2,
+        "gqa": _gqa,
+        "vizwiz": _vizwiz,
+        "textvqa": _textvqa,
+        "refcoco": partial(_refcoco, owner="unc"),
+        "refcoco+": partial(_refcoco, owner="unc"),
+        "refcocog": partial(_refcoco, owner="umd"),
+    }
+    for name, write in writers.items():
+        (folder / name).mkdir(parents=True)
+        write(folder / name, split)
 
 
 def _pope(folder: Path, split: Split) -> None:
     """`coco_pope_<subset>.json`: JSON lines."""
-    folder.mkdir(parents=True)
     for subset, chosen in benchmarks.pope_subsets(split).items():
         records = [
             {"question_id": number, "image": image_name(index), "text": q.text, "label": q.answer.lower()}
@@ -67,8 +67,8 @@ def _vqav2(folder: Path, split: Split) -> None:
                 ],
             }
         )
-    write_json(folder / "questions.json", {"questions": questions})
-    write_json(folder / "annotations.json", {"annotations": annotations})
+    (folder / "questions.json").write_text(json.dumps({"questions": questions}))
+    (folder / "annotations.json").write_text(json.dumps({"annotations": annotations}))
 
 
 def _gqa(folder: Path, split: Split) -> None:
@@ -84,7 +84,7 @@ def _gqa(folder: Path, split: Split) -> None:
             "isBalanced": True,
             "types": {"structural": structure, "semantic": "rel", "detailed": question.template},
         }
-    write_json(folder / f"{split.name}_balanced_questions.json", records)
+    (folder / f"{split.name}_balanced_questions.json").write_text(json.dumps(records))
 
 
 def _vizwiz(folder: Path, split: Split) -> None:
@@ -98,7 +98,7 @@ def _vizwiz(folder: Path, split: Split) -> None:
         }
         for index, question in benchmarks.one_per_image(split, "vizwiz")
     ]
-    write_json(folder / f"{split.name}.json", records)
+    (folder / f"{split.name}.json").write_text(json.dumps(records))
 
 
 def _textvqa(folder: Path, split: Split) -> None:
@@ -113,7 +113,7 @@ def _textvqa(folder: Path, split: Split) -> None:
         for number, (index, question) in enumerate(benchmarks.one_per_image(split, "textvqa"), start=1)
     ]
     content = {"dataset_type": split.name, "dataset_name": "textvqa", "dataset_version": "0.5.1", "data": data}
-    write_json(folder / f"TextVQA_0.5.1_{split.name}.json", content)
+    (folder / f"TextVQA_0.5.1_{split.name}.json").write_text(json.dumps(content))
 
 
 def _refcoco(folder: Path, split: Split, owner: str) -> None:
@@ -143,7 +143,9 @@ def _refcoco(folder: Path, split: Split, owner: str) -> None:
         )
     images = [{"id": index, "file_name": image_name(index)} | _SIZE for index in range(len(split.pools))]
     categories = [{"id": number, "name": name} for number, name in enumerate(CATEGORIES, start=1)]
-    write_json(folder / "instances.json", {"images": images, "annotations": annotations, "categories": categories})
+    (folder / "instances.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
     (folder / f"refs({owner}).p").write_bytes(pickle.dumps(refs, protocol=2))
 
 

@@ -22,7 +22,7 @@ from prism_deco.errors import UsageError
 from prism_deco.files import write_whole
 from prism_deco.miniature.benchmarks import Split
 from prism_deco.miniature.conversations import Pool, caption_records, records
-from prism_deco.miniature.export import export_benchmarks, image_name, write_json
+from prism_deco.miniature.export import export_benchmarks, image_name
 from prism_deco.miniature.render import render
 from prism_deco.miniature.scene import Scene, draw_scene
 
@@ -128,7 +128,8 @@ def _build(root: Path, arguments: Mapping[str, Any]) -> None:
                 progress.advance(task)
             if split != "test":
                 named = [(f"{split}/{image_name(index)}", scene) for index, scene in enumerate(scenes)]
-                write_json(root / f"{split}.json", list(records(seed, split, named, arguments["records"])))
+                conversations = list(records(seed, split, named, arguments["records"]))
+                (root / f"{split}.json").write_text(json.dumps(conversations))
             if split in items:
                 asked = Split(seed, split, [Pool(scene) for scene in scenes], items[split])
                 export_benchmarks(root / "benchmarks" / split, asked)
