@@ -40,15 +40,9 @@ COMMANDS = {
         "show where in the image each generated word looked (R-GAE)",
         'explain runs/RUN_ID --image cat.jpg --prompt "What is it?"',
     ),
-    "chat": Command(
-        "chat:chat",
-        "talk with a trained model about an image",
-        "chat runs/RUN_ID --image cat.jpg",
-    ),
+    "chat": Command("chat:chat", "talk with a trained model about an image", "chat runs/RUN_ID --image cat.jpg"),
     "export": Command(
-        "export:export",
-        "write a model to one folder for use elsewhere",
-        "export runs/RUN_ID --to exported --hf",
+        "export:export", "write a model to one folder for use elsewhere", "export runs/RUN_ID --to exported --hf"
     ),
     "sweep": Command(
         "sweep:sweep",
@@ -60,16 +54,8 @@ COMMANDS = {
         "estimate memory, hours and disk of a run or a sweep",
         "plan generalization trainer.devices=8 --accelerator h100",
     ),
-    "report": Command(
-        "sweep:report",
-        "write tables, statistics and figures of a sweep or of runs",
-        "report runs/mini",
-    ),
-    "keys": Command(
-        "keys:keys",
-        "list the configuration's keys with types, defaults and meanings",
-        "keys recipe",
-    ),
+    "report": Command("sweep:report", "write tables, statistics and figures of a sweep or of runs", "report runs/mini"),
+    "keys": Command("keys:keys", "list the configuration's keys with types, defaults and meanings", "keys recipe"),
     "data check": Command(
         "data:data_check",
         "read a data set and report every fault",
