@@ -130,7 +130,7 @@ def _estimates(configs: Mapping[str, DictConfig], args: argparse.Namespace) -> l
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(configs))
         for name, config in configs.items():
-            progress.update(task, description=name, refresh=True)
+            progress.update(task, description=name or "the run", refresh=True)
             if not console.is_terminal and len(configs) > 1:
                 log.info("Planning %s (%d of %d)", name, len(plans) + 1, len(configs))
             plans.append(estimate_run(config, name, accelerator_name=args.accelerator, mfu=args.mfu))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from omegaconf import DictConfig
@@ -37,11 +37,6 @@ class Setup:
     cuda: bool = False
     reduce: int = 4
     checkpointing: str = "none"
-
-    @property
-    def outside_llm(self) -> Setup:
-        """The setup of tower and projector, whose activations are never recomputed."""
-        return replace(self, checkpointing="none")
 
     @property
     def replicas(self) -> int:

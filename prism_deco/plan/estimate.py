@@ -156,7 +156,9 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, memory_bytes:
     backbone, llm, projector = backbone_of(config), llm_of(config), projector_of(config)
     visual, positions = projector.num_tokens, max_positions(config, llm)
     room = min(recipe.max_text_tokens, positions - visual)
-    lengths = _cut_lengths(sequences, room, visual)
+    text = np.array([sequences.text]) if sequences.lengths is None else sequences.lengths
+    # float64[records], or [1] for the mean alone: positions after cutting, visual tokens included.
+    lengths = np.minimum(text, room) + visual * sequences.images / sequences.records
     shape = _largest_pass(config, setup, sequences, room, visual)
     setup, memory = _least_recomputation(config, setup, shape, memory_bytes)
     trained = count(projector, llm.model, trained=True)
@@ -171,7 +173,7 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, memory_bytes:
         sequence=float(lengths.mean()),
         longest=shape.length,
         positions=positions,
-        cut=sequences.share_cut(room),
+        cut=None if sequences.lengths is None else float(np.mean(sequences.lengths > room)),
         records=sequences.records,
         steps=steps,
         source=sequences.source,
@@ -184,19 +186,13 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, memory_bytes:
     )
 
 
-def _cut_lengths(sequences: Sequences, room: int, visual: int) -> np.ndarray:
-    """float64[records], or [1] for the mean alone: positions after cutting, visual tokens included.
+def _largest_pass(config: DictConfig, setup: Setup, sequences: Sequences, room: int, visual: int) -> PassShape:
+    """The forward pass that holds the longest record.
 
     Args:
         room: tokens of text that a sequence has room for.
         visual: tokens of an image.
     """
-    text = np.array([sequences.text]) if sequences.lengths is None else sequences.lengths
-    return np.minimum(text, room) + visual * sequences.images / sequences.records
-
-
-def _largest_pass(config: DictConfig, setup: Setup, sequences: Sequences, room: int, visual: int) -> PassShape:
-    """The forward pass that holds the longest record."""
     per_device = math.ceil(config.recipe.global_batch_size / setup.devices)
     records = min(config.recipe.micro_batch_size, per_device)
     text = min(sequences.longest_text, room)

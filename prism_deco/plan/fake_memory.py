@@ -48,26 +48,9 @@ class PassShape:
     packed: bool = False
 
 
-@dataclass(frozen=True)
-class LossShape:
-    """What the recipe says about attention and loss: `turn_mask`, `max_logits`."""
-
-    turn_mask: str
-    max_logits: int | None
-
-
-@dataclass(frozen=True)
-class Walk:
-    """The memory of a part, and shape and dtype of its result."""
-
-    phases: Phases
-    shape: torch.Size
-    dtype: torch.dtype
-
-
 @lru_cache(maxsize=32)
-def walk_tower(tower: VisionBackbone, images: int, setup: Setup) -> Walk:
-    """The frozen tower, in the one phase `forward`."""
+def walk_tower(tower: VisionBackbone, images: int, setup: Setup) -> tuple[Phases, torch.Size, torch.dtype]:
+    """The frozen tower, in the one phase `forward`; and shape and dtype of its features."""
     mode = FakeTensorMode()
     # Frozen, equal blocks need the same memory one after the other.
     backbone, _ = short_backbone(tower)
@@ -78,7 +61,7 @@ def walk_tower(tower: VisionBackbone, images: int, setup: Setup) -> Walk:
         with _autocast(setup), TensorMeter(backbone) as meter:
             meter.phase("forward")
             features = backbone(pixels)
-    return Walk(meter.peaks, features.shape, features.dtype)
+    return meter.peaks, features.shape, features.dtype
 
 
 @lru_cache(maxsize=64)
@@ -97,7 +80,9 @@ def walk_projector(bare: Projector, shape: torch.Size, dtype: torch.dtype, setup
     return meter.peaks
 
 
-def walk_language(key: str, depth: int, shape: PassShape, loss: LossShape, setup: Setup) -> Phases:
+def walk_language(
+    key: str, depth: int, shape: PassShape, turn_mask: str, max_logits: int | None, setup: Setup
+) -> Phases:
     """Phases `layers` (forward), `kept` (by autograd then), `loss`, backward of the `last` and of the `first` layer.
 
     Layers are alike: the memory of one and of two layers tells that of any number, phase by phase.
@@ -105,10 +90,11 @@ def walk_language(key: str, depth: int, shape: PassShape, loss: LossShape, setup
     Args:
         key: names the LLM, see `meta_models.llm_key`.
         depth: its layers.
+        turn_mask, max_logits: what the recipe says about attention and loss.
     """
     if depth <= 2:
-        return _walk_language(key, depth, shape, loss, setup)
-    one, two = (_walk_language(key, layers, shape, loss, setup) for layers in (1, 2))
+        return _walk_language(key, depth, shape, turn_mask, max_logits, setup)
+    one, two = (_walk_language(key, layers, shape, turn_mask, max_logits, setup) for layers in (1, 2))
 
     def extend(low: int, high: int) -> int:
         return low + (depth - 1) * (high - low)
@@ -117,11 +103,13 @@ def walk_language(key: str, depth: int, shape: PassShape, loss: LossShape, setup
 
 
 @lru_cache(maxsize=64)
-def _walk_language(key: str, depth: int, shape: PassShape, loss: LossShape, setup: Setup) -> Phases:
+def _walk_language(
+    key: str, depth: int, shape: PassShape, turn_mask: str, max_logits: int | None, setup: Setup
+) -> Phases:
     lm = build_shallow(key, depth)
     mode = FakeTensorMode()
     to_fake(lm, mode, _weights_type(setup))
-    vlm = _without_tower(lm, loss)
+    vlm = _without_tower(lm, turn_mask, max_logits)
     vlm.train()
     checkpoint_activations(lm, setup.checkpointing)
     with mode, without_data("LLM"):
@@ -155,12 +143,12 @@ def _starts(meter: TensorMeter, phase: str) -> Any:
     return hook
 
 
-def _without_tower(lm: Any, loss: LossShape) -> VLM:
+def _without_tower(lm: Any, turn_mask: str, max_logits: int | None) -> VLM:
     """A VLM that is only ever given ready visual tokens."""
     backbone = VisionBackbone()
     backbone.grid, backbone.embed_dim = (1, 1), 1
     projector = build_projector("linear", 1, lm.get_input_embeddings().embedding_dim, (1, 1))
-    return VLM(backbone, projector, lm, turn_mask=loss.turn_mask, max_logits=loss.max_logits)
+    return VLM(backbone, projector, lm, turn_mask=turn_mask, max_logits=max_logits)
 
 
 def _batch(lm: Any, shape: PassShape) -> tuple[Batch, Tensor, Tensor]:

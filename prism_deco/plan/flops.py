@@ -41,10 +41,6 @@ class TrainingFlops:
     target: int
     """Of the output head, per supervised position."""
 
-    def vision(self, images: float) -> float:
-        """Cost of images, up to the visual tokens."""
-        return images * (self.tower + self.projector)
-
     def step(self, *, images: float, positions: float, pairs: float, targets: float) -> float:
         """Cost of an optimizer step over all devices, or of any other number of records.
 
@@ -55,7 +51,7 @@ class TrainingFlops:
             targets: supervised positions.
         """
         language = positions * self.position + pairs * self.pair + targets * self.target
-        return self.vision(images) + language
+        return images * (self.tower + self.projector) + language
 
 
 def training_flops(config: DictConfig) -> TrainingFlops:

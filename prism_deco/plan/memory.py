@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
@@ -11,7 +11,7 @@ from torch import nn
 from prism_deco.backbones import VisionBackbone
 from prism_deco.llms.layers import decoder_layers
 from prism_deco.plan.devices import Setup
-from prism_deco.plan.fake_memory import LossShape, PassShape, walk_language, walk_projector, walk_tower
+from prism_deco.plan.fake_memory import PassShape, walk_language, walk_projector, walk_tower
 from prism_deco.plan.meta_models import backbone_of, count, llm_key, llm_of, projector_of
 
 FLOAT32 = 4
@@ -73,13 +73,17 @@ def step_memory(config: DictConfig, setup: Setup, shape: PassShape) -> Memory:
         gradients = made + both - alone if earlier is None else earlier
         moments[name] = Moment(alone - logits + kept, logits, gradients, neighbours)
 
-    tower = walk_tower(backbone, shape.records, setup.outside_llm)
-    add("tower", tower.phases["forward"])
-    projected = walk_projector(projector, tower.shape, tower.dtype, setup.outside_llm)
+    # Activations outside the LLM are never recomputed.
+    outside = replace(setup, checkpointing="none")
+    tower, size, dtype = walk_tower(backbone, shape.records, outside)
+    add("tower", tower["forward"])
+    projected = walk_projector(projector, size, dtype, outside)
     add("projector forward", projected["forward"])
     kept = projected["kept"][0]
-    loss = LossShape(config.recipe.turn_mask, config.recipe.max_logits)
-    language = walk_language(llm_key(config), lm.config.num_hidden_layers, shape, loss, setup)
+    recipe = config.recipe
+    language = walk_language(
+        llm_key(config), lm.config.num_hidden_layers, shape, recipe.turn_mask, recipe.max_logits, setup
+    )
     add("LLM forward", language["layers"], kept=kept)
     add("loss", language["loss"], kept=kept, loss_from=language["kept"][0])
     add("backward, last layer", language["last"], kept=kept)

@@ -49,10 +49,6 @@ class Sequences:
     source: str
     lengths: np.ndarray | None = None
 
-    def share_cut(self, room: int) -> float | None:
-        """Share of the records whose text has more than `room` tokens; None where the lengths are not known."""
-        return None if self.lengths is None else float(np.mean(self.lengths > room))
-
 
 def sequences_of(config: DictConfig) -> tuple[Sequences, str | None]:
     """The sequences of a configured data set, and what is wrong with its files, if anything.

@@ -1,4 +1,4 @@
-"""The driver of a sweep: starts cells, watches them, and writes down what becomes of them."""
+"""The driver of a sweep: starts cells, watches them, and records how they end."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ Launcher = LocalLauncher | SlurmLauncher
 Handle = Process | SlurmJob
 
 POLL = 0.5
-"""Seconds between two looks at the processes."""
+"""Seconds between two checks of the processes."""
 LOOKS = 20
-"""Looks for a sign of life within the time after which there must have been one."""
+"""Checks for a sign of life within the timeout."""
 PREEMPTIONS = 10
-"""So often a preempted cell goes back into the queue, per driver."""
+"""How often a driver queues a preempted cell again."""
 MICRO_BATCH = "recipe.micro_batch_size"
 
 
@@ -58,7 +58,7 @@ class Driver:
         cells: the cells to run.
         launcher: what runs them.
         timeout: seconds without a sign of life (output, or a change in the run folder) after which a cell is
-            hung; None waits for ever.
+            hung; None waits forever.
         live: shows the ledger as a table; None logs every change of state instead.
     """
 
@@ -85,7 +85,7 @@ class Driver:
     def run(self) -> bool:
         """Runs until no cell is left to run, or until it is interrupted; says whether all cells are done."""
         for cell in self.cells.values():
-            self._take_up(cell)
+            self._resume(cell)
         with self._interruptible():
             while self.active or (self.queue and not self.interrupts):
                 self._start()
@@ -98,8 +98,8 @@ class Driver:
             raise KeyboardInterrupt
         return all(self.ledger.entries[name].state == "done" for name in self.cells)
 
-    def _take_up(self, cell: SweepCell) -> None:
-        """Decides about a cell by what an earlier driver left of it."""
+    def _resume(self, cell: SweepCell) -> None:
+        """Watches, queues or skips a cell, depending on how an earlier driver left it."""
         entry = self.ledger.entries[cell.id]
         if entry.state == "running":
             handle = self.launcher.attach(cell, entry)
@@ -115,7 +115,7 @@ class Driver:
         self.queue.append(cell)
 
     def _start(self) -> None:
-        # In order, so that a cell that needs many GPUs is not overtaken for ever by smaller ones.
+        # In order, so that a cell that needs many GPUs is not overtaken forever by smaller ones.
         while self.queue and not self.interrupts and self.launcher.fits(self.queue[0]):
             cell = self.queue.popleft()
             entry = self.ledger.entries[cell.id]
@@ -176,10 +176,10 @@ class Driver:
             self._record(entry, outcome.state, reason=outcome.reason)
 
     def _out_of_memory(self, cell: SweepCell, entry: LedgerEntry, outcome: Outcome) -> None:
-        """Once again at half the micro-batch: the global batch stays, only it takes more forward passes.
+        """Retries once with half the micro-batch: the global batch stays, it only takes more forward passes.
 
-        Where the loss is a mean over micro-batches that changes its weights: the report does not put such a cell into
-        one table with others unasked.
+        Where the loss is a mean over micro-batches this changes its weights, so the report keeps such a cell out of
+        tables with others unless asked.
         """
         size = OmegaConf.merge(cell.config, OmegaConf.from_dotlist(entry.adjusted)).recipe.micro_batch_size
         if entry.adjusted or self.interrupts or size == 1:

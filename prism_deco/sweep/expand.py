@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -47,12 +47,17 @@ class SweepCell:
     @property
     def settings(self) -> dict[str, str]:
         """The overrides by key."""
-        return dict(override.split("=", 1) for override in self.overrides)
+        return settings_of(self.overrides)
 
     @property
     def waits(self) -> bool:
         """Whether a key's value is still to be chosen."""
         return any(key not in self.settings for key in self.choose)
+
+
+def settings_of(overrides: Iterable[str]) -> dict[str, str]:
+    """`key=value` pairs as a mapping."""
+    return dict(override.split("=", 1) for override in overrides)
 
 
 def expand(spec: Spec) -> list[SweepCell]:
@@ -91,7 +96,7 @@ def cell_id(row: SweepRow, values: Mapping[str, str]) -> str:
     """A short, readable, stable folder name: `B1-avgpool-seed7`."""
     parts = [key.rpartition(".")[2] if label is True else _slug(str(label)) for key, label in row.labels.items()]
     for key, value in values.items():
-        # The value of a group is its own name; a number needs its key beside it.
+        # The value of a group is its own name; a number needs its key.
         parts.append(_slug(value) if key in GROUPS else key.rpartition(".")[2] + _slug(value))
     name = "-".join(part for part in parts if part)
     if len(name) > LONGEST_ID:

@@ -30,7 +30,7 @@ RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "G
 
 
 def train_command(folder: Path, entry: LedgerEntry) -> list[str]:
-    """The ordinary command line of a cell; nobody watches its first steps, so `train` checks them."""
+    """The command line of a cell."""
     settings = [*entry.overrides, *entry.adjusted, f"runs_dir={folder}", f"run_id={entry.id}"]
     return [sys.executable, "-m", "prism_deco.cli", "train", *DEFAULTS, *settings]
 
@@ -174,17 +174,16 @@ class Process:
 
     def __init__(self, process: subprocess.Popen[bytes], release: Callable[[], None]):
         self._supervisor = process
-        self._release: Callable[[], None] | None = release
+        self._release = release
 
     def poll(self) -> int | None:
+        """The exit code, for which the driver asks once; None while the attempt runs."""
         code = self._supervisor.poll()
         if code is None:
             return None
-        if self._release is not None:
-            self._release()
-            self._release = None
-            assert self._supervisor.stdin is not None
-            self._supervisor.stdin.close()
+        self._release()
+        assert self._supervisor.stdin is not None
+        self._supervisor.stdin.close()
         return code if code >= 0 else 128 - code
 
     def stop(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from prism_deco.config import is_free
 from prism_deco.errors import UsageError
 from prism_deco.files import write_json
-from prism_deco.sweep.expand import SweepCell
+from prism_deco.sweep.expand import SweepCell, settings_of
 
 log = logging.getLogger(__name__)
 
@@ -104,14 +104,12 @@ class Ledger:
                 _update_definition(entry, cell, folder)
         return ledger
 
-    def update(self, id: str, **changes: Any) -> LedgerEntry:
+    def update(self, id: str, **changes: Any) -> None:
         """Changes an entry and writes the ledger."""
-        entry = self.entries[id]
         for key, value in changes.items():
-            assert hasattr(entry, key), key
-            setattr(entry, key, value)
+            assert hasattr(self.entries[id], key), key
+            setattr(self.entries[id], key, value)
         self.write()
-        return entry
 
     def write(self) -> None:
         """Replaces `ledger.json` in one step: a reader sees the old or the new one."""
@@ -120,8 +118,7 @@ class Ledger:
 
 
 def _update_definition(entry: LedgerEntry, cell: SweepCell, folder: Path) -> None:
-    old = dict(override.split("=", 1) for override in entry.overrides)
-    new = dict(override.split("=", 1) for override in cell.overrides)
+    old, new = settings_of(entry.overrides), cell.settings
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     # Chosen once, a value stays; before that there is none.
     decided = [key for key in cell.choose if key not in old or key not in new]
@@ -141,7 +138,7 @@ def _update_definition(entry: LedgerEntry, cell: SweepCell, folder: Path) -> Non
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Holds the sweep for one driver. The lock goes with its process, so that a killed driver leaves none.
+    """Locks the sweep for one driver. The lock ends with its process: a killed driver leaves none.
 
     Raises:
         UsageError: another driver holds it.

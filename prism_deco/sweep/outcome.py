@@ -1,4 +1,4 @@
-"""What became of a cell: read from its exit code, its `status.json` and its log."""
+"""How an attempt ended, by its exit code, its `status.json` and its log; and whether it still shows signs of life."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings that the results of an earlier part decide: the rung of a learning-rate ladder, say."""
+"""Settings that are chosen by the results of an earlier part: the best rate of a learning-rate sweep, say."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from statistics import fmean
 
 from prism_deco.errors import UsageError
 from prism_deco.stages import final_config
-from prism_deco.sweep.expand import SweepCell
+from prism_deco.sweep.expand import SweepCell, settings_of
 from prism_deco.sweep.ledger import Ledger
 from prism_deco.training.metrics import VAL_LOSS, read_metrics
 
 ENDED = ("done", "failed", "out_of_memory")
-"""States from which a sweep's driver expects nothing more."""
+"""States of cells that are not run any more."""
 
 
 def settle(cells: Sequence[SweepCell], ledger: Ledger) -> list[SweepCell]:
@@ -32,7 +32,7 @@ def settle(cells: Sequence[SweepCell], ledger: Ledger) -> list[SweepCell]:
 
 
 def _settle(cell: SweepCell, cells: Sequence[SweepCell], ledger: Ledger) -> SweepCell:
-    before = dict(override.split("=", 1) for override in ledger.entries[cell.id].overrides)
+    before = settings_of(ledger.entries[cell.id].overrides)
     overrides = cell.overrides
     for key, part in cell.choose.items():
         value = before.get(key) or _choose(cell, key, [other for other in cells if other.part == part], ledger)
@@ -43,7 +43,7 @@ def _settle(cell: SweepCell, cells: Sequence[SweepCell], ledger: Ledger) -> Swee
 
 
 def _choose(cell: SweepCell, key: str, part: Sequence[SweepCell], ledger: Ledger) -> str | None:
-    """The best value; None while the part is not through."""
+    """The best value; None while cells of the part are still to run."""
     others = {name for other in part for name in other.settings} - {key, "seed"}
     varied = [name for name in others if len({other.settings.get(name) for other in part}) > 1]
     alike = [other for other in part if all(other.settings.get(n) == cell.settings.get(n) for n in varied)]
@@ -60,7 +60,7 @@ def _choose(cell: SweepCell, key: str, part: Sequence[SweepCell], ledger: Ledger
             losses.setdefault(other.settings[key], []).append(_last_loss(ledger.folder / other.id))
     if not losses:
         names = ", ".join(other.id for other in alike)
-        raise UsageError(f"{cell.id} cannot choose {key}: of {names} none has succeeded. Mend them, then go on.")
+        raise UsageError(f"{cell.id} cannot choose {key}: of {names} none has succeeded. Fix them, then continue.")
     return min(losses, key=lambda value: fmean(losses[value]))
 
 

@@ -81,7 +81,7 @@ class SlurmLauncher:
                 raise UsageError(f"Cell {cell.id} leaves open how many GPUs it takes: set trainer.devices, say to 8.")
             if cell.config.trainer.requeue:
                 raise UsageError(
-                    f"Cell {cell.id} would be queued again twice, by itself too: set trainer.requeue=false."
+                    f"Cell {cell.id} would be queued again twice, once by itself: set trainer.requeue=false."
                 )
             self._executor(cell)
 

@@ -56,7 +56,7 @@ class RunGrid:
     axes: dict[str, list[str]] = field(default_factory=dict)
     """Values of each key that varies."""
     choose: dict[str, str] = field(default_factory=dict)
-    """Keys whose value is chosen by the results of an earlier part: {`recipe.lr`: `ladder`} (see `choose`)."""
+    """Keys whose value is chosen by the results of an earlier part: {`recipe.lr`: `ladder`} (see `select`)."""
 
 
 @dataclass
@@ -178,8 +178,10 @@ def _set(spec: Spec, key: str, text: str) -> None:
     if any(key in row.settings for row in rows):
         labels = " ".join(spec.grids[0].rows[0].labels)
         raise UsageError(f"{key} is what tells the rows of {spec.name} apart: choose rows with {labels}=NAME instead.")
-    swept = [grid for grid in spec.grids if key in grid.axes]
-    for grid in spec.grids if len(values) == 1 else swept or spec.grids:
+    grids = spec.grids
+    if len(values) > 1:  # parts that sweep the key already, or else all
+        grids = [grid for grid in grids if key in grid.axes] or grids
+    for grid in grids:
         if len(values) > 1 or key in grid.axes:
             grid.settings.pop(key, None)
             grid.axes[key] = values
