@@ -57,10 +57,9 @@ def evaluate(args: argparse.Namespace) -> None:
     (run,) = asked.runs
     finished_run(run)
     names = asked.benchmarks or _trained_with(run)
-    from prism_deco.evaluation.choose import check_keys, check_names
+    from prism_deco.evaluation.choose import check_keys
 
-    check_keys(names, asked.options, also=("benchmark", *KEYS))
-    check_names(names, asked.own)
+    check_keys(names, asked.options, asked.own, also=("benchmark", *KEYS))
     own = {}
     for name in map(benchmark_name, resolve_benchmarks(names)):
         own[name] = stored_keys(run, name, leave_out=asked.options) | asked.own.get(name, {})
@@ -78,12 +77,11 @@ def evaluate(args: argparse.Namespace) -> None:
 def _score_file(path: Path, asked: Asked) -> None:
     """Prints what a predictions file scores, beside chance and, where the file lies in a run, blindness."""
     from prism_deco.evaluation import build_benchmark, chance, load_predictions, score_file, table
-    from prism_deco.evaluation.choose import check_keys, check_names
+    from prism_deco.evaluation.choose import check_keys
 
     if asked.benchmarks is None:
         raise UsageError("Name the benchmark of the predictions, for example: benchmark=pope")
-    check_keys(asked.benchmarks, asked.options, also=("benchmark", "plugins"))
-    check_names([asked.benchmarks], asked.own)
+    check_keys(asked.benchmarks, asked.options, asked.own, also=("benchmark", "plugins"))
     own = next(iter(asked.own.values()), {})
     benchmark = build_benchmark(asked.benchmarks, **asked.options, **own)
     result = score_file(path, benchmark)

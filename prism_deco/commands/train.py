@@ -70,9 +70,9 @@ class _Scoring:
 
     def prepare(self, benchmarks: Path | None) -> None:
         """Reads all questions; a wrong name, split or file must not wait for the end of training."""
-        from prism_deco.evaluation.choose import check_names, prepare, prepare_one
+        from prism_deco.evaluation.choose import check_keys, prepare, prepare_one
 
-        check_names([*self.benchmarks, *([self.relevance] if self.relevance else [])], self._own)
+        check_keys([*self.benchmarks, *([self.relevance] if self.relevance else [])], (), self._own)
         try:
             if self.benchmarks:
                 prepare(self.benchmarks, self._options, self._own, root=benchmarks)

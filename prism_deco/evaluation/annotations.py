@@ -18,34 +18,33 @@ Kind = type | tuple[type, ...]
 ID: Kind = (int, str)
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist: is root right?") from error
-    except (ValueError, RecursionError) as error:  # among them: no UTF-8, numbers of thousands of digits
-        raise UsageError(f"{path} is not complete JSON ({error}): download it again.") from error
-
-
-def read_json_lines(path: Path) -> list[Any]:
-    """The records of a file with one JSON value per line; blank lines are skipped."""
-    try:
-        # Not splitlines(): it also splits at separators that may stand inside a JSON string.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist: is root right?") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not a text file ({error}).") from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}, line {number} is not complete JSON ({error}).") from error
-    return records
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    return _parse_json(read_text(path), f"{path}")
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The records of a file with one JSON value per line; blank lines are skipped."""
+    # Not splitlines(): it also splits at separators that may stand inside a JSON string.
+    lines = enumerate(read_text(path).split("\n"), start=1)
+    return [_parse_json(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: numbers of thousands of digits, too
+        raise UsageError(f"{where} is not complete JSON ({error}): download the file again.") from error
 
 
 class _DataUnpickler(pickle.Unpickler):
@@ -96,6 +95,12 @@ def checked_list(value: Any, fields: Mapping[str, Kind], path: Path, what: str) 
     if not isinstance(value, list) or not value:
         raise UsageError(f"{path} is not a {what} file: expected a list of records, found {_short(value)}.")
     return [checked(record, fields, f"{path}, record {k}", what) for k, record in enumerate(value, start=1)]
+
+
+def read_records(path: Path, key: str, fields: Mapping[str, Kind], what: str) -> list[dict[str, Any]]:
+    """The non-empty list of records that a JSON object holds under a key."""
+    content = checked(read_json(path), {key: list}, str(path), what)
+    return checked_list(content[key], fields, path, what)
 
 
 def index_unique(records: Iterable[dict[str, Any]], key: str, path: Path) -> dict[Any, dict[str, Any]]:

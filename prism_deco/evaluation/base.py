@@ -52,6 +52,7 @@ class Benchmark(ABC):
         root: folder that all other paths are relative to.
         variants: the ways to ask, of those in `VARIANTS`. The first one's metrics are plain ("accuracy"), the
             others' are prefixed ("generate/accuracy").
+        annotations: the file of the questions; a benchmark of several has a pattern, with their field.
         image: pattern of an image's path; its fields are those of the annotations, and `{split}`. Empty where
             the annotation file holds the images.
         split: what `{split}` stands for in paths.
@@ -78,6 +79,7 @@ class Benchmark(ABC):
         name: str,
         root: str | Path | None,
         variants: Sequence[str],
+        annotations: str = "",
         image: str = "",
         split: str = "",
         max_new_tokens: int = 128,
@@ -95,6 +97,7 @@ class Benchmark(ABC):
             raise UsageError(f"{name}: limit={limit} asks nothing; null asks all questions.")
         self.name = name
         self.root = Path(root).expanduser() if root is not None else None
+        self.annotations = annotations
         self.image = image
         self.split = split
         self.variants = tuple(variants)
@@ -193,6 +196,12 @@ class Benchmark(ABC):
         if empty := [part for part in self.parts if not counts.get(part)]:
             found = ", ".join(f"{part}: {counts.get(part, 0)}" for part in self.parts)
             raise UsageError(f"{self.name}: no questions of {' and '.join(empty)} in {where} (questions of {found}).")
+
+    def annotation_path(self, **fields: Any) -> Path:
+        """The file of the questions; `fields` are those of its pattern."""
+        if not self.annotations:
+            raise UsageError(f"The benchmark {self.name} is missing the key annotations.")
+        return self.path(self.annotations, **fields)
 
     def path(self, pattern: str, **fields: Any) -> Path:
         """The file that a pattern means below the root; `UsageError` where that is outside of it."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
-from prism_deco.config import load_choice
+import yaml
+
+from prism_deco.config import load_choice, parse_value
 from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
 from prism_deco.evaluation.base import BENCHMARKS, Benchmark
 from prism_deco.evaluation.items import Question
-from prism_deco.evaluation.keys import keys_of, typed
 
 log = logging.getLogger(__name__)
 
@@ -31,34 +34,47 @@ def build_benchmark(choice: str | Mapping[str, Any], **overrides: Any) -> Benchm
         UsageError: an unknown choice, family or key, with the nearest valid ones; a value of a wrong type; a group.
     """
     content = dict(load_choice("benchmark", choice) if isinstance(choice, str) else choice) | overrides
-    if "members" in content:
-        raise UsageError(f"{content['name']} is a group of benchmarks: {', '.join(content['members'])}. Name one.")
     name = content.get("name")
+    if "members" in content:
+        raise UsageError(f"{name} is a group of benchmarks: {', '.join(content['members'])}. Name one.")
     if "family" not in content:
         raise UsageError(f"The benchmark {name!r} has no `family`. Families: {', '.join(BENCHMARKS.names())}.")
     family = BENCHMARKS.get(content.pop("family"))
-    valid = keys_of(family)
+    valid = _keys_of(family)
     for key, value in content.items():
         if key not in valid:
             raise unknown(f"key of the benchmark {name}", key, valid)
-        content[key] = typed(f"{name}: {key}", value, valid[key])
+        content[key] = _typed(f"{name}: {key}", value, valid[key])
     missing = [key for key, parameter in valid.items() if parameter.default is parameter.empty and key not in content]
     if missing:
         raise UsageError(f"The benchmark {name} is missing the key {' and '.join(missing)}.")
     return family(**content)
 
 
-def check_keys(names: str | Iterable[str], keys: Iterable[str], also: Iterable[str] = ()) -> None:
-    """Raises `UsageError` for a key that none of the benchmarks has.
+def check_keys(
+    names: str | Iterable[str], options: Iterable[str], own: Iterable[str] = (), also: Iterable[str] = ()
+) -> None:
+    """Checks that keys on a command line belong to the benchmarks that are asked for.
 
     Args:
-        also: other keys that may be given where these are.
+        names: of benchmarks and groups.
+        options: keys of all of them.
+        own: benchmarks for which keys of their own are given.
+        also: other keys that may be given where `options` are.
+
+    Raises:
+        UsageError: none of the benchmarks has the key, or a benchmark is not among the names.
     """
-    families = [BENCHMARKS.get(load_choice("benchmark", name)["family"]) for name in resolve_benchmarks(names)]
-    known = {*also, *(key for family in families for key in keys_of(family) if key != "name")}
-    for key in keys:
+    choices = resolve_benchmarks(names)
+    families = [BENCHMARKS.get(load_choice("benchmark", choice)["family"]) for choice in choices]
+    known = {*also, *(key for family in families for key in _keys_of(family) if key != "name")}
+    for key in options:
         if key not in known:
             raise unknown("key", key, known)
+    asked = [benchmark_name(choice) for choice in choices]
+    for name in own:
+        if name not in asked:
+            raise unknown("benchmark, among those that are asked for,", name, asked)
 
 
 def prepare(
@@ -108,19 +124,6 @@ def prepare(
     return prepared
 
 
-def check_names(names: str | Iterable[str], own: Mapping[str, Any]) -> None:
-    """Raises `UsageError` where keys are given for a benchmark that is not among the names.
-
-    Args:
-        names: of benchmarks and groups.
-        own: keys by benchmark.
-    """
-    asked = [benchmark_name(name) for name in resolve_benchmarks(names)]
-    for name in own:
-        if name not in asked:
-            raise unknown("benchmark, among those that are asked for,", name, asked)
-
-
 def prepare_one(
     name: str, options: Mapping[str, Any] | None = None, *, root: Path | None = None, boxes: bool = False
 ) -> Benchmark:
@@ -146,3 +149,53 @@ def _counted(questions: Sequence[Question]) -> str:
     counts = Counter(question.stratum for question in questions)
     parts = ", ".join(f"{part} {count}" for part, count in counts.items())
     return f"{len(questions)} questions" + (f" ({parts})" if len(counts) > 1 else "")
+
+
+def _keys_of(family: type[Benchmark]) -> dict[str, inspect.Parameter]:
+    """Keyword arguments of a family, its bases' included, their annotations resolved."""
+    keys: dict[str, inspect.Parameter] = {}
+    for base in family.__mro__:
+        if "__init__" in vars(base) and issubclass(base, Benchmark):
+            for name, parameter in _parameters(base).items():
+                if parameter.kind is parameter.KEYWORD_ONLY:
+                    keys.setdefault(name, parameter)
+    return keys
+
+
+def _parameters(base: type) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(base.__init__, eval_str=True).parameters
+    except NameError:  # a plug-in may import the names of its annotations for type checkers only
+        return inspect.signature(base.__init__).parameters
+
+
+def _typed(key: str, value: Any, parameter: inspect.Parameter) -> Any:
+    """A value as its key's type has it; text is read by that type. Types other than these are taken as they are."""
+    annotation = parameter.annotation
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    if NoneType in kinds and value in (None, "null"):
+        return None
+    if str in kinds:
+        if not isinstance(value, str | Path):
+            raise UsageError(f"{key}={value} must be text: write it in quotes.")
+        return value
+    if any(get_origin(kind) in (Sequence, list, tuple) and get_args(kind)[:1] == (str,) for kind in kinds):
+        texts = _texts(value) if isinstance(value, str) else value
+        if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+            raise UsageError(f"{key}={value} must be a list of texts; in YAML, Yes, No and numbers need quotes.")
+        return texts
+    if isinstance(value, str):
+        value = parse_value(key, value)
+    if int in kinds and type(value) is not int:
+        raise UsageError(f"{key}={value} must be a whole number.")
+    return value
+
+
+def _texts(text: str) -> Any:
+    """`[Yes, 5]` -> ["Yes", "5"]; what is no list is the only one."""
+    if not text.startswith("["):
+        return [text]
+    try:
+        return yaml.load(text, Loader=yaml.BaseLoader)  # this loader makes text of all scalars
+    except yaml.YAMLError:
+        return None

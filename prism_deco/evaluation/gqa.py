@@ -17,20 +17,13 @@ class GQA(Benchmark):
     """A JSON object of records {imageId, question, answer} by question id (`testdev_balanced_questions.json`).
 
     `accuracy` deletes all punctuation of the output first (PRISM harness), `accuracy_llava` its last period.
-
-    Args:
-        annotations: the questions file.
     """
 
     VARIANTS: ClassVar = {"short": Variant(SHORT)}
     target_keys = ("answer",)
 
-    def __init__(self, *, annotations: str, **common: Any):
-        super().__init__(**common)
-        self.annotations = annotations
-
     def read(self) -> list[Question]:
-        path = self.path(self.annotations)
+        path = self.annotation_path()
         content = read_json(path)
         if not isinstance(content, dict) or not content:
             raise UsageError(f"{path} is not a GQA file: expected an object of records by question id.")

@@ -32,24 +32,21 @@ def bad_images(items: Sequence[Item], on_bad_image: str) -> set[str]:
         for name, path in zip(item.images, item.paths, strict=True):
             first_use.setdefault(name, (path, item.question_id))
     log.info("Checking %d images", len(first_use))
-    bad: set[str] = set()
+    bad: list[str] = []
     with ThreadPoolExecutor(_THREADS) as pool:
         problems = pool.map(_problem, (path for path, _ in first_use.values()))
         for (name, (path, question_id)), problem in zip(first_use.items(), problems, strict=True):
-            if problem is None:
-                continue
-            if on_bad_image == "fail":
+            if problem is not None and on_bad_image == "fail":
                 pool.shutdown(cancel_futures=True)
                 raise UsageError(
                     f"Question {question_id}: the image {path} is missing or unreadable ({problem}). "
                     "Restore it, or set on_bad_image=count_wrong."
                 ) from problem
-            bad.add(name)
+            if problem is not None:
+                bad.append(name)
     if bad:
-        log.warning(
-            "%d images are missing or unreadable (first: %s); their questions count as wrong", len(bad), min(bad)
-        )
-    return bad
+        log.warning("%d images are missing or unreadable (first: %s); their questions count as wrong", len(bad), bad[0])
+    return set(bad)
 
 
 def _problem(path: Path) -> OSError | None:

@@ -28,21 +28,17 @@ class MMBench(Benchmark):
     `accuracy` is circular (all rotations right), `accuracy_vanilla` looks at the unrotated questions only.
     Outputs that neither hold a lone letter nor the text of a single option count as wrong: the official
     script asks a language model about them, which an offline harness cannot.
-
-    Args:
-        annotations: the TSV.
     """
 
     VARIANTS: ClassVar = {"letter": Variant("{hint}" + LETTER)}
     target_keys = ("answer", "options", "category", "question", "rotation")
 
-    def __init__(self, *, annotations: str, **common: Any):
+    def __init__(self, **common: Any):
         super().__init__(**common)
-        self.annotations = annotations
         self._images: TemporaryDirectory[str] | None = None
 
     def read(self) -> list[Question]:
-        path = self.path(self.annotations)
+        path = self.annotation_path()
         # The model reads images from files; the folder goes with this object.
         self._images = TemporaryDirectory(prefix="mmbench-")
         folder = Path(self._images.name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from prism_deco.errors import UsageError
+from prism_deco.evaluation.annotations import read_text
 from prism_deco.evaluation.base import BENCHMARKS, SHORT, Benchmark
 from prism_deco.evaluation.items import Prediction, Question, Variant, by_part, mean_score
 from prism_deco.evaluation.metrics.yesno import mme_pairs, mme_score, parse_mme
@@ -17,14 +18,14 @@ _IMAGES = (".jpg", ".jpeg", ".png")
 
 @BENCHMARKS.register("mme")
 class MME(Benchmark):
-    """The release's folder per task, with a text file of two lines `question <tab> Yes|No` per image.
+    """The release's folder per task (the field `{task}` of `annotations`), with a text file per image of two lines
+    `question <tab> Yes|No`.
 
     Text files lie beside the images, or (in five of the tasks) in `questions_answers_YN/`, the images then in
     `images/`. A task scores 100 accuracy + 100 accuracy+ (both questions of an image right), the benchmark the
     sum of its tasks: at most 2000 for the ten perception tasks.
 
     Args:
-        annotations: pattern of a task's folder, with the field `{task}`.
         tasks: names of the tasks.
     """
 
@@ -33,16 +34,15 @@ class MME(Benchmark):
     primary = "score"
     combine = "sum"
 
-    def __init__(self, *, annotations: str, tasks: Sequence[str], **common: Any):
+    def __init__(self, *, tasks: Sequence[str], **common: Any):
         super().__init__(**common)
-        self.annotations = annotations
         self.parts = tuple(tasks)
 
     def read(self) -> list[Question]:
         return [question for task in self.parts for question in self._read_task(task)]
 
     def _read_task(self, task: str) -> list[Question]:
-        folder = self.path(self.annotations, task=task)
+        folder = self.annotation_path(task=task)
         texts = folder / "questions_answers_YN" if (folder / "questions_answers_YN").is_dir() else folder
         files = sorted(texts.glob("*.txt"))
         if not files:
@@ -101,10 +101,7 @@ def _image_name(folder: Path, stem: str) -> str:
 
 
 def _read_pair(file: Path) -> list[tuple[str, str]]:
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not a text file ({error}).") from error
+    lines = [line for line in read_text(file).splitlines() if line.strip()]
     if len(lines) != 2:
         raise UsageError(f"{file} holds {len(lines)} questions; MME pairs two with each image.")
     pairs = []

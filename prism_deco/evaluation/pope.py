@@ -15,14 +15,13 @@ from prism_deco.evaluation.metrics.yesno import count_yes_no, parse_pope, says_y
 
 @BENCHMARKS.register("pope")
 class POPE(Benchmark):
-    """JSON lines {question_id, image, text, label}, one file per subset.
+    """JSON lines {question_id, image, text, label}, one file per subset: `annotations` has the field `{subset}`.
 
     `likelihood` compares the probabilities of Yes and No at the first answer token (PRISM harness, whose accuracy
     fits the paper's column); `generate` reads the written answer (LLaVA, who report its mean F1). Every metric
     is the mean over the subsets.
 
     Args:
-        annotations: pattern of a subset's file, with the field `{subset}`.
         subsets: names of the subsets.
         choices: the words for yes and no, in this order.
     """
@@ -30,13 +29,10 @@ class POPE(Benchmark):
     VARIANTS: ClassVar = {"likelihood": Variant(SHORT, likelihood=True), "generate": Variant(SHORT)}
     target_keys = ("answer", "subset")
 
-    def __init__(
-        self, *, annotations: str, subsets: Sequence[str], choices: Sequence[str] = ("Yes", "No"), **common: Any
-    ):
+    def __init__(self, *, subsets: Sequence[str], choices: Sequence[str] = ("Yes", "No"), **common: Any):
         super().__init__(**common)
         if len(choices) != 2:
             raise UsageError(f"{self.name}: choices are the words for yes and no, not {', '.join(choices)}.")
-        self.annotations = annotations
         self.parts = tuple(subsets)
         self.choices = tuple(choices)
 
@@ -44,7 +40,7 @@ class POPE(Benchmark):
         return [question for subset in self.parts for question in self._read_subset(subset)]
 
     def _read_subset(self, subset: str) -> list[Question]:
-        path = self.path(self.annotations, subset=subset)
+        path = self.annotation_path(subset=subset)
         questions = []
         for number, record in enumerate(read_json_lines(path), start=1):
             where = f"{path}, record {number}"

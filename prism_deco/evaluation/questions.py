@@ -25,27 +25,18 @@ class Questions(Benchmark):
     answers but for upper case and a period at the end.
 
     Variants: `short` asks for a single word or phrase, `plain` asks the question as it stands.
-
-    Args:
-        annotations: the file.
     """
 
     VARIANTS: ClassVar = {"short": Variant(SHORT), "plain": Variant("{question}")}
     target_keys = ("answers",)
 
-    def __init__(self, *, annotations: str, **common: Any):
-        super().__init__(**common)
-        self.annotations = annotations
-
     def read(self) -> list[Question]:
-        path = self.path(self.annotations)
+        path = self.annotation_path()
         return [self._question(record, f"{path}, record {k}", k) for k, record in enumerate(read_json_lines(path), 1)]
 
     def _question(self, record: Any, where: str, number: int) -> Question:
         # No image must be said: one under another key would be overlooked.
-        checked(
-            record, {"question": str, "image": (str, list, NoneType), "answer": (str, int, float, list)}, where, _WHAT
-        )
+        checked(record, _FIELDS, where, _WHAT)
         images = _listed(record["image"])
         answers = [str(answer) if type(answer) in (int, float) else answer for answer in _listed(record["answer"])]
         if not answers or not all(isinstance(text, str) for text in (*images, *answers)):

@@ -20,7 +20,7 @@ _LARGEST = 1_000_000  # pixels
 
 @BENCHMARKS.register("refcoco")
 class RefCOCO(Benchmark):
-    """REFER's files: a pickle of expressions and COCO's `instances.json`. One question per sentence.
+    """REFER's files: a pickle of expressions (`annotations`) and COCO's `instances.json`. One question per sentence.
 
     Acc@0.5: the share of boxes that overlap the true one with an IoU of at least 0.5. `accuracy` is the PRISM
     harness's number: the output must be a well-formed list, its frame is taken for the image's (raw), and the true box
@@ -31,20 +31,18 @@ class RefCOCO(Benchmark):
     Variants: `quoted` is the harness's prompt, `trained` the wording of LLaVA's training conversations.
 
     Args:
-        annotations: the pickle.
         instances: COCO boxes and image sizes.
     """
 
     VARIANTS: ClassVar = {"quoted": Variant(_ASK + '"{expression}"'), "trained": Variant(_ASK + "{expression}.")}
     target_keys = ("box", "width", "height")
 
-    def __init__(self, *, annotations: str, instances: str, **common: Any):
+    def __init__(self, *, instances: str, **common: Any):
         super().__init__(**common)
-        self.annotations = annotations
         self.instances = instances
 
     def read(self) -> list[Question]:
-        path = self.path(self.annotations)
+        path = self.annotation_path()
         boxes, images = self._read_instances()
         questions = []
         for number, ref in enumerate(checked_list(load_data_pickle(path), _REF, path, "RefCOCO"), start=1):

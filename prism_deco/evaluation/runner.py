@@ -65,7 +65,11 @@ def evaluate(
     store = PredictionStore(out_dir, items, decoding | {VARIANTS: list(benchmark.variants)}, world.rank, world.size)
     world.barrier()  # nobody writes before all have read what is there
     if world.is_main:
-        log.info("%s: %s, %d of %d answers are there already", *_progress(benchmark, items, store))
+        questions = f"{len(items) // len(benchmark.variants)} questions"
+        if len(benchmark.variants) > 1:
+            questions += f" in {len(benchmark.variants)} variants ({', '.join(benchmark.variants)})"
+        done, asked = len(store.done), len(items)
+        log.info("%s: %s, %d of %d answers are there already", benchmark.name, questions, done, asked)
     mine = _shard(items, world.rank, world.size)
     windows = _windows(mine, batch_size, image_cache)
     unfinished = [window for window in windows if not all(store.has_all(batch) for batch in window)]
@@ -95,13 +99,6 @@ def evaluate(
         write_json(out_dir / "metrics.json", summary)
     world.barrier()
     return json.loads((out_dir / "metrics.json").read_text(encoding="utf-8"))
-
-
-def _progress(benchmark: Benchmark, items: Sequence[Item], store: PredictionStore) -> tuple[str, str, int, int]:
-    questions = f"{len(items) // len(benchmark.variants)} questions"
-    if len(benchmark.variants) > 1:
-        questions += f" in {len(benchmark.variants)} variants ({', '.join(benchmark.variants)})"
-    return benchmark.name, questions, len(store.done), len(items)
 
 
 def _shard(items: Sequence[Item], rank: int, world: int) -> list[Item]:
@@ -204,11 +201,5 @@ def _generate(model: Model, tokens: Mapping[str, Tensor], batch: Sequence[Item],
 
 
 def _bar(enabled: bool) -> Progress:
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("answers"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, disable=not enabled)
+    name, unit = TextColumn("{task.description}", markup=False), TextColumn("answers")
+    return Progress(name, BarColumn(), MofNCompleteColumn(), unit, TimeRemainingColumn(), disable=not enabled)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,7 @@ def summarise(
         paper's metric), n (questions), invalid_rate (fraction 0..1 of the first variant's answers that could not be
         read), interval95 of the primary, decoding, prompt_hash, data_hash.
     """
-    variants: dict[str, list[Prediction]] = {name: [] for name in benchmark.variants}
-    for prediction in predictions:
-        variants.setdefault(benchmark.variant_of(prediction), []).append(prediction)
-    variants = {name: members for name, members in variants.items() if members}
+    variants = _by_variant(benchmark, predictions)
     first = next(iter(variants))
     strata = benchmark.strata(variants[first])
     benchmark.check_parts({name: len(values) for name, values in strata.items()}, "the predictions")
@@ -64,7 +62,8 @@ def score_file(path: str | Path, benchmark: Benchmark, *, seed: int = 0) -> dict
     """
     path = Path(path)
     predictions = load_predictions(path)
-    decoding = read_decoding(path.parent) or {}
+    recorded = path.with_name("decoding.json")
+    decoding = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() else {}
     asked = decoding.pop(VARIANTS, None)
     # Predictions of several variants name theirs.
     if asked is not None and len(asked) == 1 and asked[0] != benchmark.variants[0]:
@@ -83,35 +82,20 @@ def score_file(path: str | Path, benchmark: Benchmark, *, seed: int = 0) -> dict
     return summarise(benchmark, graded, decoding or None, seed=seed)
 
 
-def read_decoding(folder: Path) -> dict[str, Any] | None:
-    """How the answers in a folder were produced; None where it does not say."""
-    path = folder / "decoding.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
 def chance(benchmark: Benchmark, predictions: Sequence[Prediction]) -> float:
     """The primary metric of the best constant answer, which needs no image, to the questions of some predictions.
 
     The candidates (both words, all letters, the most frequent answers, the mean and the median box) are scored by
     the benchmark itself, in the first of the variants that were asked.
     """
-    asked = [(benchmark.variant_of(prediction), prediction) for prediction in predictions]
-    used = {variant for variant, _ in asked}
-    first = next(variant for variant in (*benchmark.variants, *benchmark.VARIANTS) if variant in used)
-    choices = tuple(benchmark.choices) if benchmark.VARIANTS[first].likelihood else ()
-    items = [Item(p.question_id, (), (), p.prompt, p.target, choices) for variant, p in asked if variant == first]
-    return best_constant(benchmark, items)
-
-
-def best_constant(benchmark: Benchmark, items: Sequence[Item]) -> float:
-    """The primary metric of the best constant answer to some items of one variant."""
-    outputs = benchmark.constants([item.target for item in items])
-    return max(_constant_score(benchmark, items, output) for output in outputs)
-
-
-def _constant_score(benchmark: Benchmark, items: Sequence[Item], output: str) -> float:
-    graded = [benchmark.grade(predict(item, _as_choice(item, output) if item.choices else output)) for item in items]
-    return combine_strata(benchmark.strata(graded), benchmark.combine)
+    first, asked = next(iter(_by_variant(benchmark, predictions).items()))
+    scores = []
+    for output in benchmark.constants([prediction.target for prediction in asked]):
+        if benchmark.VARIANTS[first].likelihood:
+            output = json.dumps({choice: float(choice == output) for choice in benchmark.choices})
+        graded = [benchmark.grade(replace(prediction, output=output)) for prediction in asked]
+        scores.append(combine_strata(benchmark.strata(graded), benchmark.combine))
+    return max(scores)
 
 
 def predict(item: Item, output: str | None) -> Prediction:
@@ -119,8 +103,12 @@ def predict(item: Item, output: str | None) -> Prediction:
     return Prediction(item.question_id, item.image, item.prompt, output, None, item.target, 0.0)
 
 
-def _as_choice(item: Item, output: str) -> str:
-    return json.dumps({choice: float(choice == output) for choice in item.choices})
+def _by_variant(benchmark: Benchmark, predictions: Iterable[Prediction]) -> dict[str, list[Prediction]]:
+    """Predictions by variant: the benchmark's variants first, without those that have none."""
+    variants: dict[str, list[Prediction]] = {name: [] for name in benchmark.variants}
+    for prediction in predictions:
+        variants.setdefault(benchmark.variant_of(prediction), []).append(prediction)
+    return {name: members for name, members in variants.items() if members}
 
 
 def _invalid_rate(benchmark: Benchmark, predictions: Sequence[Prediction]) -> float:

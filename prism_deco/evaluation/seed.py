@@ -33,20 +33,13 @@ class SEED(Benchmark):
 
     `accuracy` takes nothing but the letter (LLaVA), over all questions; `accuracy_lenient` the first character
     in either case (lmms-eval).
-
-    Args:
-        annotations: the annotation file.
     """
 
     VARIANTS: ClassVar = {"letter": Variant(LETTER)}
     target_keys = ("answer", "type")
 
-    def __init__(self, *, annotations: str, **common: Any):
-        super().__init__(**common)
-        self.annotations = annotations
-
     def read(self) -> list[Question]:
-        path = self.path(self.annotations)
+        path = self.annotation_path()
         content = checked(read_json(path), {"questions": list, "question_type": dict}, str(path), _WHAT)
         types = content["question_type"]
         names = {number: name for name, number in checked(types, dict.fromkeys(types, int), str(path), _WHAT).items()}

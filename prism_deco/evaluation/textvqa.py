@@ -9,10 +9,9 @@ from prism_deco.errors import UsageError
 from prism_deco.evaluation.annotations import (
     ID,
     AnnotatorBenchmark,
-    checked,
     checked_list,
-    read_json,
     read_json_lines,
+    read_records,
     ten_answers,
 )
 from prism_deco.evaluation.base import BENCHMARKS, SHORT
@@ -33,7 +32,6 @@ class TextVQA(AnnotatorBenchmark):
     without OCR tokens it cuts that text before them: that is `plain`.
 
     Args:
-        annotations: the annotation file.
         ocr: OCR tokens: TextVQA's Rosetta JSON {data: [{image_id, ocr_tokens}]}, or the JSON lines of LLaVA's
             prompts {question_id: the image's id, text}. Needed by the variants `ocr` and `prism` only.
     """
@@ -46,23 +44,19 @@ class TextVQA(AnnotatorBenchmark):
     process = staticmethod(vqa.process_evalai)
     conventions: ClassVar = {"accuracy": vqa.evalai}
 
-    def __init__(self, *, annotations: str, ocr: str | None = None, **common: Any):
+    def __init__(self, *, ocr: str | None = None, **common: Any):
         super().__init__(**common)
-        self.annotations = annotations
         self.ocr = ocr
         self.with_ocr = [variant for variant in self.variants if "{ocr}" in self.VARIANTS[variant].template]
         if self.with_ocr and ocr is None:
-            raise UsageError(
-                f"{self.name}: the variant {self.with_ocr[0]!r} needs the key ocr, the file of the OCR tokens."
-            )
+            raise UsageError(f"{self.name}: the variant {self.with_ocr[0]!r} needs the key ocr, the OCR tokens' file.")
 
     def read(self) -> list[Question]:
-        path = self.path(self.annotations)
-        content = checked(read_json(path), {"data": list}, str(path), "TextVQA")
+        path = self.annotation_path()
         fields = {"question_id": ID, "image_id": str, "question": str, "answers": list}
         tokens = read_ocr(self.path(self.ocr)) if self.ocr is not None and self.with_ocr else None
         questions = []
-        for number, record in enumerate(checked_list(content["data"], fields, path, "TextVQA"), start=1):
+        for number, record in enumerate(read_records(path, "data", fields, "TextVQA"), start=1):
             where = f"{path}, record {number}"
             image_id = record["image_id"]
             if tokens is not None and image_id not in tokens:
@@ -80,11 +74,7 @@ def read_ocr(path: Path) -> dict[str, str]:
     """OCR tokens by image id, as the prompt lists them: "t1, t2"."""
     if path.suffix == ".jsonl":
         records = checked_list(read_json_lines(path), {"question_id": str, "text": str}, path, "TextVQA prompt")
-        return {record["question_id"]: _listed(record["text"]) for record in records}
-    content = checked(read_json(path), {"data": list}, str(path), "TextVQA OCR")
-    records = checked_list(content["data"], {"image_id": str, "ocr_tokens": list}, path, "TextVQA OCR")
+        texts = {record["question_id"]: record["text"] for record in records}
+        return {image_id: text.partition(_OCR_LINE)[2].partition("\n")[0].strip() for image_id, text in texts.items()}
+    records = read_records(path, "data", {"image_id": str, "ocr_tokens": list}, "TextVQA OCR")
     return {record["image_id"]: ", ".join(map(str, record["ocr_tokens"])) for record in records}
-
-
-def _listed(text: str) -> str:
-    return text.partition(_OCR_LINE)[2].partition("\n")[0].strip()

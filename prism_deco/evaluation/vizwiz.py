@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from prism_deco.evaluation.annotations import AnnotatorBenchmark, checked_list, read_json, ten_answers
 from prism_deco.evaluation.base import BENCHMARKS
@@ -16,9 +16,6 @@ class VizWiz(AnnotatorBenchmark):
 
     `accuracy` is scored as the PRISM harness does, `accuracy_official` as VizWiz's own script does, and
     `accuracy_llava` as that script does after LLaVA's processing of the prediction.
-
-    Args:
-        annotations: the annotation file.
     """
 
     VARIANTS: ClassVar = {
@@ -34,12 +31,8 @@ class VizWiz(AnnotatorBenchmark):
         "accuracy_llava": vqa.vizwiz_llava,
     }
 
-    def __init__(self, *, annotations: str, **common: Any):
-        super().__init__(**common)
-        self.annotations = annotations
-
     def read(self) -> list[Question]:
-        path = self.path(self.annotations)
+        path = self.annotation_path()
         fields = {"image": str, "question": str, "answers": list, "answerable": int}
         questions = []
         for index, record in enumerate(checked_list(read_json(path), fields, path, "VizWiz")):

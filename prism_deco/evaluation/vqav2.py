@@ -5,15 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from prism_deco.errors import UsageError
-from prism_deco.evaluation.annotations import (
-    ID,
-    AnnotatorBenchmark,
-    checked,
-    checked_list,
-    index_unique,
-    read_json,
-    ten_answers,
-)
+from prism_deco.evaluation.annotations import ID, AnnotatorBenchmark, index_unique, read_records, ten_answers
 from prism_deco.evaluation.base import BENCHMARKS, SHORT
 from prism_deco.evaluation.items import Question, Variant
 from prism_deco.evaluation.metrics import vqa
@@ -31,7 +23,6 @@ class VQAv2(AnnotatorBenchmark):
 
     Args:
         questions: the questions file.
-        annotations: the annotations file.
     """
 
     VARIANTS: ClassVar = {"short": Variant(SHORT)}
@@ -42,25 +33,18 @@ class VQAv2(AnnotatorBenchmark):
         "accuracy_llava": vqa.llava,
     }
 
-    def __init__(self, *, questions: str, annotations: str, **common: Any):
+    def __init__(self, *, questions: str, **common: Any):
         super().__init__(**common)
         self.questions = questions
-        self.annotations = annotations
 
     def read(self) -> list[Question]:
-        path, answers_path = self.path(self.questions), self.path(self.annotations)
-        content = checked(read_json(path), {"questions": list}, str(path), "VQAv2 questions")
-        records = checked_list(content["questions"], _QUESTION, path, "VQAv2 questions")
-        content = checked(read_json(answers_path), {"annotations": list}, str(answers_path), "VQAv2 annotations")
-        annotations = index_unique(
-            checked_list(content["annotations"], _ANNOTATION, answers_path, "VQAv2 annotations"),
-            "question_id",
-            answers_path,
-        )
+        path, answers_path = self.path(self.questions), self.annotation_path()
+        annotations = read_records(answers_path, "annotations", _ANNOTATION, "VQAv2 annotations")
+        by_question = index_unique(annotations, "question_id", answers_path)
         questions = []
-        for number, record in enumerate(records, start=1):
+        for number, record in enumerate(read_records(path, "questions", _QUESTION, "VQAv2 questions"), start=1):
             where = f"{path}, record {number}"
-            annotation = annotations.get(record["question_id"])
+            annotation = by_question.get(record["question_id"])
             if annotation is None or annotation["image_id"] != record["image_id"]:
                 raise UsageError(
                     f"{where}: question {record['question_id']} about image {record['image_id']} is not in "

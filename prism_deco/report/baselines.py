@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from prism_deco.config import load_choice
 from prism_deco.config.schema import Config
 from prism_deco.errors import UsageError
-from prism_deco.evaluation import Benchmark, Item, Prediction, build_benchmark, load_predictions
-from prism_deco.evaluation.scoring import best_constant
+from prism_deco.evaluation import Benchmark, Prediction, build_benchmark, load_predictions
+from prism_deco.evaluation import chance as constant_chance
 from prism_deco.report.cells import RunCell, Score
 
 log = logging.getLogger(__name__)
@@ -51,12 +51,7 @@ def chance(score: Score) -> float | None:
     if int(score.content["n"]) > MOST_QUESTIONS:
         return None
     try:
-        benchmark = build_benchmark(score.choice)
-        predictions = main_predictions(benchmark, score.folder / "predictions.jsonl")
-        likelihood = benchmark.VARIANTS[benchmark.variant_of(predictions[0])].likelihood
-        choices = tuple(benchmark.choices) if likelihood else ()
-        items = [Item(p.question_id, (), (), p.prompt, p.target, choices) for p in predictions]
-        return best_constant(benchmark, items)
+        return constant_chance(build_benchmark(score.choice), load_predictions(score.folder / "predictions.jsonl"))
     except UsageError as error:
         log.warning("%s: no chance level: %s", score.folder, error)
         return None

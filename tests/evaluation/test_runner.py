@@ -10,7 +10,7 @@ from prism_deco.config.benchmarks import results_name
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark, evaluate, load_predictions, score_file
-from prism_deco.evaluation.choose import check_names, prepare, prepare_one
+from prism_deco.evaluation.choose import check_keys, prepare, prepare_one
 from prism_deco.evaluation.scoring import predict
 
 KINDS = ("pope", "refcoco", "vqav2", "vizwiz", "textvqa", "gqa", "mme", "seed", "mmbench", "questions")
@@ -411,7 +411,7 @@ def test_keys_of_single_benchmarks(files, shipped):
     boxes, answers = prepare(shipped, {"limit": 2}, own, root=files.path)
     assert (boxes.limit, answers.limit) == (2, 1) and boxes.root == answers.root == elsewhere
     with pytest.raises(UsageError, match=r"Unknown benchmark.* 'gqu'\. Did you mean 'gqa'\?"):
-        check_names(shipped, {"gqu": {}})
+        check_keys(shipped, (), {"gqu": {}})
 
 
 def test_relevance_is_measured_where_there_are_boxes(shipped):
