@@ -29,8 +29,7 @@ from prism_deco.training.lightning_internals import run_validation, set_position
 from prism_deco.training.metrics import Metrics
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.preemption import Preemption
-from prism_deco.training.shard_blocks import local_piece
-from prism_deco.training.sharding import reshard
+from prism_deco.training.sharding import local_piece, reshard
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
