@@ -1,20 +1,39 @@
-"""Single-stage, PRISM-style training of vision-language models around DeCo's token compression."""
+"""Single-stage, PRISM-style training of vision-language models around DeCo's token compression.
+
+In a notebook:
+
+    import prism_deco
+
+    # Choices and settings are those of the command line; `prism-deco keys` lists them.
+    config = prism_deco.load_config(["projector=c_abstractor", "recipe.epochs=1", "run_id=first",
+                                     "data=llava", "data.json=train.json", "data.image_root=images"])
+    run = prism_deco.train(config)                        # the run folder; an unfinished run continues
+
+    model = prism_deco.load(run, device="auto")           # a run, or what `prism-deco export` wrote
+    model.generate(["photo.jpg"], ["What is in the picture?"])
+    seen = model.relevance("photo.jpg", "What is in the picture?")
+    seen.tokens, seen.text_to_query                       # where each word of the answer looked
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prism_deco.api import Model, load
+    from prism_deco.api import Model, load, train
+    from prism_deco.config import load_config
 
-__all__ = ["Model", "load"]
+__all__ = ["Model", "load", "load_config", "train"]
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__doc__", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     # Lazily, so that `import prism_deco.config` and `prism-deco --help` stay light.
     if name in __all__:
-        from prism_deco import api
-
-        return getattr(api, name)
+        return getattr(import_module("prism_deco.config" if name == "load_config" else "prism_deco.api"), name)
     raise AttributeError(f"module 'prism_deco' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`prism_deco.load(run)`: a trained model as a researcher uses it."""
+"""Training and asking models from Python: `prism_deco.train(config)` and `prism_deco.load(run)`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from torch import Tensor
 from prism_deco.config.registry import import_plugins
 from prism_deco.data.images import open_image
 from prism_deco.data.loader import stack_pixels
+from prism_deco.distributed import requested_device
 from prism_deco.errors import UsageError
 from prism_deco.explain import Relevance, relevance
 from prism_deco.export import SHARD_SIZE, save_folder
 from prism_deco.inference import answer, answer_losses, first_token_probabilities
 from prism_deco.llms import LanguageModel
+from prism_deco.training.entry import run as run_training
 from prism_deco.training.model_folder import load_model
+from prism_deco.training.run_dir import run_folder
 from prism_deco.vlm import VLM
 
 ImageLike = Image.Image | str | Path | Tensor
@@ -105,7 +108,7 @@ class Model:
         Args:
             prompt: the raw question.
             answer: the text to explain; None takes the model's own answer.
-            options: see `prism_deco.explain.relevance` (method, chunk, through_backbone, max_new_tokens).
+            options: see `prism_deco.explain.relevance` (method, max_new_tokens).
         """
         return relevance(self.vlm, self.llm, image, prompt, answer, **options)
 
@@ -152,6 +155,21 @@ def _listed(images: Images) -> list[ImageLike]:
     return [images] if isinstance(images, Image.Image | str | Path | Tensor) else list(images)
 
 
+def train(config: DictConfig) -> Path:
+    """Trains what `load_config` composed, without scoring it; a run that was stopped continues.
+
+    Returns:
+        The run folder, for `load`.
+
+    Raises:
+        UsageError: wrong input.
+        RuntimeError: the run was stopped or failed; what it wrote to stderr says why.
+    """
+    if code := run_training(config, None):
+        raise RuntimeError(f"The run in {run_folder(config)} ended with exit code {code}.")
+    return run_folder(config)
+
+
 def load(
     run: str | Path,
     device: str | torch.device = "cpu",
@@ -162,14 +180,16 @@ def load(
 
     Args:
         run: a run folder, its `model/` folder, or what `Model.save` wrote.
+        device: where the model computes: cpu, cuda (or gpu), cuda:N, or auto, which takes a GPU where there is one.
         dtype: casts the weights; None keeps them as they were saved (float32 master weights).
         plugins: modules to import first. Those that the run names are needed, but not imported unless they are named
             here (or imported already): the folder may be somebody else's.
 
     Raises:
-        UsageError: the folder holds no finished model, its files do not fit together, or it needs a plug-in that is
-            not named.
+        UsageError: the folder holds no finished model, its files do not fit together, it needs a plug-in that is not
+            named, or there is no such device.
     """
+    target = requested_device(str(device))
     folder = Path(run)
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
@@ -177,4 +197,4 @@ def load(
     vlm, llm, config = load_model(folder / "model" if (folder / "model").is_dir() else folder)
     if dtype is not None:
         vlm.cast(dtype)
-    return Model(vlm.to(device=device), llm, config)
+    return Model(vlm.to(device=target), llm, config)

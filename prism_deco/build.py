@@ -37,7 +37,7 @@ def prompt_options(config: DictConfig) -> dict[str, Any]:
 
 
 def record_options(config: DictConfig) -> dict[str, Any]:
-    """Which records are trained on, as options of `data.split.open_parts`."""
+    """Which records are trained on, as options of `data.records.open_parts`."""
     names = ("val_fraction", "limit", "on_bad_record")
     return {name: config.data[name] for name in names} | {"odd_records": config.recipe.odd_records}
 

@@ -53,8 +53,8 @@ def _parse(argv: list[str]) -> tuple[Callable[[argparse.Namespace], int | None],
         name = " ".join(argv[:1])
     if name not in COMMANDS:
         _explain_commands(argv)
-    module_name, _, function = COMMANDS[name].place.partition(":")
-    module = importlib.import_module(f"prism_deco.commands.{module_name}")
+    module = importlib.import_module(f"prism_deco.commands.{COMMANDS[name].module}")
+    function = name.replace(" ", "_")
     command = getattr(module, function)
     parser = argparse.ArgumentParser(
         prog=f"prism-deco {name}",

@@ -60,7 +60,7 @@ class World:
         Raises:
             UsageError: the machine lacks the devices, or another number of processes was started.
         """
-        gpu = _uses_gpu(trainer)
+        gpu = _uses_gpu(trainer.accelerator)
         devices = _local_devices(trainer, gpu)
         size = devices * trainer.num_nodes
         environment = _environment(size, devices)
@@ -87,9 +87,8 @@ class World:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
-        environment = LightningEnvironment()
-        local_rank = environment.local_rank()
-        return cls(int(os.environ["RANK"]), size, local_rank, grouped=True, environment=environment)
+        rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+        return cls(rank, size, local_rank, grouped=True, environment=LightningEnvironment())
 
     @property
     def is_main(self) -> bool:
@@ -124,7 +123,7 @@ class World:
             yield
             return
         ranks = {"RANK": str(self.rank), "LOCAL_RANK": str(self.local_rank)}
-        with environment_variables(self.variables | ranks):
+        with _environment_variables(self.variables | ranks):
             if self.gpu:
                 torch.cuda.set_device(self.local_rank)
             try:
@@ -164,15 +163,6 @@ class World:
         """Returns when all processes have called it."""
         if dist.is_initialized():
             dist.barrier(group=self._group)
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Runs its body in rank 0 first, whose results the others then find in the cache."""
-        if not self.is_main:
-            self.barrier()
-        yield
-        if self.is_main:
-            self.barrier()
 
     def decide(self, decision: Callable[[], T]) -> T:
         """The result of a function that rank 0 alone calls.
@@ -219,7 +209,7 @@ def local_device(accelerator: str) -> torch.device:
 
 
 def requested_device(name: str) -> torch.device:
-    """The device of a name that a user gave (auto | cpu | gpu | cuda | cuda:N | ...); never another one instead.
+    """The device of a name that a user gave (auto | cpu | gpu | cuda | cuda:N | ...), for this process.
 
     Raises:
         UsageError: there is no such device, or not on this machine.
@@ -234,9 +224,7 @@ def requested_device(name: str) -> torch.device:
         check_gpus(f"device {name}", 1 + (device.index or 0), "Use another one, for example cpu.")
         return device if device.index is not None else local_device("cuda")
     try:
-        if device.type == "meta":
-            raise RuntimeError("it computes nothing")
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"device {name} cannot be used ({str(error).splitlines()[0]}). Use cpu or cuda.") from error
     return device
@@ -250,12 +238,11 @@ def check_gpus(asked: str, count: int, way_out: str) -> None:
         raise UsageError(f"{asked}: {has}. {way_out}")
 
 
-def _uses_gpu(trainer: DictConfig) -> bool:
-    if trainer.accelerator not in ("gpu", "cuda"):
-        return trainer.accelerator == "auto" and torch.cuda.is_available()
-    asked = f"trainer.accelerator={trainer.accelerator}"
-    check_gpus(asked, 1, "Use trainer.accelerator=cpu, or auto, which takes a GPU where there is one.")
-    return True
+def _uses_gpu(accelerator: str) -> bool:
+    if accelerator in ("gpu", "cuda"):
+        way_out = "Use trainer.accelerator=cpu, or auto, which takes a GPU where there is one."
+        check_gpus(f"trainer.accelerator={accelerator}", 1, way_out)
+    return local_device(accelerator).type == "cuda"
 
 
 def _local_devices(trainer: DictConfig, gpu: bool) -> int:
@@ -275,19 +262,14 @@ def _started_here() -> int:
     """Processes that a launcher started on this node; 0 without a launcher."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["LOCAL_WORLD_SIZE"])
-    if _slurm_tasks() > 1:
-        return _slurm_tasks() // int(os.environ.get("SLURM_NNODES", "1"))
-    return 0
-
-
-def _slurm_tasks() -> int:
-    return int(os.environ.get("SLURM_NTASKS", "1"))
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    return tasks // int(os.environ.get("SLURM_NNODES", "1")) if tasks > 1 else 0
 
 
 def _environment(size: int, devices: int) -> ClusterEnvironment:
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    if _slurm_tasks() > 1:
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         # Lightning's own requeueing saves within the signal handler, which ranks enter at different moments.
         try:
             return SLURMEnvironment(auto_requeue=False)
@@ -306,7 +288,7 @@ def _end_together() -> None:
 
 
 @contextmanager
-def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
+def _environment_variables(values: Mapping[str, str]) -> Iterator[None]:
     """Sets environment variables for a while."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

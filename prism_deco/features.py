@@ -2,7 +2,7 @@
 
 The towers are frozen and images are not augmented, so an image has the same features in every epoch, for every seed and
 in every run with the same towers. They are computed once, before the first step; training then reads them in place of
-images. Nothing else knows of it: `CachedExamples` stands in for the data set, `CachedBackbone` for the towers.
+images (`training.feature_cache`).
 
 A cache is a folder, named by the hash of its `key.json`. The images are in it by name, in shards: `00000.safetensors`
 holds one tensor `features`, dtype[n, N, D], and `00000.json` is its record. Both are written under another name, synced
@@ -28,19 +28,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from prism_deco.backbones import VisionBackbone
 from prism_deco.data.examples import Examples, blank_pixels
 from prism_deco.data.images import load_image
-from prism_deco.data.loader import stack_pixels
 from prism_deco.errors import UsageError
 from prism_deco.files import file_sha256, write_json, write_whole
-from prism_deco.tensors import open_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -52,18 +49,12 @@ COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": tor
 is float32; it is stored as the next matrix product would round it. A projector that begins with a matrix product sees
 the same bits, one that begins with a norm sees a rounded input."""
 
-TOWER = "features"
-"""The name under which features stand among the pixels of an example."""
-
 BATCH = 32
 """Images per forward pass. Kernels may round differently for other batch sizes: with a fixed one, and shards of whole
 batches, a feature does not depend on which process computed it."""
 
 SHARD_BYTES, SHARD_IMAGES = 2**28, 512
 """The most that a shard holds, though at least one batch."""
-
-REPORT_EVERY = 60.0
-"""Seconds between two lines in the log."""
 
 _ORIGIN = ("weights", "pretrained", "hub", "file", "file_gb")
 """Keys of the `backbone` group that say where weights come from; their hash says what they are."""
@@ -95,7 +86,8 @@ class FeatureCache:
         examples: Examples,
     ):
         self.backbone = backbone
-        self.compute, self.dtype = compute, COMPUTE[compute]
+        self.compute = compute
+        self.dtype = COMPUTE[compute]
         self.examples = examples
         self.names = sorted({name for record in examples.records for name in record.images})
         self.key = {
@@ -118,7 +110,7 @@ class FeatureCache:
 
     def path(self, shard: int) -> Path:
         """The file of a shard."""
-        return _path(self.folder, shard)
+        return shard_path(self.folder, shard)
 
     def check_space(self) -> None:
         """`UsageError` if the shards that have no record yet do not fit on the disk."""
@@ -162,7 +154,8 @@ class FeatureCache:
 
         A file is hashed only if its size or time is not that of the file that was written; a copy is hashed once.
         """
-        record, path = self._record(shard), self.path(shard)
+        record = self._record(shard)
+        path = self.path(shard)
         if not record or not path.is_file():
             return "is incomplete"
         if record["stamp"] != _stamp(path):
@@ -170,7 +163,8 @@ class FeatureCache:
                 return "does not have the content that was written"
             self._write_record(shard, record | {"stamp": _stamp(path)})
         for name in record["unreadable"]:
-            if not _Pixels(self.examples, [name])[0][1]:
+            _, still_unreadable = _Pixels(self.examples, [name])[0]
+            if not still_unreadable:
                 return f"lacks the image {name}, which can be read now"
         return None
 
@@ -185,22 +179,23 @@ class FeatureCache:
         loader = DataLoader(
             _Pixels(self.examples, names),
             batch_size=BATCH,  # no batch has images of two shards: all shards but the last are whole batches
-            collate_fn=_collate,
             num_workers=num_workers,
             generator=torch.Generator(),  # leaves the run's random numbers alone
         )
-        encode, batches = _encoder(self.backbone, self.compute, device), iter(loader)
+        batches = iter(loader)
+        encode = _encoder(self.backbone, self.compute, device)
         start = reported = time.monotonic()
         done = 0
         for shard in shards:
-            features, unreadable = [], []
+            features: list[Tensor] = []
+            unreadable: list[str] = []
             for _ in range(0, len(self.shards[shard]), BATCH):
                 pixels, failed = next(batches)
                 features.append(encode(pixels))
-                unreadable += failed
+                unreadable += [name for name in failed if name]
             self._write(shard, torch.cat(features), unreadable)
             done += len(self.shards[shard])
-            if time.monotonic() - reported > REPORT_EVERY:
+            if time.monotonic() - reported > 60:
                 reported = time.monotonic()
                 log.info("Feature cache: %d of %d images, %.1f images/s", done, len(names), done / (reported - start))
         log.info("Feature cache: %d images computed in %.1f s", len(names), time.monotonic() - start)
@@ -229,86 +224,24 @@ class FeatureCache:
         write_whole(self._record_path(shard), json.dumps(record))
 
 
-class CachedExamples(Examples):
-    """The examples of a complete cache, with features in place of pixels. Loader processes take it along."""
-
-    def __init__(self, cache: FeatureCache):
-        vars(self).update(vars(cache.examples))
-        self._folder, self._shard_images = cache.folder, cache.shard_images
-        # An array, since each loader process would come to own a copy of a list.
-        self._names = np.array([name.encode() for name in cache.names])
-        self._unreadable = cache.unreadable()
-
-    def read_image(self, record: str, name: str) -> tuple[dict[str, Tensor], bool]:
-        unreadable = name in self._unreadable
-        # Opening the image once more handles it as `data.on_bad_image` says.
-        if unreadable and self.open_image(record, name) is not None:
-            raise UsageError(
-                f"Record {record}: {self.images.location(name)} could not be read when features were cached, but can "
-                "be read now. Run again: its features will be computed."
-            )
-        return {TOWER: self.features(name)}, unreadable
-
-    def features(self, name: str) -> Tensor:
-        """dtype[N, D] of an image."""
-        index = int(np.searchsorted(self._names, name.encode()))
-        assert self._names[index] == name.encode(), name
-        shard, row = divmod(index, self._shard_images)
-        # Opened each time: a cache may have more shards than a process may have open files.
-        with open_safetensors(_path(self._folder, shard), "Run again: it will be computed again.") as file:
-            return file.get_slice("features")[row]
-
-
-class CachedBackbone(VisionBackbone):
-    """Stands in for the towers and hands on the features that come in place of pixels.
-
-    It has no parameters: while the model is trained, the towers are neither moved to the device nor sharded.
-
-    Args:
-        backbone: the towers.
-        dtype: of the cached features.
-    """
-
-    def __init__(self, backbone: VisionBackbone, dtype: torch.dtype):
-        super().__init__()
-        self.towers = (TOWER,)
-        self.image_size, self.patch_size = backbone.image_size, backbone.patch_size
-        self.grid, self.embed_dim = backbone.grid, backbone.embed_dim
-        self.transform = backbone.transform
-        self._dtype = dtype
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        return []
-
-    def features(self, pixels: Mapping[str, Tensor]) -> Tensor:
-        return pixels[TOWER]
-
-    def blank(self, device: torch.device) -> dict[str, Tensor]:
-        return {TOWER: torch.zeros(1, self.num_patches, self.embed_dim, dtype=self._dtype, device=device)}
-
-
-class _Pixels(Dataset[tuple[dict[str, Tensor], list[str]]]):
-    """Per tower float32[3, S, S] of each named image, blank if it cannot be read; and its name in that case."""
+class _Pixels(Dataset[tuple[dict[str, Tensor], str]]):
+    """Per tower float32[3, S, S] of each named image and ""; a blank image and its name if it cannot be read."""
 
     def __init__(self, examples: Examples, names: Sequence[str]):
-        self._images, self._transform = examples.images, examples.transform
+        self._images = examples.images
+        self._transform = examples.transform
         self._names = names
 
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], list[str]]:
+    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], str]:
         name = self._names[index]
         try:
-            return self._transform(load_image(self._images, name)), []
+            return self._transform(load_image(self._images, name)), ""
         except OSError as error:
             log.warning("%s", error)
-            return blank_pixels(self._transform), [name]
-
-
-def _collate(images: list[tuple[dict[str, Tensor], list[str]]]) -> tuple[dict[str, Tensor] | None, list[str]]:
-    return stack_pixels([pixels for pixels, _ in images]), [name for _, unreadable in images for name in unreadable]
+            return blank_pixels(self._transform), name
 
 
 def _encoder(backbone: VisionBackbone, compute: str, device: torch.device) -> Callable[[dict[str, Tensor]], Tensor]:
@@ -324,7 +257,8 @@ def _encoder(backbone: VisionBackbone, compute: str, device: torch.device) -> Ca
     return encode
 
 
-def _path(folder: Path, shard: int) -> Path:
+def shard_path(folder: Path, shard: int) -> Path:
+    """The file of a shard of the cache in a folder."""
     return folder / f"{shard:05d}.safetensors"
 
 

@@ -123,8 +123,7 @@ def answer_losses(
     for prompt, text, images in zip(prompts, answers, visual, strict=True):
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
         encoded.append(llm.encode(messages, num_images=len(images)))
-    device = vlm.lm.get_input_embeddings().weight.device
-    batch = build_batch(encoded, vlm.projector.num_tokens).to(device)  # type: ignore[arg-type]
+    batch = build_batch(encoded, vlm.projector.num_tokens).to(_device(vlm))
     if batch.input_ids.shape[1] > llm.max_positions:
         raise UsageError(
             f"Question, answer and image take {batch.input_ids.shape[1]} positions, the LLM has {llm.max_positions}: "
@@ -175,11 +174,13 @@ def _first_ids(llm: LanguageModel, prompt: str, encoded: Encoded, choices: Seque
 
 
 def _prompt_batch(vlm: VLM, llm: LanguageModel, encoded: Sequence[Encoded]) -> Batch:
-    device = vlm.lm.get_input_embeddings().weight.device
-    return build_batch(encoded, vlm.projector.num_tokens, left_pad=True).to(device)  # type: ignore[arg-type]
+    return build_batch(encoded, vlm.projector.num_tokens, left_pad=True).to(_device(vlm))
 
 
 def _stack(visual: Sequence[Sequence[Tensor]], vlm: VLM) -> Tensor | None:
-    device = vlm.lm.get_input_embeddings().weight.device
     tokens = [image for images in visual for image in images]
-    return torch.stack(tokens).to(device) if tokens else None  # type: ignore[arg-type]
+    return torch.stack(tokens).to(_device(vlm)) if tokens else None
+
+
+def _device(vlm: VLM) -> torch.device:
+    return next(vlm.lm.parameters()).device

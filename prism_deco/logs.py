@@ -6,6 +6,10 @@ import logging
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _USELESS = (
     "Failed to load CPU gemm_4bit",  # bitsandbytes: a faster kernel that nothing here needs
@@ -31,7 +35,6 @@ def configure_logging(*, debug: bool) -> None:
         handler.addFilter(_concerns_the_user)
         # Deprecations between the libraries themselves.
         warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|torch)\.")
-        logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # `start_ranks` says why ranks end
     for name in ("lightning_fabric", "pytorch_lightning"):  # imported before, they have handlers of their own
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
@@ -43,10 +46,19 @@ def configure_logging(*, debug: bool) -> None:
         _hide_progress_bars()
 
 
+def log_console() -> Console:
+    """The terminal that the log goes to. A progress bar on it stays below the lines of the log."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, RichHandler)]
+    return handlers[0].console if handlers else Console(stderr=True)
+
+
 def _concerns_the_user(record: logging.LogRecord) -> bool:
     if record.name.startswith("prism_deco"):
         return True
-    # These write to stderr themselves; what they pass on as well (transformers does where CI is set) would appear twice.
+    # These write to stderr themselves; what they pass on as well (transformers does if CI is set) would appear twice.
     own_handler = record.name.startswith(("huggingface_hub", "transformers"))
     # Below are Lightning's hardware report and product tips.
     return record.levelno >= logging.WARNING and not own_handler and not record.getMessage().startswith(_USELESS)

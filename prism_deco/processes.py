@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -16,14 +15,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch.distributed as dist
-from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, start_processes
 
-from prism_deco.distributed import World, environment_variables, exit_code
+from prism_deco.distributed import World, exit_code
 from prism_deco.errors import UsageError
 from prism_deco.exits import SIGNALS, Preempted, RankFailed, Stop, as_stop, take_over
 from prism_deco.logs import configure_logging
@@ -31,7 +31,20 @@ from prism_deco.logs import configure_logging
 log = logging.getLogger(__name__)
 
 GRACE = 10.0
-"""Seconds that ranks have to end by themselves after one has failed, and once more after SIGTERM, before SIGKILL."""
+"""Seconds that ranks have to end by themselves after one has failed, before they are killed."""
+
+_RANK = """\
+import sys
+sys.path = sys.argv[2].split(":")
+import signal
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a rank that is still importing ends without a traceback
+from prism_deco.processes import _run_rank
+_run_rank()
+"""
+_TASK = "task"
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
 
 _SHARED = ".ranks"
 """In the run's folder: an empty file per rank that is training, and the reason of the first that failed."""
@@ -43,154 +56,161 @@ _PATIENCE = 3.0
 def start_ranks(function: Callable[..., int], arguments: Sequence[Any], world: World) -> int:
     """Calls a function in one new process per device of this node, which this process supervises.
 
-    Signals are passed on to the ranks. When one of them fails, the others end within seconds; when this process is
-    killed, so are they.
+    Signals are passed on to the ranks. When one of them fails, the others end within seconds. When this process is
+    killed, the kernel kills them. `torch.multiprocessing` cannot promise that: it arranges it after a new process
+    has imported torch, and with a signal that a stopped process does not obey.
 
     Args:
-        function: picklable; returns an exit code. A `UsageError` or a `Stop` that it raises is raised here as well.
+        function: of an importable module; returns an exit code. A `UsageError` or a `Stop` that it raises is raised
+            here as well.
         arguments: its arguments, picklable.
 
     Returns:
         The exit code of the ranks.
     """
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    with TemporaryDirectory(prefix="prism-deco-") as folder, environment_variables(world.variables | threads):
-        place = (world.rank, Path(folder), logging.getLogger("prism_deco").level)
-        with _Supervised() as supervised:
-            context = start_processes(
-                _run_rank, (function, tuple(arguments), *place), nprocs=world.devices, join=False, start_method="spawn"
-            )
-            assert context is not None
+    with TemporaryDirectory(prefix="prism-deco-") as name:
+        folder = Path(name)
+        task = (function, tuple(arguments), logging.getLogger("prism_deco").level)
+        (folder / _TASK).write_bytes(pickle.dumps(task))
+        ranks: list[Popen[bytes]] = []
+        with _signals_forwarded(ranks) as received:
             try:
-                supervised.attach(context)
-                while not context.join(grace_period=GRACE):
-                    pass
-            except ProcessExitedException as error:
-                return _outcome(error, _reports(Path(folder)), world.rank, supervised.asked)
+                for index in range(world.devices):
+                    ranks.append(_start_rank(folder, index, world))
+                if received:  # while they were being started
+                    _send(ranks, received[-1])
+                codes = _wait(ranks)
             finally:
-                _kill(context)
-    return 0
+                for rank in ranks:
+                    rank.kill()
+                    rank.wait()
+        reports = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("[0-9]*"))]
+    return _outcome(codes, reports, world.rank, received)
 
 
-class _Supervised:
-    """Passes the signals that this process receives on to the ranks.
+def _start_rank(folder: Path, index: int, world: World) -> Popen[bytes]:
+    variables = world.variables | {
+        "RANK": str(world.rank + index),
+        "LOCAL_RANK": str(index),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
+    isolated = ["-I"] if sys.flags.isolated else []
+    return Popen(
+        [sys.executable, *isolated, "-c", _RANK, folder, ":".join(sys.path)],
+        env=os.environ | variables,
+        stdin=DEVNULL,
+        process_group=0,  # a terminal's Ctrl-C reaches this process only, which passes it on once
+        preexec_fn=partial(_die_with_parent, os.getpid()),
+    )
 
-    Attributes:
-        asked: the last of them.
+
+def _die_with_parent(parent: int) -> None:
+    """Has the kernel kill this process when its parent ends, where it has such a service."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+@contextmanager
+def _signals_forwarded(ranks: Sequence[Popen[bytes]]) -> Iterator[list[int]]:
+    """Passes signals on to the ranks: Ctrl-Z stops them with this process, a second Ctrl-C kills them.
+
+    Yields:
+        The signals received so far that ask to end.
     """
+    received: list[int] = []
 
-    def __init__(self) -> None:
-        self.asked: int | None = None
-        self._context: ProcessContext | None = None
-        self._old: dict[int, Any] = {}
+    def forward(number: int, *_: object) -> None:
+        if number == signal.SIGTSTP:
+            _send(ranks, signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            _send(ranks, signal.SIGCONT)
+            return
+        again = number == signal.SIGINT and number in received
+        received.append(number)
+        _send(ranks, signal.SIGKILL if again else number)
 
-    def __enter__(self) -> _Supervised:
-        if threading.current_thread() is threading.main_thread():
-            self._old = take_over((signal.SIGINT, *SIGNALS), self._handle)
-        if signal.SIGINT in self._old:
-            # A terminal sends Ctrl-C to all processes; the ranks inherit that they ignore it.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        return self
-
-    def attach(self, context: ProcessContext) -> None:
-        """Begins with the signals that have come so far."""
-        self._context = context
-        if signal.SIGINT in self._old:
-            signal.signal(signal.SIGINT, self._handle)
-        if self.asked is not None:
-            self._send(self.asked)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTSTP, *SIGNALS) if in_main_thread else ()
+    before = take_over(numbers, forward)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, *_: object) -> None:
-        again = self.asked == number == signal.SIGINT
-        self.asked = number
-        asks = signal.SIGTERM if number == signal.SIGINT else number
-        self._send(signal.SIGKILL if again else asks)
 
-    def _send(self, number: int) -> None:
-        for process in self._context.processes if self._context else ():
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, number)
+def _send(ranks: Sequence[Popen[bytes]], number: int) -> None:
+    for rank in ranks:
+        rank.send_signal(number)
 
 
-def _kill(context: ProcessContext) -> None:
-    for process in context.processes:
-        process.kill()
-        process.join()
+def _wait(ranks: Sequence[Popen[bytes]]) -> list[int | None]:
+    """Waits until all ranks have ended, or one has failed and `GRACE` seconds have passed.
 
-
-def _run_rank(
-    index: int, function: Callable[..., int], arguments: Sequence[Any], first: int, folder: Path, level: int
-) -> None:
-    """What a new process does.
-
-    Args:
-        index: among the processes of this node.
-        first: rank of the first of these.
-        folder: where it reports the error that it ends with.
-        level: of the command's log; 0 where logging is not configured.
+    Returns:
+        Their exit codes, negative for signals; None for one that has not ended.
     """
-    _die_with_parent()
-    os.environ |= {"RANK": str(first + index), "LOCAL_RANK": str(index)}
-    if level:
-        configure_logging(debug=level == logging.DEBUG)
+    deadline = float("inf")
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if any(codes):
+            deadline = min(deadline, time.monotonic() + GRACE)
+        if None not in codes or time.monotonic() > deadline:
+            return codes
+        time.sleep(0.1)
+
+
+def _run_rank() -> None:
+    """What a new process does: its task, after which it leaves the error that it ends with beside it."""
+    folder = Path(sys.argv[1])
     report: UsageError | Stop | str
     try:
+        function, arguments, level = pickle.loads((folder / _TASK).read_bytes())
+        if level:
+            configure_logging(debug=level == logging.DEBUG)
         sys.exit(function(*arguments))
     except (UsageError, Stop) as error:
         error.add_note(traceback.format_exc())  # for --debug
         report, code = error, exit_code(error)
     except Exception as error:
         report, code = RankFailed(str(error)) if _is_broken_connection(error) else traceback.format_exc(), 1
-    (folder / str(index)).write_bytes(pickle.dumps(report))
+    (folder / os.environ["LOCAL_RANK"]).write_bytes(pickle.dumps(report))
     sys.exit(code)
 
 
-def _die_with_parent() -> None:
-    """The kernel kills this process when the one that started it ends; where it has no such service, nothing does."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():
-        os._exit(1)
-
-
-def _reports(folder: Path) -> list[UsageError | Stop | str]:
-    """The errors that ranks ended with, but for those that failed because another one did."""
-    return [pickle.loads(path.read_bytes()) for path in sorted(folder.iterdir())]
-
-
 def _outcome(
-    error: ProcessExitedException, reports: Sequence[UsageError | Stop | str], first: int, asked: int | None
+    codes: Sequence[int | None], reports: Sequence[UsageError | Stop | str], first: int, received: Sequence[int]
 ) -> int:
     """Says why the ranks ended: raises the reason, or returns the exit code where it has been shown.
 
     Args:
-        error: how the first of them ended.
+        codes: as `_wait` returns them.
+        reports: the errors that ranks ended with.
         first: rank of the first process of this node.
-        asked: the signal that the command was sent.
+        received: the signals that the command was sent.
     """
     for report in reports:
         if isinstance(report, str):
             sys.stderr.write(report)
             return 1
-    if asked == signal.SIGINT:
-        raise KeyboardInterrupt
-    number = -error.exit_code
-    if number in SIGNALS:
-        # The rank was not ready to save, and had nothing to save yet.
-        raise Preempted(f"received {signal.Signals(number).name}")
-    if number > 0:
-        raise RankFailed(f"rank {first + error.error_index} was killed by {error.signal_name}")
-    stops = [report for report in reports if not isinstance(report, str)]
+    for rank, code in enumerate(codes, start=first):
+        if code is None or code >= 0:
+            continue
+        number = signal.Signals(-code)
+        if number == signal.SIGINT or signal.SIGINT in received:
+            raise KeyboardInterrupt
+        if number in SIGNALS:
+            # The rank was not ready to save, and had nothing to save yet.
+            raise Preempted(f"received {number.name}")
+        raise RankFailed(f"rank {rank} was killed by {number.name}")
     # A rank whose connection broke knows less about the reason than one that gave it.
-    for stop in sorted(stops, key=lambda stop: isinstance(stop, RankFailed)):
-        raise stop
-    return error.exit_code
+    for report in sorted(reports, key=lambda report: isinstance(report, RankFailed)):
+        raise report  # type: ignore[misc]
+    if signal.SIGINT in received:
+        raise KeyboardInterrupt
+    return next((code for code in codes if code), 0)
 
 
 @contextmanager
@@ -223,12 +243,12 @@ def failure_recorded(folder: Path, world: World, record: Callable[[Stop], None])
         elif stop is not None and not agreed and world.rank:
             stop = type(stop)(f"rank {world.rank}: {stop}")
         place = f"rank {world.rank}: " if world.rank else ""
-        told = stop or RankFailed(f"{place}{type(error).__name__}: {error}{_location(error)}")
+        reason = stop or RankFailed(f"{place}{type(error).__name__}: {error}{_location(error)}")
         if world.size > 1 and not agreed:
-            _claim(shared, world, told, exit_code(stop or error))
+            _claim(shared, world, reason, exit_code(stop or error))
         if world.is_main or not agreed:
-            log.log(logging.WARNING if isinstance(told, Preempted) else logging.ERROR, "The run stopped: %s", told)
-            record(told)
+            log.log(logging.WARNING if isinstance(reason, Preempted) else logging.ERROR, "The run stopped: %s", reason)
+            record(reason)
         if stop is None:
             raise
         raise stop from error
@@ -241,12 +261,10 @@ def clear_failures(folder: Path) -> None:
 
 
 def _location(error: BaseException) -> str:
-    """The innermost line of code that is no library's; empty for refused input, which has nothing to do with it."""
-    if isinstance(error, UsageError):
-        return ""
+    """The innermost line of code outside the libraries; empty for refused input, which has nothing to do with it."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "site-packages" not in frame.filename]
-    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own and not isinstance(error, UsageError) else ""
 
 
 def _claim(shared: Path, world: World, reason: Stop, code: int) -> None:
@@ -263,6 +281,14 @@ def _claim(shared: Path, world: World, reason: Stop, code: int) -> None:
         pass  # on a full disk the reason is shown more than once
 
 
+def _read_reason(shared: Path) -> dict[str, Any]:
+    for _ in range(10):
+        with suppress(ValueError, OSError):
+            return json.loads((shared / _REASON).read_text(encoding="utf-8"))
+        time.sleep(0.1)  # it is being written
+    return {"code": 1, "text": "another process failed"}
+
+
 def _is_broken_connection(error: BaseException) -> bool:
     """Whether an error is how a process learns that another one failed. Gloo's are plain RuntimeErrors."""
     text = str(error).lower()
@@ -271,7 +297,7 @@ def _is_broken_connection(error: BaseException) -> bool:
 
 
 def _silent_ranks(shared: Path, error: BaseException) -> Stop | None:
-    """Waits for the reason of another process. None where it was told, else the ranks that said nothing at all."""
+    """Waits for the reason of another process. None where there is one, else the ranks that said nothing at all."""
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         if (shared / _REASON).exists():
@@ -282,11 +308,3 @@ def _silent_ranks(shared: Path, error: BaseException) -> Stop | None:
         return None
     ranks = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"
     return RankFailed(f"{ranks} stopped responding ({str(error).splitlines()[0]})")
-
-
-def _read_reason(shared: Path) -> dict[str, Any]:
-    for _ in range(10):
-        with suppress(ValueError, OSError):
-            return json.loads((shared / _REASON).read_text(encoding="utf-8"))
-        time.sleep(0.1)  # it is being written
-    return {"code": 1, "text": "another process failed"}

@@ -85,9 +85,8 @@ class VLM(nn.Module):
         self.max_logits = max_logits
         self.feature_mean: Tensor | None
         self.feature_std: Tensor | None
-        stats = (lambda value: torch.full((backbone.embed_dim,), value)) if standardise_features else lambda value: None
-        self.register_buffer("feature_mean", stats(0.0))
-        self.register_buffer("feature_std", stats(1.0))
+        for name, value in (("feature_mean", 0.0), ("feature_std", 1.0)):
+            self.register_buffer(name, torch.full((backbone.embed_dim,), value) if standardise_features else None)
 
     def train(self, mode: bool = True) -> VLM:
         """The frozen backbone stays in eval mode."""
@@ -127,9 +126,11 @@ class VLM(nn.Module):
         home = self.feature_mean.device
         device = device or home
         self.backbone.to(device)
-        chunks = zip(*(images.split(_IMAGES_AT_ONCE) for images in pixels.values()), strict=True)
-        moved = ({name: chunk.to(device) for name, chunk in zip(pixels, part, strict=True)} for part in chunks)
-        features = torch.cat([self.backbone(part).float().to(home) for part in moved])
+        parts = []
+        for start in range(0, len(next(iter(pixels.values()))), _IMAGES_AT_ONCE):
+            part = {tower: images[start : start + _IMAGES_AT_ONCE].to(device) for tower, images in pixels.items()}
+            parts.append(self.backbone(part).float().to(home))
+        features = torch.cat(parts)
         self.backbone.to(home)
         self.feature_mean.copy_(features.mean(dim=(0, 1)))
         self.feature_std.copy_(features.std(dim=(0, 1)).clamp(min=1e-6))

@@ -1,5 +1,11 @@
 """`prism_deco.load`: one copy of the weights, nothing drawn for the LLM, nothing read twice, every gap named."""
 
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -72,6 +78,36 @@ def test_the_projectors_first_weights_are_not_looked_for(folder, model):
     loaded = prism_deco.load(folder)
     for name, tensor in model.vlm.projector.state_dict().items():
         assert torch.equal(loaded.vlm.projector.state_dict()[name], tensor)
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path):
+    for device, says in (("gpu", "has no GPU"), ("cuda:9", "cuda:9: this machine has"), ("gpus", "is not a device")):
+        with pytest.raises(UsageError, match=says):
+            prism_deco.load(tmp_path / "gone", device=device)
+
+
+def test_python_completes_the_public_names():
+    code = "import sys, prism_deco; print(dir(prism_deco), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "['Model', '__doc__', '__version__', 'load', 'load_config', 'train'] False\n"
+    assert all(callable(getattr(prism_deco, name)) for name in prism_deco.__all__)
+
+
+def test_the_notebook_in_the_docstring_runs(colors, tmp_path, monkeypatch):
+    shutil.copytree(colors / "images", tmp_path / "images")
+    shutil.copy(colors / "train.json", tmp_path)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    lines = [line.removeprefix("    ") for line in prism_deco.__doc__.splitlines() if line.startswith("    ")]
+    assert len([line for line in lines if line]) <= 10
+    notebook = {}
+    exec("\n".join(lines), notebook)
+    assert (
+        notebook["run"] == Path("runs/first")
+        and json.loads(Path("runs/first/status.json").read_text())["state"] == "done"
+    )
+    seen = notebook["seen"]
+    assert len(seen.tokens) == len(seen.text_to_query) and seen.text_to_query.shape[1] == 16
 
 
 @pytest.fixture(params=["after_bos", "in_place"])

@@ -9,7 +9,7 @@ from PIL import Image
 
 from prism_deco.api import Model
 from prism_deco.build import build_model
-from prism_deco.chat import Chat, _Streamer, converse
+from prism_deco.commands.chat import Chat, converse
 from prism_deco.config import load_config
 
 PLAIN = ["llm=mini_qwen2", "recipe.standardise_features=false", "run_id=test"]
@@ -53,86 +53,82 @@ def by_hand(model: Model, image, messages) -> str:
     return model.llm.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
-def test_the_history_is_shown_through_the_llms_template(models, image):
-    written: list[str] = []
-    chat = Chat(models["causal"], written.append, max_new_tokens=12)
+def test_the_history_is_shown_through_the_llms_template(models, image, capsys):
+    chat = Chat(models["causal"], max_new_tokens=12)
     chat.show([image])
     messages = []
     for question in ("What color is it?", "How many circles are there?", "Why?"):
         messages.append({"role": "user", "content": question})
         expected = by_hand(models["causal"], image, messages)
-        written.clear()
         assert chat.ask(question) == expected
-        assert "".join(written).strip() == expected
+        assert capsys.readouterr().out.strip() == expected
         messages.append({"role": "assistant", "content": expected})
     assert chat.messages == messages
-    chat.reset()
+    chat.obey("/reset")
     assert chat.ask("Why?") == by_hand(models["causal"], image, [{"role": "user", "content": "Why?"}])
 
 
 def test_rounds_trained_apart_are_asked_apart(models, image):
-    chat = Chat(models["block"], lambda text: None, max_new_tokens=12)
+    chat = Chat(models["block"], max_new_tokens=12)
     chat.show([image])
     chat.ask("What color is it?")
     assert chat.ask("Why?") == by_hand(models["block"], image, [{"role": "user", "content": "Why?"}])
 
 
-def test_a_conversation_about_two_images(models, image, tmp_path):
+def test_a_conversation_about_two_images(models, image, tmp_path, capsys):
     blue = tmp_path / "a blue.png"
     Image.new("RGB", (30, 60), "blue").save(blue)
-    model, written = models["causal"], []
-    chat = Chat(model, written.append, max_new_tokens=8, relevance=tmp_path / "maps")
+    model = models["causal"]
+    chat = Chat(model, max_new_tokens=8, relevance=tmp_path / "maps")
     lines = iter([f"/image {image} '{blue}'", "Which is larger?", f"/image {blue}", f"/image '{blue}", "/quit"])
-    converse(chat, lambda: next(lines), written.append)
+    converse(chat, lambda: next(lines))
     [answer] = model.generate([[image, blue]], ["Which is larger?"], max_new_tokens=8)
-    text = "".join(written)
+    text = capsys.readouterr().out
     assert f"Now looking at {image} and {blue}.\n{answer}\n" in text
     assert f"Now looking at {blue}.\n" in text and "No closing quotation" in text
     assert not (tmp_path / "maps").exists(), "relevance is that of a single image"
 
 
-def test_words_are_written_before_the_answer_is_whole(models):
+def test_words_are_written_before_the_answer_is_whole(models, image, monkeypatch):
+    """At each token, what was written before."""
     written: list[str] = []
-    streamer = _Streamer(models["causal"], written.append)
-    ids = models["causal"].llm.tokenizer("a red circle and a blue square", add_special_tokens=False)["input_ids"]
-    streamer.put(torch.tensor([[]], dtype=torch.long))  # what `generate` hands over as the prompt
-    for token in ids[:-2]:
-        streamer.put(torch.tensor([token]))
-    assert "".join(written).startswith("a red circle")
-    for token in ids[-2:]:
-        streamer.put(torch.tensor([token]))
-    streamer.end()
-    assert "".join(written) == "a red circle and a blue square\n" and len(written) > 3
+    lengths = []
+    chat = Chat(models["causal"], max_new_tokens=12)
+    chat.show([image])
+    monkeypatch.setattr("builtins.print", lambda text, **_: written.append(text))
+    forward = models["causal"].vlm.lm.forward
+    monkeypatch.setattr(
+        models["causal"].vlm.lm, "forward", lambda *a, **k: lengths.append(len(written)) or forward(*a, **k)
+    )
+    answer = chat.ask("What color is it?")
+    assert "".join(written) == answer and 0 < lengths[-1] < len(written)
 
 
-def test_a_conversation_that_fills_the_context_can_be_begun_anew(models):
-    written: list[str] = []
-    chat = Chat(models["causal"], written.append, max_new_tokens=2)
+def test_a_conversation_that_fills_the_context_can_be_begun_anew(models, capsys):
+    chat = Chat(models["causal"], max_new_tokens=2)
     lines = iter(["word " * 3000, "/reset", "Hello"])
-    converse(chat, lambda: next(lines, "/quit"), written.append)
-    assert any("leaves no room for an answer" in text for text in written)
+    converse(chat, lambda: next(lines, "/quit"))
+    assert "leaves no room for an answer" in capsys.readouterr().out
     assert [message["content"] for message in chat.messages][:1] == ["Hello"]
 
 
-def test_half_a_surrogate_pair_is_said_and_the_conversation_goes_on(models):
+def test_half_a_surrogate_pair_is_said_and_the_conversation_goes_on(models, capsys):
     """A terminal hands on bytes that are not UTF-8 like that."""
-    written = []
     lines = iter(["a \udcff", "Hello", "/quit"])
-    converse(Chat(models["causal"], written.append, max_new_tokens=2), lambda: next(lines), written.append)
-    assert sum("half of a surrogate pair" in text for text in written) == 1
+    converse(Chat(models["causal"], max_new_tokens=2), lambda: next(lines))
+    assert capsys.readouterr().out.count("half of a surrogate pair") == 1
     with pytest.raises(ValueError, match="half of a surrogate pair"):
         models["causal"].generate([None], ["a \ud83d"])
     with pytest.raises(ValueError, match="half of a surrogate pair"):
         models["causal"].answer_losses([None], ["q"], ["a \ud83d"])
 
 
-def test_ctrl_c_leaves(models):
+def test_ctrl_c_leaves(models, capsys):
     def interrupted() -> str:
         raise KeyboardInterrupt
 
-    written: list[str] = []
-    converse(Chat(models["causal"], written.append), interrupted, written.append)
-    assert written[-1] == "\n"
+    converse(Chat(models["causal"]), interrupted)
+    assert capsys.readouterr().out.endswith("\n\n")
 
 
 def test_the_command_reads_a_pipe(models, image, tmp_path):

@@ -38,11 +38,12 @@ def test_every_command_explains_itself(name, capsys, monkeypatch):
     example = shown.rpartition("example:\n  prism-deco ")[2]
     assert example.startswith(f"{name} ") or example.strip() == name
     # Every option that has a default says so.
-    module, _, function = COMMANDS[name].place.partition(":")
-    command = getattr(importlib.import_module(f"prism_deco.commands.{module}"), function)
+    module = importlib.import_module(f"prism_deco.commands.{COMMANDS[name].module}")
+    function = name.replace(" ", "_")
+    command = getattr(module, function)
     assert description.split() == command.__doc__.split("\n\n")[0].split()
     parser = argparse.ArgumentParser()
-    getattr(importlib.import_module(f"prism_deco.commands.{module}"), f"{function}_arguments")(parser)
+    getattr(module, f"{function}_arguments")(parser)
     for action in parser._actions:
         if action.option_strings and action.default not in (None, False, [], argparse.SUPPRESS):
             assert "default" in (action.help or ""), action.option_strings
@@ -51,7 +52,7 @@ def test_every_command_explains_itself(name, capsys, monkeypatch):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_example_of_a_command_is_understood(name):
     command, args = _parse(shlex.split(COMMANDS[name].example))
-    assert command.__name__ == COMMANDS[name].place.partition(":")[2]
+    assert command.__name__ == name.replace(" ", "_")
     for arguments in ("arguments", "names", "folders"):
         assert all(isinstance(value, str | Path) for value in getattr(args, arguments, []))
 

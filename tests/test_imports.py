@@ -42,7 +42,6 @@ RANKS = {
     "report": 8,
     "api": 9,
     "miniature": 10,
-    "chat": 10,
     "integrations": 10,
     "commands": 11,
     "cli": 12,

@@ -7,64 +7,68 @@ with a timm trunk use timm's names but for the few that `_TIMM` changes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-Renames = tuple[tuple[str, str], ...]
+# Parts of names, each between two dots; a part at the start or the end of a name has a dot put there. timm's own come
+# second. Both are replaced in this order.
+_OPEN_CLIP = {
+    ".class_embedding.": ".cls_token.",
+    ".positional_embedding.": ".pos_embed.",
+    ".conv1.": ".patch_embed.proj.",
+    ".ln_pre.": ".norm_pre.",
+    ".ln_post.": ".norm.",
+    ".transformer.resblocks.": ".blocks.",
+    ".ln_1.": ".norm1.",
+    ".ln_2.": ".norm2.",
+    ".in_proj_weight.": ".qkv.weight.",
+    ".in_proj_bias.": ".qkv.bias.",
+    ".attn.out_proj.": ".attn.proj.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
+}
+_HUGGING_FACE = {  # CLIPVisionModel, SiglipVisionModel
+    ".embeddings.class_embedding.": ".cls_token.",
+    ".embeddings.position_embedding.weight.": ".pos_embed.",
+    ".embeddings.patch_embedding.": ".patch_embed.proj.",
+    ".pre_layrnorm.": ".norm_pre.",
+    ".post_layernorm.": ".norm.",
+    ".encoder.layers.": ".blocks.",
+    ".layer_norm1.": ".norm1.",
+    ".layer_norm2.": ".norm2.",
+    **{f".self_attn.{part}_proj.": f".attn.{part}." for part in "qkv"},
+    ".self_attn.out_proj.": ".attn.proj.",
+}
+_HUGGING_FACE_DINOV2 = {  # Dinov2WithRegistersModel, Dinov2Model; older files say attention.attention.query
+    ".embeddings.cls_token.": ".cls_token.",
+    ".embeddings.mask_token.": ".mask_token.",
+    ".embeddings.register_tokens.": ".reg_token.",
+    ".embeddings.position_embeddings.": ".pos_embed.",
+    ".embeddings.patch_embeddings.projection.": ".patch_embed.proj.",
+    ".layernorm.": ".norm.",
+    ".encoder.layer.": ".blocks.",
+    **{f".attention.attention.{part}.": f".attn.{part[0]}." for part in ("query", "key", "value")},
+    **{f".attention.{part}_proj.": f".attn.{part}." for part in "qkv"},
+    ".attention.output.dense.": ".attn.proj.",
+    ".attention.o_proj.": ".attn.proj.",
+    ".layer_scale1.lambda1.": ".ls1.gamma.",
+    ".layer_scale2.lambda1.": ".ls2.gamma.",
+}
+_TIMM = {".register_tokens.": ".reg_token."}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One library's names: `marker` is a key that only this layout has, `renames` are applied in order."""
+    """One library's names: `marker` is a key that only this layout has, `names` are its parts and timm's."""
 
     name: str
     marker: str
-    renames: Renames
+    names: Mapping[str, str]
 
-
-_OPEN_CLIP = (
-    (r"^class_embedding$", "cls_token"),
-    (r"^positional_embedding$", "pos_embed"),
-    (r"^conv1\.", "patch_embed.proj."),
-    (r"^ln_pre\.", "norm_pre."),
-    (r"^ln_post\.", "norm."),
-    (r"^proj$", "head.weight"),
-    (r"^transformer\.resblocks\.(\d+)\.", r"blocks.\1."),
-    (r"\.ln_([12])\.", r".norm\1."),
-    (r"\.in_proj_(weight|bias)$", r".qkv.\1"),
-    (r"\.attn\.out_proj\.", ".attn.proj."),
-    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-)
-_HUGGING_FACE = (  # CLIPVisionModel, SiglipVisionModel
-    (r"^embeddings\.class_embedding$", "cls_token"),
-    (r"^embeddings\.position_embedding\.weight$", "pos_embed"),
-    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
-    (r"^pre_layrnorm\.", "norm_pre."),
-    (r"^post_layernorm\.", "norm."),
-    (r"^encoder\.layers\.(\d+)\.", r"blocks.\1."),
-    (r"\.layer_norm([12])\.", r".norm\1."),
-    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),
-    (r"\.self_attn\.out_proj\.", ".attn.proj."),
-)
-_HUGGING_FACE_DINOV2 = (  # Dinov2WithRegistersModel, Dinov2Model; older files say attention.attention.query
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.mask_token$", "mask_token"),
-    (r"^embeddings\.register_tokens$", "reg_token"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^layernorm\.", "norm."),
-    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
-    (r"\.attention\.attention\.([qkv])[a-z]+\.", r".attn.\1."),
-    (r"\.attention\.([qkv])_proj\.", r".attn.\1."),
-    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
-    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
-)
-_TIMM = ((r"^register_tokens$", "reg_token"),)
 
 LAYOUTS = (
     Layout("open_clip", "transformer.resblocks.0.ln_1.weight", _OPEN_CLIP),
@@ -82,7 +86,7 @@ _OTHERS = re.compile(
     r"|^(positional_embedding|logit_scale|logit_bias|attn_mask|input_resolution|context_length|vocab_size)$"
 )
 # Parts of the vision tower that come after the tap, or are no weights.
-_AFTER = re.compile(r"^(norm|fc_norm|head|attn_pool)\.|^mask_token$|^embeddings\.position_ids$")
+_AFTER = re.compile(r"^(norm|fc_norm|head|attn_pool)\.|^proj$|^mask_token$|^embeddings\.position_ids$")
 
 
 def split_vision(keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
@@ -108,7 +112,7 @@ def recognise(keys: Iterable[str]) -> Layout | None:
 
 def to_timm(state: dict[str, Tensor], layout: Layout, tap: int, depth: int) -> dict[str, Tensor]:
     """Weights under timm's names, without what comes after block `tap` of `depth` blocks."""
-    renamed = {_rename(key, layout.renames): value for key, value in state.items()}
+    renamed = {_rename(key, layout.names): value for key, value in state.items()}
     result = {key: value for key, value in renamed.items() if not _is_after(key, tap, depth)}
     for name in [key for key in result if re.search(r"\.attn\.q\.(weight|bias)$", key)]:
         parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
@@ -123,60 +127,37 @@ def to_timm(state: dict[str, Tensor], layout: Layout, tap: int, depth: int) -> d
 
 def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's names -> those of open_clip's VisionTransformer."""
-    renames = (
-        (r"^norm_pre\.", "ln_pre."),
-        (r"^patch_embed\.proj\.", "conv1."),
-        (r"^blocks\.", "transformer.resblocks."),
-        (r"\.norm([12])\.", r".ln_\1."),
-        (r"\.qkv\.(weight|bias)$", r".in_proj_\1"),
-        (r"\.attn\.proj\.", ".attn.out_proj."),
-        (r"\.mlp\.fc1\.", ".mlp.c_fc."),
-        (r"\.mlp\.fc2\.", ".mlp.c_proj."),
-        (r"^cls_token$", "class_embedding"),
-        (r"^pos_embed$", "positional_embedding"),
-    )
-    result = {_rename(key, renames): value for key, value in state.items()}
-    if "class_embedding" in result:
-        result["class_embedding"] = rearrange(result["class_embedding"], "1 1 d -> d")
-    if "positional_embedding" in result:
-        result["positional_embedding"] = rearrange(result["positional_embedding"], "1 n d -> n d")
-    return result
+    return _from_timm(state, _OPEN_CLIP)
 
 
 def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's names -> those of transformers' CLIPVisionModel and SiglipVisionModel.
 
-    The joint projection float[3D, D] becomes one float[D, D] each for queries, keys and values; the class token
-    float[1, 1, D] -> float[D], the position table float[1, N, D] -> float[N, D].
+    The joint projection float[3D, D] becomes one float[D, D] each for queries, keys and values.
     """
-    renames = (
-        (r"^cls_token$", "embeddings.class_embedding"),
-        (r"^pos_embed$", "embeddings.position_embedding.weight"),
-        (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
-        (r"^norm_pre\.", "pre_layrnorm."),
-        (r"^blocks\.", "encoder.layers."),
-        (r"\.norm([12])\.", r".layer_norm\1."),
-        (r"\.attn\.qkv\.", ".self_attn.qkv."),
-        (r"\.attn\.proj\.", ".self_attn.out_proj."),
-    )
-    result = {}
+    split = {}
     for key, value in state.items():
-        key = _rename(key, renames)
         if ".qkv." in key:
-            result |= {key.replace("qkv", f"{part}_proj"): t for part, t in zip("qkv", value.chunk(3), strict=True)}
-        elif key == "embeddings.class_embedding":
-            result[key] = rearrange(value, "1 1 d -> d")
-        elif key == "embeddings.position_embedding.weight":
-            result[key] = rearrange(value, "1 n d -> n d")
+            split |= {key.replace("qkv", part): rows for part, rows in zip("qkv", value.chunk(3), strict=True)}
         else:
-            result[key] = value
-    return result
+            split[key] = value
+    return _from_timm(split, _HUGGING_FACE)
 
 
-def _rename(key: str, renames: Renames) -> str:
-    for pattern, replacement in renames:
-        key = re.sub(pattern, replacement, key)
-    return key
+def _from_timm(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The names of a layout; the class token float[1, 1, D] -> float[D], the position table float[1, N, D] ->
+    float[N, D]."""
+    own = {timm_part: part for part, timm_part in names.items()}
+    shapes = {"cls_token": "1 1 d -> d", "pos_embed": "1 n d -> n d"}
+    flat = {key: rearrange(value, shapes[key]) if key in shapes else value for key, value in state.items()}
+    return {_rename(key, own): value for key, value in flat.items()}
+
+
+def _rename(key: str, names: Mapping[str, str]) -> str:
+    key = f".{key}."
+    for old, new in names.items():
+        key = key.replace(old, new)
+    return key.strip(".")
 
 
 def _is_after(key: str, tap: int, depth: int) -> bool:

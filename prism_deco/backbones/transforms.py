@@ -6,7 +6,6 @@ maps) go through that same object, so they cannot drift apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,13 +96,7 @@ def resize_crop(size: tuple[int, int], side: int) -> Frame:
     return _crop_to_square(size, size, (0, 0), side)
 
 
-_LETTERBOX, _PAD, _NAIVE, _CROP = RESIZE
-STRATEGIES: Mapping[str, Callable[[tuple[int, int], int], Frame]] = {
-    _LETTERBOX: letterbox,
-    _PAD: pad,
-    _NAIVE: resize_naive,
-    _CROP: resize_crop,
-}
+STRATEGIES = dict(zip(RESIZE, (letterbox, pad, resize_naive, resize_crop), strict=True))
 
 
 def frame(size: tuple[int, int], side: int, resize: str) -> Frame:

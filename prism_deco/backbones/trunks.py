@@ -52,7 +52,10 @@ class Trunk(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """float[B, 3, S, S] -> float[B, N, D]: patch tokens after the tapped block, before any norm."""
-        raise NotImplementedError
+        taken = self.vit.forward_intermediates(
+            pixels, indices=[self.tap], stop_early=True, output_fmt="NLC", intermediates_only=True
+        )
+        return (taken["image_intermediates"] if isinstance(taken, dict) else taken)[0]
 
 
 class TimmTrunk(Trunk):
@@ -72,13 +75,6 @@ class TimmTrunk(Trunk):
     @property
     def blocks(self) -> list[nn.Module]:
         return list(self.vit.blocks)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """float[B, 3, S, S] -> float[B, N, D]."""
-        taken = self.vit.forward_intermediates(
-            pixels, indices=[self.tap], stop_early=True, output_fmt="NLC", intermediates_only=True
-        )
-        return cast(list[Tensor], taken)[0]
 
 
 def _fill_buffers(vit: nn.Module, _: Any) -> None:
@@ -107,13 +103,6 @@ class OpenClipTrunk(Trunk):
     @property
     def blocks(self) -> list[nn.Module]:
         return list(self.vit.transformer.resblocks)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """float[B, 3, S, S] -> float[B, N, D]."""
-        taken = self.vit.forward_intermediates(
-            pixels, indices=[self.tap], stop_early=True, output_fmt="NLC", intermediates_only=True
-        )
-        return cast(list[Tensor], taken["image_intermediates"])[0]
 
 
 def timm_trunk(vit: Any, model: str, image_size: int, layer: int) -> TimmTrunk:

@@ -12,50 +12,10 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from prism_deco.backbones import VisionBackbone
-from prism_deco.backbones.tower import Tower
 from prism_deco.errors import UsageError
 from prism_deco.projectors.linear import Linear
 from prism_deco.sequence import Batch
 from prism_deco.vlm import VLM
-
-
-class WholeTowers(VisionBackbone):
-    """The towers of a backbone, each run to its last block as transformers runs them; the features are the same.
-
-    Args:
-        backbone: cut off after the tapped block; its weights are copied.
-        whole: the same choice with all blocks (`layer=-1`); the blocks behind the tap keep its weights.
-    """
-
-    def __init__(self, backbone: VisionBackbone, whole: VisionBackbone):
-        super().__init__()
-        whole.load_state_dict(backbone.state_dict(), strict=False)
-        self.whole = whole
-        self._taps = [tower.trunk.tap for tower in _towers(backbone)]
-        self.towers, self.transform = backbone.towers, backbone.transform
-        self.image_size, self.patch_size = backbone.image_size, backbone.patch_size
-        self.grid, self.embed_dim = backbone.grid, backbone.embed_dim
-        self.freeze()
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        return self.whole.blocks
-
-    def features(self, pixels: Mapping[str, Tensor]) -> Tensor:
-        """dict[tower, float[B, 3, S, S]] -> float[B, N, D]."""
-        taken = []
-        for tower, tap in zip(_towers(self.whole), self._taps, strict=True):
-            images = pixels[tower.towers[0]].to(next(tower.parameters()).dtype)
-            output = tower.trunk.vit.forward_intermediates(
-                images, indices=[tap], stop_early=False, output_fmt="NLC", intermediates_only=True
-            )
-            # timm returns a list, open_clip a dictionary.
-            taken += output["image_intermediates"] if isinstance(output, dict) else output
-        return torch.cat(taken, dim=-1)
-
-
-def _towers(backbone: VisionBackbone) -> list[Tower]:
-    return [module for module in backbone.modules() if isinstance(module, Tower)]
 
 
 class _VisionTower(nn.Module):
@@ -67,13 +27,10 @@ class _VisionTower(nn.Module):
         return BaseModelOutputWithPooling(hidden_states=(self.backbone(pixels),))  # type: ignore[arg-type]
 
 
-def build_peer(vlm: VLM, towers: VisionBackbone) -> LlavaForConditionalGeneration:
-    """transformers' model around the very parameters of `vlm`'s projector and LLM.
+def build_peer(vlm: VLM) -> LlavaForConditionalGeneration:
+    """transformers' model around the very backbone, projector and LLM of `vlm`.
 
     Its output layer is the LLM's own: transformers' has no bias, which Phi-2 needs.
-
-    Args:
-        towers: what it sees through.
 
     Raises:
         UsageError: the projector is not `linear` with two layers, the only one that transformers has, or
@@ -94,7 +51,7 @@ def build_peer(vlm: VLM, towers: VisionBackbone) -> LlavaForConditionalGeneratio
     )
     with torch.device("meta"):
         peer = LlavaForConditionalGeneration(config)
-    peer.model.vision_tower = _VisionTower(towers)
+    peer.model.vision_tower = _VisionTower(vlm.backbone)
     peer.model.multi_modal_projector.linear_1, peer.model.multi_modal_projector.linear_2 = layers
     peer.model.language_model = language.base_model
     peer.lm_head = language.get_output_embeddings()

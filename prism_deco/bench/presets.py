@@ -6,6 +6,7 @@ _SMALL = (
     "backbone=mini_siglip",
     "backbone.image_size=96",  # 144 visual tokens, as many as DeCo's
     "recipe.max_text_tokens=512",
+    "recipe.packing=true",
 )
 PRESETS: dict[str, tuple[str, ...]] = {
     # Qwen1.5's whole vocabulary on a body that a CPU can carry.
@@ -31,5 +32,5 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "llm.architecture.vocab_size=1600",
         "llm.tokenizer_size=1600",
     ),
-    "real": ("recipe=prism", "projector=linear", "trainer=gpu"),
+    "real": ("recipe=prism", "projector=linear", "trainer=gpu", "recipe.packing=true"),
 }

@@ -2,8 +2,7 @@
 
 The composition is published (arXiv 2310.03744, Table 7); the rounds follow from it and from the data sets' own sizes
 (VQAv2: 443,757 questions on 82,783 images; GQA: 943,000 on 72,140; region questions come in tens). The words per
-turn are estimates, bound by the size of the JSON file that holds them all, 1.03 GB or 1,548 bytes a record, which they
-fill within a tenth (`json_bytes`).
+turn are estimates; in the JSON file that holds all records they would take within a tenth of its 1,548 bytes a record.
 """
 
 from __future__ import annotations
@@ -69,69 +68,48 @@ MIXTURE = {
 """665,298 records, 624,610 of them with an image."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """How long one record is.
-
-    Attributes:
-        source: its part of the mixture.
-        image: whether it has an image.
-        rounds: (words, boxes) of the question, then of the answer, of each round.
-    """
-
-    source: str
-    image: bool
-    rounds: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+Rounds = list[tuple[int, int]]
+"""Tokens of the question and of the answer of each round of a conversation."""
 
 
-def sample(count: int, seed: int = 0) -> list[Shape]:
-    """Records drawn from the mixture."""
+def draw_rounds(count: int, seed: int = 0) -> list[tuple[str, Rounds]]:
+    """The lengths of records drawn from the mixture, each with the name of its part."""
     rng = np.random.default_rng(seed)
     weights = np.array([part.records for part in MIXTURE.values()], dtype=float)
     names = rng.choice(list(MIXTURE), size=count, p=weights / weights.sum())
-    return [_shape(str(name), MIXTURE[str(name)], rng) for name in names]
+    return [(str(name), _rounds(MIXTURE[str(name)], rng)) for name in names]
 
 
-def _shape(name: str, part: MixturePart, rng: np.random.Generator) -> Shape:
+def _rounds(part: MixturePart, rng: np.random.Generator) -> Rounds:
+    def words(mean: float) -> int:
+        drawn = rng.lognormal(np.log(mean) - part.spread**2 / 2, part.spread)
+        return max(1, round(float(drawn)))
+
     rounds = []
     for _ in range(1 + rng.poisson(part.rounds - 1)):
         box = part.boxes and rng.random()
-        asks, tells = 0 < box < part.boxes, part.boxes <= box < 2 * part.boxes
-        answer = 0 if asks else _words(part.answer, part.spread, rng)
-        rounds.append(((_words(part.question, part.spread, rng), int(tells)), (answer, int(asks))))
-    return Shape(name, part.image, tuple(rounds))
+        asks_for_box = 0 < box < part.boxes
+        shows_box = part.boxes <= box < 2 * part.boxes
+        answer = TOKENS_PER_BOX if asks_for_box else round(words(part.answer) * TOKENS_PER_WORD)
+        question = round(words(part.question) * TOKENS_PER_WORD) + shows_box * TOKENS_PER_BOX
+        rounds.append((question, answer))
+    return rounds
 
 
-def _words(mean: float, spread: float, rng: np.random.Generator) -> int:
-    return max(1, round(float(rng.lognormal(np.log(mean) - spread**2 / 2, spread))))
+def encode(rounds: Rounds, image: bool, vocabulary: int, rng: np.random.Generator, *, max_text_tokens: int) -> Encoded:
+    """A conversation of random tokens below `vocabulary`; its image stands behind the first token."""
 
+    def tokens(count: int) -> list[int]:
+        return [int(rng.integers(vocabulary)) for _ in range(count)]
 
-def encode(shape: Shape, vocabulary: int, rng: np.random.Generator, *, max_text_tokens: int) -> Encoded:
-    """A record of that shape from random tokens below `vocabulary`; its image stands behind the first token."""
-    ids, labels, rounds = [_token(vocabulary, rng)], [IGNORE], [0]
-    for number, (question, answer) in enumerate(shape.rounds, start=1):
-        asked = _tokens(*question) + TEMPLATE_TOKENS - 1
-        said = [_token(vocabulary, rng) for _ in range(_tokens(*answer) + 1)]
-        ids += [_token(vocabulary, rng) for _ in range(asked)] + said
+    ids, labels, numbers = tokens(1), [IGNORE], [0]
+    for number, (question, answer) in enumerate(rounds, start=1):
+        asked = question + TEMPLATE_TOKENS - 1
+        said = tokens(answer + 1)
+        ids += tokens(asked) + said
         labels += [IGNORE] * asked + said
-        rounds += [number] * (asked + len(said))
-    return truncate(Encoded(ids, labels, rounds, [1] if shape.image else []), max_text_tokens)[0]
-
-
-def _tokens(words: int, boxes: int) -> int:
-    return round(words * TOKENS_PER_WORD) + boxes * TOKENS_PER_BOX
-
-
-def _token(vocabulary: int, rng: np.random.Generator) -> int:
-    return int(rng.integers(vocabulary))
-
-
-def json_bytes(shapes: Sequence[Shape]) -> float:
-    """Mean size of a record in LLaVA's JSON: 6 bytes a word, 24 a box, 33 around a turn, 90 around all."""
-    sizes = [
-        90 + sum(33 + 6 * words + 24 * boxes for turns in shape.rounds for words, boxes in turns) for shape in shapes
-    ]
-    return float(np.mean(sizes))
+        numbers += [number] * (asked + len(said))
+    return truncate(Encoded(ids, labels, numbers, [1] if image else []), max_text_tokens)[0]
 
 
 def draw_pool(vlm: VLM, *, batch_size: int, steps: int, max_text_tokens: int, seed: int) -> list[Group]:
@@ -139,11 +117,12 @@ def draw_pool(vlm: VLM, *, batch_size: int, steps: int, max_text_tokens: int, se
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     records: Group = []
-    for shape in sample(batch_size * steps, seed):
-        encoded = encode(shape, image_token(vlm), rng, max_text_tokens=max_text_tokens)
-        side = vlm.backbone.image_size
+    side = vlm.backbone.image_size
+    for name, rounds in draw_rounds(batch_size * steps, seed):
+        image = MIXTURE[name].image
+        encoded = encode(rounds, image, image_token(vlm), rng, max_text_tokens=max_text_tokens)
         pixels = {tower: torch.randn(3, side, side, generator=generator) for tower in vlm.backbone.towers}
-        records.append((encoded, pixels if shape.image else None))
+        records.append((encoded, pixels if image else None))
     return [records[i : i + batch_size] for i in range(0, len(records), batch_size)]
 
 

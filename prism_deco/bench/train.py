@@ -3,100 +3,111 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
-from typing import cast
+import platform
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from omegaconf import DictConfig
+import transformers
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.utils.flop_counter import FlopCounterMode
 
-from prism_deco.backbones import VisionBackbone, build_backbone
-from prism_deco.bench.hf_llava import WholeTowers, build_peer, peer_loss
-from prism_deco.bench.measure import Usage, matmul_flops
-from prism_deco.bench.records import Group, build_batches, by_length, draw_pool
-from prism_deco.bench.train_report import GROUPED, OURS, PLAIN, Agreement, TrainReport, about, row
-from prism_deco.bench.variants import ALL, NONE, Optimisations, StepVariant, our_loss, take_step
-from prism_deco.build import build_model, group
+from prism_deco.bench.hf_llava import build_peer, peer_loss
+from prism_deco.bench.measure import Usage, usage
+from prism_deco.bench.records import build_batches, by_length, draw_pool
+from prism_deco.bench.result import BenchResult, BenchRow, interleaved
+from prism_deco.build import build_model
 from prism_deco.errors import UsageError
 from prism_deco.sequence import Batch
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
 
-ABLATION: dict[str, Optimisations] = {
-    "none of them": NONE,
-    "logits at supervised positions": replace(NONE, supervised=True),
-    "the same, in chunks": replace(NONE, supervised=True, chunked=True),
-    "packing": replace(NONE, packed=True),
-    "towers cut off at the tap": replace(NONE, truncated=True),
-    "AdamW not fused": replace(NONE, fused=False),
-}
-"""Each optimisation alone."""
+OURS, PLAIN, GROUPED = "prism_deco", "transformers, padded", "transformers, grouped by length"
 
 TOLERANCE = {False: 1e-4, True: 3e-2}
 """Relative difference of losses and of gradients that is float error, by whether bfloat16 computes."""
 
 
+@dataclass(frozen=True)
+class StepVariant:
+    """One way to take the steps of a pool of records.
+
+    Attributes:
+        name: for tables.
+        batches: one forward pass each, which together hold every record of the pool once.
+        loss: a batch and its number of supervised tokens -> float[], their mean loss.
+    """
+
+    name: str
+    batches: Sequence[Batch]
+    loss: Callable[[Batch, int], Tensor]
+
+
 def bench_train(
     config: DictConfig,
     *,
-    device: torch.device | str = "cpu",
+    device: torch.device,
     batch_size: int = 8,
     steps: int = 4,
     rounds: int = 3,
-    ablation: bool = False,
     seed: int = 0,
-) -> TrainReport:
-    """Measures both steps, first making sure that they compute the same.
+) -> BenchResult:
+    """Measures our step and transformers', first making sure that they compute the same.
 
-    In each round every variant takes all steps, the variants alternating step by step, so that a machine that
-    slows down meanwhile slows all of them.
+    Both run the same towers, and the same optimizer on the same parameters.
 
     Args:
-        config: the model (random weights are drawn, whatever it says); `recipe.max_text_tokens`,
+        config: the model (random weights are drawn, whatever it says); `recipe.packing`, `recipe.max_text_tokens`,
             `recipe.max_logits` and `trainer.precision` are heeded.
         batch_size: records per optimizer step, all in one forward pass.
         steps: optimizer steps of a round.
-        ablation: also our step with each of its optimisations alone.
+        rounds: how often they are taken, at least twice.
 
     Raises:
-        UsageError: losses or gradients differ, too few rounds, or a model that the peer has no words for.
+        UsageError: losses or gradients differ, too few rounds, or a model that transformers' class cannot hold.
     """
     if rounds < 2:
         raise UsageError(f"rounds={rounds} shows no spread: use 2 or more.")
-    device = torch.device(device)
     autocast = config.trainer.precision.startswith("bf16")
-    vlm, whole = _models(config, device, seed)
-    groups = draw_pool(
-        vlm, batch_size=batch_size, steps=steps, max_text_tokens=config.recipe.max_text_tokens, seed=seed
-    )
-    variants = _variants(config, vlm, whole, groups, ablation)
-    parameters = [p for p in vlm.parameters() if p.requires_grad]
+    vlm = _random_model(config, device, seed)
+    variants = _variants(config, vlm, batch_size, steps, seed)
     agreement = _compare(vlm, variants[0], variants[1], autocast)
     vlm.train()
-    taken: dict[str, list[list[Usage]]] = {variant.name: [[] for _ in range(rounds)] for variant in variants}
-    log.info(
-        "%d variants, %d rounds of %d steps of %d records each, on %s", len(variants), rounds, steps, batch_size, device
-    )
-    with FlopCounterMode(display=False) as counter:  # also warms up
-        for batch in variants[0].batches:
-            take_step(variants[0], batch, parameters, autocast=autocast)
-    for variant in variants[1:]:
-        take_step(variant, variant.batches[0], parameters, autocast=autocast)
-    for round_ in range(rounds):
-        for step in range(steps):
-            for variant in variants:
-                taken[variant.name][round_].append(
-                    take_step(variant, variant.batches[step], parameters, autocast=autocast)
-                )
-    best = matmul_flops(device, torch.bfloat16 if autocast else torch.float32, 8192 if device.type == "cuda" else 1024)
-    rows = [row(variant, taken[variant.name], counter.get_total_flops() / best) for variant in variants]
-    return TrainReport(about(config, vlm, variants[0], steps), agreement, rows)
+    parameters = _trained(vlm)
+    optimizer = AdamW(parameters, lr=1e-5, fused=True)
+
+    def take_step(variant: StepVariant, batches: Iterator[Batch]) -> Usage:
+        """The peak is above weights, gradients and the optimizer's moments. Gradients are made within the step, so
+        their size is taken off."""
+        with usage(device, memory=True) as taken:
+            _loss(variant, next(batches), autocast).backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+        if taken.peak is not None:
+            taken.peak -= sum(p.grad.nbytes for p in parameters if p.grad is not None)
+        optimizer.zero_grad(set_to_none=True)
+        return taken
+
+    log.info("Taking %d steps of %d records in %d ways on %s", rounds * steps, batch_size, len(variants), device)
+    takes = {variant.name: partial(take_step, variant, cycle(variant.batches)) for variant in variants}
+    taken = interleaved(takes, repeats=rounds * steps)
+    rows = []
+    for variant in variants:
+        single = taken[variant.name]
+        by_round = [Usage.total(single[i : i + steps]) for i in range(0, len(single), steps)]
+        rows.append(BenchRow(variant.name, by_round, _facts(variant, by_round)))
+    about = _about(config, vlm, variants[0], batch_size, steps)
+    return train_result(rows, about, agreement)
 
 
-def _models(config: DictConfig, device: torch.device, seed: int) -> tuple[VLM, VisionBackbone]:
+def _random_model(config: DictConfig, device: torch.device, seed: int) -> VLM:
     torch.manual_seed(seed)
     config = config.copy()
     config.backbone.pretrained = config.llm.pretrained = False
@@ -104,57 +115,143 @@ def _models(config: DictConfig, device: torch.device, seed: int) -> tuple[VLM, V
     vlm, _ = build_model(config, device=device)
     if device.type == "cuda" and config.trainer.precision.startswith("bf16"):
         vlm.backbone.to(torch.bfloat16)
-    content = group(config, "backbone") | {"layer": -1}
-    whole = build_backbone(content, device=device).to(next(vlm.backbone.parameters()).dtype)
-    return vlm, WholeTowers(vlm.backbone, whole)
+    return vlm
 
 
-def _variants(
-    config: DictConfig, vlm: VLM, whole: VisionBackbone, groups: list[Group], ablation: bool
-) -> list[StepVariant]:
-    parameters = [p for p in vlm.parameters() if p.requires_grad]
-    device = parameters[0].device
-    optimizer = AdamW(parameters, lr=1e-5, fused=True)
-    padded = build_batches(vlm, groups, device, pack=False)
-    packed = build_batches(vlm, groups, device, pack=True)
-    grouped = build_batches(vlm, by_length(groups, vlm.projector.num_tokens), device, pack=False)
-    peer = build_peer(vlm, whole)
-    untouched = VLM(whole, vlm.projector, vlm.lm)
+def _variants(config: DictConfig, vlm: VLM, batch_size: int, steps: int, seed: int) -> list[StepVariant]:
+    """Our step, then transformers' with the same batches padded, and with batches of records of similar length."""
+    recipe = config.recipe
+    device = _trained(vlm)[0].device
+    groups = draw_pool(vlm, batch_size=batch_size, steps=steps, max_text_tokens=recipe.max_text_tokens, seed=seed)
+    vlm.max_logits = recipe.max_logits
+    peer = build_peer(vlm)
 
-    def ours(name: str, chosen: Optimisations) -> StepVariant:
-        model = vlm if chosen.truncated else untouched
-        best = optimizer if chosen.fused else AdamW(parameters, lr=1e-5, foreach=False)
-        loss = our_loss(model, chosen, config.recipe.max_logits)
-        return StepVariant(name, packed if chosen.packed else padded, loss, best)
+    def ours(batch: Batch, targets: int) -> Tensor:
+        return vlm(batch).total / targets
 
     def theirs(batch: Batch, targets: int) -> Tensor:
         return peer_loss(peer, batch, targets)
 
-    variants = [
-        ours(OURS, ALL),
-        StepVariant(PLAIN, padded, theirs, optimizer),
-        StepVariant(GROUPED, grouped, theirs, optimizer),
+    grouped = by_length(groups, vlm.projector.num_tokens)
+    return [
+        StepVariant(OURS, build_batches(vlm, groups, device, pack=recipe.packing), ours),
+        StepVariant(PLAIN, build_batches(vlm, groups, device, pack=False), theirs),
+        StepVariant(GROUPED, build_batches(vlm, grouped, device, pack=False), theirs),
     ]
-    return variants + [ours(name, chosen) for name, chosen in ABLATION.items()] if ablation else variants
 
 
-def _compare(vlm: VLM, ours: StepVariant, peer: StepVariant, autocast: bool) -> Agreement:
-    """The two steps' losses and gradients on the same records, without dropout; leaves no gradients."""
+def _compare(vlm: VLM, ours: StepVariant, peer: StepVariant, autocast: bool) -> dict[str, float]:
+    """Relative differences of the two steps' losses and gradients on the first batch, without dropout; leaves no
+    gradients."""
     vlm.eval()
-    parameters = [p for p in vlm.parameters() if p.requires_grad]
     losses, gradients = [], []
     for variant in (ours, peer):
-        batch = variant.batches[0]
-        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=autocast):
-            loss = variant.loss(batch, batch.num_targets)
+        loss = _loss(variant, variant.batches[0], autocast)
         loss.backward()
         losses.append(float(loss.detach()))
-        gradients.append([cast(Tensor, p.grad) for p in parameters])
+        gradients.append([cast(Tensor, p.grad) for p in _trained(vlm)])
         vlm.zero_grad(set_to_none=True)
     norm = nn.utils.get_total_norm
     difference = norm([a - b for a, b in zip(*gradients, strict=True)]) / norm(gradients[1])
-    agreement = Agreement(abs(losses[0] / losses[1] - 1), float(difference))
-    if max(agreement.loss, agreement.gradient) > TOLERANCE[autocast]:
+    agreement = {"loss": abs(losses[0] / losses[1] - 1), "gradient": float(difference)}
+    if max(agreement.values()) > TOLERANCE[autocast]:
         raise UsageError(f"The two steps disagree numerically ({agreement}), so their timings cannot be compared.")
-    log.info("Losses differ by %.1e, gradients by %.1e of their norm", agreement.loss, agreement.gradient)
+    log.info("Losses differ by %.1e, gradients by %.1e of their norm", *agreement.values())
     return agreement
+
+
+def _loss(variant: StepVariant, batch: Batch, autocast: bool) -> Tensor:
+    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=autocast):
+        return variant.loss(batch, batch.num_targets)
+
+
+def _trained(vlm: VLM) -> list[nn.Parameter]:
+    return [parameter for parameter in vlm.parameters() if parameter.requires_grad]
+
+
+def _facts(variant: StepVariant, rounds: Sequence[Usage]) -> dict[str, Any]:
+    """What a variant's row says about it."""
+    median = statistics.median(taken.seconds for taken in rounds)
+    positions = sum(batch.attention_mask.numel() for batch in variant.batches)
+    return {
+        "samples_per_s": sum(len(batch.ids) for batch in variant.batches) / median,
+        "tokens_per_s": sum(batch.num_targets for batch in variant.batches) / median,
+        "peak": max((taken.peak for taken in rounds if taken.peak is not None), default=None),
+        "padding": 1 - sum(int(batch.attention_mask.sum()) for batch in variant.batches) / positions,
+    }
+
+
+def _about(config: DictConfig, vlm: VLM, ours: StepVariant, batch_size: int, steps: int) -> dict[str, Any]:
+    """What was measured, and on what."""
+    return {
+        "hardware": _hardware(ours.batches[0].input_ids.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "backbone": config.backbone.name,
+        "llm": config.llm.name,
+        "architecture": OmegaConf.to_container(config.llm.architecture, resolve=True),
+        "precision": config.trainer.precision,
+        "visual_tokens": vlm.projector.num_tokens,
+        "batch_size": batch_size,
+        "steps": steps,
+        "packing": config.recipe.packing,
+        "max_text_tokens": config.recipe.max_text_tokens,
+        "max_logits": config.recipe.max_logits,
+        "mean_length": sum(int(batch.attention_mask.sum()) for batch in ours.batches) / (batch_size * steps),
+    }
+
+
+def _hardware(device: torch.device) -> str:
+    """The name of the processor that computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def train_result(rows: list[BenchRow], about: dict[str, Any], agreement: dict[str, float]) -> BenchResult:
+    """Compares the rows, the first of which is ours, and says what is shown of them."""
+    for row in rows:
+        for peer in rows[1:]:
+            row.facts[f"times {peer.name}"] = _times_faster(row, peer, "seconds")
+            row.facts[f"times {peer.name}, processor"] = _times_faster(row, peer, "cpu_seconds")
+            ours, theirs = row.facts["peak"], peer.facts["peak"]
+            row.facts[f"memory of {peer.name}"] = ours / theirs if ours is not None and theirs else None
+    shape = about["architecture"]
+    title = (
+        f"Training steps: {about['llm']} ({shape['hidden_size']} x {shape['num_hidden_layers']}, vocabulary "
+        f"{shape['vocab_size']:,}), {about['visual_tokens']} visual tokens, batch {about['batch_size']}, "
+        f"{about['precision']}, {about['hardware']}, {about['threads']} threads"
+    )
+    caption = (
+        f"Losses differ by {agreement['loss']:.0e}, gradients by {agreement['gradient']:.0e}. Tokens: supervised. "
+        "Times: how much faster, median of rounds timed side by side (least-largest), by the clock and, below, by "
+        "processor time. MiB: peak of a step above weights, gradients and optimizer."
+    )
+    columns: dict[str, Callable[[BenchRow], str]] = {
+        "samples/s": lambda row: f"{row.facts['samples_per_s']:.2f}",
+        "tokens/s": lambda row: f"{row.facts['tokens_per_s']:.0f}",
+        "padding": lambda row: f"{row.facts['padding']:.0%}",
+        "times padded": lambda row: _ratios(row, PLAIN),
+        "times grouped": lambda row: _ratios(row, GROUPED),
+        "MiB": lambda row: "-" if row.facts["peak"] is None else f"{row.facts['peak'] / 2**20:.0f}",
+        "of padded": lambda row: _share(row.facts[f"memory of {PLAIN}"]),
+    }
+    return BenchResult(rows, title, caption, columns, {"about": about, "agreement": agreement})
+
+
+def _times_faster(row: BenchRow, peer: BenchRow, clock: str) -> tuple[float, float, float]:
+    """The median, least and largest ratio of rounds timed side by side."""
+    ratios = [theirs / ours for ours, theirs in zip(row.times(clock), peer.times(clock), strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def _ratios(row: BenchRow, peer: str) -> str:
+    both = (row.facts[f"times {peer}"], row.facts[f"times {peer}, processor"])
+    return "\n".join(f"{median:.2f} ({least:.2f}-{largest:.2f})" for median, least, largest in both)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

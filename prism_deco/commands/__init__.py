@@ -14,86 +14,71 @@ class Command:
     """Where a command is, and what `--help` says about it.
 
     Attributes:
-        place: `module:function`; `function_arguments(parser)` in the same module adds its arguments.
+        module: in this package. It holds the command's function, `data_check` for `data check`, and
+            `data_check_arguments(parser)`, which adds its arguments.
         summary: what it does, in a few words.
         example: a command line, without `prism-deco`.
     """
 
-    place: str
+    module: str
     summary: str
     example: str
 
 
 COMMANDS = {
     "train": Command(
-        "train:train",
+        "train",
         "compose and train a model, then score it",
         "train projector=c_abstractor projector.depth=2 recipe.epochs=2 seed=3",
     ),
     "evaluate": Command(
-        "evaluate:evaluate",
-        "score a finished run, or a predictions file",
-        "evaluate runs/RUN_ID benchmark=pope,gqa limit=500",
+        "evaluate", "score a finished run, or a predictions file", "evaluate runs/RUN_ID benchmark=pope,gqa limit=500"
     ),
     "explain": Command(
-        "explain:explain",
+        "explain",
         "show where in the image each generated word looked (R-GAE)",
         'explain runs/RUN_ID --image cat.jpg --prompt "What is it?"',
     ),
-    "chat": Command(
-        "chat:chat",
-        "talk with a trained model about an image",
-        "chat runs/RUN_ID --image cat.jpg",
-    ),
+    "chat": Command("chat", "talk with a trained model about an image", "chat runs/RUN_ID --image cat.jpg"),
     "export": Command(
-        "export:export",
-        "write a model to one folder for use elsewhere",
-        "export runs/RUN_ID --to exported --hf",
+        "export", "write a model to one folder for use elsewhere", "export runs/RUN_ID --to exported --hf"
     ),
     "sweep": Command(
-        "sweep:sweep",
+        "sweep",
         "train a grid of models and keep its ledger",
         "sweep projector=avgpool,c_abstractor seed=1,2,3 --jobs 2",
     ),
     "plan": Command(
-        "sweep:plan",
+        "sweep",
         "estimate memory, hours and disk of a run or a sweep",
         "plan generalization trainer.devices=8 --accelerator h100",
     ),
-    "report": Command(
-        "sweep:report",
-        "write tables, statistics and figures of a sweep or of runs",
-        "report runs/mini",
-    ),
-    "keys": Command(
-        "keys:keys",
-        "list the configuration's keys with types, defaults and meanings",
-        "keys recipe",
-    ),
+    "report": Command("sweep", "write tables, statistics and figures of a sweep or of runs", "report runs/mini"),
+    "keys": Command("keys", "list the configuration's keys with types, defaults and meanings", "keys recipe"),
     "data check": Command(
-        "data:data_check",
+        "data",
         "read a data set and report every fault",
         "data check data=llava data.json=train.json data.image_root=images",
     ),
     "data prepare": Command(
-        "data:data_prepare",
+        "data",
         "download a published data set and lay it out for training",
         "data prepare llava_v1_5_mix665k --root data/mix665k --plan",
     ),
     "bench projectors": Command(
-        "bench:bench_projectors",
+        "bench",
         "time forward and backward passes of the projectors",
         "bench projectors avgpool c_abstractor --device cuda",
     ),
     "bench data": Command(
-        "bench:bench_data",
+        "bench",
         "count images per second, compared with PIL and torchvision",
         "bench data backbone=clip_vit_l_336 llm=phi2",
     ),
     "bench train": Command(
-        "bench:bench_train",
+        "bench",
         "time a training step, compared with transformers' own LLaVA",
-        "bench train --preset qwen_small --ablation",
+        "bench train --preset qwen_small recipe.packing=false",
     ),
 }
 """In the order of `--help`."""

@@ -21,7 +21,11 @@ def bench_projectors_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-tokens", type=int, default=144, help="visual tokens (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="images per pass (default: %(default)s)")
     parser.add_argument(
-        "--dtypes", nargs="+", default=["float32", "bfloat16"], help="types (default: float32 bfloat16)"
+        "--dtypes",
+        nargs="+",
+        choices=["float32", "bfloat16"],
+        default=["float32", "bfloat16"],
+        help="types (default: both)",
     )
     parser.add_argument("--repeats", type=int, default=10, help="timed passes per projector (default: %(default)s)")
     _add_device(parser)
@@ -44,7 +48,6 @@ def bench_train_arguments(parser: argparse.ArgumentParser) -> None:
         default="qwen_small",
         help="what the settings modify (default: %(default)s)",
     )
-    parser.add_argument("--ablation", action="store_true", help="also what each of our optimisations does alone")
     parser.add_argument("--batch-size", type=int, default=8, help="records per step (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="steps per round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds, alternating (default: %(default)s)")
@@ -58,13 +61,21 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 def bench_projectors(args: argparse.Namespace) -> None:
     """Time the forward and backward passes of the projectors, and measure their memory."""
-    from prism_deco.bench.projectors import Sizes, bench_projectors, render
+    from prism_deco.bench.projectors import bench_projectors
     from prism_deco.distributed import requested_device
 
-    sizes = Sizes(args.in_dim, args.out_dim, tuple(args.in_grid), args.num_tokens, args.batch_size)
-    device = str(requested_device(args.device))
-    rows = bench_projectors(args.names, sizes, dtypes=args.dtypes, device=device, repeats=args.repeats)
-    show(render(rows, sizes, args.device))
+    result = bench_projectors(
+        args.names,
+        in_dim=args.in_dim,
+        out_dim=args.out_dim,
+        in_grid=tuple(args.in_grid),
+        num_tokens=args.num_tokens,
+        batch_size=args.batch_size,
+        dtypes=args.dtypes,
+        device=requested_device(args.device),
+        repeats=args.repeats,
+    )
+    show(result.table())
 
 
 def bench_data(args: argparse.Namespace) -> None:
@@ -73,16 +84,16 @@ def bench_data(args: argparse.Namespace) -> None:
     import tempfile
 
     from prism_deco.backbones import build_backbone
-    from prism_deco.bench.data import bench_data, photographs, render
+    from prism_deco.bench.data import bench_data
     from prism_deco.build import group
     from prism_deco.llms import build_llm
 
     backbone = build_backbone(group(config, "backbone"), pretrained=False, device="meta")
     llm = build_llm(group(config, "llm"), pretrained=False, device="meta")
+    name, side = config.backbone.name, backbone.image_size
     with tempfile.TemporaryDirectory() as folder:
-        source = photographs(Path(folder), size=tuple(args.size))
-        rows = bench_data(source, llm, backbone.transform, side=backbone.image_size)
-    show(render(rows, config.backbone.name))
+        result = bench_data(Path(folder), llm, backbone.transform, side=side, size=tuple(args.size), title=name)
+    show(result.table())
 
 
 def bench_train(args: argparse.Namespace) -> None:
@@ -91,13 +102,12 @@ def bench_train(args: argparse.Namespace) -> None:
     import torch
 
     from prism_deco.bench.train import bench_train
-    from prism_deco.bench.train_report import render
     from prism_deco.distributed import requested_device
 
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     sizes = {"batch_size": args.batch_size, "steps": args.steps, "rounds": args.rounds}
-    report = bench_train(config, device=str(requested_device(args.device)), ablation=args.ablation, **sizes)
-    show(render(report))
+    result = bench_train(config, device=requested_device(args.device), **sizes)
+    show(result.table())
     if args.out:
-        report.write(args.out)
+        result.write(args.out)

@@ -1,13 +1,24 @@
-"""`prism-deco chat`: a conversation about images."""
+"""`prism-deco chat`: a conversation about images in the terminal."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prism_deco.commands.common import PLUGINS, import_plugins_only
 from prism_deco.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prism_deco.api import Model
+    from prism_deco.llms import Message
+
+HELP = "/image PATH [PATH ...] shows other images, /reset forgets the conversation, /quit leaves."
 
 
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,23 +40,127 @@ def chat(args: argparse.Namespace) -> None:
     import torch
 
     from prism_deco.api import load
-    from prism_deco.chat import Chat, converse, read_line
-    from prism_deco.distributed import requested_device
 
     import_plugins_only(args.settings)
-
     if args.relevance and len(args.image) > 1:
         raise UsageError(f"--relevance explains answers about one image, not {len(args.image)}.")
-
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    model = load(
-        args.run, device=requested_device(args.device), dtype=getattr(torch, args.dtype) if args.dtype else None
-    )
+    model = load(args.run, device=args.device, dtype=getattr(torch, args.dtype) if args.dtype else None)
     relevance = (args.out or args.run / "chat") if args.relevance else None
-    talk = Chat(model, write, max_new_tokens=args.max_new_tokens, relevance=relevance, name=args.run.name)
+    talk = Chat(model, max_new_tokens=args.max_new_tokens, relevance=relevance, name=args.run.name)
     if args.image:
         talk.show(args.image)
-    converse(talk, read_line, write)
+    converse(talk, lambda: input("> " if sys.stdin.isatty() else ""))
+
+
+class Chat:
+    """The state of a conversation: the images, and what was said.
+
+    Args:
+        relevance: folder for a relevance overlay of every answer about a single image; None makes none.
+        name: the model's name on the overlay's page.
+    """
+
+    def __init__(
+        self, model: Model, *, max_new_tokens: int = 256, relevance: Path | None = None, name: str = "model"
+    ) -> None:
+        self.model = model
+        self.messages: list[Message] = []
+        self._max_new_tokens = max_new_tokens
+        self._relevance = relevance
+        self._name = name
+        self._images: list[Path] = []
+        self._visual: list[Tensor] = []
+        self._answers = 0
+
+    def show(self, paths: Sequence[Path]) -> None:
+        """Other images; the conversation begins anew. `OSError` if one cannot be read."""
+        self._visual = self.model.encode_images(paths)
+        self._images = list(paths)
+        self.messages = []
+
+    def ask(self, question: str) -> str:
+        """Writes the answer while it is generated, and adds both to the conversation; returns the answer.
+
+        Raises:
+            UsageError: the conversation fills the LLM's positions.
+        """
+        from transformers import TextStreamer
+
+        from prism_deco.inference import reply
+
+        model = self.model
+        asked: Message = {"role": "user", "content": question}
+        # Trained with turn_mask=block, a round has seen the image and itself only.
+        history = self.messages if model.vlm.turn_mask == "causal" else []
+        answer = reply(
+            model.vlm,
+            model.llm,
+            self._visual,
+            [*history, asked],
+            max_new_tokens=self._max_new_tokens,
+            streamer=TextStreamer(model.llm.tokenizer, skip_special_tokens=True),  # type: ignore[arg-type]
+        )
+        self.messages = [*self.messages, asked, {"role": "assistant", "content": answer}]
+        self._answers += 1
+        if self._relevance and len(self._images) == 1 and answer:
+            self._explain(self._relevance / f"answer_{self._answers:02d}", question, answer)
+        return answer
+
+    def _explain(self, folder: Path, question: str, answer: str) -> None:
+        from prism_deco.explain import ExplainExample, explain_image
+        from prism_deco.explain.gae import DEFAULT_METHOD
+
+        example = ExplainExample(self._images[0], question, answer)
+        explain_image(self.model.vlm, self.model.llm, example, folder, run=self._name)
+        _say(f"[{folder / DEFAULT_METHOD / 'sentence.png'}]")
+
+    def obey(self, line: str) -> None:
+        """Does what a line says that begins with `/`, else asks it."""
+        command, _, argument = line.partition(" ")
+        if command == "/image":
+            names = _file_names(argument)
+            self.show([Path(name).expanduser() for name in names])
+            _say(f"Now looking at {' and '.join(names)}.")
+        elif line == "/reset":
+            self.messages = []
+            _say("The conversation is forgotten.")
+        elif line.startswith("/"):
+            _say(f"Unknown command {command}. {HELP}")
+        elif line:
+            self.ask(line)
+
+
+def converse(talk: Chat, read: Callable[[], str]) -> None:
+    """Reads lines and answers them until `/quit`, the end of the input, or Ctrl-C.
+
+    Args:
+        read: the next line; `EOFError` at the end.
+    """
+    _say(HELP)
+    while True:
+        try:
+            line = read().strip()
+            if line == "/quit":
+                return
+            talk.obey(line)
+        except (EOFError, KeyboardInterrupt):
+            _say("")
+            return
+        except (UsageError, OSError) as error:
+            _say(str(error))
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _file_names(argument: str) -> list[str]:
+    """The paths of a command. A path may have spaces: one that exists as it stands is a single one; several take quotes
+    as in a shell."""
+    if Path(argument.strip()).expanduser().exists():
+        return [argument.strip()]
+    try:
+        return shlex.split(argument)
+    except ValueError as error:  # a quote that is not closed
+        raise UsageError(f"/image {argument}: {error}.") from error

@@ -32,8 +32,6 @@ def explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder for pictures, numbers and pages (default: one in RUN/explain)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type to compute in (default: the run's)")
     parser.add_argument("--device", default="cpu", help="cpu | cuda (default: %(default)s)")
-    parser.add_argument("--chunk", type=int, help="answer tokens per backward pass (default: as many as memory allows)")
-    parser.add_argument("--through-backbone", action="store_true", help="continue to the pixels' patches")
 
 
 def explain(args: argparse.Namespace) -> None:
@@ -63,14 +61,13 @@ def explain(args: argparse.Namespace) -> None:
         if name is None:
             assert example is not None
             model = load(run, **place)
-            more = {"chunk": args.chunk, "through_backbone": args.through_backbone}
             folder = out or run / "explain" / "images" / _question_name(args)
-            section = explain_image(model.vlm, model.llm, example, folder, run=run.name, **more)
+            section = explain_image(model.vlm, model.llm, example, folder, run=run.name)
             answer = next(iter(section.panels[0].maps.values())).answer
             sys.stdout.write(f"{run.name}: {answer}\n{folder / 'index.html'}\n")
             sections.append([section])
             continue
-        result, pages = measure_relevance(run, name, options[run], out=out, chunk=args.chunk, **place)
+        result, pages = measure_relevance(run, name, options[run], out=out, **place)
         results.append(result)
         sections.append(pages)
     if results:
@@ -84,7 +81,7 @@ def explain(args: argparse.Namespace) -> None:
 
 def _question_name(args: argparse.Namespace) -> str:
     """A folder name for one question about one image: other questions about it get other folders."""
-    asked = json.dumps([str(args.image.absolute()), args.prompt, args.answer, args.through_backbone])
+    asked = json.dumps([str(args.image.absolute()), args.prompt, args.answer])
     return f"{args.image.stem[:40]}-{hashlib.sha256(asked.encode()).hexdigest()[:6]}"
 
 
@@ -97,7 +94,7 @@ def _comparison_name(runs: list[Path], about: str) -> str:
 
 
 def measure_relevance(
-    run: Path, name: str, options: dict[str, Any], *, out: Path | None = None, chunk: int | None = None, **place: Any
+    run: Path, name: str, options: dict[str, Any], *, out: Path | None = None, **place: Any
 ) -> tuple[dict[str, Any], list[Any]]:
     """Measures a run's maps of a benchmark's questions.
 
@@ -113,7 +110,7 @@ def measure_relevance(
     folder = out or run / "explain" / results_name(name, benchmark.split)
     about = {"benchmark": benchmark.name, "split": benchmark.split}
     model = load(run, **place)
-    return explain_set(model.vlm, model.llm, _examples(benchmark), folder, run=run.name, about=about, chunk=chunk)
+    return explain_set(model.vlm, model.llm, _examples(benchmark), folder, run=run.name, about=about)
 
 
 def has_relevance(run: Path, name: str, split: str | None) -> bool:
@@ -130,16 +127,14 @@ def has_relevance(run: Path, name: str, split: str | None) -> bool:
 def _check_arguments(args: argparse.Namespace, asked: Asked) -> None:
     given = {"--image": args.image, "--prompt": args.prompt, "--answer": args.answer}
     one = [name for name, value in given.items() if value is not None]
-    one += ["--through-backbone"] * args.through_backbone
     keys = [*(["benchmark"] if asked.benchmarks else []), *asked.options, *(f"benchmark.{name}" for name in asked.own)]
     if one and keys:
         others = ", ".join(f"{key}=" for key in keys)
         raise UsageError(f"{', '.join(one)} concern one image, {others} a benchmark: leave out one or the other.")
     if asked.benchmarks:
-        from prism_deco.evaluation.choose import check_keys, check_names
+        from prism_deco.evaluation.choose import check_keys
 
-        check_keys(asked.benchmarks, asked.options, also=("benchmark", "plugins"))
-        check_names(asked.benchmarks, asked.own)
+        check_keys(asked.benchmarks, asked.options, asked.own, also=("benchmark", "plugins"))
     for key in asked.options if asked.benchmarks is None else ():
         if get_close_matches(key, ["benchmark", "plugins"]):  # a slip; others are a benchmark's that was not named
             raise unknown("key", key, ["benchmark", "plugins"])

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 from prism_deco.config import GROUPS, choices, flat, load_choice, load_config, value_origins, value_text
 from prism_deco.config.choices import choice_path
-from prism_deco.config.reference import reference
-from prism_deco.config.reference_page import reference_page
+from prism_deco.config.reference import reference, reference_page
 from prism_deco.config.registry import unknown
 from prism_deco.stages import Stage
 

@@ -6,11 +6,19 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
 
 from prism_deco.commands.common import PLUGINS, import_plugins_only, show
 from prism_deco.config import load_config
 from prism_deco.errors import UsageError
+from prism_deco.logs import log_console
+
+if TYPE_CHECKING:
+    from prism_deco.plan import RunEstimate
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +96,6 @@ def sweep(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> None:
     """Estimate the memory, hours and disk of a run or of a sweep's cells, without weights, data or a GPU."""
-    from prism_deco.plan import as_json, estimate_run, table
     from prism_deco.stages import split
     from prism_deco.sweep import expand, parse
     from prism_deco.sweep.spec import is_sweep
@@ -103,12 +110,32 @@ def plan(args: argparse.Namespace) -> None:
     for name, arguments, config in asked:
         stages = {f"{name} {stage.name}".strip(): stage.config for stage in split(arguments)}
         configs |= stages or {name: config or load_config(arguments)}
-    plans = [
-        estimate_run(config, name, accelerator_name=args.accelerator, mfu=args.mfu) for name, config in configs.items()
-    ]
+    from prism_deco.plan import PlanTable, as_json  # imports torch: not before the arguments are known to be right
+
+    plans = _estimates(configs, args)
     if args.json:
         args.json.write_text(json.dumps(as_json(plans), indent=2) + "\n", encoding="utf-8")
-    show(table(plans, args.mfu))
+    show(PlanTable(plans, args.mfu))
+
+
+def _estimates(configs: Mapping[str, DictConfig], args: argparse.Namespace) -> list[RunEstimate]:
+    """Estimates each run, and says which one it is at."""
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn
+
+    from prism_deco.plan import estimate_run
+
+    console = log_console()
+    columns = (TextColumn("Planning {task.description}", markup=False), MofNCompleteColumn())
+    plans = []
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(configs))
+        for name, config in configs.items():
+            progress.update(task, description=name, refresh=True)
+            if not console.is_terminal and len(configs) > 1:
+                log.info("Planning %s (%d of %d)", name, len(plans) + 1, len(configs))
+            plans.append(estimate_run(config, name, accelerator_name=args.accelerator, mfu=args.mfu))
+            progress.advance(task)
+    return plans
 
 
 def report(args: argparse.Namespace) -> None:

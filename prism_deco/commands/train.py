@@ -43,7 +43,7 @@ def train(args: argparse.Namespace) -> int:
         print_config(stages, args.arguments)
         return 0
     config = stages[-1].config if stages else load_config(args.arguments)
-    scoring = _scoring(config)
+    scoring = _Scoring.of(config)
     flags = {"--overwrite": args.overwrite, "--force": args.force, "--debug": args.debug}
     if args.check:
         return _check(stages, config, overwrite=args.overwrite, force=args.force)
@@ -58,82 +58,75 @@ def train(args: argparse.Namespace) -> int:
 class _Scoring:
     """What `evaluate` in the configuration asks for, to be done when the model is trained."""
 
+    config: DictConfig
     benchmarks: tuple[str, ...]
     relevance: str | None
-    relevance_limit: int
-    options: dict[str, Any]
-    """Of all benchmarks: split, limit."""
-    own: dict[str, dict[str, Any]]
-    """Of single benchmarks, by name."""
-    batch_size: int
-    accelerator: str
+
+    @classmethod
+    def of(cls, config: DictConfig) -> _Scoring | None:
+        """The scoring of a configuration; None where it asks for none."""
+        benchmarks = tuple(resolve_benchmarks(config.evaluate.benchmarks or ""))
+        return cls(config, benchmarks, config.evaluate.relevance)._unless_empty()
 
     def prepare(self, benchmarks: Path | None) -> None:
         """Reads all questions; a wrong name, split or file must not wait for the end of training."""
         from prism_deco.evaluation.choose import check_names, prepare, prepare_one
 
-        check_names([*self.benchmarks, *([self.relevance] if self.relevance else [])], self.own)
+        check_names([*self.benchmarks, *([self.relevance] if self.relevance else [])], self._own)
         try:
             if self.benchmarks:
-                prepare(self.benchmarks, self.options, self.own, root=benchmarks)
+                prepare(self.benchmarks, self._options, self._own, root=benchmarks)
         except UsageError as error:
             raise UsageError(f"evaluate.benchmarks: {error}") from error
         try:
             if self.relevance:
-                prepare_one(self.relevance, self._about_relevance, root=benchmarks, boxes=True)
+                prepare_one(self.relevance, self._relevance_options(), root=benchmarks, boxes=True)
         except UsageError as error:
             raise UsageError(f"evaluate.relevance: {error}") from error
 
     def missing(self, folder: Path) -> _Scoring | None:
-        """What of it the folder has no numbers of, whatever else they were asked with; None where it has all."""
+        """The part of this scoring that has no results in the folder yet; None if it is complete."""
         scored = {path.parent.name for path in folder.glob("eval/*/metrics.json")}
         benchmarks = [name for name in self.benchmarks if results_name(name, self._split(name)) not in scored]
         relevance = self.relevance
         if relevance and has_relevance(folder, relevance, self._split(relevance)):
             relevance = None
-        rest = replace(self, benchmarks=tuple(benchmarks), relevance=relevance)
-        return rest if rest.benchmarks or rest.relevance else None
+        return replace(self, benchmarks=tuple(benchmarks), relevance=relevance)._unless_empty()
 
     def __call__(self, folder: Path, world: World) -> None:
         from prism_deco.distributed import local_device
         from prism_deco.evaluation.choose import prepare_one
 
         if self.relevance:
-            prepare_one(self.relevance, self._about_relevance, root=own_benchmarks(folder), boxes=True)
+            prepare_one(self.relevance, self._relevance_options(), root=own_benchmarks(folder), boxes=True)
         with world.patient():
             if self.benchmarks:
-                score_run(folder, self.benchmarks, self.options, self.own, world=world, batch_size=self.batch_size)
+                size = self.config.evaluate.batch_size
+                score_run(folder, self.benchmarks, self._options, self._own, world=world, batch_size=size)
             if self.relevance and world.is_main:  # its files are those of one process
-                device = local_device(self.accelerator)
-                measure_relevance(folder, self.relevance, self._about_relevance, device=device)
+                device = local_device(self.config.trainer.accelerator)
+                measure_relevance(folder, self.relevance, self._relevance_options(), device=device)
             world.barrier()
 
-    @property
-    def _about_relevance(self) -> dict[str, Any]:
-        assert self.relevance is not None
-        own = {key: value for key, value in self._own(self.relevance).items() if key != "limit"}
-        return {"split": self.options["split"], "limit": self.relevance_limit} | own
+    def _unless_empty(self) -> _Scoring | None:
+        return self if self.benchmarks or self.relevance else None
 
-    def _own(self, choice: str) -> dict[str, Any]:
-        return self.own.get(benchmark_name(choice), {})
+    @property
+    def _options(self) -> dict[str, Any]:
+        """Keys of all benchmarks."""
+        return {"split": self.config.evaluate.split, "limit": self.config.evaluate.limit}
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        """Keys of single benchmarks, by name."""
+        return OmegaConf.to_container(self.config.benchmark)  # type: ignore[return-value]
+
+    def _relevance_options(self) -> dict[str, Any]:
+        own = self._own.get(benchmark_name(self.relevance or ""), {})
+        return {**self._options, **own, "limit": self.config.evaluate.relevance_limit}
 
     def _split(self, choice: str) -> str | None:
-        return self._own(choice).get("split", self.options["split"])
-
-
-def _scoring(config: DictConfig) -> _Scoring | None:
-    asked = config.evaluate
-    if not asked.benchmarks and not asked.relevance:
-        return None
-    return _Scoring(
-        benchmarks=tuple(resolve_benchmarks(asked.benchmarks or "")),
-        relevance=asked.relevance,
-        relevance_limit=asked.relevance_limit,
-        options={"split": asked.split, "limit": asked.limit},
-        own=OmegaConf.to_container(config.benchmark),  # type: ignore[arg-type]
-        batch_size=asked.batch_size,
-        accelerator=config.trainer.accelerator,
-    )
+        return self._own.get(benchmark_name(choice), {}).get("split", self.config.evaluate.split)
 
 
 def _check(stages: Sequence[Stage], config: DictConfig, *, overwrite: bool, force: bool) -> int:
@@ -147,7 +140,7 @@ def _check(stages: Sequence[Stage], config: DictConfig, *, overwrite: bool, forc
         try:
             if not has_finished(its, overwrite):
                 world = World.of(its.trainer)
-                check_all(its, world, scoring=_scoring(its), after=after, plans=True, force=force)
+                check_all(its, world, scoring=_Scoring.of(its), after=after, plans=True, force=force)
         except UsageError as error:
             raise UsageError(f"{name}{error}") from error
         log.info("%sno problem found", name)

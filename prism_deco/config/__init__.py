@@ -3,11 +3,18 @@
 from prism_deco.config.cache import building_folder, cache_dir
 from prism_deco.config.choices import CONF_DIR, choices, load_choice
 from prism_deco.config.compose import compose, default_run_id, validate
-from prism_deco.config.diff import changed_from_defaults, flat, shipped_choices
 from prism_deco.config.load import load_config, named_choice, value_origins
 from prism_deco.config.parse import parse_value, read_yaml, value_text
 from prism_deco.config.schema import GROUPS
-from prism_deco.config.stored import is_free, read_config, save_config
+from prism_deco.config.stored import (
+    changed_from_defaults,
+    flat,
+    is_free,
+    read_config,
+    read_stored,
+    save_config,
+    shipped_choices,
+)
 
 __all__ = [
     "CONF_DIR",
@@ -25,6 +32,7 @@ __all__ = [
     "named_choice",
     "parse_value",
     "read_config",
+    "read_stored",
     "read_yaml",
     "save_config",
     "shipped_choices",

@@ -9,21 +9,25 @@ from prism_deco.config.choices import YAML_SUFFIXES, load_choice
 from prism_deco.errors import UsageError
 
 
-def resolve_benchmarks(names: str | Iterable[str]) -> list[str]:
+def resolve_benchmarks(names: str | Iterable[str], parents: tuple[str, ...] = ()) -> list[str]:
     """Benchmark names with their groups (YAMLs with `members`) expanded; each once, in order.
 
     Args:
         names: a list, or a string with commas.
+        parents: the groups that the names are members of.
 
     Raises:
         UsageError: an unknown name, or groups that contain each other.
     """
     if isinstance(names, str):
         names = [name.strip() for name in names.split(",") if name.strip()]
-    members: list[str] = []
+    found: list[str] = []
     for name in names:
-        members += _expand(name, ())
-    return list(dict.fromkeys(members))
+        if name in parents:
+            raise UsageError(f"The benchmark groups {' > '.join((*parents, name))} contain each other.")
+        members = load_choice("benchmark", name).get("members")
+        found += [name] if members is None else resolve_benchmarks(members, (*parents, name))
+    return list(dict.fromkeys(found))
 
 
 def benchmark_name(choice: str) -> str:
@@ -36,15 +40,3 @@ def results_name(choice: str, split: str | None = None) -> str:
     own = load_choice("benchmark", choice).get("split") or ""
     name = benchmark_name(choice)
     return name if split in (None, own) else f"{name}-{split}"
-
-
-def _expand(name: str, parents: tuple[str, ...]) -> list[str]:
-    if name in parents:
-        raise UsageError(f"The benchmark groups {' > '.join((*parents, name))} contain each other.")
-    members = load_choice("benchmark", name).get("members")
-    if members is None:
-        return [name]
-    expanded: list[str] = []
-    for member in members:
-        expanded += _expand(member, (*parents, name))
-    return expanded

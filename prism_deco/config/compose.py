@@ -7,36 +7,49 @@ there is the default and gives the type.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, GrammarParseError, OmegaConfBaseException
 
+from prism_deco.config.choices import choices, load_choice
 from prism_deco.config.fields import Range
-from prism_deco.config.hints import unknown_key
-from prism_deco.config.keys import RETIRED, allowed, is_text_key
+from prism_deco.config.keys import RETIRED, allowed, is_text_key, type_text
 from prism_deco.config.parse import flatten, value_text
-from prism_deco.config.reference import type_text
 from prism_deco.config.registry import unknown
 from prism_deco.config.schema import GROUPS, SAMPLER, STATISTICS, Config
 from prism_deco.errors import UsageError
 
+_LISTED = 12
+"""Keys of a group that a message lists; of more it names the command that explains them."""
 
-def compose(contents: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> DictConfig:
+_OTHER_NAMES = {
+    "learning_rate": ["recipe.lr", "recipe.projector_lr"],
+    "max_grad_norm": ["recipe.grad_clip"],
+    "gradient_checkpointing": ["trainer.activation_checkpointing"],
+}
+"""What other trainers call a key that is spelled too differently here to be found by its letters."""
+
+
+def compose(
+    contents: Mapping[str, Any], origins: Mapping[str, str] | None = None, closed: Collection[str] = ()
+) -> DictConfig:
     """Merges the schema with the content of each group and the values of the other keys.
 
     Args:
         origins: where the content of a group comes from, for messages: {"recipe": "recipe=mine.yaml"}.
+        closed: groups whose content cannot declare options of its own.
 
     Raises:
-        UsageError: a value of a wrong type, or a key outside the groups that the schema does not have.
+        UsageError: a value of a wrong type, or a key that the schema does not have.
     """
     groups = []
     for group in GROUPS:
-        kind = _extend(group, contents.get(group) or {})
+        kind = _extend(group, {} if group in closed else contents.get(group) or {})
         groups.append((group, kind, field(default_factory=kind)))
     schema = OmegaConf.structured(make_dataclass("Config", groups, bases=(Config,)))
     try:
@@ -96,12 +109,10 @@ def validate(config: DictConfig) -> None:
         group, _, leaf = key.rpartition(".")
         return OmegaConf.is_interpolation(config[group] if group else config, leaf)
 
+    values = flatten(content)
     # References come last: a wrong value is reported at the key that holds it.
     for key in sorted(allowed(), key=is_reference):
-        value = content
-        for part in key.split("."):
-            value = value[part]
-        _check_value(key, value, content["plugins"])
+        _check_value(key, values[key], content["plugins"])
     for key in content["data"]["statistics"] or {}:
         if key not in STATISTICS:
             raise unknown("key of data.statistics", key, STATISTICS)
@@ -120,33 +131,28 @@ def _check_value(key: str, value: Any, plugins: list[str]) -> None:
     rule = allowed()[key]
     if value is None:  # the schema's types say where that may be
         return
-    if isinstance(rule, Range):
-        _check_range(key, value, rule)
-    elif value not in rule and not (rule is SAMPLER and plugins):  # a plug-in may register another sampler
-        raise unknown(key, value, rule)
-
-
-def _check_range(key: str, value: Any, bounds: Range) -> None:
-    numbers = value if isinstance(value, list | tuple) else (value,)
-    if all(number in bounds for number in numbers):
+    if not isinstance(rule, Range):
+        if value not in rule and not (rule is SAMPLER and plugins):  # a plug-in may register another sampler
+            raise unknown(key, value, rule)
         return
-    shown = ",".join(f"{number:g}" if isinstance(number, float) else str(number) for number in numbers)
-    finite = "" if all(map(math.isfinite, numbers)) else "finite and "
-    if numbers is value:
-        raise UsageError(f"{key}=[{shown}] must be {finite}{bounds}, each.")
-    raise UsageError(f"{key}={shown} must be {finite}{bounds}.")
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if not all(number in rule for number in numbers):
+        shown = ",".join(f"{number:g}" if isinstance(number, float) else str(number) for number in numbers)
+        finite = "" if all(map(math.isfinite, numbers)) else "finite and "
+        if numbers is value:
+            raise UsageError(f"{key}=[{shown}] must be {finite}{rule}, each.")
+        raise UsageError(f"{key}={shown} must be {finite}{rule}.")
 
 
 def _extend(group: str, content: Mapping[str, Any]) -> type:
     """The schema of a group: its dataclass plus the options that a YAML declares, typed by their values."""
     base = Config.__dataclass_fields__[group].default_factory
     assert isinstance(base, type)
-    known = {f.name for f in fields(base)}
-    options = [
-        (key, _option_type(f"{group}.{key}", value), field(default=None))
-        for key, value in content.items()
-        if key not in known
-    ]
+    known = {member.name for member in fields(base)}
+    options = []
+    for key, value in content.items():
+        if key not in known:
+            options.append((key, _option_type(f"{group}.{key}", value), field(default=None)))
     return make_dataclass(base.__name__, options, bases=(base,))
 
 
@@ -164,24 +170,47 @@ def _refusal(config: DictConfig, key: str, value: Any, error: OmegaConfBaseExcep
     for retired in (key, f"{key}={value}"):
         if retired in RETIRED:
             return UsageError(f"{retired}{origin}: {RETIRED[retired]}.")
-    if isinstance(error, ConfigKeyError | ConfigAttributeError):
-        return unknown_key(config, key, origin)
     text = value_text(key, value)
     if isinstance(error, GrammarParseError):
         return UsageError(f"{key}={text} is not a valid reference{origin}: {str(error).splitlines()[0]}.")
-    if error.full_key != key:  # a key below one that has a plain value
-        return unknown_key(config, key, origin)
+    # The error is about another key where this one is below a plain value: `recipe.lr.x`.
+    if isinstance(error, ConfigKeyError | ConfigAttributeError) or error.full_key != key:
+        return _unknown_key(config, key, origin)
     return UsageError(f"{key}={text} must be {_expected(config, key)}{origin}.")
 
 
 def _expected(config: DictConfig, key: str) -> str:
     """What a key takes, in words."""
-    node: Any = config
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        node = node[parent]
+    group, _, leaf = key.rpartition(".")
+    node: Any = OmegaConf.select(config, group) if group else config
     kind = OmegaConf.get_type(node)
-    annotation = {f.name: f.type for f in fields(kind)}.get(leaf) if is_dataclass(kind) else None
+    annotation = {member.name: member.type for member in fields(kind)}.get(leaf) if is_dataclass(kind) else None
     if OmegaConf.is_dict(node.get(leaf)) and key in Config.__dataclass_fields__:
         return f"set key by key, for example {key}.{next(iter(node[leaf]))}=NAME"
     return type_text(annotation)
+
+
+def _unknown_key(config: DictConfig, key: str, origin: str) -> UsageError:
+    """The error for a key that a configuration does not have, with the nearest ones."""
+    content: Any = OmegaConf.to_container(config, resolve=False)
+    names = sorted({*content, *flatten(content)})
+    parent = key.rpartition(".")[0]
+    siblings = [name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == parent]
+    listed = f" Keys of {parent or 'the configuration'}: {', '.join(siblings)}." if siblings else ""
+    if len(siblings) > _LISTED:
+        listed = f" All keys: prism-deco keys {parent}."
+    return UsageError(f"Unknown key {key}{origin}.{_hint(key, names)}{listed}")
+
+
+def _hint(key: str, names: list[str]) -> str:
+    """What a user may have meant: a key of that name elsewhere, one of another choice, or one with similar letters."""
+    group, _, leaf = key.rpartition(".")
+    longer = [name for name in names if name.startswith(f"{group}.") and name.endswith(f"_{leaf}")]
+    same = longer + [name for name in names if name.rpartition(".")[2] == leaf]
+    if not same and group in GROUPS:
+        owners = [f"{group}={choice}" for choice in choices(group) if leaf in load_choice(group, choice)]
+        if owners:
+            return f" It is a key of {' or '.join(owners[:3])}."
+    same = same or _OTHER_NAMES.get(leaf, [])
+    near = same[:3] or difflib.get_close_matches(key, [name for name in names if name not in GROUPS], n=3)
+    return f" Did you mean {' or '.join(near)}?" if near else ""

@@ -11,35 +11,22 @@ from typing import Any
 class Range:
     """Finite numbers within bounds."""
 
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
+    least: float = -math.inf
+    above: float = -math.inf
+    most: float = math.inf
+    below: float = math.inf
 
     def __contains__(self, number: float) -> bool:
-        return (
-            math.isfinite(number)
-            and (self.least is None or number >= self.least)
-            and (self.above is None or number > self.above)
-            and (self.most is None or number <= self.most)
-            and (self.below is None or number < self.below)
-        )
+        return self.least <= number <= self.most and self.above < number < self.below
 
     def __str__(self) -> str:
         bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        return " and ".join(f"{name} {bound}" for name, bound in bounds.items() if bound is not None)
+        return " and ".join(f"{name} {bound}" for name, bound in bounds.items() if math.isfinite(bound))
 
 
-def number(
-    default: Any,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A field whose value, or each of whose values, is within bounds."""
-    return field(default=default, metadata={"allowed": Range(least, above, most, below)})
+def number(default: Any, **bounds: float) -> Any:
+    """A field whose value, or each of whose values, is within the bounds of a `Range`."""
+    return field(default=default, metadata={"allowed": Range(**bounds)})
 
 
 def one_of(names: tuple[str, ...], default: Any) -> Any:

@@ -18,12 +18,29 @@ TEXT_OPTIONS = {
 }
 """Options of single components that are text. Where a YAML's default is null, its type says nothing."""
 
+TYPES = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "tuple[float, float]": "two numbers such as [0.9, 0.95]",
+    "list[str]": "a list of names such as [a, b]",
+}
+"""What messages and pages call the types of the schema; the others are mappings."""
+
 RETIRED = {
     "trainer.feature_cache=auto": "auto is no longer a choice, since it needed a plan of every run: use true where an "
     "image is seen several times, by epochs or by runs of a sweep, and the towers are much of the work, else false",
     "trainer.feature_cache_runs": "only trainer.feature_cache=auto used it, which is no longer a choice",
 }
 """Keys and values of earlier versions: stored configurations may hold them, new ones may not."""
+
+
+def type_text(annotation: object) -> str:
+    """A field's type in words: `int | None` -> "a whole number or null"."""
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    null = " or null" if text.endswith(" | None") else ""
+    return TYPES.get(text.removesuffix(" | None"), "a mapping such as {key: value}") + null
 
 
 @cache

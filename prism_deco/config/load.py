@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config.choices import CONF_DIR, YAML_SUFFIXES, choice_path, default_contents
 from prism_deco.config.compose import compose, default_run_id, set_key, takes_text, validate
-from prism_deco.config.diff import changed_from_defaults, flat, shipped_choices
-from prism_deco.config.hints import unknown_key
-from prism_deco.config.keys import RETIRED
 from prism_deco.config.parse import flatten, parse_value, read_yaml, split_pair
 from prism_deco.config.registry import require_imported
-from prism_deco.config.schema import GROUPS, RecipeConfig, TrainerConfig
-from prism_deco.config.stored import CONFIG, read_config
+from prism_deco.config.schema import GROUPS
+from prism_deco.config.stored import CONFIG, changed_from_defaults, flat, read_config, shipped_choices
 from prism_deco.errors import UsageError
 
-_CLOSED = {"recipe": RecipeConfig, "trainer": TrainerConfig}
+_CLOSED = ("recipe", "trainer")
 """Groups whose YAMLs cannot declare options of their own: nothing would read them."""
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """A value of a YAML file."""
-
-    key: str
-    value: Any
-    file: Path
-
-    @property
-    def is_stored(self) -> bool:
-        return self.file.name == CONFIG
 
 
 @dataclass
@@ -44,14 +28,14 @@ class _Arguments:
     Attributes:
         choices: the choice of each group that is named.
         contents: groups of a stored configuration that no shipped choice fills.
-        settings: what YAML files set, in order.
+        settings: what YAML files set, in order: key, value, and the file.
         overrides: key and text of what the command line sets, in order.
         stored: the stored configuration, if one is given.
     """
 
     choices: dict[str, str] = field(default_factory=dict)
     contents: dict[str, Any] = field(default_factory=dict)
-    settings: list[_Setting] = field(default_factory=list)
+    settings: list[tuple[str, Any, Path]] = field(default_factory=list)
     overrides: list[tuple[str, str]] = field(default_factory=list)
     stored: Path | None = None
 
@@ -59,7 +43,16 @@ class _Arguments:
         """Takes a choice, in place of what a stored configuration says about the group."""
         self.choices[group] = choice
         self.contents.pop(group, None)
-        self.settings = [s for s in self.settings if not (s.is_stored and s.key.startswith(f"{group}."))]
+        self.settings = [setting for setting in self.settings if not self._is_stored(setting, group)]
+
+    def named(self, group: str) -> str | None:
+        """The choice of a group; None where the default or a stored configuration stands."""
+        is_stored = any(self._is_stored(setting, group) for setting in self.settings)
+        return None if is_stored else self.choices.get(group)
+
+    def _is_stored(self, setting: tuple[str, Any, Path], group: str) -> bool:
+        key, _, file = setting
+        return file.name == CONFIG and key.startswith(f"{group}.")
 
 
 def load_config(overrides: Iterable[str] = ()) -> DictConfig:
@@ -72,13 +65,16 @@ def load_config(overrides: Iterable[str] = ()) -> DictConfig:
     Raises:
         UsageError: an unknown choice or key (with the nearest valid ones), a value of a wrong type or out of range.
     """
-    arguments = _read(overrides)
+    return _load(_read(overrides))
+
+
+def _load(arguments: _Arguments) -> DictConfig:
     contents = default_contents(arguments.choices)
     origins = {group: f"{group}={choice}" for group, choice in arguments.choices.items()}
-    _refuse_options(contents, origins)
-    config = compose(contents | arguments.contents, origins)
-    for setting in arguments.settings:
-        set_key(config, setting.key, setting.value, str(setting.file))
+    closed = [group for group in _CLOSED if group not in arguments.contents]
+    config = compose(contents | arguments.contents, origins, closed)
+    for key, value, file in arguments.settings:
+        set_key(config, key, value, str(file))
     written: Any = OmegaConf.to_container(config, resolve=False)
     for key, text in arguments.overrides:
         set_key(config, key, parse_value(key, text, is_text=takes_text(written, key)))
@@ -90,17 +86,14 @@ def load_config(overrides: Iterable[str] = ()) -> DictConfig:
 
 def named_choice(group: str, overrides: Iterable[str]) -> str | None:
     """The choice of a group that a command line names; None where it leaves the default or a stored configuration."""
-    arguments = _read(overrides)
-    is_stored = any(setting.is_stored and setting.key.startswith(f"{group}.") for setting in arguments.settings)
-    return None if is_stored else arguments.choices.get(group)
+    return _read(overrides).named(group)
 
 
 def value_origins(overrides: Iterable[str]) -> dict[str, str]:
     """Where each value of `load_config(overrides)` comes from, by dotted key: `command line`, the path of a YAML file,
     or `default`, the schema's; and the reference that stands there, if any."""
-    overrides = list(overrides)
     arguments = _read(overrides)
-    config = load_config(overrides)
+    config = _load(arguments)
     origins = dict.fromkeys(flat(config), "default")
     for key, content in default_contents(arguments.choices).items():
         choice = arguments.choices.get(key) or (content["name"] if key in GROUPS else "")
@@ -109,8 +102,8 @@ def value_origins(overrides: Iterable[str]) -> dict[str, str]:
         origins |= dict.fromkeys(flatten({key: content}), shown)
     for group, content in arguments.contents.items():
         origins |= dict.fromkeys(flatten({group: content}), f"{arguments.stored}")
-    for setting in arguments.settings:
-        origins[setting.key] = str(setting.file)
+    for key, _, file in arguments.settings:
+        origins[key] = str(file)
     for key, _ in arguments.overrides:
         origins |= {name: "command line" for name in origins if f"{name}.".startswith(f"{key}.")}
     written: Any = OmegaConf.to_container(config, resolve=False)
@@ -155,7 +148,7 @@ def _add_file(arguments: _Arguments, file: Path) -> None:
             if "name" in settings:
                 arguments.choose(key, str(settings.pop("name")))
             settings = {key: settings} if settings else {}
-        arguments.settings += [_Setting(name, entry, file) for name, entry in flatten(settings).items()]
+        arguments.settings += [(name, entry, file) for name, entry in flatten(settings).items()]
 
 
 def _add_stored(arguments: _Arguments, file: Path) -> None:
@@ -169,12 +162,4 @@ def _add_stored(arguments: _Arguments, file: Path) -> None:
     arguments.stored = file
     arguments.choices |= chosen
     arguments.contents |= {group: OmegaConf.to_container(config[group]) for group in GROUPS if group not in chosen}
-    arguments.settings += [_Setting(key, value, file) for key, value in changed.items()]
-
-
-def _refuse_options(contents: dict[str, Any], origins: dict[str, str]) -> None:
-    for group, schema in _CLOSED.items():
-        known = {member.name for member in fields(schema)}
-        for key in contents[group]:
-            if key not in known and f"{group}.{key}" not in RETIRED:
-                raise unknown_key(compose(default_contents({})), f"{group}.{key}", f" ({origins.get(group, group)})")
+    arguments.settings += [(key, value, file) for key, value in changed.items()]

@@ -37,8 +37,8 @@ def parse_value(key: str, text: str, *, is_text: bool | None = None) -> Any:
         return _parse_text(text)
     try:
         return _from_yaml(text)
-    except _NotYAML as error:
-        raise UsageError(f"{key}={text}: the value of {key} is not valid YAML ({error}).") from error
+    except _NOT_YAML as error:
+        raise UsageError(f"{key}={text}: the value of {key} is not valid YAML ({_problem(error)}).") from error
 
 
 def _parse_text(text: str) -> str | None:
@@ -47,7 +47,7 @@ def _parse_text(text: str) -> str | None:
     if text[0] in "'\"" and text[0] == text[-1]:
         try:
             value = _from_yaml(text)
-        except _NotYAML:  # quotes of several words: 'a' or 'b'
+        except _NOT_YAML:  # quotes of several words: 'a' or 'b'
             return text
         return value if isinstance(value, str) else text
     return text
@@ -99,9 +99,10 @@ def read_yaml(path: Path, group: str = "") -> dict[str, Any]:
         raise UsageError(f"{path}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not a UTF-8 text file ({error}).") from error
-    except _NotYAML as error:
-        line = f", line {error.line}" if error.line else ""
-        raise UsageError(f"{path}{line}: not valid YAML ({error}).") from error
+    except _NOT_YAML as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{path}{line}: not valid YAML ({_problem(error)}).") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -130,24 +131,14 @@ def _keep_text(value: Any, written: Any, key: str) -> Any:
     return value
 
 
-class _NotYAML(Exception):
-    """What is wrong with a text, in one line.
-
-    Attributes:
-        line: where, counted from 1; None if that is not known.
-    """
-
-    def __init__(self, error: Exception):
-        super().__init__(getattr(error, "problem", None) or str(error).splitlines()[0])
-        mark = getattr(error, "problem_mark", None)
-        self.line = mark.line + 1 if mark else None
+_NOT_YAML = (yaml.YAMLError, OmegaConfBaseException, ValueError)
 
 
 def _from_yaml(text: str) -> Any:
     # Not by OmegaConf.create or OmegaConf.load: those take a word for a mapping.
-    try:
-        content = OmegaConf.to_container(OmegaConf.from_dotlist([f"text={text}"]))
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise _NotYAML(error) from error
-    assert isinstance(content, dict)
+    content: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"text={text}"]))
     return content["text"]
+
+
+def _problem(error: Exception) -> str:
+    return getattr(error, "problem", None) or str(error).splitlines()[0]

@@ -1,27 +1,30 @@
-"""The `config.yaml` of a run or an export: plain values, which nothing resolves and whose plug-ins nobody imports."""
+"""The `config.yaml` of a run or an export: plain values, which nothing resolves and whose plug-ins nobody imports; and
+how it differs from the choices it names."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from prism_deco.config.compose import compose
+from prism_deco.config.choices import choices, default_contents
+from prism_deco.config.compose import compose, set_key
 from prism_deco.config.keys import RETIRED
-from prism_deco.config.parse import read_yaml
+from prism_deco.config.parse import flatten, read_yaml
+from prism_deco.config.schema import GROUPS
 from prism_deco.errors import UsageError
 from prism_deco.files import write_whole
 
 CONFIG = "config.yaml"
 
-_FREE = ("trainer", "benchmark", "recipe.micro_batch_size", "data.num_workers", "runs_dir")
-
 
 def is_free(key: str) -> bool:
     """Whether an unfinished run may continue under another value of a key, or group: it says where and how the run is
     computed, not what is learned (except for rounding; see `training.run_dir`)."""
-    return key in _FREE or key.startswith(("trainer.", "evaluate.", "benchmark."))
+    free = ("trainer", "benchmark", "recipe.micro_batch_size", "data.num_workers", "runs_dir")
+    return key in free or key.startswith(("trainer.", "evaluate.", "benchmark."))
 
 
 def save_config(config: DictConfig, path: Path) -> None:
@@ -30,7 +33,16 @@ def save_config(config: DictConfig, path: Path) -> None:
 
 
 def read_config(path: Path) -> DictConfig:
-    """Reads what `save_config` wrote. Ranges are not checked again, and retired keys are left out.
+    """Reads what `save_config` wrote; keys that it does not hold are at their defaults. Ranges are not checked again.
+
+    Raises:
+        UsageError: as for `read_stored`, or the schema does not take it.
+    """
+    return compose(read_stored(path))
+
+
+def read_stored(path: Path) -> dict[str, Any]:
+    """What `save_config` wrote, as it stands in the file; retired keys are left out.
 
     Raises:
         UsageError: there is no such file, or it is not a stored configuration of plain values.
@@ -44,7 +56,7 @@ def read_config(path: Path) -> DictConfig:
         group, _, leaf = name.rpartition(".")
         if leaf in content.get(group, {}) and value in ("", content[group][leaf]):
             del content[group][leaf]
-    return compose(content)
+    return content
 
 
 def _refuse_references(content: Any, path: Path, key: str = "") -> None:
@@ -60,3 +72,39 @@ def _refuse_references(content: Any, path: Path, key: str = "") -> None:
             f"{path}: {key} is a reference ({content}). A stored configuration has plain values only. References are "
             "for YAML files of your own, under another name than config.yaml."
         )
+
+
+def flat(config: DictConfig) -> dict[str, Any]:
+    """The configuration as `group.key` -> value, references resolved; lists stay whole."""
+    return flatten(json.loads(json.dumps(OmegaConf.to_container(config, resolve=True))))
+
+
+def shipped_choices(config: DictConfig) -> dict[str, str]:
+    """The shipped choices of a configuration by group, without the groups that a user's own YAML fills."""
+    named = {group: str(config[group].name) for group in GROUPS if config[group].name in choices(group)}
+    composed = compose(default_contents(named))
+    return {group: name for group, name in named.items() if set(config[group]) <= set(composed[group])}
+
+
+def changed_from_defaults(config: DictConfig) -> dict[str, Any]:
+    """The values that differ from what the configuration's shipped choices compose to, by dotted key.
+
+    Groups that a user's own YAML fills are left out. A value that follows from a reference (`${recipe.num_tokens}`) is
+    no difference as long as it is what the reference gives.
+    """
+    chosen = shipped_choices(config)
+    default = compose(default_contents(chosen))
+    written = flatten(OmegaConf.to_container(default, resolve=False))  # type: ignore[arg-type]
+    references = {key for key, value in written.items() if isinstance(value, str) and "${" in value}
+    own = tuple(f"{group}." for group in GROUPS if group not in chosen)
+    values = {key: value for key, value in flat(config).items() if not key.startswith(own)}
+    changed = _differing(values, default, values.keys() - references)
+    for key, value in changed.items():
+        set_key(default, key, value)
+    changed |= _differing(values, default, references)
+    return {key: value for key, value in values.items() if key in changed}
+
+
+def _differing(values: dict[str, Any], default: DictConfig, keys: set[str]) -> dict[str, Any]:
+    expected = flat(default)
+    return {key: values[key] for key in keys & values.keys() if values[key] != expected.get(key, ...)}

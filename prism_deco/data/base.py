@@ -43,7 +43,7 @@ class Source:
 
 
 SOURCES: Registry[Callable[..., Source]] = Registry(
-    "data family", also=["prism_deco.data.sources", "prism_deco.miniature.source"]
+    "data family", also=["prism_deco.data.sources", "prism_deco.miniature.world"]
 )
 
 

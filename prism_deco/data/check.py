@@ -6,14 +6,15 @@ import json
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,57 +22,10 @@ from prism_deco.config import cache_dir
 from prism_deco.config.registry import unknown
 from prism_deco.data.base import Source
 from prism_deco.data.encoder import Encoder
-from prism_deco.data.images import ImageSource
-from prism_deco.data.records import Records, open_records
+from prism_deco.data.records import open_records
 from prism_deco.data.validators import KINDS, Fault, ImageFindings, TextFindings, TextInspector, inspect_image
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Totals:
-    """Sums over the records and images; each image counts once.
-
-    Attributes:
-        lengths: records by length class: class k has more than 2^(k-1) and up to 2^k tokens of text.
-        formats: images by file format.
-        image_hash: sum of the images' SHA-256 modulo 2^256, which does not depend on their order.
-    """
-
-    records: int = 0
-    with_image: int = 0
-    images: int = 0
-    image_bytes: int = 0
-    tokens: int = 0
-    supervised: int = 0
-    records_cut: int = 0
-    tokens_cut: int = 0
-    supervised_cut: int = 0
-    longest: int = 0
-    lengths: Counter[int] = field(default_factory=Counter)
-    formats: Counter[str] = field(default_factory=Counter)
-    image_hash: int = 0
-
-    def add_text(self, found: TextFindings) -> None:
-        """Counts one record."""
-        self.records += 1
-        self.tokens += found.length
-        self.supervised += found.supervised
-        self.records_cut += found.cut > 0
-        self.tokens_cut += found.cut
-        self.supervised_cut += found.supervised_cut
-        self.longest = max(self.longest, found.length)
-        if found.length:
-            self.lengths[(found.length - 1).bit_length()] += 1
-
-    def add_image(self, found: ImageFindings) -> None:
-        """Counts one image file."""
-        self.images += 1
-        self.image_bytes += found.bytes
-        if found.format is not None:
-            self.formats[found.format] += 1
-        if found.digest is not None:
-            self.image_hash = (self.image_hash + int(found.digest, 16)) % 2**256
 
 
 @dataclass(frozen=True)
@@ -80,13 +34,14 @@ class CheckReport:
 
     Attributes:
         data_hash: SHA-256 of the records' file.
+        totals: what `report.json` counts.
         faults: in the order of the file.
         allowed: kinds that are reported but do not count as failure.
         path: of `bad.jsonl`.
     """
 
     data_hash: str
-    totals: Totals
+    totals: dict[str, Any]
     faults: Sequence[Fault]
     allowed: Sequence[str]
     path: Path
@@ -104,8 +59,7 @@ class CheckReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report without the individual faults, which are in `bad.jsonl`."""
-        totals = vars(self.totals) | {"image_hash": f"{self.totals.image_hash:064x}"}
-        return {"data_hash": self.data_hash, "faults": self.counts, **totals}
+        return {"data_hash": self.data_hash, "faults": self.counts, **self.totals}
 
     def render(self) -> Group:
         """The report as tables of rich."""
@@ -114,73 +68,54 @@ class CheckReport:
 
     def _overview(self) -> Table:
         t = self.totals
-        table = Table("", title="Data set", show_header=False)
-        table.add_column(justify="right")
-        supervised = _percent(t.supervised - t.supervised_cut, t.tokens - t.tokens_cut)
-        formats = ", ".join(f"{n:,} {name}" for name, n in t.formats.most_common())
-        table.add_row("usable records", f"{t.records:,}")
-        table.add_row("with images", f"{t.with_image:,}")
-        table.add_row("text only", f"{t.records - t.with_image:,}")
-        table.add_row("image files", f"{t.images:,} ({t.image_bytes / 1e9:.3f} GB)")
+        table = Table("", Column(justify="right"), title="Data set", show_header=False)
+        supervised = _percent(t["supervised"] - t["supervised_cut"], t["tokens"] - t["tokens_cut"])
+        formats = ", ".join(f"{n:,} {name}" for name, n in t["formats"].most_common())
+        table.add_row("usable records", f"{t['records']:,}")
+        table.add_row("with images", f"{t['with_image']:,}")
+        table.add_row("text only", f"{t['records'] - t['with_image']:,}")
+        table.add_row("image files", f"{t['images']:,} ({t['image_bytes'] / 1e9:.3f} GB)")
         table.add_row("formats", formats or "none readable")
-        table.add_row("text tokens", f"{t.tokens:,}, longest record {t.longest:,}")
+        table.add_row("text tokens", f"{t['tokens']:,}, longest record {t['longest']:,}")
         table.add_row("supervised", f"{supervised} of those kept")
-        table.add_row("truncated", f"{t.tokens_cut:,} tokens of {t.records_cut:,} records")
-        table.add_row("supervised among these", f"{t.supervised_cut:,}")
+        table.add_row("truncated", f"{t['tokens_cut']:,} tokens of {t['records_cut']:,} records")
+        table.add_row("supervised among these", f"{t['supervised_cut']:,}")
         table.add_row("hash of the records", self.data_hash)
-        table.add_row("hash of the images", f"{t.image_hash:064x}")
+        table.add_row("hash of the images", t["image_hash"])
         return table
 
     def _histogram(self) -> Table:
-        table = Table(title="Lengths of the records")
-        table.add_column("text tokens", justify="right")
-        table.add_column("records", justify="right")
-        table.add_column("fraction")
-        lengths = self.totals.lengths
+        numbers = Column("text tokens", justify="right"), Column("records", justify="right")
+        table = Table(*numbers, "fraction", title="Lengths of the records")
+        lengths = self.totals["lengths"]
         for size in range(min(lengths, default=0), max(lengths, default=-1) + 1):
             count = lengths[size]
             bar = "█" * round(40 * count / max(lengths.values()))
             low = 2 ** (size - 1) + 1 if size > 1 else size + 1
             label = f"{low}" if low >= 2**size else f"{low} to {2**size}"
-            table.add_row(label, f"{count:,}", f"{bar} {_percent(count, self.totals.records)}")
+            table.add_row(label, f"{count:,}", f"{bar} {_percent(count, self.totals['records'])}")
         return table
 
     def _fault_table(self) -> Table:
-        table = Table(title="Faults", caption=Text(f"Listed one by one in {self.path}", "table.caption"))
-        table.add_column("kind")
-        table.add_column("number", justify="right")
-        table.add_column("meaning")
+        caption = Text(f"Listed one by one in {self.path}", "table.caption")
+        table = Table("kind", Column("number", justify="right"), "meaning", title="Faults", caption=caption)
         for kind, number in self.counts.items():
             table.add_row(kind, f"{number:,}{' (allowed)' if kind in self.allowed else ''}", KINDS[kind])
         return table
 
 
-class _Texts(Dataset[TextFindings]):
-    """What is found in the conversation of each record."""
+class _Findings(Dataset[Any]):
+    """What a function finds in each of some items."""
 
-    def __init__(self, records: Records, encoder: Encoder):
-        self._records = records
-        self._inspect = TextInspector(encoder)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, row: int) -> TextFindings:
-        return self._inspect(self._records[row])
-
-
-class _Images(Dataset[ImageFindings]):
-    """What is found in each image."""
-
-    def __init__(self, images: ImageSource, names: Iterable[str]):
-        self._images = images
-        self._names = list(names)
+    def __init__(self, inspect: Callable[[Any], Any], items: Sequence[Any]):
+        self._inspect = inspect
+        self._items = items
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._items)
 
-    def __getitem__(self, index: int) -> ImageFindings:
-        return inspect_image(self._images, self._names[index])
+    def __getitem__(self, index: int) -> Any:
+        return self._inspect(self._items[index])
 
 
 def check_dataset(
@@ -220,28 +155,48 @@ def check_dataset(
             faults.append(Fault("duplicate_id", entries[row], record.id, detail))
         for name in dict.fromkeys(record.images):
             shown_by[name].append(row)
-    totals = Totals(with_image=int(records.has_image.sum()))
-    for row, text in enumerate(_inspected("records", _Texts(records, encoder), workers)):
-        totals.add_text(text)
+    texts = _inspect_all("records", TextInspector(encoder), records, workers)
+    for row, text in enumerate(texts):
         faults += [Fault(kind, entries[row], ids[row], detail) for kind, detail in text.faults]
-    found = _inspected("images", _Images(images, shown_by), workers)
+    found = _inspect_all("images", partial(inspect_image, images), list(shown_by), workers)
     for (name, rows), image in zip(shown_by.items(), found, strict=True):
-        totals.add_image(image)
-        if image.kind is not None:
-            faults += [Fault(image.kind, entries[row], ids[row], image.detail, name) for row in rows]
+        if image.fault is not None:
+            kind, detail = image.fault
+            faults += [Fault(kind, entries[row], ids[row], detail, name) for row in rows]
     faults.sort(key=lambda fault: (fault.entry, list(KINDS).index(fault.kind)))
+    totals = {"records": len(records), "with_image": int(records.has_image.sum()), **_totals(texts, found)}
     report = CheckReport(records.data_hash, totals, faults, tuple(allow), out / "bad.jsonl")
     report.path.write_text("".join(json.dumps(asdict(fault)) + "\n" for fault in faults), encoding="utf-8")
     (out / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     return report
 
 
-def _inspected(what: str, dataset: Dataset[Any], workers: int) -> Iterator[Any]:
-    """The items of a data set in their order, with a progress bar."""
-    loader = DataLoader(dataset, batch_size=64, num_workers=workers if workers > 1 else 0, collate_fn=list)
-    size = len(dataset)  # type: ignore[arg-type]  # both are sized
-    items = (item for batch in loader for item in batch)
-    return iter(track(items, what, total=size, console=Console(stderr=True)))
+def _inspect_all(what: str, inspect: Callable[[Any], Any], items: Sequence[Any], workers: int) -> list[Any]:
+    """What is found in each of the items, in their order; shows a progress bar."""
+    findings = _Findings(inspect, items)
+    loader = DataLoader(findings, batch_size=64, num_workers=workers if workers > 1 else 0, collate_fn=list)
+    found = (finding for batch in loader for finding in batch)
+    return list(track(found, what, total=len(items), console=Console(stderr=True)))
+
+
+def _totals(texts: Sequence[TextFindings], images: Sequence[ImageFindings]) -> dict[str, Any]:
+    lengths = [text.length for text in texts]
+    digests = [int(image.digest, 16) for image in images if image.digest is not None]
+    return {
+        "images": len(images),
+        "image_bytes": sum(image.bytes for image in images),
+        "tokens": sum(lengths),
+        "supervised": sum(text.supervised for text in texts),
+        "records_cut": sum(text.cut > 0 for text in texts),
+        "tokens_cut": sum(text.cut for text in texts),
+        "supervised_cut": sum(text.supervised_cut for text in texts),
+        "longest": max(lengths, default=0),
+        # Records by length class: class k has more than 2^(k-1) and up to 2^k tokens of text.
+        "lengths": Counter((length - 1).bit_length() for length in lengths if length),
+        "formats": Counter(image.format for image in images if image.format is not None),
+        # Does not depend on the order of the images.
+        "image_hash": f"{sum(digests) % 2**256:064x}",
+    }
 
 
 def _percent(part: int, whole: int) -> str:

@@ -11,11 +11,9 @@ import urllib.request
 from collections.abc import Callable
 from email.message import Message
 from pathlib import Path
-from typing import Any
 
 import prism_deco
 from prism_deco.errors import UsageError
-from prism_deco.files import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -25,38 +23,29 @@ _BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, Ti
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that are worth another attempt
 
 
-def remote_size(url: str) -> int | None:
-    """The size of a file in bytes; None if the server does not tell, `UsageError` if it does not have the file."""
-    try:
-        with _open(url, method="HEAD") as response:
-            return _length(response.headers)
-    except _BROKEN as error:
-        raise UsageError(f"Cannot reach {url} ({error}).") from error
-
-
 def download(
     url: str,
     target: Path,
     *,
-    sha256: str | None = None,
     attempts: int = 8,
     pause: float = 1.0,
     progress: Callable[[int, int | None], None] = lambda done, size: None,
 ) -> None:
     """Downloads a file to `target`, resuming from `<target>.part` if an earlier call left one.
 
-    The file appears under its name only when it is complete: it has the size that the server announced, and the
-    expected SHA-256. If the server's file has changed since, the download starts over.
+    The file appears under its name only when it has the size that the server announced. If the server's file has
+    changed since, the download starts over.
 
     Args:
-        sha256: expected digest, hexadecimal; None checks only the size.
         attempts: consecutive connections that may bring nothing new.
         pause: seconds after the first of these; doubles each time.
         progress: called with the bytes so far and their final number, None if that is unknown.
 
     Raises:
-        UsageError: the server refuses the file, keeps breaking off, or sends other content.
+        UsageError: the server refuses the file, or keeps breaking off.
     """
+    if not url.startswith(("http://", "https://")):
+        raise UsageError(f"{url}: only http and https addresses can be downloaded.")
     part = target.with_name(f"{target.name}.part")
     failures = 0
     while True:
@@ -66,11 +55,9 @@ def download(
                 break
             reason = "the connection was closed early"
         except urllib.error.HTTPError as error:
-            if error.code not in _TRANSIENT:
-                raise UsageError(
-                    f"{url}: the server answers {error.code} {error.reason}. Has the file moved?"
-                ) from error
             reason = f"{error.code} {error.reason}"
+            if error.code not in _TRANSIENT:
+                raise UsageError(f"{url}: the server answers {reason}. Has the file moved?") from error
         except _BROKEN as error:
             reason = str(error) or type(error).__name__
         failures = 0 if _size(part) > before else failures + 1
@@ -79,10 +66,6 @@ def download(
         log.warning("%s: %s after %d bytes; resuming", url, reason, _size(part))
         if failures:
             time.sleep(min(60.0, pause * 2 ** (failures - 1)))
-    found = sha256 and file_sha256(part)
-    if found != sha256:
-        part.unlink()
-        raise UsageError(f"SHA-256 mismatch for {target}: got {found}, expected {sha256}. The file was deleted.")
     part.replace(target)
     _version_file(part).unlink(missing_ok=True)
 
@@ -92,10 +75,11 @@ def _fetch(url: str, part: Path, progress: Callable[[int, int | None], None]) ->
     start = _size(part)
     note = _version_file(part)
     version = json.loads(note.read_text())["version"] if note.is_file() else None
-    # Without a version nothing tells whether the rest belongs to the same file.
-    headers = {"Range": f"bytes={start}-", "If-Range": version} if start and version else {}
+    headers = {"User-Agent": f"prism-deco/{prism_deco.__version__}", "Accept-Encoding": "identity"}
+    if start and version:  # without a version nothing tells whether the rest belongs to the same file
+        headers |= {"Range": f"bytes={start}-", "If-Range": version}
     try:
-        response = _open(url, headers=headers)
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
@@ -110,8 +94,8 @@ def _fetch(url: str, part: Path, progress: Callable[[int, int | None], None]) ->
             note.write_text(json.dumps({"version": _version(response.headers)}))
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             raise http.client.HTTPException("the server sent a range that was not asked for")
-        length = _length(response.headers)
-        size = None if length is None else start + length
+        length = response.headers.get("Content-Length", "")
+        size = start + int(length) if length.isdigit() else None
         with part.open("ab") as file:
             while block := response.read(_BLOCK):
                 file.write(block)
@@ -127,21 +111,8 @@ def _version_file(part: Path) -> Path:
     return part.with_name(f"{part.name}.json")
 
 
-def _length(headers: Message) -> int | None:
-    length = headers.get("Content-Length", "")
-    return int(length) if length.isdigit() else None
-
-
 def _version(headers: Message) -> str | None:
     """Changes with the content; None if the server does not tell."""
     etag = headers.get("ETag")
     # If-Range does not accept a weak ETag ("W/..."), which may stand for other bytes.
     return headers.get("Last-Modified") if etag is None or etag.startswith("W/") else etag
-
-
-def _open(url: str, *, method: str = "GET", headers: dict[str, str] | None = None) -> Any:
-    if not url.startswith(("http://", "https://")):
-        raise UsageError(f"{url}: only http and https addresses can be downloaded.")
-    own = {"User-Agent": f"prism-deco/{prism_deco.__version__}", "Accept-Encoding": "identity"}
-    request = urllib.request.Request(url, headers=own | (headers or {}), method=method)
-    return urllib.request.urlopen(request, timeout=_TIMEOUT)

@@ -12,14 +12,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from prism_deco.config.registry import unknown
-from prism_deco.config.schema import ON_BAD_IMAGE, ON_BAD_RECORD
 from prism_deco.data.encoder import Encoder
 from prism_deco.data.images import ImageFolder, ImageSource, load_image
 from prism_deco.data.records import Records
 from prism_deco.data.samplers import Filler
 from prism_deco.errors import UsageError
-from prism_deco.llms import Encoded, LanguageModel
+from prism_deco.llms import Encoded
 from prism_deco.llms.encoding import IGNORE
 
 log = logging.getLogger(__name__)
@@ -55,37 +53,26 @@ class Examples(Dataset[Example]):
 
     Args:
         images: where the records' images are; a path is a folder of files.
-        max_text_tokens, max_positions, tokens_per_image: see `Encoder`.
         on_bad_image: fail | skip (the record) | blank (an image of the towers' mean colour).
         on_bad_record: fail | skip, for a record that cannot be encoded.
 
     Raises:
-        UsageError: an unknown policy; on access, a record that cannot be encoded.
-        UsageError: on access, an image that cannot be read.
+        UsageError: on access, a record that cannot be encoded, or an image that cannot be read.
     """
 
     def __init__(
         self,
         records: Records,
         images: ImageSource | Path,
-        llm: LanguageModel,
+        encoder: Encoder,
         transform: Transform,
         *,
-        max_text_tokens: int,
-        max_positions: int | None = None,
-        tokens_per_image: int = 0,
         on_bad_image: str = "fail",
         on_bad_record: str = "fail",
     ):
-        if on_bad_image not in ON_BAD_IMAGE:
-            raise unknown("data.on_bad_image", on_bad_image, ON_BAD_IMAGE)
-        if on_bad_record not in ON_BAD_RECORD:
-            raise unknown("data.on_bad_record", on_bad_record, ON_BAD_RECORD)
         self.records = records
-        self.images: ImageSource = ImageFolder(images) if isinstance(images, Path) else images
-        self.encoder = Encoder(
-            llm, max_text_tokens=max_text_tokens, max_positions=max_positions, tokens_per_image=tokens_per_image
-        )
+        self.images = ImageFolder(images) if isinstance(images, Path) else images
+        self.encoder = encoder
         self.transform = transform
         self._on_bad_image = on_bad_image
         self._on_bad_record = on_bad_record

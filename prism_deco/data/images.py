@@ -1,18 +1,14 @@
-"""Images: looked for before training starts, opened safely, never replaced silently.
-
-Records name their images; an `ImageSource` knows where the bytes of a name are: in a folder, or packed into one file as
-they came out of Parquet (`packing.PackedImages`).
-"""
+"""Images by name: where their bytes are, and how they are decoded."""
 
 from __future__ import annotations
 
 import io
 import os
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 from PIL import Image, UnidentifiedImageError
 
@@ -23,36 +19,35 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 whatever name, to Ghostscript."""
 
 
-class ImageSource(Protocol):
-    """Where images are read from; `str` names the place. Picklable, for loader processes.
+class ImageSource(ABC):
+    """Where images are read from: a folder, or a file that they were packed into (`packing.PackedImages`). `str` names
+    the place. Picklable, for loader processes.
 
     Attributes:
         least_side: see `decode_image`; None decodes at full size.
     """
 
-    least_side: int | None
+    least_side: int | None = None
 
+    @abstractmethod
     def read(self, name: str) -> bytes:
         """The encoded image (JPEG, PNG ...); `OSError` if there is none."""
-        ...
 
+    @abstractmethod
     def missing(self, names: Iterable[str]) -> list[str]:
         """The names without an image."""
-        ...
 
+    @abstractmethod
     def location(self, name: str) -> str:
         """Where the image is, for messages."""
-        ...
 
     def contains(self, name: str) -> bool:
         """Whether the image lies inside the source once links are followed."""
-        ...
+        return True
 
 
-class ImageFolder:
+class ImageFolder(ImageSource):
     """Image files under a root folder; names are paths relative to it."""
-
-    least_side: int | None = None
 
     def __init__(self, root: Path):
         self.root = root
@@ -81,22 +76,35 @@ class ImageFolder:
         return Path(os.path.realpath(self.root / name)).is_relative_to(os.path.realpath(self.root))
 
 
-def path_below(root: Path | None, name: str) -> str | None:
-    """An image path, made relative to `root`; None if it leads out of it.
+def resolve_image(root: Path, name: str) -> Path:
+    """The file of an image path under `root`; `UsageError` if it leads out of it (`..`, absolute)."""
+    return root / path_below(root, name)
+
+
+def path_below(root: Path | None, name: str) -> str:
+    """An image path, made relative to `root`.
 
     Links are not followed: they are the user's own way to bring other folders in.
 
     Args:
         root: folder of the images; None refuses absolute paths.
+
+    Raises:
+        UsageError: it leads out of `root`.
     """
-    if os.path.isabs(name) or name.startswith(("/", "\\")):
-        short = Path(os.path.normpath(name))
-        inside = [base for base in _spellings(root) if short.is_relative_to(base)] if root is not None else []
-        return str(short.relative_to(inside[0])) if inside else None
-    if ".." not in _parts(name):
-        return name
     short = os.path.normpath(name)
-    return None if ".." in _parts(short) else short
+    if os.path.isabs(name) or name.startswith("\\"):
+        for base in _spellings(root) if root is not None else ():
+            if Path(short).is_relative_to(base):
+                return str(Path(short).relative_to(base))
+    elif ".." not in _parts(name):
+        return name
+    elif ".." not in _parts(short):
+        return short
+    raise UsageError(
+        f"The image path {name!r} leads out of the image root {root}: name a root above it (/ allows any absolute "
+        "path), or link its folder into this one."
+    )
 
 
 def _parts(name: str) -> list[str]:
@@ -107,17 +115,6 @@ def _parts(name: str) -> list[str]:
 def _spellings(root: Path) -> tuple[str, str]:
     """A path may name the root through a link, or without it."""
     return os.path.abspath(root), os.path.realpath(root)
-
-
-def resolve_image(root: Path, name: str) -> Path:
-    """The file of an image path under `root`; `UsageError` if it leads out of it (`..`, absolute)."""
-    path = path_below(root, name)
-    if path is None:
-        raise UsageError(
-            f"The image path {name!r} leads out of the image root {root}: name a root above it (/ allows any absolute "
-            "path), or link its folder into this one."
-        )
-    return root / path
 
 
 def open_image(path: Path) -> Image.Image:

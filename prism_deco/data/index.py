@@ -78,7 +78,7 @@ def _write_records(entries: Iterable[Any], image_root: Path | None, folder: Path
                 fault |= {"kind": error.kind, "detail": f"{where}: {error}", "usable": False}
                 line = json.dumps(fault)
                 refused.write(f"{line}\n")
-                digest.update(line.encode())
+                digest.update(line.encode())  # so that rewording a message changes the hash of a Parquet data set
                 continue
             for kind, detail in oddities.items():
                 fault |= {"kind": kind, "detail": f"{where}: {detail}", "usable": True}

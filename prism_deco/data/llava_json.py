@@ -37,11 +37,7 @@ class Record:
 
 
 class RecordError(ValueError):
-    """An entry that is no usable record.
-
-    Attributes:
-        kind: malformed | turn_order | image_tags | outside_root | unread_image | broken_text.
-    """
+    """An entry that is no usable record; its kind is one of `validators.KINDS`."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -58,7 +54,12 @@ def read_entries(path: Path) -> Iterator[Any]:
     found = False
     with path.open(encoding="utf-8-sig") as file:
         try:
-            for entry in _entries(file):
+            if _next_character(file) == "[":
+                entries = _list_entries(file)
+            else:
+                file.seek(0)
+                entries = _line_entries(file)
+            for entry in entries:
                 found = True
                 yield entry
         # Not JSON, not UTF-8, a number of thousands of digits; brackets nested a thousand deep.
@@ -66,14 +67,6 @@ def read_entries(path: Path) -> Iterator[Any]:
             raise UsageError(f"{path} is not valid JSON ({error}). Is the download complete?") from error
     if not found:
         raise UsageError(f"{path}: expected a non-empty JSON list of conversations, or JSON Lines, one on each line.")
-
-
-def _entries(file: TextIO) -> Iterator[Any]:
-    start = _next_character(file)
-    if start == "[":
-        return _list_entries(file)
-    file.seek(0)
-    return _line_entries(file)
 
 
 def _list_entries(file: TextIO) -> Iterator[Any]:
@@ -170,16 +163,15 @@ def parse_record(raw: Any, id: str, image_root: Path | None) -> tuple[Record, di
     if len(images) > 1 and tags != len(images):
         raise RecordError("image_tags", f"{len(images)} image files but {tags} {IMAGE_TAG} tags: write one per image.")
     if tags > len(images):
-        oddities["image_tags"] = (
-            f"{tags} {IMAGE_TAG} tags but {len(images)} image files: add `image`, or remove the tag."
-        )
+        detail = f"{tags} {IMAGE_TAG} tags but {len(images)} image files: add `image`, or remove the tag."
+        oddities["image_tags"] = detail
     return Record(id, tuple(images), messages), oddities
 
 
 def _images(raw: dict[str, Any], image_root: Path | None) -> list[str]:
     images = raw.get("image")
     if images is None or images == []:
-        unread = unread_image_key(key for key, value in raw.items() if _holds_something(value))
+        unread = unread_image_key(key for key, value in raw.items() if isinstance(value, (str, list, dict)) and value)
         if unread is not None:
             raise RecordError("unread_image", f"the key `{unread}` is not read: images stand under `image`.")
         return []
@@ -194,24 +186,16 @@ def _images(raw: dict[str, Any], image_root: Path | None) -> list[str]:
         _check_text(image, "`image`")
         if "\0" in image:
             raise RecordError("malformed", "`image` holds a NUL character.")
-        path = path_below(image_root, image)
-        if path is None:
-            raise RecordError(
-                "outside_root",
-                f"the image path {image!r} leads out of the image root {image_root}: name a root above it "
-                "(data.image_root=/ allows any absolute path), or link its folder into this one.",
-            )
-        inside.append(path)
+        try:
+            inside.append(path_below(image_root, image))
+        except UsageError as error:
+            raise RecordError("outside_root", str(error)) from error
     return inside
 
 
 def unread_image_key(keys: Iterable[str]) -> str | None:
     """The first key that an image may stand under, `image` itself not among them."""
     return next((key for key in keys if key != "image" and _IMAGE_KEY.fullmatch(key)), None)
-
-
-def _holds_something(value: Any) -> bool:
-    return isinstance(value, (str, bytes, list, dict)) and len(value) > 0
 
 
 def _messages(turns: list[Any]) -> list[dict[str, str]]:

@@ -93,5 +93,4 @@ def build_loader(
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=False,
     )

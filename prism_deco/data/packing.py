@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from prism_deco.data.images import ImageSource
 from prism_deco.data.llava_json import unread_image_key
 from prism_deco.errors import UsageError
 
@@ -56,24 +57,20 @@ def read_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
         raise UsageError("Reading Parquet and Arrow files needs pyarrow: pip install 'prism-deco[parquet]'") from error
     for file in files:
         try:
-            for batch in _batches(file, pa, pq):
+            if file.suffix == ".parquet":
+                table = pq.ParquetFile(file, memory_map=True)
+                names = _columns(file, table.schema_arrow.names)
+                batches = table.iter_batches(batch_size=64, columns=names)
+            else:
+                reader = _open_arrow(pa, pa.memory_map(str(file)))
+                names = _columns(file, reader.schema.names)
+                batches = (batch.select(names) for batch in reader)
+            for batch in batches:
                 for row in batch.to_pylist():
                     # A column has a value in every row; in LLaVA's format an absent one is left out.
                     yield {key: value for key, value in row.items() if value is not None}
         except (pa.ArrowInvalid, OSError) as error:
             raise UsageError(f"{file} cannot be read ({error}). Is the download complete?") from error
-
-
-def _batches(file: Path, pa: Any, pq: Any) -> Iterator[Any]:
-    """The record batches of a file, with the columns that are needed."""
-    if file.suffix == ".parquet":
-        table = pq.ParquetFile(file, memory_map=True)
-        yield from table.iter_batches(batch_size=64, columns=_columns(file, table.schema_arrow.names))
-        return
-    reader = _open_arrow(pa, pa.memory_map(str(file)))
-    columns = _columns(file, reader.schema.names)
-    for batch in reader:
-        yield batch.select(columns)
 
 
 def _open_arrow(pa: Any, source: Any) -> Any:
@@ -83,16 +80,13 @@ def _open_arrow(pa: Any, source: Any) -> Any:
     except pa.ArrowInvalid:
         source.seek(0)
         reader = pa.ipc.open_file(source)
-        return pa.RecordBatchReader.from_batches(
-            reader.schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
-        )
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        return pa.RecordBatchReader.from_batches(reader.schema, batches)
 
 
 def _columns(file: Path, names: list[str]) -> list[str]:
     if "conversations" not in names:
-        raise UsageError(
-            f"{file} has the columns {', '.join(names)}; needed are conversations, image and id (optional)."
-        )
+        raise UsageError(f"{file} has the columns {', '.join(names)}; needed are conversations, image and maybe id.")
     unread = unread_image_key(names)
     if unread is not None and "image" not in names:
         raise UsageError(f"{file}: the column {unread} is not read: images stand in the column image.")
@@ -133,11 +127,9 @@ class ImagePacker:
         return name.hex()
 
 
-class PackedImages:
+class PackedImages(ImageSource):
     """Images in one file. An image is named by the first 16 hexadecimal digits of its SHA-256, so equal images are
     stored once."""
-
-    least_side: int | None = None
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -160,9 +152,6 @@ class PackedImages:
 
     def location(self, name: str) -> str:
         return f"embedded image {name} ({self.folder})"
-
-    def contains(self, name: str) -> bool:
-        return True
 
     def _row(self, name: str) -> int | None:
         key = np.uint64(int(name, 16))
@@ -196,9 +185,7 @@ def check_space(files: list[Path], folder: Path) -> None:
     """`UsageError` if the unpacked images would not fit on the disk of `folder`."""
     needed = sum(file.stat().st_size for file in files)
     free = shutil.disk_usage(folder).free
-    log.info("Unpacking images into %s: about %.1f GB, %.1f GB are free", folder, needed / 1e9, free / 1e9)
+    sizes = f"about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+    log.info("Unpacking images into %s: %s", folder, sizes)
     if needed > free:
-        raise UsageError(
-            f"{folder} has {free / 1e9:.1f} GB free, but the unpacked images need about {needed / 1e9:.1f} GB. "
-            "Choose another disk with the environment variable PRISM_DECO_CACHE."
-        )
+        raise UsageError(f"Images cannot be unpacked into {folder}: {sizes}. Set PRISM_DECO_CACHE to another disk.")

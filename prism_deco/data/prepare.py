@@ -7,20 +7,18 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from huggingface_hub import hf_hub_download, hf_hub_url
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
 from prism_deco.config import cache_dir, load_choice
-from prism_deco.data.download import download, remote_size
+from prism_deco.data.download import download
 from prism_deco.data.images import ImageFolder
 from prism_deco.data.records import open_records
 from prism_deco.errors import UsageError
@@ -30,18 +28,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Archive:
-    """A ZIP archive of images.
-
-    Attributes:
-        into: folder, relative to the image root, that its images belong in; "." for the root itself.
-        gigabytes: its size, in case the server does not tell.
-        sha256: of the archive, if it is published.
-    """
+    """A ZIP archive of images."""
 
     url: str
-    into: str
+    into: str  # folder, relative to the image root, that its images belong in; "." for the root itself
     gigabytes: float
-    sha256: str | None = None
 
     @property
     def file_name(self) -> str:
@@ -51,50 +42,34 @@ class Archive:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set that can be downloaded (`conf/data`, family `published`).
-
-    Attributes:
-        repo: data set repository on the Hugging Face hub that has the records.
-        json: the records' file in the repository.
-        json_gigabytes: its size.
-        image_root: folder of the images, relative to the data set's.
-        archives: where the images come from.
-        revision: commit, branch or tag of the repository.
-        endpoint: address of a mirror of the hub; None is the hub, or what HF_ENDPOINT says.
-    """
+    """A data set that can be downloaded (`conf/data`, family `published`)."""
 
     name: str
-    repo: str
-    json: str
+    repo: str  # data set repository on the Hugging Face hub that has the records
+    json: str  # the records' file in the repository
     json_gigabytes: float
-    image_root: str
+    image_root: str  # folder of the images, relative to the data set's
     archives: tuple[Archive, ...]
-    revision: str = "main"
-    endpoint: str | None = None
+    revision: str = "main"  # commit, branch or tag of the repository
+    endpoint: str | None = None  # address of a mirror of the hub; None is the hub, or what HF_ENDPOINT says
 
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """What is left to download, and the disk space it takes.
-
-    Attributes:
-        downloads: bytes by file.
-        needed: bytes on disk at the peak; archives are deleted once their images are extracted.
-        free: free bytes on that disk.
-    """
+    """What is left to download, and the disk space it takes, in gigabytes."""
 
     root: Path
-    downloads: dict[str, int]
-    needed: int
-    free: int
+    downloads: dict[str, float]  # size of each file
+    needed: float  # on disk at the peak; archives are deleted once their images are extracted
+    free: float  # on that disk
 
     def render(self) -> Table:
         """The plan as a table of rich."""
         table = Table(title=Text(f"To download into {self.root}", "table.title"), show_footer=True)
-        table.add_column("file", f"disk space needed: {_gb(self.needed)}, free: {_gb(self.free)}")
-        table.add_column("size", _gb(sum(self.downloads.values())), justify="right")
+        table.add_column("file", f"disk space needed: {self.needed:.2f} GB, free: {self.free:.2f} GB")
+        table.add_column("size", f"{sum(self.downloads.values()):.2f} GB", justify="right")
         for name, size in self.downloads.items():
-            table.add_row(Text(name), _gb(size))
+            table.add_row(Text(name), f"{size:.2f} GB")
         return table
 
 
@@ -104,29 +79,27 @@ def read_dataset(name: str) -> Dataset:
     if "archives" not in content:
         raise UsageError(f"data={name} has nothing to download: its files are your own, or rendered.")
     archives = tuple(Archive(**archive) for archive in content["archives"])
-    keys = ("repo", "json", "json_gigabytes", "image_root", "revision", "endpoint")
-    return Dataset(name, **{key: content[key] for key in keys if key in content}, archives=archives)
+    known = {field.name for field in fields(Dataset)}
+    return Dataset(**{key: value for key, value in content.items() if key in known} | {"archives": archives})
 
 
 def plan_download(dataset: Dataset, root: Path) -> DownloadPlan:
     """What `download_dataset` would download now; every archive as long as the records are missing."""
+    archives = dataset.archives
     downloads = {}
-    if not (root / dataset.json).is_file():
-        downloads[dataset.json] = round(dataset.json_gigabytes * 1e9)
-    missing = _missing(dataset, root)
-    needed = sum(downloads.values())
-    largest = 0
-    for archive in dataset.archives:
-        if missing is not None and not missing[archive.into]:
-            continue
-        size = _archive_size(archive)
-        downloads[archive.url] = size
-        on_disk = (root / archive.file_name, root / f"{archive.file_name}.part")
-        needed += size - sum(file.stat().st_size for file in on_disk if file.is_file())
-        largest = max(largest, size)
-    existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    if (root / dataset.json).is_file():
+        missing = _missing_images(dataset, root)
+        archives = [archive for archive in archives if missing[archive.into]]
+    else:
+        downloads[dataset.json] = dataset.json_gigabytes
+    downloads |= {archive.url: archive.gigabytes for archive in archives}
     # Photographs hardly shrink in an archive: while it is extracted, its images take as much again.
-    return DownloadPlan(root, downloads, needed + largest, shutil.disk_usage(existing).free)
+    needed = sum(downloads.values()) + max((archive.gigabytes for archive in archives), default=0)
+    for archive in archives:
+        for file in (root / archive.file_name, root / f"{archive.file_name}.part"):
+            needed -= file.stat().st_size / 1e9 if file.is_file() else 0
+    existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    return DownloadPlan(root, downloads, needed, shutil.disk_usage(existing).free / 1e9)
 
 
 def download_dataset(dataset: Dataset, root: Path) -> None:
@@ -135,32 +108,43 @@ def download_dataset(dataset: Dataset, root: Path) -> None:
     It can be interrupted at any time; the next call resumes.
 
     Raises:
-        UsageError: the disk is too small.
-        UsageError: a download fails for good, or no archive has an image that the records name.
+        UsageError: the disk is too small, a download fails for good, or no archive has an image that the records name.
     """
     todo = plan_download(dataset, root)
-    log.info("%s needs %s on disk; %s are free", dataset.name, _gb(todo.needed), _gb(todo.free))
+    log.info("%s needs %.2f GB on disk; %.2f GB are free", dataset.name, todo.needed, todo.free)
     if todo.needed > todo.free:
         raise UsageError(
-            f"{root} has {_gb(todo.free)} free, but {dataset.name} needs {_gb(todo.needed)}: choose another --root."
+            f"{root} has {todo.free:.2f} GB free, but {dataset.name} needs {todo.needed:.2f} GB: choose another --root."
         )
     root.mkdir(parents=True, exist_ok=True)
     if not (root / dataset.json).is_file():
         _download_json(dataset, root)
-    missing = _missing(dataset, root)
-    assert missing is not None
+    image_root = root / dataset.image_root
+    missing = _missing_images(dataset, root)
     for archive in dataset.archives:
         if missing[archive.into]:
-            _fetch_images(archive, root, root / dataset.image_root, missing[archive.into])
-    missing = _missing(dataset, root)
-    assert missing is not None
-    lost = [name for names in missing.values() for name in names]
+            _fetch_images(archive, root, image_root, missing[archive.into])
+    lost = [name for names in _missing_images(dataset, root).values() for name in names]
     if lost:
         raise UsageError(
-            f"{len(lost)} images are in none of the archives, for example {lost[0]}. Put them under "
-            f"{root / dataset.image_root}, or train without them: data.on_bad_image=skip"
+            f"{len(lost)} images are in none of the archives, for example {lost[0]}. Put them under {image_root}, or "
+            "train without them: data.on_bad_image=skip"
         )
     log.info("%s is complete: data=%s data.root=%s", dataset.name, dataset.name, root)
+
+
+def _missing_images(dataset: Dataset, root: Path) -> dict[str, list[str]]:
+    """The names of missing images by `Archive.into`; the records must be there."""
+    image_root = root / dataset.image_root
+    records = open_records(root / dataset.json, cache_dir(), image_root=image_root, allow_faults=True)
+    names = dict.fromkeys(name for record in records for name in record.images)
+    missing: dict[str, list[str]] = {archive.into: [] for archive in dataset.archives}
+    for name in ImageFolder(image_root).missing(names):
+        folder = next((into for into in missing if into == "." or name.startswith(f"{into}/")), None)
+        if folder is None:
+            raise UsageError(f"No archive of {dataset.name} is for {name}: its records are of another version.")
+        missing[folder].append(name)
+    return missing
 
 
 def _download_json(dataset: Dataset, root: Path) -> None:
@@ -175,8 +159,10 @@ def _download_json(dataset: Dataset, root: Path) -> None:
 def _fetch_images(archive: Archive, root: Path, image_root: Path, names: list[str]) -> None:
     file = root / archive.file_name
     if not file.is_file():
-        with _download_bar(archive) as progress:
-            download(archive.url, file, sha256=archive.sha256, progress=progress)
+        columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(archive.into)
+            download(archive.url, file, progress=lambda done, size: bar.update(task, completed=done, total=size))
     log.info("Extracting %d images from %s", len(names), file)
     prefix = f"{archive.into}/" if archive.into != "." else ""
     found = extract(file, image_root / archive.into, [name.removeprefix(prefix) for name in names])
@@ -215,42 +201,3 @@ def extract(archive: Path, folder: Path, wanted: Collection[str]) -> int:
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UsageError(f"{archive} is damaged ({error}): delete it and run the command again.") from error
     return len(set(wanted)) - len(left)
-
-
-def _missing(dataset: Dataset, root: Path) -> dict[str, list[str]] | None:
-    """The names of missing images by `Archive.into`; None while the records are missing."""
-    if not (root / dataset.json).is_file():
-        return None
-    image_root = root / dataset.image_root
-    records = open_records(root / dataset.json, cache_dir(), image_root=image_root, allow_faults=True)
-    names = dict.fromkeys(name for record in records for name in record.images)
-    missing: dict[str, list[str]] = {archive.into: [] for archive in dataset.archives}
-    for name in ImageFolder(image_root).missing(names):
-        folder = next((into for into in missing if into == "." or name.startswith(f"{into}/")), None)
-        if folder is None:
-            raise UsageError(
-                f"No archive of {dataset.name} is for the image {name}: its records are of another version."
-            )
-        missing[folder].append(name)
-    return missing
-
-
-def _archive_size(archive: Archive) -> int:
-    try:
-        size = remote_size(archive.url)
-    except UsageError as error:
-        log.warning("%s Its size is taken from the configuration.", error)
-        size = None
-    return round(archive.gigabytes * 1e9) if size is None else size
-
-
-@contextmanager
-def _download_bar(archive: Archive) -> Iterator[Callable[[int, int | None], None]]:
-    columns: tuple[Any, ...] = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(archive.into)
-        yield lambda done, size: bar.update(task, completed=done, total=size)
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"

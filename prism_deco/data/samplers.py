@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,15 +21,10 @@ from prism_deco.errors import UsageError
 
 @dataclass(frozen=True)
 class Population:
-    """What samplers know of the records.
+    """What samplers know of the records."""
 
-    Attributes:
-        words: int[n], length of each record in whitespace-separated words.
-        has_image: bool[n].
-    """
-
-    words: np.ndarray
-    has_image: np.ndarray
+    words: np.ndarray  # int[n], length of each record in whitespace-separated words
+    has_image: np.ndarray  # bool[n]
 
 
 @dataclass(frozen=True)
@@ -160,46 +156,40 @@ def in_order(count: int, batch_size: int, rank: int = 0, world_size: int = 1) ->
     return [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
 
 
+@dataclass
 class StepSampler:
     """Batch sampler of one rank: yields what it loads, one list per optimizer step.
 
-    Args:
+    Attributes:
         sampler: registered name of the order.
         global_batch_size: records per optimizer step, over all ranks.
         start_step: optimizer steps already taken, which the iteration skips.
     """
 
-    def __init__(
-        self,
-        sampler: str,
-        population: Population,
-        *,
-        global_batch_size: int,
-        epochs: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-    ):
-        self._order = SAMPLERS.get(sampler)
-        self._population = population
-        self._batch_size = global_batch_size
-        self._epochs = epochs
-        self._seed = seed
-        self._rank = rank
-        self._world_size = world_size
-        self._start = start_step
-        self.steps_per_epoch = len(self._epoch(0))
+    sampler: str
+    population: Population
+    global_batch_size: int
+    epochs: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    start_step: int = 0
 
-    def _epoch(self, epoch: int) -> list[np.ndarray]:
-        return self._order(self._population, self._batch_size, self._seed + epoch, self._world_size)
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps, the same number in every epoch."""
+        return len(self._batches(0))
+
+    def _batches(self, epoch: int) -> list[np.ndarray]:
+        order = SAMPLERS.get(self.sampler)
+        return order(self.population, self.global_batch_size, self.seed + epoch, self.world_size)
 
     def __len__(self) -> int:
-        return self.steps_per_epoch * self._epochs - self._start
+        return self.steps_per_epoch * self.epochs - self.start_step
 
     def __iter__(self) -> Iterator[Share]:
-        first, skip = divmod(self._start, self.steps_per_epoch)
-        for epoch in range(first, self._epochs):
-            for batch in self._epoch(epoch)[skip:]:
-                yield rank_share(batch, self._rank, self._world_size)
+        first, skip = divmod(self.start_step, self.steps_per_epoch)
+        for epoch in range(first, self.epochs):
+            for batch in self._batches(epoch)[skip:]:
+                yield rank_share(batch, self.rank, self.world_size)
             skip = 0

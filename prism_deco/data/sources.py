@@ -16,9 +16,11 @@ def llava(json: str | None, image_root: str | None, val_json: str | None = None)
     """The user's own JSON files and image folder; `UsageError` names one that cannot be read."""
     if json is None or image_root is None:
         raise UsageError("data=llava needs data.json=FILE and data.image_root=FOLDER.")
-    train = _readable_file("data.json", Path(json))
-    val = _readable_file("data.val_json", Path(val_json)) if val_json else None
-    return Source(train, _readable_folder("data.image_root", Path(image_root)), val)
+    _check_readable("data.json", Path(json), "file")
+    if val_json:
+        _check_readable("data.val_json", Path(val_json), "file")
+    _check_readable("data.image_root", Path(image_root), "folder")
+    return Source(Path(json), Path(image_root), Path(val_json) if val_json else None)
 
 
 @SOURCES.register("embedded")
@@ -48,29 +50,18 @@ def published(root: str | None, json: str, image_root: str, **_: Any) -> Source:
     train = Path(root) / json
     if not os.path.exists(train):
         raise UsageError(f"{train} does not exist: run `prism-deco data prepare` with --root {root} first.")
-    return Source(_readable_file("data.root", train), Path(root) / image_root)
+    _check_readable("data.root", train, "file")
+    return Source(train, Path(root) / image_root)
 
 
-def _readable_file(key: str, path: Path) -> Path:
-    """The path; `UsageError` names the key it came from where it is no file that can be read."""
+def _check_readable(key: str, path: Path, kind: str) -> None:
+    """`UsageError` names the key of a path that is no file, or no folder, that can be read."""
     try:
-        with path.open("rb"):
-            return path
+        if kind == "folder":
+            os.scandir(path).close()
+        else:
+            path.open("rb").close()
     except FileNotFoundError as error:
-        raise UsageError(f"{key}={path}: there is no such file.") from error
-    except IsADirectoryError as error:
-        raise UsageError(f"{key}={path} is a folder: name the file in it.") from error
+        raise UsageError(f"{key}={path}: there is no such {kind}.") from error
     except OSError as error:
-        raise UsageError(f"{key}={path} cannot be read ({error.strerror}).") from error
-
-
-def _readable_folder(key: str, path: Path) -> Path:
-    try:
-        with os.scandir(path):
-            return path
-    except FileNotFoundError as error:
-        raise UsageError(f"{key}={path}: there is no such folder.") from error
-    except NotADirectoryError as error:
-        raise UsageError(f"{key}={path} is not a folder.") from error
-    except OSError as error:
-        raise UsageError(f"{key}={path} cannot be read ({error.strerror}).") from error
+        raise UsageError(f"{key}={path} cannot be read as a {kind} ({error.strerror}).") from error

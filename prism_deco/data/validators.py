@@ -6,8 +6,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,6 @@ KINDS: Mapping[str, str] = {
     "missing": "no such image file",
     "outside_link": "a link out of the image root",
     "unreadable": "an image that cannot be decoded to the end",
-    "wrong_type": "an image of another type than its file name says",
     "huge": "so many pixels that Pillow suspects a decompression bomb",
     "single_pixel": "an image of one pixel",
     "transparent": "an image that is transparent all over; training sees the colours behind",
@@ -51,87 +49,61 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    Attributes:
-        kind: one of `KINDS`.
-        entry: number of the record in the file.
-        id: the record's id.
-        image: name of the image, if the fault is in it.
-    """
-
-    kind: str
-    entry: int
-    id: str
+    kind: str  # one of `KINDS`
+    entry: int  # number of the record in the file
+    id: str  # of the record
     detail: str
-    image: str | None = None
+    image: str | None = None  # its name, if the fault is in an image
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ImageFindings:
-    """What reading an image showed.
-
-    Attributes:
-        format: of the content, as Pillow names it.
-        digest: SHA-256 of the file; None if it cannot be read.
-        kind, detail: the fault, if there is one.
-    """
+    """What reading an image showed."""
 
     bytes: int = 0
-    format: str | None = None
-    digest: str | None = None
-    kind: str | None = None
-    detail: str = ""
+    format: str | None = None  # of the content, as Pillow names it
+    digest: str | None = None  # SHA-256 of the file; None if it cannot be read
+    fault: tuple[str, str] | None = None  # kind and detail
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TextFindings:
-    """What rendering a conversation showed; lengths in tokens of text.
+    """What rendering a conversation showed; lengths in tokens of text."""
 
-    Attributes:
-        length: before truncation.
-        supervised: tokens that the loss covers, before truncation.
-        cut, supervised_cut: how many of these truncation removes.
-        faults: kinds and details.
-    """
-
-    length: int = 0
-    supervised: int = 0
-    cut: int = 0
-    supervised_cut: int = 0
-    faults: list[tuple[str, str]] = field(default_factory=list)
+    length: int = 0  # before truncation
+    supervised: int = 0  # tokens that the loss covers, before truncation
+    cut: int = 0  # what truncation removes of `length`
+    supervised_cut: int = 0  # what it removes of `supervised`
+    faults: list[tuple[str, str]] = field(default_factory=list)  # kinds and details
 
 
 def inspect_image(images: ImageSource, name: str) -> ImageFindings:
     """Reads and decodes an image."""
+    where = images.location(name)
     if not images.contains(name):
-        return ImageFindings(kind="outside_link", detail=f"{images.location(name)} is a link out of {images}.")
+        return ImageFindings(fault=("outside_link", f"{where} is a link out of {images}."))
     try:
         data = images.read(name)
     except FileNotFoundError:
-        return ImageFindings(kind="missing", detail=f"{images.location(name)} does not exist.")
+        return ImageFindings(fault=("missing", f"{where} does not exist."))
     except OSError as error:
-        return ImageFindings(kind="unreadable", detail=f"{images.location(name)} cannot be read ({error}).")
-    found = ImageFindings(bytes=len(data), digest=hashlib.sha256(data).hexdigest())
+        return ImageFindings(fault=("unreadable", f"{where} cannot be read ({error})."))
+    found = ImageFindings(len(data), digest=hashlib.sha256(data).hexdigest())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with open_bytes(data) as image:
-                found = replace(found, format=image.format)
+                found.format = image.format
                 image.convert("RGB")
-                problem = _lost_in_rgb(image)
+                if lost := _lost_in_rgb(image):
+                    kind, detail = lost
+                    found.fault = (kind, f"{where} {detail}")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return replace(found, kind="huge", detail=f"{images.location(name)}: {error}")
+        found.fault = ("huge", f"{where}: {error}")
     except Exception as error:  # decoders raise whatever a broken file leads them into
-        detail = f"{images.location(name)} cannot be decoded as an image ({decoding_problem(error)})."
-        return replace(found, kind="unreadable", detail=detail)
-    expected = _format_of(name)
-    if expected is not None and expected != _common_name(found.format):
-        detail = f"{images.location(name)} holds a {found.format} image."
-        return replace(found, kind="wrong_type", detail=detail)
-    if problem is not None:
-        kind, detail = problem
-        return replace(found, kind=kind, detail=f"{images.location(name)} {detail}")
+        found.fault = ("unreadable", f"{where} cannot be decoded as an image ({decoding_problem(error)}).")
     return found
 
 
@@ -160,17 +132,6 @@ def _orientation(image: Image.Image) -> Any:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # a damaged EXIF block, which training does not read
         return None
-
-
-def _format_of(name: str) -> str | None:
-    """The format that a file name claims; None if it claims none."""
-    Image.init()
-    return _common_name(Image.registered_extensions().get(PurePosixPath(name).suffix.lower()))
-
-
-def _common_name(image_format: str | None) -> str | None:
-    # Some cameras append a preview, which makes a JPEG file an MPO file.
-    return "JPEG" if image_format == "MPO" else image_format
 
 
 class TextInspector:

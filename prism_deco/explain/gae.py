@@ -18,14 +18,12 @@ from torch import Tensor
 
 from prism_deco.config.registry import unknown
 from prism_deco.data.images import open_image
-from prism_deco.errors import UsageError
 from prism_deco.explain.attention import Recording, eager_attention, float32_weights, frozen, record
 from prism_deco.explain.geometry import PatchFrame
 from prism_deco.explain.memory import tokens_at_once
 from prism_deco.explain.query_maps import QueryMaps, trace
 from prism_deco.explain.render import overlay
 from prism_deco.explain.text_to_query import attention_rows, propagated_rows
-from prism_deco.explain.towers import through_towers
 from prism_deco.explain.words import Word, encode_answer, merge_words, token_texts
 from prism_deco.inference import answer as generate_answer
 from prism_deco.llms import LanguageModel
@@ -113,8 +111,6 @@ def relevance(
     answer: str | None = None,
     *,
     method: str = "r-gae",
-    chunk: int | None = None,
-    through_backbone: bool = False,
     max_new_tokens: int = 128,
 ) -> Relevance:
     """Explains an answer about an image; the model is left as it was found.
@@ -126,9 +122,6 @@ def relevance(
         prompt: the raw question; the chat template is applied.
         answer: the text to explain; None takes the model's own greedy answer.
         method: "r-gae", or "attention": raw attention, averaged over heads and layers, for comparison.
-        chunk: answer tokens in one batched backward pass; None takes as many as memory allows.
-        through_backbone: continue through the vision towers, from patch features to the patches of the
-            image (not part of R-GAE; "r-gae" only).
         max_new_tokens: length limit of the model's own answer.
 
     Raises:
@@ -136,8 +129,6 @@ def relevance(
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
-    if through_backbone and method != DEFAULT_METHOD:
-        raise UsageError("through_backbone=true continues the relevance rules: it needs method=r-gae.")
     opened = image if isinstance(image, Image.Image) else open_image(Path(image))
     pixels = image_pixels(vlm, opened)
     device = next(vlm.lm.parameters()).device
@@ -151,15 +142,13 @@ def relevance(
             answer = generate_answer(vlm, llm, visual, [prompt], max_new_tokens=max_new_tokens)[0]
         encoded, ids = encode_answer(llm, prompt, answer, vlm.projector.num_tokens)
         batch = build_batch([encoded], vlm.projector.num_tokens).to(device)
-        size = tokens_at_once(vlm.lm.config, batch.input_ids.shape[1], len(ids), dtype, device, chunk)
+        chunk = tokens_at_once(vlm.lm.config, batch.input_ids.shape[1], len(ids), dtype, device)
         with eager_attention(vlm.lm):
             recording = record(vlm, batch, maps.tokens.detach(), targets=len(ids))
-        text_to_query, query_to_patch, by_token = METHODS[method](recording, batch.visual[0], maps, size)
+        text_to_query, query_to_patch = METHODS[method](recording, batch.visual[0], maps, chunk)
         query_to_patch = query_to_patch.to(text_to_query.dtype)
         product = "tm,tmn->tn" if query_to_patch.ndim == 3 else "tm,mn->tn"
         text_to_patch = torch.einsum(product, text_to_query, query_to_patch)
-        if through_backbone and by_token is not None:
-            text_to_patch = through_towers(vlm, pixels, text_to_patch, by_token)
     texts = token_texts(ids, llm.tokenizer)
     return Relevance(
         method=method,
@@ -182,18 +171,17 @@ def image_pixels(vlm: VLM, image: Image.Image) -> dict[str, Tensor]:
     return {tower: values[None].to(device) for tower, values in vlm.backbone.transform(image.convert("RGB")).items()}
 
 
-def _gae(recording: Recording, visual: Tensor, maps: QueryMaps, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def _gae(recording: Recording, visual: Tensor, maps: QueryMaps, chunk: int) -> tuple[Tensor, Tensor]:
     text_to_query, by_token = propagated_rows(recording, visual, chunk)
-    by_token = by_token.to(maps.tokens.dtype)
-    return text_to_query, maps.relevance(by_token), by_token
+    return text_to_query, maps.relevance(by_token.to(maps.tokens.dtype))
 
 
-def _raw(recording: Recording, visual: Tensor, maps: QueryMaps, chunk: int) -> tuple[Tensor, Tensor, None]:
-    return attention_rows(recording, visual), maps.attention(), None
+def _raw_attention(recording: Recording, visual: Tensor, maps: QueryMaps, chunk: int) -> tuple[Tensor, Tensor]:
+    return attention_rows(recording, visual), maps.attention()
 
 
 DEFAULT_METHOD = "r-gae"
-METHODS: Mapping[str, Callable[[Recording, Tensor, QueryMaps, int], tuple[Tensor, Tensor, Tensor | None]]] = {
+METHODS: Mapping[str, Callable[[Recording, Tensor, QueryMaps, int], tuple[Tensor, Tensor]]] = {
     DEFAULT_METHOD: _gae,
-    "attention": _raw,
+    "attention": _raw_attention,
 }

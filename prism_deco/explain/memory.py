@@ -1,20 +1,20 @@
-"""How much memory a relevance call needs, checked before it is taken: a CPU has no out-of-memory error to catch."""
+"""The memory that a relevance call needs, checked before it is taken: a CPU has no out-of-memory error to catch."""
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
 from prism_deco.errors import UsageError
 
-# Fraction of the free memory that a call may plan with; other processes and the estimate's error take the rest.
+# Fraction of the free memory to plan with; other processes and the estimate's error take the rest.
 _USABLE = 0.7
 
 
 def estimate(config: PretrainedConfig, length: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Estimated bytes of a relevance call beside the weights.
+    """Estimated bytes of a relevance call, weights excluded.
 
     Args:
         config: of the language model.
@@ -37,32 +37,27 @@ def estimate(config: PretrainedConfig, length: int, dtype: torch.dtype) -> tuple
     return graph, per_token
 
 
-def tokens_at_once(
-    config: PretrainedConfig, length: int, tokens: int, dtype: torch.dtype, device: torch.device, chunk: int | None
-) -> int:
-    """How many answer tokens share one batched backward pass.
+def tokens_at_once(config: PretrainedConfig, length: int, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many of the answer's tokens can share one batched backward pass.
 
     Args:
         config, length, dtype: see `estimate`.
-        tokens: answer tokens T.
-        chunk: the number asked for; None takes as many as fit into the free memory.
 
     Raises:
         UsageError: not even one token at a time fits.
     """
-    if chunk is not None and chunk < 1:
-        raise UsageError(f"chunk={chunk} must be 1 or more.")
-    graph, per_token = estimate(config, length, dtype)
     free = free_memory(device)
-    if free is not None and free < graph + per_token:
+    if free is None:
+        return tokens
+    graph, per_token = estimate(config, length, dtype)
+    if free < graph + per_token:
         raise UsageError(
-            f"Relevance over {length} positions needs about {_gib(graph + per_token)} beside the weights, but only "
-            f"{_gib(free)} are free on {device}. Use a smaller dtype (bfloat16), fewer visual tokens, a shorter text, "
-            "or a larger device."
+            f"Relevance over {length} positions needs about {(graph + per_token) / 2**30:.2f} GiB beside the weights, "
+            f"but only {free / 2**30:.2f} GiB are free on {device}. Use a smaller dtype (bfloat16), fewer visual "
+            "tokens, a shorter text, or a larger device."
         )
-    if chunk is None:
-        chunk = tokens if free is None else max(1, int(_USABLE * (free - graph)) // per_token)
-    return min(chunk, tokens)
+    fitting = int(_USABLE * (free - graph)) // per_token
+    return max(1, min(fitting, tokens))
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -70,20 +65,9 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return _linux_available() or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
-
-
-def _linux_available() -> int | None:
-    """Bytes that Linux can hand out, including the file cache that it would drop."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    except OSError:
+    memory = Path("/proc/meminfo")
+    if device.type != "cpu" or not memory.is_file():
         return None
-    return found[0] * 1024 if found else None
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    # What Linux can hand out, including the file cache that it would drop.
+    (line,) = [line for line in memory.read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable:")]
+    return int(line.split()[1]) * 1024

@@ -19,7 +19,7 @@ from torch import Tensor
 from prism_deco.explain.gae import Relevance
 from prism_deco.explain.geometry import Box
 from prism_deco.explain.measures import padding_fraction
-from prism_deco.explain.render import COLORS, scaled
+from prism_deco.explain.render import color_anchors, scaled
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _LONGEST = 640  # pixels of an image's longer side on the page
@@ -67,7 +67,7 @@ def side_by_side(runs: Sequence[Sequence[Section]]) -> list[Section]:
 
 def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
     """Writes the page; every text in it is escaped."""
-    data = {"colors": COLORS, "labels": _LABELS, "sections": [_section(section) for section in sections]}
+    data = {"colors": color_anchors(), "labels": _LABELS, "sections": [_section(section) for section in sections]}
     # No text of the data may end the script element that holds it, or begin a comment in it.
     text = json.dumps(data).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
     page = _TEMPLATE.read_text(encoding="utf-8")

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
 from prism_deco.explain.geometry import PatchFrame
 
-# Anchors of matplotlib's "inferno" (CC0), equally spaced: dark is little, bright is much, also in grey.
-COLORS = (
-    (0, 0, 4),
-    (31, 12, 72),
-    (85, 15, 109),
-    (136, 34, 106),
-    (186, 54, 85),
-    (227, 89, 51),
-    (249, 140, 10),
-    (249, 201, 50),
-    (252, 255, 164),
-)
+# Dark is little, bright is much, also in grey.
+_COLORS = colormaps["inferno"]
 
 
 def scaled(values: Tensor) -> Tensor:
@@ -29,12 +20,9 @@ def scaled(values: Tensor) -> Tensor:
     return (values - low) / (high - low) if high > low else torch.zeros_like(values)
 
 
-def colored(values: Tensor) -> np.ndarray:
-    """float[..., ] in 0..1 -> uint8[..., 3]."""
-    places = np.linspace(0, 1, len(COLORS))
-    table = np.array(COLORS, dtype=np.float64)
-    at = values.clamp(0, 1).double().numpy()
-    return np.stack([np.interp(at, places, table[:, c]) for c in range(3)], axis=-1).round().astype(np.uint8)
+def color_anchors(count: int = 9) -> list[list[int]]:
+    """Equally spaced colours of the map, 0..255, for the page to interpolate between."""
+    return _COLORS(np.linspace(0, 1, count), bytes=True)[:, :3].tolist()
 
 
 def overlay(image: Image.Image, values: Tensor, patches: PatchFrame, *, max_side: int = 768) -> Image.Image:
@@ -52,7 +40,7 @@ def overlay(image: Image.Image, values: Tensor, patches: PatchFrame, *, max_side
     heat = patches.upsample(scaled(values), size)
     grey = np.asarray(image.convert("L").resize(size, Image.Resampling.BICUBIC), dtype=np.float64)
     weight = (0.25 + 0.6 * heat.double().numpy())[..., None]
-    mixed = (1 - weight) * grey[..., None] * 0.85 + weight * colored(heat)
+    mixed = (1 - weight) * grey[..., None] * 0.85 + weight * _COLORS(heat.numpy(), bytes=True)[..., :3]
     return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
 
 

@@ -28,6 +28,7 @@ from prism_deco.explain.measures import energy_in_box, padding_fraction, pointin
 from prism_deco.explain.page import Panel, Section, write_page
 from prism_deco.explain.render import mosaic, overlay
 from prism_deco.explain.words import encode_answer
+from prism_deco.files import write_json
 from prism_deco.inference import answer as generate_answer
 from prism_deco.llms import LanguageModel
 from prism_deco.projectors import PROJECTORS
@@ -57,15 +58,7 @@ class ExplainExample:
 
 
 def explain_image(
-    vlm: VLM,
-    llm: LanguageModel,
-    example: ExplainExample,
-    out_dir: Path,
-    *,
-    run: str,
-    chunk: int | None = None,
-    through_backbone: bool = False,
-    max_new_tokens: int = 128,
+    vlm: VLM, llm: LanguageModel, example: ExplainExample, out_dir: Path, *, run: str, max_new_tokens: int = 128
 ) -> Section:
     """Explains one answer by every method and writes what there is to see.
 
@@ -74,14 +67,13 @@ def explain_image(
 
     Args:
         run: the model's name on the page.
-        chunk, through_backbone, max_new_tokens: see `relevance`.
+        max_new_tokens: length limit of the model's own answer.
 
     Returns:
         The page's section, to be set beside those of other runs (`write_page`).
     """
     image = open_image(example.image)
-    options = {"chunk": chunk, "through_backbone": through_backbone, "max_new_tokens": max_new_tokens}
-    maps = _by_method(vlm, llm, image, example.prompt, example.answer, **options)
+    maps = _by_method(vlm, llm, image, example.prompt, example.answer, max_new_tokens)
     for method, result in maps.items():
         _write_maps(out_dir / method, image, result)
     section = Section(image, example.prompt, [Panel(run, _projector(vlm), maps)], example.box)
@@ -98,7 +90,6 @@ def explain_set(
     run: str,
     about: Mapping[str, Any] | None = None,
     steps: int = 10,
-    chunk: int | None = None,
     max_new_tokens: int = 128,
     seed: int = 0,
     show: int = 8,
@@ -109,6 +100,7 @@ def explain_set(
         run: the model's name in the table and on the page.
         about: entries for `metrics.json` that say what was measured (benchmark, split, model hash).
         steps: of the deletion and insertion curves.
+        max_new_tokens: length limit of the model's own answers.
         seed: of the random maps and of the bootstrap.
         show: examples on the page.
 
@@ -122,7 +114,6 @@ def explain_set(
     generator = torch.Generator().manual_seed(seed)
     rows: list[dict[str, Any]] = []
     sections: list[Section] = []
-    skipped = 0
     with (out_dir / "examples.jsonl").open("w", encoding="utf-8") as lines:
         shown = track(examples, f"Explaining {run}", console=Console(stderr=True), disable=not sys.stderr.isatty())
         for number, example in enumerate(shown, start=1):
@@ -131,9 +122,8 @@ def explain_set(
             image = open_image(example.image)
             answer = example.answer or _own_answer(vlm, llm, image, example.prompt, max_new_tokens)
             if not answer.strip():
-                skipped += 1
                 continue
-            maps = _by_method(vlm, llm, image, example.prompt, answer, chunk=chunk)
+            maps = _by_method(vlm, llm, image, example.prompt, answer)
             measure = partial(_measure, vlm, llm, image, example, maps[DEFAULT_METHOD], steps)
             values = {m: measure(r.sentence_text_to_patch) | _diversity(r) for m, r in maps.items()}
             values[RANDOM] = measure(torch.rand(vlm.backbone.num_patches, generator=generator))
@@ -141,6 +131,7 @@ def explain_set(
             lines.write(json.dumps(rows[-1]) + "\n")
             if len(sections) < show:
                 sections.append(Section(image, example.prompt, [Panel(run, _projector(vlm), maps)], example.box))
+    skipped = len(examples) - len(rows)
     if not rows:
         raise UsageError(f"{run}: no example has an answer to explain ({skipped} answers of the model were empty).")
     summary = {
@@ -154,29 +145,20 @@ def explain_set(
         "steps": steps,
         "seed": seed,
         "methods": {method: _summary([row["methods"][method] for row in rows], seed) for method in rows[0]["methods"]},
-        "advantage": {other: _advantage(rows, other, seed) for other in (*METHODS, RANDOM) if other != DEFAULT_METHOD},
     }
-    (out_dir / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(out_dir / "metrics.json", summary)
     write_page(out_dir / "index.html", f"Where {run} looked", sections)
     return summary, sections
 
 
 def _by_method(
-    vlm: VLM,
-    llm: LanguageModel,
-    image: Image.Image,
-    prompt: str,
-    answer: str | None,
-    *,
-    through_backbone: bool = False,
-    **options: Any,
+    vlm: VLM, llm: LanguageModel, image: Image.Image, prompt: str, answer: str | None, max_new_tokens: int = 128
 ) -> dict[str, Relevance]:
     """One answer's maps by every method; R-GAE, which takes the most memory, comes first."""
-    first = relevance(vlm, llm, image, prompt, answer, through_backbone=through_backbone, **options)
-    maps = {DEFAULT_METHOD: first}
+    maps: dict[str, Relevance] = {}
     for method in METHODS:
-        if method not in maps:
-            maps[method] = relevance(vlm, llm, image, prompt, first.answer, method=method, **options)
+        maps[method] = relevance(vlm, llm, image, prompt, answer, method=method, max_new_tokens=max_new_tokens)
+        answer = maps[method].answer
     return maps
 
 
@@ -214,12 +196,6 @@ def _summary(rows: Sequence[Mapping[str, float]], seed: int) -> dict[str, Any]:
     return {name: mean_interval([row[name] for row in rows if name in row], seed=seed) for name in names}
 
 
-def _advantage(rows: Sequence[Mapping[str, Any]], other: str, seed: int) -> dict[str, Any]:
-    """R-GAE minus another method, example by example."""
-    pairs = [(row["methods"][DEFAULT_METHOD], row["methods"][other]) for row in rows]
-    return _summary([{name: mine[name] - its[name] for name in its} for mine, its in pairs], seed)
-
-
 def _own_answer(vlm: VLM, llm: LanguageModel, image: Image.Image, prompt: str, max_new_tokens: int) -> str:
     visual = [list(vlm.visual_tokens(image_pixels(vlm, image)))]
     return generate_answer(vlm, llm, visual, [prompt], max_new_tokens=max_new_tokens)[0]
@@ -249,4 +225,4 @@ def _write_maps(folder: Path, image: Image.Image, result: Relevance) -> None:
         "query_grid": list(result.query_grid),
         "grid": list(result.patches.grid),
     }
-    (folder / "words.json").write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "words.json", words)

@@ -20,6 +20,7 @@ _FILES = """\
 | `llm.json` | the LLM's architecture, as transformers writes it |
 | `tokenizer/` | the tokenizer with the chat template |
 | `config.yaml` | the configuration of the training run |
+| `SHA256SUMS` | checksums, compared when the folder is loaded |
 """
 _SLOTS = {
     "after_bos": "The image stands right after the beginning-of-sequence token, before all text. In a prompt of your "

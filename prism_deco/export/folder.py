@@ -22,6 +22,7 @@ from prism_deco.exits import is_disk_full
 from prism_deco.export.card import card
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.lora import has_lora, merge_lora
+from prism_deco.training.checksums import write_sums
 from prism_deco.training.model_folder import CONFIG, TOWER, WEIGHTS, describe_parts
 from prism_deco.vlm import VLM
 
@@ -69,7 +70,7 @@ def save_folder(
         shipped = portable(config)
         save_config(shipped, building / CONFIG)
         describe_parts(building, shipped, vlm, llm)
-        write_card(building, card(config, vlm, llm))
+        finish_folder(building, card(config, vlm, llm))
 
 
 def check_empty(folder: Path) -> None:
@@ -121,12 +122,13 @@ def stored_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}.values())
 
 
-def write_card(folder: Path, text: str) -> None:
-    """Writes `README.md`, and gives weights its permissions: safetensors lets only the owner read them."""
+def finish_folder(folder: Path, card: str) -> None:
+    """Writes `README.md` and checksums; lets others read the weights, which safetensors does not."""
     readme = folder / "README.md"
-    readme.write_text(text, encoding="utf-8")
+    readme.write_text(card, encoding="utf-8")
     for file in folder.glob("*.safetensors"):
         file.chmod(readme.stat().st_mode)
+    write_sums(folder, {})
 
 
 def merge_adapters(vlm: VLM) -> None:

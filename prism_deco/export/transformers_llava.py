@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGener
 
 from prism_deco.errors import UsageError
 from prism_deco.export.card import llava_card
-from prism_deco.export.folder import SHARD_SIZE, check_empty, merge_adapters, stored_bytes, whole_folder, write_card
+from prism_deco.export.folder import SHARD_SIZE, check_empty, finish_folder, merge_adapters, stored_bytes, whole_folder
 from prism_deco.export.processor import IMAGE_TOKEN, llava_processor, preprocessing_note, token_ids_note
 from prism_deco.export.vision import vision_model
 from prism_deco.llms import LanguageModel
@@ -37,7 +37,6 @@ def save_llava(
     llm: LanguageModel,
     *,
     dtype: torch.dtype | None = None,
-    max_shard_size: str = SHARD_SIZE,
 ) -> None:
     """Writes model, processor and README, after checking that the logits of both models are equal.
 
@@ -67,9 +66,9 @@ def save_llava(
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = next(model.parameters()).dtype
     with whole_folder(folder, stored_bytes(model.state_dict())) as building:
-        model.save_pretrained(building, max_shard_size=max_shard_size)
+        model.save_pretrained(building, max_shard_size=SHARD_SIZE)
         processor.save_pretrained(building)
-        write_card(building, llava_card(config, vlm, llm, difference, notes))
+        finish_folder(building, llava_card(config, vlm, llm, difference, notes))
 
 
 def to_llava(vlm: VLM, llm: LanguageModel, image_id: int) -> LlavaForConditionalGeneration:

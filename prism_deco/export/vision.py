@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, cast
 
 import torch
@@ -33,7 +32,7 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
     if isinstance(trunk, OpenClipTrunk):
         block = cast(Any, trunk.blocks[0])
         sizes = _sizes(trunk, backbone.image_size, block.attn.num_heads, block.mlp.c_fc, block.mlp.gelu, block.ln_1)
-        model = _hollow(CLIPVisionModel, CLIPVisionConfig(**sizes))
+        model_class, config = CLIPVisionModel, CLIPVisionConfig(**sizes)
     elif isinstance(trunk, TimmTrunk) and isinstance(trunk.vit, VisionTransformer):
         embedding = trunk.vit.patch_embed
         if not isinstance(getattr(embedding, "proj", None), nn.Conv2d):
@@ -43,9 +42,11 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
             )
         block = cast(Any, trunk.blocks[0])
         sizes = _sizes(trunk, backbone.image_size, block.attn.num_heads, block.mlp.fc1, block.mlp.act, block.norm1)
-        model = _hollow(SiglipVisionModel, SiglipVisionConfig(**sizes, vision_use_head=False))
+        model_class, config = SiglipVisionModel, SiglipVisionConfig(**sizes, vision_use_head=False)
     else:
         raise UsageError(f"its tower is a {type(trunk.vit).__name__}, and that class has a CLIP or SigLIP tower")
+    with torch.device("meta"):
+        model = model_class(config)  # type: ignore[arg-type]
     state = trunk.vit.state_dict()
     depth = len(trunk.blocks)
     layout = recognise(state)
@@ -54,14 +55,11 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
     # The class requires a norm after the last block, which does not affect the features.
     unused = next(iter(state.values())).new_zeros(trunk.embed_dim)
     state |= {"post_layernorm.weight": unused + 1, "post_layernorm.bias": unused}
-    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    different = {_part(name) for name in own.keys() ^ state.keys()}
-    different |= {name for name in own.keys() & state.keys() if state[name].shape != own[name]}
-    if different:
-        raise UsageError(
-            f"its tower is no CLIP or SigLIP tower of transformers: they differ in {', '.join(sorted(different)[:4])}"
-        )
-    model.load_state_dict(state, assign=True)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        difference = " ".join(str(error).split())[:200]
+        raise UsageError(f"its tower is no CLIP or SigLIP tower of transformers ({difference}…)") from error
     return model
 
 
@@ -81,13 +79,3 @@ def _sizes(
         "hidden_act": _ACTIVATIONS[kind],
         "layer_norm_eps": norm.eps,
     }
-
-
-def _hollow(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
-    with torch.device("meta"):
-        return model_class(config)
-
-
-def _part(name: str) -> str:
-    """The name of a weight without its block's number."""
-    return re.sub(r"^encoder\.layers\.\d+\.", "", name)

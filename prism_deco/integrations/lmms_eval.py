@@ -18,7 +18,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from prism_deco.api import load
-from prism_deco.distributed import requested_device
 from prism_deco.errors import UsageError
 
 DTYPES = ("float32", "bfloat16")
@@ -70,13 +69,13 @@ class PrismDeco(lmms):
             raise UsageError(f"batch_size={batch_size}: give the number of requests to answer at a time.")
         self.batch_size = int(batch_size)
         self.max_new_tokens = max_new_tokens
-        self.device = requested_device(device or "auto")
         self.model = load(
             run,
-            device=self.device,
+            device=device or "auto",
             dtype=getattr(torch, dtype) if dtype else None,
             plugins=plugins.split("+") if plugins else (),
         )
+        self.device = self.model.device
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -16,9 +16,6 @@ from prism_deco.llms.hub import load_tokenizer
 from prism_deco.llms.prompts import Message, PromptFormat, Segment, build_format
 from prism_deco.llms.spec import LLMSpec
 
-# A placeholder: any answer that begins with a letter does.
-_STAND_IN = {"role": "assistant", "content": "A"}
-
 
 @dataclass
 class LanguageModel:
@@ -81,20 +78,9 @@ class LanguageModel:
         spec = self.spec
         return build_format(spec.prompt, spec.chat_template, spec.special_tokens, spec.tokenize, spec.image_slot)
 
-    def render(
-        self, messages: Sequence[Message], num_images: int = 0, add_generation_prompt: bool = False
-    ) -> list[Segment]:
-        """The segments of a conversation; see `PromptFormat.render`. It needs no tokenizer.
-
-        Args:
-            add_generation_prompt: the conversation ends with a question; the segments end where its
-                answer begins.
-        """
-        if not add_generation_prompt:
-            return self.prompt_format.render(messages, num_images)
-        segments = self.prompt_format.render([*messages, _STAND_IN], num_images)
-        last = max(index for index, segment in enumerate(segments) if segment.supervised)
-        return segments[:last]
+    def render(self, messages: Sequence[Message], num_images: int = 0) -> list[Segment]:
+        """The segments of a conversation; see `PromptFormat.render`. It needs no tokenizer."""
+        return self.prompt_format.render(messages, num_images)
 
     def encode(self, messages: Sequence[Message], num_images: int = 0, add_generation_prompt: bool = False) -> Encoded:
         """The tokens of a conversation.
@@ -103,7 +89,8 @@ class LanguageModel:
         from a conversation with an answer. A prompt tokenised by itself may end in other tokens ("ASSISTANT: ").
         """
         if add_generation_prompt:
-            return prompt_of(self.encode([*messages, _STAND_IN], num_images))
+            placeholder = {"role": "assistant", "content": "A"}  # any answer that begins with a letter does
+            return prompt_of(self.encode([*messages, placeholder], num_images))
         return encode_segments(self.render(messages, num_images), self.tokenizer, self.spec.tokenize)
 
 

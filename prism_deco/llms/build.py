@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from prism_deco.config import load_choice
 from prism_deco.errors import UsageError
 from prism_deco.llms.base import LanguageModel
-from prism_deco.llms.hub import has_weights, snapshot_folder, weight_files
+from prism_deco.llms.hub import MODEL_FILES, has_weights, snapshot, weight_files
 from prism_deco.llms.spec import LLMSpec, architecture, read_spec
 from prism_deco.llms.tuning import quantization
-from prism_deco.llms.weights import folder_tensors, load_lm
+from prism_deco.llms.weights import as_safetensors, load_lm
+from prism_deco.tensors import open_tensors
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,10 @@ def weight_map(spec: LLMSpec) -> dict[str, Path] | None:
     if not path.is_dir() or not has_weights(path):
         return None  # a single file, or nothing that `load_lm` accepts
     _check_architecture(spec, AutoConfig.from_pretrained(path, trust_remote_code=False), path)
-    return folder_tensors(path)
+    files: dict[str, Path] = {}
+    for file in weight_files(as_safetensors(path)):
+        files |= dict.fromkeys(open_tensors(file), file)
+    return files
 
 
 def _options(spec: LLMSpec) -> dict[str, Any]:
@@ -142,7 +146,7 @@ def _hub_folder(spec: LLMSpec, *, dry_run: bool = False) -> Path:
         "not be downloaded. Copy the repository's files here and set llm.weights=PATH, or start from random weights "
         "with llm.pretrained=false."
     )
-    return snapshot_folder(spec.hub, spec.revision, hint, dry_run=dry_run)
+    return snapshot(spec.hub, spec.revision, has_weights, MODEL_FILES, hint, dry_run)
 
 
 def _fit_embeddings(llm: LanguageModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,45 +23,73 @@ log = logging.getLogger(__name__)
 ASSETS = Path(__file__).parents[1] / "assets" / "tokenizers"
 _ASSET = "asset:"
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_SMALL = ("*.json", "tokenizer.model", "merges.txt")
+_SMALL = ["*.json", "tokenizer.model", "merges.txt"]
 _SAFETENSORS = "model*.safetensors"
 _BIN = "pytorch_model*.bin"
+MODEL_FILES = [[*_SMALL, _SAFETENSORS], [*_SMALL, _BIN]]
+"""Patterns of a model's files in a repository: pickles only if there is nothing better."""
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds a complete model: its configuration, and one weight file or all shards."""
-    return (folder / "config.json").is_file() and (has_safetensors(folder) or _is_complete(folder, _BIN))
-
-
-def has_safetensors(folder: Path) -> bool:
-    """Whether a folder holds a model's safetensors, including all shards."""
-    return _is_complete(folder, _SAFETENSORS)
-
-
-def bin_shards(folder: Path) -> list[Path]:
-    """The PyTorch pickles of a folder's model."""
-    return sorted(folder.glob(_BIN))
+    """Whether a folder holds a complete model: its configuration and all of its weights."""
+    return (folder / "config.json").is_file() and bool(weight_files(folder))
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold a model's weights: `path` itself, or what is loaded from a folder."""
+    """The files that hold a model's weights: `path` itself, or a folder's safetensors, or else its PyTorch pickles.
+
+    Empty where a folder has neither, or only some of the shards.
+    """
     if path.is_file():
         return [path]
-    return sorted(path.glob(_SAFETENSORS)) if has_safetensors(path) else bin_shards(path)
+    for pattern in (_SAFETENSORS, _BIN):
+        index = next(path.glob(f"{pattern}.index.json"), None)
+        shards = indexed_files(index.with_name(index.name.removesuffix(".index.json"))) if index else []
+        if all(shard.is_file() for shard in shards) and any(path.glob(pattern)):
+            return sorted(path.glob(pattern))
+    return []
 
 
-def snapshot_folder(repo: str, revision: str | None, hint: str, *, dry_run: bool = False) -> Path:
-    """The local snapshot of a repository with a complete model; downloads what is missing.
+def snapshot(
+    repo: str,
+    revision: str | None,
+    complete: Callable[[Path], bool],
+    attempts: Sequence[list[str]],
+    hint: str,
+    dry_run: bool = False,
+) -> Path:
+    """The local snapshot of a repository, from the cache or else from the hub.
 
     Args:
+        complete: whether a folder holds all that is wanted.
+        attempts: patterns of the files to fetch; later ones are tried where earlier ones give nothing complete.
         hint: what an error begins with.
         dry_run: ask whether the hub has what is missing, without downloading it.
 
     Raises:
-        UsageError: the hub cannot be reached or refuses.
+        UsageError: the hub cannot be reached, refuses, or has no such files.
     """
-    # Pickles only if there is nothing better.
-    return _snapshot(repo, revision, has_weights, [(*_SMALL, _SAFETENSORS), (*_SMALL, _BIN)], hint, dry_run)
+    for patterns in attempts:
+        with suppress(OSError):  # not in the cache
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=True))
+            if complete(folder):
+                return folder
+    try:
+        for patterns in attempts:
+            if dry_run:
+                offered = snapshot_download(repo, revision=revision, allow_patterns=patterns[-1], dry_run=True)
+                if offered:
+                    return Path(offered[0].local_path).parent
+                continue
+            log.info("Fetching %s (%s) from the Hugging Face hub", repo, ", ".join(patterns))
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+            if complete(folder):
+                return folder
+    except (OSError, HTTPError) as error:
+        # The lines after the first advise on options of another library.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{hint} (Hugging Face hub: {reason})") from error
+    raise UsageError(f"{hint} (Hugging Face hub: {repo} holds none of {', '.join(attempts[-1])})")
 
 
 def load_tokenizer(
@@ -69,30 +98,29 @@ def load_tokenizer(
     """Loads a tokenizer.
 
     Args:
-        name: `asset:<folder of the package>`, a local folder, or a repository; None looks next to the
-            weights and then in `hub`.
+        name: `asset:<folder of the package>`, a local folder, or a repository; None looks next to the weights, then in
+            `hub`.
         weights: local weights; a GGUF file brings its own tokenizer.
-        hub: repository of the model.
-        revision: commit of `hub`.
+        hub, revision: repository of the model, and its commit.
     """
-    if name is None and weights is not None:
+    if name is not None:
+        folder = ASSETS / name.removeprefix(_ASSET) if name.startswith(_ASSET) else Path(name).expanduser()
+        if folder.is_dir():
+            return _load(folder)
+        if name.startswith(_ASSET):
+            shipped = ", ".join(sorted(path.name for path in ASSETS.iterdir()))
+            raise UsageError(f"llm.tokenizer={name}: the package ships {shipped}.")
+        return _from_hub(name, None)
+    if weights is not None:
         path = Path(weights).expanduser()
         if path.suffix == ".gguf":
             return _load(path.parent, gguf_file=path.name)
         folder = path if path.is_dir() else path.parent
         if _has_tokenizer(folder):
             return _load(folder)
-    if name is None and hub is None:
+    if hub is None:
         raise UsageError("The LLM names no tokenizer: set llm.tokenizer to a folder or a repository.")
-    if name is None:
-        return _from_hub(str(hub), revision)
-    folder = ASSETS / name.removeprefix(_ASSET) if name.startswith(_ASSET) else Path(name).expanduser()
-    if folder.is_dir():
-        return _load(folder)
-    if name.startswith(_ASSET):
-        shipped = ", ".join(sorted(path.name for path in ASSETS.iterdir()))
-        raise UsageError(f"llm.tokenizer={name}: the package ships {shipped}.")
-    return _from_hub(name, None)
+    return _from_hub(hub, revision)
 
 
 def _from_hub(repo: str, revision: str | None) -> PreTrainedTokenizerBase:
@@ -100,7 +128,7 @@ def _from_hub(repo: str, revision: str | None) -> PreTrainedTokenizerBase:
         f"The tokenizer of {repo} is not in the local Hugging Face cache and could not be downloaded (a few MB). "
         "Copy its files here and point to their folder: llm.tokenizer=PATH."
     )
-    return _load(_snapshot(repo, revision, _has_tokenizer, [_SMALL], hint))
+    return _load(snapshot(repo, revision, _has_tokenizer, [_SMALL], hint))
 
 
 def _load(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
@@ -125,44 +153,3 @@ def _prefix_every_text(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZER)
-
-
-def _snapshot(
-    repo: str,
-    revision: str | None,
-    complete: Callable[[Path], bool],
-    attempts: Sequence[Sequence[str]],
-    hint: str,
-    dry_run: bool = False,
-) -> Path:
-    """The first snapshot that is `complete`: from the cache with each of the patterns, then from the hub."""
-    reason = f"{repo} holds none of {', '.join(attempts[-1])}"
-    for local in (True, False):
-        for patterns in attempts:
-            if not local and not dry_run:
-                log.info("Fetching %s (%s) from the Hugging Face hub", repo, ", ".join(patterns))
-            try:
-                if not local and dry_run:
-                    offered = snapshot_download(repo, revision=revision, allow_patterns=patterns[-1], dry_run=True)
-                    if offered:
-                        return Path(offered[0].local_path).parent
-                    continue
-                folder = Path(
-                    snapshot_download(repo, revision=revision, allow_patterns=list(patterns), local_files_only=local)
-                )
-            except (OSError, HTTPError) as error:
-                # The lines after the first advise on options of another library.
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                if not local:
-                    raise UsageError(f"{hint} (Hugging Face hub: {reason})") from error
-                continue
-            if complete(folder):
-                return folder
-    raise UsageError(f"{hint} (Hugging Face hub: {reason})")
-
-
-def _is_complete(folder: Path, pattern: str) -> bool:
-    index = next(folder.glob(f"{pattern}.index.json"), None)
-    if index is None:
-        return any(folder.glob(pattern))
-    return all(file.is_file() for file in indexed_files(index.with_name(index.name.removesuffix(".index.json"))))

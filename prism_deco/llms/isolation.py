@@ -7,7 +7,6 @@ positions regardless of any mask, and the mask of a packed row replaces that of 
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any, cast
 
 import torch
@@ -17,8 +16,6 @@ from transformers import PreTrainedModel
 from prism_deco.errors import UsageError
 from prism_deco.llms.layers import decoder_layers
 from prism_deco.llms.packed_attention import Segments, no_mask, use_packed_attention
-
-log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
 """Largest difference of hidden states relative to their maximum; float32 rounding stays far below it."""
@@ -56,7 +53,6 @@ def _compare(lm: PreTrainedModel, compute: Any, way_out: str) -> None:
     with torch.no_grad():
         together, alone = compute(lm, records)
     difference = float((together - alone).abs().max() / alone.abs().max())
-    log.debug("%s: %s differs by %.1e", type(lm).__name__, compute.__name__, difference)
     if not difference <= TOLERANCE:
         kinds = getattr(lm.config, "layer_types", None) or ["of unknown types"]
         raise UsageError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -50,11 +49,7 @@ def checkpoint_activations(lm: PreTrainedModel, policy: str) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if policy == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _KEPT)
-    # The first name is the newer one.
-    enable: Callable[[dict[str, Any]], None] = getattr(
-        lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable
-    )
-    enable(options)
+    lm.activation_checkpointing_enable(options)
 
 
 def fill_buffers(lm: PreTrainedModel) -> None:

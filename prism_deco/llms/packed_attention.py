@@ -25,19 +25,17 @@ class Segments(NamedTuple):
 
     Attributes:
         lengths: positions of each record.
-        longest: the largest of them.
         bounds: int32[records + 1], where each begins, and where the last one ends.
     """
 
     lengths: tuple[int, ...]
-    longest: int
     bounds: Tensor
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], device: torch.device) -> Segments:
         """Segments of these lengths."""
         bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-        return cls(lengths, max(lengths), bounds.to(device, non_blocking=True))
+        return cls(lengths, bounds.to(device, non_blocking=True))
 
 
 def no_mask(device: torch.device) -> Tensor:
@@ -96,8 +94,7 @@ def packed_attention(
     if causal and not dropout and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, segments, scaling), None
     mask = None if causal else attention_mask
-    out = _one_by_one(query, key, value, mask, segments.lengths, dropout, scaling)  # type: ignore[call-arg]
-    return out, None
+    return _one_by_one(query, key, value, mask, segments.lengths, dropout, scaling), None  # type: ignore[call-arg]
 
 
 @torch.compiler.disable  # it would be recompiled for the lengths of every batch
@@ -134,8 +131,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scali
         key = key.repeat_interleave(groups, 1)
         value = value.repeat_interleave(groups, 1)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    bounds = segments.bounds
-    longest = segments.longest
+    bounds, longest = segments.bounds, max(segments.lengths)
     # The window is causal: everything before a position, nothing after it.
     out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
     assert isinstance(out, Tensor)

@@ -33,7 +33,6 @@ PLAIN_TEMPLATE = """\
 
 # Marks an image slot in rendered text. Unicode reserves this noncharacter for internal use.
 _SENTINEL = "\ufdd0"
-_REPLACEMENT = "\ufffd"
 
 Message = Mapping[str, str]
 
@@ -93,7 +92,7 @@ class PromptFormat:
             UsageError: roles are out of order, there is no answer, images and `<image>` tags do not match, or
                 the format has no place for a message.
         """
-        check_roles(messages)
+        _check_roles(messages)
         after_bos = self.image_slot == "after_bos"
         variables: dict[str, Any] = dict(self.special_tokens)
         variables |= {"image": _SENTINEL * num_images if after_bos else "", "tokenize": self.tokenize}
@@ -157,12 +156,12 @@ def build_format(
     return formats[prompt]
 
 
-def check_roles(messages: Sequence[Message]) -> None:
+def _check_roles(messages: Sequence[Message]) -> None:
     """`UsageError` unless the messages are [system,] user, assistant, user, assistant ..."""
     for message in messages:
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise UsageError(f'A message is {{"role": ..., "content": text}}, not {message!r}.')
-        if not _is_encodable(message["content"]):
+        if any("\ud800" <= character <= "\udfff" for character in message["content"]):
             raise UsageError(f"A message holds half of a surrogate pair, which is not text: {message['content']!a}.")
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
@@ -177,14 +176,6 @@ def check_roles(messages: Sequence[Message]) -> None:
             )
     if len(turns) % 2:
         raise UsageError("The conversation ends without an answer, so its last question would teach nothing.")
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _split_images(text: str, number: int) -> Iterator[Segment]:
@@ -222,5 +213,5 @@ def _tags_first(messages: Sequence[Message], num_images: int) -> list[dict[str, 
 
 
 def _neutral(text: str) -> str:
-    """The text without the character that marks image slots."""
-    return text.replace(_SENTINEL, _REPLACEMENT)
+    """The text with U+FFFD for the character that marks image slots."""
+    return text.replace(_SENTINEL, "\ufffd")

@@ -20,8 +20,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Pret
 
 from prism_deco.config import building_folder, cache_dir
 from prism_deco.errors import UsageError
-from prism_deco.llms.hub import bin_shards, has_safetensors, has_weights, weight_files
-from prism_deco.tensors import open_tensors
+from prism_deco.llms.hub import has_weights, weight_files
+from prism_deco.tensors import SAFETENSORS, open_tensors
 
 log = logging.getLogger(__name__)
 
@@ -56,30 +56,15 @@ def load_lm(path: Path, config: PretrainedConfig | None, **options: Any) -> PreT
         raise UsageError(
             f"llm.weights={path} must hold config.json and all of model*.safetensors (or pytorch_model*.bin)."
         )
-    folder = path if has_safetensors(path) else convert_pickles(path)
-    return _from_pretrained(
-        path,
-        AutoModelForCausalLM,
-        folder,
-        trust_remote_code=False,
-        use_safetensors=True,
-        local_files_only=True,
-        **options,
-    )
+    safe = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+    return _from_pretrained(path, AutoModelForCausalLM, as_safetensors(path), **safe, **options)
 
 
-def folder_tensors(path: Path) -> dict[str, Path]:
-    """The safetensors file that holds each tensor of a folder; pickled shards are converted first."""
-    folder = path if has_safetensors(path) else convert_pickles(path)
-    files = {}
-    for file in weight_files(folder):
-        files |= dict.fromkeys(open_tensors(file), file)
-    return files
-
-
-def convert_pickles(folder: Path) -> Path:
-    """A cached folder with `folder`'s .bin shards as safetensors; converted once, shard by shard."""
-    shards = bin_shards(folder)
+def as_safetensors(folder: Path) -> Path:
+    """The folder itself, or a cached one with its .bin shards as safetensors; converted once, shard by shard."""
+    shards = weight_files(folder)
+    if shards[0].suffix == SAFETENSORS:
+        return folder
     key = json.dumps([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in shards] + [str(folder.resolve())])
     target = cache_dir() / "converted" / hashlib.sha256(key.encode()).hexdigest()[:16]
     if target.is_dir():

@@ -6,10 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
-from prism_deco.miniature.captions import caption
 from prism_deco.miniature.questions import Fact, Question, Template
 from prism_deco.miniature.rng import Dice
-from prism_deco.miniature.scene import Scene, draw_scene
+from prism_deco.miniature.scene import IMAGE_SIZE, Box, Scene, draw_scene
 from prism_deco.miniature.templates import TEMPLATES
 
 TURNS = 5
@@ -77,12 +76,33 @@ class Balance:
         draws = [template for template in templates for _ in range(template.weight)]
         dice.shuffle(draws)
         order = {template.name: template for template in draws}.values()
-        return next(filter(None, (self.ask(template, pool, dice) for template in order)), None)
+        for template in order:
+            question = self.ask(template, pool, dice)
+            if question is not None:
+                return question
+        return None
 
     def _excess(self, template: Template, text: str, side: str) -> int:
         """How far a class is above its share among the answers to a text ("": to the family), in whole numbers."""
         counts = self._counts[template.name, text]
         return counts[side] * sum(template.sides.values()) - counts.total() * template.sides[side]
+
+
+def caption(scene: Scene) -> str:
+    """Names everything in the scene, for example "a small red circle at the top left and a plate with 47"."""
+    parts = [f"a {thing.size_word} {thing.category} {_place(thing.box)}" for thing in scene.things]
+    if scene.plate is not None:
+        parts.append(f"a plate {_place(scene.plate.box)} that says {scene.plate.number}")
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+
+
+def _place(box: Box) -> str:
+    """Where the middle of a box lies in a 3x3 grid over the image, for example "at the top left"."""
+    x1, y1, x2, y2 = box
+    row = ("top", "", "bottom")[(y1 + y2) * 3 // (2 * IMAGE_SIZE)]
+    column = ("left", "", "right")[(x1 + x2) * 3 // (2 * IMAGE_SIZE)]
+    words = f"{row} {column}".strip()
+    return f"at the {words}" if words else "in the middle"
 
 
 def converse(pool: Pool, dice: Dice, balance: Balance) -> list[Question]:

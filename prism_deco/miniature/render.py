@@ -8,11 +8,25 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-from prism_deco.miniature import glyphs
 from prism_deco.miniature.scene import IMAGE_SIZE, PALETTE, PLATE_SIZE, Plate, Scene
 
 _SCALE = 2
 """Pixels per dot of the plate's font."""
+_DIGITS: tuple[tuple[int, ...], ...] = (
+    (0b01110, 0b10001, 0b10011, 0b10101, 0b11001, 0b10001, 0b01110),
+    (0b00100, 0b01100, 0b00100, 0b00100, 0b00100, 0b00100, 0b01110),
+    (0b01110, 0b10001, 0b00001, 0b00110, 0b01000, 0b10000, 0b11111),
+    (0b11110, 0b00001, 0b00001, 0b01110, 0b00001, 0b00001, 0b11110),
+    (0b00010, 0b00110, 0b01010, 0b10010, 0b11111, 0b00010, 0b00010),
+    (0b11111, 0b10000, 0b11110, 0b00001, 0b00001, 0b10001, 0b01110),
+    (0b00110, 0b01000, 0b10000, 0b11110, 0b10001, 0b10001, 0b01110),
+    (0b11111, 0b00001, 0b00010, 0b00100, 0b01000, 0b01000, 0b01000),
+    (0b01110, 0b10001, 0b10001, 0b01110, 0b10001, 0b10001, 0b01110),
+    (0b01110, 0b10001, 0b10001, 0b01111, 0b00001, 0b00010, 0b01100),
+)
+"""A font of five by seven dots: one integer per row, whose bits are the dots from left to right."""
+_DIGIT_WIDTH = 5
+_DIGIT_HEIGHT = 7
 _NOISE_CELL = 4
 """Side of a patch of constant noise, in pixels; noise of single pixels would only swell the files."""
 
@@ -61,10 +75,11 @@ def _plate(plate: Plate) -> NDArray[np.uint8]:
     levels = np.full((height, width), 240, np.uint8)
     levels[[0, -1], :] = 30
     levels[:, [0, -1]] = 30
-    left, top = _digit(plate.number // 10), (height - glyphs.HEIGHT * _SCALE) // 2
-    gap, span = _SCALE, glyphs.WIDTH * _SCALE
-    start = (width - 2 * span - gap) // 2
-    for x, digit in ((start, left), (start + span + gap, _digit(plate.number % 10))):
+    span = _DIGIT_WIDTH * _SCALE
+    top = (height - _DIGIT_HEIGHT * _SCALE) // 2
+    left = (width - 2 * span - _SCALE) // 2
+    for x, value in ((left, plate.number // 10), (left + span + _SCALE, plate.number % 10)):
+        digit = _digit(value)
         levels[top : top + digit.shape[0], x : x + span][digit] = 20
     return levels
 
@@ -72,5 +87,6 @@ def _plate(plate: Plate) -> NDArray[np.uint8]:
 @functools.cache
 def _digit(value: int) -> NDArray[np.bool_]:
     """bool[14, 10]: a digit of the font, enlarged."""
-    rows = [[bool(row >> (glyphs.WIDTH - 1 - bit) & 1) for bit in range(glyphs.WIDTH)] for row in glyphs.DIGITS[value]]
-    return np.array(rows).repeat(_SCALE, axis=0).repeat(_SCALE, axis=1)
+    rows = np.array(_DIGITS[value])[:, None]
+    dots = (rows >> np.arange(_DIGIT_WIDTH)[::-1] & 1).astype(bool)
+    return dots.repeat(_SCALE, axis=0).repeat(_SCALE, axis=1)

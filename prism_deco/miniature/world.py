@@ -1,4 +1,4 @@
-"""Builds the miniature world on disk: images, conversations and benchmarks."""
+"""The miniature world as a data source: images, conversations and benchmarks, built into the cache on first use."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import logging
 import pickle
 import shutil
-import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,50 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
+from prism_deco.config import building_folder, cache_dir
+from prism_deco.data.base import SOURCES, Source
 from prism_deco.errors import UsageError
+from prism_deco.files import write_whole
 from prism_deco.miniature.benchmarks import Split
-from prism_deco.miniature.conversations import Pool, records
+from prism_deco.miniature.conversations import Pool, caption_records, records
 from prism_deco.miniature.export import export_benchmarks, image_name, write_json
 from prism_deco.miniature.render import render
 from prism_deco.miniature.scene import Scene, draw_scene
 
 log = logging.getLogger(__name__)
 
+_RECORD = "world.json"
+
 VERSION = 1
 """Goes up with every change of what is built, so that no old world passes for a new one."""
+
+
+@SOURCES.register("shapes")
+def shapes(**options: Any) -> Source:
+    """The files of the world with these options (`build_world`), one cached folder for each set of them."""
+    world = cache_dir() / f"shapes-{_key(options)}"
+    build_world(world, **options)
+    return Source(world / "train.json", world / "images", val=world / "val.json", benchmarks=world)
+
+
+@SOURCES.register("shapes_captions")
+def shapes_captions(**options: Any) -> Source:
+    """The same world, but of each image its caption only: pairs to align a projector on."""
+    source = shapes(**options)
+    arguments = json.loads((source.train.parent / _RECORD).read_text(encoding="utf-8"))["arguments"]
+    folder = cache_dir() / f"shapes-captions-{_key(options)}"
+    files = {split: folder / f"{split}.json" for split in ("train", "val")}
+    for split, path in files.items():
+        if not path.is_file():
+            count = arguments["images"][split]
+            named = [(f"{split}/{image_name(i)}", draw_scene(arguments["seed"], split, i)) for i in range(count)]
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(list(caption_records(split, named))))
+    return replace(source, train=files["train"], val=files["val"])
+
+
+def _key(options: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([VERSION, options], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def build_world(
@@ -55,53 +88,33 @@ def build_world(
         `root`. It appears only when it is complete; `world.json` in it holds the arguments and hashes of the content.
 
     Raises:
-        UsageError: `root` holds something else.
+        UsageError: something else is there.
     """
-    images = {"train": train_images, "val": val_images, "test": test_images}
-    items = {"val": val_items, "test": test_items}
-    arguments = {"version": VERSION, "seed": seed, "images": images, "items": items, "records": records_per_image}
-    if _is_built(root, arguments):
+    if (root / _RECORD).is_file():
         return root
     log.info("Building the miniature world in %s", root)
-    root.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the root, so that the last step is a rename within one file system.
-    workplace = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    building = building_folder(root)
+    arguments = {
+        "version": VERSION,
+        "seed": seed,
+        "images": {"train": train_images, "val": val_images, "test": test_images},
+        "items": {"val": val_items, "test": test_items},
+        "records": records_per_image,
+    }
     try:
-        workplace.chmod(0o755)
-        _build(workplace, seed, images, items, records_per_image, arguments)
+        _build(building, arguments)
         try:
-            workplace.rename(root)
-        except OSError:
-            # Another process was faster.
-            if not _is_built(root, arguments):
-                raise
+            building.rename(root)
+        except OSError as error:
+            if not (root / _RECORD).is_file():  # or else another process was faster
+                raise UsageError(f"{root} is not a miniature world: remove what is there.") from error
     finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+        shutil.rmtree(building, ignore_errors=True)
     return root
 
 
-def _is_built(root: Path, arguments: Mapping[str, Any]) -> bool:
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return False
-    try:
-        found = json.loads((root / "world.json").read_text(encoding="utf-8"))["arguments"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{root} is not a miniature world: choose another folder, or remove this one.") from error
-    if found != arguments:
-        raise UsageError(
-            f"{root} holds a miniature world of {found}, not of {arguments}: choose another folder, or remove this one."
-        )
-    return True
-
-
-def _build(
-    root: Path,
-    seed: int,
-    images: Mapping[str, int],
-    items: Mapping[str, int],
-    records_per_image: int,
-    arguments: Mapping[str, Any],
-) -> None:
+def _build(root: Path, arguments: Mapping[str, Any]) -> None:
+    seed, images, items = arguments["seed"], arguments["images"], arguments["items"]
     pixels = hashlib.sha256()
     with Progress(console=Console(stderr=True), transient=True) as progress:
         # Questions take about as long as images.
@@ -115,7 +128,7 @@ def _build(
                 progress.advance(task)
             if split != "test":
                 named = [(f"{split}/{image_name(index)}", scene) for index, scene in enumerate(scenes)]
-                write_json(root / f"{split}.json", list(records(seed, split, named, records_per_image)))
+                write_json(root / f"{split}.json", list(records(seed, split, named, arguments["records"])))
             if split in items:
                 asked = Split(seed, split, [Pool(scene) for scene in scenes], items[split])
                 export_benchmarks(root / "benchmarks" / split, asked)
@@ -123,7 +136,7 @@ def _build(
     files = sorted(path for path in root.rglob("*") if path.suffix in (".json", ".p"))
     hashes = {path.relative_to(root).as_posix(): _content_hash(path) for path in files}
     world = {"arguments": arguments, "pixels_sha256": pixels.hexdigest(), "sha256": hashes}
-    (root / "world.json").write_text(json.dumps(world, indent=2) + "\n", encoding="utf-8")
+    (root / _RECORD).write_text(json.dumps(world, indent=2) + "\n", encoding="utf-8")
 
 
 def _save(scene: Scene, path: Path) -> bytes:

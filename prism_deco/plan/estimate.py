@@ -121,7 +121,7 @@ def estimate_run(
         memory_bytes = device.memory
     try:
         sequences, missing = sequences_of(config)
-        needs = _least_recomputation(config, setup, sequences, memory_bytes)
+        needs = _needs(config, setup, sequences, memory_bytes)
     except UsageError as error:
         return RunEstimate(name, kind, None, (str(error),), ())
     except NeedsData as error:
@@ -151,83 +151,56 @@ def problems(estimate: RunEstimate, memory_bytes: int | None = None) -> list[str
     return found
 
 
-def _least_recomputation(config: DictConfig, setup: Setup, sequences: Sequences, memory_bytes: int | None) -> Needs:
-    """The needs with as many activations recomputed as asked for; `auto` is the least that fits, or all."""
-    policies = ACTIVATION_CHECKPOINTING if setup.checkpointing == AUTO else (setup.checkpointing,)
-    shape = _largest_pass(config, setup, sequences)
-    for policy in policies:
-        chosen = replace(setup, checkpointing=policy)
-        memory = step_memory(config, chosen, shape)
-        if memory_bytes is None or memory.peak <= ROOM * memory_bytes:
-            break
-    return _needs(config, chosen, sequences, shape, memory)
-
-
-def _needs(config: DictConfig, setup: Setup, sequences: Sequences, shape: PassShape, memory: Memory) -> Needs:
+def _needs(config: DictConfig, setup: Setup, sequences: Sequences, memory_bytes: int | None) -> Needs:
+    recipe = config.recipe
     backbone, llm, projector = backbone_of(config), llm_of(config), projector_of(config)
-    lengths = _cut_lengths(config, sequences)
+    visual, positions = projector.num_tokens, max_positions(config, llm)
+    room = min(recipe.max_text_tokens, positions - visual)
+    lengths = _cut_lengths(sequences, room, visual)
+    shape = _largest_pass(config, setup, sequences, room, visual)
+    setup, memory = _least_recomputation(config, setup, shape, memory_bytes)
     trained = count(projector, llm.model, trained=True)
+    steps = math.ceil(sequences.records / recipe.global_batch_size) * recipe.epochs
+    steps = min(steps, recipe.max_steps or steps)
+    seen = min(steps * recipe.global_batch_size, sequences.records * recipe.epochs)
     return Needs(
         parameters=count(backbone, projector, llm.model),
         trained=trained,
         visual_in=backbone.num_patches,
-        visual_out=projector.num_tokens,
+        visual_out=visual,
         sequence=float(lengths.mean()),
         longest=shape.length,
-        positions=max_positions(config, llm),
-        cut=sequences.share_cut(_text_room(config)),
+        positions=positions,
+        cut=sequences.share_cut(room),
         records=sequences.records,
-        steps=_steps(config, sequences),
+        steps=steps,
         source=sequences.source,
         setup=setup,
         memory=memory,
-        flops=_flops(config, sequences, lengths),
+        flops=seen * _flops_per_record(config, sequences, lengths, visual),
         hours=None,
         checkpoint=3 * FLOAT32 * trained,
         checkpoints_kept=config.trainer.keep_checkpoints + 1,
     )
 
 
-def _text_room(config: DictConfig) -> int:
-    """Tokens of text that a sequence has room for."""
-    visual = projector_of(config).num_tokens
-    return min(config.recipe.max_text_tokens, max_positions(config, llm_of(config)) - visual)
+def _cut_lengths(sequences: Sequences, room: int, visual: int) -> np.ndarray:
+    """float64[records], or [1] for the mean alone: positions after cutting, visual tokens included.
 
-
-def _cut_lengths(config: DictConfig, sequences: Sequences) -> np.ndarray:
-    """float64[records], or [1] for the mean alone: positions after cutting, visual tokens included."""
+    Args:
+        room: tokens of text that a sequence has room for.
+        visual: tokens of an image.
+    """
     text = np.array([sequences.text]) if sequences.lengths is None else sequences.lengths
-    visual = projector_of(config).num_tokens * sequences.images / sequences.records
-    return np.minimum(text, _text_room(config)) + visual
+    return np.minimum(text, room) + visual * sequences.images / sequences.records
 
 
-def _steps(config: DictConfig, sequences: Sequences) -> int:
-    recipe = config.recipe
-    steps = math.ceil(sequences.records / recipe.global_batch_size) * recipe.epochs
-    return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
-
-
-def _flops(config: DictConfig, sequences: Sequences, lengths: np.ndarray) -> float:
-    """Operations of the whole training."""
-    recipe = config.recipe
-    images = sequences.images / sequences.records
-    seen = min(_steps(config, sequences) * recipe.global_batch_size, sequences.records * recipe.epochs)
-    kept = (float(lengths.mean()) - projector_of(config).num_tokens * images) / sequences.text
-    return seen * training_flops(config).step(
-        images=images,
-        positions=float(lengths.mean()),
-        pairs=float((lengths**2).mean()),
-        targets=sequences.supervised * kept,
-    )
-
-
-def _largest_pass(config: DictConfig, setup: Setup, sequences: Sequences) -> PassShape:
+def _largest_pass(config: DictConfig, setup: Setup, sequences: Sequences, room: int, visual: int) -> PassShape:
     """The forward pass that holds the longest record."""
     per_device = math.ceil(config.recipe.global_batch_size / setup.devices)
     records = min(config.recipe.micro_batch_size, per_device)
-    text = min(sequences.longest_text, _text_room(config))
+    text = min(sequences.longest_text, room)
     supervised = sequences.longest_supervised * text / sequences.longest_text
-    visual = projector_of(config).num_tokens
     return PassShape(
         records=records,
         length=math.ceil(text) + visual,
@@ -235,6 +208,31 @@ def _largest_pass(config: DictConfig, setup: Setup, sequences: Sequences) -> Pas
         supervised=math.ceil(records * supervised),
         passes=math.ceil(per_device / records),
         packed=config.recipe.packing,
+    )
+
+
+def _least_recomputation(
+    config: DictConfig, setup: Setup, shape: PassShape, memory_bytes: int | None
+) -> tuple[Setup, Memory]:
+    """The setup with as many activations recomputed as asked for, and its memory; `auto` is the least that fits, or
+    all."""
+    policies = ACTIVATION_CHECKPOINTING if setup.checkpointing == AUTO else (setup.checkpointing,)
+    for policy in policies:
+        chosen = replace(setup, checkpointing=policy)
+        memory = step_memory(config, chosen, shape)
+        if memory_bytes is None or memory.peak <= ROOM * memory_bytes:
+            break
+    return chosen, memory
+
+
+def _flops_per_record(config: DictConfig, sequences: Sequences, lengths: np.ndarray, visual: int) -> float:
+    images = sequences.images / sequences.records
+    kept = (float(lengths.mean()) - visual * images) / sequences.text
+    return training_flops(config).step(
+        images=images,
+        positions=float(lengths.mean()),
+        pairs=float((lengths**2).mean()),
+        targets=sequences.supervised * kept,
     )
 
 

@@ -7,6 +7,7 @@ the code that will run, for any architecture, rather than written down per archi
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -19,9 +20,9 @@ from prism_deco.backbones import VisionBackbone
 from prism_deco.llms.layers import checkpoint_activations, decoder_layers
 from prism_deco.loss import summed_cross_entropy
 from prism_deco.plan.devices import Setup
-from prism_deco.plan.meta_models import build_projector_of, build_shallow, short_backbone, without_data
+from prism_deco.plan.meta_models import build_shallow, short_backbone, without_data
 from prism_deco.plan.tensor_meter import CudaTypes, Phases, TensorMeter, to_fake
-from prism_deco.projectors import build_projector
+from prism_deco.projectors import Projector, build_projector
 from prism_deco.sequence import Batch
 from prism_deco.vlm import VLM
 
@@ -65,15 +66,11 @@ class Walk:
 
 
 @lru_cache(maxsize=32)
-def walk_tower(key: str, images: int, setup: Setup) -> Walk:
-    """The frozen tower, in the one phase `forward`.
-
-    Args:
-        key: names the backbone, see `meta_models.backbone_key`.
-    """
+def walk_tower(tower: VisionBackbone, images: int, setup: Setup) -> Walk:
+    """The frozen tower, in the one phase `forward`."""
     mode = FakeTensorMode()
     # Frozen, equal blocks need the same memory one after the other.
-    backbone, _ = short_backbone(key)
+    backbone, _ = short_backbone(tower)
     to_fake(backbone, mode, _weights_type(setup))
     with mode, without_data("backbone"), torch.no_grad():
         towers = backbone.transform.towers.items()
@@ -85,14 +82,10 @@ def walk_tower(key: str, images: int, setup: Setup) -> Walk:
 
 
 @lru_cache(maxsize=64)
-def walk_projector(key: str, shape: torch.Size, dtype: torch.dtype, setup: Setup) -> Phases:
-    """Phases `forward`, `kept` (by autograd, after the forward pass) and `backward` on features of that shape.
-
-    Args:
-        key: names the projector, see `meta_models.projector_key`.
-    """
+def walk_projector(bare: Projector, shape: torch.Size, dtype: torch.dtype, setup: Setup) -> Phases:
+    """Phases `forward`, `kept` (by autograd, after the forward pass) and `backward` on features of that shape."""
     mode = FakeTensorMode()
-    projector = build_projector_of(key).train()
+    projector = copy.deepcopy(bare).train()
     to_fake(projector, mode, _weights_type(setup))
     with mode, without_data("projector"), _autocast(setup), TensorMeter(projector) as meter:
         meter.phase("forward")

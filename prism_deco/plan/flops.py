@@ -7,6 +7,7 @@ for model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,16 +18,10 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
+from prism_deco.backbones import VisionBackbone
 from prism_deco.llms.layers import decoder_layers
-from prism_deco.plan.meta_models import (
-    backbone_key,
-    build_projector_of,
-    llm_of,
-    projector_key,
-    projector_of,
-    short_backbone,
-    without_data,
-)
+from prism_deco.plan.meta_models import backbone_of, llm_of, projector_of, short_backbone, without_data
+from prism_deco.projectors import Projector
 
 _META = torch.device("meta")
 
@@ -71,14 +66,13 @@ def training_flops(config: DictConfig) -> TrainingFlops:
         NeedsData: a part cannot be run without data.
     """
     lm = llm_of(config).model
-    projector_of(config)  # raises if it does not fit
     settings: Any = lm.config
     layers = decoder_layers(lm)
     head_width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
     head: Any = lm.get_output_embeddings()  # type: ignore[operator]  # every causal LM has them
     return TrainingFlops(
-        tower=_tower_flops(backbone_key(config)),
-        projector=_projector_flops(projector_key(config)),
+        tower=_tower_flops(backbone_of(config)),
+        projector=_projector_flops(projector_of(config)),
         position=sum(_product(weight) for layer in layers for weight in layer.parameters() if weight.ndim == 2),
         # Scores and weighted sum, forward; and the gradients of both factors of each.
         pair=3 * 2 * 2 * settings.num_attention_heads * head_width * len(layers),
@@ -113,8 +107,8 @@ def _convolution_backward_flops(
 # On the meta device attention is a sequence of matrix products. The fused kernels of other devices have no formula in
 # torch and would count nothing.
 @lru_cache(maxsize=32)
-def _tower_flops(key: str) -> int:
-    backbone, runs = short_backbone(key)
+def _tower_flops(tower: VisionBackbone) -> int:
+    backbone, runs = short_backbone(tower)
     with without_data("backbone"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         backbone(backbone.blank(_META))
     per_module = counter.get_flop_counts()
@@ -126,8 +120,8 @@ def _tower_flops(key: str) -> int:
 
 
 @lru_cache(maxsize=64)
-def _projector_flops(key: str) -> int:
-    projector = build_projector_of(key).train()
+def _projector_flops(bare: Projector) -> int:
+    projector = copy.deepcopy(bare).train()
     height, width = projector.in_grid
     with without_data("projector"):
         return step_flops(projector, torch.empty(1, height * width, projector.in_dim, device=_META))[1]

@@ -12,15 +12,7 @@ from prism_deco.backbones import VisionBackbone
 from prism_deco.llms.layers import decoder_layers
 from prism_deco.plan.devices import Setup
 from prism_deco.plan.fake_memory import LossShape, PassShape, walk_language, walk_projector, walk_tower
-from prism_deco.plan.meta_models import (
-    backbone_key,
-    backbone_of,
-    count,
-    llm_key,
-    llm_of,
-    projector_key,
-    projector_of,
-)
+from prism_deco.plan.meta_models import backbone_of, count, llm_key, llm_of, projector_of
 
 FLOAT32 = 4
 NF4 = 4.127 / 8
@@ -81,9 +73,9 @@ def step_memory(config: DictConfig, setup: Setup, shape: PassShape) -> Memory:
         gradients = made + both - alone if earlier is None else earlier
         moments[name] = Moment(alone - logits + kept, logits, gradients, neighbours)
 
-    tower = walk_tower(backbone_key(config), shape.records, setup.outside_llm)
+    tower = walk_tower(backbone, shape.records, setup.outside_llm)
     add("tower", tower.phases["forward"])
-    projected = walk_projector(projector_key(config), tower.shape, tower.dtype, setup.outside_llm)
+    projected = walk_projector(projector, tower.shape, tower.dtype, setup.outside_llm)
     add("projector forward", projected["forward"])
     kept = projected["kept"][0]
     loss = LossShape(config.recipe.turn_mask, config.recipe.max_logits)

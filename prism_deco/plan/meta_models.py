@@ -1,5 +1,7 @@
-"""The parts of a model as bare architectures on the meta device. Runs of a grid share towers and LLMs: each is built
-once."""
+"""The parts of a model as bare architectures on the meta device.
+
+Runs of a grid share towers and LLMs: equal options give one and the same module, by which other functions cache.
+"""
 
 from __future__ import annotations
 
@@ -55,20 +57,13 @@ _SPEAKS_OF_IT = re.compile(r"\bmeta\b|_meta\b|FakeTensor|tensor subclasses")
 """Torch says it in errors of general classes, too."""
 
 
-def backbone_key(config: DictConfig) -> str:
-    """Tells backbones apart."""
-    return json.dumps(group(config, "backbone"))
-
-
 def backbone_of(config: DictConfig) -> VisionBackbone:
     """The configured backbone on the meta device; shared, so not to be changed."""
-    return _backbone(backbone_key(config))
+    return _backbone(json.dumps(group(config, "backbone")))
 
 
-def short_backbone(key: str) -> tuple[VisionBackbone, list[tuple[nn.Module, int]]]:
-    """The backbone of that `backbone_key` with one block for each run of equal blocks, the caller's own; and each of
-    these blocks with the number it stands for."""
-    backbone = _backbone(key)
+def short_backbone(backbone: VisionBackbone) -> tuple[VisionBackbone, list[tuple[nn.Module, int]]]:
+    """A copy with one block for each run of equal blocks, and each of these blocks with the number it stands for."""
     left_out: dict[int, Any] = {}
     counts: list[int] = []
     before = None
@@ -112,33 +107,24 @@ def build_shallow(key: str, depth: int) -> PreTrainedModel:
     return _build_llm(content).model
 
 
-def projector_key(config: DictConfig) -> str:
-    """Tells projectors apart, and the backbones and LLMs they connect."""
-    backbone, llm = backbone_of(config), llm_of(config)
-    sizes = {"in_dim": backbone.embed_dim, "out_dim": llm.embed_dim, "in_grid": backbone.grid}
-    bare = {key: None if key == "weights" else value for key, value in group(config, "projector").items()}
-    return json.dumps(bare | sizes)
-
-
 def projector_of(config: DictConfig) -> Projector:
     """The configured projector on the meta device; shared, so not to be changed.
 
     Raises:
         UsageError: it does not fit the grid, or its tokens do not fit the LLM's positions.
     """
-    projector, room = _projector(projector_key(config)), max_positions(config, llm_of(config))
+    backbone, llm = backbone_of(config), llm_of(config)
+    options = group(config, "projector") | {"in_dim": backbone.embed_dim, "out_dim": llm.embed_dim}
+    if "weights" in options:
+        options["weights"] = None
+    projector = _projector(json.dumps(options | {"in_grid": backbone.grid}))
+    room = max_positions(config, llm)
     if projector.num_tokens >= room:
         raise UsageError(
             f"{projector.num_tokens} visual tokens leave no room for text in the {room} positions of "
             f"{config.llm.name}: choose fewer (projector.num_tokens=...) or another LLM."
         )
     return projector
-
-
-def build_projector_of(key: str) -> Projector:
-    """The projector of that `projector_key`, the caller's own."""
-    with torch.device("meta"):
-        return build_projector(**json.loads(key))
 
 
 def count(*modules: nn.Module, trained: bool | None = None) -> int:
@@ -148,13 +134,14 @@ def count(*modules: nn.Module, trained: bool | None = None) -> int:
 
 
 @lru_cache(maxsize=16)
-def _backbone(content: str) -> VisionBackbone:
-    return build_backbone(json.loads(content), pretrained=False, device="meta")
+def _backbone(options: str) -> VisionBackbone:
+    return build_backbone(json.loads(options), pretrained=False, device="meta")
 
 
 @lru_cache(maxsize=64)
-def _projector(key: str) -> Projector:
-    return build_projector_of(key)
+def _projector(options: str) -> Projector:
+    with torch.device("meta"):
+        return build_projector(**json.loads(options))
 
 
 @lru_cache(maxsize=16)

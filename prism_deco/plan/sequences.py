@@ -11,8 +11,7 @@ from omegaconf import DictConfig
 from prism_deco.build import group, record_options
 from prism_deco.config import cache_dir
 from prism_deco.data import build_source
-from prism_deco.data.records import Records
-from prism_deco.data.split import open_parts
+from prism_deco.data.records import Records, open_parts
 from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel
 from prism_deco.plan.meta_models import llm_of

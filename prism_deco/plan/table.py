@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
@@ -19,62 +20,95 @@ SOURCES = {
     "estimate": "Lengths: an estimate, see `statistics` in the data's YAML",
 }
 
-
-def table(plans: Sequence[RunEstimate], mfu: float) -> Table:
-    """One row per run; problems and warnings below."""
-    first = next((plan.needs for plan in plans if plan.needs is not None), None)
-    kind = plans[0].accelerator
-    on = f"{first.setup.devices if first else 1} x {kind} at {mfu:.0%} of its peak" if kind else "on this machine's CPU"
-    result = Table(
-        title=f"Plan: {on}",
-        caption=Text("\n".join(_notes(plans)), "table.caption"),  # no markup: brackets may be those of a path
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    result.add_column("run", overflow="fold")
-    columns = (
-        "params\n(trained)", "visual\ntokens", "sequence\nmean/longest/max", "text\ncut", "GiB per\ndevice",
-        "PFLOP", "hours", "checkpoints\nGiB", "",
-    )  # fmt: skip
-    for column in columns:
-        result.add_column(column, justify="right", no_wrap=True)
-    for plan in plans:
-        cells = [""] * (len(columns) - 1) if plan.needs is None else _cells(plan.needs)
-        result.add_row(Text(plan.name), *cells, "[red]no[/]" if problems(plan) else "[green]ok[/]")
-    return result
+COLUMNS = {
+    "memory": "GiB per\ndevice",
+    "hours": "hours",
+    "parameters": "params\n(trained)",
+    "visual tokens": "visual\ntokens",
+    "checkpoints": "checkpoints\nGiB",
+    "sequence": "sequence\nmean/longest/max",
+    "PFLOP": "PFLOP",
+    "text cut": "text\ncut",
+}
+"""Headings of the columns between a run's name and its verdict, the most important first."""
 
 
-def _cells(needs: Needs) -> list[str]:
-    memory = needs.memory
-    return [
-        f"{_count(needs.parameters)} ({_count(needs.trained)})",
-        f"{needs.visual_in}>{needs.visual_out}",
-        f"{needs.sequence:.0f}/{needs.longest}/{needs.positions}",
-        "?" if needs.cut is None else f"{needs.cut:.1%}",
-        _gib(memory.peak),
-        f"{needs.flops / 1e15:,.0f}" if needs.flops > 1e16 else f"{needs.flops / 1e15:.2g}",
-        "?" if needs.hours is None else f"{needs.hours:.1f}",
-        _gib(needs.checkpoint * needs.checkpoints_kept),
-    ]
+class PlanTable:
+    """One row per run; notes, problems and warnings below.
+
+    A terminal that is too narrow for all columns gets the most important ones. Names, verdicts and numbers are whole
+    at any width (a name that is wider than the terminal is folded).
+    """
+
+    def __init__(self, plans: Sequence[RunEstimate], mfu: float):
+        self._plans = plans
+        self._mfu = mfu
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
+        columns = list(COLUMNS)
+        unlimited = options.update(width=10_000)
+        while columns and console.measure(self._table(columns), options=unlimited).maximum > options.max_width:
+            columns.pop()
+        yield self._table(columns)
+        left_out = [column for column in COLUMNS if column not in columns]
+        notes = [f"Too narrow for {', '.join(left_out)}: --json has all."] if left_out else []
+        # Not as markup: brackets may be those of a path.
+        yield Text("\n".join([*notes, *_notes(self._plans)]), "table.caption")
+
+    def _table(self, columns: Sequence[str]) -> Table:
+        result = Table(title=self._title(), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        result.add_column("run", overflow="fold")
+        for heading in (*(COLUMNS[column] for column in columns), ""):
+            result.add_column(heading, justify="right", no_wrap=True)
+        for plan in self._plans:
+            cells = {} if plan.needs is None else _cells(plan.needs)
+            verdict = "[red]no[/]" if problems(plan) else "[green]ok[/]"
+            result.add_row(Text(plan.name), *(cells.get(column, "") for column in columns), verdict)
+        return result
+
+    def _title(self) -> str:
+        kind = self._plans[0].accelerator
+        if kind is None:
+            return "Plan: on this machine's CPU"
+        devices = next((plan.needs.setup.devices for plan in self._plans if plan.needs is not None), 1)
+        return f"Plan: {devices} x {kind} at {self._mfu:.0%} of its peak"
+
+
+def _cells(needs: Needs) -> dict[str, str]:
+    petaflops = needs.flops / 1e15
+    return {
+        "memory": _gib(needs.memory.peak),
+        "hours": "?" if needs.hours is None else f"{needs.hours:.1f}",
+        "parameters": f"{_count(needs.parameters)} ({_count(needs.trained)})",
+        "visual tokens": f"{needs.visual_in}>{needs.visual_out}",
+        "checkpoints": _gib(needs.checkpoint * needs.checkpoints_kept),
+        "sequence": f"{needs.sequence:.0f}/{needs.longest}/{needs.positions}",
+        "PFLOP": f"{petaflops:,.0f}" if petaflops > 10 else f"{petaflops:.2g}",
+        "text cut": "?" if needs.cut is None else f"{needs.cut:.1%}",
+    }
 
 
 def _notes(plans: Sequence[RunEstimate]) -> list[str]:
     notes = [
-        "Memory is that of tensors in the forward pass of the longest record; --json has its parts. Hours are without",
-        "validation and scoring. On disk: the checkpoints kept.",
+        "Memory is that of tensors in the forward pass of the longest record; --json has its parts. Hours are without "
+        "validation and scoring. On disk: the checkpoints kept."
     ]
-    policies = sorted({plan.needs.setup.checkpointing for plan in plans if plan.needs is not None} - {"none"})
-    for policy in policies:
-        names = [plan.name for plan in plans if plan.needs is not None and plan.needs.setup.checkpointing == policy]
-        notes.append(f"Activations recomputed ({policy}): {', '.join(names) if len(names) < len(plans) else 'all'}")
+    names: dict[str, list[str]] = {}
+    for plan in plans:
+        if plan.needs is not None and plan.needs.setup.checkpointing != "none":
+            names.setdefault(f"Activations recomputed ({plan.needs.setup.checkpointing})", []).append(plan.name)
+    notes += [f"{text}: {_listed(found, plans)}" for text, found in names.items()]
     sources = {plan.needs.source for plan in plans if plan.needs is not None}
     notes += [text for source, text in SOURCES.items() if source in sources]
-    said: dict[str, list[str]] = {}
+    names = {}
     for plan in plans:
         for text in (*problems(plan), *(f"{warning} (warning)" for warning in plan.warnings)):
-            said.setdefault(text, []).append(plan.name)
-    return notes + [f"{', '.join(names) if len(names) < len(plans) else 'all'}: {text}" for text, names in said.items()]
+            names.setdefault(text, []).append(plan.name)
+    return notes + [f"{_listed(found, plans)}: {text}" for text, found in names.items()]
+
+
+def _listed(names: Sequence[str], plans: Sequence[RunEstimate]) -> str:
+    return ", ".join(names) if len(names) < len(plans) else "all"
 
 
 def as_json(plans: Sequence[RunEstimate]) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -14,9 +13,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 from prism_deco.errors import UsageError
 from prism_deco.projectors.base import PROJECTORS, Projector, square_grid
 from prism_deco.projectors.layers import build_mlp
-from prism_deco.projectors.qformer_weights import LoadReport, load_qformer
-
-log = logging.getLogger(__name__)
+from prism_deco.projectors.qformer_weights import load_qformer
 
 
 @PROJECTORS.register("qformer")
@@ -37,9 +34,6 @@ class QFormer(Projector):
         weights: a BLIP-2 checkpoint of LAVIS or transformers (file or folder) to start from. Its
             layer norm on the patches (`ln_vision`) is then part of this module as `input_norm`. On the
             meta device the file is not touched.
-
-    Attributes:
-        load_report: what `weights` gave and what it did not; None without.
     """
 
     def __init__(
@@ -76,10 +70,8 @@ class QFormer(Projector):
             )
         )
         self.readout = build_mlp(hidden_dim, out_dim, readout_depth)
-        self.load_report: LoadReport | None = None
         if weights and not self.queries.is_meta:
-            self.load_report = load_qformer(self, Path(weights))
-            log.info("%s", self.load_report)
+            load_qformer(self, Path(weights))
 
     def project(self, features: Tensor) -> Tensor:
         """float[B, N, in_dim] -> float[B, M, out_dim]."""

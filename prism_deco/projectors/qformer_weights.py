@@ -1,9 +1,9 @@
-"""Starts a Q-Former from a BLIP-2 checkpoint, and says exactly what came from it."""
+"""Starts a Q-Former from a BLIP-2 checkpoint."""
 
 from __future__ import annotations
 
+import logging
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from prism_deco.errors import UsageError
 from prism_deco.tensors import SUFFIXES, open_tensors, tensor_files
+
+log = logging.getLogger(__name__)
 
 # Key names of LAVIS (first) and of transformers, rewritten to the projector's own, one after the other.
 _RENAMES = (
@@ -27,36 +29,20 @@ _OURS = re.compile(r"^(body\.|input_norm\.|queries$)")
 _FREE = re.compile(r"^queries$|^input_norm\.|\.crossattention\.attention\.(key|value)\.")
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What a checkpoint gave to a projector."""
-
-    source: str
-    """The file or folder."""
-    taken: tuple[str, ...]
-    """Parameters of the projector that were read."""
-    reinitialised: dict[str, str]
-    """Parameters that kept their fresh initialisation, with the reason. (The readout always does.)"""
-    unused: tuple[str, ...]
-    """Q-Former keys of the checkpoint that have no place here: text layers, deeper layers, heads."""
-
-    def __str__(self) -> str:
-        lines = [f"{self.source}: {len(self.taken)} tensors taken, {len(self.unused)} unused"]
-        lines += [f"  re-initialised {name}: {reason}" for name, reason in self.reinitialised.items()]
-        return "\n".join(lines)
-
-
-def load_qformer(projector: nn.Module, path: Path) -> LoadReport:
+def load_qformer(projector: nn.Module, path: Path) -> dict[str, str]:
     """Copies the Q-Former of a BLIP-2 checkpoint into `projector`, in place.
 
     Query tokens of another count and keys/values for patches of another width keep their fresh
     initialisation: neither has a meaning here. Anything else has to be there and to fit.
 
+    Returns:
+        The parameters that kept their initialisation, with the reason. (The readout always does.)
+
     Raises:
         UsageError: no checkpoint at `path`, no Q-Former in it, or one of another geometry.
     """
     found: dict[str, Tensor] = {}
-    unused: list[str] = []
+    unused = 0  # Q-Former tensors that have no place here: text layers, deeper layers, heads
     wanted = {name: tensor for name, tensor in projector.state_dict().items() if _OURS.match(name)}
     files = tensor_files(path)
     if not files:
@@ -70,7 +56,7 @@ def load_qformer(projector: nn.Module, path: Path) -> LoadReport:
             if name in wanted:
                 found[name] = tensors[key]
             elif _OURS.match(name) or key.startswith("Qformer."):
-                unused.append(key)
+                unused += 1
     if not any(name.startswith("body.") for name in found):
         raise UsageError(f"{path} holds no Q-Former: expected keys such as Qformer.bert.encoder.layer.0.* (LAVIS).")
 
@@ -87,8 +73,11 @@ def load_qformer(projector: nn.Module, path: Path) -> LoadReport:
         bias = re.sub(r"weight$", "bias", name)
         if bias in wanted and bias not in reinitialised:
             reinitialised[bias] = f"belongs to {name}"
-    taken = tuple(name for name in wanted if name not in reinitialised)
+    taken = wanted.keys() - reinitialised.keys()
     with torch.no_grad():
         for name in taken:
             wanted[name].copy_(found[name])
-    return LoadReport(str(path), taken, reinitialised, tuple(sorted(unused)))
+    log.info("%s: %d tensors taken, %d unused", path, len(taken), unused)
+    for name, reason in reinitialised.items():
+        log.info("  re-initialised %s: %s", name, reason)
+    return reinitialised

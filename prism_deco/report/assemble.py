@@ -181,7 +181,7 @@ def _score_section(
     figures = [
         curves,
         *tokens_figures,
-        *(score_figures.cost_figure(table, cost) for cost in score_figures.COSTS),
+        score_figures.mean_figure(table),
         score_figures.differences_figure(table, with_base),
     ]
     if table.table:

@@ -25,6 +25,8 @@ _NOT_IN_ROW = ("part", "row", "backbone", "llm", "projector", "seed", "recipe.bl
 """Labels that do not make a row of their own: a part has its own tables, and an image-blind run is a baseline of all
 rows."""
 
+TRAIN_LOSS, VAL_LOSS, SPEED = "train/loss", "val/loss", "train/samples_per_s"
+
 Curve = list[tuple[int, float]]
 """(optimizer step, value)"""
 
@@ -151,7 +153,7 @@ class RunCell:
     @property
     def step_seconds(self) -> float | None:
         """Median time of an optimizer step without validation; None where it was not logged."""
-        rates = [rate for _, rate in self.curves.get("speed/samples_per_s", []) if math.isfinite(rate) and rate > 0]
+        rates = [rate for _, rate in self.curves.get(SPEED, []) if math.isfinite(rate) and rate > 0]
         records = self.config.recipe.global_batch_size if self.config is not None else None
         return records / median(rates) if rates and records else None
 

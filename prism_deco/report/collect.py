@@ -25,6 +25,7 @@ from prism_deco.report.run_files import (
     read_scores,
 )
 from prism_deco.stages import final_config
+from prism_deco.training.status import read_status
 
 log = logging.getLogger(__name__)
 
@@ -115,10 +116,9 @@ def _read_config(folder: Path, record: Mapping[str, Any]) -> DictConfig | None:
 
 
 def _with_status(cell: RunCell) -> RunCell:
-    path = cell.folder / "status.json"
-    if not path.is_file():
+    status = read_status(cell.folder)
+    if not status:
         return cell
-    status = read_json(path, ("state",))
     cell = replace(cell, started=status.get("started"), seconds=status.get("seconds") or cell.seconds)
     # A run that was killed could not say so; the sweep saw it end.
     if status["state"] == "running" and cell.state not in ("planned", "unknown"):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from prism_deco.report.cells import Curve, RunCell, SeedGroup
+from prism_deco.report.cells import TRAIN_LOSS, VAL_LOSS, Curve, RunCell, SeedGroup
 from prism_deco.report.grid import ScoreTable
 from prism_deco.report.plotting import STEPS, Figure, label_axes, legend, panels, settings, styles, to_svg
 
@@ -49,7 +49,7 @@ def _convergence(ax: Axes, group: SeedGroup, look: dict[str, Any]) -> None:
 
 def cell_curves(cell: RunCell) -> Figure | None:
     """Training and validation loss of one cell."""
-    train, val = _loss(cell), cell.curves.get("val/loss", [])
+    train, val = _loss(cell), cell.curves.get(VAL_LOSS, [])
     if not train and not val:
         return None
     with settings():
@@ -67,7 +67,7 @@ def cell_curves(cell: RunCell) -> Figure | None:
 
 
 def _loss(cell: RunCell) -> Curve:
-    return list(cell.curves.get("train/loss", []))
+    return list(cell.curves.get(TRAIN_LOSS, []))
 
 
 def _smooth(curve: Curve) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 
 
-def render(markdown: str, figures: Mapping[str, bytes]) -> str:
+def render(markdown: str, figures: Mapping[str, str | bytes]) -> str:
     """The page's HTML. All text is escaped: the Markdown may hold no HTML of its own.
 
     Args:
@@ -24,8 +24,7 @@ def render(markdown: str, figures: Mapping[str, bytes]) -> str:
     """
     parser = MarkdownIt("commonmark", {"html": False}, renderer_cls=_PageRenderer).enable("table")
     page: dict[str, Any] = {"figures": figures, "headings": [], "open": []}
-    tokens = _mark_tables(parser.parse(markdown, page))
-    body = parser.renderer.render(tokens, parser.options, page)
+    body = parser.render(markdown, page)
     body += "".join(f"</{tag}>" for tag in reversed(page["open"]))
     title, *sections = page["headings"]
     links = [f'<a href="#section-{number}">{name}</a>' for number, name in enumerate(sections, start=1)]
@@ -34,16 +33,15 @@ def render(markdown: str, figures: Mapping[str, bytes]) -> str:
 
 
 class _PageRenderer(RendererHTML):
-    """Renders headings as sections, images as figures, and tables so that they scroll by themselves."""
+    """Renders headings as sections, images with their captions, and tables so that they scroll by themselves."""
 
     def heading_open(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
         tag = tokens[idx].tag
-        text = html.escape(_text(tokens[idx + 1]))
         closing = ""
         while env["open"] and (tag == "h2" or env["open"][-1] == "details"):
             closing += f"</{env['open'].pop()}>"
         if tag in ("h1", "h2"):
-            env["headings"].append(text)
+            env["headings"].append(html.escape(tokens[idx + 1].children[0].content))  # type: ignore[index]
         if tag == "h2":
             env["open"].append("section")
             return f'{closing}<section id="section-{len(env["headings"]) - 1}"><h2>'
@@ -65,43 +63,4 @@ class _PageRenderer(RendererHTML):
         # As an image each figure is a document of its own: ids in one do not meet those in another.
         source = base64.b64encode(env["figures"][str(tokens[idx].attrs["src"])]).decode()
         caption = html.escape(tokens[idx].content)
-        image = f'<img src="data:image/svg+xml;base64,{source}" alt="{caption}">'
-        return f"<figure><div>{image}</div><figcaption>{caption}</figcaption></figure>"
-
-
-def _mark_tables(tokens: Sequence[Token]) -> list[Token]:
-    """The tokens, with what a browser must know of table rows: which field is their name, which is a heading for the
-    rows below, which words have a colour."""
-    made: list[Token] = []
-    for number, token in enumerate(tokens):
-        made.append(token)
-        if token.type == "inline" and [child.type for child in token.children or ()] == ["image"]:
-            made[-2].hidden = tokens[number + 1].hidden = True  # no paragraph around a figure
-        if token.type != "tr_close":
-            continue
-        start = max(k for k, own in enumerate(made) if own.type == "tr_open")
-        opening = [k for k in range(start, len(made)) if made[k].type == "td_open"]
-        if not opening:
-            continue
-        made[opening[0]].tag = made[opening[0] + 2].tag = "th"
-        made[opening[0]].attrSet("scope", "row")
-        if len(opening) > 1 and not any(made[k + 1].content for k in opening[1:]):
-            made[opening[0]].attrSet("colspan", str(len(opening)))
-            token.attrSet("class", "heading")
-            made[start].attrSet("class", "heading")
-            del made[opening[1] : -1]
-            continue
-        for k in opening[1:]:
-            words = _text(made[k + 1])
-            if made[k + 1].content.startswith("**"):
-                made[k].attrJoin("class", "best")
-            if not any(sign.isdigit() for sign in words):
-                made[k].attrJoin("class", "word")
-    return made
-
-
-def _text(inline: Token) -> str:
-    """The text of a field or heading, without its small print."""
-    children = inline.children or []
-    ends = [k for k, child in enumerate(children) if child.type == "em_open"]
-    return "".join(child.content for child in children[: ends[0] if ends else None]).strip()
+        return f'<img src="data:image/svg+xml;base64,{source}" alt="{caption}"><span>{caption}</span>'

@@ -75,12 +75,14 @@ def styles(variants: Iterable[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def panels(number: int, *, columns: int = 3, width: float = 3.5, height: float = 2.6) -> tuple[Canvas, list[Axes]]:
-    """A figure of `number` panels of a size in inches; use within `settings`."""
-    columns = min(columns, number)
+def panels(number: int, *, width: float, height: float = 2.6, sharey: bool = False) -> tuple[Canvas, list[Axes]]:
+    """A figure of `number` panels of a size in inches, three in a row; use within `settings`."""
+    columns = min(3, number)
     rows = math.ceil(number / columns)
     figure = Canvas(figsize=(width * columns, height * rows + 0.5), layout="constrained")
-    axes = [figure.add_subplot(rows, columns, k + 1) for k in range(number)]
+    axes: list[Axes] = []
+    for k in range(number):
+        axes.append(figure.add_subplot(rows, columns, k + 1, sharey=axes[0] if sharey and axes else None))
     return figure, axes
 
 

@@ -9,19 +9,17 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from prism_deco.config import read_yaml
+from prism_deco.config import GROUPS, read_stored
+from prism_deco.config.benchmarks import benchmark_name
 from prism_deco.errors import UsageError
 from prism_deco.report.benchmarks import family_of
-from prism_deco.report.cells import Curve, Score
+from prism_deco.report.cells import SPEED, TRAIN_LOSS, VAL_LOSS, Curve, Score
+from prism_deco.training.metrics import read_metrics
 
-SHOWN = ("train/loss", "val/loss", "speed/samples_per_s")
-
-_BOARD_NAMES = {"train/samples_per_s": "speed/samples_per_s"}
-"""TensorBoard's names that differ; earlier versions plotted the speed under the name that reports use."""
+SHOWN = (TRAIN_LOSS, VAL_LOSS, SPEED)
 
 TAIL_LINES = 8
 
-_GROUPS = ("backbone", "projector", "llm", "data", "recipe", "evaluate")
 _MANIFEST = ("data_hash", "params", "samples", "steps", "tokens")
 _SCORE = ("benchmark", "data_hash", "decoding", "interval95", "metrics", "n", "primary", "prompt_hash")
 
@@ -42,8 +40,8 @@ def read_json(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def read_run_config(path: Path) -> DictConfig:
     """A run's `config.yaml`, not checked against the schema: that would refuse the runs of other versions."""
-    config = OmegaConf.create(read_yaml(path))
-    missing = [name for name in _GROUPS if not isinstance(config.get(name), DictConfig)]
+    config = OmegaConf.create(read_stored(path))
+    missing = [group for group in (*GROUPS, "evaluate") if not isinstance(config.get(group), DictConfig)]
     if missing:
         raise UsageError(f"{path} is not a run's configuration: it has no {', '.join(missing)}.")
     return config
@@ -51,8 +49,7 @@ def read_run_config(path: Path) -> DictConfig:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The content of a `manifest.json`."""
-    content = read_json(path)
-    return read_json(path, _MANIFEST) if content else {}
+    return read_json(path, _MANIFEST)
 
 
 def read_scores(folder: Path, asked: Mapping[str, str]) -> dict[str, dict[str, Score]]:
@@ -79,53 +76,30 @@ def read_scores(folder: Path, asked: Mapping[str, str]) -> dict[str, dict[str, S
 
 def read_relevance(folder: Path, config: DictConfig) -> dict[str, Any]:
     """What was measured of the benchmark that the configuration names; without a name, of the only one there is."""
-    choice = config.evaluate.get("relevance")
     split = config.evaluate.get("split")
+    paths = sorted(folder.glob("*/metrics.json"))
+    choice = config.evaluate.get("relevance")
     if choice:
-        name = Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice
         # explain/<benchmark> holds the benchmark's own split, explain/<benchmark>-<split> another one.
-        paths = [folder / f"{name}-{split}" / "metrics.json", folder / name / "metrics.json"]
-    else:
-        found = sorted(folder.glob("*/metrics.json"))
-        paths = found if len(found) == 1 else []
-    # Runs of earlier versions have one place for all benchmarks.
-    for path in (*paths, folder / "metrics.json"):
-        if path.is_file():
-            content = read_json(path)
-            if path.parent == folder or split in (None, content.get("split")):
-                return content
-    return {}
+        name = benchmark_name(choice)
+        paths = [path for path in paths if path.parent.name in (name, f"{name}-{split}")]
+    contents = [read_json(path) for path in paths]
+    found = [content for content in contents if split in (None, content.get("split"))]
+    return found[0] if len(found) == 1 else {}
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """The curves that a report shows, by name: losses from `metrics.jsonl`, which has every step, the rest from
+    """The curves that a report shows, by name: losses from `metrics.jsonl`, which has every step, the speed from
     TensorBoard's files.
 
     A resumed run repeats the steps after its checkpoint; the last value of a step counts.
     """
-    path = run / "metrics.jsonl"
-    curves = _read_tensorboard(run / "tensorboard") | (_read_lines(path) if path.is_file() else {})
+    curves: dict[str, dict[int, float]] = _read_tensorboard(run / "tensorboard")
+    for row in read_metrics(run):
+        for name in SHOWN:
+            if row.get(name) is not None:
+                curves.setdefault(name, {})[int(row["step"])] = float(row[name])
     return {name: sorted(values.items()) for name, values in curves.items()}
-
-
-def _read_lines(path: Path) -> dict[str, dict[int, float]]:
-    curves: dict[str, dict[int, float]] = {}
-    content = path.read_bytes()
-    # A line without its newline is still being written.
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{path}, line {number} is damaged ({error}).") from error
-        values = [record.get(name) for name in SHOWN] if isinstance(record, dict) and "step" in record else [""]
-        if not all(value is None or isinstance(value, int | float) for value in values):
-            raise UsageError(f"{path}, line {number} is damaged: it is not a record of a step's numbers.")
-        for name, value in zip(SHOWN, values, strict=True):
-            if value is not None:
-                curves.setdefault(name, {})[int(record["step"])] = float(value)
-    return curves
 
 
 def _read_tensorboard(folder: Path) -> dict[str, dict[int, float]]:
@@ -136,12 +110,8 @@ def _read_tensorboard(folder: Path) -> dict[str, dict[int, float]]:
     # Sample images and texts are not wanted; 0 keeps all scalars.
     events = EventAccumulator(str(folder), size_guidance={"images": 1, "tensors": 1, "scalars": 0})
     events.Reload()
-    curves = {}
-    for tag in events.Tags()["scalars"]:
-        name = _BOARD_NAMES.get(tag, tag)
-        if name in SHOWN:
-            curves[name] = {event.step: event.value for event in events.Scalars(tag)}
-    return curves
+    tags = [tag for tag in events.Tags()["scalars"] if tag == SPEED]
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
 
 
 def log_tail(folder: Path, recorded: Any) -> str:

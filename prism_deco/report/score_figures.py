@@ -1,8 +1,8 @@
-"""What scores cost: figures against visual tokens and time, the best within a budget; and differences of pairs."""
+"""What scores cost in visual tokens: figures, and the best within a budget; and figures of the differences of pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -17,45 +17,28 @@ from prism_deco.report.paired_tests import Difference
 from prism_deco.report.plotting import Figure, label_axes, legend, panels, settings, styles, to_svg
 from prism_deco.report.tabular import MISSING, Field, Table, format_interval, format_number
 
+TOKENS = "visual tokens per image"
 
-@dataclass(frozen=True)
-class Cost:
-    """What a score may be drawn against.
-
-    Attributes:
-        label: of an axis, with its unit.
-        log: whether its natural scale is logarithmic.
-        measured: whether it depends on what else the machine was doing; nothing is best by such a cost.
-    """
-
-    label: str
-    read: Callable[[SeedGroup], float | None]
-    log: bool = False
-    measured: bool = False
-
-
-TOKENS = Cost("visual tokens per image", lambda group: group.tokens, log=True)
-COSTS = (TOKENS, Cost("time per training step (s)", lambda group: group.step_seconds, measured=True))
+_SIDE_BY_SIDE = "Marks with the same number of tokens stand side by side."
 
 
 @dataclass(frozen=True)
 class Point:
-    """A line of a table with its mean score over all benchmarks and what it costs."""
+    """A line of a table with a score and the visual tokens that it costs."""
 
     group: SeedGroup
-    cost: float
+    tokens: int
     score: Summary
 
 
-def points(table: ScoreTable, cost: Cost) -> list[Point]:
-    """Lines whose cost is known and that have all benchmarks, cheapest first."""
+def points(table: ScoreTable) -> list[Point]:
+    """Mean scores of the lines whose tokens are known and that have all benchmarks, fewest tokens first."""
     found = []
     for group in table.groups:
-        value = cost.read(group)
         score = group.overall(table.benchmarks, table.split)
-        if value is not None and score is not None:
-            found.append(Point(group, value, score))
-    return sorted(found, key=lambda point: (point.cost, -point.score.mean))
+        if group.tokens is not None and score is not None:
+            found.append(Point(group, group.tokens, score))
+    return sorted(found, key=lambda point: (point.tokens, -point.score.mean))
 
 
 def pareto_front(found: Sequence[Point]) -> list[Point]:
@@ -68,7 +51,7 @@ def pareto_front(found: Sequence[Point]) -> list[Point]:
     front: list[Point] = []
     for point in found:
         last = front[-1] if front else None
-        ties = last is not None and (point.cost, point.score.mean) == (last.cost, last.score.mean)
+        ties = last is not None and (point.tokens, point.score.mean) == (last.tokens, last.score.mean)
         if last is None or ties or point.score.mean > last.score.mean:
             front.append(point)
     return front
@@ -77,17 +60,17 @@ def pareto_front(found: Sequence[Point]) -> list[Point]:
 def budget_table(table: ScoreTable) -> Table | None:
     """The highest mean score for every number of visual tokens at which it changes; None where there is nothing to
     choose from."""
-    found = points(table, TOKENS)
+    found = points(table)
     if len(found) < 2:
         return None
     rows = []
-    for tokens, tied in groupby(pareto_front(found), key=lambda point: point.cost):
+    for tokens, tied in groupby(pareto_front(found), key=lambda point: point.tokens):
         best = list(tied)
-        within = [point for point in found if point.cost <= tokens and point not in best]
+        within = [point for point in found if point.tokens <= tokens and point not in best]
         second = max(within, key=lambda point: point.score.mean, default=None)
         rows.append(
             [
-                Field(f"at most {tokens:.0f} visual tokens"),
+                Field(f"at most {tokens} visual tokens"),
                 Field("; ".join(point.group.name for point in best)),
                 Field(format_number(best[0].score.mean)),
                 Field(format_interval(best[0].score.interval)),
@@ -115,91 +98,71 @@ def tokens_figures(table: ScoreTable, more: Sequence[SeedGroup] = ()) -> list[Fi
     found = []
     for number, family in enumerate(dict.fromkeys(group.family for group in groups)):
         members = [group for group in groups if group.family == family and group.tokens is not None]
-        members.sort(key=lambda group: group.tokens or 0)
-        variants = list(dict.fromkeys(group.variant for group in members))
-        if not any(len({group.tokens for group in members if group.variant == name}) > 1 for name in variants):
+        numbers: dict[str, set[int | None]] = {}
+        for group in members:
+            numbers.setdefault(group.variant, set()).add(group.tokens)
+        if not any(len(tokens) > 1 for tokens in numbers.values()):
             continue
-        caption = f"{family}: score against the number of visual tokens, with 95 % intervals."
         with settings():
             figure, axes = panels(len(names), width=3.1, height=2.3)
             for name, ax in zip(names, axes, strict=True):
                 summaries = [(group, table.summary(group, name)) for group in members]
-                known = [Point(group, float(group.tokens or 0), score) for group, score in summaries if score]
-                known.sort(key=lambda point: (variants.index(point.group.variant), point.cost))
-                caption = _draw(ax, known, looks, TOKENS, caption)
-                _token_axis(ax, [float(group.tokens or 0) for group in members])
-                label_axes(ax, name, TOKENS.label, "score (%)" if table.has_mean else "score")
+                _draw(ax, [Point(group, group.tokens or 0, score) for group, score in summaries if score], looks)
+                _token_axis(ax, [group.tokens or 0 for group in members])
+                label_axes(ax, name, TOKENS, "score (%)" if table.has_mean else "score")
             legend(figure, axes, looks)
+            caption = f"{family}: score against the number of visual tokens, with 95 % intervals. {_SIDE_BY_SIDE}"
             found.append(Figure(f"tokens{number or ''}", to_svg(figure), caption))
     return found
 
 
-def cost_figure(table: ScoreTable, cost: Cost) -> Figure | None:
-    """Mean score against a cost, a panel per family of rows; None unless the cost differs."""
-    found = points(table, cost)
-    if len({point.cost for point in found}) < 2:
+def mean_figure(table: ScoreTable) -> Figure | None:
+    """Mean score against visual tokens, a panel per family of rows; None unless their number differs."""
+    found = points(table)
+    if len({point.tokens for point in found}) < 2:
         return None
-    families = list(dict.fromkeys(group.family for group in table.groups))
-    families = [family for family in families if any(point.group.family == family for point in found)]
-    variants = list(dict.fromkeys(group.variant for group in table.groups))
+    families = list(dict.fromkeys(point.group.family for point in found))
+    variants = [group.variant for group in table.groups]
     looks = {name: look | {"linestyle": "none", "markersize": 7} for name, look in styles(variants).items()}
-    low = min(point.score.interval[0] for point in found)
-    high = max(point.score.interval[1] for point in found)
-    margin = 0.08 * (high - low)
-    caption = f"Mean score over the benchmarks against {cost.label}, with 95 % intervals."
-    caption += (
-        " Times depend on what else the machine was doing."
-        if cost.measured
-        else " The grey line joins what nothing cheaper beats."
-    )
+    front_look: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": 3, "solid_capstyle": "round", "zorder": 1}
     with settings():
-        figure, axes = panels(len(families), width=5.0 if len(families) == 1 else 3.5)
+        figure, axes = panels(len(families), width=5.0 if len(families) == 1 else 3.5, sharey=True)
         for family, ax in zip(families, axes, strict=True):
             own = [point for point in found if point.group.family == family]
-            if not cost.measured:
-                front = pareto_front(own)
-                x, y = [point.cost for point in front], [point.score.mean for point in front]
-                look: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": 3, "solid_capstyle": "round"}
-                ax.plot(x, y, color="#b0b0b0", zorder=1, **look)
-            own.sort(key=lambda point: variants.index(point.group.variant))
-            caption = _draw(ax, own, looks, cost, caption)
-            if cost.log:
-                _token_axis(ax, [point.cost for point in found])
-            else:
-                ax.set_xlim(0, 1.08 * max(point.cost for point in found))
-            ax.set_ylim(low - margin, high + margin)
-            label_axes(ax, family, cost.label, "mean score (%)")
+            front = pareto_front(own)
+            x = [point.tokens for point in front]
+            ax.plot(x, [point.score.mean for point in front], color="#b0b0b0", **front_look)
+            _draw(ax, own, looks)
+            _token_axis(ax, [point.tokens for point in found])
+            label_axes(ax, family, TOKENS, "mean score (%)")
         legend(figure, axes, looks)
-        return Figure(f"score-against-{cost.label.split(' per ')[0].replace(' ', '-')}", to_svg(figure), caption)
+        caption = (
+            f"Mean score over the benchmarks against {TOKENS}, with 95 % intervals. The grey line joins what nothing "
+            f"cheaper beats. {_SIDE_BY_SIDE}"
+        )
+        return Figure("score-against-visual-tokens", to_svg(figure), caption)
 
 
 def differences_figure(table: ScoreTable, differences: Sequence[Difference]) -> Figure | None:
     """The differences of pairs with their intervals, a panel per row and pair; None where none is available."""
     percentages = [name for name in table.benchmarks if table.maximum(name) == 100]
-    shown = [pair for pair in differences if pair.value is not None and pair.benchmark in percentages]
     panel_pairs: dict[tuple[str, str, str], list[Difference]] = {}
-    for pair in shown:
-        panel_pairs.setdefault((pair.row, pair.first, pair.second), []).append(pair)
-    names = [name for name in table.benchmarks if any(pair.benchmark == name for pair in shown)]
+    for pair in differences:
+        if pair.value is not None and pair.benchmark in percentages:
+            panel_pairs.setdefault((pair.row, pair.first, pair.second), []).append(pair)
     if not panel_pairs:
         return None
+    shown = {pair.benchmark for members in panel_pairs.values() for pair in members}
+    names = [name for name in percentages if name in shown]
     with settings():
         figure, axes = panels(len(panel_pairs), width=3.9, height=0.9 + 0.22 * len(names))
         for ((row, first, second), members), ax in zip(panel_pairs.items(), axes, strict=True):
             ax.axvline(0, color="#000000", linewidth=0.8)
             for pair in members:
                 y = names.index(pair.benchmark)
-                for bounds, aside, label, color, marker in (
-                    (pair.interval, -0.15, "over items", "#0072B2", "o"),
-                    (pair.over_seeds, 0.15, "over seeds", "#D55E00", "D"),
-                ):
-                    if bounds is not None:
-                        ax.plot(bounds, (y + aside, y + aside), color=color, linewidth=1.6, solid_capstyle="butt")
-                        ax.plot(
-                            [pair.value or 0.0], [y + aside], color=color, marker=marker, linestyle="none", label=label
-                        )
+                _interval(ax, pair.value, pair.interval, y - 0.15, "over items", "#0072B2", "o")
+                _interval(ax, pair.value, pair.over_seeds, y + 0.15, "over seeds", "#D55E00", "D")
             label_axes(ax, row, f"{first} \u2212 {second} (points)", "")
-            ax.yaxis.set_major_locator(FixedLocator(range(len(names))))
             ax.set_yticks(range(len(names)), names)
             ax.set_ylim(len(names) - 0.5, -0.5)
         legend(figure, axes)
@@ -207,14 +170,19 @@ def differences_figure(table: ScoreTable, differences: Sequence[Difference]) -> 
         return Figure("differences", to_svg(figure), caption)
 
 
-_SIDE_BY_SIDE = " Points with the same number of tokens are drawn side by side."
+def _interval(
+    ax: Axes, value: float | None, bounds: tuple[float, float] | None, y: float, label: str, color: str, marker: str
+) -> None:
+    if bounds is not None:
+        ax.plot(bounds, (y, y), color=color, linewidth=1.6, solid_capstyle="butt")
+        ax.plot([value or 0.0], [y], color=color, marker=marker, linestyle="none", label=label)
 
 
-def _draw(ax: Axes, found: Sequence[Point], looks: dict[str, dict[str, Any]], cost: Cost, caption: str) -> str:
-    """Draws points with their intervals, those of a variant joined; returns the caption, with a word on points that
-    are not drawn where they are."""
-    costs = [point.cost for point in found]
-    places = side_by_side(costs) if cost.log else costs
+def _draw(ax: Axes, found: Sequence[Point], looks: dict[str, dict[str, Any]]) -> None:
+    """Draws points with their intervals, those of a variant joined."""
+    order = list(looks)
+    found = sorted(found, key=lambda point: (order.index(point.group.variant), point.tokens))
+    places = side_by_side([point.tokens for point in found])
     for variant, look in looks.items():
         own = [(x, point.score) for x, point in zip(places, found, strict=True) if point.group.variant == variant]
         if own:
@@ -223,24 +191,22 @@ def _draw(ax: Axes, found: Sequence[Point], looks: dict[str, dict[str, Any]], co
             # A percentile interval need not contain the score.
             errors = np.clip([y - low, high - y], 0, None)
             ax.errorbar([x for x, _ in own], y, yerr=errors, label=variant, capsize=2.5, elinewidth=1, **look)
-    moved = places != costs and not caption.endswith(_SIDE_BY_SIDE)
-    return caption + _SIDE_BY_SIDE if moved else caption
 
 
-def side_by_side(costs: Sequence[float]) -> list[float]:
-    """Where to draw marks on a logarithmic axis: those of the same cost on both sides of it, so that none covers
-    another; single ones where they are."""
+def side_by_side(tokens: Sequence[int]) -> list[float]:
+    """Where to draw marks on a logarithmic axis: those of the same number of tokens on both sides of it, so that none
+    covers another; single ones where they are."""
     places = []
-    for k, cost in enumerate(costs):
-        before, number = costs[:k].count(cost), costs.count(cost)
-        places.append(cost * 2 ** (0.09 * (before - (number - 1) / 2)))
+    for k, number in enumerate(tokens):
+        before, same = tokens[:k].count(number), tokens.count(number)
+        places.append(number * 2 ** (0.09 * (before - (same - 1) / 2)))
     return places
 
 
-def _token_axis(ax: Axes, tokens: Sequence[float]) -> None:
+def _token_axis(ax: Axes, tokens: Sequence[int]) -> None:
     ax.set_xscale("log", base=2)
     values = sorted(set(tokens))
     ax.xaxis.set_major_locator(FixedLocator(values))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xticks(values, [f"{value:.0f}" for value in values])
+    ax.set_xticks(values, [str(value) for value in values])
     ax.set_xlim(values[0] / 1.6, values[-1] * 1.6)

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from prism_deco.explain.gae import DEFAULT_METHOD
-from prism_deco.report.cells import RunCell
+from prism_deco.report.cells import VAL_LOSS, RunCell
 from prism_deco.report.tabular import MISSING, Field, Table, format_number, records_table
 
 _MEANING = {"trained": "not scored yet"}
@@ -151,9 +151,9 @@ def run_records(cells: Sequence[RunCell], split: str) -> list[dict[str, Any]]:
     for cell in cells:
         about = {"cell": cell.id, "part": cell.part or None, "row": cell.row, "projector": cell.variant}
         about |= {"blind": cell.blind, "seed": cell.seed}
-        curve = cell.curves.get("val/loss")
+        curve = cell.curves.get(VAL_LOSS)
         if cell.manifest and curve:
-            found.append(about | {"split": "val", "measure": "val/loss", "value": curve[-1][1]})
+            found.append(about | {"split": "val", "measure": VAL_LOSS, "value": curve[-1][1]})
         values = {name: score.value for name, score in cell.scores.get(split, {}).items()}
         maps = cell.relevance.get("methods", {}).get(DEFAULT_METHOD, {})
         values |= {f"relevance {key}": value["mean"] for key, value in maps.items() if isinstance(value, dict)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
 from prism_deco.report import paper
-from prism_deco.report.cells import SeedGroup
+from prism_deco.report.cells import TRAIN_LOSS, VAL_LOSS, SeedGroup
 from prism_deco.report.grid import ScoreRow, ScoreTable, paper_mean
 from prism_deco.report.paired_tests import BASE, MEAN, Difference
 from prism_deco.report.secondary_metrics import SECONDARY, secondary_values
@@ -120,8 +120,8 @@ def losses_table(table: ScoreTable) -> Table:
     """Where the losses of cells without benchmarks ended."""
     rows = []
     for group in table.groups:
-        train = [fmean(curve[-max(1, len(curve) // 40) :]) for curve in _values(group, "train/loss")]
-        val = [curve[-1] for curve in _values(group, "val/loss")]
+        train = [fmean(curve[-max(1, len(curve) // 40) :]) for curve in _values(group, TRAIN_LOSS)]
+        val = [curve[-1] for curve in _values(group, VAL_LOSS)]
         tokens = Field(str(group.tokens) if group.tokens else MISSING)
         rows.append((Field(group.row), [Field(group.variant), tokens, _loss(train), _loss(val)]))
     caption = "Nats per token: the mean over the last fortieth of the training, and the last validation."

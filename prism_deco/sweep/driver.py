@@ -8,15 +8,16 @@ import signal
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from rich.live import Live
 
 from prism_deco.sweep.expand import SweepCell
 from prism_deco.sweep.launchers import LocalLauncher, Process, log_path
 from prism_deco.sweep.ledger import Ledger, LedgerEntry
-from prism_deco.sweep.live import LiveView, LogView
+from prism_deco.sweep.live import render
 from prism_deco.sweep.outcome import Heartbeat, Outcome, judge, stamp, tail
 from prism_deco.sweep.slurm import SlurmJob, SlurmLauncher
 from prism_deco.training.status import read_status
@@ -25,7 +26,6 @@ log = logging.getLogger(__name__)
 
 Launcher = LocalLauncher | SlurmLauncher
 Handle = Process | SlurmJob
-View = LiveView | LogView
 
 POLL = 0.5
 """Seconds between two looks at the processes."""
@@ -42,8 +42,10 @@ class _Attempt:
     handle: Handle
     heartbeat: Heartbeat
     before: int | None
-    began: float
+    """Stamp of the run's status before the attempt."""
     spent: float
+    """Seconds that earlier attempts took."""
+    began: float = field(default_factory=time.monotonic)
     looked: float = 0.0
     hung: bool = False
 
@@ -55,9 +57,9 @@ class Driver:
         ledger: with an entry for each cell.
         cells: the cells to run.
         launcher: what runs them.
-        view: what shows how they are.
         timeout: seconds without a sign of life (output, or a change in the run folder) after which a cell is
             hung; None waits for ever.
+        live: shows the ledger as a table; None logs every change of state instead.
     """
 
     def __init__(
@@ -65,16 +67,20 @@ class Driver:
         ledger: Ledger,
         cells: Sequence[SweepCell],
         launcher: Launcher,
-        view: View,
         *,
         timeout: float | None,
+        live: Live | None = None,
     ):
-        self.ledger, self.launcher, self.view, self.timeout = ledger, launcher, view, timeout
+        self.ledger = ledger
+        self.launcher = launcher
+        self.timeout = timeout
+        self.live = live
         self.cells = {cell.id: cell for cell in cells}
         self.queue: deque[SweepCell] = deque()
         self.active: list[_Attempt] = []
         self.preemptions: Counter[str] = Counter()
-        self.interrupts = self._heeded = 0
+        self.interrupts = 0
+        self._heeded = 0
 
     def run(self) -> bool:
         """Runs until no cell is left to run, or until it is interrupted; says whether all cells are done."""
@@ -85,7 +91,8 @@ class Driver:
                 self._start()
                 self._heed_interrupts()
                 self._collect()
-                self.view.show(self.ledger, self.cells)
+                if self.live is not None:
+                    self.live.update(render(self.ledger, self.cells), refresh=True)
                 time.sleep(POLL)
         if self.interrupts:
             raise KeyboardInterrupt
@@ -97,7 +104,7 @@ class Driver:
         if entry.state == "running":
             handle = self.launcher.attach(cell, entry)
             if handle is not None:
-                self._watch(cell, entry, handle, Heartbeat(*self._places(entry)), None)
+                self.active.append(_Attempt(cell, handle, Heartbeat(*self._places(cell)), None, entry.seconds))
                 return
         if read_status(self.ledger.folder / cell.id).get("state") == "done":
             if entry.state != "done":
@@ -112,18 +119,15 @@ class Driver:
         while self.queue and not self.interrupts and self.launcher.fits(self.queue[0]):
             cell = self.queue.popleft()
             entry = self.ledger.entries[cell.id]
-            heartbeat, before = Heartbeat(*self._places(entry)), stamp(self.ledger.folder / cell.id)
+            log_file, run = self._places(cell)
+            heartbeat = Heartbeat(log_file, run)
+            before = stamp(run)
             # Written before the start: a driver that is killed in between leaves no cell that nobody knows of.
             self._record(entry, "running", attempts=entry.attempts + 1, started=time.time())
             handle = self.launcher.start(cell, entry)
             if handle.job is not None:
                 self.ledger.update(cell.id, job=handle.job)
-            self._watch(cell, entry, handle, heartbeat, before)
-
-    def _watch(
-        self, cell: SweepCell, entry: LedgerEntry, handle: Handle, heartbeat: Heartbeat, before: int | None
-    ) -> None:
-        self.active.append(_Attempt(cell, handle, heartbeat, before, time.monotonic(), entry.seconds))
+            self.active.append(_Attempt(cell, handle, heartbeat, before, entry.seconds))
 
     def _heed_interrupts(self) -> None:
         if self.interrupts > self._heeded:
@@ -153,7 +157,7 @@ class Driver:
 
     def _finish(self, attempt: _Attempt, code: int) -> None:
         cell, entry = attempt.cell, self.ledger.entries[attempt.cell.id]
-        log_file, run = self._places(entry)
+        log_file, run = self._places(cell)
         outcome = judge(code, run, log_file, attempt.before)
         if attempt.hung and outcome.state != "done":
             outcome = Outcome("failed", f"hung: no sign of life for {self.timeout:.0f} s")
@@ -199,10 +203,14 @@ class Driver:
 
     def _record(self, entry: LedgerEntry, state: str, **changes: object) -> None:
         self.ledger.update(entry.id, state=state, **changes)
-        self.view.changed(entry)
+        if self.live is None:
+            level = logging.WARNING if state in ("failed", "out_of_memory") else logging.INFO
+            attempt = f", attempt {entry.attempts}" if state == "running" and entry.attempts > 1 else ""
+            log.log(level, "%s: %s%s%s", entry.id, state, attempt, f" ({entry.reason})" if entry.reason else "")
 
-    def _places(self, entry: LedgerEntry) -> tuple[Path, Path]:
-        return log_path(self.ledger.folder, entry.id), self.ledger.folder / entry.id
+    def _places(self, cell: SweepCell) -> tuple[Path, Path]:
+        """The log and the run folder of a cell."""
+        return log_path(self.ledger.folder, cell.id), self.ledger.folder / cell.id
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config import GROUPS, parse_value
 from prism_deco.config.benchmarks import resolve_benchmarks
+from prism_deco.config.choices import YAML_SUFFIXES
 from prism_deco.errors import UsageError
 from prism_deco.stages import final_config
 from prism_deco.sweep.spec import PART, RunGrid, Spec, SweepRow
@@ -61,19 +62,18 @@ def expand(spec: Spec) -> list[SweepCell]:
     Raises:
         UsageError: a cell that does not compose (named, with the reason), or two cells of one id.
     """
-    combinations = [
-        (grid, row, dict(zip(grid.axes, values, strict=True)))
-        for grid in spec.grids
-        for row in grid.rows
-        for values in product(*grid.axes.values())
-    ]
+    combinations = []
+    for grid in spec.grids:
+        for row in grid.rows:
+            for values in product(*grid.axes.values()):
+                combinations.append((grid, row, dict(zip(grid.axes, values, strict=True))))
     cells: dict[str, SweepCell] = {}
     for number, (grid, row, values) in enumerate(combinations, start=1):
         name = cell_id(row, values)
         overrides = tuple(f"{key}={value}" for key, value in _settings(spec, grid, row, values).items())
         try:
             config = final_config(overrides)
-            _check_benchmarks(config)
+            resolve_benchmarks(config.evaluate.benchmarks or "")  # a wrong name must not wait for the end of training
         except UsageError as error:
             raise UsageError(f"Cell {number} of {len(combinations)}, {name}: {error}") from error
         # Some file systems do not tell capitals from small letters.
@@ -82,7 +82,8 @@ def expand(spec: Spec) -> list[SweepCell]:
         if name.casefold() in cells:
             other = " ".join(cells[name.casefold()].overrides)
             raise UsageError(f"Two cells would share the folder {name}: {' '.join(overrides)} and {other}.")
-        cells[name.casefold()] = SweepCell(name, _labels(row, values, config), overrides, config, grid.choose)
+        labels = {**row.labels, **{key: _label(key, value, config) for key, value in values.items()}}
+        cells[name.casefold()] = SweepCell(name, labels, overrides, config, grid.choose)
     return list(cells.values())
 
 
@@ -99,8 +100,11 @@ def cell_id(row: SweepRow, values: Mapping[str, str]) -> str:
 
 
 def _slug(text: str) -> str:
-    text = Path(text).stem if text.endswith((".yaml", ".yml")) else text
-    return re.sub(r"[^A-Za-z0-9.+-]+", "_", text).strip("._")
+    return re.sub(r"[^A-Za-z0-9.+-]+", "_", _choice_name(text)).strip("._")
+
+
+def _choice_name(text: str) -> str:
+    return Path(text).stem if text.endswith(YAML_SUFFIXES) else text
 
 
 def _settings(spec: Spec, grid: RunGrid, row: SweepRow, values: Mapping[str, str]) -> dict[str, str]:
@@ -112,20 +116,11 @@ def _settings(spec: Spec, grid: RunGrid, row: SweepRow, values: Mapping[str, str
     return settings
 
 
-def _labels(row: SweepRow, values: Mapping[str, str], config: DictConfig) -> dict[str, Any]:
-    return {**row.labels, **{key: _label(key, value, config) for key, value in values.items()}}
-
-
 def _label(key: str, value: str, config: DictConfig) -> Any:
     """What tables call an axis' value: a choice by its name, other values as the configuration has them."""
     if key in GROUPS:
-        return Path(value).stem if value.endswith((".yaml", ".yml")) else value
+        return _choice_name(value)
     composed = OmegaConf.select(config, key)
     # Keys of a single stage (align.recipe.lr) are not in the configuration of the last one.
     label = parse_value(key, value) if composed is None else composed
     return value if OmegaConf.is_config(label) or isinstance(label, dict | list | tuple) else label
-
-
-def _check_benchmarks(config: DictConfig) -> None:
-    """A wrong name must not wait for the end of training."""
-    resolve_benchmarks(config.evaluate.benchmarks or "")

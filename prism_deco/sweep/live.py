@@ -1,55 +1,23 @@
-"""What one sees of a sweep: a table that follows it on a terminal, plain log lines elsewhere."""
+"""The ledger as a table, redrawn in place while a sweep runs on a terminal."""
 
 from __future__ import annotations
 
-import logging
+import json
 import time
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
 
-from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from prism_deco.sweep.expand import SweepCell
 from prism_deco.sweep.ledger import Ledger, LedgerEntry
-from prism_deco.sweep.outcome import progress
+from prism_deco.sweep.outcome import tail
 from prism_deco.training.status import read_status
 
-log = logging.getLogger(__name__)
-
 STYLES = {"done": "green", "running": "cyan", "failed": "red", "out_of_memory": "red", "preempted": "yellow"}
-
-
-class LogView:
-    """Logs every change of state."""
-
-    def changed(self, entry: LedgerEntry) -> None:
-        level = logging.WARNING if entry.state in ("failed", "out_of_memory") else logging.INFO
-        attempt = f", attempt {entry.attempts}" if entry.state == "running" and entry.attempts > 1 else ""
-        log.log(level, "%s: %s%s%s", entry.id, entry.state, attempt, f" ({entry.reason})" if entry.reason else "")
-
-    def show(self, ledger: Ledger, cells: Mapping[str, SweepCell]) -> None:
-        """Does nothing: there is no table to redraw."""
-
-
-class LiveView:
-    """The table of the sweep, redrawn in place."""
-
-    def __init__(self, live: Live):
-        self._live = live
-
-    def changed(self, entry: LedgerEntry) -> None:
-        """Does nothing: `show` redraws the whole table."""
-
-    def show(self, ledger: Ledger, cells: Mapping[str, SweepCell]) -> None:
-        self._live.update(render(ledger, cells), refresh=True)
-
-
-def live_on(console: Console) -> Live:
-    """The live display for `LiveView`; it redraws when told to, no thread of its own runs."""
-    return Live(console=console, auto_refresh=False)
 
 
 def render(ledger: Ledger, cells: Mapping[str, SweepCell] | None = None) -> Table:
@@ -60,7 +28,7 @@ def render(ledger: Ledger, cells: Mapping[str, SweepCell] | None = None) -> Tabl
     """
     states = Counter(entry.state for entry in ledger.entries.values())
     title = f"{ledger.name}: " + ", ".join(f"{number} {state}" for state, number in states.items())
-    left = None if cells is None else seconds_left(ledger, cells)
+    left = seconds_left([ledger.entries[name] for name in cells or ()])
     caption = None if left is None else f"about {duration(left)} left"
     # Names and reasons are no markup: they may hold brackets.
     table = Table(title=Text(title, "table.title"), caption=caption, title_justify="left")
@@ -71,45 +39,28 @@ def render(ledger: Ledger, cells: Mapping[str, SweepCell] | None = None) -> Tabl
     table.add_column("progress", justify="right", no_wrap=True)
     table.add_column("note", overflow="fold")
     for entry in ledger.entries.values():
-        style = STYLES.get(entry.state, "dim")
-        spent = entry.seconds
-        if entry.state == "running" and entry.started is not None:
-            spent += time.time() - entry.started
+        spent = _seconds(entry)
         table.add_row(
             Text(entry.id),
-            Text(entry.state, style),
+            Text(entry.state, STYLES.get(entry.state, "dim")),
             str(entry.attempts),
             duration(spent) if spent else "",
-            _progress_text(ledger, entry, cells),
+            _progress(ledger.folder / entry.id, entry, (cells or {}).get(entry.id)),
             Text(entry.reason or ""),
         )
     return table
 
 
-def seconds_left(ledger: Ledger, cells: Mapping[str, SweepCell]) -> float | None:
-    """The time that the sweep still takes; None as long as nothing is known to judge by.
-
-    A running cell is extrapolated from its own steps, every other one takes the mean of those that are known, and
-    as many run side by side as do now.
-    """
-    totals: list[float] = []
-    running: list[tuple[float, float | None]] = []
-    waiting = 0
-    for name, cell in cells.items():
-        entry = ledger.entries[name]
-        if entry.state == "done":
-            totals.append(entry.seconds)
-        elif entry.state == "running" and entry.started is not None:
-            elapsed = entry.seconds + time.time() - entry.started
-            fraction = _fraction(ledger, cell)
-            running.append((elapsed, elapsed / fraction if fraction else None))
-        elif entry.state in ("planned", "preempted"):
-            waiting += 1
-    totals += [total for _, total in running if total is not None]
-    if not totals or not running:
+def seconds_left(entries: list[LedgerEntry]) -> float | None:
+    """The time that these cells still take, if each takes as long as those that are done and as many run side by side
+    as do now; None while nothing is done or running."""
+    done = [entry.seconds for entry in entries if entry.state == "done"]
+    running = [_seconds(entry) for entry in entries if entry.state == "running"]
+    waiting = sum(entry.state in ("planned", "preempted") for entry in entries)
+    if not done or not running:
         return None
-    mean = sum(totals) / len(totals)
-    rest = sum(max(0.0, (mean if total is None else total) - elapsed) for elapsed, total in running)
+    mean = fmean(done)
+    rest = sum(max(0.0, mean - elapsed) for elapsed in running)
     return (rest + waiting * mean) / len(running)
 
 
@@ -120,19 +71,29 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def _fraction(ledger: Ledger, cell: SweepCell) -> float | None:
-    steps = progress(ledger.folder / cell.id, cell.config.recipe.max_steps)
-    return steps[0] / steps[1] if steps and steps[1] else None
+def last_step(run: Path) -> int | None:
+    """Optimizer steps made, by the last line of `metrics.jsonl`; None where nothing is known."""
+    for line in reversed(tail(run / "metrics.jsonl").splitlines()):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line may be half written
+    return None
 
 
-def _progress_text(ledger: Ledger, entry: LedgerEntry, cells: Mapping[str, SweepCell] | None) -> str:
+def _seconds(entry: LedgerEntry) -> float:
+    """Time spent on a cell, the attempt that is running included."""
+    is_running = entry.state == "running" and entry.started is not None
+    return entry.seconds + (time.time() - entry.started if is_running else 0.0)
+
+
+def _progress(run: Path, entry: LedgerEntry, cell: SweepCell | None) -> str:
     if entry.state in ("planned", "done"):
         return ""
-    run = ledger.folder / entry.id
     if entry.state == "running" and read_status(run).get("state") == "trained":
         return "scoring"
-    cell = (cells or {}).get(entry.id)
-    steps = progress(run, cell.config.recipe.max_steps if cell else None)
-    if steps is None:
+    step = last_step(run)
+    if step is None:
         return ""
-    return f"step {steps[0]}/{steps[1]}" if steps[1] else f"step {steps[0]}"
+    total = cell.config.recipe.max_steps if cell else None
+    return f"step {step}/{total}" if total else f"step {step}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -81,23 +80,6 @@ def _location(text: str) -> str:
     """The innermost line of a traceback at the end of a log that is no library's code; empty where there is none."""
     files = [(file, line) for file, line in _FRAME.findall(text) if "site-packages" not in file]
     return f" ({files[-1][0]}, line {files[-1][1]})" if files else ""
-
-
-def progress(run: Path, total: int | None) -> tuple[int, int | None] | None:
-    """Optimizer steps made, and of how many, by the last line of `metrics.jsonl`; None where nothing is known."""
-    try:
-        with open(run / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            lines = file.read().splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            continue  # the last line may be half written
-        return int(step), read_status(run).get("total_steps", total)
-    return None
 
 
 class Heartbeat:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from omegaconf import OmegaConf
 from rich.console import Console
+from rich.live import Live
 
 from prism_deco.errors import UsageError
 from prism_deco.sweep.driver import Driver, Launcher
 from prism_deco.sweep.expand import SweepCell, expand
 from prism_deco.sweep.launchers import LocalLauncher
 from prism_deco.sweep.ledger import Ledger, LedgerEntry, lock
-from prism_deco.sweep.live import LiveView, LogView, live_on
 from prism_deco.sweep.select import settle
 from prism_deco.sweep.slurm import SlurmLauncher
 from prism_deco.sweep.spec import Spec
@@ -33,7 +33,8 @@ def run(spec: Spec, *, jobs: int | None, timeout: float | None, console: Console
         ledger = Ledger.merge(spec.folder, spec.name, cells)
         ledger.write()
         OmegaConf.save(OmegaConf.create(_asked(spec)), spec.folder / "sweep.yaml")
-        view = LiveView(stack.enter_context(live_on(console))) if console.is_terminal else LogView()
+        # Redrawn by the driver: no thread of its own runs.
+        live = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal else None
         started = 0
         while True:
             cells = settle(cells, ledger)
@@ -43,7 +44,7 @@ def run(spec: Spec, *, jobs: int | None, timeout: float | None, console: Console
             if len(ready) == started:
                 return False  # the others wait for results that there will not be
             started = len(ready)
-            done = Driver(ledger, ready, launcher, view, timeout=timeout).run()
+            done = Driver(ledger, ready, launcher, timeout=timeout, live=live).run()
             if len(ready) == len(cells):
                 return done
 

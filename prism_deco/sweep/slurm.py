@@ -23,8 +23,9 @@ from prism_deco.sweep.supervisor import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
 
-DEFAULTS = {"time": 24 * 60, "signal_delay_s": 300}
-"""Minutes that a job may take, and seconds before their end at which the cell is asked to save."""
+DEFAULTS = {"time": 24 * 60, "signal_delay_s": 300, "wckey": None}
+"""Minutes that a job may take, and seconds before their end at which the cell is asked to save. Without a key of the
+user's own there is no `--wckey`: submitit's default, `submitit`, is refused by clusters that know no such key."""
 
 DERIVED = {"nodes": "trainer.num_nodes", "gpus_per_node": "trainer.devices", "ntasks_per_node": "trainer.devices"}
 """What the cell's own settings say already."""

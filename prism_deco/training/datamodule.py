@@ -11,15 +11,14 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from prism_deco.build import max_positions, record_options
+from prism_deco.build import build_encoder, record_options
 from prism_deco.config import cache_dir
 from prism_deco.data import Source
-from prism_deco.data.encoder import check_records
+from prism_deco.data.encoder import Encoder, check_records
 from prism_deco.data.images import ImageSource
 from prism_deco.data.loader import Collate, Examples, Step, build_loader, stack_pixels
-from prism_deco.data.records import Records
+from prism_deco.data.records import Records, open_parts
 from prism_deco.data.samplers import Population, StepSampler, in_order
-from prism_deco.data.split import open_parts
 from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel
 from prism_deco.vlm import VLM
@@ -44,8 +43,9 @@ class Conversations(pl.LightningDataModule):
         parts = open_parts(source, cache_dir(), **record_options(config))
         self.data_hash, self.val_hash = parts.records.data_hash, parts.val.data_hash
         self.train_records, self.val_records, self.left_out = parts.train, parts.val, parts.left_out
-        self.train_examples = self._examples(self.train_records, source.images(parts.records), vlm, llm)
-        self.val_examples = self._examples(self.val_records, source.images(parts.val), vlm, llm)
+        encoder = build_encoder(config, llm, vlm.projector.num_tokens)
+        self.train_examples = self._examples(self.train_records, source.images(parts.records), encoder, vlm)
+        self.val_examples = self._examples(self.val_records, source.images(parts.val), encoder, vlm)
         self.collate = Collate(
             vlm.projector.num_tokens,
             config.recipe.micro_batch_size,
@@ -124,17 +124,14 @@ class Conversations(pl.LightningDataModule):
             start_step=start_step,
         )
 
-    def _examples(self, records: Records, images: ImageSource, vlm: VLM, llm: LanguageModel) -> Examples:
+    def _examples(self, records: Records, images: ImageSource, encoder: Encoder, vlm: VLM) -> Examples:
         if self._config.data.draft_jpeg:
             images.least_side = 2 * max(tower.image_size for tower in vlm.backbone.transform.towers.values())
         return Examples(
             records,
             images,
-            llm,
+            encoder,
             vlm.backbone.transform,
-            max_text_tokens=self._config.recipe.max_text_tokens,
-            max_positions=max_positions(self._config, llm),
-            tokens_per_image=vlm.projector.num_tokens,
             on_bad_image=self._config.data.on_bad_image,
             on_bad_record=self._config.data.on_bad_record,
         )

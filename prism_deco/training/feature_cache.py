@@ -1,21 +1,88 @@
-"""Training on cached features: where a run meets `prism_deco.features`."""
+"""Training on cached features: stand-ins for the towers and the data set, and where a run puts them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+import torch
 from omegaconf import DictConfig
+from torch import Tensor, nn
 
+from prism_deco.backbones import VisionBackbone
 from prism_deco.build import group
 from prism_deco.config import cache_dir
+from prism_deco.data.examples import Examples
 from prism_deco.distributed import World
-from prism_deco.features import CachedBackbone, CachedExamples, FeatureCache
+from prism_deco.features import FeatureCache, shard_path
+from prism_deco.tensors import open_safetensors
 from prism_deco.training.datamodule import Conversations
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
+
+TOWER = "features"
+"""The name under which features stand among the pixels of an example."""
+
+
+class CachedExamples(Examples):
+    """The examples of a complete cache, with features in place of pixels. Loader processes take it along."""
+
+    def __init__(self, cache: FeatureCache):
+        vars(self).update(vars(cache.examples))
+        self._folder = cache.folder
+        self._shard_images = cache.shard_images
+        # An array, since each loader process would come to own a copy of a list.
+        self._names = np.array([name.encode() for name in cache.names])
+        self._unreadable = cache.unreadable()
+
+    def read_image(self, record: str, name: str) -> tuple[dict[str, Tensor], bool]:
+        unreadable = name in self._unreadable
+        if unreadable:
+            self.open_image(record, name)  # fails once more, which is handled as `data.on_bad_image` says
+        return {TOWER: self.features(name)}, unreadable
+
+    def features(self, name: str) -> Tensor:
+        """dtype[N, D] of an image."""
+        index = int(np.searchsorted(self._names, name.encode()))
+        assert self._names[index] == name.encode(), name
+        shard, row = divmod(index, self._shard_images)
+        # Opened each time: a cache may have more shards than a process may have open files.
+        with open_safetensors(shard_path(self._folder, shard), "Run again: it will be computed again.") as file:
+            return file.get_slice("features")[row]
+
+
+class CachedBackbone(VisionBackbone):
+    """Stands in for the towers and hands on the features that come in place of pixels.
+
+    It has no parameters: while the model is trained, the towers are neither moved to the device nor sharded.
+
+    Args:
+        backbone: the towers.
+        dtype: of the cached features.
+    """
+
+    def __init__(self, backbone: VisionBackbone, dtype: torch.dtype):
+        super().__init__()
+        self.towers = (TOWER,)
+        self.image_size = backbone.image_size
+        self.patch_size = backbone.patch_size
+        self.grid = backbone.grid
+        self.embed_dim = backbone.embed_dim
+        self.transform = backbone.transform
+        self._dtype = dtype
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return []
+
+    def features(self, pixels: Mapping[str, Tensor]) -> Tensor:
+        return pixels[TOWER]
+
+    def blank(self, device: torch.device) -> dict[str, Tensor]:
+        return {TOWER: torch.zeros(1, self.num_patches, self.embed_dim, dtype=self._dtype, device=device)}
 
 
 def build_caches(config: DictConfig, vlm: VLM, data: Conversations, world: World) -> list[FeatureCache]:
@@ -35,15 +102,19 @@ def build_caches(config: DictConfig, vlm: VLM, data: Conversations, world: World
     if not (data.train_records.has_image.any() or data.val_records.has_image.any()):
         log.info("No record has an image: there are no features to cache")
         return []
-    weights, settings, root = vlm.backbone.sha256(), group(config, "backbone"), cache_dir() / "features"
-    caches = [
-        FeatureCache(root, vlm.backbone, settings, weights, _compute(config.trainer), examples)
-        for examples in (data.train_examples, data.val_examples)
-    ]
-    for cache in caches:
+    compute = "float32"
+    if "bf16" in config.trainer.precision:
+        compute = "bfloat16" if config.trainer.strategy == "fsdp" else "autocast"
+    weights = vlm.backbone.sha256()
+    caches = []
+    for examples in (data.train_examples, data.val_examples):
+        cache = FeatureCache(
+            cache_dir() / "features", vlm.backbone, group(config, "backbone"), weights, compute, examples
+        )
         world.decide(cache.check_space)
         workers = config.data.num_workers
         cache.build(world.device, rank=world.local_rank, ranks=world.devices, num_workers=workers)
+        caches.append(cache)
     world.barrier()
     return caches
 
@@ -61,10 +132,3 @@ def cached(vlm: VLM, data: Conversations, caches: Sequence[FeatureCache]) -> Ite
         yield
     finally:
         vlm.backbone, data.train_examples, data.val_examples = backbone, train_examples, val_examples
-
-
-def _compute(trainer: DictConfig) -> str:
-    """How the towers compute in a training step: one of `features.COMPUTE`."""
-    if "bf16" not in trainer.precision:
-        return "float32"
-    return "bfloat16" if trainer.strategy == "fsdp" else "autocast"

@@ -6,8 +6,9 @@ from PIL import Image
 from rich.console import Console
 
 from prism_deco.backbones import build_backbone
-from prism_deco.bench.data import PipelineRow, bench_data, photographs, render
-from prism_deco.data.base import Source
+from prism_deco.bench.data import bench_data
+from prism_deco.bench.measure import Usage
+from prism_deco.bench.result import BenchResult, BenchRow, interleaved, spread
 from prism_deco.llms import build_llm
 
 
@@ -17,15 +18,16 @@ def llm():
 
 
 def test_both_pipelines_are_measured_in_one_run(tmp_path, llm):
-    source = photographs(tmp_path / "photos", count=3, size=(64, 48))
+    transform = build_backbone("mini_siglip", pretrained=False).transform
+    sizes = {"side": 64, "size": (64, 48), "count": 3, "micro_batch_size": 2, "repeats": 2}
+    result = bench_data(tmp_path / "photos", llm, transform, **sizes)
     assert Image.open(tmp_path / "photos" / "images" / "2.jpg").size == (64, 48)
-    backbone = build_backbone("mini_siglip", pretrained=False)
-    rows = bench_data(source, llm, backbone.transform, side=64, micro_batch_size=2, repeats=2)
-    assert [row.pipeline.partition(":")[0] for row in rows] == ["prism_deco"] * 3 + ["PIL and torchvision"]
-    assert all(row.images_per_second > 0 for row in rows)
+    assert [row.name.partition(":")[0] for row in result.rows] == ["prism_deco"] * 3 + ["PIL and torchvision"]
+    assert all(len(row.taken) == 2 and min(row.times("cpu_seconds")) > 0 for row in result.rows)
+    assert result.columns["relative"](result.rows[-1]) == "1.00"
 
 
-def test_images_per_second_are_those_of_the_clock(colors, llm):
+def test_images_per_second_are_those_of_the_clock(tmp_path, llm):
     """A transform that burns 20 ms of processor time leaves at most 50 images a second."""
 
     def slow(image):
@@ -35,19 +37,29 @@ def test_images_per_second_are_those_of_the_clock(colors, llm):
         return build(image)
 
     build = build_backbone("mini_siglip", pretrained=False).transform
-    whole, alone, _, plain = bench_data(
-        Source(colors / "train.json", colors / "images"), llm, slow, side=64, images=4, repeats=2
-    )
-    assert 5 < whole.images_per_second <= 50 and 5 < alone.images_per_second <= 50
-    assert plain.images_per_second > 50
+    result = bench_data(tmp_path / "photos", llm, slow, side=64, size=(64, 48), count=4, repeats=2)
+    whole, alone, _, plain = [float(result.columns["images/s per core"](row).split()[0]) for row in result.rows]
+    assert 5 < whole <= 50 and 5 < alone <= 50
+    assert plain > 50
 
 
-def test_the_table_compares_with_the_last_row():
+def test_a_table_has_a_row_for_each_thing():
+    rows = [BenchRow("ours", [Usage(1.0)], {"n": 3}), BenchRow("plain", [Usage(2.0)], {"n": 4})]
     console = Console(width=100, file=io.StringIO())
-    console.print(render([PipelineRow("ours", 50.0, 1.0), PipelineRow("plain", 40.0, 2.0)], "Title"))
-    assert "1.25" in console.file.getvalue() and "50.0 ± 1.0" in console.file.getvalue()
+    console.print(BenchResult(rows, "[Title]", "Caption", {"count": lambda row: str(row.facts["n"])}).table())
+    lines = console.file.getvalue().splitlines()
+    assert lines[0].strip() == "[Title]" and lines[-1].strip() == "Caption"
+    assert [line.split("│")[1:3] for line in lines if "│" in line] == [[" ours  ", "     3 "], [" plain ", "     4 "]]
+    assert spread([1.0, 2.0, 3.0, 4.0, 9.0], 1) == "3.0 ± 2.0"
 
 
-def test_too_few_repeats_are_refused(colors, llm):
+def test_things_are_measured_in_turn():
+    ran = []
+    runs = {name: lambda name=name: ran.append(name) or Usage(float(len(ran))) for name in ("a", "b")}
+    taken = interleaved(runs, repeats=2, warmup=1)
+    assert ran == ["a", "b"] * 3
+    assert {name: [usage.seconds for usage in usages] for name, usages in taken.items()} == {"a": [3, 5], "b": [4, 6]}
+    total = Usage.total([Usage(1.0, 0.5, 10), Usage(2.0, 1.5, 30), Usage(4.0, 2.0)])
+    assert total == Usage(7.0, 4.0, 30)
     with pytest.raises(ValueError, match="repeats=1 shows no spread"):
-        bench_data(Source(colors / "train.json", colors / "images"), llm, dict, side=64, repeats=1)
+        interleaved({}, repeats=1)

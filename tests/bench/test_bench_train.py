@@ -10,12 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from prism_deco.bench.hf_llava import WholeTowers, build_peer, peer_loss
-from prism_deco.bench.measure import usage
+from prism_deco.bench.hf_llava import build_peer, peer_loss
+from prism_deco.bench.measure import Usage, usage
 from prism_deco.bench.presets import PRESETS
-from prism_deco.bench.records import MIXTURE, encode, json_bytes, sample
-from prism_deco.bench.train import ABLATION, bench_train
-from prism_deco.bench.train_report import GROUPED, OURS, PLAIN, Agreement, TrainReport, VariantRow, render
+from prism_deco.bench.records import MIXTURE, draw_rounds, encode
+from prism_deco.bench.result import BenchRow
+from prism_deco.bench.train import GROUPED, OURS, PLAIN, bench_train, train_result
 from prism_deco.cli import main
 from prism_deco.config import load_config
 from prism_deco.sequence import build_batch
@@ -26,48 +26,49 @@ TINY = [
     "backbone=mini_siglip",
     "backbone.image_size=32",
     "recipe.max_text_tokens=40",
+    "recipe.packing=true",
 ]
+CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def report():
+def test_every_variant_is_measured():
     config = load_config([*TINY, "llm=mini_phi", "recipe.max_logits=5000"])
-    return bench_train(config, batch_size=3, steps=2, rounds=2, ablation=True)
-
-
-def test_every_way_is_measured(report):
-    assert [row.name for row in report.rows] == [OURS, PLAIN, GROUPED, *ABLATION]
-    assert report.agreement.loss < 1e-5 and report.agreement.gradient < 1e-5
-    ours, plain, grouped, *alone = report.rows
-    assert ours.padding == 0 < grouped.padding <= plain.padding
-    assert [row.padding == 0 for row in alone] == [name == "packing" for name in ABLATION]
-    for row in report.rows:
-        assert row.samples_per_s == pytest.approx(6 / statistics.median(row.seconds)) and len(row.seconds) == 2
-        assert row.tokens_per_s * statistics.median(row.seconds) == pytest.approx(
-            ours.tokens_per_s * statistics.median(ours.seconds)
+    result = bench_train(config, device=CPU, batch_size=3, steps=2, rounds=2)
+    assert [row.name for row in result.rows] == [OURS, PLAIN, GROUPED]
+    assert max(result.about["agreement"].values()) < 1e-5
+    ours, plain, grouped = result.rows
+    assert ours.facts["padding"] == 0 < grouped.facts["padding"] <= plain.facts["padding"]
+    for row in result.rows:
+        median = statistics.median(row.times())
+        assert row.facts["samples_per_s"] == pytest.approx(6 / median) and len(row.taken) == 2
+        assert row.facts["tokens_per_s"] * median == pytest.approx(
+            ours.facts["tokens_per_s"] * statistics.median(ours.times())
         )
-        assert row.mfu > 0 and all(s > 0 for s in row.cpu_seconds)
+        assert min(row.times("cpu_seconds")) > 0
 
 
 def test_ratios_pair_the_rounds(tmp_path):
+    def row(name, peak, seconds, cpu_seconds):
+        facts = {"samples_per_s": 4.0, "tokens_per_s": 8.0, "peak": peak, "padding": 0.4}
+        return BenchRow(name, [Usage(*times) for times in zip(seconds, cpu_seconds, strict=True)], facts)
+
     rows = [
-        VariantRow(OURS, 4.0, 8.0, 200, 0.5, 0.0, (1.0, 2.0, 4.0), (1.0, 1.0, 2.0)),
-        VariantRow(PLAIN, 2.0, 4.0, 800, 0.2, 0.4, (3.0, 4.0, 20.0), (2.0, 2.0, 2.0)),
-        VariantRow(GROUPED, 2.0, 4.0, None, 0.2, 0.1, (2.0, 3.0, 4.0), (3.0, 1.0, 2.0)),
+        row(OURS, 200, (1.0, 2.0, 4.0), (1.0, 1.0, 2.0)),
+        row(PLAIN, 800, (3.0, 4.0, 20.0), (2.0, 2.0, 2.0)),
+        row(GROUPED, None, (2.0, 3.0, 4.0), (3.0, 1.0, 2.0)),
     ]
     about = {"llm": "x", "architecture": {"hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 9000}}
     about |= {"visual_tokens": 4, "batch_size": 2, "precision": "32-true", "hardware": "abacus", "threads": 1}
-    report = TrainReport(about, Agreement(1e-8, 2e-7), rows)
-    assert report.ratio(OURS, PLAIN) == (3.0, 2.0, 5.0)
-    assert report.ratio(OURS, PLAIN, "cpu_seconds") == (2.0, 1.0, 2.0)
-    assert report.memory_ratio(OURS, PLAIN) == 0.25 and report.memory_ratio(OURS, GROUPED) is None
-    report.write(tmp_path / "out" / "bench.json")
+    result = train_result(rows, about, {"loss": 1e-8, "gradient": 2e-7})
+    result.write(tmp_path / "out" / "bench.json")
     content = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert content["about"]["hardware"] == "abacus" and content["agreement"]["gradient"] == 2e-7
-    assert content["rows"][0][f"times {PLAIN}"] == [3.0, 2.0, 5.0]
-    assert content["rows"][0][f"memory of {PLAIN}"] == 0.25
+    ours = content["rows"][0]
+    assert ours[f"times {PLAIN}"] == [3.0, 2.0, 5.0] and ours[f"times {PLAIN}, processor"] == [2.0, 1.0, 2.0]
+    assert ours[f"memory of {PLAIN}"] == 0.25 and ours[f"memory of {GROUPED}"] is None
+    assert ours["seconds"] == [1.0, 2.0, 4.0] and ours["name"] == OURS
     console = Console(width=250, file=io.StringIO())
-    console.print(render(report))
+    console.print(result.table())
     text = console.file.getvalue()
     for part in ("abacus", "vocabulary 9,000", "3.00 (2.00-5.00)", "2.00 (1.00-2.00)", "0.25", "2e-07"):
         assert part in text
@@ -76,7 +77,6 @@ def test_ratios_pair_the_rounds(tmp_path):
 @pytest.mark.parametrize("llm", ["mini_qwen2", "mini_llama"])
 def test_the_peer_places_images_where_we_do(tiny, llm):
     vlm, language = tiny(llm, projector="linear", tokens=None)
-    whole = WholeTowers(vlm.backbone, vlm.backbone)
     talks = [("<image>\nWhat is it?", "a red circle", 1), ("Hi", "Hello there", 0), ("<image>\nColor?", "red", 1)]
     encoded = [
         language.encode([{"role": "user", "content": q}, {"role": "assistant", "content": a}], num_images=n)
@@ -84,7 +84,7 @@ def test_the_peer_places_images_where_we_do(tiny, llm):
     ]
     pixels = {"mini_siglip": torch.randn(2, 3, 64, 64, dtype=torch.float64)}
     batch = build_batch(encoded, 64, pixels=pixels)
-    loss = peer_loss(build_peer(vlm, whole), batch, batch.num_targets)
+    loss = peer_loss(build_peer(vlm), batch, batch.num_targets)
     loss.backward()
     theirs = {name: p.grad.clone() for name, p in vlm.named_parameters() if p.grad is not None}
     vlm.zero_grad()
@@ -97,27 +97,12 @@ def test_the_peer_places_images_where_we_do(tiny, llm):
     assert not theirs
 
 
-def test_towers_run_to_the_end_give_the_same_features():
-    from prism_deco.backbones import build_backbone
-
-    for name in ("mini_dinov2_siglip", "mini_clip"):
-        torch.manual_seed(0)
-        backbone = build_backbone(name, pretrained=False)
-        whole = WholeTowers(backbone, build_backbone(name, pretrained=False, layer=-1))
-        pixels = {tower: torch.randn(2, 3, 64, 64) for tower in backbone.towers}
-        last = whole.blocks[-1]
-        ran = []
-        last.register_forward_hook(lambda *_, ran=ran: ran.append(True))
-        torch.testing.assert_close(whole(pixels), backbone(pixels))
-        assert ran and len(whole.blocks) == len(backbone.blocks) + len(backbone.towers)
-
-
 def test_a_model_that_the_peer_cannot_express_is_refused(tiny):
     vlm, _ = tiny(projector="avgpool")
     with pytest.raises(ValueError, match="projector=linear recipe=prism"):
-        build_peer(vlm, vlm.backbone)
+        build_peer(vlm)
     with pytest.raises(ValueError, match="rounds=1 shows no spread"):
-        bench_train(load_config(TINY), rounds=1)
+        bench_train(load_config(TINY), device=CPU, rounds=1)
 
 
 def test_the_command_prints_a_table_and_writes_the_numbers(tmp_path, capsys):
@@ -141,24 +126,26 @@ def test_steps_that_differ_are_not_compared(monkeypatch):
 
     monkeypatch.setattr(train, "peer_loss", lambda peer, batch, targets: 1.01 * peer_loss(peer, batch, targets))
     with pytest.raises(ValueError, match="disagree numerically"):
-        bench_train(load_config([*TINY, "llm=mini_qwen2"]), batch_size=2, steps=1, rounds=2)
+        bench_train(load_config([*TINY, "llm=mini_qwen2"]), device=CPU, batch_size=2, steps=1, rounds=2)
 
 
 def test_records_have_the_lengths_of_the_mixture():
     assert sum(source.records for source in MIXTURE.values()) == 665_298
     assert sum(source.records for source in MIXTURE.values() if source.image) == 624_610
-    shapes = sample(6000)
-    assert np.mean([shape.image for shape in shapes]) == pytest.approx(624_610 / 665_298, abs=0.01)
-    assert json_bytes(shapes) == pytest.approx(1548, rel=0.12)
-    assert np.mean([len(s.rounds) for s in shapes if s.source == "gqa"]) == pytest.approx(13, rel=0.05)
-    shape = next(shape for shape in shapes if shape.source == "llava_conversation" and len(shape.rounds) == 3)
-    encoded = encode(shape, 100, np.random.default_rng(0), max_text_tokens=2048)
-    words = [turn[0] for turns in shape.rounds for turn in turns]
-    assert len(encoded.input_ids) == 1 + 3 * 8 + sum(round(1.3 * n) for n in words)
-    supervised = sum(label >= 0 for label in encoded.labels)
-    assert supervised == 3 + sum(round(1.3 * turns[1][0]) for turns in shape.rounds)
+    records = draw_rounds(6000)
+    assert np.mean([MIXTURE[name].image for name, _ in records]) == pytest.approx(624_610 / 665_298, abs=0.01)
+    assert np.mean([len(rounds) for name, rounds in records if name == "gqa"]) == pytest.approx(13, rel=0.05)
+    # Half of these answers are boxes; the words of the others are the part's, 1.3 tokens each.
+    answers = [answer for name, rounds in records if name == "vg" for _, answer in rounds]
+    boxes = [answer for answer in answers if answer == 20]
+    assert len(boxes) / len(answers) == pytest.approx(0.5, abs=0.03)
+    assert np.mean([answer for answer in answers if answer != 20]) == pytest.approx(1.3 * 4, rel=0.1)
+    rounds = next(rounds for name, rounds in records if name == "llava_conversation" and len(rounds) == 3)
+    encoded = encode(rounds, True, 100, np.random.default_rng(0), max_text_tokens=2048)
+    assert len(encoded.input_ids) == 1 + 3 * 8 + sum(question + answer for question, answer in rounds)
+    assert sum(label >= 0 for label in encoded.labels) == 3 + sum(answer for _, answer in rounds)
     assert max(encoded.rounds) == 3 and encoded.image_slots == [1] and max(encoded.input_ids) < 100
-    assert len(encode(shape, 100, np.random.default_rng(0), max_text_tokens=20).input_ids) == 20
+    assert len(encode(rounds, True, 100, np.random.default_rng(0), max_text_tokens=20).input_ids) == 20
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -181,14 +168,14 @@ def _held(size: int) -> mmap.mmap:
 
 def test_the_peak_is_what_was_held_at_once():
     size = 2**26
-    with usage(torch.device("cpu")) as taken:
+    with usage(CPU, memory=True) as taken:
         _held(size).close()
         held = _held(2 * size)
     if taken.peak is not None:
         assert taken.peak == pytest.approx(2 * size, rel=0.1)
     assert taken.seconds > 0
     held.close()
-    with usage(torch.device("cpu")) as nothing:
+    with usage(CPU, memory=True) as nothing:
         pass
     if nothing.peak is not None:
         assert nothing.peak < size / 8

@@ -13,8 +13,8 @@ import torch
 from prism_deco.config import cache_dir
 from prism_deco.data.records import open_records
 from prism_deco.llms import build_llm
-from prism_deco.llms.weights import convert_pickles
-from prism_deco.miniature.source import shapes_captions
+from prism_deco.llms.weights import as_safetensors
+from prism_deco.miniature.world import shapes_captions
 
 
 def test_the_cache_is_never_the_working_directory(monkeypatch, tmp_path):
@@ -54,7 +54,7 @@ def shared(tmp_path, monkeypatch):
         (tmp_path / "llm").mkdir()
         llm.config.save_pretrained(tmp_path / "llm")
         torch.save(llm.state_dict(), tmp_path / "llm/pytorch_model.bin")
-        convert_pickles(tmp_path / "llm")
+        as_safetensors(tmp_path / "llm")
     finally:
         os.umask(before)
     return tmp_path / "cache"
@@ -83,12 +83,12 @@ import json, sys
 from pathlib import Path
 from prism_deco.config import cache_dir
 from prism_deco.data.records import open_records
-from prism_deco.llms.weights import convert_pickles
-from prism_deco.miniature.source import shapes_captions
+from prism_deco.llms.weights import as_safetensors
+from prism_deco.miniature.world import shapes_captions
 folder = Path(sys.argv[1])
 assert len(open_records(folder / "train.json", cache_dir())) == 1
 assert shapes_captions(train_images=4, val_images=2, test_images=2, val_items=1, test_items=1).train.is_file()
-assert convert_pickles(folder / "llm").is_dir()
+assert as_safetensors(folder / "llm").is_dir()
 (folder / "other.json").write_text((folder / "train.json").read_text() + " ")
 try:
     open_records(folder / "other.json", cache_dir())

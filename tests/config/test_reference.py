@@ -5,7 +5,8 @@ from dataclasses import fields, is_dataclass
 
 from prism_deco.cli import main
 from prism_deco.config import CONF_DIR, GROUPS, choices, load_config, parse_value
-from prism_deco.config.reference import reference, type_text
+from prism_deco.config.keys import type_text
+from prism_deco.config.reference import reference
 from prism_deco.config.schema import Config, RecipeConfig
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import pickle
 
 import numpy as np
@@ -11,10 +12,10 @@ from PIL import Image
 from prism_deco.config import cache_dir
 from prism_deco.data import build_source
 from prism_deco.data.base import Source
+from prism_deco.data.encoder import Encoder
 from prism_deco.data.examples import Examples
 from prism_deco.data.images import load_image
-from prism_deco.data.records import open_records
-from prism_deco.data.split import hold_out
+from prism_deco.data.records import hold_out, open_records
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
@@ -111,7 +112,7 @@ def test_examples_read_embedded_images(tmp_path, tiny):
     _write(tmp_path / "a.parquet", _table([100, 100]))
     records = open_records(tmp_path / "a.parquet", cache_dir())
     source = Source(tmp_path / "a.parquet", None)
-    examples = Examples(records, source.images(records), llm, vlm.backbone.transform, max_text_tokens=99)
+    examples = Examples(records, source.images(records), Encoder(llm, max_text_tokens=99), vlm.backbone.transform)
     expected = vlm.backbone.transform(Image.new("RGB", (8, 6), (100, 200, 0)))["mini_siglip"]
     assert examples[1].pixels[0]["mini_siglip"].equal(expected)
 
@@ -147,5 +148,13 @@ def test_only_bytes_are_images_and_no_path_is_opened(tmp_path):
     _write(tmp_path / "a.parquet", table.set_column(2, "image", pa.array(paths, IMAGE)))
     with pytest.raises(ValueError, match=r"record 0 \(id r0\): `image` must be .* encoded images"):
         open_records(tmp_path / "a.parquet", tmp_path)
-    [record] = open_records(tmp_path / "a.parquet", tmp_path, allow_faults=True)
-    assert record.images == (hashlib.sha256(_png(2)).hexdigest()[:16],)
+    records = open_records(tmp_path / "a.parquet", tmp_path, allow_faults=True)
+    [record] = records
+    name = hashlib.sha256(_png(2)).hexdigest()[:16]
+    assert record.images == (name,)
+    # Runs are compared by this hash: it must stay what earlier versions wrote.
+    must = "`image` must be a path, or a list of paths (in Parquet and Arrow files: encoded images)."
+    refused = {"entry": 0, "id": "r0", "kind": "malformed", "detail": f"record 0 (id r0): {must}", "usable": False}
+    messages = [{"role": "user", "content": "What is 2?"}, {"role": "assistant", "content": "This."}]
+    kept = {"id": "r1", "images": [name], "messages": messages}
+    assert records.data_hash == hashlib.sha256(f"{json.dumps(refused)}{json.dumps(kept)}\n".encode()).hexdigest()

@@ -23,7 +23,7 @@ IGNORE = -100
 def examples(colors, tmp_path, tiny):
     vlm, llm = tiny()
     records = open_records(colors / "train.json", tmp_path)
-    return Examples(records, colors / "images", llm, vlm.backbone.transform, max_text_tokens=200)
+    return Examples(records, colors / "images", Encoder(llm, max_text_tokens=200), vlm.backbone.transform)
 
 
 def test_a_filler_has_the_shape_of_its_record_and_counts_for_nothing(examples):
@@ -92,7 +92,8 @@ def test_a_bad_image_is_handled_alike_whoever_loads_it(colors, tmp_path, tiny, p
         (tmp_path / image.name).symlink_to(image)
     (tmp_path / "t.json").write_text(json.dumps(entries))
     records = open_records(tmp_path / "t.json", tmp_path)
-    examples = Examples(records, tmp_path, llm, vlm.backbone.transform, max_text_tokens=200, on_bad_image=policy)
+    encoder = Encoder(llm, max_text_tokens=200)
+    examples = Examples(records, tmp_path, encoder, vlm.backbone.transform, on_bad_image=policy)
     population = Population(records.words, records.has_image)
 
     def totals(world_size):
@@ -126,7 +127,7 @@ def test_a_file_of_another_format_is_named_with_its_record(colors, tmp_path, tin
     vlm, llm = tiny()
     (tmp_path / "red40.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 10\n%%EndComments\n")
     records = open_records(colors / "train.json", tmp_path)
-    examples = Examples(records, tmp_path, llm, vlm.backbone.transform, max_text_tokens=200)
+    examples = Examples(records, tmp_path, Encoder(llm, max_text_tokens=200), vlm.backbone.transform)
     with pytest.raises(
         UsageError, match=r"Record red40: .*red40\.png cannot be decoded .*none of JPEG, PNG, .*on_bad_image"
     ):
@@ -190,7 +191,8 @@ def test_665_000_records_cost_a_worker_no_memory_of_its_own(tmp_path, colors, ti
         file.write("]")
     records = open_records(tmp_path / "train.json", tmp_path)
     assert len(records) == number and records[number - 1].messages[1]["content"].startswith(f"It is {number - 1}. ")
-    examples = Examples(records, colors / "images", tiny()[1], lambda _: {"x": torch.zeros(1)}, max_text_tokens=2048)
+    encoder = Encoder(tiny()[1], max_text_tokens=2048)
+    examples = Examples(records, colors / "images", encoder, lambda _: {"x": torch.zeros(1)})
     order = np.random.default_rng(0).permutation(number)[:4000].reshape(-1, 50).tolist()
     [idle, *_] = sorted(_private_megabytes(None, order, workers=2))
     busy = max(_private_megabytes(examples, order, workers=2))

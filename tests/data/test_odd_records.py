@@ -10,9 +10,8 @@ from prism_deco.data.base import Source
 from prism_deco.data.encoder import Encoder, check_records
 from prism_deco.data.examples import Examples
 from prism_deco.data.loader import Collate
-from prism_deco.data.records import open_records
+from prism_deco.data.records import open_parts, open_records
 from prism_deco.data.samplers import Filler
-from prism_deco.data.split import open_parts
 from prism_deco.llms import build_llm
 
 IGNORE = -100
@@ -76,7 +75,7 @@ def test_in_place_an_odd_record_is_trained_as_in_llava(source, tmp_path, tiny, c
     vlm, _ = tiny()
     in_place = build_llm("mini_qwen2", pretrained=False, device="meta", image_slot="in_place")
     records = _parts(source, tmp_path, odd_records="train").train
-    loaded = Examples(records, colors / "images", in_place, vlm.backbone.transform, max_text_tokens=300)
+    loaded = Examples(records, colors / "images", Encoder(in_place, max_text_tokens=300), vlm.backbone.transform)
     examples = {name: loaded[i] for i, name in enumerate(TURNS)}
     texts = {name: in_place.tokenizer.decode(example.encoded.input_ids) for name, example in examples.items()}
     assert "<channel><image><url>x</url></image></channel>" in texts["xml"]
@@ -125,14 +124,14 @@ def test_more_images_than_positions_are_found_from_the_index(tmp_path, tiny, col
     many = {"id": "many", "image": ["red40.png"] * images, "conversations": turns}
     (tmp_path / "t.json").write_text(json.dumps([_entry("plain"), many]))
     records = open_records(tmp_path / "t.json", tmp_path)
-    options = {"max_text_tokens": 300, "max_positions": 4 * 45 + 3, "tokens_per_image": 4}
+    encoder = Encoder(llm, max_text_tokens=300, max_positions=4 * 45 + 3, tokens_per_image=4)
     if fits:
-        check_records(records, Encoder(llm, **options))
+        check_records(records, encoder)
         return
     message = "Record many: 46 images of 4 visual tokens leave no room for a question and an answer in 183 positions"
     with pytest.raises(ValueError, match=message):
-        check_records(records, Encoder(llm, **options))
-    examples = Examples(records, colors / "images", llm, vlm.backbone.transform, on_bad_record="skip", **options)
+        check_records(records, encoder)
+    examples = Examples(records, colors / "images", encoder, vlm.backbone.transform, on_bad_record="skip")
     step = Collate(4, 2)([examples[0], examples[1], examples[Filler(1)]])
     assert (step.bad_records, step.records) == (1, 2)
     alone = Collate(4, 2)([examples[0]])

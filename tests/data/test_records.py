@@ -8,8 +8,7 @@ import pytest
 
 from prism_deco.data import llava_json as entries
 from prism_deco.data.images import ImageFolder, open_image, resolve_image
-from prism_deco.data.records import open_records
-from prism_deco.data.split import hold_out
+from prism_deco.data.records import hold_out, open_records
 
 
 def _turns(*values):
@@ -195,7 +194,7 @@ def test_absolute_paths_below_the_root_are_taken_and_others_refused(tmp_path):
     assert open_records(path, tmp_path, image_root=Path("/"), allow_faults=True)[0].images == (f"{root}/a/1.png"[1:],)
     for image in (f"{root}2/1.png", "../1.png", "a/../../1.png", "/etc/passwd", "..\\1.png", "\\1.png", "a\\..\\1.png"):
         path = _write(tmp_path / "t.json", [entry(image)])
-        with pytest.raises(ValueError, match="leads out of the image root .*data.image_root=/ allows"):
+        with pytest.raises(ValueError, match="leads out of the image root .*/ allows any absolute path"):
             open_records(path, tmp_path, image_root=root)
     with pytest.raises(ValueError, match="NUL"):
         open_records(_write(tmp_path / "t.json", [entry("a\0.png")]), tmp_path, image_root=root)

@@ -79,7 +79,6 @@ def test_another_question_or_comparison_replaces_nothing(run, colors, capsys):
     [
         (["--image", "i.png", "benchmark=x"], "--image concern one image, benchmark= a benchmark"),
         (["--prompt", "?", "--answer", "", "benchmark=x"], "--prompt, --answer concern one image"),
-        (["--through-backbone", "benchmark=x"], "--through-backbone concern one image"),
         (["--image", "i.png", "--prompt", "?", "limit=3"], "--image, --prompt concern one image, limit= a benchmark"),
         (["--image", "i.png"], "either one question or a benchmark"),
         (["limit=3"], "either one question or a benchmark"),

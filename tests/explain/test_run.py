@@ -59,9 +59,6 @@ def test_a_set_becomes_numbers_with_intervals(small, examples, tmp_path, monkeyp
             assert values[name]["mean"] == pytest.approx(sum(known) / len(known))
             low, high = values[name]["interval95"]
             assert min(known) - 1e-9 <= low <= values[name]["mean"] + 1e-9 <= high + 2e-9 <= max(known) + 3e-9
-    gap = summary["advantage"]["attention"]["energy_in_box"]["mean"]
-    means = [summary["methods"][method]["energy_in_box"]["mean"] for method in ("r-gae", "attention")]
-    assert gap == pytest.approx(means[0] - means[1])
     assert summary["methods"]["r-gae"]["query_redundancy"]["mean"] == 0
     assert len(sections) == 2 and (tmp_path / "index.html").is_file()
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import prism_deco
 from prism_deco.api import Model
 from prism_deco.cli import main
+from prism_deco.errors import UsageError
 from prism_deco.export import save_llava
 from prism_deco.export.folder import portable
 
@@ -193,3 +194,17 @@ def test_a_tower_with_buffers_that_no_file_holds(random_model, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
     with pytest.raises(ValueError, match="its tower is a Eva"):
         save_llava(tmp_path / "hf", config, vlm, llm)
+
+
+def test_a_damaged_file_of_an_export_is_named(random_model, tmp_path):
+    config, vlm, llm = random_model("siglip")
+    Model(vlm, llm, config).save(tmp_path / "ours")
+    save_llava(tmp_path / "theirs", config, vlm, llm)
+    for folder in ("ours", "theirs"):
+        subprocess.run(["sha256sum", "-c", "--strict", "--quiet", "SHA256SUMS"], cwd=tmp_path / folder, check=True)
+    weights = tmp_path / "ours" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UsageError, match="model.safetensors was damaged or replaced"):
+        prism_deco.load(tmp_path / "ours")

@@ -127,12 +127,6 @@ def test_system_message_replaces_the_default(real_format):
         real_format("phi2").render(messages)
 
 
-def test_generation_prompt_ends_where_the_answer_begins(real_format):
-    llm = real_format("qwen1_5_0_5b_chat")
-    whole = llm.render([user("Hi"), assistant("Ho")])
-    assert llm.render([user("Hi")], add_generation_prompt=True) == whole[:2]
-
-
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
@@ -195,7 +189,9 @@ def test_the_saved_template_works_without_this_package(any_llm, choice):
     # `tokenizer.apply_chat_template` of a saved model: the same prompt, without image slots.
     llm = any_llm(choice)
     messages = [user("Is it?"), assistant("Yes"), user("Why?")]
-    ours = "".join(s.text for s in llm.render(messages, add_generation_prompt=True))
+    segments = llm.render([*messages, assistant("Because.")])
+    answer = max(index for index, segment in enumerate(segments) if segment.supervised)
+    ours = "".join(segment.text for segment in segments[:answer])
     theirs = llm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert theirs.replace(" ASSISTANT: Yes", " ASSISTANT:Yes").replace(" A: Yes", " A:Yes") == ours.replace(
         " A: Yes", " A:Yes"

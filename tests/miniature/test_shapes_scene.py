@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from prism_deco.miniature.captions import caption
+from prism_deco.miniature.conversations import caption
 from prism_deco.miniature.render import mask, render
 from prism_deco.miniature.rng import Dice
 from prism_deco.miniature.scene import (

@@ -1,15 +1,20 @@
 """Plans of the paper's grid and of runs that cannot work."""
 
+import contextlib
 import io
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
 
 from prism_deco.cli import main
 from prism_deco.config import load_config
-from prism_deco.plan import as_json, estimate_run, problems, table
+from prism_deco.plan import PlanTable, as_json, estimate_run, problems
 
 GIB = 2**30
 GOOD = {"id": "good", "conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]}
@@ -119,7 +124,7 @@ def test_unknown_names():
 def test_table_and_json(b6):
     broken = estimate_run(load_config(["recipe.num_tokens=900"]), "broken")
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(table([b6, broken], 0.4))
+    console.print(PlanTable([b6, broken], 0.4))
     text = console.export_text()
     for part in ("8 x h100 at 40%", "7.45B (6.76B)", "729>144", "/2192/4096", "ok", "no", "broken: num_tokens=900"):
         assert part in text
@@ -133,6 +138,56 @@ def test_command_over_a_sweep(tmp_path, capsys):
     plans = json.loads((tmp_path / "plan.json").read_text())
     assert [plan["name"] for plan in plans] == ["M1-c_abstractor", "M1-avgpool"]
     assert "M1-avgpool" in capsys.readouterr().out
+
+
+TERMINALS = """
+import fcntl, struct, sys, termios
+from prism_deco.cli import main
+for width in (60, 80, 160):
+    fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
+    print(f"\\nwidth {width}", flush=True)
+    assert main(["plan", "mini"]) == 0
+"""
+
+
+def test_names_verdicts_and_numbers_are_whole_in_terminals_of_any_width():
+    screens = _in_terminal([sys.executable, "-c", TERMINALS]).split("\nwidth ")[1:]
+    names = [f"M{row}-{projector}" for row in (1, 2, 3) for projector in ("c_abstractor", "avgpool")]
+    assert [screen.partition("\n")[0] for screen in screens] == ["60", "80", "160"]
+    tables = {}
+    for screen in screens:
+        width = int(screen.partition("\n")[0])
+        lines = [line.rstrip() for line in screen.splitlines()]
+        assert all(f"Planning {name}" in screen for name in names)
+        shown = [line for line in lines if not line.startswith("Planning ")]
+        assert max(map(len, shown)) <= width
+        rows = [line.split() for line in shown if line.strip().startswith("M") and line.endswith(" ok")]
+        assert [row[0] for row in rows] == names
+        tables[width] = rows
+        text = " ".join(" ".join(shown).split())
+        assert "Hours are without validation and scoring." in text
+        assert ("--json has all" in text) == (width < 160)
+    # What a narrow table shows are the first columns of the wide one, digit by digit.
+    for row, narrow, narrower in zip(tables[160], tables[80], tables[60], strict=True):
+        assert len(narrower) < len(narrow) < len(row)
+        assert narrow[:-1] == row[: len(narrow) - 1] and narrower[:-1] == row[: len(narrower) - 1]
+    assert tables[160][0][1:5] == ["0.13", "?", "1.42M", "(897K)"]
+
+
+def _in_terminal(command: list[str]) -> str:
+    """What a command shows in a pseudo-terminal, without colours and movements."""
+    ours, its = pty.openpty()
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=environment | {"TERM": "xterm-256color"})
+    os.close(its)
+    shown = b""
+    with contextlib.suppress(OSError):  # its end, on Linux
+        while part := os.read(ours, 1 << 16):
+            shown += part
+    os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r", "\n").replace("\n\n", "\n")
+    assert process.wait() == 0, text
+    return text
 
 
 def test_every_stage_of_a_recipe_is_planned(tmp_path):

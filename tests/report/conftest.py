@@ -94,7 +94,7 @@ def write_curves(folder, skill, seed, steps):
         for step in range(9, steps, 10):
             loss = 0.5 + (1.4 - skill) * math.exp(-step / 80) + rng.gauss(0, 0.05)
             speed = 30 * (1.5 - skill) + rng.gauss(0, 1)
-            file.write(json.dumps({"step": step, "train/loss": loss, "speed/samples_per_s": speed}) + "\n")
+            file.write(json.dumps({"step": step, "train/loss": loss, "train/samples_per_s": speed}) + "\n")
             if (step + 1) % 50 == 0:
                 file.write(json.dumps({"step": step, "val/loss": loss + 0.05, "train/loss": None}) + "\n")
 

@@ -35,7 +35,7 @@ def report(mini_sweep, tmp_path_factory):
 
 
 def test_the_files_of_a_report(report):
-    figures = {"convergence", "differences", "score-against-time"}
+    figures = {"convergence", "differences"}
     names = {path.relative_to(report).as_posix() for path in report.rglob("*.*")}
     assert {"report.html", "report.md", "scores.csv", "differences.csv", "cells.csv"} <= names
     assert {f"figures/{name}.svg" for name in figures} <= names

@@ -40,7 +40,11 @@ def test_a_damaged_run_is_shown_not_dropped(make, tmp_path):
     (tmp_path / "b/eval/mini_gqa/metrics.json").write_text("{")
     (tmp_path / "c").mkdir()
     (tmp_path / "c/config.yaml").write_text("llm: {name: x}")
-    good, bad, worse = collect([tmp_path])
+    make.run(tmp_path / "d", "seed=9")
+    path = tmp_path / "d/config.yaml"
+    path.write_text(path.read_text().replace("seed: 9", "seed: ${oc.env:HOME}"))
+    good, bad, worse, foreign = collect([tmp_path])
+    assert foreign.state == "unreadable" and "${oc.env:HOME}" in foreign.reason
     assert worse.state == "unreadable" and "has no backbone, projector, data" in worse.reason
     assert good.state == "done" and bad.state == "unreadable"
     assert "metrics.json is damaged" in bad.reason and bad.seed == "8" and not bad.manifest
@@ -95,24 +99,23 @@ def test_cells_of_one_name_in_two_sweeps_keep_apart(make, tmp_path):
 
 def test_curves_of_both_kinds(tmp_path):
     writer = SummaryWriter(str(tmp_path / "tensorboard"))
-    for step, value in ((9, 2.0), (19, 1.5)):
-        writer.add_scalar("train/loss", value, step)
-    writer.add_scalar("val/loss", 1.75, 19)
+    for step, value in ((9, 20.0), (19, 15.0)):
+        writer.add_scalar("train/samples_per_s", value, step)
+    writer.add_scalar("train/mfu", 0.5, 19)
     writer.close()
-    assert read_curves(tmp_path) == {"train/loss": [(9, 2.0), (19, 1.5)], "val/loss": [(19, 1.75)]}
+    speed = {"train/samples_per_s": [(9, 20.0), (19, 15.0)]}
+    assert read_curves(tmp_path) == speed
     lines = [{"step": 9, "train/loss": 4.0}, {"step": 19, "train/loss": 3.0}, {"step": 9, "train/loss": 3.5, "x": 1}]
+    lines.append({"step": 19, "val/loss": 1.75})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 29, "train/l')  # the last line is being written
-    assert read_curves(tmp_path) == {"train/loss": [(9, 3.5), (19, 3.0)], "val/loss": [(19, 1.75)]}
-    (tmp_path / "metrics.jsonl").write_text("[]\n")
-    with pytest.raises(ValueError, match="line 1 is damaged"):
-        read_curves(tmp_path)
+    assert read_curves(tmp_path) == speed | {"train/loss": [(9, 3.5), (19, 3.0)], "val/loss": [(19, 1.75)]}
     assert read_curves(tmp_path / "nothing") == {}
 
 
 def test_step_times_are_the_batch_over_the_median_speed(make, tmp_path):
     make.run(tmp_path / "a")
-    lines = [json.dumps({"step": k, "speed/samples_per_s": speed}) for k, speed in enumerate((8.0, 32.0, 1000.0))]
+    lines = [json.dumps({"step": k, "train/samples_per_s": speed}) for k, speed in enumerate((8.0, 32.0, 1000.0))]
     (tmp_path / "a/metrics.jsonl").write_text("\n".join(lines) + "\n")
     [cell] = collect([tmp_path / "a"])
     assert cell.step_seconds == 16 / 32

@@ -8,7 +8,6 @@ from prism_deco.report import curve_figures, paper, score_figures
 from prism_deco.report.assemble import score_sections
 from prism_deco.report.collect import collect
 from prism_deco.report.grid import score_tables
-from prism_deco.report.score_figures import COSTS, TOKENS
 
 PAPERS = ("backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5", "data=llava", "data.json=x.json")
 
@@ -88,25 +87,24 @@ def test_convergence_has_a_line_per_projector(make, tmp_path):
     }
 
 
-MOVED = "Points with the same number of tokens are drawn side by side."
-
-
 @pytest.mark.usefixtures("drawn")
 def test_marks_stand_at_their_tokens_unless_they_would_cover_each_other(make, tmp_path):
     for name, tokens in (("avgpool", 16), ("maxpool", 16), ("linear", 64)):
         options = (f"projector={name}", "evaluate.benchmarks=mini_gqa")
         make.run(tmp_path / name, *options, benchmarks=("gqa",), tokens={"visual_in": 64, "visual_out": tokens})
     [grid] = score_tables(collect([tmp_path]), "")
-    figure = score_figures.cost_figure(grid, TOKENS)
+    figure = score_figures.mean_figure(grid)
     [panel] = _panels(figure.svg).values()
     x = {name: line[0][0] for name, line in panel.items() if name in ("avgpool", "maxpool", "linear")}
     assert x["linear"] == 64 and x["avgpool"] < 16 < x["maxpool"]
     assert x["avgpool"] * x["maxpool"] == pytest.approx(16**2) and x["maxpool"] / x["avgpool"] < 1.1
-    assert MOVED in figure.caption
+    [front] = [line for line in figure.svg.axes[0].get_lines() if line.get_drawstyle() == "steps-post"]
+    best = score_figures.pareto_front(score_figures.points(grid))
+    assert list(front.get_xdata()) == [point.tokens for point in best]
 
 
 @pytest.mark.usefixtures("drawn")
-def test_single_marks_are_not_moved_and_nothing_is_said_of_it(make, tmp_path):
+def test_single_marks_are_not_moved(make, tmp_path):
     for name, numbers in (("avgpool", (4, 16, 64)), ("maxpool", (16,))):
         for k in numbers:
             options = (f"projector={name}", f"recipe.num_tokens={k}", "evaluate.benchmarks=mini_gqa")
@@ -118,17 +116,3 @@ def test_single_marks_are_not_moved_and_nothing_is_said_of_it(make, tmp_path):
         [grid] = score_tables(collect([tmp_path / name]), "")
         [figure] = score_figures.tokens_figures(grid)
         assert _panels(figure.svg)["mini_gqa"]["avgpool"][0] == pytest.approx(x)
-        assert (MOVED in figure.caption) == (name == "both")
-
-
-@pytest.mark.usefixtures("drawn")
-def test_no_front_is_drawn_against_a_measured_time(make, tmp_path):
-    for name in ("avgpool", "linear"):
-        make.run(tmp_path / name, f"projector={name}", "evaluate.benchmarks=mini_gqa", benchmarks=("gqa",))
-    [grid] = score_tables(collect([tmp_path]), "")
-    tokens, time = (score_figures.cost_figure(grid, cost) for cost in COSTS)
-    fronts = [
-        [line for line in f.svg.axes[0].get_lines() if line.get_drawstyle() == "steps-post"] for f in (tokens, time)
-    ]
-    assert [len(lines) for lines in fronts] == [1, 0]
-    assert "grey line" in tokens.caption and "grey line" not in time.caption and "was doing" in time.caption

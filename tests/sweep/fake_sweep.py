@@ -11,7 +11,6 @@ from prism_deco.sweep.driver import Driver
 from prism_deco.sweep.expand import SweepCell
 from prism_deco.sweep.launchers import LocalLauncher
 from prism_deco.sweep.ledger import Ledger, LedgerEntry, lock
-from prism_deco.sweep.live import LogView
 
 SCRIPT = Path(__file__).parent / "fake_cell.py"
 
@@ -32,7 +31,7 @@ def drive(folder: Path, behaviours: list[str], *, jobs: int = 2, grace: float = 
     with lock(folder):
         ledger = Ledger.merge(folder, folder.name, cells)
         launcher = LocalLauncher(folder, cells, jobs=jobs, gpus=[], grace=grace, command=command)
-        return Driver(ledger, cells, launcher, LogView(), timeout=timeout).run(), ledger
+        return Driver(ledger, cells, launcher, timeout=timeout).run(), ledger
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from rich.console import Console
+from rich.live import Live
 
 from prism_deco.config import load_config
 from prism_deco.errors import UsageError
@@ -14,8 +15,8 @@ from prism_deco.exits import PREEMPTED, SIGNALS
 from prism_deco.sweep import Ledger, SweepCell, render, supervisor
 from prism_deco.sweep.driver import Driver
 from prism_deco.sweep.launchers import LocalLauncher
-from prism_deco.sweep.live import LiveView, LogView, duration, live_on, seconds_left
-from prism_deco.sweep.outcome import Heartbeat, judge, progress, stamp, tail
+from prism_deco.sweep.live import duration, last_step, seconds_left
+from prism_deco.sweep.outcome import Heartbeat, judge, stamp, tail
 
 CONFIG = load_config(["recipe.max_steps=100"])
 
@@ -60,7 +61,7 @@ def test_without_its_ledger_a_sweep_knows_what_is_done(tmp_path):
     (tmp_path / "seed7" / "status.json").write_text('{"state": "done"}')
     cells = _cells({"seed": [7]})
     ledger = Ledger.merge(tmp_path, "s", cells)
-    Driver(ledger, cells, LocalLauncher(tmp_path, cells, command=_never), LogView(), timeout=None).run()
+    Driver(ledger, cells, LocalLauncher(tmp_path, cells, command=_never), timeout=None).run()
     assert ledger.entries["seed7"].state == "done"
 
 
@@ -140,11 +141,9 @@ def test_the_tail_of_a_log_is_its_last_lines_and_a_bar_s_last_state(tmp_path):
 
 
 def test_progress_is_read_from_the_last_whole_line(tmp_path):
-    assert progress(tmp_path, 10) is None
+    assert last_step(tmp_path) is None
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 20, "loss": 0.1}\n{"val/loss": 2}\n{"ste')
-    assert progress(tmp_path, 40) == (20, 40)
-    (tmp_path / "status.json").write_text('{"state": "running", "total_steps": 50}')
-    assert progress(tmp_path, None) == (20, 50)
+    assert last_step(tmp_path) == 20
 
 
 def test_a_heartbeat_is_output_or_a_changed_file_and_waiting_is_not_silence(tmp_path):
@@ -183,10 +182,10 @@ def test_the_table_shows_states_progress_and_reasons(tmp_path):
         "exit code 1: [last] words",
     ):
         assert text in shown
-    # seed2 takes 200 s in all, of which 150 are left; the mean of 100 and 200 s is what seed4 takes.
-    left = seconds_left(ledger, cells)
-    assert left == pytest.approx(300, abs=2)
-    assert f"about {duration(left)[:3]}" in shown
+    # seed1 took 100 s, so that seed2 takes 50 s more, and then seed4 100 s.
+    left = seconds_left([ledger.entries[name] for name in cells])
+    assert left == pytest.approx(150, abs=2)
+    assert f"about {duration(left)[:2]}" in shown
 
 
 def test_names_of_a_sweep_are_no_markup(tmp_path):
@@ -197,23 +196,22 @@ def test_names_of_a_sweep_are_no_markup(tmp_path):
     assert "[/x] [red]y: 1 planned" in console.export_text()
 
 
-def test_on_a_terminal_the_table_follows_the_sweep(tmp_path):
-    cells = {cell.id: cell for cell in _cells({"seed": [7, 8]})}
-    ledger = _merge(tmp_path)
+def test_on_a_terminal_the_table_follows_the_sweep(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("prism_deco.sweep.driver.POLL", 0.05)
+    ledger, cells = _merge(tmp_path), _cells({"seed": [7, 8]})
+    launcher = LocalLauncher(tmp_path, cells, gpus=[], command=lambda folder, entry: ["sleep", "0.3"])
     console = Console(width=100, file=io.StringIO(), force_terminal=True)
-    with live_on(console) as live:
-        view = LiveView(live)
-        view.show(ledger, cells)
-        ledger.update("seed7", state="running", started=time.time())
-        view.show(ledger, cells)
-    assert "2 planned" in console.file.getvalue() and "1 running, 1 planned" in console.file.getvalue()
+    with Live(console=console, auto_refresh=False) as live:
+        Driver(ledger, cells, launcher, timeout=None, live=live).run()
+    shown = console.file.getvalue()
+    assert "1 running, 1 planned" in shown and "2 failed" in shown
+    assert not caplog.records
 
 
 def test_nothing_known_is_no_estimate(tmp_path):
-    cells = {cell.id: cell for cell in _cells({"seed": [7, 8]})}
     ledger = _merge(tmp_path)
     ledger.update("seed7", state="running", started=time.time())
-    assert seconds_left(ledger, cells) is None
+    assert seconds_left(list(ledger.entries.values())) is None
 
 
 def test_the_supervisor_which_imports_nothing_knows_the_exit_code():

@@ -16,7 +16,6 @@ from prism_deco.sweep.driver import Driver
 from prism_deco.sweep.expand import SweepCell
 from prism_deco.sweep.launchers import LocalLauncher, visible_gpus
 from prism_deco.sweep.ledger import Ledger, LedgerEntry
-from prism_deco.sweep.live import LogView
 
 
 def _cells(number: int, *settings: str) -> list[SweepCell]:
@@ -26,7 +25,7 @@ def _cells(number: int, *settings: str) -> list[SweepCell]:
 def _environments(folder, cells, **options) -> tuple[list[dict[str, str]], LocalLauncher]:
     folder.mkdir()
     launcher = LocalLauncher(folder, cells, command=command, **options)
-    assert Driver(Ledger.merge(folder, "s", cells), cells, launcher, LogView(), timeout=None).run()
+    assert Driver(Ledger.merge(folder, "s", cells), cells, launcher, timeout=None).run()
     return [json.loads((folder / cell.id / "environment0.json").read_text()) for cell in cells], launcher
 
 

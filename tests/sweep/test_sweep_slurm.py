@@ -21,7 +21,6 @@ from prism_deco.sweep import driver, expand, parse
 from prism_deco.sweep.driver import Driver
 from prism_deco.sweep.expand import SweepCell
 from prism_deco.sweep.ledger import Ledger, LedgerEntry
-from prism_deco.sweep.live import LogView
 from prism_deco.sweep.slurm import SlurmJob, SlurmLauncher
 
 submitit = pytest.importorskip("submitit")
@@ -40,7 +39,7 @@ def drive(folder: Path, cells: list[SweepCell], **options) -> Ledger:
     folder.mkdir(exist_ok=True)
     ledger = Ledger.merge(folder, folder.name, cells)
     launcher = SlurmLauncher(folder, folder.name, cells, {"time": 10}, command=command, **options)
-    Driver(ledger, cells, launcher, LogView(), timeout=None).run()
+    Driver(ledger, cells, launcher, timeout=None).run()
     return ledger
 
 
@@ -175,6 +174,9 @@ def test_the_script_asks_for_what_the_cell_needs(tmp_path, monkeypatch):
         "ntasks-per-node": "4", "gpus-per-node": "4", "cpus-per-task": "5", "signal": "USR2@300",
     }  # fmt: skip
     assert expected.items() <= options.items()
+    assert "wckey" not in options
+    keyed = SlurmLauncher(tmp_path, "mini", [cell], {"wckey": "vision"}, dry=True)
+    assert "#SBATCH --wckey=vision\n" in keyed.describe(cell, LedgerEntry(cell.id, {}, list(cell.overrides)))
     (srun,) = [line for line in script.splitlines() if line.startswith("srun ")]
     assert "--kill-on-bad-exit=1" in srun and "submitit.core._submit" in srun
     assert script.splitlines()[-1].endswith(f"projector=avgpool runs_dir={tmp_path} run_id=M1-avgpool")

@@ -123,12 +123,13 @@ def test_the_command_starts_its_other_processes_and_leaves_none_behind(colors, t
 
 
 def test_the_records_and_the_module_of_a_loss_that_is_not_finite_are_named(tiny, colors, tmp_path):
+    from prism_deco.data.encoder import Encoder
     from prism_deco.data.loader import Collate, Examples
     from prism_deco.data.records import open_records
 
     vlm, llm = tiny()
     records = open_records(colors / "train.json", tmp_path)
-    examples = Examples(records, colors / "images", llm, vlm.backbone.transform, max_text_tokens=200)
+    examples = Examples(records, colors / "images", Encoder(llm, max_text_tokens=200), vlm.backbone.transform)
     batches = Collate(4, 2)([examples[i] for i in range(4)]).batches
     for batch in batches:
         batch.pixels = {name: pixels.double() for name, pixels in batch.pixels.items()}

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prism_deco.config.schema import RecipeConfig
+from prism_deco.data.encoder import Encoder
 from prism_deco.data.loader import Collate, Examples
 from prism_deco.data.records import open_records
 from prism_deco.plan.flops import TrainingFlops
@@ -24,7 +25,7 @@ FLOPS = TrainingFlops(tower=100, projector=20, position=7, pair=3, target=11)
 def steps(colors, tmp_path, tiny):
     vlm, llm = tiny()
     records = open_records(colors / "train.json", tmp_path)
-    examples = Examples(records, colors / "images", llm, vlm.backbone.transform, max_text_tokens=200)
+    examples = Examples(records, colors / "images", Encoder(llm, max_text_tokens=200), vlm.backbone.transform)
     return [Collate(4, 3)([examples[i] for i in range(9)]) for _ in range(4)], [examples[i].encoded for i in range(9)]
 
 

@@ -20,7 +20,6 @@ SMALL = [
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="bitsandbytes 0.50 changes four-bit weights on a CPU ; the cause is not yet known")
 @pytest.mark.usefixtures("four_bits")
 def test_a_qlora_run_trains_resumes_and_is_exported(tmp_path, caplog):
     torch.manual_seed(0)

@@ -115,8 +115,7 @@ def test_the_run_folder_describes_itself(runs, colors):
 
 
 def _train_size(run: Path, colors: Path) -> int:
-    from prism_deco.data.records import open_records
-    from prism_deco.data.split import hold_out
+    from prism_deco.data.records import hold_out, open_records
 
     return len(hold_out(open_records(colors / "train.json", run), 0.3)[0])
 

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from prism_deco.miniature.captions import caption
+from prism_deco.miniature.conversations import caption
 from prism_deco.miniature.render import render
 from prism_deco.miniature.scene import draw_scene
 
