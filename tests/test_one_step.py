@@ -8,7 +8,7 @@ import sys
 from prism_deco.build import group, record_options
 from prism_deco.config import cache_dir, load_config
 from prism_deco.data import build_source
-from prism_deco.data.split import open_parts
+from prism_deco.data.records import open_parts
 
 FUNCTIONS = 370
 FILES = 75

@@ -83,7 +83,7 @@ class Checkpointing(Callback):
         missing = self._metrics is not None and step not in self._metrics.validated
         if validates and trainer.strategy.broadcast(missing):
             run_validation(trainer)
-        # Or between saving a checkpoint, or learning which is the best, and removing those that this one replaces.
+        # It may also have ended before it removed the checkpoints that this one, or the newest best one, replaces.
         self._prune()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

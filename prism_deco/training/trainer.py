@@ -253,7 +253,7 @@ def _finish(folder: Path, requeues: bool, stop: Stop) -> None:
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Drops a line that a full disk does not take: the next file that the run needs ends it, with one message."""
+        """Drops the line where the disk is full: the run then ends with one message at the next file that it needs."""
 
 
 @contextmanager
