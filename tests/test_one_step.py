@@ -5,15 +5,16 @@ import os
 import subprocess
 import sys
 
-from prism_deco.build import group
-from prism_deco.config import load_config
+from prism_deco.build import group, record_options
+from prism_deco.config import cache_dir, load_config
 from prism_deco.data import build_source
+from prism_deco.data.records import open_parts
 
-FUNCTIONS = 330
-FILES = 65
+FUNCTIONS = 370
+FILES = 75
 
 WORLD = ["data.train_images=40", "data.val_images=4", "data.test_images=4", "data.val_items=4", "data.test_items=4"]
-STEPS = ["recipe.max_steps=2", "evaluate.benchmarks=null", "trainer.samples=0", "trainer.threads=1"]
+STEPS = ["recipe.max_steps=2", "evaluate.benchmarks=null", "trainer.samples=0", "trainer.val_every=2"]
 
 COUNT = """
 import json, sys
@@ -43,7 +44,8 @@ Path(sys.argv[1]).write_text(json.dumps(sorted(called)))
 
 
 def test_two_steps_of_the_miniature_stay_within_a_few_files(tmp_path):
-    build_source(group(load_config(WORLD), "data"))  # the images are rendered before
+    config = load_config(WORLD)
+    open_parts(build_source(group(config, "data")), cache_dir(), **record_options(config))  # rendered and indexed once
     arguments = ["train", *WORLD, *STEPS, f"runs_dir={tmp_path}", "run_id=run"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", COUNT, str(tmp_path / "called"), *arguments]

@@ -37,9 +37,9 @@ class Board:
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self._file = (folder / name).open("xb")
         self._records = RecordWriter(self._file)
-        self._write(Event(file_version="brain.Event:2"))
+        self._write(file_version="brain.Event:2")
         if start:
-            self._write(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+            self._write(step=start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, values: Mapping[str, Any], step: int) -> None:
         """Plots numbers; `{"lr": {"lm": 1}}` is shown as `lr/lm`."""
@@ -47,24 +47,20 @@ class Board:
             if isinstance(value, Mapping):
                 self.scalars({f"{name}/{key}": number for key, number in value.items()}, step)
             else:
-                self._add(summary.scalar(name, value), step)
+                self._write(step=step, summary=summary.scalar(name, value))
 
     def image(self, name: str, pixels: np.ndarray, step: int) -> None:
         """Shows an image, uint8[H, W, 3]."""
-        self._add(summary.image(name, pixels, dataformats="HWC"), step)
+        self._write(step=step, summary=summary.image(name, pixels, dataformats="HWC"))
 
     def text(self, name: str, markdown: str, step: int) -> None:
         """Shows a text."""
-        self._add(summary.text(name, markdown), step)
+        self._write(step=step, summary=summary.text(name, markdown))
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
-    def _add(self, content: Any, step: int) -> None:
-        self._write(Event(step=step, summary=content))
-
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        self._records.write(event.SerializeToString())
+    def _write(self, **content: Any) -> None:
+        self._records.write(Event(wall_time=time.time(), **content).SerializeToString())
         self._records.flush()

@@ -29,8 +29,7 @@ from prism_deco.training.lightning_internals import run_validation, set_position
 from prism_deco.training.metrics import Metrics
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.preemption import Preemption
-from prism_deco.training.shard_blocks import local_piece
-from prism_deco.training.sharding import reshard
+from prism_deco.training.sharding import local_piece, reshard
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ class Checkpointing(Callback):
         missing = self._metrics is not None and step not in self._metrics.validated
         if validates and trainer.strategy.broadcast(missing):
             run_validation(trainer)
-        # Or between saving a checkpoint, or learning which is the best, and removing those that this one replaces.
+        # It may also have ended before it removed the checkpoints that this one, or the newest best one, replaces.
         self._prune()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -27,7 +27,7 @@ from prism_deco.exits import CheckpointFailed
 from prism_deco.files import inside, sync_folder, verify_sha256, write_json
 from prism_deco.tensors import open_safetensors
 from prism_deco.training.safetensors_writer import write_safetensors
-from prism_deco.training.shard_blocks import piece_of
+from prism_deco.training.sharding import piece_of
 
 log = logging.getLogger(__name__)
 

@@ -67,7 +67,7 @@ def _run(config: Any, scoring: Scoring | None, overwrite: bool, force: bool) -> 
     """What each process of a run does; see `run`."""
     config = config if isinstance(config, DictConfig) else compose(config)
     world, preemption = World.of(config.trainer), Preemption()
-    # Until the processes have met, a signal ends them at once: they wait for each other in code that heeds none.
+    # Signals are handled once the process group exists: the code that waits for it does not react to them.
     with world.joined(), preemption.watched(), ExitStack() as held:
         import_plugins(config.plugins)
         target, data = _prepare(config, scoring, world, held, overwrite=overwrite, force=force)

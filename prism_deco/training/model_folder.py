@@ -239,10 +239,6 @@ def _transform(vlm: VLM) -> dict[str, Any]:
 
 def _distinct(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by their names; tied ones once, under the first."""
-    seen: set[int] = set()
-    distinct = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            distinct[name] = tensor
-    return distinct
+    state = module.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in reversed(state.items())}
+    return {name: tensor for name, tensor in state.items() if first[id(tensor)] == name}

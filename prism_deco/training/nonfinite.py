@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from prism_deco.distributed import gather_objects
 from prism_deco.sequence import Batch
-from prism_deco.training.shard_blocks import local_piece
+from prism_deco.training.sharding import local_piece
 from prism_deco.vlm import VLM
 
 

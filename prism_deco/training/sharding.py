@@ -1,26 +1,33 @@
-"""How a model is spread over devices: Lightning's strategies, and which modules FSDP2 (`fully_shard`) shards."""
+"""How a model is spread over devices: Lightning's strategies, which modules FSDP2 (`fully_shard`) shards, which part of
+a sharded tensor this process holds, and how each process reads just its own part from files."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PreTrainedModel
 
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel
-from prism_deco.llms.build import weight_map
-from prism_deco.llms.layers import decoder_layers
+from prism_deco.llms.build import added_rows, weight_map
+from prism_deco.llms.layers import decoder_layers, fill_buffers
+from prism_deco.llms.lora import base_name, draw_lora, is_adapter
 from prism_deco.projectors import Projector
-from prism_deco.training.sharded_loading import read_weights
 from prism_deco.vlm import VLM
 
 
@@ -117,3 +124,87 @@ def reshard(vlm: nn.Module) -> None:
     for module in vlm.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of a tensor, the shape of the whole tensor, and where the block begins in it."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+
+def local_piece(tensor: Tensor) -> Piece:
+    """This process's block of a tensor: its part of one that `fully_shard` divided, else all of it."""
+    shape = tuple(tensor.shape)
+    if not isinstance(tensor, DTensor):
+        return Piece(tensor.detach(), shape, (0,) * len(shape))
+    local = tensor.to_local().detach()
+    expected, offset = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
+    assert tuple(local.shape) == expected, "sharded in another way than fully_shard does"
+    return Piece(local, shape, offset)
+
+
+def piece_of(tensor: Tensor, rank: int) -> Piece | None:
+    """What this process has to write of a tensor: each block is written once, and empty ones never."""
+    if not isinstance(tensor, DTensor):
+        return local_piece(tensor) if rank == 0 else None
+    mesh = tensor.device_mesh
+    copies = [mesh.get_local_rank(d) for d, p in enumerate(tensor.placements) if isinstance(p, Replicate)]
+    piece = local_piece(tensor)
+    return piece if not any(copies) and piece.tensor.numel() else None
+
+
+@torch.no_grad()
+def read_weights(lm: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
+    """Gives an LLM on the meta device, sharded or not, the weights of safetensors files.
+
+    No process has more of the model in memory than its own part and one row block of a file.
+
+    Args:
+        files: the file of each tensor.
+
+    Raises:
+        UsageError: a weight is missing, or has another shape.
+    """
+    fill_buffers(lm)
+    buffers = {name: buffer.clone() for name, buffer in lm.named_buffers()}
+    lm.to_empty(device=device)
+    lm.tie_weights()  # the copies that `to_empty` makes are separate
+    for name, buffer in lm.named_buffers():
+        buffer.copy_(buffers[name])
+    handles: dict[Path, Any] = {}
+    for adapted, parameter in lm.named_parameters():
+        if is_adapter(adapted):
+            _draw(adapted, local_piece(parameter))
+            continue
+        name = base_name(adapted)
+        if name not in files:
+            raise UsageError(f"The language model's files lack the weight {name}.")
+        file = handles.setdefault(files[name], safe_open(files[name], "pt"))
+        _read(name, file.get_slice(name), local_piece(parameter), lm.config.initializer_range)
+
+
+def _read(name: str, stored: Any, piece: Piece, std: float) -> None:
+    shape = tuple(stored.get_shape())
+    added = piece.shape[0] - shape[0]
+    # Tables have a row per token, and so has the head's bias: the tokenizer may need more of them or fewer.
+    by_token = "embed" in name or "lm_head" in name
+    if shape[1:] != piece.shape[1:] or (added and not by_token):
+        raise UsageError(f"The weight {name} is {list(shape)} in its file and {list(piece.shape)} in the model.")
+    if not piece.tensor.numel():
+        return
+    start, rows = piece.offset[0], piece.tensor.shape[0]
+    there = max(0, min(rows, shape[0] - start))
+    if there:
+        piece.tensor[:there].copy_(stored[start : start + there])
+    if there < rows and len(shape) == 1:
+        piece.tensor[there:].zero_()
+    elif there < rows:
+        piece.tensor[there:].copy_(added_rows(added, piece.shape[1], std)[start + there - shape[0] :][: rows - there])
+
+
+def _draw(name: str, piece: Piece) -> None:
+    start = piece.offset[0]
+    piece.tensor.copy_(draw_lora(name, piece.shape)[start : start + piece.tensor.shape[0]])

@@ -33,7 +33,7 @@ from prism_deco.plan.flops import TrainingFlops, training_flops
 from prism_deco.plan.meta_models import NeedsData
 from prism_deco.processes import clear_failures, failure_recorded
 from prism_deco.training.board import Board
-from prism_deco.training.callbacks import ProgressReport, Recorder, SampleAnswers
+from prism_deco.training.callbacks import ProgressReport, Recorder, SampleAnswers, SpeedMonitor
 from prism_deco.training.checkpoint_callback import Checkpointing
 from prism_deco.training.checkpoints import Checkpoint
 from prism_deco.training.checksums import trained_sha256, verify_model
@@ -45,7 +45,6 @@ from prism_deco.training.manifest import build_manifest, check_owner, provenance
 from prism_deco.training.metrics import Metrics
 from prism_deco.training.model_folder import save_model
 from prism_deco.training.module import TrainingModule
-from prism_deco.training.monitor import SpeedMonitor
 from prism_deco.training.preemption import Preemption, requeue
 from prism_deco.training.preflight import preflight
 from prism_deco.training.run_dir import RunTarget, full_disk_named
@@ -254,7 +253,7 @@ def _finish(folder: Path, requeues: bool, stop: Stop) -> None:
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Drops a line that a full disk does not take: the next file that the run needs ends it, with one message."""
+        """Drops the line where the disk is full: the run then ends with one message at the next file that it needs."""
 
 
 @contextmanager

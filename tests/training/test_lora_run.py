@@ -21,7 +21,7 @@ from prism_deco.llms.lora import merge_lora
 from prism_deco.sequence import build_batch
 from prism_deco.training.init_from import find_start, start_from
 from prism_deco.training.model_folder import load_model, save_model
-from prism_deco.training.sharded_loading import read_weights
+from prism_deco.training.sharding import read_weights
 
 SMALL = ["llm=mini_llama", "recipe=mini_finetune", "recipe.lora_r=4", "backbone=mini_clip"]
 

@@ -6,7 +6,7 @@ import torch
 from prism_deco.config import load_choice
 from prism_deco.llms import build_llm
 from prism_deco.llms.build import weight_map
-from prism_deco.training.sharded_loading import read_weights
+from prism_deco.training.sharding import read_weights
 
 
 @pytest.mark.parametrize("rows", [-70, 0, 70])

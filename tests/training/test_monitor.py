@@ -13,10 +13,10 @@ from prism_deco.data.encoder import Encoder
 from prism_deco.data.loader import Collate, Examples
 from prism_deco.data.records import open_records
 from prism_deco.plan.flops import TrainingFlops
-from prism_deco.training import monitor
+from prism_deco.training import callbacks
 from prism_deco.training.board import Board
+from prism_deco.training.callbacks import SpeedMonitor
 from prism_deco.training.module import TrainingModule
-from prism_deco.training.monitor import SpeedMonitor
 
 FLOPS = TrainingFlops(tower=100, projector=20, position=7, pair=3, target=11)
 
@@ -31,8 +31,8 @@ def steps(colors, tmp_path, tiny):
 
 def test_numbers_by_hand(steps, monkeypatch):
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(monitor, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(monitor, "peak_flops", lambda device: 1000.0)
+    monkeypatch.setattr(callbacks, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(callbacks, "peak_flops", lambda device: 1000.0)
     logged = {}
     board = SimpleNamespace(scalars=lambda values, step: logged.update(values, step=step))
     strategy = SimpleNamespace(reduce=lambda value, reduce_op: 2 * value)  # another rank did the same
