@@ -144,6 +144,7 @@ def check_dataset(
     workers = workers or os.cpu_count() or 1
     entries = records.column("entry").tolist()
     faults = [Fault(f["kind"], f["entry"], f["id"], f["detail"]) for f in records.refused("refuse")]
+    # Which records show an image: it is inspected once, and its fault listed with each of them.
     ids: list[str] = []
     first: dict[str, int] = {}
     shown_by: dict[str, list[int]] = defaultdict(list)
