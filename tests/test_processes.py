@@ -37,6 +37,7 @@ if "RANK" in os.environ and os.environ["RANKS_STAGE"] == "import":
 """
 
 WORK = f"""{HERE}
+from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 from prism_deco.config import load_config
@@ -52,7 +53,7 @@ def work(stage):
         here()
         if world.rank == 1:
             time.sleep(600)
-    with world.joined(), Preemption().watched():
+    with world.joined(), Preemption().watched() if stage == "watched" else nullcontext():
         if stage == "done":
             return 0
         if stage == "refused by rank 0":
@@ -165,7 +166,7 @@ SLOW = pytest.mark.slow
         for case in (
             ("command", signal.SIGKILL, -9, "^$"),
             ("command", signal.SIGTERM, 75, "Preempted: received SIGTERM$"),
-            ("command", signal.SIGINT, 130, "Interrupted: received SIGINT$" if stage == "joined" else ""),
+            ("command", signal.SIGINT, 130, ""),
             ("rank", signal.SIGKILL, 1, r"RankFailed: rank 1 was killed by SIGKILL$"),
             ("rank", signal.SIGTERM, 75, "Preempted: received SIGTERM$"),
         )
@@ -177,6 +178,15 @@ def test_whoever_dies_the_others_end(command, stage, who, number, code, says):
     os.kill(run.process.pid if who == "command" else ranks[1], number)
     ended, said = run.end()
     assert ended == code and re.search(says, said), said
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_the_ranks_as_what_it_is(command):
+    """As another signal it would have the job queued again."""
+    run = command("watched")
+    run.ready()
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.end() == (130, "Interrupted: received SIGINT")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
