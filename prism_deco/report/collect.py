@@ -16,10 +16,10 @@ from prism_deco.errors import UsageError
 from prism_deco.report.benchmarks import asked_by
 from prism_deco.report.cells import RunCell
 from prism_deco.report.run_files import (
+    MANIFEST_KEYS,
     log_tail,
     read_curves,
     read_json,
-    read_manifest,
     read_relevance,
     read_run_config,
     read_scores,
@@ -95,7 +95,7 @@ def read_cell(folder: Path, record: Mapping[str, Any] | None = None) -> RunCell:
             cell = replace(cell, config=config, asked=asked_by(config), labels=labels)
         cell = _with_status(cell)
         if (folder / "manifest.json").is_file():
-            manifest = read_manifest(folder / "manifest.json")
+            manifest = read_json(folder / "manifest.json", MANIFEST_KEYS)
             scores = read_scores(folder / "eval", cell.asked)
             relevance = read_relevance(folder / "explain", config) if config is not None else {}
             cell = replace(cell, manifest=manifest, scores=scores, relevance=relevance)
@@ -108,16 +108,18 @@ def read_cell(folder: Path, record: Mapping[str, Any] | None = None) -> RunCell:
 def _read_config(folder: Path, record: Mapping[str, Any]) -> DictConfig | None:
     if (folder / "config.yaml").is_file():
         return read_run_config(folder / "config.yaml")
-    if not record.get("overrides"):
+    overrides = record.get("overrides") or []
+    # The ledger may be somebody else's: as in a stored configuration, references are not followed.
+    if not overrides or any("${" in override for override in overrides):
         return None
-    config = final_config([*record["overrides"], f"run_id={folder.name}"])  # as the sweep will launch it
+    config = final_config([*overrides, f"run_id={folder.name}"])  # as the sweep will launch it
     OmegaConf.resolve(config)
     return config
 
 
 def _with_status(cell: RunCell) -> RunCell:
     status = read_status(cell.folder)
-    if not status:
+    if "state" not in status:
         return cell
     cell = replace(cell, started=status.get("started"), seconds=status.get("seconds") or cell.seconds)
     # A run that was killed could not say so; the sweep saw it end.
@@ -138,19 +140,13 @@ def _label(runs: list[RunCell]) -> list[RunCell]:
         for cell, values in zip(runs, settings, strict=True)
     ]
     places = Counter((cell.row, cell.variant, cell.seed, cell.blind) for cell in labelled)
-    return [
-        replace(cell, labels={**cell.labels, "projector.run": cell.id})
-        if places[cell.row, cell.variant, cell.seed, cell.blind] > 1
-        else cell
-        for cell in labelled
-    ]
+    for number, cell in enumerate(labelled):
+        if places[cell.row, cell.variant, cell.seed, cell.blind] > 1:
+            labelled[number] = replace(cell, labels={**cell.labels, "projector.run": cell.id})
+    return labelled
 
 
 def _settings(config: DictConfig | None) -> dict[str, str]:
-    if config is None:
-        return {}
-    return {
-        key: str(value)
-        for key, value in flat(config).items()
-        if key.startswith(("data.", "recipe.")) and not key.startswith(_NO_AXES)
-    }
+    values = flat(config) if config is not None else {}
+    keys = [key for key in values if key.startswith(("data.", "recipe.")) and not key.startswith(_NO_AXES)]
+    return {key: str(values[key]) for key in keys}

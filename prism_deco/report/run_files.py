@@ -14,13 +14,13 @@ from prism_deco.config.benchmarks import benchmark_name
 from prism_deco.errors import UsageError
 from prism_deco.report.benchmarks import family_of
 from prism_deco.report.cells import SPEED, TRAIN_LOSS, VAL_LOSS, Curve, Score
-from prism_deco.training.metrics import read_metrics
+from prism_deco.training.metrics import METRICS, read_metrics
 
 SHOWN = (TRAIN_LOSS, VAL_LOSS, SPEED)
 
 TAIL_LINES = 8
 
-_MANIFEST = ("data_hash", "params", "samples", "steps", "tokens")
+MANIFEST_KEYS = ("data_hash", "params", "samples", "steps", "tokens")
 _SCORE = ("benchmark", "data_hash", "decoding", "interval95", "metrics", "n", "primary", "prompt_hash")
 
 
@@ -45,11 +45,6 @@ def read_run_config(path: Path) -> DictConfig:
     if missing:
         raise UsageError(f"{path} is not a run's configuration: it has no {', '.join(missing)}.")
     return config
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The content of a `manifest.json`."""
-    return read_json(path, _MANIFEST)
 
 
 def read_scores(folder: Path, asked: Mapping[str, str]) -> dict[str, dict[str, Score]]:
@@ -95,10 +90,13 @@ def read_curves(run: Path) -> dict[str, Curve]:
     A resumed run repeats the steps after its checkpoint; the last value of a step counts.
     """
     curves: dict[str, dict[int, float]] = _read_tensorboard(run / "tensorboard")
-    for row in read_metrics(run):
-        for name in SHOWN:
-            if row.get(name) is not None:
-                curves.setdefault(name, {})[int(row["step"])] = float(row[name])
+    try:
+        for row in read_metrics(run):
+            for name in SHOWN:
+                if row.get(name) is not None:
+                    curves.setdefault(name, {})[int(row["step"])] = float(row[name])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{run / METRICS} is damaged: a line is not a record of a step's numbers.") from error
     return {name: sorted(values.items()) for name, values in curves.items()}
 
 

@@ -110,7 +110,17 @@ def test_curves_of_both_kinds(tmp_path):
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 29, "train/l')  # the last line is being written
     assert read_curves(tmp_path) == speed | {"train/loss": [(9, 3.5), (19, 3.0)], "val/loss": [(19, 1.75)]}
+    (tmp_path / "metrics.jsonl").write_text("[]\n")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_curves(tmp_path)
     assert read_curves(tmp_path / "nothing") == {}
+
+
+def test_references_in_a_ledger_are_not_followed(make, tmp_path):
+    overrides = ["data=llava", "data.json=${oc.env:HOME}/x.json"]
+    make.ledger(tmp_path, [{"id": "a", "labels": {"projector": "avgpool"}, "overrides": overrides, "state": "planned"}])
+    [cell] = collect([tmp_path])
+    assert cell.config is None and (cell.state, cell.projector) == ("planned", "avgpool")
 
 
 def test_step_times_are_the_batch_over_the_median_speed(make, tmp_path):
