@@ -4,8 +4,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from prism_deco.report.cells import seed_groups
-from prism_deco.report.collect import collect
-from prism_deco.report.run_files import read_curves
+from prism_deco.report.collect import collect, read_curves
 
 
 def test_a_sweeps_cells_come_with_their_states_and_scores(mini_sweep):
