@@ -9,13 +9,12 @@ from pathlib import Path
 from prism_deco.config import read_yaml
 from prism_deco.config.registry import require_imported
 from prism_deco.errors import UsageError
-from prism_deco.report import figures, status_tables, tables
+from prism_deco.report import figures, grid, status_tables, tables
 from prism_deco.report.cells import RunCell
 from prism_deco.report.collect import collect
 from prism_deco.report.comparability import refusal
-from prism_deco.report.document import PageSection, document
-from prism_deco.report.grid import ScoreTable, score_records, score_tables, secondary_records
-from prism_deco.report.html_page import render
+from prism_deco.report.grid import ScoreTable
+from prism_deco.report.page import PageSection, document, render
 from prism_deco.report.paired_tests import BASE, Difference, difference_records, paired_differences
 from prism_deco.report.plotting import Figure
 from prism_deco.report.recipe_diff import override_sentences
@@ -47,37 +46,45 @@ def write_report(
     cells = collect(folders)
     _warn_of_plugins(cells)
     chosen, others = choose_split(cells, split)
-    grids = score_tables(cells, chosen)
-    for table in grids:
+    score_tables = grid.score_tables(cells, chosen)
+    for table in score_tables:
         if table.disagreements and not mixed:
             raise UsageError(refusal(table.title, table.disagreements))
-    differences = []
-    for table in grids:
-        log.info("%s: comparing %d lines on %d benchmarks", table.title, len(table.groups), len(table.benchmarks))
-        differences.append(paired_differences(table.groups, table.benchmarks, chosen, table.has_mean))
+    differences = [_differences(table) for table in score_tables]
     log.info("Drawing the figures")
-    scored = score_sections(grids, differences)
+    scored = score_sections(score_tables, differences)
     sections = [*_unfinished_section(cells), *scored]
     if cells:
         sections.append(PageSection([status_tables.cells_table(cells)]))
-    text, drawn = document(
-        _title(folders), [*status_tables.about(cells), status_tables.notes(cells, chosen, others)], sections
-    )
-    files: dict[str, str | bytes] = {
-        "report.html": render(text, drawn),
-        "report.md": text,
-        "scores.csv": comma_separated([record for table in grids for record in score_records(table)]),
-        "differences.csv": comma_separated([record for own in differences for record in difference_records(own)]),
-        "cells.csv": comma_separated(status_tables.cell_records(cells)),
-        "run_scores.csv": comma_separated(status_tables.run_records(cells, chosen)),
-    }
-    secondary = [record for table in grids for record in secondary_records(table)]
-    if secondary:
-        files["readings.csv"] = comma_separated(secondary)
+    paragraphs = [*status_tables.about(cells), status_tables.notes(cells, chosen, others)]
+    text, drawn = document(_title(folders), paragraphs, sections)
     out = out or _default_out(folders)
-    write_files(out, files | drawn)
+    write_files(out, {"report.html": render(text, drawn), "report.md": text} | drawn)
+    write_files(out, _csv_files(cells, score_tables, differences, chosen))
     _mention_claims(folders)
     return out / "report.html", [section.tables[0] for section in scored]
+
+
+def _differences(table: ScoreTable) -> list[Difference]:
+    log.info("%s: comparing %d lines on %d benchmarks", table.title, len(table.groups), len(table.benchmarks))
+    return paired_differences(table.groups, table.benchmarks, table.split, table.has_mean)
+
+
+def _csv_files(
+    cells: Sequence[RunCell],
+    score_tables: Sequence[ScoreTable],
+    differences: Sequence[Sequence[Difference]],
+    split: str,
+) -> dict[str, str | bytes]:
+    scores = [record for table in score_tables for record in grid.score_records(table)]
+    secondary = [record for table in score_tables for record in grid.secondary_records(table)]
+    files: dict[str, str | bytes] = {
+        "scores.csv": comma_separated(scores),
+        "differences.csv": comma_separated([record for own in differences for record in difference_records(own)]),
+        "cells.csv": comma_separated(status_tables.cell_records(cells)),
+        "run_scores.csv": comma_separated(status_tables.run_records(cells, split)),
+    }
+    return files | ({"readings.csv": comma_separated(secondary)} if secondary else {})
 
 
 def write_files(out: Path, files: Mapping[str, str | bytes]) -> None:
@@ -141,12 +148,14 @@ def _unfinished_section(cells: Sequence[RunCell]) -> list[PageSection]:
     return [PageSection([status_tables.unfinished_table(unfinished)], logs=logs)]
 
 
-def score_sections(grids: Sequence[ScoreTable], differences: Sequence[Sequence[Difference]]) -> list[PageSection]:
+def score_sections(
+    score_tables: Sequence[ScoreTable], differences: Sequence[Sequence[Difference]]
+) -> list[PageSection]:
     """Tables of scores, or of losses where nothing was scored, what follows from each, and its figures."""
     sections = []
-    for table, own in zip(grids, differences, strict=True):
+    for table, own in zip(score_tables, differences, strict=True):
         # A figure of many numbers of tokens spans the tables of a part, and stands below the last of them.
-        scored = [other for other in grids if other.part == table.part and other.benchmarks]
+        scored = [other for other in score_tables if other.part == table.part and other.benchmarks]
         spanning = []
         if scored and table is scored[-1]:
             more = [group for other in scored[:-1] for group in other.groups]

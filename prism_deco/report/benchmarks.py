@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from prism_deco.config import load_choice
+from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks
 from prism_deco.errors import UsageError
 from prism_deco.report import paper
 from prism_deco.report.cells import RunCell
@@ -24,15 +24,27 @@ def benchmarks_of(cells: Sequence[RunCell], split: str | None) -> list[str]:
     names = [name for cell in cells for name in cell.asked]
     if split is not None:
         names += [name for cell in cells for name in cell.scores.get(split, {})]
-    order = [*paper.COLUMNS[1], *expand("mini")]
+    order = [*paper.COLUMNS[1], *_members("mini")]
     known = sorted(dict.fromkeys(names))
     return sorted(known, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def asked_by(config: DictConfig) -> dict[str, str]:
     """By name, the choices (shipped names, or YAML files) of the benchmarks that a run is to be scored on."""
-    names = str(config.evaluate.benchmarks or "").split(",")
-    return {name: choice for part in names for name, choice in expand(part.strip()).items()}
+    choices: list[str] = []
+    for part in str(config.evaluate.benchmarks or "").split(","):
+        choices += _members(part.strip())
+    return {str(_content(choice)["name"]): choice for choice in choices}
+
+
+@cache
+def _members(choice: str) -> list[str]:
+    """The members of a group of benchmarks. An unknown one is taken for a benchmark: its scores are missing, not
+    wrong."""
+    try:
+        return resolve_benchmarks(choice)
+    except UsageError:
+        return [choice]
 
 
 def family_of(choice: str) -> str:
@@ -41,19 +53,9 @@ def family_of(choice: str) -> str:
 
 
 @cache
-def expand(choice: str) -> Mapping[str, str]:
-    """The members of a group of benchmarks by name, a single one as itself. An unknown one is taken for a benchmark:
-    its scores are missing, not wrong."""
-    content = _content(choice)
-    if "members" not in content:
-        return {str(content["name"]): choice} if choice else {}
-    return {name: own for member in content["members"] for name, own in expand(member).items()}
-
-
-@cache
 def _content(choice: str) -> Mapping[str, Any]:
     """A benchmark's YAML; only the name where the file is gone."""
     try:
         return load_choice("benchmark", choice)
     except UsageError:
-        return {"name": Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice}
+        return {"name": benchmark_name(choice)}

@@ -111,7 +111,7 @@ def tokens_figures(table: ScoreTable, more: Sequence[SeedGroup] = ()) -> list[Fi
                 _draw(ax, [Point(group, group.tokens or 0, score) for group, score in summaries if score], looks)
                 _token_axis(ax, [group.tokens or 0 for group in members])
                 label_axes(ax, name, TOKENS, "score (%)" if table.has_mean else "score")
-            legend(figure, axes, looks)
+            legend(figure, axes)
             caption = f"{family}: score against the number of visual tokens, with 95 % intervals. {_SIDE_BY_SIDE}"
             found.append(Figure(f"tokens{number or ''}", to_svg(figure), caption))
     return found
@@ -136,7 +136,7 @@ def mean_figure(table: ScoreTable) -> Figure | None:
             _draw(ax, own, looks)
             _token_axis(ax, [point.tokens for point in found])
             label_axes(ax, family, TOKENS, "mean score (%)")
-        legend(figure, axes, looks)
+        legend(figure, axes)
         caption = (
             f"Mean score over the benchmarks against {TOKENS}, with 95 % intervals. The grey line joins what nothing "
             f"cheaper beats. {_SIDE_BY_SIDE}"
@@ -192,7 +192,7 @@ def convergence(table: ScoreTable) -> Figure | None:
                 if group.row == row:
                     _convergence(ax, group, looks[group.variant])
             label_axes(ax, row, STEPS, "training loss (nats per token)")
-        legend(figure, axes, looks)
+        legend(figure, axes)
         caption = (
             "Training loss, a running mean over a fortieth of the run; with several seeds their mean, each seed faint."
         )

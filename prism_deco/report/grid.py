@@ -125,18 +125,13 @@ def score_tables(cells: Sequence[RunCell], split: str) -> list[ScoreTable]:
 
 
 def _tables_of(groups: Sequence[SeedGroup], part: str, blind_cells: Sequence[RunCell], split: str) -> list[ScoreTable]:
-    by_table: dict[int, list[tuple[str, SeedGroup]]] = {3: [], 1: []}
-    others = []
-    for group in groups:
-        settings = {table: paper.setting(group.cells[0], table) for table in by_table}
-        table = next((table for table, setting in settings.items() if setting is not None), None)
-        if table is None:
-            others.append(group)
-        else:
-            by_table[table].append((str(settings[table]), group))
     suffix = f": {part}" if part else ""
     tables = []
-    for table, chosen in by_table.items():
+    others = list(groups)
+    for table in (3, 1):
+        settings = [paper.setting(group.cells[0], table) for group in others]
+        chosen = [(name, group) for name, group in zip(settings, others, strict=True) if name is not None]
+        others = [group for name, group in zip(settings, others, strict=True) if name is None]
         if chosen:
             title = f"Table {table} of the paper, and ours{suffix}"
             rows = _paper_rows(table, chosen)

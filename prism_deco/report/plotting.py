@@ -7,7 +7,6 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import matplotlib
@@ -65,12 +64,10 @@ class Figure:
 def styles(variants: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Colour, marker and dashes of each line: a projector's are the same in all reports."""
     variants = list(dict.fromkeys(variants))
-    taken = {PROJECTORS.index(name) for name in variants if name in PROJECTORS}
-    free = (k for k in count() if k not in taken)
-    places = {name: PROJECTORS.index(name) if name in PROJECTORS else next(free) for name in variants}
+    order = [*PROJECTORS, *(name for name in variants if name not in PROJECTORS)]
     found = {}
-    for name, place in places.items():
-        color, marker, dashes = _STYLES[place % len(_STYLES)]
+    for name in variants:
+        color, marker, dashes = _STYLES[order.index(name) % len(_STYLES)]
         found[name] = {"color": color, "marker": marker, "linestyle": dashes}
     return found
 
@@ -91,13 +88,12 @@ def settings() -> Any:
     return matplotlib.rc_context(_SETTINGS)  # type: ignore[arg-type]  # its keys are text
 
 
-def legend(figure: Canvas, axes: Sequence[Axes], order: Iterable[str] = ()) -> None:
-    """One legend below all panels, with the entries of all of them; those named in `order` in that order."""
+def legend(figure: Canvas, axes: Sequence[Axes]) -> None:
+    """One legend below all panels, with the entries of all of them."""
     found: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    found = {name: found[name] for name in dict.fromkeys([*order, *found]) if name in found}
     longest = max((len(label) for label in found), default=1)
     columns = max(1, min(len(found), int(figure.get_figwidth() * 11 / (longest + 7))))
     place = {"loc": "outside lower center", "ncols": columns, "handlelength": 3.2, "columnspacing": 1.6}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -16,18 +16,13 @@ Strata = Mapping[str, Sequence[float]]
 _ROUNDING = 1e-9  # of means over seeds
 
 
-@dataclass(frozen=True)
-class Wins:
+class Wins(NamedTuple):
     """In how many places one is ahead of another."""
 
     ahead: int
     behind: int
     tied: int
     missing: int
-
-    @property
-    def total(self) -> int:
-        return self.ahead + self.behind + self.tied
 
 
 def count_wins(first: Mapping[Hashable, float | None], second: Mapping[Hashable, float | None]) -> Wins:

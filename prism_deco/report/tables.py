@@ -9,7 +9,7 @@ from prism_deco.report import paper
 from prism_deco.report.cells import TRAIN_LOSS, VAL_LOSS, SeedGroup
 from prism_deco.report.grid import SECONDARY, ScoreRow, ScoreTable, paper_mean, secondary_values
 from prism_deco.report.paired_tests import BASE, MEAN, Difference
-from prism_deco.report.stats import Wins, count_wins
+from prism_deco.report.stats import count_wins
 from prism_deco.report.tabular import MISSING, Field, Table, format_interval, format_number, under_headings
 
 
@@ -147,19 +147,16 @@ def wins_table(table: ScoreTable) -> Table | None:
             own = count_wins(table.ours(bases[0]), table.ours(other))
             fields = [Field(str(count)) for count in (own.ahead, own.behind, own.tied, own.missing)]
             if table.table:
-                fields.append(Field(_wins_text(count_wins(table.papers(bases[0]), table.papers(other)))))
+                theirs = count_wins(table.papers(bases[0]), table.papers(other))
+                total = theirs.ahead + theirs.behind + theirs.tied
+                text = f"{theirs.ahead} of {total} ahead, {theirs.behind} behind, {theirs.tied} tied"
+                fields.append(Field(text if total else MISSING))
             rows.append([Field(f"{bases[0]} over {other}"), *fields])
     if not rows:
         return None
     columns = ["pair", "ahead", "behind", "tied", "missing", *(["paper"] if table.table else [])]
     caption = "Places are a row and a benchmark; scores are compared as printed, with one decimal."
     return Table("Wins", columns, rows, caption=caption)
-
-
-def _wins_text(wins: Wins) -> str:
-    if not wins.total:
-        return MISSING
-    return f"{wins.ahead} of {wins.total} ahead, {wins.behind} behind, {wins.tied} tied"
 
 
 def gains_table(table: ScoreTable) -> Table:
@@ -191,13 +188,11 @@ def spatial_table(table: ScoreTable) -> Table:
         known = [value for value in values if value is not None]
         mean = fmean(known) if len(known) == len(tasks) else None
         target = printed.get(row.variant)
-        line = f"paper {format_number(target)}" if target is not None else "not published"
+        lines = [f"paper {format_number(target)}"] if target is not None else []
         if mean is not None and target is not None:
-            line += f", Δ {format_number(mean - target, sign='+')}"
-        lines = ["not published"] * len(tasks) + [line]
+            lines.append(f"Δ {format_number(mean - target, sign='+')}")
         texts = [row.missing if value is None else format_number(value) for value in (*values, mean)]
-        fields = [Field(text, (below,)) for text, below in zip(texts, lines, strict=True)]
-        rows.append([Field(row.variant), *fields])
+        rows.append([Field(row.variant), *map(Field, texts[:-1]), Field(texts[-1], tuple(lines))])
     caption = (
         "Each task in per cent of its highest score (MME's position: 200 points), mean over seeds; the average is the "
         "mean of the six. Of the paper's table only the averages are known."

@@ -127,7 +127,7 @@ class TerminalTable:
         rest = max(widths[1:], default=0)
         words = [word for text in self._columns()[0] for word in text.split()]
         # The names have what a column beside them leaves, as long as no word has to be broken for it.
-        widths[0] = min(widths[0], max(options.max_width - rest - 7, *map(len, words)), options.max_width - 4)
+        widths[0] = min(widths[0], max([options.max_width - rest - 7, *map(len, words)]), options.max_width - 4)
         blocks: list[list[int]] = [[]]
         for number in range(1, len(widths)):
             used = sum(widths[own] + 3 for own in (0, *blocks[-1], number)) + 1

@@ -4,8 +4,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from prism_deco.report.cells import seed_groups
-from prism_deco.report.collect import collect
-from prism_deco.report.run_files import read_curves
+from prism_deco.report.collect import collect, read_curves
 
 
 def test_a_sweeps_cells_come_with_their_states_and_scores(mini_sweep):
@@ -110,7 +109,17 @@ def test_curves_of_both_kinds(tmp_path):
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 29, "train/l')  # the last line is being written
     assert read_curves(tmp_path) == speed | {"train/loss": [(9, 3.5), (19, 3.0)], "val/loss": [(19, 1.75)]}
+    (tmp_path / "metrics.jsonl").write_text("[]\n")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_curves(tmp_path)
     assert read_curves(tmp_path / "nothing") == {}
+
+
+def test_references_in_a_ledger_are_not_followed(make, tmp_path):
+    overrides = ["data=llava", "data.json=${oc.env:HOME}/x.json"]
+    make.ledger(tmp_path, [{"id": "a", "labels": {"projector": "avgpool"}, "overrides": overrides, "state": "planned"}])
+    [cell] = collect([tmp_path])
+    assert cell.config is None and (cell.state, cell.projector) == ("planned", "avgpool")
 
 
 def test_step_times_are_the_batch_over_the_median_speed(make, tmp_path):

@@ -47,7 +47,7 @@ def claims_table(claims: Sequence[Claim], records: Sequence[Record]) -> Table:
         "none. In smaller print what the paper says, the contrasts that judge it (first minus second), and how many "
         f"of them remain clear after adjusting p for all {_tested(records)} contrasts (Holm, below {ALPHA})."
     )
-    return Table("Claims", ["claim", *(f"equal {equal}" for equal in used)], rows, caption=caption)
+    return Table("Claims", ["claim", *(f"equal {equal}" for equal in used)], rows, caption, words=True)
 
 
 def _verdict(judging: Sequence[Record]) -> Field:

@@ -58,7 +58,7 @@ def _forest(records: Sequence[Record], unit: str) -> Figure:
         )
         table.auto_set_font_size(False)
         table.set_fontsize(8)
-        legend(figure, [ax], ("equal steps", "equal compute", "margin"))
+        legend(figure, [ax])
     caption = (
         "Effects with their 95 % intervals over seeds, blue where a claim holds and orange where it is reversed; "
         "filled marks: equal steps, hollow marks: equal compute. A claim says that the effect is right of zero, or "

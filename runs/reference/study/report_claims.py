@@ -24,9 +24,8 @@ from prism_deco.errors import UsageError
 from prism_deco.report.assemble import choose_split, write_files
 from prism_deco.report.benchmarks import benchmarks_of
 from prism_deco.report.collect import collect
-from prism_deco.report.document import PageSection, document
 from prism_deco.report.grid import score_tables
-from prism_deco.report.html_page import render
+from prism_deco.report.page import PageSection, document, render
 from prism_deco.report.tabular import comma_separated, records_table
 
 

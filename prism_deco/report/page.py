@@ -1,10 +1,11 @@
-"""The report as one HTML file, made from its Markdown; it needs no network, no server and no script."""
+"""The report as Markdown with figures, and as one HTML file made of it, which needs no network, server or script."""
 
 from __future__ import annotations
 
 import base64
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -13,18 +14,64 @@ from markdown_it import MarkdownIt
 from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 
+from prism_deco.report.plotting import Figure
+from prism_deco.report.tabular import Table, escape, markdown, paragraph
 
-def render(markdown: str, figures: Mapping[str, str | bytes]) -> str:
+
+@dataclass(frozen=True)
+class PageSection:
+    """A part of the report, under the title of its first table.
+
+    Attributes:
+        warnings: paragraphs above the tables, set off.
+        folded: long tables, shown on demand.
+        logs: last lines by the name of a cell.
+    """
+
+    tables: Sequence[Table]
+    figures: Sequence[Figure] = ()
+    warnings: Sequence[str] = ()
+    folded: Sequence[Table] = ()
+    logs: Mapping[str, str] = field(default_factory=dict)
+
+
+def document(
+    title: str, paragraphs: Sequence[str], sections: Sequence[PageSection]
+) -> tuple[str, dict[str, str | bytes]]:
+    """The Markdown, and SVG by the path under which it is named there."""
+    figures: dict[str, str | bytes] = {}
+    parts = [f"# {escape(title)}\n", *map(paragraph, paragraphs)]
+    for number, section in enumerate(sections, start=1):
+        parts.append(f"## {escape(section.tables[0].title)}\n")
+        parts += [f"> {paragraph(text)}" for text in section.warnings]
+        for table in section.tables:
+            parts += [f"### {escape(table.title)}\n"] if table is not section.tables[0] else []
+            parts.append(markdown(table))
+        for figure in section.figures:
+            path = f"figures/{figure.name}.svg"
+            if path in figures:
+                path = f"figures/{number}-{figure.name}.svg"
+            figures[path] = figure.svg
+            parts.append(f"![{escape(figure.caption or figure.name)}](<{path}>)\n")
+        for table in section.folded:
+            parts += [f"#### {escape(table.title)}\n", markdown(table)]
+        for name, text in section.logs.items():
+            quoted = "\n".join(f"    {line}" for line in text.splitlines())
+            parts.append(f"#### Last log lines of {escape(name)}\n\n{quoted}\n")
+    return "\n".join(parts), figures
+
+
+def render(text: str, figures: Mapping[str, str | bytes]) -> str:
     """The page's HTML. All text is escaped: the Markdown may hold no HTML of its own.
 
     Args:
-        markdown: its first heading is the page's title; those of level 2 begin a section, the text below those of
+        text: Markdown; its first heading is the page's title; those of level 2 begin a section, the text below those of
             level 4 is shown on demand.
         figures: SVG by the path under which the Markdown names it.
     """
     parser = MarkdownIt("commonmark", {"html": False}, renderer_cls=_PageRenderer).enable("table")
     page: dict[str, Any] = {"figures": figures, "headings": [], "open": []}
-    body = parser.render(markdown, page)
+    body = parser.render(text, page)
     body += "".join(f"</{tag}>" for tag in reversed(page["open"]))
     title, *sections = page["headings"]
     links = [f'<a href="#section-{number}">{name}</a>' for number, name in enumerate(sections, start=1)]
@@ -41,7 +88,8 @@ class _PageRenderer(RendererHTML):
         while env["open"] and (tag == "h2" or env["open"][-1] == "details"):
             closing += f"</{env['open'].pop()}>"
         if tag in ("h1", "h2"):
-            env["headings"].append(html.escape(tokens[idx + 1].children[0].content))  # type: ignore[index]
+            children = tokens[idx + 1].children or []
+            env["headings"].append(html.escape("".join(child.content for child in children)))
         if tag == "h2":
             env["open"].append("section")
             return f'{closing}<section id="section-{len(env["headings"]) - 1}"><h2>'
