@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -30,11 +31,9 @@ def load_predictions(path: str | Path) -> list[Prediction]:
     predictions = _read(path, drop_torn=False)
     if not predictions:
         raise UsageError(f"{path} holds no predictions.")
-    seen: set[str] = set()
-    for prediction in predictions:
-        if prediction.question_id in seen:
-            raise UsageError(f"{path}: question {prediction.question_id} occurs twice.")
-        seen.add(prediction.question_id)
+    question_id, count = Counter(prediction.question_id for prediction in predictions).most_common(1)[0]
+    if count > 1:
+        raise UsageError(f"{path}: question {question_id} occurs twice.")
     return predictions
 
 
