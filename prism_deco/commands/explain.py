@@ -49,8 +49,10 @@ def explain(args: argparse.Namespace) -> None:
     place = {"device": requested_device(args.device), "dtype": getattr(torch, args.dtype) if args.dtype else None}
     example = ExplainExample(args.image, args.prompt, args.answer) if args.image is not None else None
     options: dict[Path, dict[str, Any]] = {}
-    for run in runs if name is not None else ():  # what is wrong with one of them must not wait for those before it
+    for run in runs:  # what is wrong with one of them must not wait for those before it
         check_writable(args.out or run / "explain", "Name a folder for the results with --out.")
+        if name is None:
+            continue
         finished_run(run)
         stored = stored_keys(run, benchmark_name(name), leave_out=["limit"])
         options[run] = stored | asked.options | next(iter(asked.own.values()), {})
@@ -125,6 +127,8 @@ def has_relevance(run: Path, name: str, split: str | None) -> bool:
 
 
 def _check_arguments(args: argparse.Namespace, asked: Asked) -> None:
+    from prism_deco.data.images import open_image
+
     given = {"--image": args.image, "--prompt": args.prompt, "--answer": args.answer}
     one = [name for name, value in given.items() if value is not None]
     keys = [*(["benchmark"] if asked.benchmarks else []), *asked.options, *(f"benchmark.{name}" for name in asked.own)]
@@ -143,8 +147,8 @@ def _check_arguments(args: argparse.Namespace, asked: Asked) -> None:
             "Name runs and either one question or a benchmark, for example: prism-deco explain runs/RUN_ID --image "
             'cat.jpg --prompt "What is it?"  or  prism-deco explain runs/RUN_ID benchmark=mini_refcoco limit=100'
         )
-    if args.image is not None and not args.image.is_file():
-        raise UsageError(f"--image {args.image}: there is no such file.")
+    if args.image is not None:
+        open_image(args.image)  # what is wrong with it must not wait for the model
     for run in asked.runs:
         if not run.is_dir():
             raise UsageError(f"{run} is not a folder: give a run folder such as runs/RUN_ID.")
