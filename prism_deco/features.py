@@ -37,7 +37,7 @@ from prism_deco.backbones import VisionBackbone
 from prism_deco.data.examples import Examples, blank_pixels
 from prism_deco.data.images import load_image
 from prism_deco.errors import UsageError
-from prism_deco.files import file_sha256, write_json, write_whole
+from prism_deco.files import check_writable, file_sha256, write_json, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,8 @@ class FeatureCache:
         return shard_path(self.folder, shard)
 
     def check_space(self) -> None:
-        """`UsageError` if the shards that have no record yet do not fit on the disk."""
+        """`UsageError` if the cache cannot be written, or the shards without a record do not fit on the disk."""
+        check_writable(self.folder, "Point PRISM_DECO_CACHE at another folder, or set trainer.feature_cache=false.")
         missing = [names for shard, names in enumerate(self.shards) if not self._record_path(shard).is_file()]
         needed = sum(map(len, missing)) * self.image_bytes
         existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -41,14 +42,20 @@ def write_json(path: Path, content: dict[str, Any], *, durable: bool = True) -> 
 
 def check_writable(folder: Path, way_out: str) -> None:
     """Raises `UsageError` where nothing can be written to a folder, or to the place where it is to be made."""
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
     try:
-        with TemporaryFile(dir=place):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            folder.stat()  # its name may be too long
+        with TemporaryFile(dir=nearest_existing(folder)):
             pass
     except OSError as error:
         raise UsageError(f"{folder} cannot be written ({error.strerror}). {way_out}") from error
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    while not os.path.exists(path) and path != path.parent:
+        path = path.parent
+    return path
 
 
 def remove_unfinished(folder: Path) -> None:

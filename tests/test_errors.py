@@ -1,5 +1,8 @@
 """Refused input is one line wherever it was found, and only refused input is."""
 
+import errno
+import os
+
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
@@ -42,3 +45,32 @@ def test_a_bug_is_not_taken_for_refused_input(monkeypatch, capsys, error):
     assert main(["keys"]) == 2 and capsys.readouterr().err == "prism-deco: error: no such file\n"
     with pytest.raises(UsageError):
         main(["keys", "--debug"])
+
+
+@pytest.mark.parametrize(
+    "reason", ["EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST", "EISDIR", "ENAMETOOLONG", "ENOSPC", "EDQUOT"]
+)
+def test_a_file_that_the_system_refuses_is_one_line(monkeypatch, capsys, tmp_path, reason):
+    number = getattr(errno, reason)
+    # A write to a full disk names no file: the message names the fullest of the folders in use.
+    name = () if reason in ("ENOSPC", "EDQUOT") else ("results/x.json",)
+
+    def refused(args):
+        raise OSError(number, os.strerror(number), *name)
+
+    monkeypatch.setattr("prism_deco.commands.keys.keys", refused)
+    assert main(["keys", "x" * 5000]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("prism-deco: error: ") and f": {os.strerror(number)}" in line and "--out" in line
+    assert not name or f"error: {name[0]}:" in line
+    with pytest.raises(OSError, match="."):
+        main(["keys", "--debug"])
+
+
+def test_a_file_that_is_missing_is_a_bug(monkeypatch):
+    def missing(args):
+        raise FileNotFoundError(errno.ENOENT, "No such file", "x.json")
+
+    monkeypatch.setattr("prism_deco.commands.keys.keys", missing)
+    with pytest.raises(FileNotFoundError):
+        main(["keys"])

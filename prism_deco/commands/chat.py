@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from prism_deco.commands.common import PLUGINS, import_plugins_only
 from prism_deco.errors import UsageError
+from prism_deco.files import check_writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,12 +41,17 @@ def chat(args: argparse.Namespace) -> None:
     import torch
 
     from prism_deco.api import load
+    from prism_deco.data.images import open_image
 
     import_plugins_only(args.settings)
     if args.relevance and len(args.image) > 1:
         raise UsageError(f"--relevance explains answers about one image, not {len(args.image)}.")
-    model = load(args.run, device=args.device, dtype=getattr(torch, args.dtype) if args.dtype else None)
+    for path in args.image:
+        open_image(path)  # what is wrong with it must not wait for the model
     relevance = (args.out or args.run / "chat") if args.relevance else None
+    if relevance is not None:
+        check_writable(relevance, "Name a folder for the pictures with --out.")
+    model = load(args.run, device=args.device, dtype=getattr(torch, args.dtype) if args.dtype else None)
     talk = Chat(model, max_new_tokens=args.max_new_tokens, relevance=relevance, name=args.run.name)
     if args.image:
         talk.show(args.image)
@@ -73,7 +79,7 @@ class Chat:
         self._answers = 0
 
     def show(self, paths: Sequence[Path]) -> None:
-        """Other images; the conversation begins anew. `OSError` if one cannot be read."""
+        """Other images; the conversation begins anew. `UsageError` if one cannot be read."""
         self._visual = self.model.encode_images(paths)
         self._images = list(paths)
         self.messages = []
@@ -146,7 +152,7 @@ def converse(talk: Chat, read: Callable[[], str]) -> None:
         except (EOFError, KeyboardInterrupt):
             _say("")
             return
-        except (UsageError, OSError) as error:
+        except (UsageError, OSError) as error:  # OSError: the relevance cannot be written
             _say(str(error))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prism_deco.commands.common import OVERRIDES, show
 from prism_deco.config import load_config
+from prism_deco.files import check_writable
 
 
 def data_check_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,11 +33,12 @@ def data_check(args: argparse.Namespace) -> int:
     from prism_deco.data import build_source
     from prism_deco.data.check import check_dataset
 
+    out = args.out or Path(config.runs_dir) / "data_check" / config.data.name
+    check_writable(out, "Name a folder for the results with --out.")
     import_plugins(config.plugins)
     source = build_source(group(config, "data"))  # a wrong path must not wait for the download of a tokenizer
     vlm, llm = build_model(config, device="meta")
     encoder = build_encoder(config, llm, vlm.projector.num_tokens)
-    out = args.out or Path(config.runs_dir) / "data_check" / config.data.name
     report = check_dataset(source, encoder, out, workers=args.workers, allow=args.allow)
     show(report.render())
     return report.exit_status
@@ -49,4 +51,5 @@ def data_prepare(args: argparse.Namespace) -> None:
     dataset = read_dataset(args.name)
     show(plan_download(dataset, args.root).render())
     if not args.plan:
+        check_writable(args.root, "Name another folder with --root.")
         download_dataset(dataset, args.root)

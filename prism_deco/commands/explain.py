@@ -47,6 +47,8 @@ def explain(args: argparse.Namespace) -> None:
     from prism_deco.distributed import requested_device
     from prism_deco.explain import side_by_side, write_page
 
+    for run in asked.runs:  # what is wrong with one of them must not wait for those before it
+        check_writable(args.out or run / "explain", "Name a folder for the results with --out.")
     place = {"device": requested_device(args.device), "dtype": getattr(torch, args.dtype) if args.dtype else None}
     if asked.benchmarks is None:
         about, sections = _question_name(args), _explain_question(args, asked.runs, place)
@@ -85,7 +87,6 @@ def _explain_benchmark(
     name = asked.benchmarks
     options: dict[Path, dict[str, Any]] = {}
     for run in asked.runs:  # what is wrong with one of them must not wait for those before it
-        check_writable(args.out or run / "explain", "Name a folder for the results with --out.")
         finished_run(run)
         stored = stored_keys(run, benchmark_name(name), leave_out=["limit"])
         options[run] = stored | asked.options | next(iter(asked.own.values()), {})
@@ -150,6 +151,8 @@ def has_relevance(run: Path, name: str, split: str | None) -> bool:
 
 
 def _check_arguments(args: argparse.Namespace, asked: Asked) -> None:
+    from prism_deco.data.images import open_image
+
     given = {"--image": args.image, "--prompt": args.prompt, "--answer": args.answer}
     one = [name for name, value in given.items() if value is not None]
     keys = [*(["benchmark"] if asked.benchmarks else []), *asked.options, *(f"benchmark.{name}" for name in asked.own)]
@@ -168,8 +171,8 @@ def _check_arguments(args: argparse.Namespace, asked: Asked) -> None:
             "Name runs and either one question or a benchmark, for example: prism-deco explain runs/RUN_ID --image "
             'cat.jpg --prompt "What is it?"  or  prism-deco explain runs/RUN_ID benchmark=mini_refcoco limit=100'
         )
-    if args.image is not None and not args.image.is_file():
-        raise UsageError(f"--image {args.image}: there is no such file.")
+    if args.image is not None:
+        open_image(args.image)  # what is wrong with it must not wait for the model
     for run in asked.runs:
         if not run.is_dir():
             raise UsageError(f"{run} is not a folder: give a run folder such as runs/RUN_ID.")

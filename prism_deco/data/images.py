@@ -65,7 +65,9 @@ class ImageFolder(ImageSource):
             by_folder[resolve_image(self.root, name).parent].append(name)
         missing = []
         for folder, members in by_folder.items():
-            present = set(os.listdir(folder)) if folder.is_dir() else set()
+            # Not `Path.is_dir`, which raises for a name that is too long.
+            entries = os.scandir(folder) if os.path.isdir(folder) else ()
+            present = {entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)}
             missing += [name for name in members if os.path.basename(name) not in present]
         return missing
 
@@ -118,8 +120,17 @@ def _spellings(root: Path) -> tuple[str, str]:
 
 
 def open_image(path: Path) -> Image.Image:
-    """Decodes an image file as RGB; see `decode_image`."""
-    return decode_image(path.read_bytes(), str(path))
+    """Decodes an image file that the user names, as RGB.
+
+    Raises:
+        UsageError: it is missing, cannot be read, or is no image of one of `FORMATS`.
+    """
+    try:
+        return decode_image(path.read_bytes(), str(path))
+    except OSError as error:
+        if error.strerror is None:  # of `decode_image`
+            raise UsageError(str(error)) from error
+        raise UsageError(f"{path} cannot be read ({error.strerror}): name an image, {', '.join(FORMATS)}.") from error
 
 
 def load_image(source: ImageSource, name: str) -> Image.Image:

@@ -17,7 +17,7 @@ from prism_deco.config import building_folder
 from prism_deco.data.llava_json import RecordError, parse_record, read_entries, record_id
 from prism_deco.data.packing import ImagePacker, check_space, read_rows
 
-VERSION = 2
+VERSION = 3
 """Of the index; one of another version is built anew."""
 
 ROW = np.dtype(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,9 +16,13 @@ from prism_deco.llms.prompts import IMAGE_TAG
 ROLES = {"human": "user", "gpt": "assistant"}
 
 _CHUNK = 1 << 20  # characters
-_IMAGE_KEY = re.compile(
-    r"(image|img|pic|picture|photo|video)s?[_-]?(path|file|file_?name|name|url|uri|list|data|bytes)?s?", re.IGNORECASE
-)
+_IMAGE = r"(input[_-]?)?(image|img|pic|picture|photo|video|frame|media|visual|pixel_value|jpe?g|png|webp)s?([_-]?\d+)?"
+_DETAIL = r"[_-]?(path|file|file_?name|name|url|uri|list|data|bytes|base_?64|b64)s?([_-]?\d+)?"
+_IMAGE_KEY = re.compile(_IMAGE, re.IGNORECASE)
+"""Keys that other formats have images under."""
+
+_IMAGE_DETAIL_KEY = re.compile(f"{_IMAGE}({_DETAIL})?", re.IGNORECASE)
+"""The same, and keys such as `image_url`: beside an image they only describe it, alone they stand for it."""
 
 
 @dataclass(frozen=True)
@@ -171,16 +175,21 @@ def parse_record(raw: Any, id: str, image_root: Path | None) -> tuple[Record, di
 def _images(raw: dict[str, Any], image_root: Path | None) -> list[str]:
     images = raw.get("image")
     if images is None or images == []:
-        unread = unread_image_key(key for key, value in raw.items() if isinstance(value, (str, list, dict)) and value)
-        if unread is not None:
-            raise RecordError("unread_image", f"the key `{unread}` is not read: images stand under `image`.")
-        return []
-    if isinstance(images, str):
+        images = []
+    elif isinstance(images, str):
         images = [images]
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise RecordError(
             "malformed", "`image` must be a path, or a list of paths (in Parquet and Arrow files: encoded images)."
         )
+    unread = unread_image_key({key: value for key, value in raw.items() if key != "image"}, images)
+    if unread is not None:
+        raise RecordError("unread_image", f"the key `{unread}` is not read: images stand under `image`.")
+    for number, turn in enumerate(raw["conversations"], start=1):
+        unread = unread_image_key(turn, images) if isinstance(turn, dict) else None
+        if unread is not None:
+            detail = f"the key `{unread}` of turn {number} is not read: images stand under the record's own `image`."
+            raise RecordError("unread_image", detail)
     inside = []
     for image in images:
         _check_text(image, "`image`")
@@ -193,9 +202,33 @@ def _images(raw: dict[str, Any], image_root: Path | None) -> list[str]:
     return inside
 
 
-def unread_image_key(keys: Iterable[str]) -> str | None:
-    """The first key that an image may stand under, `image` itself not among them."""
-    return next((key for key in keys if key != "image" and _IMAGE_KEY.fullmatch(key)), None)
+def is_image_key(key: str) -> bool:
+    """Whether images, or where they are, may stand under a key; `image` is one."""
+    return _IMAGE_DETAIL_KEY.fullmatch(key) is not None
+
+
+def unread_image_key(fields: Mapping[str, Any], images: Sequence[str] = ()) -> str | None:
+    """The first key of a record or a turn whose images are not read.
+
+    Args:
+        fields: without what is read.
+        images: the images that are read; the same ones may stand under a second key.
+    """
+    pattern = _IMAGE_DETAIL_KEY if not images else _IMAGE_KEY
+    for key, value in fields.items():
+        is_read = value == list(images) or [value] == list(images)
+        if pattern.fullmatch(key) and _is_filled(value) and not is_read:
+            return key
+    return None
+
+
+def _is_filled(value: Any) -> bool:
+    """Whether a value may be an image: text, bytes, or a list or mapping that holds some."""
+    if isinstance(value, dict):
+        return any(map(_is_filled, value.values()))
+    if isinstance(value, list):
+        return any(map(_is_filled, value)) or any(isinstance(entry, int | float) for entry in value)
+    return isinstance(value, str | bytes) and bool(value)
 
 
 def _messages(turns: list[Any]) -> list[dict[str, str]]:

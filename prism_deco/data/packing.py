@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from prism_deco.data.images import ImageSource
-from prism_deco.data.llava_json import unread_image_key
+from prism_deco.data.llava_json import is_image_key
 from prism_deco.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -87,10 +87,11 @@ def _open_arrow(pa: Any, source: Any) -> Any:
 def _columns(file: Path, names: list[str]) -> list[str]:
     if "conversations" not in names:
         raise UsageError(f"{file} has the columns {', '.join(names)}; needed are conversations, image and maybe id.")
-    unread = unread_image_key(names)
-    if unread is not None and "image" not in names:
-        raise UsageError(f"{file}: the column {unread} is not read: images stand in the column image.")
-    return [name for name in COLUMNS if name in names]
+    images = [name for name in names if is_image_key(name)]
+    if images and "image" not in images:
+        raise UsageError(f"{file}: the column {images[0]} is not read: images stand in the column image.")
+    # A row may have its image in another column; `parse_record` refuses that.
+    return [name for name in names if name in COLUMNS or name in images]
 
 
 class ImagePacker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -119,7 +120,7 @@ def prepare(
             raise UsageError(f"{benchmark.name}, split {benchmark.split!r}: {reason}") from error
         log.info("%s: read %s", benchmark.name, _counted(questions))
         for path in questions[0].paths if benchmark.on_bad_image == "fail" else ():
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise UsageError(f"{benchmark.name}: the image {path} is missing.")
     return prepared
 

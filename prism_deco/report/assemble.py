@@ -9,6 +9,7 @@ from pathlib import Path
 from prism_deco.config import read_yaml
 from prism_deco.config.registry import require_imported
 from prism_deco.errors import UsageError
+from prism_deco.files import check_writable
 from prism_deco.report import figures, grid, status_tables, tables
 from prism_deco.report.cells import RunCell
 from prism_deco.report.collect import collect
@@ -43,6 +44,8 @@ def write_report(
     Raises:
         UsageError: a folder is not a run's or a sweep's; cells do not compare (see `comparability`).
     """
+    out = out or _default_out(folders)
+    check_writable(out, "Name another folder with --out.")
     cells = collect(folders)
     _warn_of_plugins(cells)
     chosen, others = choose_split(cells, split)
@@ -58,7 +61,6 @@ def write_report(
         sections.append(PageSection([status_tables.cells_table(cells)]))
     paragraphs = [*status_tables.about(cells), status_tables.notes(cells, chosen, others)]
     text, drawn = document(_title(folders), paragraphs, sections)
-    out = out or _default_out(folders)
     write_files(out, {"report.html": render(text, drawn), "report.md": text} | drawn)
     write_files(out, _csv_files(cells, score_tables, differences, chosen))
     _mention_claims(folders)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.live import Live
 
 from prism_deco.errors import UsageError
+from prism_deco.files import check_writable
 from prism_deco.sweep.driver import Driver, Launcher
 from prism_deco.sweep.expand import SweepCell, expand
 from prism_deco.sweep.launchers import LocalLauncher
@@ -27,6 +28,7 @@ def run(spec: Spec, *, jobs: int | None, timeout: float | None, console: Console
         timeout: seconds without a sign of life after which a cell is hung.
         console: where the live table goes; where it is no terminal, the log says what happens.
     """
+    check_writable(spec.folder, "Choose another folder: runs_dir=FOLDER.")
     cells = expand(spec)
     launcher = _launcher(spec, cells, jobs)
     with lock(spec.folder), contextlib.ExitStack() as stack:

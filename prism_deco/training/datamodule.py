@@ -143,7 +143,8 @@ def _check_images(examples: Examples) -> None:
     owners = {image: record.id for record in examples.records for image in record.images}
     missing = examples.images.missing(owners)
     if missing:
+        first = missing[0][:300]  # an image may be written out there
         raise UsageError(
-            f"{len(missing)} of {len(owners)} images are missing under {examples.images}; the first is {missing[0]} "
+            f"{len(missing)} of {len(owners)} images are missing under {examples.images}; the first is {first} "
             f"(record {owners[missing[0]]}). Fix data.image_root, or train without them: data.on_bad_image=skip"
         )

@@ -128,6 +128,12 @@ def test_wrong_files_are_named(tmp_path):
     pq.write_table(_table([1]).rename_columns(["id", "source", "images", "conversations"]), tmp_path / "key.parquet")
     with pytest.raises(ValueError, match=r"key\.parquet: the column images is not read"):
         open_records(tmp_path / "key.parquet", tmp_path)
+    table = _table([1, None])
+    other = pa.array([[], [{"bytes": _png(2), "path": None}]], pa.list_(IMAGE))
+    pq.write_table(table.append_column("images", other), tmp_path / "both.parquet")
+    with pytest.raises(ValueError, match=r"record 1 \(id r1\): the key `images` is not read"):
+        open_records(tmp_path / "both.parquet", tmp_path)
+    assert len(open_records(tmp_path / "both.parquet", tmp_path, allow_faults=True)) == 1
     whole = (tmp_path / "other.parquet").read_bytes()
     (tmp_path / "half.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"half\.parquet cannot be read .*download complete"):

@@ -130,7 +130,9 @@ def test_json_lines_are_read(tmp_path):
     [
         ("images", ["1.png"]), ("image_path", "1.png"), ("Image_Path", "1.png"), ("imagePaths", ["1.png"]),
         ("image_file", "1.png"), ("image-url", "http://x/1.png"), ("img", "1.png"), ("picture", {"path": "1.png"}),
-        ("photos", ["1.png"]), ("video", "1.mp4"), ("image_file_name", "1.png"),
+        ("photos", ["1.png"]), ("video", "1.mp4"), ("image_file_name", "1.png"), ("image_0", "1.png"),
+        ("image1", "1.png"), ("image_base64", "aGk="), ("frames", ["1.png"]), ("media", "1.png"),
+        ("input_image", "1.png"), ("pixel_values", [[0.5]]), ("visual", "1.png"), ("jpg", "1.jpg"),
     ],
 )  # fmt: skip
 def test_an_image_under_another_key_is_a_fault(tmp_path, key, value):
@@ -139,8 +141,28 @@ def test_an_image_under_another_key_is_a_fault(tmp_path, key, value):
         open_records(path, tmp_path)
 
 
+@pytest.mark.parametrize("more", [{"images": ["2.png"]}, {"images": ["1.png", "2.png"]}, {"image_1": "2.png"}])
+def test_another_image_beside_the_one_that_is_read_is_a_fault(tmp_path, more):
+    path = _write(tmp_path / "t.json", [{"id": "a", "image": "1.png", **more, "conversations": _turns("q", "a")}])
+    with pytest.raises(ValueError, match=rf"record 0 \(id a\): the key `{next(iter(more))}` is not read"):
+        open_records(path, tmp_path)
+
+
+@pytest.mark.parametrize("key", ["image", "image_url"])
+def test_an_image_inside_a_turn_is_a_fault(tmp_path, key):
+    turns = _turns("q", "a")
+    path = _write(tmp_path / "t.json", [{"id": "a", "conversations": [turns[0] | {key: "1.png"}, turns[1]]}])
+    with pytest.raises(ValueError, match=rf"record 0 \(id a\): the key `{key}` of turn 1 is not read"):
+        open_records(path, tmp_path)
+
+
 def test_other_keys_are_none_of_our_business(tmp_path):
-    others = {"image": "1.png", "images": ["1.png"], "image_path": "1.png"}  # the same, said twice
+    others = {
+        "image": "1.png",
+        "images": ["1.png"],
+        "image_path": "1.png",
+        "image_url": "http://x/7",
+    }  # the same, said twice
     text = {
         "image_id": "17",
         "image_size": [3, 4],
@@ -244,7 +266,11 @@ def test_missing_and_broken_images_are_named(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "there.png").write_bytes(b"not an image")
     assert ImageFolder(tmp_path).missing(["a/there.png", "a/gone.png", "b/gone.png"]) == ["a/gone.png", "b/gone.png"]
-    with pytest.raises(OSError, match=r"there\.png cannot be decoded"):
+    # A folder, and an image that is written out as text.
+    wrong = ["a", f"{'x' * 300}/y.png", "x" * 300, "a/there.png/b"]
+    assert sorted(ImageFolder(tmp_path).missing(["a/there.png", *wrong])) == sorted(wrong)
+    with pytest.raises(ValueError, match=r"there\.png cannot be decoded .* none of JPEG, PNG"):
         open_image(tmp_path / "a" / "there.png")
-    with pytest.raises(FileNotFoundError):
-        open_image(tmp_path / "a" / "gone.png")
+    for name in ("a/gone.png", "a", "a/there.png/b", "a/" + "x" * 300):
+        with pytest.raises(ValueError, match=rf"{name} cannot be read .*: name an image, JPEG, PNG"):
+            open_image(tmp_path / name)

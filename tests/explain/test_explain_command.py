@@ -82,7 +82,10 @@ def test_another_question_or_comparison_replaces_nothing(run, colors, capsys):
         (["--image", "i.png", "--prompt", "?", "limit=3"], "--image, --prompt concern one image, limit= a benchmark"),
         (["--image", "i.png"], "either one question or a benchmark"),
         (["limit=3"], "either one question or a benchmark"),
-        (["--image", "i.png", "--prompt", "?"], "--image i.png: there is no such file"),
+        (
+            ["--image", "i.png", "--prompt", "?"],
+            "i.png cannot be read (No such file or directory): name an image, JPEG",
+        ),
         (["benchmark=table3"], "Name one"),
     ],
 )
