@@ -16,7 +16,7 @@ from prism_deco.commands.evaluate import finished_run, stored_keys
 from prism_deco.config.benchmarks import benchmark_name, results_name
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
-from prism_deco.files import check_writable
+from prism_deco.files import check_writable, read_json
 
 if TYPE_CHECKING:  # maps need torch
     from prism_deco.explain import Section
@@ -146,7 +146,7 @@ def has_relevance(run: Path, name: str, split: str | None) -> bool:
     if (run / "explain" / results_name(name, split) / "metrics.json").is_file():
         return True
     earlier, own = run / "explain" / "metrics.json", build_benchmark(name)
-    about = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
+    about = read_json(earlier) if earlier.is_file() else {}
     return (about.get("benchmark"), about.get("split")) == (own.name, split or own.split)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from prism_deco.errors import UsageError
 from prism_deco.evaluation.items import Item, Prediction
-from prism_deco.files import write_json, write_whole
+from prism_deco.files import read_json, write_json, write_whole
 
 FILE = "predictions.jsonl"
 VARIANTS = "variants"
@@ -97,7 +97,7 @@ class PredictionStore:
     def _check_decoding(self, decoding: dict[str, Any], write: bool) -> None:
         path = self.folder / "decoding.json"
         if any(self.folder.glob("predictions*.jsonl")) and path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = read_json(path)
             # A setting that the file does not name cannot be compared.
             changed = [f"{k} was {old} and is {decoding.get(k)}" for k, old in before.items() if old != decoding.get(k)]
             if changed:

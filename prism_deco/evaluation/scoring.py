@@ -14,6 +14,7 @@ from prism_deco.errors import UsageError
 from prism_deco.evaluation.base import Benchmark
 from prism_deco.evaluation.items import Item, Prediction
 from prism_deco.evaluation.predictions import VARIANTS, load_predictions
+from prism_deco.files import read_json
 
 
 def summarise(
@@ -62,7 +63,7 @@ def score_file(path: str | Path, benchmark: Benchmark) -> dict[str, Any]:
     path = Path(path)
     predictions = load_predictions(path)
     recorded = path.with_name("decoding.json")
-    decoding = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() else {}
+    decoding = read_json(recorded) if recorded.is_file() else {}
     asked = decoding.pop(VARIANTS, None)
     # Predictions of several variants name theirs.
     if asked is not None and len(asked) == 1 and asked[0] != benchmark.variants[0]:
