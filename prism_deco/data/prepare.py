@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import hf_hub_download, hf_hub_url
 from rich.console import Console
@@ -78,9 +79,10 @@ def read_dataset(name: str) -> Dataset:
     content = load_choice("data", name)
     if "archives" not in content:
         raise UsageError(f"data={name} has nothing to download: its files are your own, or rendered.")
-    archives = tuple(Archive(**archive) for archive in content["archives"])
     known = {field.name for field in fields(Dataset)}
-    return Dataset(**{key: value for key, value in content.items() if key in known} | {"archives": archives})
+    settings: dict[str, Any] = {key: value for key, value in content.items() if key in known}
+    settings["archives"] = tuple(Archive(**archive) for archive in content["archives"])
+    return Dataset(**settings)
 
 
 def plan_download(dataset: Dataset, root: Path) -> DownloadPlan:

@@ -83,8 +83,9 @@ def last_step(run: Path) -> int | None:
 
 def _seconds(entry: LedgerEntry) -> float:
     """Time spent on a cell, the attempt that is running included."""
-    is_running = entry.state == "running" and entry.started is not None
-    return entry.seconds + (time.time() - entry.started if is_running else 0.0)
+    if entry.state != "running" or entry.started is None:
+        return entry.seconds
+    return entry.seconds + time.time() - entry.started
 
 
 def _progress(run: Path, entry: LedgerEntry, cell: SweepCell | None) -> str:

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import DictConfig
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]  # generated code
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
+
+from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks, results_name
 
 FOLDER = "tensorboard"
 
@@ -57,6 +60,11 @@ class Board:
         """Shows a text."""
         self._write(step=step, summary=summary.text(name, markdown))
 
+    def hyperparameters(self, choices: Mapping[str, Any], metrics: list[str]) -> None:
+        """Fills the HPARAMS tab; the numbers beside the choices are the last ones of these scalars."""
+        for part in summary.hparams(dict(choices), dict.fromkeys(metrics, 0.0)):
+            self._add(part, 0)
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
@@ -64,3 +72,22 @@ class Board:
     def _write(self, **content: Any) -> None:
         self._records.write(Event(wall_time=time.time(), **content).SerializeToString())
         self._records.flush()
+
+
+def choices_of(config: DictConfig) -> dict[str, Any]:
+    """The main choices of a run, flat."""
+    recipe = config.recipe
+    names = {part: config[part].name for part in ("backbone", "projector", "llm", "data", "recipe")}
+    keys = ("num_tokens", "lm", "blind", "epochs", "global_batch_size", "lr", "projector_lr", "weight_decay")
+    # TensorBoard has no empty values.
+    chosen = {key: "" if recipe[key] is None else recipe[key] for key in keys}
+    return names | chosen | {"image_size": config.backbone.image_size or "", "seed": config.seed}
+
+
+def score_names(config: DictConfig) -> list[str]:
+    """What TensorBoard calls the scores of the benchmarks that follow training: `eval/<results folder>`."""
+    found = []
+    for choice in resolve_benchmarks(config.evaluate.benchmarks or ""):
+        own = config.benchmark.get(benchmark_name(choice), {})
+        found.append(f"eval/{results_name(choice, own.get('split', config.evaluate.split))}")
+    return found
