@@ -63,7 +63,7 @@ class Board:
     def hyperparameters(self, choices: Mapping[str, Any], metrics: list[str]) -> None:
         """Fills the HPARAMS tab; the numbers beside the choices are the last ones of these scalars."""
         for part in summary.hparams(dict(choices), dict.fromkeys(metrics, 0.0)):
-            self._add(part, 0)
+            self._write(step=0, summary=part)
 
     def close(self) -> None:
         """Closes the file."""
