@@ -48,14 +48,19 @@ def check_owner(checkpoint: Checkpoint, config: DictConfig) -> None:
     recorded, own = checkpoint.content.get("run"), _run(config)
     if recorded is None:
         return
-    # Only what both versions know: keys come and go.
-    theirs, ours = recorded.get("settings", {}), own["settings"]
-    differing = [f"{key}={theirs[key]}" for key in sorted(theirs.keys() & ours.keys()) if theirs[key] != ours[key]]
-    if differing or any(recorded[key] != own[key] for key in ("run_id", "choices")):
-        listed = ", ".join([recorded["choices"], *differing[:5]])
+    if any(recorded[key] != own[key] for key in ("run_id", "choices")):
         raise UsageError(
-            f"{checkpoint.folder} belongs to run {recorded['run_id']} ({listed}), not to {config.run_id} "
-            f"({default_run_id(config)}). Remove this checkpoint's folder."
+            f"{checkpoint.folder} belongs to run {recorded['run_id']} ({recorded['choices']}), not to {own['run_id']} "
+            f"({own['choices']}). Remove this checkpoint's folder."
+        )
+    differing = []
+    for key, value in recorded.get("settings", {}).items():
+        if value != own["settings"].get(key, value):  # keys come and go with versions
+            differing.append(f"{key} is {value!r} there and {own['settings'][key]!r} here")
+    if differing:
+        raise UsageError(
+            f"{checkpoint.folder} belongs to another run named {own['run_id']}: {'; '.join(differing[:5])}. Remove "
+            "this checkpoint's folder."
         )
 
 
@@ -191,5 +196,7 @@ def code_version() -> str:
 
 
 def _run(config: DictConfig) -> dict[str, Any]:
-    settings = {key: value for key, value in flat(config).items() if not is_free(key) and key != "run_id"}
+    # Places change when a run moves to another machine; what is read from there is compared by its hash.
+    fixed = {key: value for key, value in flat(config).items() if not is_free(key) and "/" not in str(value)}
+    settings = {key: value for key, value in fixed.items() if key != "run_id"}
     return {"run_id": config.run_id, "choices": default_run_id(config), "settings": settings}

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from prism_deco.config import load_config
+from prism_deco.errors import UsageError
 from prism_deco.llms import build_llm
 from prism_deco.llms.hub import ASSETS
-from prism_deco.training.manifest import provenance
+from prism_deco.training.manifest import check_owner, provenance
 
 
 @pytest.fixture
@@ -69,3 +70,14 @@ def test_another_tokenizer_of_that_name_is_refused_unless_accepted(found, tmp_pa
 
 def test_an_llm_that_is_trained_is_in_the_checkpoint_itself(found):
     assert "llm" not in found("full")["inputs"]
+
+
+def test_a_run_may_move_and_compute_otherwise_but_not_learn_otherwise(found):
+    checkpoint = SimpleNamespace(content=found("full"), folder=Path("step_000007"))
+    options = ["llm=mini_llama", "llm.pretrained=true", "recipe.lm=full", "run_id=x"]
+    elsewhere = ["llm.weights=/elsewhere", "runs_dir=/elsewhere", "trainer.devices=4", "recipe.micro_batch_size=1"]
+    check_owner(checkpoint, load_config([*options, *elsewhere]))
+    with pytest.raises(UsageError, match=r"another run named x: recipe\.lr is .* there and 0\.5 here\. Remove"):
+        check_owner(checkpoint, load_config([*options, "recipe.lr=0.5"]))
+    checkpoint.content["run"] = {key: checkpoint.content["run"][key] for key in ("run_id", "choices")}
+    check_owner(checkpoint, load_config([*options, "recipe.lr=0.5"]))  # of an earlier version
