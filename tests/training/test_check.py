@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from prism_deco.backbones.weights import check_tower_weights
 from prism_deco.cli import main
@@ -79,6 +80,12 @@ def test_files_that_hold_no_weights_are_found(tmp_path, key, name):
     (tmp_path / name).write_text("{}") if name else None
     with pytest.raises(UsageError, match=rf"{tmp_path}.*(holds no weights|cannot be read as safetensors)"):
         check(load_config(["projector=qformer", "llm.pretrained=true", f"{key}={tmp_path / name}"]))
+
+
+def test_a_language_model_without_its_configuration_is_found(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match=f"llm.weights={tmp_path} must hold config.json"):
+        check(load_config(["llm.pretrained=true", f"llm.weights={tmp_path}"]), force=True)
 
 
 def test_a_run_that_cannot_go_on_is_found(tmp_path, colors, capsys):
