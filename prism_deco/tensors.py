@@ -20,6 +20,8 @@ SUFFIXES = (SAFETENSORS, ".bin", ".pth", ".pt")
 
 _WRAPPERS = ("state_dict", "model")  # what training scripts keep the weights under, beside the optimizer's state
 
+_BEGINNINGS = (b"PK", b"\x80", b"GGUF")
+"""Of files that `torch.save` writes, of those that it wrote before version 1.6, and of llama.cpp's."""
 
 _WAY_OUT = "Fetch or write it again, or point at another file."
 
@@ -50,6 +52,19 @@ def open_tensors(file: Path) -> Mapping[str, Tensor]:
         UsageError: it is not there, damaged, or would have to run code to be read.
     """
     return _Safetensors(file) if file.suffix == SAFETENSORS else _unpickled(file)
+
+
+def check_tensor_file(file: Path) -> None:
+    """`UsageError` if a look at the beginning of a file shows that it holds no weights, or that safetensors are cut."""
+    if file.suffix == SAFETENSORS:
+        open_safetensors(file)
+        return
+    if not file.is_file():
+        raise UsageError(f"{file} is missing. {_WAY_OUT}")
+    with file.open("rb") as opened:
+        beginning = opened.read(4)
+    if not beginning.startswith(_BEGINNINGS):
+        raise UsageError(f"{file} holds no weights: it is no safetensors, .bin, .pth, .pt or .gguf file. {_WAY_OUT}")
 
 
 def tensor_files(path: Path) -> list[Path]:

@@ -231,7 +231,7 @@ class TrainerConfig:
     timeout_minutes: float = number(30.0, above=0)
     """Minutes to wait for another process before giving up; the error names it."""
     accept_changed_inputs: bool = False
-    """Continue a run although its data, frozen weights or start model changed since its last checkpoint;
+    """Continue a run although its data, tokenizer, frozen weights or start model changed since its last checkpoint;
     `manifest.json` records it."""
     requeue: bool = False
     """Under SLURM, requeue the job when it is preempted."""

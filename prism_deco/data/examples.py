@@ -34,6 +34,7 @@ class Example:
         tokens_cut: text tokens removed by truncation.
         bad_images: images that could not be read, and were handled as `on_bad_image` says.
         bad_record: it was skipped, or LLaVA ignores such records; nothing is learned from it.
+        row: the record's number among the `Examples`.
         filler: nothing is learned from it, and it is not counted (`samplers.Filler`).
     """
 
@@ -43,6 +44,7 @@ class Example:
     tokens_cut: int
     bad_images: int
     bad_record: bool = False
+    row: int = -1
     filler: bool = False
 
 
@@ -92,13 +94,15 @@ class Examples(Dataset[Example]):
             if self._on_bad_record == "fail":
                 raise
             log.warning("%s", error)
-            return Example(record.id, self.encoder.placeholder(), [], tokens_cut=0, bad_images=0, bad_record=True)
+            placeholder = self.encoder.placeholder()
+            return Example(record.id, placeholder, [], tokens_cut=0, bad_images=0, bad_record=True, row=item)
         ignored = self.encoder.ignores(record)
         images = [self.read_image(record.id, name) for name in record.images]
         bad_images = sum(is_bad for _, is_bad in images)
         if ignored or (bad_images and self._on_bad_image == "skip"):
             encoded = _ignore(encoded)
-        return Example(record.id, encoded, [pixels for pixels, _ in images], cut, bad_images, bad_record=ignored)
+        pixels = [own for own, _ in images]
+        return Example(record.id, encoded, pixels, cut, bad_images, bad_record=ignored, row=item)
 
     def read_image(self, record: str, name: str) -> tuple[dict[str, Tensor], bool]:
         """What the model is given of an image of a record, and whether the image is bad."""

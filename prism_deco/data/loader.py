@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,14 +20,15 @@ class Step:
 
     Attributes:
         batches: the forward passes, at most `micro_batch_size` records each.
-        records, tokens_cut, bad_images, bad_records: totals over the batches.
+        records, tokens_cut, bad_images: totals over the batches.
+        bad_rows: the bad records, by their numbers.
     """
 
     batches: list[Batch]
     records: int
     tokens_cut: int
     bad_images: int
-    bad_records: int = 0
+    bad_rows: list[int] = field(default_factory=list)
 
     @property
     def num_targets(self) -> int:
@@ -61,7 +62,7 @@ class Collate:
             records=sum(not e.filler for e in examples),
             tokens_cut=sum(e.tokens_cut for e in examples),
             bad_images=sum(e.bad_images for e in examples),
-            bad_records=sum(e.bad_record for e in examples),
+            bad_rows=[e.row for e in examples if e.bad_record],
         )
 
     def batch(self, examples: Sequence[Example]) -> Batch:

@@ -21,7 +21,7 @@ from prism_deco.llms.base import LanguageModel
 from prism_deco.llms.hub import MODEL_FILES, has_weights, snapshot, weight_files
 from prism_deco.llms.spec import LLMSpec, architecture, read_spec
 from prism_deco.llms.tuning import quantization
-from prism_deco.llms.weights import as_safetensors, load_lm
+from prism_deco.llms.weights import as_safetensors, check_folder, load_lm
 from prism_deco.tensors import open_tensors
 
 log = logging.getLogger(__name__)
@@ -61,9 +61,12 @@ def build_llm(
 
 
 def check_llm_weights(spec: LLMSpec) -> None:
-    """`UsageError` if pretrained weights are neither on this machine nor to be had from the hub."""
+    """`UsageError` if pretrained weights are neither on this machine nor to be had from the hub, or a folder is
+    incomplete."""
     if spec.pretrained and not spec.weights:
         _hub_folder(spec, dry_run=True)
+    elif spec.pretrained and (path := _weights_path(spec)).is_dir():
+        check_folder(path)
 
 
 def weights_record(spec: LLMSpec) -> dict[str, Any]:

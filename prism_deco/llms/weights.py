@@ -52,12 +52,17 @@ def load_lm(path: Path, config: PretrainedConfig | None, **options: Any) -> PreT
             )
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         return _from_pretrained(path, model_class, None, config=config, state_dict=dict(open_tensors(path)), **options)
+    check_folder(path)
+    safe = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+    return _from_pretrained(path, AutoModelForCausalLM, as_safetensors(path), **safe, **options)
+
+
+def check_folder(path: Path) -> None:
+    """`UsageError` if a folder does not hold a complete language model."""
     if not has_weights(path):
         raise UsageError(
             f"llm.weights={path} must hold config.json and all of model*.safetensors (or pytorch_model*.bin)."
         )
-    safe = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
-    return _from_pretrained(path, AutoModelForCausalLM, as_safetensors(path), **safe, **options)
 
 
 def as_safetensors(folder: Path) -> Path:

@@ -75,6 +75,7 @@ class Checkpointing(Callback):
         for group, rate in zip(optimizer.param_groups, saved["schedule"]["lr"], strict=True):
             group["lr"] = rate
         module.counts.update(saved["counts"])
+        module.bad_rows.update(saved.get("bad_rows", []))
         set_position(trainer, step)
         # The process may have ended between this step and its validation. Not later than here: after the last step
         # Lightning has nothing to train, and calls no other hook.
@@ -114,6 +115,7 @@ class Checkpointing(Callback):
                 "lr": [group["lr"] for group in optimizer.param_groups],
             },
             "counts": module.counts,
+            "bad_rows": sorted(module.bad_rows),
             **self._about,
         }
         if not (self._folder / checkpoint_name(step)).is_dir():

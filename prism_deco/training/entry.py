@@ -25,6 +25,7 @@ from prism_deco.training.run_dir import (
     has_finished,
     locked,
     open_run,
+    resumed_from,
     run_folder,
 )
 from prism_deco.training.status import THROUGH, read_status, set_status
@@ -97,7 +98,8 @@ def _prepare(
     def prepare() -> tuple[RunTarget, str]:
         nonlocal data
         if not has_finished(config, overwrite):
-            data = check_all(config, world, scoring=scoring, force=force)
+            resume = resumed_from(config, overwrite)
+            data = check_all(config, world, scoring=scoring, resume=resume, force=force)
         target = open_run(config, held, overwrite=overwrite)
         clear_failures(target.folder)
         return target, config.trainer.activation_checkpointing

@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from prism_deco.errors import UsageError
 from prism_deco.files import file_sha256
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import weights_record
+from prism_deco.llms.hub import tokenizer_sha256
 from prism_deco.llms.tuning import tuning
 from prism_deco.training.checkpoints import Checkpoint
 from prism_deco.training.checksums import SUMS
@@ -35,6 +36,7 @@ PACKAGES = ("torch", "transformers", "pytorch-lightning", "timm", "open_clip_tor
 _INPUTS = {
     "train": "the training records",
     "val": "the validation records",
+    "tokenizer": "the tokenizer",
     "backbone": "the weights of the backbone",
     "llm": "the weights of the language model",
     "start_from": "the model of recipe.start_from",
@@ -46,14 +48,19 @@ def check_owner(checkpoint: Checkpoint, config: DictConfig) -> None:
     recorded, own = checkpoint.content.get("run"), _run(config)
     if recorded is None:
         return
-    # Only what both versions know: keys come and go.
-    theirs, ours = recorded.get("settings", {}), own["settings"]
-    differing = [f"{key}={theirs[key]}" for key in sorted(theirs.keys() & ours.keys()) if theirs[key] != ours[key]]
-    if differing or any(recorded[key] != own[key] for key in ("run_id", "choices")):
-        listed = ", ".join([recorded["choices"], *differing[:5]])
+    if any(recorded[key] != own[key] for key in ("run_id", "choices")):
         raise UsageError(
-            f"{checkpoint.folder} belongs to run {recorded['run_id']} ({listed}), not to {config.run_id} "
-            f"({default_run_id(config)}). Remove this checkpoint's folder."
+            f"{checkpoint.folder} belongs to run {recorded['run_id']} ({recorded['choices']}), not to {own['run_id']} "
+            f"({own['choices']}). Remove this checkpoint's folder."
+        )
+    differing = []
+    for key, value in recorded.get("settings", {}).items():
+        if value != own["settings"].get(key, value):  # keys come and go with versions
+            differing.append(f"{key} is {value!r} there and {own['settings'][key]!r} here")
+    if differing:
+        raise UsageError(
+            f"{checkpoint.folder} belongs to another run named {own['run_id']}: {'; '.join(differing[:5])}. Remove "
+            "this checkpoint's folder."
         )
 
 
@@ -79,35 +86,66 @@ def provenance(
     Raises:
         UsageError: an input is another one than before, and `trainer.accept_changed_inputs` is not set.
     """
-    inputs = {"train": data.data_hash, "val": data.val_hash, "backbone": vlm.backbone.sha256()}
+    inputs = _read_for_examples(data, llm) | {"backbone": vlm.backbone.sha256()}
     if config.llm.pretrained and not tuning(config.recipe.lm).base:
         inputs["llm"] = weights_record(llm.spec)["sha256"]  # frozen: checkpoints do not hold them
     if start is not None and (start / SUMS).is_file():
         inputs["start_from"] = file_sha256(start / SUMS)
-    before: Mapping[str, str] = resume.content.get("inputs", {}) if resume else {}
     changes: list[dict[str, Any]] = list(resume.content.get("input_changes", [])) if resume else []
-    changed = [name for name in inputs if before.get(name, inputs[name]) != inputs[name]]
-    if resume and changed:
-        listed = " and ".join(_INPUTS[name] for name in changed)
-        if not config.trainer.accept_changed_inputs:
-            raise UsageError(
-                f"{listed[0].upper()}{listed[1:]} changed since {resume.folder.name} of this run. Restore the earlier "
-                "files, start another run (run_id=NAME), or accept the change with trainer.accept_changed_inputs=true; "
-                "manifest.json then records it."
-            )
-        log.warning("Continuing although %s changed since %s", listed, resume.folder.name)
+    if resume and (changed := _changed(inputs, resume, config)):
+        log.warning("Continuing although %s changed since %s", _listed(changed), resume.folder.name)
+        before = resume.content["inputs"]
         for name in changed:
             changes.append({"step": resume.step, "input": name, "before": before[name], "after": inputs[name]})
     return {"run": _run(config), "inputs": inputs, "input_changes": changes}
 
 
+def check_resume(checkpoint: Checkpoint, config: DictConfig, llm: LanguageModel, data: Conversations) -> None:
+    """Checks, without the model's weights, whether a run can go on from a checkpoint.
+
+    Raises:
+        UsageError: it belongs to another run; or records or tokenizer changed, and `trainer.accept_changed_inputs` is
+            not set.
+    """
+    check_owner(checkpoint, config)
+    _changed(_read_for_examples(data, llm), checkpoint, config)
+
+
+def _read_for_examples(data: Conversations, llm: LanguageModel) -> dict[str, str]:
+    """SHA-256 of the inputs that examples are made of."""
+    return {"train": data.data_hash, "val": data.val_hash, "tokenizer": tokenizer_sha256(llm.tokenizer)}
+
+
+def _changed(inputs: Mapping[str, str], resume: Checkpoint, config: DictConfig) -> list[str]:
+    """The inputs that are others than the checkpoint says; `UsageError` if that is not accepted."""
+    before: Mapping[str, str] = resume.content.get("inputs", {})
+    changed = [name for name in inputs if before.get(name, inputs[name]) != inputs[name]]
+    if changed and not config.trainer.accept_changed_inputs:
+        listed = _listed(changed)
+        raise UsageError(
+            f"{listed[0].upper()}{listed[1:]} changed since {resume.folder.name} of this run. Restore the earlier "
+            "files, start another run (run_id=NAME), or accept the change with trainer.accept_changed_inputs=true; "
+            "manifest.json then records it."
+        )
+    return changed
+
+
+def _listed(inputs: Iterable[str]) -> str:
+    return " and ".join(_INPUTS[name] for name in inputs)
+
+
 def build_manifest(
-    config: DictConfig, vlm: VLM, data: Conversations, counts: Mapping[str, int], **measured: Any
+    config: DictConfig,
+    vlm: VLM,
+    data: Conversations,
+    counts: Mapping[str, int],
+    bad_rows: Collection[int],
+    **measured: Any,
 ) -> dict[str, Any]:
     """The content of `manifest.json`.
 
     Args:
-        counts: what the training counted (`TrainingModule.counts`).
+        counts, bad_rows: what the training counted (see `TrainingModule`).
         measured: what else only the finished run knows.
     """
     parameters = list(vlm.parameters())
@@ -127,8 +165,8 @@ def build_manifest(
         "tokens": {"visual_in": vlm.backbone.num_patches, "visual_out": vlm.projector.num_tokens},
         "steps": data.total_steps,
         "samples": min(data.total_steps * config.recipe.global_batch_size, len(records) * config.recipe.epochs),
-        "records": len(records),
-        "records_with_images": int(np.count_nonzero(records.has_image)),
+        "records": len(records) - len(bad_rows),
+        "records_with_images": int(np.count_nonzero(np.delete(records.has_image, list(bad_rows)))),
         "bad_records": len(data.left_out) + counts["bad_records"],
         "bad_images": counts["bad_images"],
         "text_tokens_cut": counts["tokens_cut"],
@@ -158,5 +196,7 @@ def code_version() -> str:
 
 
 def _run(config: DictConfig) -> dict[str, Any]:
-    settings = {key: value for key, value in flat(config).items() if not is_free(key) and key != "run_id"}
+    # Places change when a run moves to another machine; what is read from there is compared by its hash.
+    fixed = {key: value for key, value in flat(config).items() if not is_free(key) and "/" not in str(value)}
+    settings = {key: value for key, value in fixed.items() if key != "run_id"}
     return {"run_id": config.run_id, "choices": default_run_id(config), "settings": settings}

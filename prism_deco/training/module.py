@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from prism_deco.data.loader import Step
+from prism_deco.distributed import gather_objects
 from prism_deco.exits import Interrupted, NonFinite, Preempted
 from prism_deco.training.lightning_internals import count_skipped_step
 from prism_deco.training.nonfinite import diagnose
@@ -53,6 +54,7 @@ class TrainingModule(pl.LightningModule):
 
     Attributes:
         counts: text tokens cut, bad images, bad records and skipped steps so far.
+        bad_rows: the bad records so far by their numbers: they come again in every epoch, and count once.
         stop: how the run has to stop after this step, agreed between all processes; None if it has not.
         last_step, last_norms: the numbers of the last step.
         val_loss: of the last validation, in nats per token.
@@ -76,6 +78,7 @@ class TrainingModule(pl.LightningModule):
         self.recipe = recipe
         self.total_steps = total_steps
         self.counts = {"tokens_cut": 0, "bad_images": 0, "bad_records": 0, "steps_skipped": 0}
+        self.bad_rows: set[int] = set()
         self.stop: type[Preempted] | None = None
         self.last_step: dict[str, Any] = {}
         self.last_norms: dict[str, float] = {}
@@ -124,7 +127,9 @@ class TrainingModule(pl.LightningModule):
         scheduler.step()
         self.counts["tokens_cut"] += int(totals.tokens_cut)
         self.counts["bad_images"] += int(totals.bad_images)
-        self.counts["bad_records"] += int(totals.bad_records)
+        if totals.bad_records:  # the same in all processes
+            self.bad_rows.update(*gather_objects(batch.bad_rows))
+            self.counts["bad_records"] = len(self.bad_rows)
         if totals.preempted:
             self.stop = Interrupted if totals.interrupted else Preempted
 
@@ -135,7 +140,7 @@ class TrainingModule(pl.LightningModule):
             passes=sum(micro_batch.num_targets > 0 for micro_batch in step.batches),
             tokens_cut=step.tokens_cut,
             bad_images=step.bad_images,
-            bad_records=step.bad_records,
+            bad_records=len(step.bad_rows),
             preempted=asked is not None,
             interrupted=asked is Interrupted,
         )

@@ -10,17 +10,22 @@ import torch
 from omegaconf import DictConfig
 
 from prism_deco.backbones.weights import ASSET, check_tower_weights
-from prism_deco.build import build_model, group
+from prism_deco.build import build_model, group, max_positions
 from prism_deco.config.registry import import_plugins
 from prism_deco.data import build_source
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
 from prism_deco.files import check_writable
 from prism_deco.llms.build import check_llm_weights
+from prism_deco.llms.isolation import check_isolation
 from prism_deco.llms.spec import read_spec
 from prism_deco.llms.tuning import tuning
+from prism_deco.tensors import SUFFIXES, check_tensor_file, tensor_files
+from prism_deco.training.checkpoints import Checkpoint
+from prism_deco.training.checksums import verify_model
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.init_from import check_start, find_start
+from prism_deco.training.manifest import check_resume
 from prism_deco.training.run_dir import run_folder
 from prism_deco.training.sharding import Sharding, strategy_of
 
@@ -47,6 +52,7 @@ def check_all(
     world: World,
     *,
     scoring: Scoring | None = None,
+    resume: Path | None = None,
     after: DictConfig | None = None,
     plans: bool = False,
     force: bool = False,
@@ -57,8 +63,10 @@ def check_all(
 
     Args:
         scoring: what is to be measured of the run; None is nothing.
+        resume: the checkpoint that the run continues from, if any.
         after: the run that this one starts from, if it is still to be trained.
-        plans: estimate the memory of a step and ask the hub for absent weights as well, which takes seconds.
+        plans: no run follows, which would do the rest: estimate the memory of a step, ask the hub for absent weights,
+            and compare checksums as well, which takes seconds.
         force: accept a run whose estimated memory this machine does not have.
 
     Returns:
@@ -75,7 +83,9 @@ def check_all(
     if after is not None:
         check_start(after, config)
     elif config.recipe.start_from:
-        find_start(Path(config.recipe.start_from), config)
+        start = find_start(Path(config.recipe.start_from), config)
+        if plans:
+            verify_model(start)
     strategy_of(config.trainer, world)
     if config.trainer.strategy == "fsdp":
         Sharding.of(config.trainer, world.size)
@@ -84,7 +94,14 @@ def check_all(
     if scoring is not None:
         scoring.prepare(source.benchmarks)
     data = Conversations(source, config, vlm, llm)
+    if resume is not None:
+        checkpoint = Checkpoint(resume)
+        check_resume(checkpoint, config, llm, data)
+        if plans:
+            checkpoint.verify()
     data.check()
+    recipe = config.recipe
+    check_isolation(vlm.lm, packing=recipe.packing, turn_mask=recipe.turn_mask, longest=max_positions(config, llm))
     if plans or config.trainer.activation_checkpointing == AUTO:
         config.trainer.activation_checkpointing = _plan_memory(config, force)
     if plans:
@@ -95,8 +112,16 @@ def check_all(
 
 def _check_local_weights(name: str, part: DictConfig) -> None:
     path = part.get("weights") if part.get("pretrained", True) else None
-    if path and not path.startswith(ASSET) and not Path(path).expanduser().exists():
+    if not path or path.startswith(ASSET):
+        return
+    place = Path(path).expanduser()
+    if not place.exists():
         raise UsageError(f"{name}.weights={path}: there is no such file or folder.")
+    files = tensor_files(place)
+    if not files:
+        raise UsageError(f"{name}.weights={path}: the folder holds no weights ({', '.join(SUFFIXES)}).")
+    for file in files:
+        check_tensor_file(file)
 
 
 def _plan_memory(config: DictConfig, force: bool) -> str:

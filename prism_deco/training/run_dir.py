@@ -62,6 +62,11 @@ def has_finished(config: DictConfig, overwrite: bool) -> bool:
     return holds_run(config) and read_status(run_folder(config)).get("state") in THROUGH
 
 
+def resumed_from(config: DictConfig, overwrite: bool) -> Path | None:
+    """The checkpoint that training would continue from; None is its start."""
+    return None if replaces(config, overwrite) else newest_checkpoint(run_folder(config) / CHECKPOINTS)
+
+
 def open_run(config: DictConfig, held: ExitStack, *, overwrite: bool = False) -> RunTarget:
     """Creates the run's folder with its `config.yaml`, or finds where the run in it stands; locks it.
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from prism_deco.build import build_model, group, max_positions
+from prism_deco.build import build_model, group
 from prism_deco.data import build_source
 from prism_deco.distributed import World
 from prism_deco.exits import Interrupted, Preempted, Stop
@@ -26,8 +26,8 @@ from prism_deco.features import FeatureCache
 from prism_deco.files import write_json
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import weight_map
-from prism_deco.llms.isolation import check_isolation
 from prism_deco.llms.layers import checkpoint_activations
+from prism_deco.llms.packed_attention import use_packed_attention
 from prism_deco.llms.spec import read_spec
 from prism_deco.plan.flops import TrainingFlops, training_flops
 from prism_deco.plan.meta_models import NeedsData
@@ -137,6 +137,7 @@ def _train(
                 vlm,
                 data,
                 module.counts,
+                module.bad_rows,
                 input_changes=about["input_changes"],
                 devices=world.size,
                 feature_caches=[cache.digest for cache in caches if cache.names],
@@ -171,8 +172,8 @@ def _build(config: DictConfig, start: Path | None, sharding: Sharding | None) ->
     if start is not None and takes_llm(start, config):
         defers = False
     vlm, llm = build_model(config, defer_llm=defers)
-    recipe = config.recipe
-    check_isolation(vlm.lm, packing=recipe.packing, turn_mask=recipe.turn_mask, longest=max_positions(config, llm))
+    if config.recipe.packing:
+        use_packed_attention(vlm.lm)
     if config.trainer.activation_checkpointing != "none":
         checkpoint_activations(vlm.lm, config.trainer.activation_checkpointing)
     return vlm, llm

@@ -133,7 +133,7 @@ def test_more_images_than_positions_are_found_from_the_index(tmp_path, tiny, col
         check_records(records, encoder)
     examples = Examples(records, colors / "images", encoder, vlm.backbone.transform, on_bad_record="skip")
     step = Collate(4, 2)([examples[0], examples[1], examples[Filler(1)]])
-    assert (step.bad_records, step.records) == (1, 2)
+    assert (step.bad_rows, step.records) == ([1], 2)
     alone = Collate(4, 2)([examples[0]])
     assert step.num_targets == alone.num_targets
     for batch in step.batches:  # also the one that holds nothing but such records
@@ -159,11 +159,12 @@ def test_a_run_says_how_many_records_have_images_and_how_many_were_left_out(tmp_
     entries[-1]["conversations"][0]["value"] = "<image>" * 200
     (tmp_path / "t.json").write_text(json.dumps(entries))
     assert _train(tmp_path / "t.json", colors, tmp_path / "a", "data.val_fraction=0") == 2
-    options = ["data.val_fraction=0", "data.on_bad_record=skip", "recipe.max_steps=null", "recipe.sampler=shuffled"]
+    options = ["data.val_fraction=0", "data.on_bad_record=skip", "recipe.max_steps=null", "recipe.sampler=shuffled",
+               "recipe.epochs=2"]  # fmt: skip
     assert _train(tmp_path / "t.json", colors, tmp_path / "a", *options) == 0
     manifest = json.loads((tmp_path / "a" / "x" / "manifest.json").read_text())
-    # Nine of the fixture and `plain` remain, and `many`, which only its length keeps out.
-    assert (manifest["records"], manifest["records_with_images"], manifest["bad_records"]) == (11, 10, 4)
+    # Nine of the fixture and `plain` remain; `many`, which only its length keeps out, comes twice and counts once.
+    assert (manifest["records"], manifest["records_with_images"], manifest["bad_records"]) == (10, 9, 4)
     assert "11 records (10 with images)" in caplog.text
     assert caplog.text.count("3 records are left out (data.on_bad_record=skip): record 10 (id xml)") == 1
     assert "Record many: 200 images of 16 visual tokens leave no room" in caplog.text

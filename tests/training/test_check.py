@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from prism_deco.backbones.weights import check_tower_weights
 from prism_deco.cli import main
@@ -14,8 +15,9 @@ from prism_deco.distributed import World
 from prism_deco.errors import UsageError
 from prism_deco.llms.build import check_llm_weights
 from prism_deco.llms.spec import read_spec
+from prism_deco.training.checkpoints import save_checkpoint
 from prism_deco.training.preconditions import check_all
-from prism_deco.training.run_dir import has_finished
+from prism_deco.training.run_dir import has_finished, resumed_from
 from prism_deco.training.status import set_status
 
 SECOND_STAGE = ["recipe=llava_v1_5_finetune", "backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5"]
@@ -24,7 +26,7 @@ SECOND_STAGE = ["recipe=llava_v1_5_finetune", "backbone=clip_vit_l_336", "llm=vi
 def check(config, *, overwrite=False, **options):
     """What `train --check` does."""
     if not has_finished(config, overwrite):
-        check_all(config, World.of(config.trainer), plans=True, **options)
+        check_all(config, World.of(config.trainer), resume=resumed_from(config, overwrite), plans=True, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +72,38 @@ def test_local_weights_are_looked_for(tmp_path, key):
     settings = ["projector=qformer", "llm.pretrained=true", f"{key}={tmp_path / 'nowhere'}"]
     with pytest.raises(ValueError, match=rf"{key}={tmp_path}/nowhere: there is no such file or folder"):
         check(load_config(settings))
+
+
+@pytest.mark.parametrize("key", ["backbone.weights", "llm.weights", "projector.weights"])
+@pytest.mark.parametrize("name", ["tiny.json", "tiny.safetensors", ""])
+def test_files_that_hold_no_weights_are_found(tmp_path, key, name):
+    (tmp_path / name).write_text("{}") if name else None
+    with pytest.raises(UsageError, match=rf"{tmp_path}.*(holds no weights|cannot be read as safetensors)"):
+        check(load_config(["projector=qformer", "llm.pretrained=true", f"{key}={tmp_path / name}"]))
+
+
+def test_a_language_model_without_its_configuration_is_found(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match=f"llm.weights={tmp_path} must hold config.json"):
+        check(load_config(["llm.pretrained=true", f"llm.weights={tmp_path}"]), force=True)
+
+
+def test_a_run_that_cannot_go_on_is_found(tmp_path, colors, capsys):
+    line = ["data=llava", f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}",
+            "run_id=x", f"runs_dir={tmp_path}", "trainer=cpu", "evaluate.benchmarks=null"]  # fmt: skip
+    (tmp_path / "x").mkdir()
+    save_config(load_config(line), tmp_path / "x" / "config.yaml")
+    recorded = {"inputs": {"val": "0" * 64}}
+    checkpoint = save_checkpoint(tmp_path / "x" / "checkpoints", 2, {"model.w": torch.zeros(2)}, recorded)
+    assert main(["train", "--check", *line]) == 2
+    assert "The validation records changed since step_000002" in capsys.readouterr().err
+    accepted = [*line, "trainer.accept_changed_inputs=true"]
+    assert main(["train", "--check", *accepted]) == 0
+    file = checkpoint / "rank_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"1")
+    assert main(["train", "--check", *accepted]) == 2
+    assert "rank_00000.safetensors was damaged" in capsys.readouterr().err
+    assert main(["train", "--check", "--overwrite", *line]) == 0
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ def _give_another(key, value):
         (_flip, "rank_00000.safetensors was damaged or replaced"),
         (_fill_with_nan, "model.projector.mlp.0.weight holds NaN or infinite numbers"),
         (_give_another("run_id", "other"), "belongs to run other ("),
-        (_give_another("recipe.lr", 0.5), "recipe.lr=0.5), not to run ("),
+        (_give_another("recipe.lr", 0.5), "belongs to another run named run: recipe.lr is 0.5 there and "),
     ],
     ids=["flipped bit", "NaN", "another run", "another run of that name"],
 )

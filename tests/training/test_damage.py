@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import prism_deco
 from prism_deco.cli import main
+from prism_deco.commands.evaluate import _score
+from prism_deco.errors import UsageError
 from prism_deco.tensors import indexed_files
 from prism_deco.training.checkpoints import newest_checkpoint
 
@@ -139,22 +141,30 @@ def test_weights_full_of_nan_are_refused(copied, name):
         prism_deco.load(copied)
 
 
-@pytest.mark.parametrize(
-    ("name", "commands"),
-    [
-        ("manifest.json", [["chat"], ["evaluate", "benchmark=mini"], ["explain", "benchmark=mini_refcoco"]]),
-        ("eval/mini_pope/metrics.json", [["evaluate", "benchmark=mini_pope", "benchmark.mini_pope.limit=4"]]),
-        ("model/backbone.json", [["chat"]]),
-    ],
-)
-def test_a_damaged_record_of_a_run_is_one_line(copied, capsys, name, commands):
-    (copied / name).parent.mkdir(parents=True, exist_ok=True)
+@pytest.mark.parametrize("name", ["manifest.json", "model/backbone.json"])
+def test_a_damaged_record_of_a_run_is_one_line(copied, capsys, name):
     (copied / name).write_text("{")
-    (copied / "model" / "SHA256SUMS").write_text("") if name != "manifest.json" else None
-    for command, *settings in commands:
+    if name != "manifest.json":
+        (copied / "model" / "SHA256SUMS").unlink()
+    questions = [["evaluate", "benchmark=mini"], ["explain", "benchmark=mini_refcoco"]]
+    for command, *settings in [["chat"], *(questions if name == "manifest.json" else [])]:
         assert main([command, str(copied), *settings]) == 2
         said = capsys.readouterr().err
         assert f"{copied / name} is damaged (" in said and "Traceback" not in said
+
+
+def test_damaged_scores_are_named_with_the_way_out(tmp_path):
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(UsageError, match=rf"{tmp_path}/metrics\.json is damaged .* Remove it, and run"):
+        _score(tmp_path)
+
+
+def test_a_damaged_model_to_start_from_is_found_before_it_is_needed(copied, colors, tmp_path, capsys):
+    _flip(copied / "model" / "model.safetensors")
+    source = ["data=llava", f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}"]
+    line = [*source, "evaluate.benchmarks=null", "backbone.pretrained=false", f"runs_dir={tmp_path}", "run_id=next"]
+    assert main(["train", "--check", *line, f"recipe.start_from={copied}"]) == 2
+    assert "model.safetensors was damaged or replaced" in capsys.readouterr().err
 
 
 def test_a_model_of_an_earlier_version_loads_with_one_line(copied, caplog):
