@@ -59,11 +59,22 @@ def schema_keys() -> dict[str, Field[Any]]:
 def is_text_key(key: str) -> bool:
     """Whether a key's value is text: the name of a choice, a `str` field, or one of `TEXT_OPTIONS`."""
     first, _, rest = key.partition(".")
+    if first == "sweep":  # the key of a sweep's YAML
+        return _is_text_of_sweep(rest)
     if first == "benchmark":  # benchmark.NAME.KEY
         key = f"benchmark.{rest.rpartition('.')[2]}"
     elif rest and first not in Config.__dataclass_fields__:  # STAGE.GROUP.KEY
         key = rest
     return key in _text_keys()
+
+
+def _is_text_of_sweep(key: str) -> bool:
+    """Its name, the parts that `choose` names, and labels of the user's own; a label such as `seed` or
+    `projector.heads` is a key's value."""
+    _, is_label, label = key.rpartition("labels.")
+    if is_label:
+        return "." not in label and label not in schema_keys()
+    return key == "name" or "choose." in key
 
 
 @cache

@@ -102,6 +102,23 @@ def test_labels_and_settings_of_a_sweep_are_the_texts(tmp_path):
     assert [(cell.config.evaluate.split, cell.labels["recipe.lr"]) for cell in cells] == [("0_1", 1e-3)] * 2
 
 
+def test_names_and_labels_of_a_sweep_are_the_texts(tmp_path):
+    path = tmp_path / "mine.yaml"
+    labels = ["{row: 010, seed: 3, recipe.num_tokens: 36, recipe.blind: true}", "{row: 2024_01}", "{row: 1e3}"]
+    rows = "".join(f"- labels: {label}\n" for label in [*labels, "{row: on}"])
+    path.write_text(f"name: 20240101_1530\nrows:\n{rows}")
+    assert parse([str(path)]).folder.name == "20240101_1530"
+    cells = expand(parse([str(path)]))
+    assert [cell.labels["row"] for cell in cells] == ["010", "2024_01", "1e3", "on"]
+    assert [cell.id for cell in cells] == ["010-3-36-blind", "2024_01", "1e3", "on"]
+    assert [cell.id for cell in expand(parse([str(path), "row=010,on"]))] == ["010-3-36-blind", "on"]
+    path.write_text("parts:\n  010: {axes: {seed: [1]}}\n  011: {axes: {seed: [3]}, choose: {recipe.lr: 010}}\n")
+    assert [(grid.name, grid.choose) for grid in parse([str(path)]).grids] == [
+        ("010", {}),
+        ("011", {"recipe.lr": "010"}),
+    ]
+
+
 def test_options_of_jobs_are_texts_unless_slurm_counts_with_them():
     spec = parse(
         ["seed=1,2", "launcher=slurm", "slurm.account=007", "slurm.partition=1e3", "slurm.time=60", "slurm.mem=0x8",
