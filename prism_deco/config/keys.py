@@ -14,9 +14,13 @@ TEXT_OPTIONS = {
     "projector": ("weights",),
     "llm": ("revision", "tokenizer", "dtype", "attention", "quantize"),
     "data": ("root", "json", "image_root", "val_json", "path", "val_path", "repo", "revision"),
-    "benchmark": ("family", "root", "annotations", "questions", "instances", "ocr", "image", "split", "on_bad_image"),
-}
-"""Options of single components that are text. Where a YAML's default is null, its type says nothing."""
+    "benchmark": (
+        "family", "root", "annotations", "questions", "instances", "ocr", "image", "split", "on_bad_image",
+        "variants", "choices", "subsets",
+    ),
+}  # fmt: skip
+"""Options of single components that are text or lists of text. Where a YAML's default is null, its type says nothing.
+"""
 
 TYPES = {
     "bool": "true or false",

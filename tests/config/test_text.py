@@ -6,6 +6,7 @@ import pytest
 
 from prism_deco.config import load_choice, load_config, parse_value
 from prism_deco.config.keys import TEXT_OPTIONS
+from prism_deco.evaluation import build_benchmark
 from prism_deco.stages import split
 from prism_deco.sweep import parse
 from prism_deco.sweep.expand import expand
@@ -57,6 +58,14 @@ def test_paths_of_benchmarks_and_settings_of_stages_are_text(tmp_path):
     assert config.benchmark == {"vqav2": {"root": "007", "limit": 7}, "gqa": {"split": "a #b"}}
     last = split(["recipe=mini_two_stage", f"runs_dir={tmp_path}", "finetune.evaluate.split=007"])[-1]
     assert last.config.evaluate.split == "007"
+
+
+def test_lists_of_a_benchmark_are_texts_wherever_they_are_given(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("benchmark: {mini_pope: {choices: [Yes, No]}}\n")
+    for given in ("benchmark.mini_pope.choices=[Yes,No]", "benchmark.mini_pope.choices=['Yes', 'No']", str(path)):
+        keys = load_config([given]).benchmark["mini_pope"]
+        assert list(build_benchmark("mini_pope", **keys).choices) == ["Yes", "No"]
 
 
 def test_a_commit_is_text():
