@@ -329,7 +329,7 @@ def test_a_cache_that_cannot_be_written_is_said_before(make, tmp_path):
     cache = make()
     cache.folder = tmp_path / "file" / "features"
     with pytest.raises(
-        ValueError, match=r"features cannot be written \(Not a directory\).*trainer\.feature_cache=false"
+        ValueError, match=r"features cannot be written \(Not a directory\).*feature_cache=false"
     ):
         cache.check_space()
 
