@@ -328,9 +328,7 @@ def test_a_cache_that_cannot_be_written_is_said_before(make, tmp_path):
     (tmp_path / "file").write_text("")
     cache = make()
     cache.folder = tmp_path / "file" / "features"
-    with pytest.raises(
-        ValueError, match=r"features cannot be written \(Not a directory\).*feature_cache=false"
-    ):
+    with pytest.raises(ValueError, match=r"features cannot be written \(Not a directory\).*feature_cache=false"):
         cache.check_space()
 
 

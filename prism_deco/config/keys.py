@@ -63,8 +63,8 @@ def schema_keys() -> dict[str, Field[Any]]:
 def is_text_key(key: str) -> bool:
     """Whether a key's value is text: the name of a choice, a `str` field, or one of `TEXT_OPTIONS`."""
     first, _, rest = key.partition(".")
-    if first == "sweep":  # the key of a sweep's YAML
-        return _is_text_of_sweep(rest)
+    if first == "sweep" and _is_text_of_sweep(rest):  # the key of a sweep's YAML
+        return True
     if first == "benchmark":  # benchmark.NAME.KEY
         key = f"benchmark.{rest.rpartition('.')[2]}"
     elif rest and first not in Config.__dataclass_fields__:  # STAGE.GROUP.KEY
