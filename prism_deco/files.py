@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -38,6 +38,30 @@ def write_whole(path: Path, content: bytes | str, *, durable: bool = True) -> No
 def write_json(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:
     """Writes JSON, as `write_whole` does."""
     write_whole(path, json.dumps(content, indent=2) + "\n", durable=durable)
+
+
+def read_json(
+    path: Path, keys: Iterable[str] = (), *, way_out: str = "Restore it from a copy, or write it again."
+) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        keys: it must have these.
+        way_out: what to do about a file that cannot be read.
+
+    Raises:
+        UsageError: the file is damaged, or is missing one of the keys.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}). {way_out}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is damaged: it is not a JSON object. {way_out}")
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise UsageError(f"{path} is damaged: it has no {', '.join(missing)}. {way_out}")
+    return content
 
 
 def check_writable(folder: Path, way_out: str) -> None:

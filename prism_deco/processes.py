@@ -183,13 +183,10 @@ def _run_rank() -> None:
 def _outcome(
     codes: Sequence[int | None], reports: Sequence[UsageError | Stop | str], first: int, received: Sequence[int]
 ) -> int:
-    """Says why the ranks ended: raises the reason, or returns the exit code where it has been shown.
+    """Raises the reason why the ranks ended, or returns the exit code where it has been shown.
 
     Args:
-        codes: as `_wait` returns them.
-        reports: the errors that ranks ended with.
         first: rank of the first process of this node.
-        received: the signals that the command was sent.
     """
     for report in reports:
         if isinstance(report, str):

@@ -17,6 +17,7 @@ from prism_deco.config.registry import unknown
 from prism_deco.config.schema import TURN_MASK
 from prism_deco.errors import UsageError
 from prism_deco.llms.encoding import IGNORE
+from prism_deco.llms.layers import decoder
 from prism_deco.llms.packed_attention import Segments, no_mask, use_packed_attention
 from prism_deco.loss import summed_cross_entropy
 from prism_deco.projectors import Projector
@@ -164,12 +165,12 @@ class VLM(nn.Module):
 
     def hidden_states(self, batch: Batch, visual: Tensor | None = None) -> Tensor:
         """The LLM's last hidden states float[B, L, E]."""
-        decoder = cast(nn.Module, self.lm.base_model)
+        body = decoder(self.lm)
         packed = {}
         if batch.lengths is not None:
             use_packed_attention(self.lm)
             packed["segments"] = Segments.of(batch.lengths, batch.input_ids.device)
-        output = decoder(
+        output = body(
             inputs_embeds=self.embed(batch, visual),
             attention_mask=self._attention_mask(batch),
             position_ids=batch.position_ids,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from prism_deco.config import parse_value
 from prism_deco.config.parse import split_pair
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
+from prism_deco.files import read_json
 
 OVERRIDES = "choices and settings (prism-deco keys lists them), and YAML files of such, a run's config.yaml for example"
 
@@ -87,7 +87,7 @@ def import_plugins_only(settings: Iterable[str]) -> None:
 
 def own_benchmarks(run: Path) -> Path | None:
     """The folder of the benchmarks that came with a run's training data, if any did."""
-    place = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["benchmarks"]
+    place = read_json(run / "manifest.json", ["benchmarks"])["benchmarks"]
     return Path(place) if place else None
 
 

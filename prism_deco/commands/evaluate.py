@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from prism_deco.commands.common import Asked, asked_of, import_named_plugins, ow
 from prism_deco.config import parse_value, read_config
 from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks, results_name
 from prism_deco.errors import UsageError
-from prism_deco.files import check_writable
+from prism_deco.files import check_writable, read_json
 
 if TYPE_CHECKING:  # benchmarks need torch
     from prism_deco.evaluation import Benchmark
@@ -162,7 +161,7 @@ def _score(results_folder: Path) -> float | None:
     path = results_folder / "metrics.json"
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path, ["metrics", "primary"], way_out="Remove it, and run the same command again.")
     return content["metrics"][content["primary"]]
 
 
@@ -201,7 +200,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
 
         config = folder / "model" / "config.yaml"
         require_imported(read_config(config).plugins, config)
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     if (folder / "backbone.json").is_file():  # beside the weights, in every model folder
         raise UsageError(
             f"{folder} is a model's folder or an export, no run folder: benchmarks need the run that it came from, "

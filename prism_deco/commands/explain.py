@@ -9,14 +9,17 @@ import logging
 import sys
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
 from prism_deco.commands.evaluate import finished_run, stored_keys
 from prism_deco.config.benchmarks import benchmark_name, results_name
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
-from prism_deco.files import check_writable
+from prism_deco.files import check_writable, read_json
+
+if TYPE_CHECKING:  # maps need torch
+    from prism_deco.explain import Section
 
 log = logging.getLogger(__name__)
 
@@ -37,48 +40,69 @@ def explain_arguments(parser: argparse.ArgumentParser) -> None:
 def explain(args: argparse.Namespace) -> None:
     """Explain one answer of one or more runs, or measure the relevance maps of a benchmark's questions."""
     asked = asked_of(args.arguments, ["plugins"])
-    runs, name = asked.runs, asked.benchmarks
     import_named_plugins(asked)
     _check_arguments(args, asked)
     import torch
 
-    from prism_deco.api import load
     from prism_deco.distributed import requested_device
-    from prism_deco.explain import ExplainExample, explain_image, side_by_side, table, write_page
+    from prism_deco.explain import side_by_side, write_page
 
-    place = {"device": requested_device(args.device), "dtype": getattr(torch, args.dtype) if args.dtype else None}
-    example = ExplainExample(args.image, args.prompt, args.answer) if args.image is not None else None
-    options: dict[Path, dict[str, Any]] = {}
-    for run in runs:  # what is wrong with one of them must not wait for those before it
+    for run in asked.runs:  # what is wrong with one of them must not wait for those before it
         check_writable(args.out or run / "explain", "Name a folder for the results with --out.")
-        if name is None:
-            continue
+    place = {"device": requested_device(args.device), "dtype": getattr(torch, args.dtype) if args.dtype else None}
+    if asked.benchmarks is None:
+        about, sections = _question_name(args), _explain_question(args, asked.runs, place)
+    else:
+        about, sections = _explain_benchmark(args, asked, place)
+    if len(asked.runs) > 1:
+        page = (args.out or asked.runs[0].parent) / _comparison_name(asked.runs, about)
+        write_page(page, " and ".join(run.name for run in asked.runs), side_by_side(sections))
+        log.info("The runs stand side by side in %s", page)
+
+
+def _explain_question(args: argparse.Namespace, runs: list[Path], place: dict[str, Any]) -> list[list[Section]]:
+    """The sections of the page, by run."""
+    from prism_deco.api import load
+    from prism_deco.explain import ExplainExample, explain_image
+
+    example = ExplainExample(args.image, args.prompt, args.answer)
+    sections = []
+    for run in runs:
+        model = load(run, **place)
+        folder = _out(args, run, len(runs)) or run / "explain" / "images" / _question_name(args)
+        section = explain_image(model.vlm, model.llm, example, folder, run=run.name)
+        answer = next(iter(section.panels[0].maps.values())).answer
+        sys.stdout.write(f"{run.name}: {answer}\n{folder / 'index.html'}\n")
+        sections.append([section])
+    return sections
+
+
+def _explain_benchmark(
+    args: argparse.Namespace, asked: Asked, place: dict[str, Any]
+) -> tuple[str, list[list[Section]]]:
+    """The name of what was measured, and the sections of the page by run."""
+    from prism_deco.explain import table
+
+    assert asked.benchmarks is not None
+    name = asked.benchmarks
+    options: dict[Path, dict[str, Any]] = {}
+    for run in asked.runs:  # what is wrong with one of them must not wait for those before it
         finished_run(run)
         stored = stored_keys(run, benchmark_name(name), leave_out=["limit"])
         options[run] = stored | asked.options | next(iter(asked.own.values()), {})
         _benchmark(run, name, options[run])
     results, sections = [], []
-    for run in runs:
-        out = (args.out / run.name if len(runs) > 1 else args.out) if args.out else None
-        if name is None:
-            assert example is not None
-            model = load(run, **place)
-            folder = out or run / "explain" / "images" / _question_name(args)
-            section = explain_image(model.vlm, model.llm, example, folder, run=run.name)
-            answer = next(iter(section.panels[0].maps.values())).answer
-            sys.stdout.write(f"{run.name}: {answer}\n{folder / 'index.html'}\n")
-            sections.append([section])
-            continue
-        result, pages = measure_relevance(run, name, options[run], out=out, **place)
+    for run in asked.runs:
+        result, pages = measure_relevance(run, name, options[run], out=_out(args, run, len(asked.runs)), **place)
         results.append(result)
         sections.append(pages)
-    if results:
-        show(table(results))
-    if len(runs) > 1:
-        about = _question_name(args) if name is None else results_name(name, options[runs[0]].get("split"))
-        page = (args.out or runs[0].parent) / _comparison_name(runs, about)
-        write_page(page, " and ".join(run.name for run in runs), side_by_side(sections))
-        log.info("The runs stand side by side in %s", page)
+    show(table(results))
+    return results_name(name, options[asked.runs[0]].get("split")), sections
+
+
+def _out(args: argparse.Namespace, run: Path, count: int) -> Path | None:
+    """The folder of a run's results below `--out`, if that is given; of several runs each has its own."""
+    return args.out / run.name if args.out and count > 1 else args.out
 
 
 def _question_name(args: argparse.Namespace) -> str:
@@ -122,7 +146,7 @@ def has_relevance(run: Path, name: str, split: str | None) -> bool:
     if (run / "explain" / results_name(name, split) / "metrics.json").is_file():
         return True
     earlier, own = run / "explain" / "metrics.json", build_benchmark(name)
-    about = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
+    about = read_json(earlier) if earlier.is_file() else {}
     return (about.get("benchmark"), about.get("split")) == (own.name, split or own.split)
 
 

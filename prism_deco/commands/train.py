@@ -43,7 +43,7 @@ def train(args: argparse.Namespace) -> int:
         print_config(stages, args.arguments)
         return 0
     config = stages[-1].config if stages else load_config(args.arguments)
-    scoring = _Scoring.of(config)
+    scoring = _scoring(config)
     flags = {"--overwrite": args.overwrite, "--force": args.force, "--debug": args.debug}
     if args.check:
         return _check(stages, config, overwrite=args.overwrite, force=args.force)
@@ -61,12 +61,6 @@ class _Scoring:
     config: DictConfig
     benchmarks: tuple[str, ...]
     relevance: str | None
-
-    @classmethod
-    def of(cls, config: DictConfig) -> _Scoring | None:
-        """The scoring of a configuration; None where it asks for none."""
-        benchmarks = tuple(resolve_benchmarks(config.evaluate.benchmarks or ""))
-        return cls(config, benchmarks, config.evaluate.relevance)._unless_empty()
 
     def prepare(self, benchmarks: Path | None) -> None:
         """Reads all questions; a wrong name, split or file must not wait for the end of training."""
@@ -129,6 +123,12 @@ class _Scoring:
         return self._own.get(benchmark_name(choice), {}).get("split", self.config.evaluate.split)
 
 
+def _scoring(config: DictConfig) -> _Scoring | None:
+    """The scoring that a configuration asks for; None where it asks for none."""
+    benchmarks = tuple(resolve_benchmarks(config.evaluate.benchmarks or ""))
+    return _Scoring(config, benchmarks, config.evaluate.relevance)._unless_empty()
+
+
 def _check(stages: Sequence[Stage], config: DictConfig, *, overwrite: bool, force: bool) -> int:
     from prism_deco.distributed import World
     from prism_deco.training.preconditions import check_all
@@ -140,7 +140,7 @@ def _check(stages: Sequence[Stage], config: DictConfig, *, overwrite: bool, forc
         try:
             if not has_finished(its, overwrite):
                 world = World.of(its.trainer)
-                check_all(its, world, scoring=_Scoring.of(its), after=after, plans=True, force=force)
+                check_all(its, world, scoring=_scoring(its), after=after, plans=True, force=force)
         except UsageError as error:
             raise UsageError(f"{name}{error}") from error
         log.info("%sno problem found", name)

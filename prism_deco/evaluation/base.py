@@ -160,8 +160,8 @@ class Benchmark(ABC):
             raise unknown(f"variant of {self.name}", str(name), self.VARIANTS)
         return name
 
-    def select(self, limit: int | None = None) -> list[Question]:
-        """The questions to ask, in the files' order; `limit` overrides the YAML's.
+    def select(self) -> list[Question]:
+        """The questions to ask, in the files' order.
 
         Raises:
             UsageError: there are none, or none of one of the `parts`; an id occurs twice.
@@ -170,20 +170,18 @@ class Benchmark(ABC):
         if not questions:
             raise UsageError(f"{self.name}: there are no questions of split {self.split!r} in {self.root}.")
         self.check_parts(Counter(question.stratum for question in questions), f"the files in {self.root}")
-        seen: set[str] = set()
         for question in questions:
-            if question.question_id in seen:
-                raise UsageError(f"{self.name}: the question id {question.question_id} occurs twice in {self.root}.")
-            seen.add(question.question_id)
             _check_encoding(question, f"{self.name}, in {self.root}")
-        limit = limit if limit is not None else self.limit
-        questions = cut(questions, limit)
-        self.check_parts(Counter(question.stratum for question in questions), f"what limit={limit} keeps")
+        question_id, count = Counter(question.question_id for question in questions).most_common(1)[0]
+        if count > 1:
+            raise UsageError(f"{self.name}: the question id {question_id} occurs twice in {self.root}.")
+        questions = cut(questions, self.limit)
+        self.check_parts(Counter(question.stratum for question in questions), f"what limit={self.limit} keeps")
         return questions
 
-    def items(self, limit: int | None = None) -> list[Item]:
+    def items(self) -> list[Item]:
         """What to ask, variant after variant, in canonical order; see `select`."""
-        questions = self.select(limit)
+        questions = self.select()
         return [self._ask(question, name) for name in self.variants for question in questions]
 
     def check_parts(self, counts: Mapping[str, int], where: str) -> None:
@@ -227,22 +225,14 @@ class Benchmark(ABC):
         group: str = "",
         **image: Any,
     ) -> Question:
-        """Builds a question whose image file follows from the pattern.
-
-        Args:
-            where: the annotation file and the record, for errors.
-            fields: what the prompt templates are filled with.
-            image: the fields of the image pattern.
-        """
+        """Builds a question about the image that the fields `image` of the pattern mean; `where` is for errors."""
         name, path = self.image_file(where, **image)
         return Question(str(question_id), (name,), (path,), fields, target, stratum=stratum, group=group)
 
     def image_file(self, where: str, **fields: Any) -> tuple[str, Path]:
         """The image that the pattern means: its path below the root, as predictions record it, and the file.
 
-        Args:
-            where: the annotation file and the record, for errors.
-            fields: those of the pattern.
+        `where`, the annotation file and the record, stands before errors.
         """
         try:
             path = self.path(self.image, **fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from prism_deco.errors import UsageError
 from prism_deco.evaluation.items import Item, Prediction
-from prism_deco.files import write_json, write_whole
+from prism_deco.files import read_json, write_json, write_whole
 
 FILE = "predictions.jsonl"
 VARIANTS = "variants"
@@ -30,11 +31,9 @@ def load_predictions(path: str | Path) -> list[Prediction]:
     predictions = _read(path, drop_torn=False)
     if not predictions:
         raise UsageError(f"{path} holds no predictions.")
-    seen: set[str] = set()
-    for prediction in predictions:
-        if prediction.question_id in seen:
-            raise UsageError(f"{path}: question {prediction.question_id} occurs twice.")
-        seen.add(prediction.question_id)
+    question_id, count = Counter(prediction.question_id for prediction in predictions).most_common(1)[0]
+    if count > 1:
+        raise UsageError(f"{path}: question {question_id} occurs twice.")
     return predictions
 
 
@@ -98,7 +97,7 @@ class PredictionStore:
     def _check_decoding(self, decoding: dict[str, Any], write: bool) -> None:
         path = self.folder / "decoding.json"
         if any(self.folder.glob("predictions*.jsonl")) and path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = read_json(path)
             # A setting that the file does not name cannot be compared.
             changed = [f"{k} was {old} and is {decoding.get(k)}" for k, old in before.items() if old != decoding.get(k)]
             if changed:

@@ -29,11 +29,9 @@ def evaluate(
     out_dir: str | Path,
     *,
     batch_size: int = 16,
-    limit: int | None = None,
     image_cache: int = 128,
     model_id: str | None = None,
     dtype: str | None = None,
-    seed: int = 0,
     progress: bool = True,
     world: World | None = None,
 ) -> dict[str, Any]:
@@ -45,11 +43,9 @@ def evaluate(
 
     Args:
         batch_size: questions per generation, images per encoding.
-        limit: ask only that many questions, spread over subsets; None asks what the benchmark's YAML says.
         image_cache: images whose visual tokens are held at a time.
         model_id: tells models apart (a hash of the weights, say): answers of two are never mixed in a folder.
         dtype: what the model computes in; recorded, and not mixed either.
-        seed: of the bootstrap.
         world: the processes that share the images, all of which call this and see `out_dir`; None is this one alone.
 
     Returns:
@@ -60,7 +56,7 @@ def evaluate(
     """
     out_dir = Path(out_dir)
     world = world or World()
-    items = benchmark.items(limit)
+    items = benchmark.items()
     decoding = {"strategy": "greedy", "max_new_tokens": benchmark.max_new_tokens, "dtype": dtype, "model": model_id}
     store = PredictionStore(out_dir, items, decoding | {VARIANTS: list(benchmark.variants)}, world.rank, world.size)
     world.barrier()  # nobody writes before all have read what is there
@@ -95,7 +91,7 @@ def evaluate(
                 "%s: %d of %d answers are missing and count as wrong: their image is missing or unreadable",
                 benchmark.name, unanswered, len(predictions),
             )  # fmt: skip
-        summary = summarise(benchmark, predictions, decoding, seed=seed)
+        summary = summarise(benchmark, predictions, decoding)
         write_json(out_dir / "metrics.json", summary)
     world.barrier()
     return json.loads((out_dir / "metrics.json").read_text(encoding="utf-8"))

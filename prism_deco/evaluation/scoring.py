@@ -14,17 +14,17 @@ from prism_deco.errors import UsageError
 from prism_deco.evaluation.base import Benchmark
 from prism_deco.evaluation.items import Item, Prediction
 from prism_deco.evaluation.predictions import VARIANTS, load_predictions
+from prism_deco.files import read_json
 
 
 def summarise(
-    benchmark: Benchmark, predictions: Sequence[Prediction], decoding: Mapping[str, Any] | None, *, seed: int = 0
+    benchmark: Benchmark, predictions: Sequence[Prediction], decoding: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """The content of `metrics.json`.
 
     Args:
         predictions: graded, in canonical order.
         decoding: how the answers were produced; None where that is unknown.
-        seed: of the bootstrap.
 
     Returns:
         benchmark, variants (how the questions were asked; the first variant's metrics have plain names, those of the
@@ -47,14 +47,14 @@ def summarise(
         "primary": benchmark.primary,
         "n": len(variants[first]),
         "invalid_rate": metrics["invalid_rate"],
-        "interval95": list(bootstrap_interval(strata, benchmark.combine, seed=seed)),
+        "interval95": list(bootstrap_interval(strata, benchmark.combine)),
         "decoding": dict(decoding) if decoding is not None else None,
         "prompt_hash": _hash([p.question_id, p.prompt] for p in predictions),
         "data_hash": _hash([p.question_id, p.image, p.target] for p in predictions),
     }
 
 
-def score_file(path: str | Path, benchmark: Benchmark, *, seed: int = 0) -> dict[str, Any]:
+def score_file(path: str | Path, benchmark: Benchmark) -> dict[str, Any]:
     """Scores a predictions file anew, from its outputs and targets alone; returns what `summarise` does.
 
     Raises:
@@ -63,7 +63,7 @@ def score_file(path: str | Path, benchmark: Benchmark, *, seed: int = 0) -> dict
     path = Path(path)
     predictions = load_predictions(path)
     recorded = path.with_name("decoding.json")
-    decoding = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() else {}
+    decoding = read_json(recorded) if recorded.is_file() else {}
     asked = decoding.pop(VARIANTS, None)
     # Predictions of several variants name theirs.
     if asked is not None and len(asked) == 1 and asked[0] != benchmark.variants[0]:
@@ -79,7 +79,7 @@ def score_file(path: str | Path, benchmark: Benchmark, *, seed: int = 0) -> dict
                 f"{prediction.question_id} has no {' and no '.join(missing)})."
             )
     graded = [benchmark.grade(prediction) for prediction in predictions]
-    return summarise(benchmark, graded, decoding or None, seed=seed)
+    return summarise(benchmark, graded, decoding or None)
 
 
 def chance(benchmark: Benchmark, predictions: Sequence[Prediction]) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prism_deco.llms.encoding import IGNORE
+from prism_deco.llms.layers import decoder
 from prism_deco.sequence import Batch
 from prism_deco.vlm import VLM
 
@@ -98,10 +99,10 @@ def record(vlm: VLM, batch: Batch, visual: Tensor, targets: int | None = None) -
     positions = (batch.labels[0, 1:] != IGNORE).nonzero()[:targets, 0]
     tokens = batch.labels[0, positions + 1]
     inputs = vlm.embed(batch, visual).detach().requires_grad_()
-    decoder = cast(nn.Module, vlm.lm.base_model)
+    body = decoder(vlm.lm)
     with torch.enable_grad():
         # One sequence of one round without padding: `turn_mask` makes no difference here.
-        output = decoder(
+        output = body(
             inputs_embeds=inputs,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,

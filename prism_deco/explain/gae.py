@@ -30,6 +30,8 @@ from prism_deco.llms import LanguageModel
 from prism_deco.sequence import build_batch
 from prism_deco.vlm import VLM
 
+MAX_NEW_TOKENS = 128
+
 
 @dataclass(frozen=True, repr=False)
 class Relevance:
@@ -111,7 +113,7 @@ def relevance(
     answer: str | None = None,
     *,
     method: str = "r-gae",
-    max_new_tokens: int = 128,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Relevance:
     """Explains an answer about an image; the model is left as it was found.
 

@@ -51,20 +51,20 @@ class PatchFrame:
         rows, columns = _overlap(y1, y2, self.grid[0]), _overlap(x1, x2, self.grid[1])
         return rearrange(rows[:, None] * columns, "h w -> (h w)")
 
-    def upsample(self, values: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """A map over the patches as one over the pixels of the image.
+    def upsample(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        """A map over the patches as one over the pixels of the image, or of a scaled copy.
 
         Bilinear between the patches' centres. What the tower did not see (cropped away) gets zero.
 
         Args:
             values: float[N].
-            size: (width, height) of a scaled copy of the image; None is the image itself.
+            size: (width, height) of the image's copy.
 
         Returns:
             float[height, width].
         """
         image_width, image_height = self.frame.image_size
-        width, height = size or self.frame.image_size
+        width, height = size
         x, y = self.frame.to_model(
             (torch.arange(width) + 0.5) * (image_width / width), (torch.arange(height) + 0.5) * (image_height / height)
         )

@@ -130,7 +130,7 @@ def _encode(values: Tensor) -> str:
 def _data_uri(image: Image.Image) -> str:
     shown = image.convert("RGB")
     shown.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    shown.save(buffer, "PNG" if max(shown.size) <= 256 else "JPEG", quality=88)
     kind = "png" if max(shown.size) <= 256 else "jpeg"
+    buffer = io.BytesIO()
+    shown.save(buffer, kind, quality=88)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

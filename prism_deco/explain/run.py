@@ -21,10 +21,9 @@ from torch import Tensor
 from prism_deco.bootstrap import mean_interval
 from prism_deco.data.images import open_image
 from prism_deco.errors import UsageError
-from prism_deco.explain.faithfulness import area, curves
-from prism_deco.explain.gae import DEFAULT_METHOD, METHODS, Relevance, image_pixels, relevance
+from prism_deco.explain.gae import DEFAULT_METHOD, MAX_NEW_TOKENS, METHODS, Relevance, image_pixels, relevance
 from prism_deco.explain.geometry import Box
-from prism_deco.explain.measures import energy_in_box, padding_fraction, pointing_hit, redundancy, spread
+from prism_deco.explain.measures import area, curves, energy_in_box, padding_fraction, pointing_hit, redundancy, spread
 from prism_deco.explain.page import Panel, Section, write_page
 from prism_deco.explain.render import mosaic, overlay
 from prism_deco.explain.words import encode_answer
@@ -57,9 +56,7 @@ class ExplainExample:
     id: str = ""
 
 
-def explain_image(
-    vlm: VLM, llm: LanguageModel, example: ExplainExample, out_dir: Path, *, run: str, max_new_tokens: int = 128
-) -> Section:
+def explain_image(vlm: VLM, llm: LanguageModel, example: ExplainExample, out_dir: Path, *, run: str) -> Section:
     """Explains one answer by every method and writes what there is to see.
 
     Per method a folder with `sentence.png`, `word_NN.png`, `queries.png` (the mosaic), `maps.safetensors`
@@ -67,13 +64,12 @@ def explain_image(
 
     Args:
         run: the model's name on the page.
-        max_new_tokens: length limit of the model's own answer.
 
     Returns:
         The page's section, to be set beside those of other runs (`write_page`).
     """
     image = open_image(example.image)
-    maps = _by_method(vlm, llm, image, example.prompt, example.answer, max_new_tokens)
+    maps = _by_method(vlm, llm, image, example.prompt, example.answer)
     for method, result in maps.items():
         _write_maps(out_dir / method, image, result)
     section = Section(image, example.prompt, [Panel(run, _projector(vlm), maps)], example.box)
@@ -90,7 +86,6 @@ def explain_set(
     run: str,
     about: Mapping[str, Any] | None = None,
     steps: int = 10,
-    max_new_tokens: int = 128,
     seed: int = 0,
     show: int = 8,
 ) -> tuple[dict[str, Any], list[Section]]:
@@ -100,7 +95,6 @@ def explain_set(
         run: the model's name in the table and on the page.
         about: entries for `metrics.json` that say what was measured (benchmark, split, model hash).
         steps: of the deletion and insertion curves.
-        max_new_tokens: length limit of the model's own answers.
         seed: of the random maps and of the bootstrap.
         show: examples on the page.
 
@@ -120,7 +114,7 @@ def explain_set(
             if number % 25 == 0 and not sys.stderr.isatty():
                 log.info("%s: explaining %d of %d examples", run, number, len(examples))
             image = open_image(example.image)
-            answer = example.answer or _own_answer(vlm, llm, image, example.prompt, max_new_tokens)
+            answer = example.answer or _own_answer(vlm, llm, image, example.prompt)
             if not answer.strip():
                 continue
             maps = _by_method(vlm, llm, image, example.prompt, answer)
@@ -152,12 +146,12 @@ def explain_set(
 
 
 def _by_method(
-    vlm: VLM, llm: LanguageModel, image: Image.Image, prompt: str, answer: str | None, max_new_tokens: int = 128
+    vlm: VLM, llm: LanguageModel, image: Image.Image, prompt: str, answer: str | None
 ) -> dict[str, Relevance]:
     """One answer's maps by every method; R-GAE, which takes the most memory, comes first."""
     maps: dict[str, Relevance] = {}
     for method in METHODS:
-        maps[method] = relevance(vlm, llm, image, prompt, answer, method=method, max_new_tokens=max_new_tokens)
+        maps[method] = relevance(vlm, llm, image, prompt, answer, method=method)
         answer = maps[method].answer
     return maps
 
@@ -173,8 +167,8 @@ def _measure(
 ) -> dict[str, float]:
     """The numbers of one map over the patches, float[N], of the answer in `result`."""
     encoded, ids = encode_answer(llm, result.prompt, result.answer, vlm.projector.num_tokens)
-    curve = curves(vlm, encoded, len(ids), image_pixels(vlm, image), scores, steps=steps)
-    numbers = {"deletion_auc": area(curve.deletion), "insertion_auc": area(curve.insertion)}
+    deletion, insertion = curves(vlm, encoded, len(ids), image_pixels(vlm, image), scores, steps=steps)
+    numbers = {"deletion_auc": area(deletion), "insertion_auc": area(insertion)}
     if example.box is not None:
         width, height = image.size
         x1, y1, x2, y2 = example.box
@@ -196,9 +190,9 @@ def _summary(rows: Sequence[Mapping[str, float]], seed: int) -> dict[str, Any]:
     return {name: mean_interval([row[name] for row in rows if name in row], seed=seed) for name in names}
 
 
-def _own_answer(vlm: VLM, llm: LanguageModel, image: Image.Image, prompt: str, max_new_tokens: int) -> str:
+def _own_answer(vlm: VLM, llm: LanguageModel, image: Image.Image, prompt: str) -> str:
     visual = [list(vlm.visual_tokens(image_pixels(vlm, image)))]
-    return generate_answer(vlm, llm, visual, [prompt], max_new_tokens=max_new_tokens)[0]
+    return generate_answer(vlm, llm, visual, [prompt], max_new_tokens=MAX_NEW_TOKENS)[0]
 
 
 def _projector(vlm: VLM) -> str:

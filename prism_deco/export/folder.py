@@ -84,13 +84,12 @@ def whole_folder(folder: Path, need: int | None = None) -> Iterator[Path]:
     """A folder to write to, whose files move to `folder` at the end; after an error none of them is left.
 
     Args:
-        folder: new, or empty.
+        folder: new, or empty (`check_empty`).
         need: approximate number of bytes that will be written; None if unknown.
 
     Raises:
-        UsageError: the folder is not empty, or the disk is full.
+        UsageError: the disk is full.
     """
-    check_empty(folder)
     log.info("Writing the model to %s", folder)
     exists = folder.exists()
     building = folder / _BUILDING

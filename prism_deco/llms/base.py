@@ -59,8 +59,18 @@ class LanguageModel:
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence that the model supports, in tokens."""
-        return int(self.model.config.max_position_embeddings)
+        """Longest sequence that the model supports, in tokens.
+
+        Raises:
+            UsageError: its architecture does not say.
+        """
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if positions is None:
+            raise UsageError(
+                f"The architecture of {self.spec.name} names no longest sequence: set "
+                "llm.architecture.max_position_embeddings=N."
+            )
+        return int(positions)
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -110,21 +111,33 @@ def _options(spec: LLMSpec) -> dict[str, Any]:
 
 
 def _random(spec: LLMSpec, device: torch.device) -> PreTrainedModel:
+    with _attention_named(spec), device:
+        return AutoModelForCausalLM.from_config(architecture(spec), trust_remote_code=False, **_options(spec))
+
+
+@contextmanager
+def _attention_named(spec: LLMSpec) -> Iterator[None]:
+    """Raises `UsageError`, which names the key, where `llm.attention` is not there or not for this architecture."""
     try:
-        with device:
-            return AutoModelForCausalLM.from_config(architecture(spec), trust_remote_code=False, **_options(spec))
-    except ImportError as error:
-        raise UsageError(
-            f"llm.attention={spec.attention} cannot be used here: {error} Install what it needs, or set "
-            "llm.attention=sdpa."
-        ) from error
+        yield
+    except (ImportError, ValueError) as error:
+        if isinstance(error, ValueError) and "attn_implementation" not in str(error):
+            raise
+        reason = str(error).strip().partition(". ")[0].removesuffix(".")
+        way_out = (
+            "Set llm.attention=eager."
+            if spec.attention == "sdpa"
+            else ("Install what it needs, or set llm.attention=sdpa.")
+        )
+        raise UsageError(f"llm.attention={spec.attention} cannot be used here: {reason}. {way_out}") from error
 
 
 def _load(spec: LLMSpec) -> PreTrainedModel:
     config = architecture(spec) if spec.architecture else None
     path = _weights_path(spec)
     options = _options(spec) | (quantization(spec.quantize) if spec.quantize else {})
-    model = load_lm(path, config, **options)
+    with _attention_named(spec):
+        model = load_lm(path, config, **options)
     _check_architecture(spec, model.config, path)
     return model
 

@@ -136,7 +136,14 @@ def _load(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
     # For a bare tokenizer.model, classes such as `LlamaTokenizer` order the merges by the pieces' ids. The generic
     # class orders them by score, as SentencePiece does, and saves the result as tokenizer.json.
     loader = PreTrainedTokenizerFast if bare and not options else AutoTokenizer
-    tokenizer = loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
+    try:
+        tokenizer = loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
+    except Exception as error:  # of any class, down to a bare `Exception` of the library in Rust
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UsageError(
+            f"{folder} holds no tokenizer that can be read ({reason}). Point llm.tokenizer at a folder with "
+            "tokenizer.json or tokenizer.model."
+        ) from error
     if bare or options:
         _prefix_every_text(tokenizer)
     return tokenizer

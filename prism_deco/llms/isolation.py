@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prism_deco.errors import UsageError
-from prism_deco.llms.layers import decoder_layers
+from prism_deco.llms.layers import decoder, decoder_layers
 from prism_deco.llms.packed_attention import Segments, no_mask, use_packed_attention
 
 TOLERANCE = 1e-4
@@ -95,7 +95,7 @@ def _block_masked(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, T
 
 
 def _hidden(lm: PreTrainedModel, **inputs: Any) -> Tensor:
-    return cast(nn.Module, lm.base_model)(use_cache=False, **inputs).last_hidden_state
+    return decoder(lm)(use_cache=False, **inputs).last_hidden_state
 
 
 def _first_layers(lm: PreTrainedModel, longest: int) -> PreTrainedModel:
@@ -115,19 +115,19 @@ def _first_layers(lm: PreTrainedModel, longest: int) -> PreTrainedModel:
     kinds = getattr(config, "layer_types", None) or [_kind(layer) for layer in layers]
     depth = max(kinds.index(kind) for kind in kinds) + 1
     del layers[depth:]
-    decoder = cast(nn.Module, small.base_model)
+    body = decoder(small)
     table = small.get_input_embeddings()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        for module in decoder.modules():
+        for module in body.modules():
             if module is not table:  # not needed: the inputs are embeddings
                 module.to_empty(device=_CPU, recurse=False)
-        for tensor in (*decoder.parameters(), *decoder.buffers()):
+        for tensor in (*body.parameters(), *body.buffers()):
             if tensor.is_floating_point():
                 tensor.normal_(std=0.1)
             else:
                 tensor.zero_()
-        decoder.apply(small._init_weights)
+        body.apply(small._init_weights)
     return small
 
 

@@ -35,6 +35,15 @@ def decoder_layers(lm: nn.Module) -> nn.ModuleList:
     raise UsageError(f"{type(lm).__name__} has no list of {depth} decoder layers, so it cannot be sharded or planned.")
 
 
+def decoder(lm: PreTrainedModel) -> nn.Module:
+    """The part of a causal LM below its head."""
+    if lm.base_model is not lm:
+        return lm.base_model
+    # Llama 4 calls its decoder otherwise than its class says.
+    table = lm.get_input_embeddings()
+    return next(part for part in lm.children() if any(module is table for module in part.modules()))
+
+
 def checkpoint_activations(lm: PreTrainedModel, policy: str) -> None:
     """Trades computation for memory in every layer of the LLM.
 

@@ -103,7 +103,11 @@ def build_shallow(key: str, depth: int) -> PreTrainedModel:
     """The LLM of that `llm_key` with `depth` decoder layers, the caller's own."""
     content = json.loads(key)
     name = architecture(_llm(key).spec).attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    content["llm"]["architecture"] |= {name: depth}
+    settings = content["llm"]["architecture"]
+    for key, value in settings.items():
+        if "layer" in key and isinstance(value, list) and len(value) == settings.get(name):  # such as `layer_types`
+            settings[key] = value[:depth]
+    settings[name] = depth
     return _build_llm(content).model
 
 

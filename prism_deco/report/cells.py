@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -191,15 +190,9 @@ class SeedGroup:
     def name(self) -> str:
         return f"{self.row}: {self.variant}"
 
-    @cached_property
+    @property
     def tokens(self) -> int | None:
         return next((cell.tokens for cell in self.cells if cell.tokens is not None), None)
-
-    @cached_property
-    def step_seconds(self) -> float | None:
-        times = [cell.step_seconds for cell in self.cells]
-        known = [time for time in times if time is not None]
-        return median(known) if known else None
 
     def scores(self, benchmark: str, split: str) -> dict[str, Score]:
         """By seed."""

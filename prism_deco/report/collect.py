@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from prism_deco.config import GROUPS, flat, read_stored
 from prism_deco.config.benchmarks import benchmark_name
 from prism_deco.errors import UsageError
+from prism_deco.files import read_json
 from prism_deco.report.benchmarks import asked_by, family_of
 from prism_deco.report.cells import SPEED, TRAIN_LOSS, VAL_LOSS, Curve, RunCell, Score
 from prism_deco.stages import final_config
@@ -157,20 +157,6 @@ def _settings(config: DictConfig | None) -> dict[str, str]:
     values = flat(config) if config is not None else {}
     keys = [key for key in values if key.startswith(("data.", "recipe.")) and not key.startswith(_NO_AXES)]
     return {key: str(values[key]) for key in keys}
-
-
-def read_json(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The content of a JSON file; `UsageError` where it is damaged or is missing one of the keys."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged ({error}).") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} is damaged: it is not a JSON object.")
-    missing = [key for key in keys if key not in content]
-    if missing:
-        raise UsageError(f"{path} is damaged: it has no {', '.join(missing)}.")
-    return content
 
 
 def read_scores(folder: Path, asked: Mapping[str, str]) -> dict[str, dict[str, Score]]:

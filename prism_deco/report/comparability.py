@@ -44,10 +44,10 @@ def disagreements(groups: Sequence[SeedGroup], split: str) -> list[str]:
     cells = [cell for group in groups for cell in group.cells]
     trained = [cell for cell in cells if cell.manifest]
     found = [_sentence("training data (data_hash)", ((cell.id, cell.manifest["data_hash"][:12]) for cell in trained))]
-    steps, samples = ([(cell.id, cell.manifest[key]) for cell in trained] for key in ("steps", "samples"))
-    budgets = [_sentence("steps", steps), _sentence("samples", samples)]
-    if any(budgets) and not same_compute(trained):
-        found += budgets
+    steps = _sentence("steps", [(cell.id, cell.manifest["steps"]) for cell in trained])
+    samples = _sentence("samples", [(cell.id, cell.manifest["samples"]) for cell in trained])
+    if (steps or samples) and not same_compute(trained):
+        found += [steps, samples]
     for row in dict.fromkeys(cell.row for cell in trained):
         members = [cell for cell in trained if cell.row == row]
         tokens = [(cell.id, cell.tokens) for cell in members if cell.compressed]

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from prism_deco.report.cells import TRAIN_LOSS, Curve, RunCell, SeedGroup, Summary
 from prism_deco.report.grid import ScoreTable
@@ -170,11 +169,10 @@ def side_by_side(tokens: Sequence[int]) -> list[float]:
 
 
 def _token_axis(ax: Axes, tokens: Sequence[int]) -> None:
-    ax.set_xscale("log", base=2)
     values = sorted(set(tokens))
-    ax.xaxis.set_major_locator(FixedLocator(values))
-    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xscale("log", base=2)
     ax.set_xticks(values, [str(value) for value in values])
+    ax.minorticks_off()
     ax.set_xlim(values[0] / 1.6, values[-1] * 1.6)
 
 

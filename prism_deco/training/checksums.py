@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from prism_deco.errors import UsageError
-from prism_deco.files import file_sha256, verify_sha256, write_whole
+from prism_deco.files import file_sha256, read_json, verify_sha256, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ def verify_model(folder: Path) -> None:
     verify_sha256(folder, digests, folder / SUMS, way_out)
     manifest = folder.parent / "manifest.json"
     if folder.name == "model" and manifest.is_file():
-        trained = json.loads(manifest.read_text(encoding="utf-8")).get("model_sha256")
+        trained = read_json(manifest).get("model_sha256")
         if trained not in (None, trained_sha256(folder)):
             raise UsageError(f"{folder} is not the model that the run trained: {manifest} names another. {way_out}")
 

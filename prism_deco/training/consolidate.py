@@ -11,9 +11,11 @@ from torch import Tensor
 from prism_deco.backbones import build_backbone
 from prism_deco.build import build_model, group
 from prism_deco.config import read_config
+from prism_deco.config.registry import require_imported
 from prism_deco.errors import UsageError
 from prism_deco.llms.tuning import tuning
 from prism_deco.training.checkpoints import CHECKPOINTS, MODEL, Checkpoint, list_checkpoints
+from prism_deco.training.manifest import check_owner
 from prism_deco.training.model_folder import CONFIG, save_model
 
 log = logging.getLogger(__name__)
@@ -31,14 +33,18 @@ def consolidate(run: Path, checkpoint: str, folder: Path) -> None:
         folder: new, or empty.
 
     Raises:
-        UsageError: there is no such checkpoint, or it does not hold all that was trained.
+        UsageError: there is no such checkpoint; it is damaged, belongs to another run, or does not hold all that was
+            trained; or the run has plug-ins that nobody has imported.
     """
     config = read_config(run / CONFIG)
+    require_imported(config.plugins, run / CONFIG)
     known = {path.name: path for path in list_checkpoints(run / CHECKPOINTS)}
     if checkpoint not in known:
         raise UsageError(f"{run} has no checkpoint {checkpoint}; it has: {', '.join(known) or 'none'}.")
     stored = Checkpoint(known[checkpoint])
+    check_owner(stored, config)
     log.info("Reading %s", known[checkpoint])
+    stored.verify()
     if config.backbone.pretrained and (config.llm.pretrained or tuning(config.recipe.lm).base):
         vlm, llm = build_model(config, device="meta")
         vlm.backbone = build_backbone(group(config, "backbone"))

@@ -3,7 +3,6 @@ model is trained further on other data."""
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from omegaconf import DictConfig
 from prism_deco.build import group
 from prism_deco.config import read_config
 from prism_deco.errors import UsageError
+from prism_deco.files import read_json
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import weights_record
 from prism_deco.llms.lora import fill_lora
@@ -121,7 +121,7 @@ def _differing(earlier: DictConfig, now: DictConfig) -> list[str]:
 
 
 def _check_sha256(key: str, record: Path, here: str) -> None:
-    there = json.loads(record.read_text(encoding="utf-8"))["sha256"]
+    there = read_json(record, ["sha256"])["sha256"]
     if there != here:
         raise UsageError(
             f"{record.parent} was trained with weights of SHA-256 {there[:12]}…, the ones here have {here[:12]}…: "

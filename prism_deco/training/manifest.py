@@ -17,7 +17,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 import prism_deco
-from prism_deco.config import default_run_id
+from prism_deco.config import default_run_id, flat, is_free
 from prism_deco.errors import UsageError
 from prism_deco.files import file_sha256
 from prism_deco.llms import LanguageModel
@@ -42,11 +42,17 @@ _INPUTS = {
 
 
 def check_owner(checkpoint: Checkpoint, config: DictConfig) -> None:
-    """`UsageError` if a checkpoint belongs to another run. Earlier versions did not record it."""
-    recorded = checkpoint.content.get("run")
-    if recorded not in (None, _run(config)):
+    """`UsageError` if a checkpoint belongs to another run. Earlier versions did not record it, or not its settings."""
+    recorded, own = checkpoint.content.get("run"), _run(config)
+    if recorded is None:
+        return
+    # Only what both versions know: keys come and go.
+    theirs, ours = recorded.get("settings", {}), own["settings"]
+    differing = [f"{key}={theirs[key]}" for key in sorted(theirs.keys() & ours.keys()) if theirs[key] != ours[key]]
+    if differing or any(recorded[key] != own[key] for key in ("run_id", "choices")):
+        listed = ", ".join([recorded["choices"], *differing[:5]])
         raise UsageError(
-            f"{checkpoint.folder} belongs to run {recorded['run_id']} ({recorded['choices']}), not to {config.run_id} "
+            f"{checkpoint.folder} belongs to run {recorded['run_id']} ({listed}), not to {config.run_id} "
             f"({default_run_id(config)}). Remove this checkpoint's folder."
         )
 
@@ -66,7 +72,7 @@ def provenance(
         resume: the checkpoint it continues from.
 
     Returns:
-        run: its `run_id`, and the `choices` it was composed of.
+        run: its `run_id`, the `choices` it was composed of, and the `settings` that it cannot change on the way.
         inputs: SHA-256 of what is read from outside, by the names in `_INPUTS`.
         input_changes: where an input was another one from some step on, which the user accepted.
 
@@ -151,5 +157,6 @@ def code_version() -> str:
     return f"{prism_deco.__version__}+{commit}"
 
 
-def _run(config: DictConfig) -> dict[str, str]:
-    return {"run_id": config.run_id, "choices": default_run_id(config)}
+def _run(config: DictConfig) -> dict[str, Any]:
+    settings = {key: value for key, value in flat(config).items() if not is_free(key) and key != "run_id"}
+    return {"run_id": config.run_id, "choices": default_run_id(config), "settings": settings}

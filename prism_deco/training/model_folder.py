@@ -20,7 +20,7 @@ from prism_deco.config import read_config, save_config
 from prism_deco.config.registry import require_imported
 from prism_deco.config.stored import CONFIG
 from prism_deco.errors import UsageError
-from prism_deco.files import write_json
+from prism_deco.files import read_json, write_json
 from prism_deco.llms import LanguageModel, build_llm
 from prism_deco.llms.build import weights_record
 from prism_deco.llms.layers import fill_buffers
@@ -144,12 +144,12 @@ def _architecture_only(folder: Path, config: DictConfig) -> DictConfig:
     bare.llm.tokenizer = str(folder / TOKENIZER)
     bare.recipe.lm = "full"
     if bare.llm.get("architecture") is None and (folder / LLM_RECORD).is_file():
-        OmegaConf.update(bare, "llm.architecture", json.loads((folder / LLM_RECORD).read_text()), force_add=True)
+        OmegaConf.update(bare, "llm.architecture", read_json(folder / LLM_RECORD), force_add=True)
     return bare
 
 
 def _check_backbone(folder: Path, config: DictConfig, vlm: VLM) -> None:
-    record = json.loads((folder / TOWER_RECORD).read_text())
+    record = read_json(folder / TOWER_RECORD, ["sha256"])
     if vlm.backbone.sha256() != record["sha256"]:
         raise UsageError(
             f"{folder}: the model was trained with backbone weights of SHA-256 {record['sha256'][:12]}…, those of "
@@ -163,9 +163,9 @@ def _check_backbone(folder: Path, config: DictConfig, vlm: VLM) -> None:
 
 
 def check_finite(folder: Path, vlm: VLM) -> None:
-    """`UsageError` if a weight that was read from a model folder is not a finite number."""
-    for name, parameter in vlm.named_parameters():
-        if not all_finite(parameter):
+    """`UsageError` if a weight or a buffer that was read from a model folder is not a finite number."""
+    for name, tensor in vlm.state_dict().items():
+        if not all_finite(tensor):
             raise UsageError(
                 f"{folder}: {name} holds NaN or infinite numbers. Train the model again, or export an earlier "
                 "checkpoint of the run (prism-deco export)."
@@ -179,7 +179,7 @@ def _named_base(folder: Path, config: DictConfig) -> PreTrainedModel:
         found = weights_record(llm.spec)
     except UsageError as error:
         raise UsageError(f"{folder} does not hold its language model, only the name of it: {error}") from error
-    wanted = json.loads((folder / BASE_RECORD).read_text())
+    wanted = read_json(folder / BASE_RECORD, ["sha256"])
     if found["sha256"] != wanted["sha256"]:
         raise UsageError(
             f"{folder}: the model was trained on the weights of {wanted.get('hub') or wanted.get('path')} with SHA-256 "

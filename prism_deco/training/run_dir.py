@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from prism_deco.config import cache_dir, default_run_id, flat, is_free, read_config, save_config
 from prism_deco.config.stored import CONFIG
 from prism_deco.errors import UsageError
-from prism_deco.exits import DiskFull, is_disk_full
+from prism_deco.exits import DiskFull, Stop, is_disk_full
 from prism_deco.files import remove_unfinished
 from prism_deco.training.checkpoints import CHECKPOINTS, newest_checkpoint, remove_leftovers
 from prism_deco.training.status import THROUGH, is_requeued, read_status
@@ -115,8 +115,8 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_disk_full(error):
-            raise
+        if isinstance(error, Stop | UsageError) or not is_disk_full(error):
+            raise  # the first two have their reason in one line already
         # A write that fails does not say where: the cache may lie on another disk.
         place = min((folder, cache_dir()), key=_free_bytes)
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error

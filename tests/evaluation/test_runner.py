@@ -222,13 +222,13 @@ def test_a_finished_evaluation_asks_nothing(files, fake_model, tmp_path):
 
 
 def test_a_limited_evaluation_can_be_completed(files, fake_model, tmp_path):
-    benchmark = build_benchmark(files.gqa())
-    assert evaluate(fake_model(), benchmark, tmp_path, limit=2, progress=False)["n"] == 2
+    benchmark, two = build_benchmark(files.gqa()), build_benchmark(files.gqa(limit=2))
+    assert evaluate(fake_model(), two, tmp_path, progress=False)["n"] == 2
     model = fake_model()
     assert evaluate(model, benchmark, tmp_path, progress=False)["n"] == 3
     assert sum(map(len, model.calls)) == 3, "the batch of which two answers were there is asked as a whole"
     limited, rest = tmp_path / "limited", fake_model()
-    evaluate(fake_model(), benchmark, limited, limit=2, batch_size=1, progress=False)
+    evaluate(fake_model(), two, limited, batch_size=1, progress=False)
     assert evaluate(rest, benchmark, limited, batch_size=1, progress=False)["n"] == 3
     assert sum(map(len, rest.calls)) == 1
 
@@ -239,8 +239,8 @@ def test_answers_are_not_mixed(files, fake_model, tmp_path):
     evaluate(fake_model(), build_benchmark(keys), tmp_path, model_id="a", dtype="float32", progress=False)
     ways = rf"Choose another folder \(prism-deco evaluate --out DIR\), or delete {tmp_path}\.$"
 
-    def refused(benchmark, says, limit=None, **about):
-        about = {"model_id": "a", "dtype": "float32", "limit": limit, "progress": False} | about
+    def refused(benchmark, says, **about):
+        about = {"model_id": "a", "dtype": "float32", "progress": False} | about
         with pytest.raises(ValueError, match=f"^{tmp_path}.*{says}.*{ways}"):
             evaluate(fake_model(), benchmark, tmp_path, **about)
 
@@ -252,7 +252,8 @@ def test_answers_are_not_mixed(files, fake_model, tmp_path):
         trained = build_benchmark(files.refcoco(variants=["trained"]))
         evaluate(fake_model(), trained, tmp_path / "boxes", progress=False)
     refused(build_benchmark(keys), "dtype was float32 and is bfloat16", dtype="bfloat16")
-    refused(build_benchmark(keys), "holds 3 answers, .* is not one of the 1 that this evaluation asks", limit=1)
+    one = build_benchmark(keys, limit=1)
+    refused(one, "holds 3 answers, .* is not one of the 1 that this evaluation asks")
     refused(build_benchmark(files.vizwiz()), "is not one of the 2 that this evaluation asks")
     questions = json.loads((files.path / keys["annotations"]).read_text())
     questions = {k: v | {"question": "Why?"} for k, v in questions.items()}

@@ -24,7 +24,7 @@ def test_a_bright_patch_of_the_map_lies_on_the_pixels_that_the_patch_was_made_of
     patches = patch_frame(size, resize)
     white = np.asarray(patches.frame.apply(Image.new("RGB", size, "white"), (0, 0, 0)).convert("L"))
     for k in (7, 15, 22, 28):
-        heat = patches.upsample(torch.eye(36)[k])
+        heat = patches.upsample(torch.eye(36)[k], size)
         assert heat.shape == (size[1], size[0])
         image = Image.fromarray(((heat > 0.5).numpy() * 255).astype(np.uint8)).convert("RGB")
         seen = np.asarray(patches.frame.apply(image, (0, 0, 0)).convert("L"), dtype=float)[:48, :48]
@@ -42,7 +42,7 @@ def test_a_bright_patch_of_the_map_lies_on_the_pixels_that_the_patch_was_made_of
 def test_upsampling_is_bilinear_between_centres():
     patches = PatchFrame(frame((200, 100), 64, "letterbox"), (8, 8), 8)
     values = torch.rand(64, generator=torch.Generator().manual_seed(0))
-    heat, grid = patches.upsample(values), values.reshape(8, 8)
+    heat, grid = patches.upsample(values, (200, 100)), values.reshape(8, 8)
     for column, row in ((3, 5), (100, 50), (199, 99), (57, 13)):
         # The image lies at y = 50 on a canvas of 200 x 200, which is scaled by 64/200.
         x, y = (column + 0.5) * 64 / 200 / 8 - 0.5, (row + 0.5 + 50) * 64 / 200 / 8 - 0.5
@@ -54,7 +54,7 @@ def test_upsampling_is_bilinear_between_centres():
 
 
 def test_cropped_parts_of_the_image_get_nothing():
-    heat = PatchFrame(frame((200, 100), 64, "resize-crop"), (8, 8), 8).upsample(torch.ones(64))
+    heat = PatchFrame(frame((200, 100), 64, "resize-crop"), (8, 8), 8).upsample(torch.ones(64), (200, 100))
     assert heat[:, :49].max() == 0 and heat[:, 151:].max() == 0 and heat[:, 51:149].min() > 0.999
 
 

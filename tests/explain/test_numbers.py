@@ -8,9 +8,16 @@ import torch
 
 from prism_deco.backbones.transforms import frame
 from prism_deco.bootstrap import mean_interval
-from prism_deco.explain.faithfulness import area, curves
 from prism_deco.explain.geometry import PatchFrame
-from prism_deco.explain.measures import energy_in_box, padding_fraction, pointing_hit, redundancy, spread
+from prism_deco.explain.measures import (
+    area,
+    curves,
+    energy_in_box,
+    padding_fraction,
+    pointing_hit,
+    redundancy,
+    spread,
+)
 from prism_deco.explain.words import encode_answer
 from prism_deco.sequence import build_batch
 
@@ -84,10 +91,10 @@ def test_curves_are_the_answer_s_probability_as_patches_go_and_come(small, pictu
     encoded, ids = encode_answer(llm, "What color?", "a red cross", 64)
     pixels = {tower: x[None].double() for tower, x in vlm.backbone.transform(picture).items()}
     scores = torch.randperm(64, generator=torch.Generator().manual_seed(5)).float()
-    result = curves(vlm, encoded, len(ids), pixels, scores, steps=4, batch_size=3)
+    deletion, insertion = curves(vlm, encoded, len(ids), pixels, scores, steps=4, batch_size=3)
     order = scores.argsort(descending=True).tolist()
     for k in range(5):
-        for curve, chosen in ((result.deletion, order[16 * k :]), (result.insertion, order[: 16 * k])):
+        for curve, chosen in ((deletion, order[16 * k :]), (insertion, order[: 16 * k])):
             masked = {tower: torch.zeros_like(x) for tower, x in pixels.items()}
             for n in chosen:
                 window = (..., slice(8 * (n // 8), 8 * (n // 8) + 8), slice(8 * (n % 8), 8 * (n % 8) + 8))
@@ -99,5 +106,5 @@ def test_curves_are_the_answer_s_probability_as_patches_go_and_come(small, pictu
             at = [p for p, label in enumerate(batch.labels[0].tolist()) if label != -100][: len(ids)]
             expected = np.mean([math.exp(log_probabilities[p - 1, token]) for p, token in zip(at, ids, strict=True)])
             assert float(curve[k]) == pytest.approx(expected, rel=1e-5)
-    assert result.deletion[0] == pytest.approx(float(result.insertion[-1]))
-    assert len(set(result.deletion.tolist())) == 5
+    assert deletion[0] == pytest.approx(float(insertion[-1]))
+    assert len(set(deletion.tolist())) == 5

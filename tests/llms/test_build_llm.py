@@ -5,8 +5,11 @@ import importlib.util
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from prism_deco.config import choices, load_choice
+from prism_deco.errors import UsageError
 from prism_deco.llms import build_llm, hub
 
 
@@ -198,3 +201,24 @@ def test_attention_that_is_not_installed_is_named():
         pytest.skip("flash_attn is installed")
     with pytest.raises(ValueError, match="llm.attention=flash_attention_2 cannot be used here.*llm.attention=sdpa"):
         build_llm("mini_qwen2", attention="flash_attention_2", pretrained=False)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "bloom"])
+def test_an_architecture_without_this_attention_is_one_line_with_the_key(family, tmp_path):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 576}
+    architecture = {"model_type": family, "max_position_embeddings": 128, **sizes}
+    says = r"^llm\.attention=sdpa cannot be used here: \w+ForCausalLM does not .* Set llm\.attention=eager\.$"
+    with pytest.raises(UsageError, match=says):
+        build_llm("mini_qwen2", architecture=architecture, pretrained=False, device="meta")
+    AutoConfig.for_model(**architecture).save_pretrained(tmp_path)
+    save_file({}, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match=says.replace("here: ", "here: .*")):
+        build_llm("mini_qwen2", architecture=architecture, pretrained=True, weights=str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_a_folder_without_a_tokenizer_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UsageError, match=rf"^{tmp_path} holds no tokenizer that can be read .*llm\.tokenizer"):
+        _ = build_llm("mini_qwen2", tokenizer=str(tmp_path), pretrained=False, device="meta").tokenizer

@@ -38,6 +38,7 @@ MIXED = {
     "lfm2": {"block_ff_dim": 128, "layer_types": ["conv", "full_attention"] * 2},
     "bamba": {"attn_layer_indices": [1, 3], **MAMBA},
     "jamba": {"attn_layer_period": 4, "attn_layer_offset": 3, "num_experts": 2, "use_mamba_kernels": False},
+    "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 128, "attention_chunk_size": 16},
     "recurrent_gemma": {"lru_width": 64, "block_types": ["recurrent", "recurrent", "attention"]},
 }
 

@@ -10,11 +10,13 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from rich.console import Console
 
 from prism_deco.cli import main
-from prism_deco.config import load_config
+from prism_deco.config import load_choice, load_config
 from prism_deco.plan import PlanTable, as_json, estimate_run, problems
+from prism_deco.plan.meta_models import build_shallow, llm_key
 
 GIB = 2**30
 GOOD = {"id": "good", "conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]}
@@ -67,6 +69,17 @@ def test_shards_of_weights_gradients_and_moments(b6):
 def test_what_cannot_run_says_why(overrides, reason):
     [found] = problems(estimate_run(load_config(overrides)))
     assert reason in found
+
+
+def test_a_list_with_an_entry_per_layer_goes_with_the_layers(tmp_path):
+    """As `config.json` has it since transformers 5."""
+    content = load_choice("llm", "mini_qwen2")
+    del content["name"]
+    types = ["full_attention", "sliding_attention", "full_attention"]
+    content["architecture"] |= {"model_type": "qwen3", "num_hidden_layers": 3, "layer_types": types}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
+    shallow = build_shallow(llm_key(load_config([f"llm={tmp_path / 'own.yaml'}"])), 2)
+    assert shallow.config.layer_types == types[:2] and len(shallow.model.layers) == 2
 
 
 def test_problems_go_by_the_memory_at_hand(b6):

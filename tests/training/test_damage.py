@@ -127,15 +127,34 @@ def test_the_model_of_another_run_is_refused(copied):
         prism_deco.load(copied)
 
 
-def test_weights_full_of_nan_are_refused(copied):
+@pytest.mark.parametrize("name", ["projector.mlp.0.weight", "feature_mean"])
+def test_weights_full_of_nan_are_refused(copied, name):
     """Also without checksums, as a run of an earlier version left them."""
     (copied / "model" / "SHA256SUMS").unlink()
     file = copied / "model" / "model.safetensors"
     weights = load_file(file)
-    weights["projector.mlp.0.weight"][:] = torch.nan
+    weights[name][:] = torch.nan
     save_file(weights, file)
-    with pytest.raises(ValueError, match=r"run/model: projector\.mlp\.0\.weight holds NaN or infinite numbers"):
+    with pytest.raises(ValueError, match=rf"run/model: {name} holds NaN or infinite numbers"):
         prism_deco.load(copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "commands"),
+    [
+        ("manifest.json", [["chat"], ["evaluate", "benchmark=mini"], ["explain", "benchmark=mini_refcoco"]]),
+        ("eval/mini_pope/metrics.json", [["evaluate", "benchmark=mini_pope", "benchmark.mini_pope.limit=4"]]),
+        ("model/backbone.json", [["chat"]]),
+    ],
+)
+def test_a_damaged_record_of_a_run_is_one_line(copied, capsys, name, commands):
+    (copied / name).parent.mkdir(parents=True, exist_ok=True)
+    (copied / name).write_text("{")
+    (copied / "model" / "SHA256SUMS").write_text("") if name != "manifest.json" else None
+    for command, *settings in commands:
+        assert main([command, str(copied), *settings]) == 2
+        said = capsys.readouterr().err
+        assert f"{copied / name} is damaged (" in said and "Traceback" not in said
 
 
 def test_a_model_of_an_earlier_version_loads_with_one_line(copied, caplog):

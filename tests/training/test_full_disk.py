@@ -1,13 +1,16 @@
 """A disk without room ends a run in one line; once there is room, the same command continues it."""
 
+import errno
 import json
 import os
 import subprocess
 
 import pytest
 
+from prism_deco.exits import CheckpointFailed, DiskFull
 from prism_deco.training.checkpoints import newest_checkpoint
 from prism_deco.training.metrics import read_metrics
+from prism_deco.training.run_dir import full_disk_named
 
 OPTIONS = ["trainer.checkpoint_every=2", "recipe.epochs=4", "projector=avgpool"]
 
@@ -107,3 +110,17 @@ def test_whichever_file_does_not_fit(start, tmp_path, module, function, limit):
     assert _strays(tmp_path / "run") == []
     (tmp_path / "full.py").write_text("")
     assert start(*OPTIONS, "plugins=[full]", PLUGINS=str(tmp_path)).wait() == [0]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), DiskFull),
+        (CheckpointFailed("step_000002 could not be written (OSError: No space left on device)"), CheckpointFailed),
+    ],
+)
+def test_the_reason_is_told_once(tmp_path, error, kind):
+    """A run names the disk where it trains, and again around all of it."""
+    with pytest.raises(kind) as found, full_disk_named(tmp_path), full_disk_named(tmp_path):
+        raise error
+    assert str(found.value).count("No space left on device") == 1 and str(found.value).count("MB free") <= 1
