@@ -89,6 +89,27 @@ def test_a_conversation_about_two_images(models, image, tmp_path, capsys):
     assert not (tmp_path / "maps").exists(), "relevance is that of a single image"
 
 
+def test_another_conversation_replaces_no_picture(models, image, tmp_path, monkeypatch):
+    folders = []
+    monkeypatch.setattr(Chat, "_explain", lambda chat, folder, *_: folder.mkdir(parents=True) or folders.append(folder))
+    monkeypatch.setattr("prism_deco.inference.reply", lambda *_, **__: "Red.")
+    for questions in (2, 1):
+        chat = Chat(models["block"], relevance=tmp_path / "maps")
+        chat.show([image])
+        for _ in range(questions):
+            chat.ask("Why?")
+    assert [folder.name for folder in folders] == ["answer_01", "answer_02", "answer_03"]
+
+
+def test_an_image_that_cannot_be_read_is_named(models, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no image")
+    lines = iter([f"/image {tmp_path}/gone.png", f"/image {tmp_path}", f"/image {tmp_path}/text.png", "/quit"])
+    converse(Chat(models["causal"]), lambda: next(lines))
+    said = capsys.readouterr().out
+    assert "gone.png cannot be read" in said and f"{tmp_path} cannot be read" in said
+    assert "text.png cannot be decoded as an image (its format is none of JPEG" in said
+
+
 def test_words_are_written_before_the_answer_is_whole(models, image, monkeypatch):
     """At each token, what was written before."""
     written: list[str] = []

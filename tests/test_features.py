@@ -324,6 +324,14 @@ def test_a_disk_that_is_too_small_is_said_before(make, monkeypatch):
         make().check_space()
 
 
+def test_a_cache_that_cannot_be_written_is_said_before(make, tmp_path):
+    (tmp_path / "file").write_text("")
+    cache = make()
+    cache.folder = tmp_path / "file" / "features"
+    with pytest.raises(ValueError, match=r"features cannot be written \(Not a directory\).*feature_cache=false"):
+        cache.check_space()
+
+
 def test_a_file_system_without_locks_is_named(make, monkeypatch):
     def refuse(*_):
         raise OSError(95, "not supported")

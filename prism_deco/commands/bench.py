@@ -8,6 +8,7 @@ from pathlib import Path
 from prism_deco.bench.presets import PRESETS
 from prism_deco.commands.common import OVERRIDES, show
 from prism_deco.config import load_config
+from prism_deco.files import check_writable
 
 
 def bench_projectors_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,6 +99,8 @@ def bench_data(args: argparse.Namespace) -> None:
 
 def bench_train(args: argparse.Namespace) -> None:
     """Time a training step and measure its memory, compared with transformers' own LLaVA."""
+    if args.out:
+        check_writable(args.out.parent, "Name another file with --out.")
     config = load_config([*PRESETS[args.preset], *args.arguments])
     import torch
 

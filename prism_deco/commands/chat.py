@@ -62,7 +62,8 @@ class Chat:
     """The state of a conversation: the images, and what was said.
 
     Args:
-        relevance: folder for a relevance overlay of every answer about a single image; None makes none.
+        relevance: folder for a relevance overlay of every answer about a single image, numbered on from those that
+            are there; None makes none.
         name: the model's name on the overlay's page.
     """
 
@@ -76,7 +77,7 @@ class Chat:
         self._name = name
         self._images: list[Path] = []
         self._visual: list[Tensor] = []
-        self._answers = 0
+        self._answers = _last_answer(relevance) if relevance else 0
 
     def show(self, paths: Sequence[Path]) -> None:
         """Other images; the conversation begins anew. `UsageError` if one cannot be read."""
@@ -154,6 +155,12 @@ def converse(talk: Chat, read: Callable[[], str]) -> None:
             return
         except (UsageError, OSError) as error:  # OSError: the relevance cannot be written
             _say(str(error))
+
+
+def _last_answer(folder: Path) -> int:
+    """The number of the last answer in a folder, so that another conversation replaces none; 0 if there is none."""
+    numbers = [path.name.removeprefix("answer_") for path in folder.glob("answer_*")]
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 def _say(text: str) -> None:

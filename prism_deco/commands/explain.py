@@ -173,6 +173,10 @@ def _check_arguments(args: argparse.Namespace, asked: Asked) -> None:
         )
     if args.image is not None:
         open_image(args.image)  # what is wrong with it must not wait for the model
+    names = [run.name for run in asked.runs]
+    shared = [name for name in names if names.count(name) > 1]
+    if args.out is not None and shared:
+        raise UsageError(f"Two runs are named {shared[0]} and would share a folder in --out: explain one at a time.")
     for run in asked.runs:
         if not run.is_dir():
             raise UsageError(f"{run} is not a folder: give a run folder such as runs/RUN_ID.")

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from prism_deco.commands.common import PLUGINS, import_plugins_only, show
 from prism_deco.config import load_config
 from prism_deco.errors import UsageError
+from prism_deco.files import check_writable
 from prism_deco.logs import log_console
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def plan(args: argparse.Namespace) -> None:
 
     if args.json and not args.json.absolute().parent.is_dir():  # not after minutes of planning
         raise UsageError(f"--json {args.json}: there is no folder {args.json.parent}.")
+    if args.json:
+        check_writable(args.json.parent, "Name another file with --json.")
     if is_sweep(args.arguments):
         asked = [(cell.id, cell.overrides, cell.config) for cell in expand(parse(args.arguments))]
     else:

@@ -186,6 +186,8 @@ def _expected(config: DictConfig, key: str) -> str:
     kind = OmegaConf.get_type(node)
     annotation = {member.name: member.type for member in fields(kind)}.get(leaf) if is_dataclass(kind) else None
     if OmegaConf.is_dict(node.get(leaf)) and key in Config.__dataclass_fields__:
+        if key == "benchmark":
+            return "set key by key, for example benchmark.pope.root=FOLDER; evaluate.benchmarks=NAME chooses benchmarks"
         return f"set key by key, for example {key}.{next(iter(node[leaf]))}=NAME"
     return type_text(annotation)
 

@@ -14,9 +14,13 @@ TEXT_OPTIONS = {
     "projector": ("weights",),
     "llm": ("revision", "tokenizer", "dtype", "attention", "quantize"),
     "data": ("root", "json", "image_root", "val_json", "path", "val_path", "repo", "revision"),
-    "benchmark": ("family", "root", "annotations", "questions", "instances", "ocr", "image", "split", "on_bad_image"),
-}
-"""Options of single components that are text. Where a YAML's default is null, its type says nothing."""
+    "benchmark": (
+        "family", "root", "annotations", "questions", "instances", "ocr", "image", "split", "on_bad_image",
+        "variants", "choices", "subsets",
+    ),
+}  # fmt: skip
+"""Options of single components that are text or lists of text. Where a YAML's default is null, its type says nothing.
+"""
 
 TYPES = {
     "bool": "true or false",
@@ -59,11 +63,22 @@ def schema_keys() -> dict[str, Field[Any]]:
 def is_text_key(key: str) -> bool:
     """Whether a key's value is text: the name of a choice, a `str` field, or one of `TEXT_OPTIONS`."""
     first, _, rest = key.partition(".")
+    if first == "sweep" and _is_text_of_sweep(rest):  # the key of a sweep's YAML
+        return True
     if first == "benchmark":  # benchmark.NAME.KEY
         key = f"benchmark.{rest.rpartition('.')[2]}"
     elif rest and first not in Config.__dataclass_fields__:  # STAGE.GROUP.KEY
         key = rest
     return key in _text_keys()
+
+
+def _is_text_of_sweep(key: str) -> bool:
+    """Its name, the parts that `choose` names, and labels of the user's own; a label such as `seed` or
+    `projector.heads` is a key's value."""
+    _, is_label, label = key.rpartition("labels.")
+    if is_label:
+        return "." not in label and label not in schema_keys()
+    return key == "name" or "choose." in key
 
 
 @cache

@@ -119,10 +119,12 @@ def _keep_text(value: Any, written: Any, key: str) -> Any:
     """
     if isinstance(value, dict) and isinstance(written, dict):
         kept = {}
-        for name, entry in value.items():
+        # Names, too, stand as they are written, unless YAML merged mappings (`<<`) or took two of them for one.
+        names = written if "<<" not in written and len(written) == len(value) else map(str, value)
+        for name, entry in zip(names, value.values(), strict=True):
             # Keys of a sweep's settings name their group themselves.
-            full = f"{key}.{name}" if key and not is_text_key(str(name)) else str(name)
-            kept[str(name)] = _keep_text(entry, written.get(str(name)), full)
+            full = f"{key}.{name}" if key and not is_text_key(name) else name
+            kept[name] = _keep_text(entry, written.get(name), full)
         return kept
     if isinstance(value, list) and isinstance(written, list):
         return [_keep_text(entry, text, key) for entry, text in zip(value, written, strict=True)]

@@ -216,8 +216,7 @@ def unread_image_key(fields: Mapping[str, Any], images: Sequence[str] = ()) -> s
     """
     pattern = _IMAGE_DETAIL_KEY if not images else _IMAGE_KEY
     for key, value in fields.items():
-        is_read = value == list(images) or [value] == list(images)
-        if pattern.fullmatch(key) and _is_filled(value) and not is_read:
+        if pattern.fullmatch(key) and _is_filled(value) and list(images) not in (value, [value]):
             return key
     return None
 

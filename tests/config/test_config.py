@@ -64,6 +64,7 @@ def test_the_projector_takes_its_token_count_from_the_recipe_unless_told():
         ("plugins=mine", r"^plugins=mine must be a list of names such as \[a, b\]\.$"),
         ("trainer.preflight=maybe", r"^trainer\.preflight=maybe must be true or false\.$"),
         ("runs_dir=null", r"^runs_dir=null must be text\.$"),
+        ("benchmark=pope", r"^benchmark=pope must be set key by key.*evaluate\.benchmarks=NAME chooses benchmarks"),
         ("evaluate=mini", r"^evaluate=mini must be set key by key, for example evaluate\.benchmarks="),
         ("backbone.image_size=${", r"^backbone\.image_size=\$\{: .*not valid YAML"),
         ("run_id=${", r"^run_id=\$\{ is not a valid reference: "),

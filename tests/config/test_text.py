@@ -6,6 +6,7 @@ import pytest
 
 from prism_deco.config import load_choice, load_config, parse_value
 from prism_deco.config.keys import TEXT_OPTIONS
+from prism_deco.evaluation import build_benchmark
 from prism_deco.stages import split
 from prism_deco.sweep import parse
 from prism_deco.sweep.expand import expand
@@ -59,6 +60,14 @@ def test_paths_of_benchmarks_and_settings_of_stages_are_text(tmp_path):
     assert last.config.evaluate.split == "007"
 
 
+def test_lists_of_a_benchmark_are_texts_wherever_they_are_given(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("benchmark: {mini_pope: {choices: [Yes, No]}}\n")
+    for given in ("benchmark.mini_pope.choices=[Yes,No]", "benchmark.mini_pope.choices=['Yes', 'No']", str(path)):
+        keys = load_config([given]).benchmark["mini_pope"]
+        assert list(build_benchmark("mini_pope", **keys).choices) == ["Yes", "No"]
+
+
 def test_a_commit_is_text():
     assert load_config(["llm=phi2", "llm.revision=12345e67"]).llm.revision == "12345e67"
 
@@ -100,6 +109,23 @@ def test_labels_and_settings_of_a_sweep_are_the_texts(tmp_path):
     assert [cell.config.data.image_root for cell in cells] == ["007", "0x7"]
     assert [cell.labels["data.image_root"] for cell in cells] == ["007", "0x7"]
     assert [(cell.config.evaluate.split, cell.labels["recipe.lr"]) for cell in cells] == [("0_1", 1e-3)] * 2
+
+
+def test_names_and_labels_of_a_sweep_are_the_texts(tmp_path):
+    path = tmp_path / "mine.yaml"
+    labels = ["{row: 010, seed: 3, recipe.num_tokens: 36, recipe.blind: true}", "{row: 2024_01}", "{row: 1e3}"]
+    rows = "".join(f"- labels: {label}\n" for label in [*labels, "{row: on}"])
+    path.write_text(f"name: 20240101_1530\nrows:\n{rows}")
+    assert parse([str(path)]).folder.name == "20240101_1530"
+    cells = expand(parse([str(path)]))
+    assert [cell.labels["row"] for cell in cells] == ["010", "2024_01", "1e3", "on"]
+    assert [cell.id for cell in cells] == ["010-3-36-blind", "2024_01", "1e3", "on"]
+    assert [cell.id for cell in expand(parse([str(path), "row=010,on"]))] == ["010-3-36-blind", "on"]
+    path.write_text("parts:\n  010: {axes: {seed: [1]}}\n  011: {axes: {seed: [3]}, choose: {recipe.lr: 010}}\n")
+    assert [(grid.name, grid.choose) for grid in parse([str(path)]).grids] == [
+        ("010", {}),
+        ("011", {"recipe.lr": "010"}),
+    ]
 
 
 def test_options_of_jobs_are_texts_unless_slurm_counts_with_them():

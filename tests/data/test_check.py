@@ -140,7 +140,8 @@ class PlantedSet:
             side = 10_000 if i % 2 else 20_000  # Pillow warns from 9459 on, and refuses from 13377 on
             self.add(kind, image=self.image(_png_header(side, side), "png"))
         elif kind == "unread_image":
-            self.add(kind, "q", "a", **[{"images": [good]}, {"image_path": good}, {"img": good, "image": []}][i % 3])
+            others = [{"images": [good]}, {"image_path": good}, {"img": good, "image": []}]
+            self.add(kind, "q", "a", **[*others, {"image": good, "images": ["x.png"]}][i % 4])
         elif kind == "broken_text":
             self.add(kind, "<image>\nq", ["a \ud83d", "\udc00 a"][i % 2], image=good)
         elif kind == "control_character":
@@ -192,7 +193,8 @@ def world(tmp_path_factory):
             world.add(None, "<image>\nq", "word " * 2 * ROOM, image=world.image(_rotated(1, "JPEG")))
         elif i % 20 == 18:
             sixteen = np.arange(200, 216, dtype=np.uint16).reshape(4, 4)  # nothing is cut off
-            world.add(None, image=world.image(_encoded(Image.fromarray(sixteen), "PNG"), "png"), images=["x.png"])
+            name = world.image(_encoded(Image.fromarray(sixteen), "PNG"), "png")
+            world.add(None, image=name, images=[name], image_url="http://x/7")
         elif i % 20 == 19:
             world.add(None, image=world.image(_see_through([0, 0, 0, 1]), "png"), image_id=5)
         elif i % 10 == 6:

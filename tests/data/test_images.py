@@ -56,7 +56,7 @@ for read in (
 ):
     try:
         read()
-    except OSError:
+    except (OSError, ValueError):
         pass
     print((folder / "started").exists())
 """

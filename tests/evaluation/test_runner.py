@@ -291,8 +291,10 @@ def test_a_question_is_asked_once_its_image_is_back(files, fake_model, tmp_path,
     evaluate(fake_model(), build_benchmark(keys), folder, progress=False)
     assert "tiny_gqa: 1 of 3 answers are missing" in caplog.text
     if again == "fail":
+        kept = (folder / "predictions.jsonl").read_bytes()
         with pytest.raises(UsageError, match=r"Question 200: .*n0\.png"):
             evaluate(fake_model(), build_benchmark(keys, on_bad_image="fail"), folder, progress=False)
+        assert (folder / "predictions.jsonl").read_bytes() == kept
     image.write_bytes(content)
     caplog.clear()
     model = fake_model()

@@ -74,6 +74,14 @@ def test_another_question_or_comparison_replaces_nothing(run, colors, capsys):
     assert len(list(run.parent.glob("explain-red90-*-run-vs-other.html"))) == 2
 
 
+def test_two_runs_of_one_name_do_not_share_a_folder(run, colors, capsys):
+    other = run.parent / "more" / "run"
+    shutil.copytree(run, other)
+    image = ["--image", str(colors / "images/red90.png"), "--prompt", "What color is it?", "--answer", "red"]
+    assert main(["explain", str(run), str(other), *image, "--out", str(run.parent / "out")]) == 2
+    assert "Two runs are named run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
