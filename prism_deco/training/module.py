@@ -94,8 +94,9 @@ class TrainingModule(pl.LightningModule):
             self._shard = None
 
     def configure_optimizers(self) -> Any:
-        optimizer = adamw(self.vlm, self.recipe)
-        return [optimizer], [warmup_cosine(optimizer, self.total_steps, self.recipe.warmup_ratio)]
+        recipe = self.recipe
+        optimizer = adamw(self.vlm, recipe)
+        return [optimizer], [warmup_cosine(optimizer, self.total_steps, recipe.warmup_ratio, recipe.warmup_rounding)]
 
     def training_step(self, batch: Step, batch_idx: int) -> None:
         optimizer, scheduler = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
