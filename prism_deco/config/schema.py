@@ -175,6 +175,9 @@ class RecipeConfig:
     """Peak learning rate."""
     projector_lr: float | None = number(None, above=0)
     """Peak learning rate of the projector; null uses `lr`."""
+    update_idle_projector: bool = True
+    """Let AdamW's momentum and weight decay move the projector in steps without an image (LLaVA); false leaves it as it
+    is (prismatic)."""
     betas: tuple[float, float] = number((0.9, 0.999), least=0, below=1)
     """AdamW's betas."""
     eps: float = number(1e-8, above=0)

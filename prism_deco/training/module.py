@@ -29,6 +29,7 @@ class _Totals(NamedTuple):
 
     targets: Any
     passes: Any
+    passes_with_images: Any
     tokens_cut: Any
     bad_images: Any
     bad_records: Any
@@ -103,6 +104,9 @@ class TrainingModule(pl.LightningModule):
         optimizer.zero_grad()
         totals = self._totals(batch)
         loss = self._accumulate(batch, totals)
+        if not (totals.passes_with_images or self.recipe.update_idle_projector):
+            # It has gradients of zero on every rank, with which AdamW would still move it.
+            self.vlm.projector.zero_grad()
         norm = grad_norm(self.vlm.parameters())
         self.last_norms = {
             "train/grad_norm_projector": grad_norm(self.vlm.projector.parameters()).item(),
@@ -134,6 +138,7 @@ class TrainingModule(pl.LightningModule):
         counts = _Totals(
             targets=step.num_targets,
             passes=sum(micro_batch.num_targets > 0 for micro_batch in step.batches),
+            passes_with_images=sum(micro_batch.pixels is not None for micro_batch in step.batches),
             tokens_cut=step.tokens_cut,
             bad_images=step.bad_images,
             bad_records=step.bad_records,
