@@ -62,12 +62,9 @@ class Frame:
         return image.crop((left, top, left + self.side, top + self.side))
 
 
-def _crop_to_square(size: tuple[int, int], canvas: tuple[int, int], paste: tuple[int, int], side: int) -> Frame:
-    """Shorter side of the canvas to `side`, then a central square (torchvision's Resize and CenterCrop)."""
+def _shorter_side_to(side: int, canvas: tuple[int, int]) -> tuple[int, int]:
     short = min(canvas)
-    resized = (int(side * canvas[0] / short), int(side * canvas[1] / short))
-    crop = (round((resized[0] - side) / 2), round((resized[1] - side) / 2))
-    return Frame(size, canvas, paste, resized, crop, side)
+    return int(side * canvas[0] / short), int(side * canvas[1] / short)
 
 
 def letterbox(size: tuple[int, int], side: int) -> Frame:
@@ -77,13 +74,17 @@ def letterbox(size: tuple[int, int], side: int) -> Frame:
     """
     longest = max(size)
     paste = ((longest - size[0]) // 2, (longest - size[1]) // 2)
-    return _crop_to_square(size, (size[0] + 2 * paste[0], size[1] + 2 * paste[1]), paste, side)
+    canvas = (size[0] + 2 * paste[0], size[1] + 2 * paste[1])
+    resized = _shorter_side_to(side, canvas)
+    crop = (round((resized[0] - side) / 2), round((resized[1] - side) / 2))  # as torchvision's CenterCrop
+    return Frame(size, canvas, paste, resized, crop, side)
 
 
 def pad(size: tuple[int, int], side: int) -> Frame:
     """LLaVA-1.5's padding (`expand2square`): always an exact square."""
     longest = max(size)
-    return _crop_to_square(size, (longest, longest), ((longest - size[0]) // 2, (longest - size[1]) // 2), side)
+    paste = ((longest - size[0]) // 2, (longest - size[1]) // 2)
+    return Frame(size, (longest, longest), paste, (side, side), (0, 0), side)
 
 
 def resize_naive(size: tuple[int, int], side: int) -> Frame:
@@ -92,8 +93,10 @@ def resize_naive(size: tuple[int, int], side: int) -> Frame:
 
 
 def resize_crop(size: tuple[int, int], side: int) -> Frame:
-    """The shorter side is scaled, the ends of the longer one are cut off (CLIP)."""
-    return _crop_to_square(size, size, (0, 0), side)
+    """The shorter side is scaled, the ends of the longer one are cut off (transformers' CLIP processor)."""
+    resized = _shorter_side_to(side, size)
+    crop = ((resized[0] - side) // 2, (resized[1] - side) // 2)
+    return Frame(size, size, (0, 0), resized, crop, side)
 
 
 STRATEGIES = dict(zip(RESIZE, (letterbox, pad, resize_naive, resize_crop), strict=True))

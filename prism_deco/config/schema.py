@@ -29,6 +29,7 @@ PRECISION = ("32-true", "bf16-mixed")
 REDUCE_DTYPE = ("float32", "bfloat16")
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 NONFINITE = ("stop", "skip")
+WARMUP_ROUNDING = ("down", "up")
 LOSS = ("token_mean", "micro_batch_mean")
 SAMPLER = ("shuffled", "grouped", "llava", "prismatic")
 STATISTICS = (
@@ -174,6 +175,9 @@ class RecipeConfig:
     """Peak learning rate."""
     projector_lr: float | None = number(None, above=0)
     """Peak learning rate of the projector; null uses `lr`."""
+    update_idle_projector: bool = True
+    """Let AdamW's momentum and weight decay move the projector in steps without an image (LLaVA); false leaves it as it
+    is (prismatic)."""
     betas: tuple[float, float] = number((0.9, 0.999), least=0, below=1)
     """AdamW's betas."""
     eps: float = number(1e-8, above=0)
@@ -182,6 +186,9 @@ class RecipeConfig:
     """AdamW's weight decay of matrices; vectors and biases have none."""
     warmup_ratio: float = number(0.03, least=0, most=1)
     """Fraction of the steps with linear warmup from 0; cosine decay to 0 follows."""
+    warmup_rounding: str = one_of(WARMUP_ROUNDING, "down")
+    """How the warmup is rounded to whole steps: down (prismatic) or up (LLaVA). Either way the first step has a rate of
+    0 unless `warmup_ratio` is 0."""
     grad_clip: float = number(1.0, least=0)
     """Gradients are clipped to this global norm; 0 is off."""
     loss: str = one_of(LOSS, "token_mean")

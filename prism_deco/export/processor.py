@@ -48,10 +48,8 @@ _INEXACT = {
     "letterbox": "The image processor pads to an exact square. Training used resize=letterbox, whose canvas is one "
     "pixel short of a square if the sides of an image differ by an odd number of pixels. transformers cannot express "
     "that and shifts such images by half a pixel.",
-    "resize-crop": "The image processor rounds the crop of resize=resize-crop differently: some images are shifted by "
-    "one pixel.",
 }
-"""Resize strategies that transformers rounds differently, with the consequence."""
+"""Resize strategies that transformers does not have, with the consequence."""
 
 
 def chat_template(llm: LanguageModel) -> str:

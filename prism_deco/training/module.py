@@ -30,6 +30,7 @@ class _Totals(NamedTuple):
 
     targets: Any
     passes: Any
+    passes_with_images: Any
     tokens_cut: Any
     bad_images: Any
     bad_records: Any
@@ -97,14 +98,18 @@ class TrainingModule(pl.LightningModule):
             self._shard = None
 
     def configure_optimizers(self) -> Any:
-        optimizer = adamw(self.vlm, self.recipe)
-        return [optimizer], [warmup_cosine(optimizer, self.total_steps, self.recipe.warmup_ratio)]
+        recipe = self.recipe
+        optimizer = adamw(self.vlm, recipe)
+        return [optimizer], [warmup_cosine(optimizer, self.total_steps, recipe.warmup_ratio, recipe.warmup_rounding)]
 
     def training_step(self, batch: Step, batch_idx: int) -> None:
         optimizer, scheduler = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
         optimizer.zero_grad()
         totals = self._totals(batch)
         loss = self._accumulate(batch, totals)
+        if not (totals.passes_with_images or self.recipe.update_idle_projector):
+            # It has gradients of zero on every rank, with which AdamW would still move it.
+            self.vlm.projector.zero_grad()
         norm = grad_norm(self.vlm.parameters())
         self.last_norms = {
             "train/grad_norm_projector": grad_norm(self.vlm.projector.parameters()).item(),
@@ -138,6 +143,7 @@ class TrainingModule(pl.LightningModule):
         counts = _Totals(
             targets=step.num_targets,
             passes=sum(micro_batch.num_targets > 0 for micro_batch in step.batches),
+            passes_with_images=sum(micro_batch.pixels is not None for micro_batch in step.batches),
             tokens_cut=step.tokens_cut,
             bad_images=step.bad_images,
             bad_records=len(step.bad_rows),

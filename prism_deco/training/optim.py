@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_cosine_schedule_with_warmup
 
 from prism_deco.training.safetensors_writer import full
 from prism_deco.vlm import VLM
@@ -48,17 +49,23 @@ def adamw(vlm: VLM, recipe: DictConfig) -> AdamW:
     return AdamW(groups, betas=tuple(recipe.betas), eps=recipe.eps, fused=True)
 
 
-def warmup_cosine(optimizer: AdamW, total_steps: int, warmup_ratio: float) -> LambdaLR:
-    """Linear warm-up from 0 over floor(ratio * steps) steps, then a cosine to 0 (paper Table 5)."""
-    warmup = math.floor(warmup_ratio * total_steps)
+def warmup_cosine(optimizer: AdamW, total_steps: int, warmup_ratio: float, rounding: str = "down") -> LambdaLR:
+    """Linear warm-up from 0 over a fraction of the steps, then a cosine to 0 (paper Table 5).
 
-    def factor(step: int) -> float:
-        if step < warmup:
-            return step / warmup
-        progress = (step - warmup) / max(1, total_steps - warmup)
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    The first step has a rate of 0 even where the warm-up is rounded down to no step at all, as in prismatic-vlms;
+    without a warm-up it has the peak rate.
 
-    return LambdaLR(optimizer, factor)
+    Args:
+        rounding: "down" to whole steps (prismatic-vlms), or "up" (transformers' Trainer, which LLaVA uses).
+    """
+    warmup = total_steps * warmup_ratio
+    schedule = get_cosine_schedule_with_warmup(
+        optimizer, math.ceil(warmup) if rounding == "up" else int(warmup), total_steps
+    )
+    if warmup > 0:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+    return schedule
 
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:

@@ -1,12 +1,15 @@
-"""The four ways to a square, pinned against torchvision, LLaVA's recipe and hand-computed numbers."""
+"""The four ways to a square, pinned against torchvision, transformers and hand-computed numbers."""
 
 from __future__ import annotations
+
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import functional as F
+from transformers import CLIPImageProcessorPil
 
 from prism_deco.backbones import build_backbone
 from prism_deco.backbones.transforms import STRATEGIES, TowerTransform, frame
@@ -21,26 +24,48 @@ def picture(size: tuple[int, int]) -> Image.Image:
 
 
 def by_torchvision(image: Image.Image, side: int, resize: str, fill: tuple[int, int, int]) -> torch.Tensor:
-    """The published pipelines, written out with torchvision's own operations."""
+    """Prismatic's pipelines, written out with torchvision's own operations."""
     width, height = image.size
     longest = max(image.size)
     if resize == "letterbox":
         horizontal, vertical = int((longest - width) / 2), int((longest - height) / 2)
         image = F.pad(image, [horizontal, vertical, horizontal, vertical], fill=fill)
-    if resize == "pad":
-        square = Image.new("RGB", (longest, longest), fill)
-        square.paste(image, ((longest - width) // 2, (longest - height) // 2))
-        image = square
     target = [side, side] if resize == "resize-naive" else [side]
     image = F.resize(image, target, interpolation=F.InterpolationMode.BICUBIC)
     image = F.center_crop(image, [side, side])
     return F.normalize(F.to_tensor(image), CLIP_MEAN, CLIP_STD)
 
 
-@pytest.mark.parametrize("resize", STRATEGIES)
+def by_transformers(image: Image.Image, side: int, resize: str, fill: tuple[int, int, int]) -> torch.Tensor:
+    """LLaVA-1.5's pipelines: the CLIP processor behind `expand2square` (pad), and alone (resize-crop)."""
+    if resize == "pad" and image.width != image.height:
+        longest = max(image.size)
+        square = Image.new("RGB", (longest, longest), fill)
+        square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
+        image = square
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+REAL_SIZES = [(640, 480), (480, 640), (640, 427), (427, 640), (500, 333), (333, 500), (1024, 683), (768, 1024),
+              (337, 336), (335, 500), (612, 612), (1600, 501)]  # fmt: skip
+
+
+@pytest.mark.parametrize("resize", ["pad", "resize-crop"])
+@pytest.mark.parametrize(
+    ("side", "sizes"), [(14, list(product(range(1, 65), repeat=2))), (336, REAL_SIZES)], ids=["small", "real"]
+)
+def test_every_bit_is_that_of_llavas_processor(resize, side, sizes):
+    transform = TowerTransform(side, resize, CLIP_MEAN, CLIP_STD)
+    for size in sizes:
+        image = picture(size)
+        assert torch.equal(transform(image), by_transformers(image, side, resize, transform.fill)), size
+
+
+@pytest.mark.parametrize("resize", ["letterbox", "resize-naive"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("side", [32, 31])
-def test_pixels_equal_the_published_pipelines(resize, size, side):
+def test_pixels_equal_prismatics_pipelines(resize, size, side):
     transform = TowerTransform(side, resize, CLIP_MEAN, CLIP_STD)
     assert transform.fill == (122, 116, 104)
     expected = by_torchvision(picture(size), side, resize, transform.fill)

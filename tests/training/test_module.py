@@ -4,6 +4,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
+from transformers import get_cosine_schedule_with_warmup
 
 from prism_deco.config.schema import RecipeConfig
 from prism_deco.data.encoder import Encoder
@@ -12,6 +13,7 @@ from prism_deco.data.records import open_records
 from prism_deco.errors import UsageError
 from prism_deco.exits import NonFinite
 from prism_deco.training.module import TrainingModule
+from prism_deco.training.optim import parameter_groups
 
 
 @pytest.fixture
@@ -27,15 +29,17 @@ def _in_double(step: Step) -> Step:
     return step
 
 
-def _fit(vlm, step: Step, **recipe) -> None:
-    """Runs one real optimizer step of a Trainer."""
+def _fit(vlm, *steps: Step, **recipe) -> TrainingModule:
+    """Runs real optimizer steps of a Trainer."""
     settings = OmegaConf.structured(RecipeConfig(name="test", warmup_ratio=0.0, **recipe))
     trainer = pl.Trainer(
-        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        accelerator="cpu", max_steps=len(steps), logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, precision="64-true",
     )  # fmt: skip
-    loader = torch.utils.data.DataLoader([_in_double(step)], batch_size=None)
-    trainer.fit(TrainingModule(vlm, settings, total_steps=1), loader)
+    loader = torch.utils.data.DataLoader([_in_double(step) for step in steps], batch_size=None)
+    module = TrainingModule(vlm, settings, total_steps=len(steps))
+    trainer.fit(module, loader)
+    return module
 
 
 def _gradients(tiny, step: Step, **recipe) -> dict[str, torch.Tensor]:
@@ -82,6 +86,38 @@ def test_the_strict_loss_is_the_mean_of_the_micro_batches_means(tiny, examples):
     for name, parameter in vlm.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(got[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("order", ["ititt", "titi"])
+def test_steps_without_an_image_leave_the_projector_alone(tiny, examples, order):
+    """As in a plain loop of torch in which such a step gives the projector no gradient: `i` image, `t` text."""
+    steps = [Collate(4, 4)([examples[i] for i in ((0, 3) if kind == "i" else (8,))]) for kind in order]
+    assert [step.batches[0].pixels is not None for step in steps] == [kind == "i" for kind in order]
+    theirs, _ = tiny()
+    theirs.eval()  # without the zeros that the projector is given in training
+    groups = parameter_groups(theirs.projector, theirs.lm, lr=1e-3, projector_lr=None, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(groups)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 0, len(steps))
+    for step, kind in zip(steps, order, strict=True):
+        optimizer.zero_grad()
+        loss = theirs(_in_double(step).batches[0])
+        (loss.total / loss.count).backward()
+        assert all((p.grad is None) == (kind == "t") for p in theirs.projector.parameters())
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+    for update, counted in ((False, order.count("i")), (True, len(order))):
+        ours, _ = tiny()
+        module = _fit(ours, *steps, lr=1e-3, loss="micro_batch_mean", update_idle_projector=update)
+        same = [
+            torch.allclose(a, b, rtol=0, atol=1e-9)
+            for a, b in zip(ours.projector.parameters(), theirs.projector.parameters(), strict=True)
+        ]
+        state = module.optimizers().state
+        assert {int(state[p]["step"]) for p in ours.projector.parameters()} == {counted}
+        assert {int(state[p]["step"]) for p in ours.lm.parameters()} == {len(order)}
+        assert not any(same) if update else all(same)
 
 
 def test_bad_images_follow_the_policy_and_are_counted(colors, tmp_path, tiny):

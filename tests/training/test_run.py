@@ -74,7 +74,7 @@ def test_tensorboard_holds_what_a_user_watches(runs):
     assert any(tag.startswith("val/sample_") for tag in board.Tags()["images"])
     assert any(tag.startswith("val/sample_") for tag in board.Tags()["tensors"])
     rates = _scalars(runs / "a", "train/lr/lm/decay")
-    assert rates[0] == pytest.approx(load_config().recipe.lr) and rates[-1] < rates[0]
+    assert rates[0] == 0.0 and rates[-1] < max(rates) < load_config().recipe.lr
 
 
 def _flat(row: dict, prefix: str = "") -> dict[str, float]:

@@ -91,6 +91,23 @@ def test_every_way_to_share_the_work_gives_the_same_numbers(start, tmp_path, ass
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("order", ["prismatic", "shuffled"])
+def test_the_projector_rests_where_no_process_has_an_image(start, tmp_path, assert_same_run, strategy, order):
+    """`prismatic` has steps of text only; in a `shuffled` step of two records one process has the text alone."""
+    options = ["recipe.update_idle_projector=false", f"recipe.sampler={order}", "recipe.epochs=2"]
+    if order == "shuffled":
+        options += ["recipe.global_batch_size=2", "recipe.micro_batch_size=1"]
+    shared = [f"trainer={strategy}", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.precision=32-true"]
+    jobs = [start(*options, run="one"), start(*options, *shared, ranks=2)]
+    assert [job.wait() for job in jobs] == [[0], [0, 0]], jobs[1].log.read_text()
+    assert_same_run(tmp_path / "run", tmp_path / "one")
+    rows = [row for row in read_metrics(tmp_path / "run") if "train/loss" in row]
+    idle = [row["train/grad_norm_projector"] == 0 for row in rows]
+    assert any(idle) == (order == "prismatic") and not all(idle)
+
+
+@pytest.mark.slow
 def test_a_mean_over_micro_batches_is_one_over_those_of_all_processes(start, tmp_path, assert_same_run):
     """As in prismatic: each forward pass weighs the same, whatever it supervises. Two processes share three of them."""
     one = ["recipe.grad_clip=0", "recipe.epochs=1", "recipe.global_batch_size=3", "recipe.micro_batch_size=1"]
