@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -114,33 +113,35 @@ def _options(spec: LLMSpec) -> dict[str, Any]:
 
 
 def _random(spec: LLMSpec, device: torch.device) -> PreTrainedModel:
-    with _attention_named(spec), device:
-        return AutoModelForCausalLM.from_config(architecture(spec), trust_remote_code=False, **_options(spec))
-
-
-@contextmanager
-def _attention_named(spec: LLMSpec) -> Iterator[None]:
-    """Raises `UsageError`, which names the key, where `llm.attention` is not there or not for this architecture."""
     try:
-        yield
+        with device:
+            return AutoModelForCausalLM.from_config(architecture(spec), trust_remote_code=False, **_options(spec))
     except (ImportError, ValueError) as error:
-        if isinstance(error, ValueError) and "attn_implementation" not in str(error):
-            raise
-        reason = str(error).strip().partition(". ")[0].removesuffix(".")
-        way_out = (
-            "Set llm.attention=eager."
-            if spec.attention == "sdpa"
-            else ("Install what it needs, or set llm.attention=sdpa.")
-        )
-        raise UsageError(f"llm.attention={spec.attention} cannot be used here: {reason}. {way_out}") from error
+        if named := _attention_error(spec, error):
+            raise named from error
+        raise
+
+
+def _attention_error(spec: LLMSpec, error: Exception) -> UsageError | None:
+    """The error that names `llm.attention`, where that is not installed or not for this architecture."""
+    if isinstance(error, ValueError) and "attn_implementation" not in str(error):
+        return None
+    reason = str(error).strip().partition(". ")[0].removesuffix(".")
+    other = "Install what it needs, or set llm.attention=sdpa."
+    way_out = "Set llm.attention=eager." if spec.attention == "sdpa" else other
+    return UsageError(f"llm.attention={spec.attention} cannot be used here: {reason}. {way_out}")
 
 
 def _load(spec: LLMSpec) -> PreTrainedModel:
     config = architecture(spec) if spec.architecture else None
     path = _weights_path(spec)
     options = _options(spec) | (quantization(spec.quantize) if spec.quantize else {})
-    with _attention_named(spec):
+    try:
         model = load_lm(path, config, **options)
+    except UsageError as error:
+        if named := _attention_error(spec, error):
+            raise named from error
+        raise
     _check_architecture(spec, model.config, path)
     return model
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -123,15 +121,6 @@ def load_tokenizer(
     if hub is None:
         raise UsageError("The LLM names no tokenizer: set llm.tokenizer to a folder or a repository.")
     return _from_hub(hub, revision)
-
-
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what a tokenizer does to a text, its special tokens included; the chat template is none of it."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    for key in ("truncation", "padding"):  # settings of the last call
-        content.pop(key, None)
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _from_hub(repo: str, revision: str | None) -> PreTrainedTokenizerBase:

@@ -22,7 +22,6 @@ from prism_deco.errors import UsageError
 from prism_deco.files import file_sha256
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import weights_record
-from prism_deco.llms.hub import tokenizer_sha256
 from prism_deco.llms.tuning import tuning
 from prism_deco.training.checkpoints import Checkpoint
 from prism_deco.training.checksums import SUMS
@@ -112,8 +111,12 @@ def check_resume(checkpoint: Checkpoint, config: DictConfig, llm: LanguageModel,
 
 
 def _read_for_examples(data: Conversations, llm: LanguageModel) -> dict[str, str]:
-    """SHA-256 of the inputs that examples are made of."""
-    return {"train": data.data_hash, "val": data.val_hash, "tokenizer": tokenizer_sha256(llm.tokenizer)}
+    """SHA-256 of the inputs that examples are made of: of a tokenizer, of what it does to a text."""
+    backend = getattr(llm.tokenizer, "backend_tokenizer", None)
+    rules = llm.tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    rules |= {"truncation": None, "padding": None}  # of its last call
+    tokenizer = hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+    return {"train": data.data_hash, "val": data.val_hash, "tokenizer": tokenizer}
 
 
 def _changed(inputs: Mapping[str, str], resume: Checkpoint, config: DictConfig) -> list[str]:

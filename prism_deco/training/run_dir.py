@@ -64,7 +64,8 @@ def has_finished(config: DictConfig, overwrite: bool) -> bool:
 
 def resumed_from(config: DictConfig, overwrite: bool) -> Path | None:
     """The checkpoint that training would continue from; None is its start."""
-    return None if replaces(config, overwrite) else newest_checkpoint(run_folder(config) / CHECKPOINTS)
+    folder = run_folder(config) / CHECKPOINTS
+    return None if replaces(config, overwrite) or not folder.is_dir() else newest_checkpoint(folder)
 
 
 def open_run(config: DictConfig, held: ExitStack, *, overwrite: bool = False) -> RunTarget:
