@@ -1,9 +1,14 @@
 """The LLaVA-1.5 recipe as the paper's Table 4 and LLaVA's scripts have it, and the sweeps that use it."""
 
+from dataclasses import fields
+
 import pytest
+from omegaconf import OmegaConf
 
 from prism_deco.build import group, prompt_options
 from prism_deco.config import choices, load_config
+from prism_deco.config.choices import choice_path
+from prism_deco.config.schema import RecipeConfig
 from prism_deco.evaluation import resolve
 from prism_deco.llms import build_llm
 from prism_deco.report import paper
@@ -89,6 +94,35 @@ def test_prism_adds_a_padding_token_and_llava_none(recipe, rows):
     config = load_config([f"recipe={recipe}", *COMMAND[1:]])
     llm = build_llm(group(config, "llm"), device="meta", **prompt_options(config))
     assert llm.embedding_rows == rows
+
+
+@pytest.mark.parametrize("recipe", ["prism", "llava_v1_5_align", "llava_v1_5_finetune"])
+def test_a_strict_recipe_states_every_value_that_it_relies_on(recipe):
+    """A default of the schema may change, and with it a recipe that is silent; keys that change no number may be."""
+    stated = set(OmegaConf.load(choice_path("recipe", recipe)))
+    silent = {field.name for field in fields(RecipeConfig)} - stated
+    own = {"name", "stages", "start_from"}
+    computed_alike = {"packing", "max_logits"}
+    adapters = {key for key in silent if key.startswith("lora_")} if recipe != "llava_v1_5_finetune" else set()
+    assert silent <= own | computed_alike | adapters
+
+
+@pytest.mark.parametrize(
+    ("recipe", "differing"),
+    [
+        ("prism", {}),
+        ("llava_v1_5_align", {"added_tokens": False, "prompt": "plain", "tokenize": "whole", "max_positions": 2048}),
+        ("llava_v1_5_finetune", {"added_tokens": False, "tokenize": "whole", "max_positions": 2048}),
+    ],
+)
+def test_what_the_strict_recipes_were_once_silent_about(recipe, differing):
+    silent = {
+        "prompt": "chat", "tokenize": None, "added_tokens": True, "standardise_features": False, "token_scale": None,
+        "turn_mask": "causal", "blind": False, "max_steps": None, "max_positions": None, "betas": (0.9, 0.999),
+        "eps": 1e-8, "packing": False,
+    }  # fmt: skip
+    composed = load_config([f"recipe={recipe}"]).recipe
+    assert {key: composed[key] for key in silent} == silent | differing
 
 
 def test_prism_and_the_miniature_stay_as_they_were():

@@ -29,6 +29,8 @@ class CAbstractor(Projector):
         hidden_dim: channels inside.
         readout_depth: linear layers of the MLP behind the second stage.
         position_embedding: add a learned position table to the features.
+        init: what weights start from. `normal`: N(0, 0.02) and biases of zero, as Honeybee; `torch`: the layers' own
+            draws, as in the code of DeCo's authors. The position table is the same in both.
     """
 
     def __init__(
@@ -42,14 +44,18 @@ class CAbstractor(Projector):
         hidden_dim: int = 1024,
         readout_depth: int = 2,
         position_embedding: bool = True,
+        init: str = "normal",
     ):
         super().__init__(in_dim, out_dim, in_grid, square_grid(num_tokens, in_grid))
+        if init not in ("normal", "torch"):
+            raise UsageError(f"init={init!r} is unknown: choose normal or torch.")
         if depth < 1:
             raise UsageError(f"c_abstractor with depth={depth} has no convolutions: choose 1 or more, or avgpool.")
         self.stage1 = _stage(depth, in_dim, hidden_dim)
         self.stage2 = _stage(depth, hidden_dim, hidden_dim)
         self.readout = build_mlp(hidden_dim, out_dim, readout_depth, activation=nn.SiLU)
-        self.apply(init_normal)
+        if init == "normal":
+            self.apply(init_normal)
         self.position: nn.Parameter | None = None
         if position_embedding:
             self.position = nn.Parameter(torch.empty(1, in_grid[0] * in_grid[1], in_dim))

@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 
 SHARED = {
     "backbone": ("resize", "weights"),
-    "projector": ("weights",),
+    "projector": ("weights", "init"),
     "llm": ("hub", "revision", "weights", "tokenizer", "dtype", "attention", "tokenize"),
 }
 """The groups that both runs must agree in, without the keys that may differ: they say how an image is cropped, where
-weights come from (their hashes are compared) and how the LLM computes."""
+weights come from (their hashes are compared), how new ones are drawn, and how the LLM computes."""
 
 FEATURES = ("standardise_features", "token_scale")
 """Keys of the recipe that change what a projector gets and gives."""

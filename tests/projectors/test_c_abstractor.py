@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from timm.layers.norm import LayerNorm2d
+from timm.models.regnet import RegStage
+from torch import nn
 from torch.nn import functional as F
 
 from prism_deco.projectors import build_projector
@@ -124,3 +127,24 @@ def test_initialisation():
             assert torch.equal(value, torch.ones_like(value)), name
         elif name.endswith("bias"):
             assert not value.any(), name
+
+
+def test_torchs_own_initialisation_is_that_of_the_layers_alone():
+    torch.manual_seed(0)
+    state = build(init="torch").state_dict()
+    torch.manual_seed(0)
+    options = {"stride": 1, "dilation": 1, "act_layer": nn.SiLU, "norm_layer": LayerNorm2d}
+    parts = {
+        "stage1": RegStage(2, IN_DIM, HIDDEN, **options),
+        "stage2": RegStage(2, HIDDEN, HIDDEN, **options),
+        "readout": nn.Sequential(nn.Linear(HIDDEN, OUT_DIM), nn.SiLU(), nn.Linear(OUT_DIM, OUT_DIM)),
+    }
+    position = nn.init.trunc_normal_(torch.empty(1, GRID[0] * GRID[1], IN_DIM), std=0.02)
+    expected = {
+        f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()
+    }
+    assert state.keys() == expected.keys() | {"position"} and torch.equal(state["position"], position)
+    for name, value in expected.items():
+        assert torch.equal(state[name], value), name
+    with pytest.raises(ValueError, match="init='zeros' is unknown: choose normal or torch"):
+        build(init="zeros")
