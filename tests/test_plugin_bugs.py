@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import traceback
+from uuid import uuid4
 
 import pytest
 
@@ -36,7 +37,7 @@ def line(colors, tmp_path, monkeypatch):
     """(when the bug is met) -> arguments of a run with that plug-in."""
 
     def make(met):
-        name = f"buggy{len(met)}"  # what is planned is kept by name
+        name = f"buggy_{uuid4().hex}"  # what is planned is kept by name
         (tmp_path / "buggy.py").write_text(BUGGY.replace("MET", met).replace("NAME", name))
         (tmp_path / f"{name}.yaml").write_text("num_tokens: ${recipe.num_tokens}\n")
         monkeypatch.syspath_prepend(str(tmp_path))
@@ -51,8 +52,8 @@ def line(colors, tmp_path, monkeypatch):
     from prism_deco.projectors import PROJECTORS
 
     sys.modules.pop("buggy", None)
-    for met in (EVERYWHERE, IN_TRAINING):
-        PROJECTORS._entries.pop(f"buggy{len(met)}", None)
+    for name in [name for name in PROJECTORS._entries if name.startswith("buggy_")]:
+        del PROJECTORS._entries[name]
 
 
 WHERE = 15

@@ -235,7 +235,9 @@ def test_training_on_own_data_says_how_the_default_benchmarks_find_their_files(c
     assert f"benchmark.{first}.root=FOLDER" in said and "evaluate.benchmarks=null" in said
 
 
-def test_a_conversation_has_the_device_that_was_asked_for(finished, no_model, capsys):
+def test_a_conversation_has_the_device_that_was_asked_for(finished, monkeypatch, capsys):
+    monkeypatch.setattr("prism_deco.api.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["chat", str(finished), "--device=cuda"]) == 2
     assert "device cuda: this machine has no GPU" in " ".join(capsys.readouterr().err.split())
 

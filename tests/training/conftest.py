@@ -20,7 +20,7 @@ CONTEXT.set_forkserver_preload(
         "prism_deco.backbones.siglip",
         "prism_deco.projectors.qformer",
         "prism_deco.projectors.pooling",
-        "prism_deco.data.llava",
+        "prism_deco.data.sources",
         "torch.utils.tensorboard",
     ]
 )
