@@ -37,6 +37,8 @@ def stages():
         # LLaVA's scripts.
         ("recipe.micro_batch_size", 32, 16),
         ("recipe.projector_lr", None, 2e-5),
+        ("recipe.warmup_rounding", "up", "up"),
+        ("recipe.update_idle_projector", True, True),
         ("recipe.prompt", "plain", "chat"),
         ("recipe.image_slot", "after_bos", "in_place"),
         ("recipe.tokenize", "whole", "whole"),
@@ -76,6 +78,8 @@ def test_both_readings_of_the_learning_rate_are_at_hand():
         # prismatic-vlms.
         ("recipe.image_slot", "after_bos"),
         ("recipe.sampler", "prismatic"),
+        ("recipe.warmup_rounding", "down"),
+        ("recipe.update_idle_projector", False),
         ("recipe.loss", "micro_batch_mean"),
         ("backbone.resize", "letterbox"),
         ("backbone.layer", -2),
