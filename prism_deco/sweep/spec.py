@@ -201,11 +201,12 @@ def _load(name: str) -> Spec:
             load_choice(group, value)
         elif not value:
             raise UsageError(f"The sweep {name} has settings with {choice}: write GROUP=CHOICE, or KEY=VALUE.")
+    for part, its in parts.items():
+        _check_keys(f"key of the part {part} of the sweep {name}", its, PART_KEYS)
     for its in (content, *parts.values()):
         for row in its.get("rows") or []:
             _check_keys(f"key of a row of the sweep {name}", row, ("labels", "settings"))
     for part, its in parts.items():
-        _check_keys(f"key of the part {part} of the sweep {name}", its, PART_KEYS)
         for key, source in (its.get("choose") or {}).items():
             earlier = list(parts)[: list(parts).index(part)]
             if source not in earlier:
@@ -220,10 +221,23 @@ def _load(name: str) -> Spec:
     )
 
 
-def _check_keys(kind: str, content: Mapping[str, Any], known: Iterable[str]) -> None:
-    for key in content:
+_LISTS = ("rows", "claims")
+_MAPPINGS = ("settings", "axes", "parts", "with", "choose", "labels")
+
+
+def _check_keys(kind: str, content: Any, known: Iterable[str]) -> None:
+    if not isinstance(content, Mapping):
+        raise UsageError(f"In place of {content!r}, write KEY: VALUE, a {kind} and what it holds.")
+    for key, value in content.items():
         if key not in known:
             raise unknown(kind, key, known)
+        if value is not None and key in _LISTS and not isinstance(value, list):
+            raise UsageError(f"The {kind} {key!r} must hold a list, not {value!r}.")
+        if value is not None and key in _MAPPINGS and not isinstance(value, Mapping):
+            raise UsageError(f"The {kind} {key!r} must hold KEY: VALUE pairs, not {value!r}.")
+    for axis, values in (content.get("axes") or {}).items():
+        if not isinstance(values, list):
+            raise UsageError(f"The {kind} 'axes': {axis} must hold a list, not {values!r}.")
 
 
 def _grid(content: Mapping[str, Any], shared: Mapping[str, str], part: str) -> RunGrid:

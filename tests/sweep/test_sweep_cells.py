@@ -200,6 +200,12 @@ def test_unknown_keys_of_a_sweep_s_yaml_are_errors(tmp_path):
         ),
         ("axes: {seed: [1]}\nwith: {avgpool: {seed: 1}}\n", "has settings with avgpool: write GROUP=CHOICE"),
         ("parts: {a: {axis: {seed: [1]}}}\n", "Unknown key of the part a .* 'axis'. Did you mean 'axes'"),
+        ("settings: [seed=1]\n", r"'settings' must hold KEY: VALUE pairs, not \['seed=1'\]"),
+        ("rows: {labels: {row: a}}\n", "'rows' must hold a list"),
+        ("rows: [a]\n", "In place of 'a', write KEY: VALUE"),
+        ("rows: [{settings: [seed=1]}]\n", "'settings' must hold KEY: VALUE pairs"),
+        ("axes: {seed: 3}\n", "'axes': seed must hold a list, not 3"),
+        ("parts: {a: [seed=1]}\n", r"In place of \['seed=1'\], write KEY: VALUE"),
     ],
 )
 def test_slips_in_a_sweep_s_yaml_are_named(text, message, tmp_path):
