@@ -117,7 +117,7 @@ def holds_run(config: DictConfig) -> bool:
 
 @contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
-    """Raises `DiskFull`, which names the folder, where a write finds no room."""
+    """Raises `DiskFull`, which names the folder and how much a run needs, where a write finds no room."""
     try:
         yield
     except Exception as error:
@@ -126,7 +126,16 @@ def full_disk_named(folder: Path) -> Iterator[None]:
         # A write that fails does not say where: the cache may lie on another disk.
         place = min((folder, cache_dir()), key=_free_bytes)
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-        raise DiskFull(f"{place}: {reason} ({_free_bytes(place) / 1e6:.1f} MB free). Free some space") from error
+        free = f"{_free_bytes(place) / 1e6:.1f} MB free"
+        raise DiskFull(f"{place}: {reason} ({free}). Free {_needed_space(folder)}") from error
+
+
+def _needed_space(run: Path) -> str:
+    """The next checkpoint takes what the newest one does."""
+    newest = newest_checkpoint(run / CHECKPOINTS)
+    if newest is None:
+        return "some space"
+    return f"{sum(path.stat().st_size for path in newest.iterdir()) / 1e6:.1f} MB for the next checkpoint"
 
 
 def _free_bytes(folder: Path) -> int:
