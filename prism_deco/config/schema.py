@@ -21,7 +21,10 @@ ODD_RECORDS = ("refuse", "train")
 LM = ("full", "frozen", "lora", "qlora")
 PROMPT = ("chat", "plain")
 TOKENIZE = ("per_turn", "whole")
-IMAGE_SLOT = ("after_bos", "in_place")
+IMAGE_SLOT = ("after_bos", "after_first_token", "in_place")
+PROJECTOR_INIT = ("normal", "torch")
+AS_TRAINED = "as_trained"
+"""Of `evaluate.ask`: the prompt is what comes before the answer in training."""
 TURN_MASK = ("causal", "block")
 ACCELERATOR = ("auto", "cpu", "gpu", "cuda")
 STRATEGY = ("auto", "ddp", "fsdp")
@@ -132,6 +135,9 @@ class RecipeConfig:
     """The adapters' output is scaled by `lora_alpha / lora_r`."""
     lora_dropout: float = number(0.05, least=0, below=1)
     """Dropout on the adapters' input."""
+    prompt_set: str | None = None
+    """Which of the `prompt_sets` in the LLM's YAML to use: it replaces the chat format and other keys of the LLM, and
+    may replace keys of the recipe. An LLM that does not offer it is refused; null is the LLM's own format."""
     prompt: str = one_of(PROMPT, "chat")
     """Format of the text: chat (the LLM's chat format) or plain (LLaVA's alignment: image and caption, no question)."""
     tokenize: str | None = one_of(TOKENIZE, None)
@@ -145,7 +151,8 @@ class RecipeConfig:
     num_tokens: int = number(144, least=1)
     """Number of visual tokens after compression; projectors that compress refer to this key."""
     image_slot: str = one_of(IMAGE_SLOT, "after_bos")
-    """Where visual tokens go: after_bos (after the first token, PRISM) or in_place (where `<image>` stands, LLaVA)."""
+    """Where visual tokens go: after_bos (after the BOS token, PRISM), after_first_token (behind the first token of the
+    text, whatever it is; DeCo's authors), or in_place (where `<image>` stands, LLaVA)."""
     standardise_features: bool = False
     """Standardise each feature channel with the statistics of the training images (not part of PRISM)."""
     token_scale: float | None = number(None, above=0)
@@ -173,6 +180,9 @@ class RecipeConfig:
     """Text is truncated so that the sequence with its visual tokens is no longer; null is the LLM's own limit."""
     lr: float = number(2e-5, above=0)
     """Peak learning rate."""
+    projector_init: str = one_of(PROJECTOR_INIT, "normal")
+    """What the C-Abstractor's weights start from: normal (N(0, 0.02), Honeybee) or torch (the layers' own draws, as in
+    the code of DeCo's authors)."""
     projector_lr: float | None = number(None, above=0)
     """Peak learning rate of the projector; null uses `lr`."""
     update_idle_projector: bool = True
@@ -268,6 +278,9 @@ class EvaluateConfig:
     """Split of the benchmarks; null takes each one's own."""
     limit: int | None = number(None, least=1)
     """Ask only this many questions of each benchmark; null asks all."""
+    ask: str = AS_TRAINED
+    """Ways to ask, separated by commas: as_trained (the prompt is what comes before an answer in training), or another
+    one that the LLM's YAML offers (`asks`). Each has results of its own, `eval/BENCHMARK-ASK`."""
     relevance: str | None = None
     """Benchmark with boxes whose relevance maps (R-GAE) are measured as well."""
     relevance_limit: int = number(100, least=1)

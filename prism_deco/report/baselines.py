@@ -26,6 +26,7 @@ IGNORED = (
     "data.statistics",
     "recipe.blind",
     "recipe.num_tokens",
+    "recipe.projector_init",
     "recipe.projector_lr",
     "recipe.token_scale",
     "recipe.standardise_features",
