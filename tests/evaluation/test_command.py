@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams.backend_context import Context as HParams
 
 from prism_deco.cli import main
 from prism_deco.commands.train import _scoring
@@ -19,6 +24,7 @@ from prism_deco.config import load_config, read_config, save_config
 from prism_deco.distributed import World
 from prism_deco.evaluation import BENCHMARKS, build_benchmark, resolve
 from prism_deco.evaluation.scoring import predict
+from prism_deco.training.board import Board
 
 FAST = ["data.val_fraction=0", "data.num_workers=0", "recipe.max_steps=2", "recipe.global_batch_size=2",
         "recipe.micro_batch_size=2", "trainer.threads=1", "backbone.pretrained=false",
@@ -179,8 +185,21 @@ def test_scores_are_shown_in_tensorboard(colors, files, tmp_path):
         score = json.loads((run / f"eval/{name}/metrics.json").read_text())["metrics"]["accuracy"]
         [point] = events.Scalars(f"eval/{name}")
         assert (point.step, point.value) == (2, pytest.approx(score))
-    content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
-    assert b"eval/first" in content and b"val/loss" in content
+    (tmp_path / "another").mkdir()
+    other = Board(tmp_path / "another", 0)  # trained without benchmarks, and the first by its name
+    other.hyperparameters({"seed": 1})
+    other.close()
+    assert {"eval/first", "eval/second"} <= _metrics_of_the_hparams_tab(tmp_path)
+
+
+def _metrics_of_the_hparams_tab(folder):
+    runs = EventMultiplexer()
+    runs.AddRunsFromDirectory(str(folder))
+    runs.Reload()
+    tab = HParams(TBContext(data_provider=MultiplexerDataProvider(runs, str(folder))))
+    found = tab.hparams_metadata(RequestContext(), "")
+    experiment = tab.experiment_from_metadata(RequestContext(), "", True, found, [])
+    return {metric.name.tag for metric in experiment.metric_infos}
 
 
 def test_training_takes_the_keys_of_single_benchmarks(colors, files, tmp_path, capsys):
