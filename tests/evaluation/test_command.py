@@ -127,6 +127,24 @@ def test_a_slip_in_the_name_of_the_key_scores_nothing(finished, no_model, capsys
     assert "Unknown key 'benchmarks'. Did you mean 'benchmark'?" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate"],
+        ["evaluate", "RUN"],
+        ["evaluate", "RUN", "benchmark.gqa.root=x"],
+        ["evaluate", "--score-only", "x"],
+        ["explain"],
+        ["explain", "RUN", "--image=x.png", "--prompt=?"],
+    ],
+)
+def test_an_unknown_key_is_named_before_anything_else(finished, no_model, capsys, arguments):
+    """Where no benchmark is named, by the run either."""
+    save_config(load_config(["evaluate.benchmarks=null"]), finished / "config.yaml")
+    assert main([str(finished) if text == "RUN" else text for text in arguments] + ["benchmarks=mini_vqav2"]) == 2
+    assert "Unknown key 'benchmarks'. Did you mean 'benchmark'?" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("command", ["evaluate", "explain"])
 def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(
     finished, files, no_model, capsys, command, tmp_path
@@ -288,6 +306,22 @@ def test_a_predictions_file_is_scored_beside_chance_and_blindness(finished, file
     assert main(["evaluate", "--score-only", str(path), "benchmark=mini_gqa"]) == 0
     cells = capsys.readouterr().out.split()
     assert cells[-8:] == ["3", "0.0", "0.0", "to", "0.0", "66.7", blind, "0.0%"]  # "yes" is right twice
+
+
+@pytest.mark.parametrize("kind", ["pope", "refcoco"])
+def test_a_copied_predictions_file_does_not_say_its_variant(files, tmp_path, capsys, kind):
+    """Its YAML's variants are no evidence, be they several or one."""
+    asked = build_benchmark(getattr(files, kind)(variants=["generate" if kind == "pope" else "trained"]))
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps(asdict(predict(i, "Yes"))) + "\n" for i in asked.items()))
+    command = ["evaluate", "--score-only", str(path), f"benchmark={_yaml(getattr(files, kind)(), tmp_path / kind)}"]
+    assert main(command) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    names = " or ".join(asked.VARIANTS)
+    assert f"{path} does not say which variant" in said and f"variants=[{names}]" in said
+    assert main([*command, f"variants={asked.variants[0]}"]) == 0
+    assert main([*command, f"benchmark.{kind}.variants=[{asked.variants[0]}]"]) == 0
+    assert f"({asked.variants[0]})" in capsys.readouterr().out
 
 
 def test_a_predictions_file_takes_nothing_else(tmp_path, capsys):
