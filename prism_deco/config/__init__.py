@@ -1,6 +1,5 @@
 """The configuration: its schema, and the loader that composes YAML files, choices and `key=value` settings."""
 
-from prism_deco.config.cache import building_folder, cache_dir
 from prism_deco.config.choices import CONF_DIR, choices, load_choice
 from prism_deco.config.compose import compose, default_run_id, validate
 from prism_deco.config.load import load_config, named_choice, value_origins
@@ -15,6 +14,7 @@ from prism_deco.config.stored import (
     save_config,
     shipped_choices,
 )
+from prism_deco.files import building_folder, cache_dir
 
 __all__ = [
     "CONF_DIR",

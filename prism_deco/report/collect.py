@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config import GROUPS, flat, read_stored
-from prism_deco.config.benchmarks import benchmark_name
+from prism_deco.config.choices import benchmark_name
 from prism_deco.errors import UsageError
 from prism_deco.files import read_json
 from prism_deco.report.benchmarks import asked_by, family_of

@@ -16,7 +16,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
-from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks, results_name
+from prism_deco.config.choices import benchmark_name, resolve_benchmarks, results_name
 
 FOLDER = "tensorboard"
 
