@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from prism_deco.config.parse import read_yaml
 from prism_deco.config.registry import unknown
+from prism_deco.config.values import read_yaml
 from prism_deco.errors import UsageError
 
 # In a wheel conf/ lies inside the package, in a checkout next to it.

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from prism_deco.backbones import build_backbone
 from prism_deco.build import build_model, compose_projector, group, prompt_options
 from prism_deco.config import read_config, save_config
+from prism_deco.config.load import CONFIG
 from prism_deco.config.registry import require_imported
-from prism_deco.config.stored import CONFIG
 from prism_deco.errors import UsageError
 from prism_deco.files import read_json, write_json
 from prism_deco.llms import LanguageModel, build_llm
