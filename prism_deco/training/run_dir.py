@@ -19,7 +19,7 @@ from prism_deco.errors import UsageError
 from prism_deco.exits import DiskFull, Stop, is_disk_full
 from prism_deco.files import remove_unfinished
 from prism_deco.training.checkpoints import CHECKPOINTS, newest_checkpoint, remove_leftovers
-from prism_deco.training.status import THROUGH, is_requeued, read_status
+from prism_deco.training.progress import THROUGH, is_requeued, read_status
 
 log = logging.getLogger(__name__)
 
