@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
 from prism_deco.config import parse_value, read_config
-from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks, results_name
+from prism_deco.config.choices import benchmark_name, resolve_benchmarks, results_name
 from prism_deco.errors import UsageError
 from prism_deco.files import check_writable, read_json
 

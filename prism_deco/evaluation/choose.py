@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from prism_deco.config import load_choice, parse_value
-from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks
+from prism_deco.config.choices import benchmark_name, resolve_benchmarks
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
 from prism_deco.evaluation.base import BENCHMARKS, Benchmark

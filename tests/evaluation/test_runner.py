@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from prism_deco.config.benchmarks import results_name
+from prism_deco.config.choices import results_name
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark, evaluate, load_predictions, score_file
