@@ -22,7 +22,6 @@ LM = ("full", "frozen", "lora", "qlora")
 PROMPT = ("chat", "plain")
 TOKENIZE = ("per_turn", "whole")
 IMAGE_SLOT = ("after_bos", "after_first_token", "in_place")
-PROJECTOR_INIT = ("normal", "torch")
 AS_TRAINED = "as_trained"
 """Of `evaluate.ask`: the prompt is what comes before the answer in training."""
 TURN_MASK = ("causal", "block")
@@ -33,6 +32,8 @@ REDUCE_DTYPE = ("float32", "bfloat16")
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 NONFINITE = ("stop", "skip")
 WARMUP_ROUNDING = ("down", "up")
+PROJECTOR_INIT = ("normal", "torch")
+PROJECTOR_SEED = ("run", "tower_width")
 LOSS = ("token_mean", "micro_batch_mean")
 SAMPLER = ("shuffled", "grouped", "llava", "prismatic")
 STATISTICS = (
@@ -150,6 +151,12 @@ class RecipeConfig:
     or resize-crop (scale the shorter side and crop, as CLIP)."""
     num_tokens: int = number(144, least=1)
     """Number of visual tokens after compression; projectors that compress refer to this key."""
+    projector_init: str = one_of(PROJECTOR_INIT, "normal")
+    """What the abstractors' weights start from; they refer to this key: normal (N(0, 0.02), Honeybee) or torch (the
+    layers' own draws, as in the code of DeCo's authors)."""
+    projector_seed: str = one_of(PROJECTOR_SEED, "run")
+    """Seed of the projector's weights: the run's, or the width of the tower's features (prismatic), which makes them
+    the same under every seed."""
     image_slot: str = one_of(IMAGE_SLOT, "after_bos")
     """Where visual tokens go: after_bos (after the BOS token, PRISM), after_first_token (behind the first token of the
     text, whatever it is; DeCo's authors), or in_place (where `<image>` stands, LLaVA)."""
@@ -180,9 +187,6 @@ class RecipeConfig:
     """Text is truncated so that the sequence with its visual tokens is no longer; null is the LLM's own limit."""
     lr: float = number(2e-5, above=0)
     """Peak learning rate."""
-    projector_init: str = one_of(PROJECTOR_INIT, "normal")
-    """What the C-Abstractor's weights start from: normal (N(0, 0.02), Honeybee) or torch (the layers' own draws, as in
-    the code of DeCo's authors)."""
     projector_lr: float | None = number(None, above=0)
     """Peak learning rate of the projector; null uses `lr`."""
     update_idle_projector: bool = True

@@ -98,7 +98,9 @@ class PredictionStore:
 
     def _check_decoding(self, decoding: dict[str, Any], write: bool) -> None:
         path = self.folder / "decoding.json"
-        if any(self.folder.glob("predictions*.jsonl")) and path.is_file():
+        if any(self.folder.glob("predictions*.jsonl")):
+            if not path.is_file():
+                raise UsageError(f"{self.folder} holds answers, but no {path.name} with their settings. {self._ways}")
             # A setting that the file does not name cannot be compared, but for the way to ask: that is as trained.
             before = {ASK: AS_TRAINED} | read_json(path)
             now = {ASK: AS_TRAINED} | decoding
