@@ -34,7 +34,11 @@ def main(folder: Path) -> None:
         color = rng.choice(list(COLORS))
         draw(folder / f"train/{number}.png", color, rng)
         other = rng.choice([name for name in COLORS if name != color])
-        turns = [("What color is the square?" + SHORT, color), (exists(color) + SHORT, "Yes"), (exists(other) + SHORT, "No")]
+        turns = [
+            ("What color is the square?" + SHORT, color),
+            (exists(color) + SHORT, "Yes"),
+            (exists(other) + SHORT, "No"),
+        ]
         rng.shuffle(turns)
         texts = [text for turn in turns for text in turn]
         texts[0] = "<image>\n" + texts[0]
