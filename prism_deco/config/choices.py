@@ -59,14 +59,14 @@ def resolve_benchmarks(names: str | Iterable[str], parents: tuple[str, ...] = ()
     """Benchmark names with their groups (YAMLs with `members`) expanded; each once, in order.
 
     Args:
-        names: a list, or a string with commas.
+        names: a list, or a string with commas, in brackets or not.
         parents: the groups that the names are members of.
 
     Raises:
         UsageError: an unknown name, or groups that contain each other.
     """
     if isinstance(names, str):
-        names = [name.strip() for name in names.split(",") if name.strip()]
+        names = [name.strip() for name in names.strip("[] ").split(",") if name.strip()]
     found: list[str] = []
     for name in names:
         if name in parents:

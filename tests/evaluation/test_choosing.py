@@ -30,6 +30,7 @@ def test_families():
         ("mini", MINI),
         ("all-mini", MINI),
         ("pope, mini_pope", ["pope", "mini_pope"]),
+        ("[pope, mini_pope]", ["pope", "mini_pope"]),
         (["pope", "table2", "pope"], ["pope", "mme", "mmbench", "seed"]),
         ("mini_gqa,mini", ["mini_gqa", *[name for name in MINI if name != "mini_gqa"]]),
         ("table3", [name.removeprefix("mini_") for name in MINI]),
