@@ -47,6 +47,10 @@ class Model:
         self.llm = llm
         self.config = config
 
+    def __repr__(self) -> str:
+        chosen = ", ".join(f"{group}={self.config[group].name}" for group in ("backbone", "projector", "llm"))
+        return f"Model({chosen}, {self.vlm.projector.num_tokens} visual tokens, on {self.device})"
+
     @property
     def device(self) -> torch.device:
         """Where the model's weights lie."""
