@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from prism_deco.config.registry import unknown
+from prism_deco.config.schema import AS_TRAINED
 from prism_deco.config.values import read_yaml
 from prism_deco.errors import UsageError
 
 # In a wheel conf/ lies inside the package, in a checkout next to it.
 _PACKAGE = Path(__file__).parents[1]
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+
+PROMPT_SETS = "prompt_sets"
+"""Key of an LLM's YAML; see `with_set`."""
 
 YAML_SUFFIXES = (".yaml", ".yml")
 
@@ -55,6 +59,39 @@ def default_contents(chosen: Mapping[str, str]) -> dict[str, Any]:
     return content | {group: load_choice(group, name) for group, name in names.items()}
 
 
+def with_set(contents: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    """The contents of groups with one of the LLM's prompt sets in place.
+
+    Prompt sets are the ways to talk to a language model that its YAML offers besides the format it begins with:
+
+        prompt_sets:
+          deco:                     # chosen by recipe.prompt_set=deco
+            chat_template: ...      # replaces this key of the LLM, as any other here does
+            recipe:                 # replaces keys of the recipe
+              max_text_tokens: 2048
+
+    They are resolved below what files and the command line set, and a composed configuration has the values alone.
+
+    Args:
+        name: of the set; None leaves the LLM's own format.
+
+    Raises:
+        UsageError: the LLM does not offer the set.
+    """
+    llm = dict(contents["llm"])
+    sets = llm.pop(PROMPT_SETS, None) or {}
+    if name is None:
+        return {**contents, "llm": llm}
+    if name not in sets:
+        raise UsageError(
+            f"llm={llm.get('name')} has no prompt set {name!r} (its YAML offers {', '.join(sets) or 'none'}): set "
+            "recipe.prompt_set=null for the format of its own, or choose another LLM."
+        )
+    own = dict(sets[name])
+    recipe = {**contents.get("recipe", {}), **(own.pop("recipe", None) or {})}
+    return {**contents, "llm": llm | own, "recipe": recipe}
+
+
 def resolve_benchmarks(names: str | Iterable[str], parents: tuple[str, ...] = ()) -> list[str]:
     """Benchmark names with their groups (YAMLs with `members`) expanded; each once, in order.
 
@@ -81,8 +118,19 @@ def benchmark_name(choice: str) -> str:
     return Path(choice).stem if choice.endswith(YAML_SUFFIXES) else choice
 
 
-def results_name(choice: str, split: str | None = None) -> str:
-    """The name of a benchmark's results folder: the benchmark's, followed by the split unless it is the YAML's own."""
+def results_name(choice: str, split: str | None = None, ask: str = AS_TRAINED) -> str:
+    """The name of a benchmark's results folder: the benchmark's, followed by the split unless it is the YAML's own, and
+    by how it is asked unless that is as trained."""
     own = load_choice("benchmark", choice).get("split") or ""
-    name = benchmark_name(choice)
-    return name if split in (None, own) else f"{name}-{split}"
+    parts = [benchmark_name(choice)]
+    if split not in (None, own):
+        parts.append(str(split))
+    if ask != AS_TRAINED:
+        parts.append(ask)
+    return "-".join(parts)
+
+
+def resolve_asks(names: str) -> list[str]:
+    """The ways to ask of `evaluate.ask`, each once, in order."""
+    asks = [name.strip() for name in names.split(",") if name.strip()]
+    return list(dict.fromkeys(asks)) or [AS_TRAINED]
