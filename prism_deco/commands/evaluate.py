@@ -13,7 +13,7 @@ from prism_deco.commands.common import Asked, asked_of, import_named_plugins, ow
 from prism_deco.config import parse_value, read_config
 from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks, results_name
 from prism_deco.errors import UsageError
-from prism_deco.files import check_writable, read_json
+from prism_deco.files import check_folder, check_writable, read_json
 
 if TYPE_CHECKING:  # benchmarks need torch
     from prism_deco.evaluation import Benchmark
@@ -192,8 +192,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: the folder is none, such as an export, which knows neither its data nor the hash of its weights.
     """
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
+    check_folder(folder)
     path = folder / "manifest.json"
     if path.is_file():
         from prism_deco.config.registry import require_imported
