@@ -18,7 +18,7 @@ from prism_deco.commands import COMMANDS
 from prism_deco.config import cache_dir
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
-from prism_deco.exits import SIGNALS, is_disk_full
+from prism_deco.exits import SIGNALS, is_disk_full, own_process
 from prism_deco.files import full_disk
 from prism_deco.logs import configure_logging
 
@@ -28,6 +28,8 @@ DESCRIPTION = "Train vision-language models around DeCo's token compression, sco
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code (0 done, 1 faults found or a failed run, 2 wrong input, 75 preempted,
     76 out of memory, 130 interrupted)."""
+    if argv is None:
+        own_process()
     code = _run(argv)
     if argv is None:
         for number in SIGNALS:  # the code is decided: a signal that comes while Python shuts down must not change it

@@ -8,7 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -25,6 +27,9 @@ OUT_OF_MEMORY = 76
 """Exit code of a run that ran out of memory."""
 
 
+_owns_process = False
+
+
 def take_over(numbers: Iterable[int], handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
     """Installs a handler for signals, except those the process was started to ignore (as `nohup` does).
 
@@ -33,6 +38,27 @@ def take_over(numbers: Iterable[int], handler: Callable[[int, FrameType | None],
     """
     heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heeded}
+
+
+@contextmanager
+def taken_over(numbers: Iterable[int], handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """`take_over` for what a process has to do; does nothing outside the main thread, where Python has no handlers.
+
+    Where the process ends by that (`own_process`), the exit code is then decided: it ignores `SIGNALS` from there on.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = take_over(numbers if in_main_thread else (), handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_IGN if _owns_process and number in SIGNALS else earlier)
+
+
+def own_process() -> None:
+    """Says that this process is the command, or a rank of it: nothing follows what it was started for."""
+    global _owns_process
+    _owns_process = True
 
 
 class Stop(Exception):

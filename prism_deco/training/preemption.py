@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from prism_deco.exits import SIGNALS, Interrupted, Preempted, take_over
+from prism_deco.exits import SIGNALS, Interrupted, Preempted, take_over, taken_over
 from prism_deco.training.status import slurm_job
 
 log = logging.getLogger(__name__)
@@ -25,27 +25,25 @@ class Preemption:
     later start could not repeat, and the handler raises `Preempted` or `Interrupted`. A second Ctrl-C ends the
     process at once.
 
+    Args:
+        alone: no other process sees to this one. One of several may get the same Ctrl-C twice, from a scheduler and
+            from the process that started it; that one ends it at once if it is meant.
+
     Attributes:
         requested: how it was asked; None if it was not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = True) -> None:
+        self._alone = alone
         self.requested: type[Preempted] | None = None
         self._waits = False
         self._pid = os.getpid()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Handles the signals; does nothing outside the main thread, where Python has no handlers."""
-        if threading.current_thread() is not threading.main_thread():
+        """Handles the signals; does nothing outside the main thread."""
+        with taken_over((signal.SIGINT, *SIGNALS), self._handle):
             yield
-            return
-        before = take_over((signal.SIGINT, *SIGNALS), self._handle)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @contextmanager
     def at_boundaries(self) -> Iterator[None]:
@@ -65,7 +63,7 @@ class Preemption:
         if os.getpid() != self._pid:
             return  # a forked loader process: a terminal's Ctrl-C reaches it as well
         if self.requested:
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and self._alone:
                 raise KeyboardInterrupt
             return
         self.requested = Interrupted if number == signal.SIGINT else Preempted
