@@ -14,7 +14,7 @@ from prism_deco.config import parse_value, read_config
 from prism_deco.config.choices import benchmark_name, resolve_asks, resolve_benchmarks, results_name
 from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
-from prism_deco.files import check_writable, read_json
+from prism_deco.files import check_folder, check_writable, read_json
 
 if TYPE_CHECKING:  # benchmarks need torch
     from prism_deco.evaluation import Benchmark
@@ -200,8 +200,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: the folder is none, such as an export, which knows neither its data nor the hash of its weights.
     """
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
+    check_folder(folder)
     path = folder / "manifest.json"
     if path.is_file():
         from prism_deco.config.registry import require_imported

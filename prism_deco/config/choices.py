@@ -10,6 +10,7 @@ from prism_deco.config.registry import unknown
 from prism_deco.config.schema import AS_TRAINED
 from prism_deco.config.values import read_yaml
 from prism_deco.errors import UsageError
+from prism_deco.files import refusals_named
 
 # In a wheel conf/ lies inside the package, in a checkout next to it.
 _PACKAGE = Path(__file__).parents[1]
@@ -41,7 +42,9 @@ def load_choice(group: str, choice: str) -> dict[str, Any]:
         UsageError: there is no such choice or file, or it is not valid YAML.
     """
     path = choice_path(group, choice)
-    if not path.is_file():
+    with refusals_named(path, f"Name a choice of {group}."):
+        is_there = path.is_file()
+    if not is_there:
         if choice.endswith(YAML_SUFFIXES):
             raise UsageError(f"{group}={choice}: there is no such file.")
         raise unknown(group, choice, choices(group))
