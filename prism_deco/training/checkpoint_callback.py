@@ -63,6 +63,7 @@ class Checkpointing(Callback):
         self._preemption = preemption
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._preemption.claim()
         if self._resume is None:
             return
         module = cast(TrainingModule, pl_module)
@@ -84,9 +85,6 @@ class Checkpointing(Callback):
             run_validation(trainer)
         # It may also have ended before it removed the checkpoints that this one, or the newest best one, replaces.
         self._prune()
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._preemption.claim()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         module = cast(TrainingModule, pl_module)

@@ -40,6 +40,7 @@ _WAY_OUT = (
     "Remove this checkpoint's folder: training then continues from an earlier one, or from the start. To export a "
     "model, name another checkpoint."
 )
+_FILE = "rank_{:05d}.safetensors"
 _BUILDING, _REMOVING = ".building-", ".removing-"
 _NAME = re.compile(r"step_(\d{6,})")
 
@@ -99,8 +100,8 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], cont
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir(parents=True)
     with _failing_together(building, needed):
-        digest = write_safetensors(building / _file(rank), pieces, metadata=places)
-    files = [_file(r) for r in range(size)]
+        digest = write_safetensors(building / _FILE.format(rank), pieces, metadata=places)
+    files = [_FILE.format(r) for r in range(size)]
     digests = dict(zip(files, gather_objects(digest), strict=True))
     index = {"format": _FORMAT, "step": step, "files": files, "sha256": digests, **content}
     with _failing_together(building, needed):
@@ -236,10 +237,6 @@ class _Stored:
             source.append(slice(low - own_start, high - own_start))
             goal.append(slice(low - start, high - start))
         target[tuple(goal)] = stored[tuple(source)]
-
-
-def _file(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"
 
 
 def _place() -> tuple[int, int]:

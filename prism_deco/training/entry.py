@@ -21,11 +21,10 @@ from prism_deco.training.progress import THROUGH, read_status, set_status
 from prism_deco.training.run_dir import (
     CONFIG,
     RunTarget,
+    find_run,
     full_disk_named,
-    has_finished,
     locked,
     open_run,
-    resumed_from,
     run_folder,
 )
 from prism_deco.training.trainer import train
@@ -96,10 +95,10 @@ def _prepare(
 
     def prepare() -> tuple[RunTarget, str]:
         nonlocal data
-        if not has_finished(config, overwrite):
-            resume = resumed_from(config, overwrite)
-            data = check_all(config, world, scoring=scoring, resume=resume, force=force)
-        target = open_run(config, held, overwrite=overwrite)
+        found = find_run(config, overwrite=overwrite)
+        if found.state == "train":
+            data = check_all(config, world, scoring=scoring, resume=found.checkpoint, force=force)
+        target = open_run(config, found, held)
         clear_failures(target.folder)
         return target, config.trainer.activation_checkpointing
 
