@@ -58,7 +58,7 @@ class World:
         """The world that the `trainer` group of a configuration describes.
 
         Raises:
-            UsageError: the machine lacks the devices, or another number of processes was started.
+            UsageError: the machine does not have the devices, or another number of processes was started.
         """
         if trainer.accelerator in ("gpu", "cuda"):
             way_out = "Use trainer.accelerator=cpu, or auto, which takes a GPU where there is one."

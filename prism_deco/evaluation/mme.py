@@ -46,7 +46,7 @@ class MME(Benchmark):
         texts = folder / "questions_answers_YN" if (folder / "questions_answers_YN").is_dir() else folder
         files = sorted(texts.glob("*.txt"))
         if not files:
-            raise UsageError(f"{texts} holds no question files of the MME task {task}: is root right?")
+            raise UsageError(f"{texts} holds no question files of the MME task {task}: check root.")
         inner = "images/" if texts != folder else ""
         questions = []
         for file in files:

@@ -148,7 +148,7 @@ def _read(path: Path, drop_torn: bool) -> list[Prediction]:
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UsageError(f"{path}, line {number} is damaged ({error}): remove the line.") from error
         if not isinstance(record, dict) or _FIELDS - record.keys() or not isinstance(record["target"], dict):
-            raise UsageError(f"{path}, line {number} is no prediction: it needs {', '.join(sorted(_FIELDS))}.")
+            raise UsageError(f"{path}, line {number} is not a prediction: it needs {', '.join(sorted(_FIELDS))}.")
         if not isinstance(record["output"], str | None):
             raise UsageError(f"{path}, line {number}: `output` must be text or null.")
         predictions.append(Prediction(**{name: record[name] for name in _FIELDS}))

@@ -32,7 +32,7 @@ from prism_deco.vlm import VLM
 log = logging.getLogger(__name__)
 
 LOG_SECONDS = 120.0
-"""Time between two log lines: a run of a week gets five thousand of them."""
+"""Time between two log lines: a run of a week logs five thousand of them."""
 
 MAX_NEW_TOKENS = 32
 """Length of a sample answer."""
@@ -87,7 +87,7 @@ class Recorder(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         log.info("Step %d of %d: val/loss %.4f", trainer.global_step, pl_module.total_steps, pl_module.val_loss)
-        # What metrics.jsonl has is not made again after a kill, so that it comes last.
+        # metrics.jsonl last: a resumed run does not repeat a validation that is recorded there.
         self._board.scalars({VAL_LOSS: pl_module.val_loss}, trainer.global_step)
         self._metrics.append(trainer.global_step, {VAL_LOSS: pl_module.val_loss})
 
@@ -147,7 +147,7 @@ class SpeedMonitor(Callback):
     - `train/data_wait`: fraction of the time in which a step waited for the loader;
     - `train/memory_gib`: peak since the start, of tensors on a GPU, else of the process; of the first device.
 
-    Validation counts for none of them.
+    Validation does not count towards any of them.
 
     Args:
         flops: costs of the model (`plan.flops.training_flops`); None leaves the utilisation out.

@@ -1,7 +1,7 @@
 """Checkpoints: a folder `step_NNNNNN` of safetensors, one file per process, and a JSON index.
 
 Every process writes the pieces of the tensors that it holds; whoever reads takes what it needs out of all files,
-so that any number of processes, sharded or not, can go on. Nothing is pickled. A folder gets its name when all of it
+so that any number of processes, sharded or not, can continue. Nothing is pickled. A folder gets its name when all of it
 is on the disk: what has a valid name can be read.
 """
 
@@ -122,7 +122,7 @@ class Checkpoint:
     Attributes:
         folder: the checkpoint's folder.
         step: optimizer steps taken.
-        content: what was saved beside the tensors.
+        content: what was saved next to the tensors.
         shapes: name of each tensor and its whole shape.
 
     Raises:
@@ -158,7 +158,7 @@ class Checkpoint:
             UsageError: on every process, if a file was damaged or replaced since it was written.
         """
         if not self._digests:
-            log.info("%s has no checksums: it is not verified", self.folder)
+            log.info("%s has no checksums and is not verified", self.folder)
         rank, size = _place()
         share = {name: self._digests[name] for name in sorted(self._digests)[rank::size]}
         problem = None

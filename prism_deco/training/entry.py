@@ -82,7 +82,7 @@ def _run(config: Any, scoring: Scoring | None, overwrite: bool, force: bool) -> 
             scoring(target.folder, world)
         if world.is_main:
             set_status(target.folder, **read_status(target.folder) | {"state": "done"})
-        log.info("Run folder: %s; watch it with: tensorboard --logdir %s", target.folder, config.runs_dir)
+        log.info("Run folder: %s. Show it with: tensorboard --logdir %s", target.folder, config.runs_dir)
         return 0
 
 
@@ -121,7 +121,7 @@ def _added(config: DictConfig, target: RunTarget, scoring: Scoring | None) -> Sc
 
 
 def _record_failure(config: DictConfig, stop: Stop) -> None:
-    """Writes the status of a run whose processes were killed; those that were left know less about the reason."""
+    """Writes the status of a run whose processes were killed: this process knows the reason best."""
     folder = run_folder(config)
     if read_status(folder).get("state") in (None, *THROUGH):
         return
@@ -130,7 +130,7 @@ def _record_failure(config: DictConfig, stop: Stop) -> None:
 
 
 def _advised(stop: Stop, overwrite: bool) -> str:
-    """The reason in one line, with the way to continue where that is all it takes."""
+    """The reason in one line, and how to continue where the same command does that."""
     reason = " ".join(str(stop).split())
     if not isinstance(stop, Preempted | CheckpointFailed | DiskFull):
         return reason

@@ -74,7 +74,7 @@ def find_run(config: DictConfig, *, overwrite: bool = False) -> RunTarget:
         more = " ..." if len(differing) > 5 else ""
         raise UsageError(
             f"{folder} already holds a run of another configuration: {'; '.join(differing[:5])}{more}. "
-            "Name this one run_id=NAME, or replace the earlier one with --overwrite."
+            "Use run_id=NAME for this one, or --overwrite to replace the earlier one."
         )
     state = read_status(folder).get("state")
     if state in THROUGH:
@@ -149,7 +149,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(
-                f"{folder} is being trained by another process. Wait for it, or use run_id=NAME."
+                f"{folder} is being trained by another process. Wait for it to end, or use run_id=NAME."
             ) from error
         except OSError:
             pass
@@ -182,6 +182,6 @@ def _log_continued(config: DictConfig, target: RunTarget) -> None:
         earlier, now = flat(read_config(target.folder / CONFIG)), flat(config)
         changed = [f"{key} was {earlier[key]} and is {now[key]}" for key in _CUT if earlier[key] != now[key]]
         if changed:
-            log.warning("%s: the loss, a mean over micro-batches, is another one from here on", ", ".join(changed))
-    where = checkpoint.name if checkpoint else "its start: it has no checkpoint yet"
-    log.info("%s holds this run, unfinished; training continues from %s", target.folder, where)
+            log.warning("%s: the loss, a mean over micro-batches, changes from here on", ", ".join(changed))
+    where = checkpoint.name if checkpoint else "the start: it has no checkpoint yet"
+    log.info("%s holds an unfinished run; training continues from %s", target.folder, where)

@@ -188,13 +188,13 @@ def _fit_features(vlm: VLM, data: Conversations, world: World) -> None:
 
 
 def _step_flops(config: DictConfig, caches: list[FeatureCache]) -> TrainingFlops | None:
-    """The cost of a step, on GPUs: of other devices no peak is known to compare it with."""
+    """The cost of a step, on GPUs; the peak of other devices is not known."""
     if not torch.cuda.is_available():
         return None
     try:
         flops = training_flops(config)
     except NeedsData as error:
-        log.info("TensorBoard will not show train/mfu: %s", error)
+        log.info("train/mfu will not be logged: %s", error)
         return None
     return replace(flops, tower=0) if caches else flops
 

@@ -56,7 +56,7 @@ def test_two_processes_write_what_one_writes(run, files, tmp_path):
     assert done.returncode == 0, done.stderr
     assert {path.name: path.read_bytes() for path in (run / "eval/mine").iterdir()} == alone
     assert done.stdout.count("accuracy (short)") == 1, "one of the processes prints"
-    assert done.stderr.count("questions, 0 of 3 answers are there already") == 1
+    assert done.stderr.count("questions, 0 of 3 answers already there") == 1
 
 
 @pytest.mark.slow
@@ -109,7 +109,7 @@ def no_model(monkeypatch):
         (["variants=quted"], "Unknown variant of mine 'quted'. Did you mean 'quoted'"),
         (["plugins=not_a_module"], "The plug-in module 'not_a_module' cannot be imported"),
         (["benchmark=nothing"], "Unknown benchmark 'nothing'"),
-        (["benchmark=mini_gqa"], "mini_gqa needs the folder of its files"),
+        (["benchmark=mini_gqa"], "mini_gqa needs a folder with its files"),
         (["benchmark=mini_gqa", "root=/nowhere"], "mini_gqa, split 'val': /nowhere/benchmarks/val/gqa"),
         (["--device=cuda"], "device cuda: this machine has no GPU"),
         (["--device=foo"], "'foo' is not a device"),
@@ -268,7 +268,7 @@ def test_training_on_own_data_says_how_the_default_benchmarks_find_their_files(c
     assert main(["train", "data=llava", *source, *FAST, f"evaluate.benchmarks={benchmark}", "--check"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     first = resolve(benchmark)[0]
-    assert f"evaluate.benchmarks: {first} needs the folder of its files, and the training data bring none" in said
+    assert f"evaluate.benchmarks: {first} needs a folder with its files, and the training data come with none" in said
     assert f"benchmark.{first}.root=FOLDER" in said and "evaluate.benchmarks=null" in said
 
 
@@ -284,7 +284,7 @@ def test_no_benchmark_is_scored_before_the_last_one_s_files_are_read(finished, f
     assert main(["evaluate", str(finished), f"benchmark={mine},mini_gqa"]) == 2
     assert main(["evaluate", str(finished), f"benchmark={mine}", "batch_size=many"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "mini_gqa needs the folder of its files" in said and "batch_size=many must be a whole number" in said
+    assert "mini_gqa needs a folder with its files" in said and "batch_size=many must be a whole number" in said
 
 
 @pytest.mark.parametrize("command", ["evaluate", "explain"])
