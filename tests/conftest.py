@@ -17,10 +17,12 @@ from prism_deco.projectors import build_projector
 from prism_deco.vlm import VLM
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    """Tests neither read nor leave anything in the user's cache."""
-    monkeypatch.setenv("PRISM_DECO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Tests, and what modules share among theirs, neither read nor leave anything in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRISM_DECO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}

@@ -31,11 +31,24 @@ FAST = ["data.val_fraction=0", "data.num_workers=0", "recipe.max_steps=2", "reci
         "evaluate.benchmarks=null"]  # fmt: skip
 
 
-@pytest.fixture
-def run(colors, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def trained(colors, tmp_path_factory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
     source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}"]
-    assert main(["train", "data=llava", *source, *FAST, f"runs_dir={tmp_path}", "run_id=run"]) == 0
-    return tmp_path / "run"
+    assert main(["train", "data=llava", *source, *FAST, f"runs_dir={runs}", "run_id=run"]) == 0
+    return runs / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A trained run of the test's own."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def short_answers(monkeypatch):
+    """Of the answers whose maps are measured: every token of them takes a backward pass."""
+    monkeypatch.setattr("prism_deco.explain.run.MAX_NEW_TOKENS", 3)
 
 
 @pytest.mark.slow
@@ -330,7 +343,8 @@ def test_a_predictions_file_takes_nothing_else(tmp_path, capsys):
     assert "leave out --out, --device, a run." in " ".join(capsys.readouterr().err.split())
 
 
-def test_training_ends_with_the_relevance_maps_of_a_benchmark(colors, files, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("short_answers")
+def test_training_ends_with_the_relevance_maps_of_a_benchmark(colors, files, tmp_path):
     boxes = _yaml(files.refcoco(), tmp_path / "boxes")
     source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}", f"runs_dir={tmp_path}"]
     asked = [f"evaluate.relevance={boxes}", "evaluate.relevance_limit=3", "run_id=measured"]
@@ -345,6 +359,7 @@ def test_training_ends_with_the_relevance_maps_of_a_benchmark(colors, files, tmp
     assert not folder.exists(), "the first process alone measures"
 
 
+@pytest.mark.usefixtures("short_answers")
 def test_a_run_that_is_done_is_scored_on_what_is_newly_asked(run, colors, files, tmp_path, monkeypatch, caplog):
     first, second = _yaml(files.gqa(), tmp_path / "first"), _yaml(files.refcoco(), tmp_path / "second")
     source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}", f"runs_dir={tmp_path}"]
