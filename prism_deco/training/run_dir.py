@@ -61,8 +61,11 @@ def find_run(config: DictConfig, *, overwrite: bool = False) -> RunTarget:
         UsageError: the folder holds a run of another configuration, or something else.
     """
     folder = run_folder(config)
-    if not _is_run(folder):
+    # A start that was killed, or found the disk full, leaves hidden files: the lock, a file not written whole.
+    if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
         return RunTarget(folder)
+    if not (folder / CONFIG).is_file():
+        raise UsageError(f"{folder} exists but is not a run folder (no {CONFIG}). Choose another run_id=NAME.")
     if overwrite and not is_requeued(folder):
         return RunTarget(folder, replaces=True)
     earlier, now = flat(read_config(folder / CONFIG)), flat(config)
@@ -154,15 +157,6 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:
             pass
         yield
-
-
-def _is_run(folder: Path) -> bool:
-    # A start that was killed, or found the disk full, leaves hidden files: the lock, a file not written whole.
-    if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
-        return False
-    if not (folder / CONFIG).is_file():
-        raise UsageError(f"{folder} exists but is not a run folder (no {CONFIG}). Choose another run_id=NAME.")
-    return True
 
 
 def _remove(folder: Path) -> None:
