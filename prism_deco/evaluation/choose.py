@@ -196,10 +196,10 @@ def _typed(key: str, value: Any, parameter: inspect.Parameter) -> Any:
 
 
 def _texts(text: str) -> Any:
-    """`[Yes, 5]` -> ["Yes", "5"]; what is no list is the only one."""
+    """`[Yes, 5]` -> ["Yes", "5"]; anything but a list is its only element."""
     if not text.startswith("["):
         return [text]
     try:
-        return yaml.load(text, Loader=yaml.BaseLoader)  # this loader makes text of all scalars
+        return yaml.load(text, Loader=yaml.BaseLoader)  # this loader reads all scalars as text
     except yaml.YAMLError:
         return None

@@ -68,7 +68,7 @@ class PredictionStore:
                     self.done[prediction.question_id] = prediction
 
     def has_all(self, items: Iterable[Item]) -> bool:
-        """Whether the answers to all of them are there."""
+        """Whether all answers are there."""
         return all(item.question_id in self.done for item in items)
 
     def start(self, kept: Container[str]) -> None:

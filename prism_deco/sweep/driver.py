@@ -149,7 +149,7 @@ class Driver:
                 attempt.handle.stop()
 
     def _is_silent(self, attempt: _Attempt, timeout: float) -> bool:
-        # Not at every turn: a shared file system would notice.
+        # Not every time: that would put load on a shared file system.
         if time.monotonic() - attempt.looked < timeout / LOOKS:
             return False
         attempt.looked = time.monotonic()

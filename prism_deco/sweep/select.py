@@ -1,4 +1,4 @@
-"""Settings that are chosen by the results of an earlier part: the best rate of a learning-rate sweep, say."""
+"""Settings chosen by the results of an earlier part, for example the best learning rate of a sweep."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Checkpoints: a folder `step_NNNNNN` of safetensors, one file per process, and a JSON index.
 
-Every process writes the pieces of the tensors that it holds; whoever reads takes what it needs out of all files,
+Every process writes the blocks of the tensors that it holds; a reader takes what it needs out of all files,
 so that any number of processes, sharded or not, can continue. Nothing is pickled. A folder gets its name when all of it
 is on the disk: what has a valid name can be read.
 """
@@ -77,7 +77,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], cont
         content: anything else, as JSON.
 
     Returns:
-        The checkpoint's folder. One that is there already is left as it is.
+        The checkpoint's folder. An existing one is left as it is.
 
     Raises:
         CheckpointFailed: on every process, if one of them could not write; earlier checkpoints are untouched.
@@ -171,7 +171,7 @@ class Checkpoint:
                 raise UsageError(found)
 
     def read(self, name: str, shape: Sequence[int] | None = None, offset: Sequence[int] | None = None) -> Tensor:
-        """A tensor, or the part of it of that shape that begins at that offset.
+        """A tensor, or the block of it with that shape and offset.
 
         Raises:
             UsageError: it holds NaN or infinite numbers.
@@ -195,7 +195,7 @@ def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
     """Removes all but the newest `keep` checkpoints and the one after `best` steps."""
     for path in list_checkpoints(folder)[:-keep]:
         if step_of(path) != best:
-            # Renamed first: half a folder must not bear a valid name.
+            # Renamed first: a partly removed folder must not have a valid name.
             removing = path.with_name(f"{_REMOVING}{path.name}")
             path.rename(removing)
             shutil.rmtree(removing)
@@ -240,13 +240,13 @@ class _Stored:
 
 
 def _place() -> tuple[int, int]:
-    """This process's number among how many."""
+    """This process's rank, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @contextmanager
 def _failing_together(building: Path, needed: int) -> Iterator[None]:
-    """An `OSError` of one process becomes a `CheckpointFailed` of all; it also keeps them in step.
+    """Turns an `OSError` in one process into a `CheckpointFailed` in all; it also keeps them in step.
 
     Args:
         building: the unfinished checkpoint, which is removed.

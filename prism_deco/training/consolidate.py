@@ -34,7 +34,7 @@ def consolidate(run: Path, checkpoint: str, folder: Path) -> None:
 
     Raises:
         UsageError: there is no such checkpoint; it is damaged, belongs to another run, or does not hold all that was
-            trained; or the run has plug-ins that nobody has imported.
+            trained; or the run has plug-ins that are not imported.
     """
     config = read_config(run / CONFIG)
     require_imported(config.plugins, run / CONFIG)

@@ -107,7 +107,7 @@ def _prepare(
 
 
 def _added(config: DictConfig, target: RunTarget, scoring: Scoring | None) -> Scoring | None:
-    """The scoring that a complete run is asked for and does not have; its `config.yaml` then names it."""
+    """The requested scoring that a complete run has no results of; its `config.yaml` then records the request."""
     missing = scoring.missing(target.folder) if scoring is not None else None
     if missing is None:
         ways = "Use run_id=NAME to start another, or --overwrite to replace it."

@@ -24,11 +24,11 @@ from prism_deco.vlm import VLM
 log = logging.getLogger(__name__)
 
 TOWER = "features"
-"""The name under which features stand among the pixels of an example."""
+"""The key of the features among the pixels of an example."""
 
 
 class CachedExamples(Examples):
-    """The examples of a complete cache, with features in place of pixels. Loader processes take it along."""
+    """The examples of a complete cache, with features in place of pixels. Picklable, for loader processes."""
 
     def __init__(self, cache: FeatureCache):
         vars(self).update(vars(cache.examples))

@@ -39,7 +39,7 @@ SHARED = {
 where weights come from (their hashes are compared), how new ones are drawn, and how the LLM computes."""
 
 FEATURES = ("standardise_features", "token_scale")
-"""Keys of the recipe that change what a projector gets and gives."""
+"""Keys of the recipe that change a projector's input or output."""
 
 
 def start_from(folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel) -> None:
@@ -52,7 +52,7 @@ def start_from(folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel) -
         vlm: its model, whole and on the CPU; adapters may be there already.
 
     Raises:
-        UsageError: the files are damaged, or frozen weights are others than the earlier run's.
+        UsageError: the files are damaged, or frozen weights differ from the earlier run's.
     """
     earlier = tuning(read_config(folder / CONFIG).recipe.lm)
     if config.backbone.pretrained:
@@ -75,7 +75,7 @@ def takes_llm(folder: Path, config: DictConfig) -> bool:
 
 
 def find_start(run: Path, config: DictConfig) -> Path:
-    """The `model/` folder of the run to start from, by what can be said before a model is built.
+    """The `model/` folder of the run to start from, checked as far as possible before a model is built.
 
     Raises:
         UsageError: there is no finished run, or it is one of another projector, backbone or LLM.
@@ -114,7 +114,7 @@ def _differing(earlier: DictConfig, now: DictConfig) -> list[str]:
     pairs = {}
     for name, free in SHARED.items():
         there, here = group(earlier, name), group(now, name)
-        # The name of the choice says most, settings follow from it.
+        # The name of the choice first: settings follow from it.
         for key in sorted((there | here).keys() - set(free), key=lambda key: (key != "name", key)):
             pairs[f"{name}.{key}"] = (there.get(key), here.get(key))
     for key in FEATURES:

@@ -149,7 +149,7 @@ def build_manifest(
 
     Args:
         counts, bad_rows: what the training counted (see `TrainingModule`).
-        measured: what else only the finished run knows.
+        measured: further entries, known once the run has finished.
     """
     parameters = list(vlm.parameters())
     records = data.train_records
@@ -199,7 +199,7 @@ def code_version() -> str:
 
 
 def _run(config: DictConfig) -> dict[str, Any]:
-    # Places change when a run moves to another machine; what is read from there is compared by its hash.
+    # Paths change when a run moves to another machine; what is read from them is compared by its hash.
     fixed = {key: value for key, value in flat(config).items() if not is_free(key) and "/" not in str(value)}
     settings = {key: value for key, value in fixed.items() if key != "run_id"}
     return {"run_id": config.run_id, "choices": default_run_id(config), "settings": settings}

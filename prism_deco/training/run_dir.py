@@ -24,14 +24,14 @@ from prism_deco.training.progress import THROUGH, is_requeued, read_status
 log = logging.getLogger(__name__)
 
 _CUT = ("recipe.micro_batch_size", "trainer.devices", "trainer.num_nodes")
-"""How records fall into micro-batches: where the loss is a mean over these, what is learned depends on it."""
+"""Keys that decide how records are divided into micro-batches; a loss that is a mean over these depends on them."""
 
 _LOCK = ".lock"
 
 
 @dataclass(frozen=True)
 class RunTarget:
-    """What a command line amounts to.
+    """What a command line means for the run's folder.
 
     Attributes:
         state: train, or one of `THROUGH`.
