@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,22 @@ from prism_deco.llms import build, build_llm
 from prism_deco.llms.tuning import quantization
 from prism_deco.projectors import build_projector
 from prism_deco.vlm import VLM
+
+
+def pytest_configure(config):
+    # xdist would begin with the files of the most tests; see below.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Begins with the files that take longest: under `--dist loadfile`, the last of them would run alone at the end."""
+    weights = Counter()
+    for item in items:
+        starts_processes = {"training", "sweep"} & set(item.path.parts)
+        weights[item.path] += 60 if item.get_closest_marker("slow") else 5 if starts_processes else 1
+    items.sort(key=lambda item: (-weights[item.path], str(item.path)))
 
 
 @pytest.fixture(scope="session", autouse=True)
