@@ -145,15 +145,15 @@ def _scoring(config: DictConfig) -> _Scoring | None:
 def _check(stages: Sequence[Stage], config: DictConfig, *, overwrite: bool, force: bool) -> int:
     from prism_deco.distributed import World
     from prism_deco.training.preconditions import check_all
-    from prism_deco.training.run_dir import has_finished, resumed_from, run_folder
+    from prism_deco.training.run_dir import find_run, run_folder
 
     before: dict[str, DictConfig] = {}
     for name, its in [(f"Stage {stage.name}: ", stage.config) for stage in stages] or [("", config)]:
         after = before.get(its.recipe.start_from)
         try:
-            if not has_finished(its, overwrite):
-                world = World.of(its.trainer)
-                resume = resumed_from(its, overwrite)
+            found = find_run(its, overwrite=overwrite)
+            if found.state == "train":
+                world, resume = World.of(its.trainer), found.checkpoint
                 check_all(its, world, scoring=_scoring(its), resume=resume, after=after, plans=True, force=force)
         except UsageError as error:
             raise UsageError(f"{name}{error}") from error

@@ -71,7 +71,7 @@ class PredictionStore:
                     self.done[prediction.question_id] = prediction
 
     def has_all(self, items: Iterable[Item]) -> bool:
-        """Whether the answers to all of them are there."""
+        """Whether all answers are there."""
         return all(item.question_id in self.done for item in items)
 
     def start(self, kept: Container[str]) -> None:
@@ -153,7 +153,7 @@ def _read(path: Path, drop_torn: bool) -> list[Prediction]:
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UsageError(f"{path}, line {number} is damaged ({error}): remove the line.") from error
         if not isinstance(record, dict) or _FIELDS - record.keys() or not isinstance(record["target"], dict):
-            raise UsageError(f"{path}, line {number} is no prediction: it needs {', '.join(sorted(_FIELDS))}.")
+            raise UsageError(f"{path}, line {number} is not a prediction: it needs {', '.join(sorted(_FIELDS))}.")
         if not isinstance(record["output"], str | None):
             raise UsageError(f"{path}, line {number}: `output` must be text or null.")
         predictions.append(Prediction(**{name: record[name] for name in _FIELDS}))

@@ -107,7 +107,7 @@ def _maps(result: Relevance) -> dict[str, Any]:
     """Maps as bytes, each scaled by its own minimum and maximum, and the fraction of each map that lies in padding:
     the answer's, then each word's."""
     words = result.by_word(result.text_to_patch)
-    # Which word looked at a patch most: words differ in strength, so each map counts by its shares.
+    # Which word looked at a patch most: words differ in strength, so each map counts by its fractions.
     shares = words / words.sum(dim=1, keepdim=True).clamp(min=torch.finfo(words.dtype).tiny)
     rows = [result.sentence_text_to_patch, *words]
     return {

@@ -31,11 +31,24 @@ FAST = ["data.val_fraction=0", "data.num_workers=0", "recipe.max_steps=2", "reci
         "evaluate.benchmarks=null"]  # fmt: skip
 
 
-@pytest.fixture
-def run(colors, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def trained(colors, tmp_path_factory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
     source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}"]
-    assert main(["train", "data=llava", *source, *FAST, f"runs_dir={tmp_path}", "run_id=run"]) == 0
-    return tmp_path / "run"
+    assert main(["train", "data=llava", *source, *FAST, f"runs_dir={runs}", "run_id=run"]) == 0
+    return runs / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A trained run of the test's own."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def short_answers(monkeypatch):
+    """Of the answers whose maps are measured: every token of them takes a backward pass."""
+    monkeypatch.setattr("prism_deco.explain.run.MAX_NEW_TOKENS", 3)
 
 
 @pytest.mark.slow
@@ -56,7 +69,7 @@ def test_two_processes_write_what_one_writes(run, files, tmp_path):
     assert done.returncode == 0, done.stderr
     assert {path.name: path.read_bytes() for path in (run / "eval/mine").iterdir()} == alone
     assert done.stdout.count("accuracy (short)") == 1, "one of the processes prints"
-    assert done.stderr.count("questions, 0 of 3 answers are there already") == 1
+    assert done.stderr.count("questions, 0 of 3 answers already there") == 1
 
 
 @pytest.mark.slow
@@ -109,7 +122,7 @@ def no_model(monkeypatch):
         (["variants=quted"], "Unknown variant of mine 'quted'. Did you mean 'quoted'"),
         (["plugins=not_a_module"], "The plug-in module 'not_a_module' cannot be imported"),
         (["benchmark=nothing"], "Unknown benchmark 'nothing'"),
-        (["benchmark=mini_gqa"], "mini_gqa needs the folder of its files"),
+        (["benchmark=mini_gqa"], "mini_gqa needs a folder with its files"),
         (["benchmark=mini_gqa", "root=/nowhere"], "mini_gqa, split 'val': /nowhere/benchmarks/val/gqa"),
         (["--device=cuda"], "device cuda: this machine has no GPU"),
         (["--device=foo"], "'foo' is not a device"),
@@ -268,7 +281,7 @@ def test_training_on_own_data_says_how_the_default_benchmarks_find_their_files(c
     assert main(["train", "data=llava", *source, *FAST, f"evaluate.benchmarks={benchmark}", "--check"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     first = resolve(benchmark)[0]
-    assert f"evaluate.benchmarks: {first} needs the folder of its files, and the training data bring none" in said
+    assert f"evaluate.benchmarks: {first} needs a folder with its files, and the training data come with none" in said
     assert f"benchmark.{first}.root=FOLDER" in said and "evaluate.benchmarks=null" in said
 
 
@@ -284,7 +297,7 @@ def test_no_benchmark_is_scored_before_the_last_one_s_files_are_read(finished, f
     assert main(["evaluate", str(finished), f"benchmark={mine},mini_gqa"]) == 2
     assert main(["evaluate", str(finished), f"benchmark={mine}", "batch_size=many"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "mini_gqa needs the folder of its files" in said and "batch_size=many must be a whole number" in said
+    assert "mini_gqa needs a folder with its files" in said and "batch_size=many must be a whole number" in said
 
 
 @pytest.mark.parametrize("command", ["evaluate", "explain"])
@@ -330,7 +343,8 @@ def test_a_predictions_file_takes_nothing_else(tmp_path, capsys):
     assert "leave out --out, --device, a run." in " ".join(capsys.readouterr().err.split())
 
 
-def test_training_ends_with_the_relevance_maps_of_a_benchmark(colors, files, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("short_answers")
+def test_training_ends_with_the_relevance_maps_of_a_benchmark(colors, files, tmp_path):
     boxes = _yaml(files.refcoco(), tmp_path / "boxes")
     source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}", f"runs_dir={tmp_path}"]
     asked = [f"evaluate.relevance={boxes}", "evaluate.relevance_limit=3", "run_id=measured"]
@@ -345,6 +359,7 @@ def test_training_ends_with_the_relevance_maps_of_a_benchmark(colors, files, tmp
     assert not folder.exists(), "the first process alone measures"
 
 
+@pytest.mark.usefixtures("short_answers")
 def test_a_run_that_is_done_is_scored_on_what_is_newly_asked(run, colors, files, tmp_path, monkeypatch, caplog):
     first, second = _yaml(files.gqa(), tmp_path / "first"), _yaml(files.refcoco(), tmp_path / "second")
     source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}", f"runs_dir={tmp_path}"]
