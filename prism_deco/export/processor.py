@@ -56,7 +56,7 @@ def chat_template(llm: LanguageModel) -> str:
     """The LLM's template for messages with images, with the spaces of a prompt that is tokenised as a whole."""
     prelude = _PRELUDE.replace("PLACE", _PLACES[llm.spec.image_slot])
     # Whitespace between tags would become part of the prompt.
-    return "".join(line.strip() for line in prelude.splitlines()) + llm.spec.chat_template
+    return "".join(line.strip() for line in prelude.splitlines()) + str(llm.tokenizer.chat_template)
 
 
 def llava_processor(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:

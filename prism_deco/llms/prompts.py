@@ -96,16 +96,7 @@ class PromptFormat:
         after_bos = self.image_slot == "after_bos"
         variables: dict[str, Any] = dict(self.special_tokens)
         variables |= {"image": _SENTINEL * num_images if after_bos else "", "tokenize": self.tokenize}
-        try:
-            rendered: Any = render_jinja_template(
-                [self._place(messages, num_images)],
-                chat_template=self.template,
-                return_assistant_tokens_mask=True,
-                **variables,
-            )
-        except TemplateError as error:
-            raise UsageError(f"The chat template cannot render the conversation: {error}") from error
-        (text,), (spans,) = rendered
+        text, spans = self._marked(self._place(messages, num_images), variables)
         segments = list(self._segments(text, spans))
         if sum(s.image for s in segments) != num_images:
             raise UsageError(f"The chat template must write {{{{ image }}}} once to place {num_images} images.")
@@ -116,6 +107,19 @@ class PromptFormat:
     def _place(self, messages: Sequence[Message], num_images: int) -> list[dict[str, str]]:
         place = _delete_tags if self.image_slot == "after_bos" else _tags_first
         return place(messages, num_images)
+
+    def _marked(
+        self, messages: Sequence[Message], variables: Mapping[str, Any]
+    ) -> tuple[str, Sequence[tuple[int, int]]]:
+        """The text of a conversation, and where each of its supervised parts begins and ends."""
+        (text,), (spans,) = self._render(messages, return_assistant_tokens_mask=True, **variables)
+        return text, spans
+
+    def _render(self, messages: Sequence[Message], **variables: Any) -> Any:
+        try:
+            return render_jinja_template([messages], chat_template=self.template, **variables)  # type: ignore[arg-type]
+        except TemplateError as error:
+            raise UsageError(f"The chat template cannot render the conversation: {error}") from error
 
     def _segments(self, text: str, spans: Sequence[tuple[int, int]]) -> Iterator[Segment]:
         bos = self.special_tokens.get("bos_token", "")
