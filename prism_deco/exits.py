@@ -6,11 +6,17 @@ Schedulers and `prism-deco sweep` act on the exit codes.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
-from collections.abc import Callable, Iterable
+import subprocess
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that ask a run to save a checkpoint and stop."""
@@ -106,6 +112,85 @@ def as_stop(error: BaseException) -> Stop | None:
             "trainer.activation_checkpointing=full, or shard over more devices (trainer=fsdp)."
         )
     return None
+
+
+class Preemption:
+    """Whether this process was asked to stop.
+
+    Signals reach the processes of a run at different moments, and saving takes all of them: within `at_boundaries`
+    the handler only sets a flag, which the processes compare once per step. Elsewhere nothing is under way that a
+    later start could not repeat, and the handler raises `Preempted` or `Interrupted`. A second Ctrl-C ends the
+    process at once.
+
+    Attributes:
+        requested: how it was asked; None if it was not.
+    """
+
+    def __init__(self) -> None:
+        self.requested: type[Preempted] | None = None
+        self._waits = False
+        self._pid = os.getpid()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Handles the signals; does nothing outside the main thread, where Python has no handlers."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = take_over((signal.SIGINT, *SIGNALS), self._handle)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def at_boundaries(self) -> Iterator[None]:
+        """Leaves it to the caller to look at `requested`."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+
+    def claim(self) -> None:
+        """Takes the signals back from Lightning, which installs its own handlers when it begins."""
+        if threading.current_thread() is threading.main_thread():
+            take_over(SIGNALS, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked loader process: a terminal's Ctrl-C reaches it as well
+        if self.requested:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.requested = Interrupted if number == signal.SIGINT else Preempted
+        name = signal.Signals(number).name
+        if not self._waits:
+            raise self.requested(f"received {name}")
+        again = ", press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+        log.warning("Received %s: saving after this step%s", name, again)
+
+
+def requeue() -> None:
+    """Asks SLURM to queue this job again; logs where that does not work."""
+    job = slurm_job()
+    if job is None:
+        log.warning("trainer.requeue=true has no effect: this is not a SLURM job")
+        return
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.error("scontrol requeue %s failed (%s): requeue the job by hand", job, error)
+    else:
+        log.info("Requeued SLURM job %s", job)
+
+
+def slurm_job() -> str | None:
+    """The SLURM job of this process, as `scontrol` names it; None outside SLURM."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -44,7 +44,7 @@ from prism_deco.config import load_config
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
 from prism_deco.exits import OutOfMemory
-from prism_deco.training.preemption import Preemption
+from prism_deco.exits import Preemption
 
 
 def work(stage):

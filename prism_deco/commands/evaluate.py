@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
 from prism_deco.config import parse_value, read_config
-from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks, results_name
+from prism_deco.config.choices import benchmark_name, resolve_benchmarks, results_name
 from prism_deco.errors import UsageError
 from prism_deco.files import check_writable, read_json
 
@@ -45,6 +45,10 @@ def evaluate(args: argparse.Namespace) -> None:
     """Score a finished run on benchmarks, or a predictions file without a model."""
     asked = asked_of(args.arguments, KEYS)
     import_named_plugins(asked)
+    from prism_deco.evaluation.choose import check_keys
+
+    also = ("benchmark", *KEYS)
+    check_keys(asked.benchmarks or (), asked.options, asked.own, also=also)
     if args.score_only is not None:
         given = {"--out": args.out, "--dtype": args.dtype, "--device": args.device, "a run": asked.runs}
         if unused := [name for name, value in given.items() if value]:
@@ -56,9 +60,7 @@ def evaluate(args: argparse.Namespace) -> None:
     (run,) = asked.runs
     finished_run(run)
     names = asked.benchmarks or _trained_with(run)
-    from prism_deco.evaluation.choose import check_keys
-
-    check_keys(names, asked.options, asked.own, also=("benchmark", *KEYS))
+    check_keys(names, asked.options, asked.own, also=also)
     own = {}
     for name in map(benchmark_name, resolve_benchmarks(names)):
         own[name] = stored_keys(run, name, leave_out=asked.options) | asked.own.get(name, {})
@@ -76,14 +78,12 @@ def evaluate(args: argparse.Namespace) -> None:
 def _score_file(path: Path, asked: Asked) -> None:
     """Prints what a predictions file scores, beside chance and, where the file lies in a run, blindness."""
     from prism_deco.evaluation import build_benchmark, chance, load_predictions, score_file, table
-    from prism_deco.evaluation.choose import check_keys
 
     if asked.benchmarks is None:
         raise UsageError("Name the benchmark of the predictions, for example: benchmark=pope")
-    check_keys(asked.benchmarks, asked.options, asked.own, also=("benchmark", "plugins"))
-    own = next(iter(asked.own.values()), {})
-    benchmark = build_benchmark(asked.benchmarks, **asked.options, **own)
-    result = score_file(path, benchmark)
+    keys = asked.options | next(iter(asked.own.values()), {})
+    benchmark = build_benchmark(asked.benchmarks, **keys)
+    result = score_file(path, benchmark, chosen="variants" in keys)
     name, folder = benchmark.name, path.absolute().parent  # eval/<benchmark> or eval/<benchmark>-<split> of a run
     config = folder.parents[1] / "config.yaml"
     blind = {}

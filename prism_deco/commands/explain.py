@@ -7,14 +7,12 @@ import hashlib
 import json
 import logging
 import sys
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
 from prism_deco.commands.evaluate import finished_run, stored_keys
-from prism_deco.config.benchmarks import benchmark_name, results_name
-from prism_deco.config.registry import unknown
+from prism_deco.config.choices import benchmark_name, results_name
 from prism_deco.errors import UsageError
 from prism_deco.files import check_writable, read_json
 
@@ -152,20 +150,15 @@ def has_relevance(run: Path, name: str, split: str | None) -> bool:
 
 def _check_arguments(args: argparse.Namespace, asked: Asked) -> None:
     from prism_deco.data.images import open_image
+    from prism_deco.evaluation.choose import check_keys
 
+    check_keys(asked.benchmarks or (), asked.options, asked.own, also=("benchmark", "plugins"))
     given = {"--image": args.image, "--prompt": args.prompt, "--answer": args.answer}
     one = [name for name, value in given.items() if value is not None]
     keys = [*(["benchmark"] if asked.benchmarks else []), *asked.options, *(f"benchmark.{name}" for name in asked.own)]
     if one and keys:
         others = ", ".join(f"{key}=" for key in keys)
         raise UsageError(f"{', '.join(one)} concern one image, {others} a benchmark: leave out one or the other.")
-    if asked.benchmarks:
-        from prism_deco.evaluation.choose import check_keys
-
-        check_keys(asked.benchmarks, asked.options, asked.own, also=("benchmark", "plugins"))
-    for key in asked.options if asked.benchmarks is None else ():
-        if get_close_matches(key, ["benchmark", "plugins"]):  # a slip; others are a benchmark's that was not named
-            raise unknown("key", key, ["benchmark", "plugins"])
     if not asked.runs or (asked.benchmarks is None and (args.image is None or not args.prompt)):
         raise UsageError(
             "Name runs and either one question or a benchmark, for example: prism-deco explain runs/RUN_ID --image "

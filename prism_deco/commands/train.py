@@ -16,7 +16,7 @@ from prism_deco.commands.evaluate import score_run
 from prism_deco.commands.explain import has_relevance, measure_relevance
 from prism_deco.commands.keys import print_config
 from prism_deco.config import load_config
-from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks, results_name
+from prism_deco.config.choices import benchmark_name, resolve_benchmarks, results_name
 from prism_deco.errors import UsageError
 from prism_deco.stages import Stage, split
 from prism_deco.stages import run as run_stages

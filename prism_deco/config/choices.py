@@ -1,13 +1,13 @@
-"""The shipped YAMLs, one per choice."""
+"""The shipped YAMLs, one per choice, and what names of benchmarks stand for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from prism_deco.config.parse import read_yaml
 from prism_deco.config.registry import unknown
+from prism_deco.config.values import read_yaml
 from prism_deco.errors import UsageError
 
 # In a wheel conf/ lies inside the package, in a checkout next to it.
@@ -53,3 +53,36 @@ def default_contents(chosen: Mapping[str, str]) -> dict[str, Any]:
     content = read_yaml(CONF_DIR / "config.yaml")
     names = content.pop("defaults") | chosen
     return content | {group: load_choice(group, name) for group, name in names.items()}
+
+
+def resolve_benchmarks(names: str | Iterable[str], parents: tuple[str, ...] = ()) -> list[str]:
+    """Benchmark names with their groups (YAMLs with `members`) expanded; each once, in order.
+
+    Args:
+        names: a list, or a string with commas.
+        parents: the groups that the names are members of.
+
+    Raises:
+        UsageError: an unknown name, or groups that contain each other.
+    """
+    if isinstance(names, str):
+        names = [name.strip() for name in names.split(",") if name.strip()]
+    found: list[str] = []
+    for name in names:
+        if name in parents:
+            raise UsageError(f"The benchmark groups {' > '.join((*parents, name))} contain each other.")
+        members = load_choice("benchmark", name).get("members")
+        found += [name] if members is None else resolve_benchmarks(members, (*parents, name))
+    return list(dict.fromkeys(found))
+
+
+def benchmark_name(choice: str) -> str:
+    """The name of a benchmark that is chosen by its name or by the path of its YAML."""
+    return Path(choice).stem if choice.endswith(YAML_SUFFIXES) else choice
+
+
+def results_name(choice: str, split: str | None = None) -> str:
+    """The name of a benchmark's results folder: the benchmark's, followed by the split unless it is the YAML's own."""
+    own = load_choice("benchmark", choice).get("split") or ""
+    name = benchmark_name(choice)
+    return name if split in (None, own) else f"{name}-{split}"

@@ -18,10 +18,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, GrammarParseE
 
 from prism_deco.config.choices import choices, load_choice
 from prism_deco.config.fields import Range
-from prism_deco.config.keys import RETIRED, allowed, is_text_key, type_text
-from prism_deco.config.parse import flatten, value_text
 from prism_deco.config.registry import unknown
 from prism_deco.config.schema import GROUPS, SAMPLER, STATISTICS, Config
+from prism_deco.config.values import RETIRED, allowed, flatten, is_text_key, type_text, value_text
 from prism_deco.errors import UsageError
 
 _LISTED = 12

@@ -15,9 +15,8 @@ from omegaconf import MISSING
 from prism_deco.config import schema
 from prism_deco.config.choices import choice_path, choices
 from prism_deco.config.fields import Range
-from prism_deco.config.keys import schema_keys, type_text
-from prism_deco.config.parse import value_text
 from prism_deco.config.schema import GROUPS
+from prism_deco.config.values import schema_keys, type_text, value_text
 
 
 @dataclass(frozen=True)

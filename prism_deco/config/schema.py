@@ -30,6 +30,8 @@ REDUCE_DTYPE = ("float32", "bfloat16")
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 NONFINITE = ("stop", "skip")
 WARMUP_ROUNDING = ("down", "up")
+PROJECTOR_INIT = ("normal", "torch")
+PROJECTOR_SEED = ("run", "tower_width")
 LOSS = ("token_mean", "micro_batch_mean")
 SAMPLER = ("shuffled", "grouped", "llava", "prismatic")
 STATISTICS = (
@@ -144,6 +146,12 @@ class RecipeConfig:
     or resize-crop (scale the shorter side and crop, as CLIP)."""
     num_tokens: int = number(144, least=1)
     """Number of visual tokens after compression; projectors that compress refer to this key."""
+    projector_init: str = one_of(PROJECTOR_INIT, "normal")
+    """What the abstractors' weights start from; they refer to this key: normal (N(0, 0.02), Honeybee) or torch (the
+    layers' own draws, as in the code of DeCo's authors)."""
+    projector_seed: str = one_of(PROJECTOR_SEED, "run")
+    """Seed of the projector's weights: the run's, or the width of the tower's features (prismatic), which makes them
+    the same under every seed."""
     image_slot: str = one_of(IMAGE_SLOT, "after_bos")
     """Where visual tokens go: after_bos (after the first token, PRISM) or in_place (where `<image>` stands, LLaVA)."""
     standardise_features: bool = False

@@ -143,7 +143,9 @@ def check_dataset(
     log.info("Checking %d records of %s", len(records), source.train)
     workers = workers or os.cpu_count() or 1
     entries = records.column("entry").tolist()
-    faults = [Fault(f["kind"], f["entry"], f["id"], f["detail"]) for f in records.refused("refuse")]
+    faults = [
+        Fault(f["kind"], f["entry"], f["id"], f["detail"]) for f in [*records.refused("refuse"), *records.noted()]
+    ]
     # Which records show an image: it is inspected once, and its fault listed with each of them.
     ids: list[str] = []
     first: dict[str, int] = {}

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from prism_deco.config import load_choice, parse_value
-from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks
+from prism_deco.config.choices import benchmark_name, resolve_benchmarks
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
 from prism_deco.evaluation.base import BENCHMARKS, Benchmark
@@ -58,7 +58,7 @@ def check_keys(
     """Checks that keys on a command line belong to the benchmarks that are asked for.
 
     Args:
-        names: of benchmarks and groups.
+        names: of benchmarks and groups; where none are named, the keys may be those of any benchmark.
         options: keys of all of them.
         own: benchmarks for which keys of their own are given.
         also: other keys that may be given where `options` are.
@@ -67,14 +67,15 @@ def check_keys(
         UsageError: none of the benchmarks has the key, or a benchmark is not among the names.
     """
     choices = resolve_benchmarks(names)
-    families = [BENCHMARKS.get(load_choice("benchmark", choice)["family"]) for choice in choices]
+    names_of_families = [load_choice("benchmark", choice)["family"] for choice in choices] or BENCHMARKS.names()
+    families = map(BENCHMARKS.get, names_of_families)
     known = {*also, *(key for family in families for key in _keys_of(family) if key != "name")}
     for key in options:
         if key not in known:
             raise unknown("key", key, known)
     asked = [benchmark_name(choice) for choice in choices]
     for name in own:
-        if name not in asked:
+        if asked and name not in asked:
             raise unknown("benchmark, among those that are asked for,", name, asked)
 
 

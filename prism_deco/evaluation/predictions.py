@@ -96,7 +96,9 @@ class PredictionStore:
 
     def _check_decoding(self, decoding: dict[str, Any], write: bool) -> None:
         path = self.folder / "decoding.json"
-        if any(self.folder.glob("predictions*.jsonl")) and path.is_file():
+        if any(self.folder.glob("predictions*.jsonl")):
+            if not path.is_file():
+                raise UsageError(f"{self.folder} holds answers, but no {path.name} with their settings. {self._ways}")
             before = read_json(path)
             # A setting that the file does not name cannot be compared.
             changed = [f"{k} was {old} and is {decoding.get(k)}" for k, old in before.items() if old != decoding.get(k)]

@@ -26,6 +26,8 @@ IGNORED = (
     "data.statistics",
     "recipe.blind",
     "recipe.num_tokens",
+    "recipe.projector_init",
+    "recipe.projector_seed",
     "recipe.projector_lr",
     "recipe.token_scale",
     "recipe.standardise_features",

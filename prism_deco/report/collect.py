@@ -12,14 +12,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config import GROUPS, flat, read_stored
-from prism_deco.config.benchmarks import benchmark_name
+from prism_deco.config.choices import benchmark_name
 from prism_deco.errors import UsageError
 from prism_deco.files import read_json
 from prism_deco.report.benchmarks import asked_by, family_of
 from prism_deco.report.cells import SPEED, TRAIN_LOSS, VAL_LOSS, Curve, RunCell, Score
 from prism_deco.stages import final_config
-from prism_deco.training.metrics import METRICS, read_metrics
-from prism_deco.training.status import read_status
+from prism_deco.training.progress import METRICS, read_metrics, read_status
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from prism_deco.sweep.ledger import Ledger, LedgerEntry
 from prism_deco.sweep.live import render
 from prism_deco.sweep.outcome import Heartbeat, Outcome, judge, stamp, tail
 from prism_deco.sweep.slurm import SlurmJob, SlurmLauncher
-from prism_deco.training.status import read_status
+from prism_deco.training.progress import read_status
 
 log = logging.getLogger(__name__)
 

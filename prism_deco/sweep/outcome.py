@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prism_deco.exits import OUT_OF_MEMORY, PREEMPTED
 from prism_deco.sweep.supervisor import STOP_SIGNALS
-from prism_deco.training.status import read_status
+from prism_deco.training.progress import read_status
 
 TAIL_LINES, TAIL_BYTES = 20, 16_384
 _FRAME = re.compile(r'^  File "(.+)", line (\d+)', re.MULTILINE)

@@ -12,7 +12,7 @@ from prism_deco.errors import UsageError
 from prism_deco.stages import final_config
 from prism_deco.sweep.expand import SweepCell, settings_of
 from prism_deco.sweep.ledger import Ledger
-from prism_deco.training.metrics import VAL_LOSS, read_metrics
+from prism_deco.training.progress import VAL_LOSS, read_metrics
 
 ENDED = ("done", "failed", "out_of_memory")
 """States of cells that are not run any more."""

@@ -27,7 +27,7 @@ from prism_deco.plan.devices import GIB, peak_flops
 from prism_deco.plan.flops import TrainingFlops
 from prism_deco.training.board import Board
 from prism_deco.training.datamodule import Conversations
-from prism_deco.training.metrics import VAL_LOSS, Metrics
+from prism_deco.training.progress import VAL_LOSS, Metrics
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from prism_deco.errors import UsageError
-from prism_deco.exits import Interrupted
+from prism_deco.exits import Interrupted, Preemption
 from prism_deco.training.checkpoints import (
     CHECKPOINTS,
     MODEL,
@@ -25,9 +25,8 @@ from prism_deco.training.checkpoints import (
     save_checkpoint,
 )
 from prism_deco.training.lightning_internals import run_validation, set_position
-from prism_deco.training.metrics import Metrics
 from prism_deco.training.module import TrainingModule
-from prism_deco.training.preemption import Preemption
+from prism_deco.training.progress import Metrics
 from prism_deco.training.sharding import local_piece, reshard
 from prism_deco.vlm import VLM
 

@@ -25,8 +25,7 @@ from prism_deco.distributed import gather_objects
 from prism_deco.errors import UsageError
 from prism_deco.exits import CheckpointFailed
 from prism_deco.files import inside, sync_folder, verify_sha256, write_json
-from prism_deco.tensors import all_finite, open_safetensors
-from prism_deco.training.safetensors_writer import write_safetensors
+from prism_deco.tensors import all_finite, open_safetensors, write_safetensors
 from prism_deco.training.sharding import piece_of
 
 log = logging.getLogger(__name__)

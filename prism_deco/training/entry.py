@@ -13,11 +13,11 @@ from prism_deco.config import compose, read_config, save_config
 from prism_deco.config.registry import import_plugins
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
-from prism_deco.exits import CheckpointFailed, DiskFull, Preempted, RankFailed, Stop, as_stop
+from prism_deco.exits import CheckpointFailed, DiskFull, Preempted, Preemption, RankFailed, Stop, as_stop
 from prism_deco.processes import clear_failures, start_ranks
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.preconditions import Scoring, check_all
-from prism_deco.training.preemption import Preemption
+from prism_deco.training.progress import THROUGH, read_status, set_status
 from prism_deco.training.run_dir import (
     CONFIG,
     RunTarget,
@@ -28,7 +28,6 @@ from prism_deco.training.run_dir import (
     resumed_from,
     run_folder,
 )
-from prism_deco.training.status import THROUGH, read_status, set_status
 from prism_deco.training.trainer import train
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prism_deco.backbones import VisionBackbone
 from prism_deco.build import group
 from prism_deco.config import cache_dir
-from prism_deco.data.examples import Examples
+from prism_deco.data.loader import Examples
 from prism_deco.distributed import World
 from prism_deco.features import FeatureCache, shard_path
 from prism_deco.tensors import open_safetensors

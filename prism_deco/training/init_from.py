@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 SHARED = {
     "backbone": ("resize", "weights"),
-    "projector": ("weights", "init"),
+    "projector": ("weights", "init", "query_std"),
     "llm": ("hub", "revision", "weights", "tokenizer", "dtype", "attention", "tokenize"),
 }
 """The groups that both runs must agree in, without the keys that may differ: they say how an image is cropped, where

@@ -24,8 +24,8 @@ from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import weights_record
 from prism_deco.llms.tuning import tuning
 from prism_deco.training.checkpoints import Checkpoint
-from prism_deco.training.checksums import SUMS
 from prism_deco.training.datamodule import Conversations
+from prism_deco.training.model_folder import SUMS
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)

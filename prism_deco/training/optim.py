@@ -12,7 +12,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
-from prism_deco.training.safetensors_writer import full
+from prism_deco.tensors import full
 from prism_deco.vlm import VLM
 
 

@@ -22,10 +22,10 @@ from prism_deco.llms.spec import read_spec
 from prism_deco.llms.tuning import tuning
 from prism_deco.tensors import SUFFIXES, check_tensor_file, tensor_files
 from prism_deco.training.checkpoints import Checkpoint
-from prism_deco.training.checksums import verify_model
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.init_from import check_start, find_start
 from prism_deco.training.manifest import check_resume
+from prism_deco.training.model_folder import verify_model
 from prism_deco.training.run_dir import run_folder
 from prism_deco.training.sharding import Sharding, strategy_of
 

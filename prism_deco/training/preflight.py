@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
-from prism_deco.data.examples import Example
+from prism_deco.data.loader import Example
 from prism_deco.data.records import Record
 from prism_deco.errors import UsageError
 from prism_deco.llms import Encoded, LanguageModel

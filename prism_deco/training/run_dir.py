@@ -14,12 +14,12 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from prism_deco.config import cache_dir, default_run_id, flat, is_free, read_config, save_config
-from prism_deco.config.stored import CONFIG
+from prism_deco.config.load import CONFIG
 from prism_deco.errors import UsageError
 from prism_deco.exits import DiskFull, Stop, is_disk_full
 from prism_deco.files import remove_unfinished
 from prism_deco.training.checkpoints import CHECKPOINTS, newest_checkpoint, remove_leftovers
-from prism_deco.training.status import THROUGH, is_requeued, read_status
+from prism_deco.training.progress import THROUGH, is_requeued, read_status
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from prism_deco.build import build_model, group
 from prism_deco.data import build_source
 from prism_deco.distributed import World
-from prism_deco.exits import Interrupted, Preempted, Stop
+from prism_deco.exits import Interrupted, Preempted, Preemption, Stop, requeue
 from prism_deco.features import FeatureCache
 from prism_deco.files import write_json
 from prism_deco.llms import LanguageModel
@@ -32,24 +32,21 @@ from prism_deco.llms.spec import read_spec
 from prism_deco.plan.flops import TrainingFlops, training_flops
 from prism_deco.plan.meta_models import NeedsData
 from prism_deco.processes import clear_failures, failure_recorded
-from prism_deco.training.board import Board, choices_of, score_names
+from prism_deco.training.board import Board, choices_of
 from prism_deco.training.callbacks import ProgressReport, Recorder, SampleAnswers, SpeedMonitor
 from prism_deco.training.checkpoint_callback import Checkpointing
 from prism_deco.training.checkpoints import Checkpoint
-from prism_deco.training.checksums import trained_sha256, verify_model
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.feature_cache import build_caches, cached
 from prism_deco.training.init_from import find_start, start_from, takes_llm
 from prism_deco.training.lightning_internals import fit
 from prism_deco.training.manifest import build_manifest, check_owner, provenance
-from prism_deco.training.metrics import VAL_LOSS, Metrics
-from prism_deco.training.model_folder import save_model
+from prism_deco.training.model_folder import save_model, trained_sha256, verify_model
 from prism_deco.training.module import TrainingModule
-from prism_deco.training.preemption import Preemption, requeue
 from prism_deco.training.preflight import preflight
+from prism_deco.training.progress import Metrics, read_status, set_status
 from prism_deco.training.run_dir import RunTarget, full_disk_named
 from prism_deco.training.sharding import Sharding, reshard, strategy_of
-from prism_deco.training.status import read_status, set_status
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -116,7 +113,7 @@ def _train(
     if world.is_main:
         steps_done = resume.step if resume else 0
         metrics, board = Metrics(target.folder, steps_done), Board(target.folder, steps_done)
-        board.hyperparameters(choices_of(config), [VAL_LOSS, *score_names(config)])
+        board.hyperparameters(choices_of(config))
     # In the order in which they see a step: it is recorded before it is saved.
     callbacks: list[Callback] = [
         SpeedMonitor(_step_flops(config, caches), config.trainer.log_every, board),

@@ -8,8 +8,7 @@ from prism_deco.cli import main
 from prism_deco.config import load_config
 from prism_deco.data.base import Source
 from prism_deco.data.encoder import Encoder, check_records
-from prism_deco.data.examples import Examples
-from prism_deco.data.loader import Collate
+from prism_deco.data.loader import Collate, Examples
 from prism_deco.data.records import open_parts, open_records
 from prism_deco.data.samplers import Filler
 from prism_deco.llms import build_llm

@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams.backend_context import Context as HParams
 
 from prism_deco.cli import main
 from prism_deco.commands.train import _scoring
@@ -19,6 +24,7 @@ from prism_deco.config import load_config, read_config, save_config
 from prism_deco.distributed import World
 from prism_deco.evaluation import BENCHMARKS, build_benchmark, resolve
 from prism_deco.evaluation.scoring import predict
+from prism_deco.training.board import Board
 
 FAST = ["data.val_fraction=0", "data.num_workers=0", "recipe.max_steps=2", "recipe.global_batch_size=2",
         "recipe.micro_batch_size=2", "trainer.threads=1", "backbone.pretrained=false",
@@ -121,6 +127,24 @@ def test_a_slip_in_the_name_of_the_key_scores_nothing(finished, no_model, capsys
     assert "Unknown key 'benchmarks'. Did you mean 'benchmark'?" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate"],
+        ["evaluate", "RUN"],
+        ["evaluate", "RUN", "benchmark.gqa.root=x"],
+        ["evaluate", "--score-only", "x"],
+        ["explain"],
+        ["explain", "RUN", "--image=x.png", "--prompt=?"],
+    ],
+)
+def test_an_unknown_key_is_named_before_anything_else(finished, no_model, capsys, arguments):
+    """Where no benchmark is named, by the run either."""
+    save_config(load_config(["evaluate.benchmarks=null"]), finished / "config.yaml")
+    assert main([str(finished) if text == "RUN" else text for text in arguments] + ["benchmarks=mini_vqav2"]) == 2
+    assert "Unknown key 'benchmarks'. Did you mean 'benchmark'?" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("command", ["evaluate", "explain"])
 def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(
     finished, files, no_model, capsys, command, tmp_path
@@ -179,8 +203,21 @@ def test_scores_are_shown_in_tensorboard(colors, files, tmp_path):
         score = json.loads((run / f"eval/{name}/metrics.json").read_text())["metrics"]["accuracy"]
         [point] = events.Scalars(f"eval/{name}")
         assert (point.step, point.value) == (2, pytest.approx(score))
-    content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
-    assert b"eval/first" in content and b"val/loss" in content
+    (tmp_path / "another").mkdir()
+    other = Board(tmp_path / "another", 0)  # trained without benchmarks, and the first by its name
+    other.hyperparameters({"seed": 1})
+    other.close()
+    assert {"eval/first", "eval/second"} <= _metrics_of_the_hparams_tab(tmp_path)
+
+
+def _metrics_of_the_hparams_tab(folder):
+    runs = EventMultiplexer()
+    runs.AddRunsFromDirectory(str(folder))
+    runs.Reload()
+    tab = HParams(TBContext(data_provider=MultiplexerDataProvider(runs, str(folder))))
+    found = tab.hparams_metadata(RequestContext(), "")
+    experiment = tab.experiment_from_metadata(RequestContext(), "", True, found, [])
+    return {metric.name.tag for metric in experiment.metric_infos}
 
 
 def test_training_takes_the_keys_of_single_benchmarks(colors, files, tmp_path, capsys):
@@ -269,6 +306,22 @@ def test_a_predictions_file_is_scored_beside_chance_and_blindness(finished, file
     assert main(["evaluate", "--score-only", str(path), "benchmark=mini_gqa"]) == 0
     cells = capsys.readouterr().out.split()
     assert cells[-8:] == ["3", "0.0", "0.0", "to", "0.0", "66.7", blind, "0.0%"]  # "yes" is right twice
+
+
+@pytest.mark.parametrize("kind", ["pope", "refcoco"])
+def test_a_copied_predictions_file_does_not_say_its_variant(files, tmp_path, capsys, kind):
+    """Its YAML's variants are no evidence, be they several or one."""
+    asked = build_benchmark(getattr(files, kind)(variants=["generate" if kind == "pope" else "trained"]))
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps(asdict(predict(i, "Yes"))) + "\n" for i in asked.items()))
+    command = ["evaluate", "--score-only", str(path), f"benchmark={_yaml(getattr(files, kind)(), tmp_path / kind)}"]
+    assert main(command) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    names = " or ".join(asked.VARIANTS)
+    assert f"{path} does not say which variant" in said and f"variants=[{names}]" in said
+    assert main([*command, f"variants={asked.variants[0]}"]) == 0
+    assert main([*command, f"benchmark.{kind}.variants=[{asked.variants[0]}]"]) == 0
+    assert f"({asked.variants[0]})" in capsys.readouterr().out
 
 
 def test_a_predictions_file_takes_nothing_else(tmp_path, capsys):

@@ -1,12 +1,13 @@
 import json
 import os
+import shutil
 from dataclasses import asdict
 
 import pytest
 import torch
 import torch.multiprocessing
 
-from prism_deco.config.benchmarks import results_name
+from prism_deco.config.choices import results_name
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark, evaluate, load_predictions, score_file
@@ -199,7 +200,7 @@ def test_wherever_an_evaluation_is_killed_the_same_answers_come_out(files, fake_
     for k in range(len(written) + 1):
         for torn in (b"", b'{"question_id": "half'):
             folder = tmp_path / f"{k}{len(torn)}"
-            folder.mkdir()
+            shutil.copytree(tmp_path / "killed", folder)
             (folder / "predictions.jsonl").write_bytes(b"".join(written[:k]) + torn)
             assert answers(folder)[0] == whole, k
 
@@ -252,6 +253,9 @@ def test_answers_are_not_mixed(files, fake_model, tmp_path):
         trained = build_benchmark(files.refcoco(variants=["trained"]))
         evaluate(fake_model(), trained, tmp_path / "boxes", progress=False)
     refused(build_benchmark(keys), "dtype was float32 and is bfloat16", dtype="bfloat16")
+    (tmp_path / "boxes/decoding.json").unlink()
+    with pytest.raises(UsageError, match=r"boxes holds answers, but no decoding.json with their settings\. Choose"):
+        evaluate(fake_model(), build_benchmark(files.refcoco()), tmp_path / "boxes", progress=False)
     one = build_benchmark(keys, limit=1)
     refused(one, "holds 3 answers, .* is not one of the 1 that this evaluation asks")
     refused(build_benchmark(files.vizwiz()), "is not one of the 2 that this evaluation asks")
@@ -355,7 +359,7 @@ def test_two_ranks_share_the_images(files, fake_model, tmp_path, free_port):
     benchmark = build_benchmark(keys)
     alone = evaluate(fake_model(_stem), benchmark, tmp_path / "alone", batch_size=2, progress=False)
     folder = tmp_path / "shared"
-    folder.mkdir()
+    shutil.copytree(tmp_path / "alone", folder)
     # an earlier process was killed after one answer
     done = benchmark.grade(predict(benchmark.items()[2], "002"))
     (folder / "predictions.jsonl").write_text(json.dumps(asdict(done)) + "\n" + '{"torn')

@@ -85,8 +85,8 @@ def test_two_runs_of_one_name_do_not_share_a_folder(run, colors, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--image", "i.png", "benchmark=x"], "--image concern one image, benchmark= a benchmark"),
-        (["--prompt", "?", "--answer", "", "benchmark=x"], "--prompt, --answer concern one image"),
+        (["--image", "i.png", "benchmark=mini_gqa"], "--image concern one image, benchmark= a benchmark"),
+        (["--prompt", "?", "--answer", "", "benchmark=mini_gqa"], "--prompt, --answer concern one image"),
         (["--image", "i.png", "--prompt", "?", "limit=3"], "--image, --prompt concern one image, limit= a benchmark"),
         (["--image", "i.png"], "either one question or a benchmark"),
         (["limit=3"], "either one question or a benchmark"),

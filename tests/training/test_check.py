@@ -17,8 +17,8 @@ from prism_deco.llms.build import check_llm_weights
 from prism_deco.llms.spec import read_spec
 from prism_deco.training.checkpoints import save_checkpoint
 from prism_deco.training.preconditions import check_all
+from prism_deco.training.progress import set_status
 from prism_deco.training.run_dir import has_finished, resumed_from
-from prism_deco.training.status import set_status
 
 SECOND_STAGE = ["recipe=llava_v1_5_finetune", "backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5"]
 

@@ -15,12 +15,11 @@ import torch
 from prism_deco.cli import main
 from prism_deco.config import load_config, read_config, save_config
 from prism_deco.distributed import World
-from prism_deco.exits import OutOfMemory, Preempted, as_stop
+from prism_deco.exits import OutOfMemory, Preempted, Preemption, as_stop, requeue
 from prism_deco.training import run_dir as run_folders
 from prism_deco.training.entry import _prepare
-from prism_deco.training.metrics import Metrics, read_metrics
 from prism_deco.training.nonfinite import diagnose
-from prism_deco.training.preemption import Preemption, requeue
+from prism_deco.training.progress import Metrics, read_metrics
 from prism_deco.training.run_dir import locked, open_run
 
 LONG = ["recipe.epochs=400", "trainer.checkpoint_every=10000"]

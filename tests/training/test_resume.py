@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prism_deco.training.checkpoints import list_checkpoints, newest_checkpoint
-from prism_deco.training.metrics import read_metrics
+from prism_deco.training.progress import read_metrics
 
 DROPOUT = ["projector=qformer", "projector.hidden_dim=32", "projector.heads=2", "projector.ffn_dim=64",
            "projector.dropout=0.3", "trainer.checkpoint_every=2", "recipe.epochs=4"]  # fmt: skip

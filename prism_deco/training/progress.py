@@ -1,4 +1,5 @@
-"""`metrics.jsonl`: the numbers of every step, exact."""
+"""What a run writes about its progress: `status.json`, one of running | preempted | failed | out_of_memory | trained |
+done, and `metrics.jsonl`, the numbers of every step, exact."""
 
 from __future__ import annotations
 
@@ -9,10 +10,53 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from prism_deco.files import write_whole
+from prism_deco.exits import slurm_job
+from prism_deco.files import write_json, write_whole
 
 METRICS = "metrics.jsonl"
 VAL_LOSS = "val/loss"
+
+THROUGH = ("trained", "done")
+"""States of a run whose training has finished; of the first the scoring is outstanding."""
+
+_STATUS = "status.json"
+
+
+def set_status(folder: Path, state: str, **details: object) -> None:
+    """Writes `status.json`."""
+    content = {"state": state, **details}
+    if job := slurm_job():
+        content |= {"job": job, "restarts": _restarts()}
+    path = folder / _STATUS
+    try:
+        write_json(path, content)
+    except OSError:
+        if not path.is_file():
+            raise
+        # A full disk has no room for a second file, but the block of the first one is there.
+        with path.open("r+", encoding="utf-8") as file:
+            file.write(json.dumps(content))
+            file.truncate()
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """The content of `status.json`; empty where there is none that can be read."""
+    try:
+        status = json.loads((folder / _STATUS).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def is_requeued(folder: Path) -> bool:
+    """Whether this process belongs to a SLURM job that was queued again, and the run was begun before that."""
+    status, job = read_status(folder), slurm_job()
+    was_requeued = status.get("requeued", False) or _restarts() > status.get("restarts", 0)
+    return job is not None and status.get("job") == job and was_requeued
+
+
+def _restarts() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 class Metrics:
