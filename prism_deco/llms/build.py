@@ -154,7 +154,7 @@ def _check_architecture(spec: LLMSpec, config: PretrainedConfig, path: Path) -> 
     for key, value in (spec.architecture or {}).items():
         found = getattr(config, key, value)
         # The vocabulary may have been resized, and nested values have several spellings.
-        if key != "vocab_size" and isinstance(value, int | str) and found != value:
+        if key != "vocab_size" and isinstance(value, int | float | str) and found != value:
             raise UsageError(f"The weights in {path} are not those of {spec.name}: {key} is {found}, not {value}.")
 
 
