@@ -30,7 +30,8 @@ class LLMSpec:
     pretrained: bool = True
     """Load weights; false starts from random ones."""
     weights: str | None = None
-    """Local folder, or .safetensors, .gguf or .bin file, to load instead of the hub's weights."""
+    """Local folder, or .safetensors, .gguf or .bin file, to load instead of the hub's weights; `asset:<name>` of the
+    package."""
     tokenizer: str | None = None
     """Local folder, repository, or `asset:<name>` of the package; None: next to the weights, or from `hub`."""
     architecture: Mapping[str, Any] | None = None
