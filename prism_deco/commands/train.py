@@ -16,7 +16,7 @@ from prism_deco.commands.evaluate import score_run
 from prism_deco.commands.explain import has_relevance, measure_relevance
 from prism_deco.commands.keys import print_config
 from prism_deco.config import load_config
-from prism_deco.config.choices import benchmark_name, resolve_asks, resolve_benchmarks, results_name
+from prism_deco.config.choices import benchmark_name, group_keys, resolve_asks, resolve_benchmarks, results_name
 from prism_deco.errors import UsageError
 from prism_deco.stages import Stage, split
 from prism_deco.stages import run as run_stages
@@ -125,8 +125,10 @@ class _Scoring:
 
     @property
     def _own(self) -> dict[str, Any]:
-        """Keys of single benchmarks, by name."""
-        return OmegaConf.to_container(self.config.benchmark)  # type: ignore[return-value]
+        """Keys of single benchmarks, by name: those of the groups, then the configuration's."""
+        own: Any = OmegaConf.to_container(self.config.benchmark)
+        keys = group_keys(self.config.evaluate.benchmarks or "")
+        return {name: keys.get(name, {}) | own.get(name, {}) for name in keys | own}
 
     def _relevance_options(self) -> dict[str, Any]:
         own = self._own.get(benchmark_name(self.relevance or ""), {})

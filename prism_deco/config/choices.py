@@ -105,15 +105,41 @@ def resolve_benchmarks(names: str | Iterable[str], parents: tuple[str, ...] = ()
     Raises:
         UsageError: an unknown name, or groups that contain each other.
     """
-    if isinstance(names, str):
-        names = [name.strip() for name in names.split(",") if name.strip()]
     found: list[str] = []
-    for name in names:
+    for name in _split(names):
         if name in parents:
             raise UsageError(f"The benchmark groups {' > '.join((*parents, name))} contain each other.")
         members = load_choice("benchmark", name).get("members")
         found += [name] if members is None else resolve_benchmarks(members, (*parents, name))
     return list(dict.fromkeys(found))
+
+
+def group_keys(names: str | Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Keys of single benchmarks, by their names, that the named groups set for their members (`keys` in their YAMLs):
+    how a table of the paper asks them, for example. A group counts more than those that are its members.
+
+    Raises:
+        UsageError: two groups ask one benchmark in different ways.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    origins: dict[str, str] = {}
+    for name in _split(names):
+        content = load_choice("benchmark", name)
+        own = group_keys(content.get("members") or [])
+        for benchmark, keys in (content.get("keys") or {}).items():
+            own[benchmark] = own.get(benchmark, {}) | keys
+        for benchmark, keys in own.items():
+            if found.setdefault(benchmark, keys) != keys:
+                raise UsageError(
+                    f"{origins[benchmark]} and {name} ask {benchmark} in different ways ({found[benchmark]} and "
+                    f"{keys}): score a run on one of them, then on the other with `prism-deco evaluate --out=FOLDER`."
+                )
+            origins[benchmark] = name
+    return found
+
+
+def _split(names: str | Iterable[str]) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
 
 
 def benchmark_name(choice: str) -> str:
