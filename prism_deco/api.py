@@ -51,6 +51,10 @@ class Model:
         self.config = config
         self.ask = AS_TRAINED
 
+    def __repr__(self) -> str:
+        chosen = ", ".join(f"{group}={self.config[group].name}" for group in ("backbone", "projector", "llm"))
+        return f"Model({chosen}, {self.vlm.projector.num_tokens} visual tokens, on {self.device})"
+
     @property
     def device(self) -> torch.device:
         """Where the model's weights lie."""

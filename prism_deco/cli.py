@@ -89,11 +89,12 @@ def _explain_commands(argv: list[str]) -> NoReturn:
     family = {name: entry for name, entry in COMMANDS.items() if argv and name.startswith(f"{argv[0]} ")}
     listed = family or COMMANDS
     width = max(map(len, listed))
+    lines = [_wrap(entry.summary, f"  {name:{width}}  ") for name, entry in listed.items()]
     parser = argparse.ArgumentParser(
         prog="prism-deco",
         usage="prism-deco COMMAND ...",
         description=_wrap(DESCRIPTION),
-        epilog="\n".join(["commands:", *(f"  {name:{width}}  {entry.summary}" for name, entry in listed.items())]),
+        epilog="\n".join(["commands:", *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"prism-deco {prism_deco.__version__}")
@@ -103,10 +104,11 @@ def _explain_commands(argv: list[str]) -> NoReturn:
     parser.error(str(unknown("command", " ".join(argv[: 2 if family else 1]), listed)))
 
 
-def _wrap(text: str | None) -> str:
-    """A docstring's first paragraph, as wide as the terminal."""
+def _wrap(text: str | None, start: str = "") -> str:
+    """A docstring's first paragraph, as wide as the terminal; lines after the first are as deep as `start`."""
     first = " ".join((text or "").split("\n\n")[0].split())
-    return textwrap.fill(first, min(shutil.get_terminal_size().columns, 100) - 2)
+    width = min(shutil.get_terminal_size().columns, 100) - 2
+    return textwrap.fill(first, width, initial_indent=start, subsequent_indent=" " * len(start))
 
 
 if __name__ == "__main__":

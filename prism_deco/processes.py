@@ -69,8 +69,8 @@ def start_ranks(function: Callable[..., int], arguments: Sequence[Any], world: W
     """
     with TemporaryDirectory(prefix="prism-deco-") as name:
         folder = Path(name)
-        task = (function, tuple(arguments), logging.getLogger("prism_deco").level)
-        (folder / _TASK).write_bytes(pickle.dumps(task))
+        task = pickle.dumps((function, tuple(arguments)))
+        (folder / _TASK).write_bytes(pickle.dumps((logging.getLogger("prism_deco").level, task)))
         ranks: list[Popen[bytes]] = []
         with _signals_forwarded(ranks) as received:
             try:
@@ -161,9 +161,10 @@ def _run_rank() -> None:
     folder = Path(sys.argv[1])
     report: UsageError | Stop | str
     try:
-        function, arguments, level = pickle.loads((folder / _TASK).read_bytes())
-        if level:
+        level, task = pickle.loads((folder / _TASK).read_bytes())
+        if level:  # before the task imports libraries that warn
             configure_logging(debug=level == logging.DEBUG)
+        function, arguments = pickle.loads(task)
         sys.exit(function(*arguments))
     except (UsageError, Stop) as error:
         error.add_note(traceback.format_exc())  # for --debug

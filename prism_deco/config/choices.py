@@ -99,7 +99,7 @@ def resolve_benchmarks(names: str | Iterable[str], parents: tuple[str, ...] = ()
     """Benchmark names with their groups (YAMLs with `members`) expanded; each once, in order.
 
     Args:
-        names: a list, or a string with commas.
+        names: a list, or a string with commas, in brackets or not.
         parents: the groups that the names are members of.
 
     Raises:
@@ -139,7 +139,9 @@ def group_keys(names: str | Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def _split(names: str | Iterable[str]) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
+    if not isinstance(names, str):
+        return list(names)
+    return [name.strip() for name in names.strip("[] ").split(",") if name.strip()]
 
 
 def benchmark_name(choice: str) -> str:

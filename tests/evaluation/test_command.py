@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shlex
 import shutil
 import subprocess
@@ -367,6 +368,13 @@ def test_a_predictions_file_takes_nothing_else(tmp_path, capsys):
     given = ["evaluate", "--score-only", "x", "runs/x", f"--out={tmp_path}", "--device=cpu", "benchmark=mini_gqa"]
     assert main(given) == 2
     assert "leave out --out, --device, a run." in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_training_ends_with_reaches_the_ranks():
+    config = load_config(["evaluate.benchmarks=mini_pope", "benchmark.mini_pope.limit=3", "evaluate.relevance=null"])
+    scoring = _scoring(config)
+    assert scoring is not None and pickle.loads(pickle.dumps(scoring)) == scoring
+    assert scoring.own == {"mini_pope": {"limit": 3}}
 
 
 @pytest.mark.usefixtures("short_answers")
