@@ -10,7 +10,6 @@ import pickle
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ import torch.distributed as dist
 
 from prism_deco.distributed import World, exit_code
 from prism_deco.errors import UsageError
-from prism_deco.exits import SIGNALS, Preempted, RankFailed, Stop, as_stop, take_over
+from prism_deco.exits import SIGNALS, Preempted, RankFailed, Stop, as_stop, own_process, taken_over
 from prism_deco.logs import configure_logging
 
 log = logging.getLogger(__name__)
@@ -131,14 +130,8 @@ def _signals_forwarded(ranks: Sequence[Popen[bytes]]) -> Iterator[list[int]]:
         received.append(number)
         _send(ranks, signal.SIGKILL if again else number)
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTSTP, *SIGNALS) if in_main_thread else ()
-    before = take_over(numbers, forward)
-    try:
+    with taken_over((signal.SIGINT, signal.SIGTSTP, *SIGNALS), forward):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _send(ranks: Sequence[Popen[bytes]], number: int) -> None:
@@ -164,6 +157,7 @@ def _wait(ranks: Sequence[Popen[bytes]]) -> list[int | None]:
 
 def _run_rank() -> None:
     """What a new process does: its task, after which it leaves the error that it ends with beside it."""
+    own_process()
     folder = Path(sys.argv[1])
     report: UsageError | Stop | str
     try:

@@ -14,7 +14,7 @@ from prism_deco.commands.common import Asked, asked_of, import_named_plugins, ow
 from prism_deco.commands.evaluate import finished_run, stored_keys
 from prism_deco.config.choices import benchmark_name, results_name
 from prism_deco.errors import UsageError
-from prism_deco.files import check_writable, read_json
+from prism_deco.files import check_folder, check_writable, read_json
 
 if TYPE_CHECKING:  # maps need torch
     from prism_deco.explain import Section
@@ -180,8 +180,7 @@ def _check_arguments(args: argparse.Namespace, asked: Asked) -> None:
     if args.out is not None and shared:
         raise UsageError(f"Two runs are named {shared[0]} and would share a folder in --out: explain one at a time.")
     for run in asked.runs:
-        if not run.is_dir():
-            raise UsageError(f"{run} is not a folder: give a run folder such as runs/RUN_ID.")
+        check_folder(run)
 
 
 def _benchmark(run: Path, name: str, options: dict[str, Any]) -> Any:

@@ -22,6 +22,7 @@ def run(tmp_path, small, monkeypatch):
     (folder / "manifest.json").write_text(json.dumps({"benchmarks": str(tmp_path)}))
     vlm, llm = small()
     monkeypatch.setattr("prism_deco.api.load", lambda *_, **__: Model(vlm.float(), llm, load_config([])))
+    monkeypatch.setattr("prism_deco.explain.run.MAX_NEW_TOKENS", 3)  # every token takes a backward pass
     return folder
 
 
