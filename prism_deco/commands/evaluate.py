@@ -11,10 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
 from prism_deco.config import parse_value, read_config
-from prism_deco.config.choices import benchmark_name, resolve_asks, resolve_benchmarks, results_name
+from prism_deco.config.choices import benchmark_name, group_keys, resolve_asks, resolve_benchmarks, results_name
 from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
-from prism_deco.files import check_writable, read_json
+from prism_deco.files import check_folder, check_writable, read_json
 
 if TYPE_CHECKING:  # benchmarks need torch
     from prism_deco.evaluation import Benchmark
@@ -63,8 +63,11 @@ def evaluate(args: argparse.Namespace) -> None:
     names = asked.benchmarks or _trained_with(run)
     check_keys(names, asked.options, asked.own, also=also)
     own = {}
+    of_groups = group_keys(names)
     for name in map(benchmark_name, resolve_benchmarks(names)):
-        own[name] = stored_keys(run, name, leave_out=asked.options) | asked.own.get(name, {})
+        usual = of_groups.get(name, {}) | stored_keys(run, name)
+        usual = {key: value for key, value in usual.items() if key not in asked.options}
+        own[name] = usual | asked.own.get(name, {})
     batch_size = parse_value("batch_size", asked.others.get("batch_size", "64"))
     if type(batch_size) is not int or batch_size < 1:
         raise UsageError(f"batch_size={batch_size} must be a whole number above 0.")
@@ -200,8 +203,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: the folder is none, such as an export, which knows neither its data nor the hash of its weights.
     """
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
+    check_folder(folder)
     path = folder / "manifest.json"
     if path.is_file():
         from prism_deco.config.registry import require_imported
@@ -224,7 +226,7 @@ def _trained_with(run: Path) -> str:
     return benchmarks
 
 
-def stored_keys(run: Path, name: str, leave_out: Container[str]) -> dict[str, Any]:
+def stored_keys(run: Path, name: str, leave_out: Container[str] = ()) -> dict[str, Any]:
     """The keys of a benchmark that a run was trained with (`benchmark.NAME.KEY`): where its files lie, for example."""
     stored: Any = OmegaConf.to_container(read_config(run / "config.yaml").benchmark)
     return {key: value for key, value in stored.get(name, {}).items() if key not in leave_out}

@@ -10,6 +10,7 @@ from prism_deco.config.registry import unknown
 from prism_deco.config.schema import AS_TRAINED
 from prism_deco.config.values import read_yaml
 from prism_deco.errors import UsageError
+from prism_deco.files import refusals_named
 
 # In a wheel conf/ lies inside the package, in a checkout next to it.
 _PACKAGE = Path(__file__).parents[1]
@@ -41,7 +42,9 @@ def load_choice(group: str, choice: str) -> dict[str, Any]:
         UsageError: there is no such choice or file, or it is not valid YAML.
     """
     path = choice_path(group, choice)
-    if not path.is_file():
+    with refusals_named(path, f"Name a choice of {group}."):
+        is_there = path.is_file()
+    if not is_there:
         if choice.endswith(YAML_SUFFIXES):
             raise UsageError(f"{group}={choice}: there is no such file.")
         raise unknown(group, choice, choices(group))
@@ -96,21 +99,49 @@ def resolve_benchmarks(names: str | Iterable[str], parents: tuple[str, ...] = ()
     """Benchmark names with their groups (YAMLs with `members`) expanded; each once, in order.
 
     Args:
-        names: a list, or a string with commas.
+        names: a list, or a string with commas, in brackets or not.
         parents: the groups that the names are members of.
 
     Raises:
         UsageError: an unknown name, or groups that contain each other.
     """
-    if isinstance(names, str):
-        names = [name.strip() for name in names.split(",") if name.strip()]
     found: list[str] = []
-    for name in names:
+    for name in _split(names):
         if name in parents:
             raise UsageError(f"The benchmark groups {' > '.join((*parents, name))} contain each other.")
         members = load_choice("benchmark", name).get("members")
         found += [name] if members is None else resolve_benchmarks(members, (*parents, name))
     return list(dict.fromkeys(found))
+
+
+def group_keys(names: str | Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Keys of single benchmarks, by their names, that the named groups set for their members (`keys` in their YAMLs):
+    how a table of the paper asks them, for example. A group counts more than those that are its members.
+
+    Raises:
+        UsageError: two groups ask one benchmark in different ways.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    origins: dict[str, str] = {}
+    for name in _split(names):
+        content = load_choice("benchmark", name)
+        own = group_keys(content.get("members") or [])
+        for benchmark, keys in (content.get("keys") or {}).items():
+            own[benchmark] = own.get(benchmark, {}) | keys
+        for benchmark, keys in own.items():
+            if found.setdefault(benchmark, keys) != keys:
+                raise UsageError(
+                    f"{origins[benchmark]} and {name} ask {benchmark} in different ways ({found[benchmark]} and "
+                    f"{keys}): score a run on one of them, then on the other with `prism-deco evaluate --out=FOLDER`."
+                )
+            origins[benchmark] = name
+    return found
+
+
+def _split(names: str | Iterable[str]) -> list[str]:
+    if not isinstance(names, str):
+        return list(names)
+    return [name.strip() for name in names.strip("[] ").split(",") if name.strip()]
 
 
 def benchmark_name(choice: str) -> str:

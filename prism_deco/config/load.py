@@ -19,13 +19,13 @@ from prism_deco.config.choices import (
     choices,
     default_contents,
     with_set,
-)
+)  # fmt: skip
 from prism_deco.config.compose import compose, default_run_id, set_key, takes_text, validate
 from prism_deco.config.registry import require_imported
 from prism_deco.config.schema import GROUPS
 from prism_deco.config.values import RETIRED, flatten, parse_value, read_yaml, split_pair
 from prism_deco.errors import UsageError
-from prism_deco.files import write_whole
+from prism_deco.files import refusals_named, write_whole
 
 CONFIG = "config.yaml"
 
@@ -159,7 +159,9 @@ def _read(overrides: Iterable[str]) -> _Arguments:
             pairs.append(split_pair(override))
     arguments = _Arguments()
     for file in files:
-        if not file.is_file():
+        with refusals_named(file, "Name a YAML file."):
+            is_there = file.is_file()
+        if not is_there:
             raise UsageError(f"{file}: there is no such file.")
         if file.name == CONFIG:
             _add_stored(arguments, file)

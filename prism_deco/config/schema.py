@@ -103,7 +103,8 @@ class DataConfig:
     val_fraction: float = number(II("recipe.val_fraction"), least=0, below=1)
     """Fraction of the images held out for `val/loss`; ignored if the data has a validation file."""
     on_bad_image: str = one_of(ON_BAD_IMAGE, "fail")
-    """What to do about a missing or unreadable image: fail, skip its record, or use a blank image of mean colour."""
+    """What to do about a missing or unreadable image: fail, skip its record, or use a blank image of mean colour.
+    The manifest counts them as they are read: one that two epochs show counts twice."""
     on_bad_record: str = one_of(ON_BAD_RECORD, "fail")
     """What to do about a record that cannot be trained on: fail, or skip it (the manifest counts them)."""
     draft_jpeg: bool = False
