@@ -11,11 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-_USELESS = (
-    "Failed to load CPU gemm_4bit",  # bitsandbytes: a faster kernel that nothing here needs
-    "No pretrained weights",  # open_clip and timm: weights are read after the architecture is built
-)
-"""What warnings of libraries begin with that the user can do nothing about."""
+_USELESS = "No pretrained weights"
+"""What warnings of open_clip and timm begin with: weights are read after the architecture is built."""
 
 
 def configure_logging(*, debug: bool) -> None:

@@ -34,7 +34,7 @@ class RandomDraws(TorchDispatchMode):
 
 @pytest.fixture
 def model():
-    config = load_config(["llm=mini_qwen2", "recipe.standardise_features=true", "run_id=test", *SMALL])
+    config = load_config(["llm.pretrained=false", "recipe.standardise_features=true", "run_id=test", *SMALL])
     torch.manual_seed(4)
     vlm, llm = build_model(config)
     return Model(vlm.eval(), llm, config)

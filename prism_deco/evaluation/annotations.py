@@ -22,8 +22,8 @@ def read_text(path: Path) -> str:
     """The content of a UTF-8 file."""
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist: check root.") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(f"{path} does not exist: check root=FOLDER.") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not a text file ({error}).") from error
 

@@ -111,7 +111,7 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
     except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist: check root.") from error
+        raise UsageError(f"{path} does not exist: check root=FOLDER.") from error
     except (csv.Error, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not a tab-separated table ({error}).") from error
     finally:

@@ -109,7 +109,9 @@ def explain_set(
     rows: list[dict[str, Any]] = []
     sections: list[Section] = []
     with (out_dir / "examples.jsonl").open("w", encoding="utf-8") as lines:
-        shown = track(examples, f"Explaining {run}", console=Console(stderr=True), disable=not sys.stderr.isatty())
+        # The run's name would leave the bar no room.
+        log.info("%s: explaining %d examples", run, len(examples))
+        shown = track(examples, "Explaining", console=Console(stderr=True), disable=not sys.stderr.isatty())
         for number, example in enumerate(shown, start=1):
             if number % 25 == 0 and not sys.stderr.isatty():
                 log.info("%s: explaining %d of %d examples", run, number, len(examples))

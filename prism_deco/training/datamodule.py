@@ -139,7 +139,8 @@ class Conversations(pl.LightningDataModule):
 
 def _check_images(examples: Examples) -> None:
     """`UsageError` names the first image that is missing: it must not end the run after hours."""
-    log.info("Checking that the images of %d records exist", len(examples))
+    if len(examples):
+        log.info("Checking that the images of %d records exist", len(examples))
     owners = {image: record.id for record in examples.records for image in record.images}
     missing = examples.images.missing(owners)
     if missing:

@@ -65,7 +65,8 @@ def run(config: DictConfig, scoring: Scoring | None, *, overwrite: bool = False,
 def _run(config: Any, scoring: Scoring | None, overwrite: bool, force: bool) -> int:
     """What each process of a run does; see `run`."""
     config = config if isinstance(config, DictConfig) else compose(config)
-    world, preemption = World.of(config.trainer), Preemption()
+    world = World.of(config.trainer)
+    preemption = Preemption(alone=world.size == 1)
     # Signals are handled once the process group exists: the code that waits for it does not react to them.
     with world.joined(), preemption.watched(), ExitStack() as held:
         import_plugins(config.plugins)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,7 @@ from prism_deco.config import cache_dir, default_run_id, flat, is_free, read_con
 from prism_deco.config.load import CONFIG
 from prism_deco.errors import UsageError
 from prism_deco.exits import DiskFull, Stop, is_disk_full
-from prism_deco.files import remove_unfinished
+from prism_deco.files import full_disk, refusals_named, remove_unfinished
 from prism_deco.training.checkpoints import CHECKPOINTS, newest_checkpoint, remove_leftovers
 from prism_deco.training.progress import THROUGH, is_requeued, read_status
 
@@ -62,8 +61,9 @@ def find_run(config: DictConfig, *, overwrite: bool = False) -> RunTarget:
     """
     folder = run_folder(config)
     # A start that was killed, or found the disk full, leaves hidden files: the lock, a file not written whole.
-    if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
-        return RunTarget(folder)
+    with refusals_named(folder, "Choose another folder: runs_dir=FOLDER."):
+        if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
+            return RunTarget(folder)
     if not (folder / CONFIG).is_file():
         raise UsageError(f"{folder} exists but is not a run folder (no {CONFIG}). Choose another run_id=NAME.")
     if overwrite and not is_requeued(folder):
@@ -119,11 +119,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, Stop | UsageError) or not is_disk_full(error):
             raise  # the first two have their reason in one line already
-        # A write that fails does not say where: the cache may lie on another disk.
-        place = min((folder, cache_dir()), key=_free_bytes)
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-        free = f"{_free_bytes(place) / 1e6:.1f} MB free"
-        raise DiskFull(f"{place}: {reason} ({free}). Free {_needed_space(folder)}") from error
+        raise DiskFull(f"{full_disk([folder, cache_dir()], error)} Free {_needed_space(folder)}") from error
 
 
 def _needed_space(run: Path) -> str:
@@ -132,11 +128,6 @@ def _needed_space(run: Path) -> str:
     if newest is None:
         return "some space"
     return f"{sum(path.stat().st_size for path in newest.iterdir()) / 1e6:.1f} MB for the next checkpoint"
-
-
-def _free_bytes(folder: Path) -> int:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
 
 
 @contextmanager

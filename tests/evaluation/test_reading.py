@@ -160,6 +160,11 @@ def test_own_questions_that_cannot_be_asked(files, record, says):
         build_benchmark(keys).items()
 
 
+def test_a_file_for_a_root_is_named(files):
+    with pytest.raises(UsageError, match=r"questions\.jsonl does not exist: check root=FOLDER"):
+        build_benchmark(files.questions(), root=files.path / "questions.jsonl").items()
+
+
 def test_seed_leaves_videos_out(files):
     asked = items(files, "seed")
     assert [i.question_id for i in asked] == ["0", "1", "2"]

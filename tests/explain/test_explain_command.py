@@ -103,6 +103,13 @@ def test_arguments_that_would_be_ignored_are_refused(run, capsys, arguments, say
     assert says in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_second_image_is_refused(run, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["explain", str(run), "--image", "a.png", "--image", "b.png", "--prompt", "?"])
+    assert done.value.code == 2
+    assert "--image is given twice: maps are those of one image." in " ".join(capsys.readouterr().err.split())
+
+
 def test_reports_read_the_measurement_that_the_configuration_names(tmp_path):
     manifest = {"data_hash": "d", "params": {}, "samples": 1, "steps": 1, "tokens": {}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
