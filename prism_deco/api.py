@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from prism_deco.config.registry import import_plugins
+from prism_deco.config.schema import AS_TRAINED
 from prism_deco.data.images import open_image
 from prism_deco.data.loader import stack_pixels
 from prism_deco.distributed import requested_device
@@ -40,12 +41,14 @@ class Model:
         vlm: the `nn.Module`.
         llm: the language model's tokenizer and chat format.
         config: the configuration it was trained with.
+        ask: how `generate` and `choice_probabilities` ask, see `LanguageModel.ask`.
     """
 
     def __init__(self, vlm: VLM, llm: LanguageModel, config: DictConfig):
         self.vlm = vlm
         self.llm = llm
         self.config = config
+        self.ask = AS_TRAINED
 
     @property
     def device(self) -> torch.device:
@@ -67,14 +70,14 @@ class Model:
             One answer per question.
         """
         visual, prompts = self._questions(images, prompts)
-        return answer(self.vlm, self.llm, visual, prompts, max_new_tokens=max_new_tokens)
+        return answer(self.vlm, self.llm, visual, prompts, max_new_tokens=max_new_tokens, ask=self.ask)
 
     def choice_probabilities(
         self, images: Images | Sequence[Images], prompts: str | Sequence[str], choices: Sequence[str]
     ) -> Tensor:
         """float[questions, choices]: the first answer token's softmax restricted to the choices."""
         visual, prompts = self._questions(images, prompts)
-        return first_token_probabilities(self.vlm, self.llm, visual, prompts, choices)
+        return first_token_probabilities(self.vlm, self.llm, visual, prompts, choices, ask=self.ask)
 
     def answer_losses(
         self, images: Images | Sequence[Images], prompts: str | Sequence[str], answers: Sequence[str]

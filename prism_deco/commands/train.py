@@ -16,7 +16,7 @@ from prism_deco.commands.evaluate import score_run
 from prism_deco.commands.explain import has_relevance, measure_relevance
 from prism_deco.commands.keys import print_config
 from prism_deco.config import load_config
-from prism_deco.config.benchmarks import benchmark_name, group_keys, resolve_benchmarks, results_name
+from prism_deco.config.benchmarks import benchmark_name, group_keys, resolve_asks, resolve_benchmarks, results_name
 from prism_deco.errors import UsageError
 from prism_deco.stages import Stage, split
 from prism_deco.stages import run as run_stages
@@ -64,8 +64,13 @@ class _Scoring:
 
     def prepare(self, benchmarks: Path | None) -> None:
         """Reads all questions; a wrong name, split or file must not wait for the end of training."""
+        from prism_deco.build import group
         from prism_deco.evaluation.choose import check_keys, prepare, prepare_one
+        from prism_deco.llms.spec import check_ask, read_spec
 
+        spec = read_spec(group(self.config, "llm"))
+        for ask in self._asks:
+            check_ask(spec, ask)
         check_keys([*self.benchmarks, *([self.relevance] if self.relevance else [])], (), self._own)
         try:
             if self.benchmarks:
@@ -81,7 +86,10 @@ class _Scoring:
     def missing(self, folder: Path) -> _Scoring | None:
         """The part of this scoring that has no results in the folder yet; None if it is complete."""
         scored = {path.parent.name for path in folder.glob("eval/*/metrics.json")}
-        benchmarks = [name for name in self.benchmarks if results_name(name, self._split(name)) not in scored]
+        benchmarks = []
+        for name in self.benchmarks:
+            if not {results_name(name, self._split(name), ask) for ask in self._asks} <= scored:
+                benchmarks.append(name)
         relevance = self.relevance
         if relevance and has_relevance(folder, relevance, self._split(relevance)):
             relevance = None
@@ -96,7 +104,8 @@ class _Scoring:
         with world.patient():
             if self.benchmarks:
                 size = self.config.evaluate.batch_size
-                score_run(folder, self.benchmarks, self._options, self._own, world=world, batch_size=size)
+                more = {"asks": self._asks, "batch_size": size}
+                score_run(folder, self.benchmarks, self._options, self._own, world=world, **more)
             if self.relevance and world.is_main:  # its files are those of one process
                 device = local_device(self.config.trainer.accelerator)
                 measure_relevance(folder, self.relevance, self._relevance_options(), device=device)
@@ -104,6 +113,10 @@ class _Scoring:
 
     def _unless_empty(self) -> _Scoring | None:
         return self if self.benchmarks or self.relevance else None
+
+    @property
+    def _asks(self) -> list[str]:
+        return resolve_asks(self.config.evaluate.ask)
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_deco.config.choices import YAML_SUFFIXES, load_choice
+from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
 
 
@@ -62,8 +63,19 @@ def benchmark_name(choice: str) -> str:
     return Path(choice).stem if choice.endswith(YAML_SUFFIXES) else choice
 
 
-def results_name(choice: str, split: str | None = None) -> str:
-    """The name of a benchmark's results folder: the benchmark's, followed by the split unless it is the YAML's own."""
+def results_name(choice: str, split: str | None = None, ask: str = AS_TRAINED) -> str:
+    """The name of a benchmark's results folder: the benchmark's, followed by the split unless it is the YAML's own, and
+    by how it is asked unless that is as trained."""
     own = load_choice("benchmark", choice).get("split") or ""
-    name = benchmark_name(choice)
-    return name if split in (None, own) else f"{name}-{split}"
+    parts = [benchmark_name(choice)]
+    if split not in (None, own):
+        parts.append(str(split))
+    if ask != AS_TRAINED:
+        parts.append(ask)
+    return "-".join(parts)
+
+
+def resolve_asks(names: str) -> list[str]:
+    """The ways to ask of `evaluate.ask`, each once, in order."""
+    asks = [name.strip() for name in names.split(",") if name.strip()]
+    return list(dict.fromkeys(asks)) or [AS_TRAINED]

@@ -14,6 +14,9 @@ from prism_deco.errors import UsageError
 _PACKAGE = Path(__file__).parents[1]
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
+PROMPT_SETS = "prompt_sets"
+"""Key of an LLM's YAML; see `with_set`."""
+
 YAML_SUFFIXES = (".yaml", ".yml")
 
 
@@ -53,3 +56,36 @@ def default_contents(chosen: Mapping[str, str]) -> dict[str, Any]:
     content = read_yaml(CONF_DIR / "config.yaml")
     names = content.pop("defaults") | chosen
     return content | {group: load_choice(group, name) for group, name in names.items()}
+
+
+def with_set(contents: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    """The contents of groups with one of the LLM's prompt sets in place.
+
+    Prompt sets are the ways to talk to a language model that its YAML offers besides the format it begins with:
+
+        prompt_sets:
+          deco:                     # chosen by recipe.prompt_set=deco
+            chat_template: ...      # replaces this key of the LLM, as any other here does
+            recipe:                 # replaces keys of the recipe
+              max_text_tokens: 2048
+
+    They are resolved below what files and the command line set, and a composed configuration has the values alone.
+
+    Args:
+        name: of the set; None leaves the LLM's own format.
+
+    Raises:
+        UsageError: the LLM does not offer the set.
+    """
+    llm = dict(contents["llm"])
+    sets = llm.pop(PROMPT_SETS, None) or {}
+    if name is None:
+        return {**contents, "llm": llm}
+    if name not in sets:
+        raise UsageError(
+            f"llm={llm.get('name')} has no prompt set {name!r} (its YAML offers {', '.join(sets) or 'none'}): set "
+            "recipe.prompt_set=null for the format of its own, or choose another LLM."
+        )
+    own = dict(sets[name])
+    recipe = {**contents.get("recipe", {}), **(own.pop("recipe", None) or {})}
+    return {**contents, "llm": llm | own, "recipe": recipe}

@@ -11,7 +11,7 @@ from prism_deco.config.schema import GROUPS, Config
 
 TEXT_OPTIONS = {
     "backbone": ("model", "hub", "file"),
-    "projector": ("weights",),
+    "projector": ("weights", "init"),
     "llm": ("revision", "tokenizer", "dtype", "attention", "quantize"),
     "data": ("root", "json", "image_root", "val_json", "path", "val_path", "repo", "revision"),
     "benchmark": (

@@ -4,12 +4,13 @@ how it differs from the choices it names."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from prism_deco.config.choices import choices, default_contents
+from prism_deco.config.choices import PROMPT_SETS, choices, default_contents, with_set
 from prism_deco.config.compose import compose, set_key
 from prism_deco.config.keys import RETIRED
 from prism_deco.config.parse import flatten, read_yaml
@@ -82,8 +83,17 @@ def flat(config: DictConfig) -> dict[str, Any]:
 def shipped_choices(config: DictConfig) -> dict[str, str]:
     """The shipped choices of a configuration by group, without the groups that a user's own YAML fills."""
     named = {group: str(config[group].name) for group in GROUPS if config[group].name in choices(group)}
-    composed = compose(default_contents(named))
+    composed = compose(_default_contents(named, config))
     return {group: name for group, name in named.items() if set(config[group]) <= set(composed[group])}
+
+
+def _default_contents(chosen: Mapping[str, str], config: DictConfig) -> dict[str, Any]:
+    """What choices compose to under the configuration's prompt set."""
+    contents = default_contents(chosen)
+    name = config.recipe.get("prompt_set")
+    # An LLM of the user's own has its values already, and another version may offer other sets.
+    known = "llm" in chosen and name in (contents["llm"].get(PROMPT_SETS) or {})
+    return with_set(contents, name if known else None)
 
 
 def changed_from_defaults(config: DictConfig) -> dict[str, Any]:
@@ -93,7 +103,7 @@ def changed_from_defaults(config: DictConfig) -> dict[str, Any]:
     no difference as long as it is what the reference gives.
     """
     chosen = shipped_choices(config)
-    default = compose(default_contents(chosen))
+    default = compose(_default_contents(chosen, config))
     written = flatten(OmegaConf.to_container(default, resolve=False))  # type: ignore[arg-type]
     references = {key for key, value in written.items() if isinstance(value, str) and "${" in value}
     own = tuple(f"{group}." for group in GROUPS if group not in chosen)

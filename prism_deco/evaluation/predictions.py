@@ -9,13 +9,15 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
 from prism_deco.evaluation.items import Item, Prediction
 from prism_deco.files import read_json, write_json, write_whole
 
 FILE = "predictions.jsonl"
 VARIANTS = "variants"
-"""Key of `decoding.json`: how the questions were asked."""
+ASK = "ask"
+"""Keys of `decoding.json`: how the questions were worded, and in which prompt they were put to the model."""
 _FIELDS = frozenset(field.name for field in fields(Prediction))
 
 
@@ -97,9 +99,10 @@ class PredictionStore:
     def _check_decoding(self, decoding: dict[str, Any], write: bool) -> None:
         path = self.folder / "decoding.json"
         if any(self.folder.glob("predictions*.jsonl")) and path.is_file():
-            before = read_json(path)
-            # A setting that the file does not name cannot be compared.
-            changed = [f"{k} was {old} and is {decoding.get(k)}" for k, old in before.items() if old != decoding.get(k)]
+            # A setting that the file does not name cannot be compared, but for the way to ask: that is as trained.
+            before = {ASK: AS_TRAINED} | read_json(path)
+            now = {ASK: AS_TRAINED} | decoding
+            changed = [f"{k} was {old} and is {now.get(k)}" for k, old in before.items() if old != now.get(k)]
             if changed:
                 raise UsageError(f"{self.folder} holds answers of other settings: {', '.join(changed)}. {self._ways}")
         if write:

@@ -12,11 +12,12 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from prism_deco.config.schema import AS_TRAINED
 from prism_deco.distributed import World
 from prism_deco.evaluation.base import Benchmark, Model
 from prism_deco.evaluation.image_check import bad_images
 from prism_deco.evaluation.items import Item, Prediction
-from prism_deco.evaluation.predictions import VARIANTS, PredictionStore
+from prism_deco.evaluation.predictions import ASK, VARIANTS, PredictionStore
 from prism_deco.evaluation.scoring import predict, summarise
 from prism_deco.files import write_json
 
@@ -32,6 +33,7 @@ def evaluate(
     image_cache: int = 128,
     model_id: str | None = None,
     dtype: str | None = None,
+    ask: str = AS_TRAINED,
     progress: bool = True,
     world: World | None = None,
 ) -> dict[str, Any]:
@@ -46,6 +48,7 @@ def evaluate(
         image_cache: images whose visual tokens are held at a time.
         model_id: tells models apart (a hash of the weights, say): answers of two are never mixed in a folder.
         dtype: what the model computes in; recorded, and not mixed either.
+        ask: how the model asks (`Model.ask`); recorded, and not mixed either.
         world: the processes that share the images, all of which call this and see `out_dir`; None is this one alone.
 
     Returns:
@@ -58,6 +61,8 @@ def evaluate(
     world = world or World()
     items = benchmark.items()
     decoding = {"strategy": "greedy", "max_new_tokens": benchmark.max_new_tokens, "dtype": dtype, "model": model_id}
+    if ask != AS_TRAINED:
+        decoding[ASK] = ask
     store = PredictionStore(out_dir, items, decoding | {VARIANTS: list(benchmark.variants)}, world.rank, world.size)
     world.barrier()  # nobody writes before all have read what is there
     if world.is_main:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from prism_deco.errors import UsageError
 from prism_deco.inference import answer_ids
 from prism_deco.llms import LanguageModel
-from prism_deco.llms.encoding import Encoded
+from prism_deco.llms.encoding import Encoded, answers_only
 from prism_deco.sequence import sequence_length
 
 # What a decoder writes for bytes that are no whole character yet.
@@ -34,7 +34,7 @@ def encode_answer(llm: LanguageModel, prompt: str, answer: str, visual_tokens: i
         UsageError: the answer is empty, or the text too long.
     """
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    encoded = llm.encode(messages, num_images=1)
+    encoded = answers_only(llm.encode(messages, num_images=1))
     try:
         ids = answer_ids(llm, encoded)
     except UsageError as error:

@@ -32,8 +32,8 @@ SLURM_NOT_TEXT = (
 )  # fmt: skip
 """submitit's options that YAML reads: numbers, switches and lists. The others are text: an account may be 007."""
 
-BENCHMARKS = "evaluate.benchmarks"
-"""Its commas make one list: two cells that differ only in their scoring would be one training done twice."""
+LISTS = ("evaluate.benchmarks", "evaluate.ask")
+"""Their commas make one list: two cells that differ only in their scoring would be one training done twice."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def is_sweep(arguments: Iterable[str]) -> bool:
     """Whether arguments describe several runs: by the name or the YAML of a sweep, or by several values of a key."""
     for argument in arguments:
         key, equals, text = argument.partition("=")
-        if equals and key != BENCHMARKS and len(split_values(text)) > 1:
+        if equals and key not in LISTS and len(split_values(text)) > 1:
             return True
         if not equals and not (argument.endswith(YAML_SUFFIXES) and _is_configuration(Path(argument))):
             return True
@@ -160,7 +160,7 @@ def split_values(text: str) -> list[str]:
 
 
 def _set(spec: Spec, key: str, text: str) -> None:
-    values = [text] if key == BENCHMARKS else split_values(text)
+    values = [text] if key in LISTS else split_values(text)
     if "" in values and len(values) > 1:
         raise UsageError(f"{key}={text}: there is an empty value between the commas.")
     rows = [row for grid in spec.grids for row in grid.rows]

@@ -16,7 +16,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
-from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks, results_name
+from prism_deco.config.benchmarks import benchmark_name, resolve_asks, resolve_benchmarks, results_name
 
 FOLDER = "tensorboard"
 
@@ -89,5 +89,6 @@ def score_names(config: DictConfig) -> list[str]:
     found = []
     for choice in resolve_benchmarks(config.evaluate.benchmarks or ""):
         own = config.benchmark.get(benchmark_name(choice), {})
-        found.append(f"eval/{results_name(choice, own.get('split', config.evaluate.split))}")
+        split = own.get("split", config.evaluate.split)
+        found += [f"eval/{results_name(choice, split, ask)}" for ask in resolve_asks(config.evaluate.ask)]
     return found

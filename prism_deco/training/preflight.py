@@ -25,7 +25,7 @@ from prism_deco.data.examples import Example
 from prism_deco.data.records import Record
 from prism_deco.errors import UsageError
 from prism_deco.llms import Encoded, LanguageModel
-from prism_deco.llms.encoding import IGNORE
+from prism_deco.llms.encoding import IGNORE, answers_only
 from prism_deco.llms.lora import is_adapter
 from prism_deco.llms.prompts import IMAGE_TAG
 from prism_deco.llms.tuning import tuning
@@ -109,10 +109,10 @@ def _check_labels(encoded: Encoded, record: Record, llm: LanguageModel) -> None:
     def decode(tokens: list[int]) -> str:
         return str(llm.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    runs = groupby(encoded.labels, key=lambda label: label != IGNORE)
-    learned = [decode(list(run)) for is_supervised, run in runs if is_supervised]
-    if not learned:
+    if all(label == IGNORE for label in encoded.labels):
         raise _failed("labels", f"record {record.id} has no supervised token")
+    runs = groupby(answers_only(encoded).labels, key=lambda label: label != IGNORE)
+    learned = [decode(list(run)) for is_supervised, run in runs if is_supervised]
     log.info("Preflight: record %s is supervised on %r", record.id, learned)
     answers = [m["content"].replace(IMAGE_TAG, "") for m in record.messages if m["role"] == "assistant"]
     # Compared as the tokenizer renders them: it may change letters (normalisation, unknown ones).
