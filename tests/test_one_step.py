@@ -10,7 +10,7 @@ from prism_deco.config import cache_dir, load_config
 from prism_deco.data import build_source
 from prism_deco.data.records import open_parts
 
-FUNCTIONS = 373
+FUNCTIONS = 380
 FILES = 75
 
 WORLD = ["data.train_images=40", "data.val_images=4", "data.test_images=4", "data.val_items=4", "data.test_items=4"]
