@@ -91,7 +91,11 @@ def build_model(
         )
     place = "meta" if defer_llm else device
     llm = build_llm(group(config, "llm"), quantize=way.quantize, device=place, **prompt_options(config))
-    with device:
+    own_seed = recipe.projector_seed == "tower_width" and not bare
+    # The run's own stream goes on behind it as if nothing had been drawn. (Other devices have streams of their own.)
+    with device, torch.random.fork_rng(devices=[], enabled=own_seed):
+        if own_seed:
+            torch.default_generator.manual_seed(backbone.embed_dim)
         projector = compose_projector(config, backbone, llm, bare=bare)
     if projector.num_tokens >= max_positions(config, llm):
         raise UsageError(

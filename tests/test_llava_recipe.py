@@ -100,7 +100,7 @@ def test_prism_adds_a_padding_token_and_llava_none(recipe, rows):
     assert llm.embedding_rows == rows
 
 
-@pytest.mark.parametrize("recipe", ["prism", "llava_v1_5_align", "llava_v1_5_finetune"])
+@pytest.mark.parametrize("recipe", ["prism", "deco", "llava_v1_5_align", "llava_v1_5_finetune"])
 def test_a_strict_recipe_states_every_value_that_it_relies_on(recipe):
     """A default of the schema may change, and with it a recipe that is silent; keys that change no number may be."""
     stated = set(OmegaConf.load(choice_path("recipe", recipe)))

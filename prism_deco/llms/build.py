@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from prism_deco.config import load_choice
+from prism_deco.config.choices import with_set
 from prism_deco.errors import UsageError
 from prism_deco.files import file_sha256
 from prism_deco.llms.base import LanguageModel
@@ -31,6 +32,7 @@ def build_llm(
     *,
     pretrained: bool | None = None,
     device: torch.device | str | None = None,
+    prompt_set: str | None = None,
     **options: Any,
 ) -> LanguageModel:
     """Builds a language model.
@@ -39,12 +41,14 @@ def build_llm(
         choice: a YAML name under `conf/llm`, or the mapping such a YAML holds.
         pretrained: load weights, or draw random ones from torch's global generator; None follows the YAML.
         device: of the model; on "meta" it is the bare architecture, and nothing is loaded.
+        prompt_set: one of the YAML's `prompt_sets`; None is the format it begins with.
         options: override the YAML's keys (`LLMSpec`).
 
     Raises:
         UsageError: a key or choice is unknown, or weights cannot be found or do not fit.
     """
-    spec = read_spec((load_choice("llm", choice) if isinstance(choice, str) else dict(choice)) | options)
+    content = load_choice("llm", choice) if isinstance(choice, str) else dict(choice)
+    spec = read_spec(with_set({"llm": content}, prompt_set)["llm"] | options)
     pretrained = spec.pretrained if pretrained is None else pretrained
     device = torch.device(device or "cpu")
     if spec.quantize and not pretrained:
@@ -152,7 +156,7 @@ def _check_architecture(spec: LLMSpec, config: PretrainedConfig, path: Path) -> 
     for key, value in (spec.architecture or {}).items():
         found = getattr(config, key, value)
         # The vocabulary may have been resized, and nested values have several spellings.
-        if key != "vocab_size" and isinstance(value, int | str) and found != value:
+        if key != "vocab_size" and isinstance(value, int | float | str) and found != value:
             raise UsageError(f"The weights in {path} are not those of {spec.name}: {key} is {found}, not {value}.")
 
 

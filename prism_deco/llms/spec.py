@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from prism_deco.config.registry import unknown
+from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
 
 
@@ -18,10 +19,10 @@ class LLMSpec:
     """The keys of `conf/llm/*.yaml`."""
 
     name: str
-    chat_template: str
-    """Jinja source of the chat format; see `prism_deco/llms/prompts.py`."""
     special_tokens: Mapping[str, str]
     """`bos_token`, `eos_token`, `pad_token`; a pad token that the tokenizer lacks is added."""
+    chat_template: str | None = None
+    """Jinja source of the chat format (`prism_deco/llms/prompts.py`); None: the tokenizer's own (`own_template.py`)."""
     hub: str | None = None
     """Repository of the weights, and of the tokenizer."""
     revision: str | None = None
@@ -47,9 +48,12 @@ class LLMSpec:
     tokenize: str = "per_turn"
     """per_turn: each turn separately (PRISM) | whole: the conversation at once (LLaVA)."""
     image_slot: str = "after_bos"
-    """after_bos (PRISM) | in_place (LLaVA)."""
+    """after_bos (PRISM) | after_first_token (DeCo's authors) | in_place (LLaVA)."""
     prompt: str = "chat"
     """chat: `chat_template` | plain: LLaVA's alignment prompt, image and caption only."""
+    asks: Mapping[str, str | None] | None = None
+    """Other ways to ask a question than as trained (`evaluate.ask`), by name: text with `{question}`, and with
+    `{image}` unless `image_slot` is after_first_token. None is as trained."""
     quantize: str | None = None
     """nf4: four bits per weight of the linear layers, by bitsandbytes on a GPU (QLoRA); None: as `dtype` says."""
     dtype: str = "float32"
@@ -64,13 +68,20 @@ def read_spec(content: Mapping[str, Any]) -> LLMSpec:
     for key in content:
         if key not in known:
             raise unknown("key of an LLM", key, known)
-    for key in ("name", "chat_template", "special_tokens"):
+    for key in ("name", "special_tokens"):
         if not content.get(key):
             raise UsageError(f"The LLM {content.get('name', '')!r} has no `{key}`: set it in its YAML.")
     spec = LLMSpec(**content)
     if not isinstance(getattr(torch, spec.dtype, None), torch.dtype):
         raise UsageError(f"llm.dtype={spec.dtype} is not a torch dtype: choose float32, bfloat16 or float16.")
     return spec
+
+
+def check_ask(spec: LLMSpec, ask: str) -> None:
+    """`UsageError` unless the LLM can be asked in that way."""
+    known = [AS_TRAINED, *(spec.asks or {})]
+    if ask not in known:
+        raise unknown(f"way to ask {spec.name}", ask, known)
 
 
 def architecture(spec: LLMSpec) -> PretrainedConfig:

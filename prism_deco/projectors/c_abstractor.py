@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prism_deco.errors import UsageError
 from prism_deco.projectors.base import PROJECTORS, Projector, square_grid
-from prism_deco.projectors.layers import build_mlp, init_normal
+from prism_deco.projectors.layers import build_mlp, check_init, init_normal
 from prism_deco.projectors.windows import average_pool
 
 
@@ -30,7 +30,7 @@ class CAbstractor(Projector):
         readout_depth: linear layers of the MLP behind the second stage.
         position_embedding: add a learned position table to the features.
         init: what weights start from. `normal`: N(0, 0.02) and biases of zero, as Honeybee; `torch`: the layers' own
-            draws, as in the code of DeCo's authors. The position table is the same in both.
+            draws, in the order of the code of DeCo's authors. The position table is distributed alike in both.
     """
 
     def __init__(
@@ -47,19 +47,20 @@ class CAbstractor(Projector):
         init: str = "normal",
     ):
         super().__init__(in_dim, out_dim, in_grid, square_grid(num_tokens, in_grid))
-        if init not in ("normal", "torch"):
-            raise UsageError(f"init={init!r} is unknown: choose normal or torch.")
+        check_init(init)
         if depth < 1:
             raise UsageError(f"c_abstractor with depth={depth} has no convolutions: choose 1 or more, or avgpool.")
+        table = torch.empty(1, in_grid[0] * in_grid[1], in_dim) if position_embedding else None
+        if init == "torch" and table is not None:
+            nn.init.trunc_normal_(table, std=0.02)  # drawn first, as in the authors' code
         self.stage1 = _stage(depth, in_dim, hidden_dim)
         self.stage2 = _stage(depth, hidden_dim, hidden_dim)
         self.readout = build_mlp(hidden_dim, out_dim, readout_depth, activation=nn.SiLU)
         if init == "normal":
             self.apply(init_normal)
-        self.position: nn.Parameter | None = None
-        if position_embedding:
-            self.position = nn.Parameter(torch.empty(1, in_grid[0] * in_grid[1], in_dim))
-            nn.init.trunc_normal_(self.position, std=0.02)
+            if table is not None:
+                nn.init.trunc_normal_(table, std=0.02)
+        self.position = nn.Parameter(table) if table is not None else None
 
     def project(self, features: Tensor) -> Tensor:
         """float[B, N, in_dim] -> float[B, M, out_dim]."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from prism_deco.errors import UsageError
 from prism_deco.projectors.attention import DeformableAttention, SelfAttention
 from prism_deco.projectors.base import PROJECTORS, Projector, square_grid
-from prism_deco.projectors.layers import init_normal, without_autocast
+from prism_deco.projectors.layers import check_init, init_normal, without_autocast
 from prism_deco.projectors.windows import average_pool
 
 
@@ -20,14 +20,24 @@ class DecoderLayer(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, points: int, ffn_dim: int, dropout: float, grid: tuple[int, int], directional: bool
+        self,
+        dim: int,
+        heads: int,
+        points: int,
+        ffn_dim: int,
+        dropout: float,
+        grid: tuple[int, int],
+        *,
+        directional: bool,
+        init: str,
     ):
         super().__init__()
         self.self_attention = SelfAttention(dim, heads)
         self.self_norm = nn.LayerNorm(dim)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
         self.ffn_norm = nn.LayerNorm(dim)
-        self.apply(init_normal)
+        if init == "normal":
+            self.apply(init_normal)
         self.cross_attention = DeformableAttention(dim, heads, points, grid, directional)
         self.cross_norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
@@ -69,6 +79,8 @@ class DAbstractor(Projector):
             table is their content; `tgt`: the other way round.
         directional_offsets: start with offsets in the compass directions, as Deformable DETR does (see
             `DeformableAttention`). Honeybee builds on it, but draws all linear layers anew afterwards.
+        init: what weights start from. `normal`: N(0, 0.02) and biases of zero, as Honeybee's whole model; `torch`: the
+            layers' own draws, a query table from N(0, 1), and directional offsets, as its module alone.
     """
 
     compute_dtype = torch.float32
@@ -88,8 +100,10 @@ class DAbstractor(Projector):
         dropout: float = 0.1,
         query_mode: str = "query",
         directional_offsets: bool = False,
+        init: str = "normal",
     ):
         super().__init__(in_dim, out_dim, in_grid, square_grid(num_tokens, in_grid))
+        check_init(init)
         if query_mode not in ("query", "tgt"):
             raise UsageError(f"query_mode={query_mode!r} is unknown: choose query or tgt.")
         if depth < 1:
@@ -99,9 +113,11 @@ class DAbstractor(Projector):
         self.input = nn.Linear(in_dim, hidden_dim) if in_dim != hidden_dim else nn.Identity()
         self.output = nn.Linear(hidden_dim, out_dim) if hidden_dim != out_dim else nn.Identity()
         self.queries = nn.Embedding(self.num_tokens, hidden_dim)
-        self.apply(init_normal)
+        if init == "normal":
+            self.apply(init_normal)
+        directional = directional_offsets or init == "torch"
         self.layers = nn.ModuleList(
-            DecoderLayer(hidden_dim, heads, points, ffn_dim, dropout, in_grid, directional_offsets)
+            DecoderLayer(hidden_dim, heads, points, ffn_dim, dropout, in_grid, directional=directional, init=init)
             for _ in range(depth)
         )
         self.position = nn.Parameter(torch.empty(1, in_grid[0] * in_grid[1], hidden_dim))

@@ -53,6 +53,12 @@ def init_normal(module: nn.Module, std: float = 0.02) -> None:
         nn.init.zeros_(module.bias)
 
 
+def check_init(init: str) -> None:
+    """`UsageError` unless `init` names a start of an abstractor's weights."""
+    if init not in ("normal", "torch"):
+        raise UsageError(f"init={init!r} is unknown: choose normal or torch.")
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A region whose dtypes are what the code says, also inside `torch.autocast`."""
     # Devices that autocast does not know (meta) refuse even to have it switched off.

@@ -12,7 +12,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from prism_deco.errors import UsageError
 from prism_deco.projectors.base import PROJECTORS, Projector, square_grid
-from prism_deco.projectors.layers import build_mlp
+from prism_deco.projectors.layers import build_mlp, check_init, init_normal
 from prism_deco.projectors.qformer_weights import load_qformer
 
 
@@ -26,11 +26,15 @@ class QFormer(Projector):
     Args:
         num_tokens: number of visual tokens (queries), a square.
         depth: layers.
-        hidden_dim: width of the queries.
+        hidden_dim: width of the queries; None is the LLM's.
         heads: attention heads.
-        ffn_dim: hidden width of the feed-forward layers.
+        ffn_dim: hidden width of the feed-forward layers; None is four times that of the queries.
         dropout: share of dropped activations and attention probabilities in training.
         readout_depth: linear layers between the queries and the LLM.
+        input_dim: width to which a linear layer brings the patches first; None is no such layer.
+        query_std: standard deviation of the queries' start.
+        init: what the linear layers in front and behind start from: torch's own draws (`torch`), or N(0, 0.02) and
+            biases of zero (`normal`), as the layers between them always do.
         weights: a BLIP-2 checkpoint of LAVIS or transformers (file or folder) to start from. Its
             layer norm on the patches (`ln_vision`) is then part of this module as `input_norm`. On the
             meta device the file is not touched.
@@ -44,38 +48,48 @@ class QFormer(Projector):
         num_tokens: int | None,
         *,
         depth: int = 2,
-        hidden_dim: int = 768,
+        hidden_dim: int | None = 768,
         heads: int = 12,
-        ffn_dim: int = 3072,
+        ffn_dim: int | None = 3072,
         dropout: float = 0.1,
         readout_depth: int = 1,
+        input_dim: int | None = None,
+        query_std: float = 0.02,
+        init: str = "torch",
         weights: str | None = None,
     ):
         super().__init__(in_dim, out_dim, in_grid, square_grid(num_tokens, in_grid))
         if depth < 1:
             raise UsageError(f"qformer with depth={depth} has no layers: choose 1 or more.")
+        check_init(init)
+        hidden_dim = hidden_dim or out_dim
+        patch_dim = input_dim or in_dim
         self.queries = nn.Parameter(torch.empty(1, self.num_tokens, hidden_dim))
-        nn.init.normal_(self.queries, std=0.02)
-        self.input_norm = nn.LayerNorm(in_dim) if weights else nn.Identity()
+        nn.init.normal_(self.queries, std=query_std)
+        self.input = nn.Linear(in_dim, input_dim) if input_dim else nn.Identity()
+        self.input_norm = nn.LayerNorm(patch_dim) if weights else nn.Identity()
         self.body = Blip2QFormerModel(
             Blip2QFormerConfig(
                 hidden_size=hidden_dim,
                 num_hidden_layers=depth,
                 num_attention_heads=heads,
-                intermediate_size=ffn_dim,
+                intermediate_size=ffn_dim or 4 * hidden_dim,
                 hidden_dropout_prob=dropout,
                 attention_probs_dropout_prob=dropout,
                 cross_attention_frequency=2,
-                encoder_hidden_size=in_dim,
+                encoder_hidden_size=patch_dim,
             )
         )
         self.readout = build_mlp(hidden_dim, out_dim, readout_depth)
+        if init == "normal":
+            self.input.apply(init_normal)
+            self.readout.apply(init_normal)
         if weights and not self.queries.is_meta:
             load_qformer(self, Path(weights))
 
     def project(self, features: Tensor) -> Tensor:
         """float[B, N, in_dim] -> float[B, M, out_dim]."""
-        patches = self.input_norm(features)
+        patches = self.input_norm(self.input(features))
         queries = self.queries.expand(len(features), -1, -1)
         return self.readout(self.body(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state)
 

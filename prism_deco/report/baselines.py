@@ -26,6 +26,8 @@ IGNORED = (
     "data.statistics",
     "recipe.blind",
     "recipe.num_tokens",
+    "recipe.projector_init",
+    "recipe.projector_seed",
     "recipe.projector_lr",
     "recipe.token_scale",
     "recipe.standardise_features",
@@ -36,6 +38,12 @@ IGNORED = (
 
 MOST_QUESTIONS = 10_000
 """Above that, chance is left out: grading every candidate would take minutes."""
+
+
+def benchmark_of(score: Score) -> Benchmark:
+    """The benchmark as it was asked."""
+    variants = score.content.get("variants")
+    return build_benchmark(score.choice, **({"variants": variants} if variants else {}))
 
 
 def main_predictions(benchmark: Benchmark, path: Path) -> list[Prediction]:
@@ -51,7 +59,7 @@ def chance(score: Score) -> float | None:
     if int(score.content["n"]) > MOST_QUESTIONS:
         return None
     try:
-        return constant_chance(build_benchmark(score.choice), load_predictions(score.folder / "predictions.jsonl"))
+        return constant_chance(benchmark_of(score), load_predictions(score.folder / "predictions.jsonl"))
     except UsageError as error:
         log.warning("%s: no chance level: %s", score.folder, error)
         return None

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from prism_deco.report.stats import seed_interval
-from prism_deco.training.status import THROUGH
+from prism_deco.training.progress import THROUGH
 
 PROJECTORS = ("linear", "avgpool", "maxpool", "qformer", "c_abstractor", "d_abstractor")
 """Their order in tables and figures; projectors from elsewhere follow by name."""
@@ -48,6 +48,11 @@ class Score:
     folder: Path
     choice: str = ""
     family: str = ""
+
+    @property
+    def variant(self) -> str:
+        """How the questions of the primary metric were asked; empty where an earlier version did not say."""
+        return str((self.content.get("variants") or [""])[0])
 
     @property
     def maximum(self) -> float:
@@ -198,6 +203,10 @@ class SeedGroup:
         """By seed."""
         found = {cell.seed: cell.scores.get(split, {}).get(benchmark) for cell in self.cells}
         return {seed: score for seed, score in found.items() if score is not None}
+
+    def asked_as(self, benchmark: str, split: str) -> str:
+        """How the questions of the primary metric were asked (see `Score.variant`)."""
+        return "/".join(dict.fromkeys(score.variant for score in self.scores(benchmark, split).values()))
 
     def summary(self, benchmark: str, split: str) -> Summary | None:
         """None where no seed has a score."""

@@ -215,6 +215,37 @@ def test_timm_siglip_and_open_clip_siglip(tiny_open_clip, tmp_path):
         torch.testing.assert_close(features(SIGLIP, tmp_path / file), expected, **TOLERANCE)
 
 
+def test_siglip_384_is_one_tower_in_both_libraries(tmp_path):
+    """DeCo's authors load it by open_clip, and tap the second-to-last block of its trunk; prismatic loads timm's. Here
+    with random weights, and two of the 27 blocks."""
+    config = open_clip.get_model_config("ViT-SO400M-14-SigLIP-384")
+    with torch.device("meta"):
+        theirs = open_clip.model._build_vision_tower(config["embed_dim"], config["vision_cfg"]).trunk
+        own = timm.create_model("vit_so400m_patch14_siglip_384", num_classes=0)
+    towers = [theirs, own]
+    for vit in towers:
+        assert len(vit.blocks) == 27
+        vit.blocks = vit.blocks[:2]
+        vit.to_empty(device="cpu").eval()
+    torch.manual_seed(1)
+    state = {name: torch.randn_like(value) * 0.04 for name, value in theirs.state_dict().items()}
+    image = {"siglip_so400m_384": torch.randn(1, 3, 384, 384)}
+    expected = []
+    for vit in towers:
+        vit.load_state_dict(state)
+        with torch.no_grad():
+            [found] = vit.get_intermediate_layers(*image.values(), n={len(vit.blocks) - 2})
+        expected.append(found)
+    assert expected[0].shape == (1, 27 * 27, 1152) and expected[0].std() > 0.1
+    assert torch.equal(*expected)
+    for prefix in ("", "visual.trunk."):  # as timm names the weights, and as open_clip does
+        save_file({f"{prefix}{name}": value for name, value in state.items()}, tmp_path / "weights.safetensors")
+        backbone = build_backbone("siglip_so400m_384", weights=str(tmp_path / "weights.safetensors"), layer=0)
+        torch.testing.assert_close(backbone(image), expected[0], **TOLERANCE)
+    bare = build_backbone("siglip_so400m_384", pretrained=False, device="meta")
+    assert (bare.trunk.depth, bare.trunk.tap) == (27, 27 - 2)
+
+
 def test_timm_clip_and_open_clip_clip(tiny_open_clip, tmp_path):
     """timm's ViT with a pre-norm, a class token and QuickGELU is open_clip's tower under other names."""
     model = randomised(open_clip.create_model("tiny-clip", load_weights=False))

@@ -133,13 +133,13 @@ def test_torchs_own_initialisation_is_that_of_the_layers_alone():
     torch.manual_seed(0)
     state = build(init="torch").state_dict()
     torch.manual_seed(0)
+    position = nn.init.trunc_normal_(torch.empty(1, GRID[0] * GRID[1], IN_DIM), std=0.02)  # first in the authors' code
     options = {"stride": 1, "dilation": 1, "act_layer": nn.SiLU, "norm_layer": LayerNorm2d}
     parts = {
         "stage1": RegStage(2, IN_DIM, HIDDEN, **options),
         "stage2": RegStage(2, HIDDEN, HIDDEN, **options),
         "readout": nn.Sequential(nn.Linear(HIDDEN, OUT_DIM), nn.SiLU(), nn.Linear(OUT_DIM, OUT_DIM)),
     }
-    position = nn.init.trunc_normal_(torch.empty(1, GRID[0] * GRID[1], IN_DIM), std=0.02)
     expected = {
         f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()
     }

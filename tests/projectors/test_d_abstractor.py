@@ -186,7 +186,7 @@ def test_the_start_is_honeybees():
     """Behind CLIP-L, as its YAML builds it: no input layer, 2 decoder layers, 57 tensors."""
     torch.manual_seed(0)
     options = load_choice("projector", "d_abstractor")
-    options |= {"num_tokens": 144}
+    options |= {"num_tokens": 144, "init": "normal"}
     projector = build_projector(options.pop("name"), 1024, 96, (24, 24), **options)
     tensors = dict(projector.named_parameters())
     assert len(tensors) == 57
@@ -204,6 +204,27 @@ def _differs(name: str, parameter: torch.Tensor) -> bool:
     except AssertionError:
         return True
     return False
+
+
+def test_torchs_own_start_is_that_of_the_layers():
+    """Honeybee's module before the `post_init` of its model: torch's bounds of 1 / sqrt(width) for linear layers, whose
+    biases are drawn, too; queries from N(0, 1); Deformable DETR's start of its attention."""
+    torch.manual_seed(0)
+    state = build_projector("d_abstractor", 96, 48, (6, 6), 16, hidden_dim=64, ffn_dim=80, init="torch").state_dict()
+    assert state["queries.weight"].std() == pytest.approx(1, rel=0.1)
+    assert state["position"].std() == pytest.approx(0.02, rel=0.15)
+    widths = {"input": 96, "output": 64, "layers.1.ffn.0": 64, "layers.1.ffn.2": 80, "layers.0.self_attention.key": 64}
+    for name, width in widths.items():
+        for part in ("weight", "bias"):
+            largest = state[f"{name}.{part}"].abs().max().item() * math.sqrt(width)
+            assert 0.9 < largest <= 1.0001, (name, part)
+    for layer in (0, 1):
+        attention = f"layers.{layer}.cross_attention"
+        assert state[f"{attention}.offsets.bias"].abs().max() == 4 and not state[f"{attention}.offsets.weight"].any()
+        bound = math.sqrt(6 / (64 + 64))  # Xavier
+        assert 0.9 < state[f"{attention}.value.weight"].abs().max() / bound <= 1.0001
+    with pytest.raises(ValueError, match="init='zeros' is unknown: choose normal or torch"):
+        build(init="zeros")
 
 
 @pytest.mark.parametrize("query_mode", ["query", "tgt"])

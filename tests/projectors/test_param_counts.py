@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from prism_deco.build import group
 from prism_deco.projectors import build_projector
+from prism_deco.sweep.expand import expand
+from prism_deco.sweep.spec import parse
 
 # Patch feature width -> patch grid: CLIP ViT-L/14-336; SigLIP-384; DINOv2 + SigLIP at 384.
 GRIDS = {1024: (24, 24), 1152: (27, 27), 2176: (27, 27)}
@@ -44,6 +47,22 @@ def test_linear_and_max_pooling_have_the_mlp_of_average_pooling(dims):
     grid = GRIDS[dims[0]]
     assert count("linear", *dims, grid, None) == count("maxpool", *dims, grid, 144) == TABLE[dims][0]
     assert count("linear", *dims, grid, None, **FUSED) == count("maxpool", *dims, grid, 144, **FUSED) == TABLE[dims][1]
+
+
+def test_the_q_former_of_the_authors_code():
+    """Linear, two layers of the LLM's width with one cross-attention to 1408 channels, linear: at 1024 -> 4096."""
+    width, patches = 4096, 1408
+    square = width * width + width
+    norm = 2 * width
+    attention = 4 * square + norm
+    cross_attention = 2 * square + 2 * (patches * width + width) + norm
+    feed_forward = (width * 4 * width + 4 * width) + (4 * width * width + width) + norm
+    outside = 144 * width + norm + (1024 * patches + patches) + square
+    expected = outside + 2 * (attention + feed_forward) + cross_attention
+    [cell] = expand(parse(["projectors", "projector=qformer", "projector.heads=64"]))
+    options = group(cell.config, "projector")
+    assert options.pop("weights") is None and options.pop("num_tokens") == 144
+    assert count(options.pop("name"), 1024, width, (24, 24), 144, **options) == expected == 466_695_552
 
 
 def test_other_settings():

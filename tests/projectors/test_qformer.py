@@ -28,12 +28,12 @@ def attention(x, source, state, name):
     """The sub-layer: attention, projection, shortcut, norm; and its probabilities [B, H, M, K]."""
 
     def heads(tensor):
-        return tensor.unflatten(-1, (HEADS, DIM // HEADS)).transpose(1, 2)
+        return tensor.unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
     query = heads(linear(x, state, f"{name}.attention.query"))
     key = heads(linear(source, state, f"{name}.attention.key"))
     value = heads(linear(source, state, f"{name}.attention.value"))
-    probabilities = (query @ key.transpose(-1, -2) / math.sqrt(DIM // HEADS)).softmax(-1)
+    probabilities = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(-1)
     mixed = (probabilities @ value).transpose(1, 2).flatten(2)
     return layer_norm(
         x + linear(mixed, state, f"{name}.output.dense"), state, f"{name}.output.LayerNorm"
@@ -41,6 +41,8 @@ def attention(x, source, state, name):
 
 
 def by_hand(features, state, depth):
+    if "input.weight" in state:
+        features = linear(features, state, "input")
     x = layer_norm(state["queries"], state, "body.layernorm").expand(len(features), -1, -1)
     maps = []
     for index in range(depth):
@@ -72,6 +74,32 @@ def test_forward(depth):
     projector, features = shaken(depth=depth)
     expected, _ = by_hand(features, projector.state_dict(), depth)
     torch.testing.assert_close(projector(features), expected, rtol=1e-9, atol=1e-10)
+
+
+FROM_SCRATCH = {"hidden_dim": None, "ffn_dim": None, "dropout": 0.0, "input_dim": 14, "query_std": 0.0}
+FROM_SCRATCH |= {"init": "normal"}
+
+
+def test_the_authors_own_has_the_width_of_the_llm_and_a_linear_layer_in_front():
+    projector, features = shaken(**FROM_SCRATCH)
+    state = projector.state_dict()
+    assert state["queries"].shape == (1, TOKENS, OUT_DIM) and state["input.weight"].shape == (14, IN_DIM)
+    assert state["body.encoder.layer.1.intermediate_query.dense.weight"].shape == (4 * OUT_DIM, OUT_DIM)
+    expected, _ = by_hand(features, state, depth=2)
+    torch.testing.assert_close(projector.train()(features), expected, rtol=1e-9, atol=1e-10)  # without dropout
+
+
+def test_the_authors_own_starts_from_zero_queries_and_small_normal_weights():
+    torch.manual_seed(0)
+    projector = build_projector("qformer", 80, 96, GRID, TOKENS, **FROM_SCRATCH | {"heads": 4, "input_dim": 90})
+    assert not projector.queries.any()
+    for name, parameter in projector.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif parameter.ndim == 2:
+            assert parameter.detach().std() == pytest.approx(0.02, rel=0.05), name
+    with pytest.raises(ValueError, match="init='zeros' is unknown"):
+        build(init="zeros")
 
 
 def test_two_layers_have_one_cross_attention():

@@ -41,7 +41,8 @@ def _main(arguments: list[str], environment: dict[str, str], log: Path) -> None:
     stream = log.open("a")
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
-    sys.exit(main(arguments))
+    sys.argv = ["prism-deco", *arguments]
+    sys.exit(main())  # as the command, which owns its process
 
 
 class Job:
