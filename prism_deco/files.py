@@ -99,8 +99,12 @@ def refusals_named(path: Path, way_out: str, access: str = "read") -> Iterator[N
 
 def full_disk(places: Iterable[Path], error: BaseException) -> str:
     """`PLACE: No space left on device (0.0 MB free).` A write that fails does not say where: it is the fullest of the
-    places that a command writes to."""
-    free, place = min((shutil.disk_usage(nearest_existing(place.absolute())).free, place) for place in places)
+    places that a command writes to; of several on one disk, the first."""
+    by_disk: dict[int, tuple[int, Path]] = {}
+    for place in places:
+        folder = nearest_existing(place.absolute())
+        by_disk.setdefault(folder.stat().st_dev, (shutil.disk_usage(folder).free, place))
+    free, place = min(by_disk.values())
     reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
     return f"{place}: {reason} ({free / 1e6:.1f} MB free)."
 

@@ -165,6 +165,13 @@ def test_a_single_question_needs_no_lists(asked, tmp_path):
     assert model.generate([red, blue], "What?", max_new_tokens=4) == model.generate([[red, blue]], ["What?"], 4)
 
 
+def test_a_model_says_what_it_is(asked):
+    model, _, _ = asked
+    names = [model.config[group].name for group in ("backbone", "projector", "llm")]
+    assert all(name in repr(model) for name in names) and repr(model).startswith("Model(backbone=")
+    assert repr(model).endswith(f" {len(model.encode_images([Image.new('RGB', (8, 8))])[0])} visual tokens, on cpu)")
+
+
 def test_no_questions_have_no_answers(asked):
     model, _, _ = asked
     assert model.generate([], []) == []
