@@ -14,12 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from prism_deco.config.registry import import_plugins
+from prism_deco.config.schema import AS_TRAINED
 from prism_deco.data.images import open_image
 from prism_deco.data.loader import stack_pixels
 from prism_deco.distributed import requested_device
 from prism_deco.errors import UsageError
 from prism_deco.explain import Relevance, relevance
 from prism_deco.export import SHARD_SIZE, save_folder
+from prism_deco.files import check_folder
 from prism_deco.inference import answer, answer_losses, first_token_probabilities
 from prism_deco.llms import LanguageModel
 from prism_deco.training.entry import run as run_training
@@ -40,12 +42,18 @@ class Model:
         vlm: the `nn.Module`.
         llm: the language model's tokenizer and chat format.
         config: the configuration it was trained with.
+        ask: how `generate` and `choice_probabilities` ask, see `LanguageModel.ask`.
     """
 
     def __init__(self, vlm: VLM, llm: LanguageModel, config: DictConfig):
         self.vlm = vlm
         self.llm = llm
         self.config = config
+        self.ask = AS_TRAINED
+
+    def __repr__(self) -> str:
+        chosen = ", ".join(f"{group}={self.config[group].name}" for group in ("backbone", "projector", "llm"))
+        return f"Model({chosen}, {self.vlm.projector.num_tokens} visual tokens, on {self.device})"
 
     @property
     def device(self) -> torch.device:
@@ -67,14 +75,14 @@ class Model:
             One answer per question.
         """
         visual, prompts = self._questions(images, prompts)
-        return answer(self.vlm, self.llm, visual, prompts, max_new_tokens=max_new_tokens)
+        return answer(self.vlm, self.llm, visual, prompts, max_new_tokens=max_new_tokens, ask=self.ask)
 
     def choice_probabilities(
         self, images: Images | Sequence[Images], prompts: str | Sequence[str], choices: Sequence[str]
     ) -> Tensor:
         """float[questions, choices]: the first answer token's softmax restricted to the choices."""
         visual, prompts = self._questions(images, prompts)
-        return first_token_probabilities(self.vlm, self.llm, visual, prompts, choices)
+        return first_token_probabilities(self.vlm, self.llm, visual, prompts, choices, ask=self.ask)
 
     def answer_losses(
         self, images: Images | Sequence[Images], prompts: str | Sequence[str], answers: Sequence[str]
@@ -191,8 +199,7 @@ def load(
     """
     target = requested_device(str(device))
     folder = Path(run)
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
+    check_folder(folder)
     import_plugins(plugins)
     vlm, llm, config = load_model(folder / "model" if (folder / "model").is_dir() else folder)
     if dtype is not None:

@@ -31,6 +31,9 @@ OUT_OF_MEMORY = 76
 """Exit code of a run that ran out of memory."""
 
 
+_owns_process = False
+
+
 def take_over(numbers: Iterable[int], handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
     """Installs a handler for signals, except those the process was started to ignore (as `nohup` does).
 
@@ -39,6 +42,27 @@ def take_over(numbers: Iterable[int], handler: Callable[[int, FrameType | None],
     """
     heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heeded}
+
+
+@contextmanager
+def taken_over(numbers: Iterable[int], handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """`take_over` for what a process has to do; does nothing outside the main thread, where Python has no handlers.
+
+    Where the process ends by that (`own_process`), the exit code is then decided: it ignores `SIGNALS` from there on.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = take_over(numbers if in_main_thread else (), handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_IGN if _owns_process and number in SIGNALS else earlier)
+
+
+def own_process() -> None:
+    """Says that this process is the command, or a rank of it: nothing follows what it was started for."""
+    global _owns_process
+    _owns_process = True
 
 
 class Stop(Exception):
@@ -122,27 +146,25 @@ class Preemption:
     later start could not repeat, and the handler raises `Preempted` or `Interrupted`. A second Ctrl-C ends the
     process at once.
 
+    Args:
+        alone: no other process sees to this one. One of several may get the same Ctrl-C twice, from a scheduler and
+            from the process that started it; that one ends it at once if it is meant.
+
     Attributes:
         requested: how it was asked; None if it was not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = True) -> None:
+        self._alone = alone
         self.requested: type[Preempted] | None = None
         self._waits = False
         self._pid = os.getpid()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Handles the signals; does nothing outside the main thread, where Python has no handlers."""
-        if threading.current_thread() is not threading.main_thread():
+        """Handles the signals; does nothing outside the main thread."""
+        with taken_over((signal.SIGINT, *SIGNALS), self._handle):
             yield
-            return
-        before = take_over((signal.SIGINT, *SIGNALS), self._handle)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @contextmanager
     def at_boundaries(self) -> Iterator[None]:
@@ -162,7 +184,7 @@ class Preemption:
         if os.getpid() != self._pid:
             return  # a forked loader process: a terminal's Ctrl-C reaches it as well
         if self.requested:
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and self._alone:
                 raise KeyboardInterrupt
             return
         self.requested = Interrupted if number == signal.SIGINT else Preempted

@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -53,8 +54,10 @@ def read_json(
     Raises:
         UsageError: the file is damaged, or is missing one of the keys.
     """
+    with refusals_named(path, way_out):
+        encoded = path.read_bytes()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(encoded.decode())
     except ValueError as error:
         raise UsageError(f"{path} is damaged ({error}). {way_out}") from error
     if not isinstance(content, dict):
@@ -67,13 +70,43 @@ def read_json(
 
 def check_writable(folder: Path, way_out: str) -> None:
     """Raises `UsageError` where nothing can be written to a folder, or to the place where it is to be made."""
-    try:
+    with refusals_named(folder, way_out, "written"):
         with suppress(FileNotFoundError, NotADirectoryError):
             folder.stat()  # its name may be too long
         with TemporaryFile(dir=nearest_existing(folder)):
             pass
+
+
+def check_folder(folder: Path) -> None:
+    """Raises `UsageError` where a run's folder is none."""
+    with refusals_named(folder, "Give a run folder such as runs/RUN_ID."):
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
+
+
+@contextmanager
+def refusals_named(path: Path, way_out: str, access: str = "read") -> Iterator[None]:
+    """Raises `UsageError` where the system refuses a file or folder that the user named: missing permissions, a name
+    too long. A file that is missing is the caller's to tell. It stands around the operation alone: elsewhere, such an
+    error is a bug."""
+    try:
+        yield
     except OSError as error:
-        raise UsageError(f"{folder} cannot be written ({error.strerror}). {way_out}") from error
+        if access == "read" and isinstance(error, FileNotFoundError):
+            raise
+        raise UsageError(f"{path} cannot be {access} ({error.strerror}). {way_out}") from error
+
+
+def full_disk(places: Iterable[Path], error: BaseException) -> str:
+    """`PLACE: No space left on device (0.0 MB free).` A write that fails does not say where: it is the fullest of the
+    places that a command writes to; of several on one disk, the first."""
+    by_disk: dict[int, tuple[int, Path]] = {}
+    for place in places:
+        folder = nearest_existing(place.absolute())
+        by_disk.setdefault(folder.stat().st_dev, (shutil.disk_usage(folder).free, place))
+    free, place = min(by_disk.values())
+    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+    return f"{place}: {reason} ({free / 1e6:.1f} MB free)."
 
 
 def nearest_existing(path: Path) -> Path:

@@ -10,26 +10,34 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.generation.streamers import BaseStreamer
 
+from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
 from prism_deco.llms import Encoded, LanguageModel, Message
-from prism_deco.llms.encoding import IGNORE
+from prism_deco.llms.encoding import IGNORE, answers_only
 from prism_deco.sequence import Batch, build_batch
 from prism_deco.vlm import VLM
 
 
 @torch.no_grad()
 def answer(
-    vlm: VLM, llm: LanguageModel, visual: Sequence[Sequence[Tensor]], prompts: Sequence[str], *, max_new_tokens: int
+    vlm: VLM,
+    llm: LanguageModel,
+    visual: Sequence[Sequence[Tensor]],
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    ask: str = AS_TRAINED,
 ) -> list[str]:
     """Greedy answers to a batch of questions.
 
     Args:
         visual: per question its images' visual tokens, float[M, E] each; empty for a text-only one.
         prompts: raw questions; the LLM's chat template is applied.
+        ask: how, see `LanguageModel.ask`.
     """
     if not prompts:
         return []
-    encoded = [_prompt(llm, p, len(v)) for p, v in zip(prompts, visual, strict=True)]
+    encoded = [llm.ask(p, len(v), ask) for p, v in zip(prompts, visual, strict=True)]
     return _generate(vlm, llm, visual, encoded, max_new_tokens=max_new_tokens)
 
 
@@ -83,21 +91,31 @@ def _generate(
 
 @torch.no_grad()
 def first_token_probabilities(
-    vlm: VLM, llm: LanguageModel, visual: Sequence[Sequence[Tensor]], prompts: Sequence[str], choices: Sequence[str]
+    vlm: VLM,
+    llm: LanguageModel,
+    visual: Sequence[Sequence[Tensor]],
+    prompts: Sequence[str],
+    choices: Sequence[str],
+    *,
+    ask: str = AS_TRAINED,
 ) -> Tensor:
-    """float[questions, choices]: softmax of the first answer token restricted to the choices.
+    """float[questions, choices]: softmax of the first generated token restricted to the choices.
 
     The choices' token ids are read off the context they continue: the conversation is encoded with the
-    choice as its answer, so that a leading space or its absence is as in training.
+    choice as its answer, so that a leading space or its absence is as in training. They are the same however the
+    question is asked.
+
+    Args:
+        ask: how, see `LanguageModel.ask`.
 
     Raises:
         UsageError: two choices begin with the same token.
     """
     if not prompts:
         return torch.empty(0, len(choices))
-    prompt_ids = [_prompt(llm, p, len(v)) for p, v in zip(prompts, visual, strict=True)]
-    candidates = torch.tensor([_first_ids(llm, p, e, choices) for p, e in zip(prompts, prompt_ids, strict=True)])
-    batch = _prompt_batch(vlm, llm, prompt_ids)
+    counts = [len(images) for images in visual]
+    candidates = torch.tensor([_first_ids(llm, p, n, choices) for p, n in zip(prompts, counts, strict=True)])
+    batch = _prompt_batch(vlm, llm, [llm.ask(p, n, ask) for p, n in zip(prompts, counts, strict=True)])
     hidden = vlm.hidden_states(batch, _stack(visual, vlm))[:, -1]
     logits = vlm.logits(hidden).float().gather(1, candidates.to(hidden.device))
     return logits.softmax(dim=1).cpu()
@@ -122,7 +140,7 @@ def answer_losses(
     encoded = []
     for prompt, text, images in zip(prompts, answers, visual, strict=True):
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
-        encoded.append(llm.encode(messages, num_images=len(images)))
+        encoded.append(answers_only(llm.encode(messages, num_images=len(images))))
     batch = build_batch(encoded, vlm.projector.num_tokens).to(_device(vlm))
     if batch.input_ids.shape[1] > llm.max_positions:
         raise UsageError(
@@ -142,8 +160,8 @@ def answer_losses(
 
 
 def answer_ids(llm: LanguageModel, encoded: Encoded) -> list[int]:
-    """Ids of the tokens of a conversation's answer: the supervised ones without the token that ends the answer and
-    whitespace before it.
+    """Ids of the tokens of a conversation's answer: the supervised ones (see `answers_only`) without the token that
+    ends the answer and whitespace before it.
 
     Raises:
         UsageError: the answer is empty.
@@ -157,17 +175,12 @@ def answer_ids(llm: LanguageModel, encoded: Encoded) -> list[int]:
     return ids[:end]
 
 
-def _prompt(llm: LanguageModel, prompt: str, images: int) -> Encoded:
-    messages = [{"role": "user", "content": prompt}]
-    return llm.encode(messages, num_images=images, add_generation_prompt=True)
-
-
-def _first_ids(llm: LanguageModel, prompt: str, encoded: Encoded, choices: Sequence[str]) -> list[int]:
+def _first_ids(llm: LanguageModel, prompt: str, images: int, choices: Sequence[str]) -> list[int]:
+    start = len(llm.ask(prompt, images).input_ids)
     ids = []
     for choice in choices:
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": choice}]
-        whole = llm.encode(messages, num_images=len(encoded.image_slots)).input_ids
-        ids.append(whole[len(encoded.input_ids)])
+        ids.append(llm.encode(messages, num_images=images).input_ids[start])
     if len(set(ids)) < len(choices):
         raise UsageError(f"The choices {', '.join(choices)} do not begin with different tokens of this tokenizer.")
     return ids

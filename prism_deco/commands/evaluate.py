@@ -11,14 +11,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
 from prism_deco.config import parse_value, read_config
-from prism_deco.config.choices import benchmark_name, resolve_benchmarks, results_name
+from prism_deco.config.choices import benchmark_name, group_keys, resolve_asks, resolve_benchmarks, results_name
+from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
-from prism_deco.files import check_writable, read_json
+from prism_deco.files import check_folder, check_writable, read_json
 
 if TYPE_CHECKING:  # benchmarks need torch
     from prism_deco.evaluation import Benchmark
 
-KEYS = ("batch_size", "plugins")
+KEYS = ("ask", "batch_size", "plugins")
 FILE = "predictions.jsonl"
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "arguments",
         nargs="*",
         metavar="RUN KEY=VALUE",
-        help="run folder; benchmark=NAMES (default: the run's) split=S limit=N batch_size=N benchmark.NAME.root=DIR "
-        "plugins=[MODULE]",
+        help="run folder; benchmark=NAMES (default: the run's) split=S limit=N ask=NAMES batch_size=N "
+        "benchmark.NAME.root=DIR plugins=[MODULE]",
     )
     parser.add_argument("--out", type=Path, help="folder of the results, one folder per benchmark (default: RUN/eval)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type to compute in (default: the run's)")
@@ -62,8 +63,11 @@ def evaluate(args: argparse.Namespace) -> None:
     names = asked.benchmarks or _trained_with(run)
     check_keys(names, asked.options, asked.own, also=also)
     own = {}
+    of_groups = group_keys(names)
     for name in map(benchmark_name, resolve_benchmarks(names)):
-        own[name] = stored_keys(run, name, leave_out=asked.options) | asked.own.get(name, {})
+        usual = of_groups.get(name, {}) | stored_keys(run, name)
+        usual = {key: value for key, value in usual.items() if key not in asked.options}
+        own[name] = usual | asked.own.get(name, {})
     batch_size = parse_value("batch_size", asked.others.get("batch_size", "64"))
     if type(batch_size) is not int or batch_size < 1:
         raise UsageError(f"batch_size={batch_size} must be a whole number above 0.")
@@ -72,7 +76,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
     world = World.of_torchrun()
     with world.joined():
-        score_run(run, names, asked.options, own, world=world, **more)
+        asks = resolve_asks(asked.others.get("ask", AS_TRAINED))
+        score_run(run, names, asked.options, own, world=world, asks=asks, **more)
 
 
 def _score_file(path: Path, asked: Asked) -> None:
@@ -100,6 +105,7 @@ def score_run(
     own: Mapping[str, Mapping[str, Any]] | None = None,
     *,
     world: World,
+    asks: Sequence[str] = (AS_TRAINED,),
     batch_size: int = 64,
     out: Path | None = None,
     device: str | None = None,
@@ -114,6 +120,7 @@ def score_run(
         options: keys of all their YAMLs to replace (split, limit, root); None keeps what a YAML says.
         own: keys of single YAMLs, by the benchmark's name.
         world: the processes that share the images, all of which call this.
+        asks: how to ask, see `evaluate.ask`; each has results of its own.
         batch_size: questions per generation.
         out: folder of the results; None is the run's `eval`.
         device: cpu | cuda, which must be there; None is what the run was trained on, or the CPU.
@@ -123,18 +130,22 @@ def score_run(
     import torch
 
     from prism_deco.api import load
+    from prism_deco.build import group
     from prism_deco.distributed import local_device, requested_device
     from prism_deco.evaluation import chance, evaluate, load_predictions, table
     from prism_deco.evaluation.choose import prepare
+    from prism_deco.llms.spec import check_ask, read_spec
 
     chosen = requested_device(device) if device else None
     names = resolve_benchmarks(names)
     benchmarks = prepare(names, options, own, root=own_benchmarks(folder))
-    folders = [
-        (out or folder / "eval") / results_name(name, benchmark.split)
-        for name, benchmark in zip(names, benchmarks, strict=True)
-    ]
-    for results_folder in folders:
+    spec = read_spec(group(read_config(folder / "model" / "config.yaml"), "llm"))
+    todo: dict[Path, tuple[str, Benchmark]] = {}
+    for ask in asks:
+        check_ask(spec, ask)
+        for name, benchmark in zip(names, benchmarks, strict=True):
+            todo[(out or folder / "eval") / results_name(name, benchmark.split, ask)] = ask, benchmark
+    for results_folder in todo:
         check_writable(results_folder, "Name a folder for the results with --out.")
     model = load(folder)
     if dtype := dtype or ("bfloat16" if model.config.trainer.precision == "bf16-mixed" else None):
@@ -142,16 +153,16 @@ def score_run(
     model.vlm.to(chosen or local_device(model.config.trainer.accelerator))
     computed_in = str(next(model.vlm.lm.parameters()).dtype).removeprefix("torch.")
     about = {"batch_size": batch_size, "model_id": manifest["model_sha256"], "dtype": computed_in}
-    known = {results_folder: _score(results_folder) for results_folder in folders}
+    known = {results_folder: _score(results_folder) for results_folder in todo}
     results, constant = [], {}
-    for benchmark, results_folder in zip(benchmarks, folders, strict=True):
-        results.append(evaluate(model, benchmark, results_folder, **about, world=world))
+    for results_folder, (model.ask, benchmark) in todo.items():
+        results.append(evaluate(model, benchmark, results_folder, **about, ask=model.ask, world=world))
         if world.is_main:
             constant[benchmark.name] = chance(benchmark, load_predictions(results_folder / FILE))
     if not world.is_main:
         return
     if out is None:
-        scores = {f"eval/{f.name}": _score(f) for f in folders if _score(f) != known[f]}
+        scores = {f"eval/{f.name}": _score(f) for f in todo if _score(f) != known[f]}
         _show_in_tensorboard(folder, scores, manifest["steps"])
     show(table(results, constant, _blind(model.config, benchmarks)))
 
@@ -192,8 +203,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: the folder is none, such as an export, which knows neither its data nor the hash of its weights.
     """
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
+    check_folder(folder)
     path = folder / "manifest.json"
     if path.is_file():
         from prism_deco.config.registry import require_imported
@@ -216,7 +226,7 @@ def _trained_with(run: Path) -> str:
     return benchmarks
 
 
-def stored_keys(run: Path, name: str, leave_out: Container[str]) -> dict[str, Any]:
+def stored_keys(run: Path, name: str, leave_out: Container[str] = ()) -> dict[str, Any]:
     """The keys of a benchmark that a run was trained with (`benchmark.NAME.KEY`): where its files lie, for example."""
     stored: Any = OmegaConf.to_container(read_config(run / "config.yaml").benchmark)
     return {key: value for key, value in stored.get(name, {}).items() if key not in leave_out}

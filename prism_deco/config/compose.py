@@ -104,13 +104,10 @@ def validate(config: DictConfig) -> None:
     except OmegaConfBaseException as error:
         raise UsageError(f"{error.full_key}: {str(error).splitlines()[0]}.") from error
 
-    def is_reference(key: str) -> bool:
-        group, _, leaf = key.rpartition(".")
-        return OmegaConf.is_interpolation(config[group] if group else config, leaf)
-
     values = flatten(content)
+    written: Any = flatten(OmegaConf.to_container(config, resolve=False))  # type: ignore[arg-type]
     # References come last: a wrong value is reported at the key that holds it.
-    for key in sorted(allowed(), key=is_reference):
+    for key in sorted(allowed(), key=lambda key: "${" in str(written[key])):
         _check_value(key, values[key], content["plugins"])
     for key in content["data"]["statistics"] or {}:
         if key not in STATISTICS:

@@ -4,22 +4,32 @@ the `config.yaml` of a run or an export, whose plain values nothing resolves and
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from prism_deco.config.choices import CONF_DIR, YAML_SUFFIXES, choice_path, choices, default_contents
+from prism_deco.config.choices import (
+    CONF_DIR,
+    PROMPT_SETS,
+    YAML_SUFFIXES,
+    choice_path,
+    choices,
+    default_contents,
+    with_set,
+)  # fmt: skip
 from prism_deco.config.compose import compose, default_run_id, set_key, takes_text, validate
 from prism_deco.config.registry import require_imported
 from prism_deco.config.schema import GROUPS
 from prism_deco.config.values import RETIRED, flatten, parse_value, read_yaml, split_pair
 from prism_deco.errors import UsageError
-from prism_deco.files import write_whole
+from prism_deco.files import refusals_named, write_whole
 
 CONFIG = "config.yaml"
+
+_PROMPT_SET = "recipe.prompt_set"
 
 _CLOSED = ("recipe", "trainer")
 """Groups whose YAMLs cannot declare options of their own: nothing would read them."""
@@ -35,6 +45,7 @@ class _Arguments:
         settings: what YAML files set, in order: key, value, and the file.
         overrides: key and text of what the command line sets, in order.
         stored: the stored configuration, if one is given.
+        stored_set: the prompt set that its LLM is under.
     """
 
     choices: dict[str, str] = field(default_factory=dict)
@@ -42,6 +53,7 @@ class _Arguments:
     settings: list[tuple[str, Any, Path]] = field(default_factory=list)
     overrides: list[tuple[str, str]] = field(default_factory=list)
     stored: Path | None = None
+    stored_set: str | None = None
 
     def choose(self, group: str, choice: str) -> None:
         """Takes a choice, in place of what a stored configuration says about the group."""
@@ -74,6 +86,19 @@ def load_config(overrides: Iterable[str] = ()) -> DictConfig:
 
 def _load(arguments: _Arguments) -> DictConfig:
     contents = default_contents(arguments.choices)
+    prompt_set = (arguments.contents.get("recipe") or contents["recipe"]).get("prompt_set")
+    for key, value, _ in arguments.settings:
+        prompt_set = value if key == _PROMPT_SET else prompt_set
+    for key, text in arguments.overrides:
+        prompt_set = parse_value(key, text) if key == _PROMPT_SET else prompt_set
+    if "llm" in arguments.contents:  # with the values of its set
+        if prompt_set != arguments.stored_set:
+            raise UsageError(
+                f"{arguments.stored} holds an LLM of your own as it is under {_PROMPT_SET}={arguments.stored_set}: "
+                f"name its YAML, llm=FILE.yaml, to use {prompt_set or 'null'}."
+            )
+        prompt_set = None
+    contents = with_set(contents, prompt_set)
     origins = {group: f"{group}={choice}" for group, choice in arguments.choices.items()}
     closed = [group for group in _CLOSED if group not in arguments.contents]
     config = compose(contents | arguments.contents, origins, closed)
@@ -99,11 +124,18 @@ def value_origins(overrides: Iterable[str]) -> dict[str, str]:
     arguments = _read(overrides)
     config = _load(arguments)
     origins = dict.fromkeys(flat(config), "default")
-    for key, content in default_contents(arguments.choices).items():
+    contents = default_contents(arguments.choices)
+    prompt_set = None if "llm" in arguments.contents else config.recipe.prompt_set
+    of_set: dict[str, str] = {}
+    for key, content in contents.items():
         choice = arguments.choices.get(key) or (content["name"] if key in GROUPS else "")
         path = choice_path(key, choice) if key in GROUPS else CONF_DIR / CONFIG
         shown = str(path.relative_to(CONF_DIR.parent) if path.is_relative_to(CONF_DIR) else path)
         origins |= dict.fromkeys(flatten({key: content}), shown)
+        if key == "llm" and prompt_set:
+            for name in flatten(content[PROMPT_SETS][prompt_set]):
+                of_set[name if name.startswith("recipe.") else f"llm.{name}"] = f"{shown}, {PROMPT_SETS}.{prompt_set}"
+    origins |= of_set
     for group, content in arguments.contents.items():
         origins |= dict.fromkeys(flatten({group: content}), f"{arguments.stored}")
     for key, _, file in arguments.settings:
@@ -127,7 +159,9 @@ def _read(overrides: Iterable[str]) -> _Arguments:
             pairs.append(split_pair(override))
     arguments = _Arguments()
     for file in files:
-        if not file.is_file():
+        with refusals_named(file, "Name a YAML file."):
+            is_there = file.is_file()
+        if not is_there:
             raise UsageError(f"{file}: there is no such file.")
         if file.name == CONFIG:
             _add_stored(arguments, file)
@@ -164,6 +198,7 @@ def _add_stored(arguments: _Arguments, file: Path) -> None:
         changed.pop("run_id", None)  # the name follows from the choices, also from those that replace them
     chosen = shipped_choices(config)
     arguments.stored = file
+    arguments.stored_set = config.recipe.prompt_set
     arguments.choices |= chosen
     arguments.contents |= {group: OmegaConf.to_container(config[group]) for group in GROUPS if group not in chosen}
     arguments.settings += [(key, value, file) for key, value in changed.items()]
@@ -231,8 +266,17 @@ def flat(config: DictConfig) -> dict[str, Any]:
 def shipped_choices(config: DictConfig) -> dict[str, str]:
     """The shipped choices of a configuration by group, without the groups that a user's own YAML fills."""
     named = {group: str(config[group].name) for group in GROUPS if config[group].name in choices(group)}
-    composed = compose(default_contents(named))
+    composed = compose(_default_contents(named, config))
     return {group: name for group, name in named.items() if set(config[group]) <= set(composed[group])}
+
+
+def _default_contents(chosen: Mapping[str, str], config: DictConfig) -> dict[str, Any]:
+    """What choices compose to under the configuration's prompt set."""
+    contents = default_contents(chosen)
+    name = config.recipe.get("prompt_set")
+    # An LLM of the user's own has its values already, and another version may offer other sets.
+    known = "llm" in chosen and name in (contents["llm"].get(PROMPT_SETS) or {})
+    return with_set(contents, name if known else None)
 
 
 def changed_from_defaults(config: DictConfig) -> dict[str, Any]:
@@ -242,7 +286,7 @@ def changed_from_defaults(config: DictConfig) -> dict[str, Any]:
     no difference as long as it is what the reference gives.
     """
     chosen = shipped_choices(config)
-    default = compose(default_contents(chosen))
+    default = compose(_default_contents(chosen, config))
     written = flatten(OmegaConf.to_container(default, resolve=False))  # type: ignore[arg-type]
     references = {key for key, value in written.items() if isinstance(value, str) and "${" in value}
     own = tuple(f"{group}." for group in GROUPS if group not in chosen)

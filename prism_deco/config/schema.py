@@ -21,7 +21,9 @@ ODD_RECORDS = ("refuse", "train")
 LM = ("full", "frozen", "lora", "qlora")
 PROMPT = ("chat", "plain")
 TOKENIZE = ("per_turn", "whole")
-IMAGE_SLOT = ("after_bos", "in_place")
+IMAGE_SLOT = ("after_bos", "after_first_token", "in_place")
+AS_TRAINED = "as_trained"
+"""Of `evaluate.ask`: the prompt is what comes before the answer in training."""
 TURN_MASK = ("causal", "block")
 ACCELERATOR = ("auto", "cpu", "gpu", "cuda")
 STRATEGY = ("auto", "ddp", "fsdp")
@@ -100,7 +102,8 @@ class DataConfig:
     val_fraction: float = number(II("recipe.val_fraction"), least=0, below=1)
     """Fraction of the images held out for `val/loss`; ignored if the data has a validation file."""
     on_bad_image: str = one_of(ON_BAD_IMAGE, "fail")
-    """What to do about a missing or unreadable image: fail, skip its record, or use a blank image of mean colour."""
+    """What to do about a missing or unreadable image: fail, skip its record, or use a blank image of mean colour.
+    The manifest counts them as they are read: one that two epochs show counts twice."""
     on_bad_record: str = one_of(ON_BAD_RECORD, "fail")
     """What to do about a record that cannot be trained on: fail, or skip it (the manifest counts them)."""
     draft_jpeg: bool = False
@@ -134,6 +137,9 @@ class RecipeConfig:
     """The adapters' output is scaled by `lora_alpha / lora_r`."""
     lora_dropout: float = number(0.05, least=0, below=1)
     """Dropout on the adapters' input."""
+    prompt_set: str | None = None
+    """Which of the `prompt_sets` in the LLM's YAML to use: it replaces the chat format and other keys of the LLM, and
+    may replace keys of the recipe. An LLM that does not offer it is refused; null is the LLM's own format."""
     prompt: str = one_of(PROMPT, "chat")
     """Format of the text: chat (the LLM's chat format) or plain (LLaVA's alignment: image and caption, no question)."""
     tokenize: str | None = one_of(TOKENIZE, None)
@@ -153,7 +159,8 @@ class RecipeConfig:
     """Seed of the projector's weights: the run's, or the width of the tower's features (prismatic), which makes them
     the same under every seed."""
     image_slot: str = one_of(IMAGE_SLOT, "after_bos")
-    """Where visual tokens go: after_bos (after the first token, PRISM) or in_place (where `<image>` stands, LLaVA)."""
+    """Where visual tokens go: after_bos (after the BOS token, PRISM), after_first_token (behind the first token of the
+    text, whatever it is; DeCo's authors), or in_place (where `<image>` stands, LLaVA)."""
     standardise_features: bool = False
     """Standardise each feature channel with the statistics of the training images (not part of PRISM)."""
     token_scale: float | None = number(None, above=0)
@@ -276,6 +283,9 @@ class EvaluateConfig:
     """Split of the benchmarks; null takes each one's own."""
     limit: int | None = number(None, least=1)
     """Ask only this many questions of each benchmark; null asks all."""
+    ask: str = AS_TRAINED
+    """Ways to ask, separated by commas: as_trained (the prompt is what comes before an answer in training), or another
+    one that the LLM's YAML offers (`asks`). Each has results of its own, `eval/BENCHMARK-ASK`."""
     relevance: str | None = None
     """Benchmark with boxes whose relevance maps (R-GAE) are measured as well."""
     relevance_limit: int = number(100, least=1)

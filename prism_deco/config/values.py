@@ -20,7 +20,7 @@ from prism_deco.errors import UsageError
 
 TEXT_OPTIONS = {
     "backbone": ("model", "hub", "file"),
-    "projector": ("weights",),
+    "projector": ("weights", "init"),
     "llm": ("revision", "tokenizer", "dtype", "attention", "quantize"),
     "data": ("root", "json", "image_root", "val_json", "path", "val_path", "repo", "revision"),
     "benchmark": (

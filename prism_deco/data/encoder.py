@@ -48,7 +48,7 @@ class Encoder:
         """All tokens of a record. A last question without an answer is left out: it has no loss, and nothing follows
         it."""
         segments = self._format.render(record.answered, len(record.images))
-        return encode_segments(segments, self.tokenizer, self._tokenize)
+        return encode_segments(segments, self.tokenizer, self._tokenize, self._format.image_slot)
 
     def fit(self, encoded: Encoded) -> tuple[Encoded, int]:
         """The truncated tokens, and the number of tokens cut off."""

@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from prism_deco.data.base import Source
+from prism_deco.data.base import Record, Source
 from prism_deco.data.index import VERSION, build_index
-from prism_deco.data.llava_json import Record
 from prism_deco.data.packing import PackedImages, PartialReader, table_files
 from prism_deco.errors import UsageError
 from prism_deco.files import file_sha256

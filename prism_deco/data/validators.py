@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
+from prism_deco.data.base import Record
 from prism_deco.data.encoder import Encoder
 from prism_deco.data.images import ImageSource, decoding_problem, open_bytes
-from prism_deco.data.llava_json import Record
 from prism_deco.errors import UsageError
 from prism_deco.llms.encoding import IGNORE
 from prism_deco.llms.prompts import IMAGE_TAG

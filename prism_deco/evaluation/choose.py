@@ -101,7 +101,7 @@ def prepare(
     shared = {key: value for key, value in (options or {}).items() if value is not None}
     names = resolve_benchmarks(names)
     if not names:
-        raise UsageError("No benchmark is named.")
+        raise UsageError("Name at least one benchmark.")
     prepared = []
     for name in names:
         keys = shared | dict((own or {}).get(benchmark_name(name), {}))
@@ -110,7 +110,7 @@ def prepare(
         benchmark.root = benchmark.root or root
         if benchmark.root is None:
             raise UsageError(
-                f"{benchmark.name} needs the folder of its files, and the training data bring none: set "
+                f"{benchmark.name} needs a folder with its files, and the training data come with none: set "
                 f"benchmark.{benchmark.name}.root=FOLDER, choose other benchmarks, or train with "
                 "evaluate.benchmarks=null."
             )
@@ -142,7 +142,9 @@ def prepare_one(
         raise UsageError(f"{name} is a group of benchmarks: {', '.join(names)}. Name one.")
     (benchmark,) = prepare(names, options, root=root)
     if boxes and not any("box" in question.target for question in benchmark.select()):
-        raise UsageError(f"{name} has no boxes that relevance could lie in: name one that has, such as mini_refcoco.")
+        raise UsageError(
+            f"{name} has no boxes to compare relevance with: name a benchmark that has them, such as mini_refcoco."
+        )
     return benchmark
 
 
@@ -194,10 +196,10 @@ def _typed(key: str, value: Any, parameter: inspect.Parameter) -> Any:
 
 
 def _texts(text: str) -> Any:
-    """`[Yes, 5]` -> ["Yes", "5"]; what is no list is the only one."""
+    """`[Yes, 5]` -> ["Yes", "5"]; anything but a list is its only element."""
     if not text.startswith("["):
         return [text]
     try:
-        return yaml.load(text, Loader=yaml.BaseLoader)  # this loader makes text of all scalars
+        return yaml.load(text, Loader=yaml.BaseLoader)  # this loader reads all scalars as text
     except yaml.YAMLError:
         return None

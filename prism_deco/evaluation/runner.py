@@ -12,11 +12,12 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from prism_deco.config.schema import AS_TRAINED
 from prism_deco.distributed import World
 from prism_deco.evaluation.base import Benchmark, Model
 from prism_deco.evaluation.image_check import bad_images
 from prism_deco.evaluation.items import Item, Prediction
-from prism_deco.evaluation.predictions import VARIANTS, PredictionStore
+from prism_deco.evaluation.predictions import ASK, VARIANTS, PredictionStore
 from prism_deco.evaluation.scoring import predict, summarise
 from prism_deco.files import write_json
 
@@ -32,6 +33,7 @@ def evaluate(
     image_cache: int = 128,
     model_id: str | None = None,
     dtype: str | None = None,
+    ask: str = AS_TRAINED,
     progress: bool = True,
     world: World | None = None,
 ) -> dict[str, Any]:
@@ -46,6 +48,7 @@ def evaluate(
         image_cache: images whose visual tokens are held at a time.
         model_id: tells models apart (a hash of the weights, say): answers of two are never mixed in a folder.
         dtype: what the model computes in; recorded, and not mixed either.
+        ask: how the model asks (`Model.ask`); recorded, and not mixed either.
         world: the processes that share the images, all of which call this and see `out_dir`; None is this one alone.
 
     Returns:
@@ -58,6 +61,8 @@ def evaluate(
     world = world or World()
     items = benchmark.items()
     decoding = {"strategy": "greedy", "max_new_tokens": benchmark.max_new_tokens, "dtype": dtype, "model": model_id}
+    if ask != AS_TRAINED:
+        decoding[ASK] = ask
     store = PredictionStore(out_dir, items, decoding | {VARIANTS: list(benchmark.variants)}, world.rank, world.size)
     world.barrier()  # nobody writes before all have read what is there
     if world.is_main:
@@ -65,7 +70,7 @@ def evaluate(
         if len(benchmark.variants) > 1:
             questions += f" in {len(benchmark.variants)} variants ({', '.join(benchmark.variants)})"
         done, asked = len(store.done), len(items)
-        log.info("%s: %s, %d of %d answers are there already", benchmark.name, questions, done, asked)
+        log.info("%s: %s, %d of %d answers already there", benchmark.name, questions, done, asked)
     mine = _shard(items, world.rank, world.size)
     windows = _windows(mine, batch_size, image_cache)
     unfinished = [window for window in windows if not all(store.has_all(batch) for batch in window)]
@@ -178,7 +183,7 @@ def _ask(model: Model, tokens: Mapping[str, Tensor], batch: Sequence[Item], max_
     # No longer within the handling: the error holds on to what did not fit.
     torch.cuda.empty_cache()
     half = len(batch) // 2
-    log.warning("%d questions at a time are too many for the memory: now %d", len(batch), half)
+    log.warning("Out of memory with %d questions at a time: continuing with %d", len(batch), half)
     first, second = batch[:half], batch[half:]
     return _ask(model, tokens, first, max_new_tokens) + _ask(model, tokens, second, max_new_tokens)
 

@@ -77,8 +77,8 @@ def score_file(path: str | Path, benchmark: Benchmark, *, chosen: bool = True) -
     is_one = len(benchmark.VARIANTS) == 1 or (chosen and len(benchmark.variants) == 1)
     if asked is None and not is_one and not all("variant" in prediction.target for prediction in predictions):
         raise UsageError(
-            f"{path} does not say which variant its answers are of, and there is no {recorded.name} beside it: name it "
-            f"with variants=[{' or '.join(benchmark.VARIANTS)}], or copy {recorded.name} there, too."
+            f"{path} does not say which variant its answers are of, and there is no {recorded.name} next to it: name "
+            f"it with variants=[{' or '.join(benchmark.VARIANTS)}], or copy {recorded.name} there, too."
         )
     for prediction in predictions:
         missing = [key for key in benchmark.target_keys if key not in prediction.target]

@@ -9,6 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from prism_deco.config.schema import AS_TRAINED
+from prism_deco.evaluation.predictions import ASK
+
 
 def table(
     results: Sequence[Mapping[str, Any]],
@@ -31,12 +34,14 @@ def table(
     for result in results:
         name = result["benchmark"]
         low, high = result["interval95"]
+        ask = (result["decoding"] or {}).get(ASK, AS_TRAINED)
+        asked = "" if ask == AS_TRAINED else f", {ask}"
         compared = [f"{low:.1f} to {high:.1f}", _cell(chance, name), _cell(blind, name)]
         for number, variant in enumerate(result["variants"]):
             prefix = f"{variant}/" if number else ""
             grid.add_row(
                 Text("" if number else name),
-                f"{result['primary']} ({variant})",
+                f"{result['primary']} ({variant}{asked})",
                 str(result["n"]),
                 f"{result['metrics'][prefix + result['primary']]:.1f}",
                 *(["", "", ""] if number else compared),

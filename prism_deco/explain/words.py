@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from prism_deco.errors import UsageError
 from prism_deco.inference import answer_ids
 from prism_deco.llms import LanguageModel
-from prism_deco.llms.encoding import Encoded
+from prism_deco.llms.encoding import Encoded, answers_only
 from prism_deco.sequence import sequence_length
 
-# What a decoder writes for bytes that are no whole character yet.
+# What a decoder writes for bytes that do not form a whole character yet.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -34,11 +34,11 @@ def encode_answer(llm: LanguageModel, prompt: str, answer: str, visual_tokens: i
         UsageError: the answer is empty, or the text too long.
     """
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    encoded = llm.encode(messages, num_images=1)
+    encoded = answers_only(llm.encode(messages, num_images=1))
     try:
         ids = answer_ids(llm, encoded)
     except UsageError as error:
-        raise UsageError(f"{error} There is nothing to explain: give one, or ask something else.") from error
+        raise UsageError(f"{error} There is nothing to explain: give an answer, or ask something else.") from error
     length = sequence_length(encoded, visual_tokens)
     if length > llm.max_positions:
         raise UsageError(

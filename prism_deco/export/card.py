@@ -25,6 +25,8 @@ _FILES = """\
 _SLOTS = {
     "after_bos": "The image stands right after the beginning-of-sequence token, before all text. In a prompt of your "
     "own, write `<image>` there.",
+    "after_first_token": "The image stands behind the first token of the text. In a prompt of your own, write "
+    "`<image>` there.",
     "in_place": "The image stands at the start of the message that shows it. In a prompt of your own, write `<image>` "
     "and a newline there.",
 }

@@ -40,6 +40,7 @@ _PRELUDE = """\
 {%- set image = talk.images -%}
 """
 _PLACES = {
+    "after_first_token": "{%- set talk.images = talk.images ~ part.images -%}",
     "after_bos": "{%- set talk.images = talk.images ~ part.images -%}",
     "in_place": "{%- set text = (part.images ~ '\\n' ~ text).strip() if part.images else text -%}",
 }
@@ -56,7 +57,16 @@ def chat_template(llm: LanguageModel) -> str:
     """The LLM's template for messages with images, with the spaces of a prompt that is tokenised as a whole."""
     prelude = _PRELUDE.replace("PLACE", _PLACES[llm.spec.image_slot])
     # Whitespace between tags would become part of the prompt.
-    return "".join(line.strip() for line in prelude.splitlines()) + str(llm.tokenizer.chat_template)
+    prelude = "".join(line.strip() for line in prelude.splitlines())
+    template = str(llm.tokenizer.chat_template)
+    if llm.spec.image_slot != "after_first_token":
+        return prelude + template
+    # The images are put behind the text of the first token, which is the same in all prompts.
+    first = llm.encode([{"role": "user", "content": "What is it?"}], add_generation_prompt=True).input_ids[:1]
+    end = len(str(llm.tokenizer.decode(first)))
+    around = "{%- set image = '' -%}{%- set prompt -%}", "{%- endset -%}"
+    place = f"{{{{- prompt[:{end}] ~ talk.images ~ prompt[{end}:] -}}}}"
+    return prelude + around[0] + template + around[1] + place
 
 
 def llava_processor(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:

@@ -10,12 +10,13 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
 from prism_deco.llms.encoding import Encoded, encode_segments, prompt_of
 from prism_deco.llms.hub import load_tokenizer
 from prism_deco.llms.own_template import OwnTemplate, own_template
-from prism_deco.llms.prompts import Message, PromptFormat, Segment, build_format
-from prism_deco.llms.spec import LLMSpec
+from prism_deco.llms.prompts import Message, PromptFormat, Segment, ask_segments, build_format
+from prism_deco.llms.spec import LLMSpec, check_ask
 
 
 @dataclass
@@ -109,7 +110,24 @@ class LanguageModel:
         if add_generation_prompt:
             placeholder = {"role": "assistant", "content": "A"}  # any answer that begins with a letter does
             return prompt_of(self.encode([*messages, placeholder], num_images))
-        return encode_segments(self.render(messages, num_images), self.tokenizer, self.spec.tokenize)
+        segments = self.render(messages, num_images)
+        return encode_segments(segments, self.tokenizer, self.spec.tokenize, self.prompt_format.image_slot)
+
+    def ask(self, question: str, num_images: int = 0, how: str = AS_TRAINED) -> Encoded:
+        """The tokens of a question's prompt.
+
+        Args:
+            how: `AS_TRAINED`, or the name of another way that the LLM's YAML has (`asks`).
+
+        Raises:
+            UsageError: it has no such way.
+        """
+        check_ask(self.spec, how)
+        text = (self.spec.asks or {}).get(how)
+        if text is None:
+            return self.encode([{"role": "user", "content": question}], num_images, add_generation_prompt=True)
+        slot = self.prompt_format.image_slot
+        return encode_segments(ask_segments(text, question, num_images, slot), self.tokenizer, "whole", slot)
 
 
 def _add_special_tokens(tokenizer: PreTrainedTokenizerBase, spec: LLMSpec) -> None:

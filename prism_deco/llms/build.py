@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from prism_deco.config import load_choice
+from prism_deco.config.choices import with_set
 from prism_deco.errors import UsageError
 from prism_deco.files import file_sha256
 from prism_deco.llms.base import LanguageModel
-from prism_deco.llms.hub import MODEL_FILES, has_weights, snapshot, weight_files
+from prism_deco.llms.hub import ASSET, MODEL_FILES, WEIGHTS, has_weights, snapshot, weight_files
 from prism_deco.llms.spec import LLMSpec, architecture, read_spec
 from prism_deco.llms.tuning import quantization
 from prism_deco.llms.weights import as_safetensors, check_folder, load_lm
@@ -31,6 +32,7 @@ def build_llm(
     *,
     pretrained: bool | None = None,
     device: torch.device | str | None = None,
+    prompt_set: str | None = None,
     **options: Any,
 ) -> LanguageModel:
     """Builds a language model.
@@ -39,12 +41,14 @@ def build_llm(
         choice: a YAML name under `conf/llm`, or the mapping such a YAML holds.
         pretrained: load weights, or draw random ones from torch's global generator; None follows the YAML.
         device: of the model; on "meta" it is the bare architecture, and nothing is loaded.
+        prompt_set: one of the YAML's `prompt_sets`; None is the format it begins with.
         options: override the YAML's keys (`LLMSpec`).
 
     Raises:
         UsageError: a key or choice is unknown, or weights cannot be found or do not fit.
     """
-    spec = read_spec((load_choice("llm", choice) if isinstance(choice, str) else dict(choice)) | options)
+    content = load_choice("llm", choice) if isinstance(choice, str) else dict(choice)
+    spec = read_spec(with_set({"llm": content}, prompt_set)["llm"] | options)
     pretrained = spec.pretrained if pretrained is None else pretrained
     device = torch.device(device or "cpu")
     if spec.quantize and not pretrained:
@@ -76,7 +80,9 @@ def weights_record(spec: LLMSpec) -> dict[str, Any]:
     """
     path = _weights_path(spec)
     # A snapshot's folder is named after its commit.
-    source = {"path": str(path.resolve())} if spec.weights else {"hub": spec.hub, "revision": path.name}
+    shipped = (spec.weights or "").startswith(ASSET)
+    local = {"path": spec.weights if shipped else str(path.resolve())}
+    source = local if spec.weights else {"hub": spec.hub, "revision": path.name}
     files = weight_files(path)
     digest = _hash_files(tuple(files), tuple(file.stat().st_mtime_ns for file in files))
     return {"name": spec.name, **source, "sha256": digest}
@@ -155,7 +161,11 @@ def _check_architecture(spec: LLMSpec, config: PretrainedConfig, path: Path) -> 
 
 
 def _weights_path(spec: LLMSpec) -> Path:
-    return Path(spec.weights).expanduser() if spec.weights else _hub_folder(spec)
+    if not spec.weights:
+        return _hub_folder(spec)
+    if spec.weights.startswith(ASSET):
+        return WEIGHTS / f"{spec.weights.removeprefix(ASSET)}.safetensors"
+    return Path(spec.weights).expanduser()
 
 
 def _hub_folder(spec: LLMSpec, *, dry_run: bool = False) -> Path:

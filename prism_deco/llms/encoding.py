@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
@@ -23,31 +23,42 @@ class Encoded:
         labels: the token itself where it is supervised, -100 elsewhere.
         rounds: `Segment.round` of each token.
         image_slots: for each image, the index in `input_ids` before which its visual tokens go.
+        headers: indices of supervised tokens that come before an answer and are part of its prompt.
     """
 
     input_ids: list[int]
     labels: list[int]
     rounds: list[int]
     image_slots: list[int]
+    headers: frozenset[int] = frozenset()
 
 
-def encode_segments(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, tokenize: str) -> Encoded:
+def encode_segments(
+    segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, tokenize: str, image_slot: str
+) -> Encoded:
     """Tokenises a rendered conversation.
 
     Args:
         tokenize: "per_turn" tokenises each segment separately (PRISM), "whole" tokenises everything
             between two image slots at once (LLaVA); a token then belongs to the segment of its last character.
+        image_slot: see `PromptFormat`; with "after_first_token", all rounds share the first token.
     """
     encoded = Encoded([], [], [], [])
+    headers: list[int] = []
     for chunk in _chunks(segments, tokenize):
         if chunk[0].image:
             encoded.image_slots.append(len(encoded.input_ids))
             continue
         for token, segment in _tokens(chunk, tokenizer):
+            if segment.header:
+                headers.append(len(encoded.input_ids))
             encoded.input_ids.append(token)
             encoded.labels.append(token if segment.supervised else IGNORE)
             encoded.rounds.append(segment.round)
-    return encoded
+    if image_slot == "after_first_token":
+        encoded.rounds[:1] = [0]
+        encoded = replace(encoded, image_slots=[1] * len(encoded.image_slots))
+    return replace(encoded, headers=frozenset(headers))
 
 
 def truncate(encoded: Encoded, max_text_tokens: int) -> tuple[Encoded, int]:
@@ -82,17 +93,33 @@ def prompt_of(encoded: Encoded) -> Encoded:
     while start and labels[start - 1] == IGNORE:
         start -= 1
     last = encoded.rounds[start - 1] if start else 0
-    while start and labels[start - 1] != IGNORE and encoded.rounds[start - 1] == last:
+    while start and _is_answer(encoded, start - 1) and encoded.rounds[start - 1] == last:
         start -= 1
     kept = _keep(encoded, range(start))
     return Encoded(kept.input_ids, [IGNORE] * start, kept.rounds, kept.image_slots)
 
 
+def answers_only(encoded: Encoded) -> Encoded:
+    """The same with no labels but those of the answers."""
+    labels = [label if _is_answer(encoded, i) else IGNORE for i, label in enumerate(encoded.labels)]
+    return replace(encoded, labels=labels, headers=frozenset())
+
+
+def _is_answer(encoded: Encoded, index: int) -> bool:
+    return encoded.labels[index] != IGNORE and index not in encoded.headers
+
+
 def _chunks(segments: Sequence[Segment], tokenize: str) -> Iterator[list[Segment]]:
     """Groups of segments that are tokenised together: an image slot, or text."""
     if tokenize == "per_turn":
+        turn: list[Segment] = []
         for segment in segments:
-            yield [segment]
+            turn.append(segment)
+            if not segment.header:  # which is of one turn with its answer
+                yield turn
+                turn = []
+        if turn:
+            yield turn
         return
     # Round 0 is the BOS token, which is tokenised separately (see `PromptFormat`).
     for (image, _), group in groupby(segments, key=lambda s: (s.image, s.round == 0)):
@@ -126,4 +153,5 @@ def _keep(encoded: Encoded, kept: Sequence[int]) -> Encoded:
         [encoded.labels[i] for i in kept],
         [encoded.rounds[i] for i in kept],
         slots,
+        frozenset(new for new, old in enumerate(kept) if old in encoded.headers),
     )

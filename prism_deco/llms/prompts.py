@@ -4,7 +4,8 @@ A template is Jinja, stands in the LLM's YAML and is rendered by transformers. I
 and puts supervised text between `{% generation %}` and `{% endgeneration %}`. Besides `messages` and the special
 tokens by name, it receives:
 
-- `image`: marks where the visual tokens go (right after the BOS token); empty if images go in place;
+- `image`: marks where the visual tokens go (right after the BOS token); empty if they go elsewhere;
+- `answer`: marks where an answer begins, in a template that supervises text before it (its header) as well;
 - `tokenize`: "per_turn" or "whole", for templates whose spaces depend on it.
 """
 
@@ -31,8 +32,10 @@ PLAIN_TEMPLATE = """\
 {%- endfor -%}"""
 """LLaVA's alignment prompt: the image and its caption, without the user's question."""
 
-# Marks an image slot in rendered text. Unicode reserves this noncharacter for internal use.
+# Mark an image slot and the beginning of an answer in rendered text. Unicode reserves these noncharacters for internal
+# use.
 _SENTINEL = "\ufdd0"
+_ANSWER = "\ufdd1"
 
 Message = Mapping[str, str]
 
@@ -45,6 +48,7 @@ class Segment:
         text: to be tokenised; empty for an image slot.
         supervised: whether the loss covers it (the answers with their end token).
         image: whether it is the slot of one image's visual tokens.
+        header: whether it is supervised text that comes before an answer and is part of its prompt.
         round: the question-and-answer round, from 1; 0 for the BOS token and an image slot right after it,
             which all rounds share. Text before the first question belongs to round 1.
     """
@@ -53,6 +57,7 @@ class Segment:
     supervised: bool
     image: bool = False
     round: int = 0
+    header: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,9 @@ class PromptFormat:
         template: Jinja source.
         special_tokens: `bos_token`, `eos_token`, `pad_token`, as templates name them.
         tokenize: passed to the template.
-        image_slot: "after_bos" (PRISM: `<image>` is deleted, messages are stripped) or "in_place"
-            (LLaVA: `<image>` moves to the start of its message, a newline follows).
+        image_slot: "after_bos" (PRISM: `<image>` is deleted, messages are stripped), "after_first_token" (the same;
+            slots come first, since only the tokenizer knows what the first token is), or "in_place" (LLaVA: `<image>`
+            moves to the start of its message, a newline follows).
     """
 
     template: str
@@ -93,11 +99,13 @@ class PromptFormat:
                 the format has no place for a message.
         """
         _check_roles(messages)
-        after_bos = self.image_slot == "after_bos"
+        image = _SENTINEL * num_images if self.image_slot == "after_bos" else ""
         variables: dict[str, Any] = dict(self.special_tokens)
-        variables |= {"image": _SENTINEL * num_images if after_bos else "", "tokenize": self.tokenize}
+        variables |= {"image": image, "answer": _ANSWER, "tokenize": self.tokenize}
         text, spans = self._marked(self._place(messages, num_images), variables)
-        segments = list(self._segments(text, spans))
+        first = num_images if self.image_slot == "after_first_token" else 0
+        segments = [Segment("", supervised=False, image=True)] * first
+        segments += self._segments(text, spans)
         if sum(s.image for s in segments) != num_images:
             raise UsageError(f"The chat template must write {{{{ image }}}} once to place {num_images} images.")
         if not any(s.supervised for s in segments):
@@ -105,8 +113,10 @@ class PromptFormat:
         return segments
 
     def _place(self, messages: Sequence[Message], num_images: int) -> list[dict[str, str]]:
-        place = _delete_tags if self.image_slot == "after_bos" else _tags_first
-        return place(messages, num_images)
+        if self.image_slot == "in_place":
+            return _tags_first(messages, num_images)
+        # PRISM does this to answers as well.
+        return [{"role": m["role"], "content": _neutral(m["content"]).replace(IMAGE_TAG, "").strip()} for m in messages]
 
     def _marked(
         self, messages: Sequence[Message], variables: Mapping[str, Any]
@@ -133,8 +143,11 @@ class PromptFormat:
                 at += len(_SENTINEL)
         for number, (start, end) in enumerate(spans, start=1):
             yield from _split_images(text[at:start], number)
-            if end > start:
-                yield Segment(text[start:end], supervised=True, round=number)
+            before, has_header, answer = text[start:end].rpartition(_ANSWER)
+            if has_header:
+                yield Segment(before, supervised=True, round=number, header=True)
+            if answer:
+                yield Segment(answer, supervised=True, round=number)
             at = end
         yield from _split_images(text[at:], len(spans))
 
@@ -158,6 +171,29 @@ def build_format(
     if prompt not in formats:
         raise unknown("recipe.prompt", prompt, formats)
     return formats[prompt]
+
+
+def ask_segments(ask: str, question: str, num_images: int, image_slot: str) -> list[Segment]:
+    """The segments of a prompt that is another than in training.
+
+    Args:
+        ask: text with `{question}`, and with `{image}` where the images go, unless they go behind the first token.
+
+    Raises:
+        UsageError: it has other fields, or no place for the images.
+    """
+    after_first = image_slot == "after_first_token"
+    image = "" if after_first else _SENTINEL * num_images
+    question = _neutral(question).replace(IMAGE_TAG, "").strip()
+    try:
+        text = ask.format(question=question, image=image)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UsageError(f"llm.asks: {ask!r} may have the fields {{question}} and {{image}} ({error!r}).") from error
+    segments = [Segment("", supervised=False, image=True)] * (num_images if after_first else 0)
+    segments += _split_images(text, 1)
+    if sum(s.image for s in segments) != num_images:
+        raise UsageError(f"llm.asks: {ask!r} must have {{image}} once to place {num_images} images.")
+    return segments
 
 
 def _check_roles(messages: Sequence[Message]) -> None:
@@ -190,11 +226,6 @@ def _split_images(text: str, number: int) -> Iterator[Segment]:
             yield Segment(part, supervised=False, round=number)
 
 
-def _delete_tags(messages: Sequence[Message], num_images: int) -> list[dict[str, str]]:
-    # PRISM does this to answers as well.
-    return [{"role": m["role"], "content": _neutral(m["content"]).replace(IMAGE_TAG, "").strip()} for m in messages]
-
-
 def _tags_first(messages: Sequence[Message], num_images: int) -> list[dict[str, str]]:
     tags = [m["content"].count(IMAGE_TAG) if m["role"] == "user" else 0 for m in messages]
     if sum(tags) > num_images:
@@ -217,5 +248,5 @@ def _tags_first(messages: Sequence[Message], num_images: int) -> list[dict[str, 
 
 
 def _neutral(text: str) -> str:
-    """The text with U+FFFD for the character that marks image slots."""
-    return text.replace(_SENTINEL, "\ufffd")
+    """The text with U+FFFD for the characters that mark image slots and answers."""
+    return text.replace(_SENTINEL, "\ufffd").replace(_ANSWER, "\ufffd")

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from prism_deco.config.registry import unknown
+from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
 
 
@@ -29,7 +30,8 @@ class LLMSpec:
     pretrained: bool = True
     """Load weights; false starts from random ones."""
     weights: str | None = None
-    """Local folder, or .safetensors, .gguf or .bin file, to load instead of the hub's weights."""
+    """Local folder, or .safetensors, .gguf or .bin file, to load instead of the hub's weights; `asset:<name>` of the
+    package."""
     tokenizer: str | None = None
     """Local folder, repository, or `asset:<name>` of the package; None: next to the weights, or from `hub`."""
     architecture: Mapping[str, Any] | None = None
@@ -46,9 +48,12 @@ class LLMSpec:
     tokenize: str = "per_turn"
     """per_turn: each turn separately (PRISM) | whole: the conversation at once (LLaVA)."""
     image_slot: str = "after_bos"
-    """after_bos (PRISM) | in_place (LLaVA)."""
+    """after_bos (PRISM) | after_first_token (DeCo's authors) | in_place (LLaVA)."""
     prompt: str = "chat"
     """chat: `chat_template` | plain: LLaVA's alignment prompt, image and caption only."""
+    asks: Mapping[str, str | None] | None = None
+    """Other ways to ask a question than as trained (`evaluate.ask`), by name: text with `{question}`, and with
+    `{image}` unless `image_slot` is after_first_token. None is as trained."""
     quantize: str | None = None
     """nf4: four bits per weight of the linear layers, by bitsandbytes on a GPU (QLoRA); None: as `dtype` says."""
     dtype: str = "float32"
@@ -70,6 +75,13 @@ def read_spec(content: Mapping[str, Any]) -> LLMSpec:
     if not isinstance(getattr(torch, spec.dtype, None), torch.dtype):
         raise UsageError(f"llm.dtype={spec.dtype} is not a torch dtype: choose float32, bfloat16 or float16.")
     return spec
+
+
+def check_ask(spec: LLMSpec, ask: str) -> None:
+    """`UsageError` unless the LLM can be asked in that way."""
+    known = [AS_TRAINED, *(spec.asks or {})]
+    if ask not in known:
+        raise unknown(f"way to ask {spec.name}", ask, known)
 
 
 def architecture(spec: LLMSpec) -> PretrainedConfig:

@@ -40,6 +40,12 @@ MOST_QUESTIONS = 10_000
 """Above that, chance is left out: grading every candidate would take minutes."""
 
 
+def benchmark_of(score: Score) -> Benchmark:
+    """The benchmark as it was asked."""
+    variants = score.content.get("variants")
+    return build_benchmark(score.choice, **({"variants": variants} if variants else {}))
+
+
 def main_predictions(benchmark: Benchmark, path: Path) -> list[Prediction]:
     """The predictions that make the primary metric: those of the benchmark's first variant."""
     asked = [(benchmark.variant_of(prediction), prediction) for prediction in load_predictions(path)]
@@ -53,7 +59,7 @@ def chance(score: Score) -> float | None:
     if int(score.content["n"]) > MOST_QUESTIONS:
         return None
     try:
-        return constant_chance(build_benchmark(score.choice), load_predictions(score.folder / "predictions.jsonl"))
+        return constant_chance(benchmark_of(score), load_predictions(score.folder / "predictions.jsonl"))
     except UsageError as error:
         log.warning("%s: no chance level: %s", score.folder, error)
         return None

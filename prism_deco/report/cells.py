@@ -50,6 +50,11 @@ class Score:
     family: str = ""
 
     @property
+    def variant(self) -> str:
+        """How the questions of the primary metric were asked; empty where an earlier version did not say."""
+        return str((self.content.get("variants") or [""])[0])
+
+    @property
     def maximum(self) -> float:
         return MAXIMA.get(self.family, 100.0)
 
@@ -198,6 +203,10 @@ class SeedGroup:
         """By seed."""
         found = {cell.seed: cell.scores.get(split, {}).get(benchmark) for cell in self.cells}
         return {seed: score for seed, score in found.items() if score is not None}
+
+    def asked_as(self, benchmark: str, split: str) -> str:
+        """How the questions of the primary metric were asked (see `Score.variant`)."""
+        return "/".join(dict.fromkeys(score.variant for score in self.scores(benchmark, split).values()))
 
     def summary(self, benchmark: str, split: str) -> Summary | None:
         """None where no seed has a score."""

@@ -41,6 +41,9 @@ class ScoreRow:
     about: tuple[str, ...] = ()
     cited: bool = False
 
+    def asked_as(self, benchmark: str, split: str) -> str:
+        return self.group.asked_as(benchmark, split) if self.group else ""
+
     def summary(self, benchmark: str, split: str) -> Summary | None:
         return self.group.summary(benchmark, split) if self.group else None
 
@@ -215,6 +218,7 @@ def score_records(table: ScoreTable) -> list[dict[str, Any]]:
             found.append(
                 _place(table, row, name)
                 | {
+                    "variant": row.asked_as(name, table.split) or None,
                     "score": summary.mean if summary else None,
                     "low95": low,
                     "high95": high,
@@ -242,6 +246,7 @@ def secondary_records(table: ScoreTable) -> list[dict[str, Any]]:
                 found.append(
                     _place(table, row, name)
                     | {
+                        "variant": metric.rpartition("/")[0] or row.asked_as(name, table.split) or None,
                         "metric": metric,
                         "score": fmean(values),
                         "deviation": stdev(values) if len(values) > 1 else None,

@@ -12,8 +12,7 @@ from typing import Any
 
 from prism_deco.bootstrap import Combine, bootstrap_interval, combine_strata
 from prism_deco.errors import UsageError
-from prism_deco.evaluation import build_benchmark
-from prism_deco.report.baselines import main_predictions
+from prism_deco.report.baselines import benchmark_of, main_predictions
 from prism_deco.report.cells import Score, SeedGroup
 from prism_deco.report.stats import average, holm, mcnemar, seed_interval, subtract
 
@@ -33,6 +32,7 @@ class Difference:
     """`first` minus `second` on one benchmark.
 
     Attributes:
+        variant: how the questions were asked.
         value: in the benchmark's unit, mean over the seeds that both have; None where it is not available.
         interval: 95 %, paired bootstrap over the questions.
         over_seeds: 95 % interval over seeds, seed by seed; None with one seed.
@@ -44,6 +44,7 @@ class Difference:
     benchmark: str
     first: str
     second: str
+    variant: str = ""
     value: float | None = None
     interval: tuple[float, float] | None = None
     over_seeds: tuple[float, float] | None = None
@@ -66,6 +67,7 @@ class _Units:
     strata: Mapping[str, Sequence[float]]
     combine: Combine
     data_hash: str
+    variant: str
 
 
 def paired_differences(
@@ -130,6 +132,7 @@ def _compare(pair: Difference, units: Mapping[str, Mapping[str, _Units] | str]) 
     values = [combine_strata(strata, combine) for strata in by_seed]
     return replace(
         pair,
+        variant=first[seeds[0]].variant,
         value=combine_strata(mean, combine),
         interval=bootstrap_interval(mean, combine),
         over_seeds=seed_interval(values) if len(values) > 1 else None,
@@ -151,12 +154,12 @@ def _read_units(group: SeedGroup, benchmark: str, split: str) -> dict[str, _Unit
 
 
 def _units(score: Score) -> _Units:
-    benchmark = build_benchmark(score.choice)
+    benchmark = benchmark_of(score)
     predictions = main_predictions(benchmark, score.folder / "predictions.jsonl")
     strata = benchmark.strata(sorted(predictions, key=lambda prediction: prediction.question_id))
     if abs(combine_strata(strata, benchmark.combine) - score.value) > _ROUNDING:
         raise UsageError(f"{score.folder}: the predictions do not give the score of metrics.json; score them again.")
-    return _Units(dict(sorted(strata.items())), benchmark.combine, str(score.content["data_hash"]))
+    return _Units(dict(sorted(strata.items())), benchmark.combine, str(score.content["data_hash"]), score.variant)
 
 
 def difference_records(differences: Sequence[Difference]) -> list[dict[str, Any]]:

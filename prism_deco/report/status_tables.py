@@ -141,9 +141,11 @@ def run_records(cells: Sequence[RunCell], split: str) -> list[dict[str, Any]]:
         about |= {"blind": cell.blind, "seed": cell.seed}
         curve = cell.curves.get(VAL_LOSS)
         if cell.manifest and curve:
-            found.append(about | {"split": "val", "measure": VAL_LOSS, "value": curve[-1][1]})
-        values = {name: score.value for name, score in cell.scores.get(split, {}).items()}
+            found.append(about | {"split": "val", "measure": VAL_LOSS, "variant": None, "value": curve[-1][1]})
+        about |= {"split": split or None}
+        for name, score in cell.scores.get(split, {}).items():
+            found.append(about | {"measure": name, "variant": score.variant or None, "value": score.value})
         maps = cell.relevance.get("methods", {}).get(DEFAULT_METHOD, {})
-        values |= {f"relevance {key}": value["mean"] for key, value in maps.items() if isinstance(value, dict)}
-        found += [about | {"split": split or None, "measure": name, "value": value} for name, value in values.items()]
+        values = {f"relevance {key}": value["mean"] for key, value in maps.items() if isinstance(value, dict)}
+        found += [about | {"measure": name, "variant": None, "value": value} for name, value in values.items()]
     return found

@@ -95,6 +95,11 @@ def _caption(table: ScoreTable) -> str:
             "Then the paper's number, and Δ: ours minus the paper's. Where a benchmark has several metrics, the paper "
             "does not say which of them its number is."
         )
+    asked = {}
+    for name in table.benchmarks:
+        asked[name] = "/".join(filter(None, dict.fromkeys(row.asked_as(name, table.split) for row in table.rows)))
+    if any(asked.values()):
+        parts.append(f"Asked as: {', '.join(f'{name} {way}' for name, way in asked.items() if way)}.")
     if table.has_mean:
         parts.append("With one seed the mean's interval assumes independent benchmarks.")
     if table.chance:

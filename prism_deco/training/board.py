@@ -27,7 +27,7 @@ class Board:
 
     Args:
         run: the run's folder.
-        start: optimizer steps already taken. Events of later steps, which will come again, are hidden.
+        start: optimizer steps already taken. Events of later steps are hidden, since training repeats them.
     """
 
     def __init__(self, run: Path, start: int):

@@ -186,7 +186,7 @@ def _named_base(folder: Path, config: DictConfig) -> PreTrainedModel:
         llm = build_llm(group(config, "llm"), **prompt_options(config))
         found = weights_record(llm.spec)
     except UsageError as error:
-        raise UsageError(f"{folder} does not hold its language model, only the name of it: {error}") from error
+        raise UsageError(f"{folder} does not hold its language model, only its name: {error}") from error
     wanted = read_json(folder / BASE_RECORD, ["sha256"])
     if found["sha256"] != wanted["sha256"]:
         raise UsageError(
@@ -260,7 +260,7 @@ def verify_model(folder: Path) -> None:
         UsageError: a file is missing, was damaged or replaced, or the model is not the one that its run trained.
     """
     if not (folder / SUMS).is_file():
-        log.info("%s has no checksums: it is not verified", folder)
+        log.info("%s has no checksums and is not verified", folder)
         return
     digests = _read_sums(folder)
     way_out = "Restore the folder from a copy, or write the model again from a checkpoint (prism-deco export)."
@@ -288,7 +288,7 @@ def trained_sha256(folder: Path) -> str:
 
 
 def _transform(vlm: VLM) -> dict[str, Any]:
-    """What becomes of an image before each tower sees it, as JSON."""
+    """How an image is prepared for each tower, as JSON."""
     towers = {name: asdict(tower) for name, tower in vlm.backbone.transform.towers.items()}
     return json.loads(json.dumps(towers))
 

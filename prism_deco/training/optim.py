@@ -42,7 +42,7 @@ def parameter_groups(
 
 
 def adamw(vlm: VLM, recipe: DictConfig) -> AdamW:
-    """The recipe's optimizer, in one kernel: it holds no temporary copies of weights and gradients."""
+    """The recipe's optimizer, fused: it makes no temporary copies of weights and gradients."""
     groups = parameter_groups(
         vlm.projector, vlm.lm, lr=recipe.lr, projector_lr=recipe.projector_lr, weight_decay=recipe.weight_decay
     )

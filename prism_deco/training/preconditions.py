@@ -1,4 +1,4 @@
-"""Everything that would stop a run, looked for before its folder is touched and before weights are read."""
+"""Checks for everything that would stop a run, before its folder is touched and before weights are read."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _check_local_weights(name: str, part: DictConfig) -> None:
         raise UsageError(f"{name}.weights={path}: there is no such file or folder.")
     files = tensor_files(place)
     if not files:
-        raise UsageError(f"{name}.weights={path}: the folder holds no weights ({', '.join(SUFFIXES)}).")
+        raise UsageError(f"{name}.weights={path}: the folder has no weights ({', '.join(SUFFIXES)}).")
     for file in files:
         check_tensor_file(file)
 

@@ -17,7 +17,7 @@ METRICS = "metrics.jsonl"
 VAL_LOSS = "val/loss"
 
 THROUGH = ("trained", "done")
-"""States of a run whose training has finished; of the first the scoring is outstanding."""
+"""States of a run whose training has finished; in the first, scoring is still to be done."""
 
 _STATUS = "status.json"
 
@@ -40,7 +40,7 @@ def set_status(folder: Path, state: str, **details: object) -> None:
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """The content of `status.json`; empty where there is none that can be read."""
+    """The content of `status.json`; empty if it is missing or unreadable."""
     try:
         status = json.loads((folder / _STATUS).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError):
@@ -60,13 +60,13 @@ def _restarts() -> int:
 
 
 class Metrics:
-    """Appends a line of JSON per step and per validation, and never one twice.
+    """Appends a line of JSON per step and per validation, each once.
 
     Floats are written so that reading gives the same bits.
 
     Args:
         folder: the run's folder.
-        start: where training continues: lines of later steps, which will come again, are removed.
+        start: step from which training continues: later lines are removed, since training repeats those steps.
     """
 
     def __init__(self, folder: Path, start: int):
@@ -83,7 +83,7 @@ class Metrics:
             self.validated[step] = values[VAL_LOSS]
 
     def sync(self) -> None:
-        """Brings the lines to the disk: a checkpoint must not survive a crash of the machine without them."""
+        """Flushes the lines to disk: a checkpoint must not survive a crash of the machine without them."""
         with self._path.open("ab") as file:
             os.fsync(file.fileno())
 

@@ -33,7 +33,7 @@ from prism_deco.plan.flops import TrainingFlops, training_flops
 from prism_deco.plan.meta_models import NeedsData
 from prism_deco.processes import clear_failures, failure_recorded
 from prism_deco.training.board import Board, choices_of
-from prism_deco.training.callbacks import ProgressReport, Recorder, SampleAnswers, SpeedMonitor
+from prism_deco.training.callbacks import Recorder, SampleAnswers, SpeedMonitor
 from prism_deco.training.checkpoint_callback import Checkpointing
 from prism_deco.training.checkpoints import Checkpoint
 from prism_deco.training.datamodule import Conversations
@@ -85,8 +85,14 @@ def _train(
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    resume = _open_checkpoint(config, target)
-    start = _open_start(config, world)
+    resume = start = None
+    if target.checkpoint is not None:
+        resume = Checkpoint(target.checkpoint)
+        check_owner(resume, config)
+        resume.verify()  # all processes together
+    if config.recipe.start_from:
+        start = find_start(Path(config.recipe.start_from), config)
+        world.decide(partial(verify_model, start))
     sharding = Sharding.of(config.trainer, world.size) if config.trainer.strategy == "fsdp" else None
     vlm, llm = _build(config, start, sharding)
     if data is None:
@@ -120,7 +126,7 @@ def _train(
         SampleAnswers(llm, data, config.trainer.samples, board),
     ]
     if metrics and board:
-        callbacks += [ProgressReport(), Recorder(metrics, board, config.trainer.log_every)]
+        callbacks.append(Recorder(metrics, board, config.trainer.log_every))
     callbacks.append(Checkpointing(target.folder, resume, metrics, config.trainer, about, preemption))
     trainer = _lightning_trainer(config, world, data, callbacks)
     with preemption.at_boundaries():
@@ -141,25 +147,6 @@ def _train(
                 model_sha256=trained_sha256(target.folder / "model"),
             )
             write_json(target.folder / "manifest.json", manifest)
-
-
-def _open_checkpoint(config: DictConfig, target: RunTarget) -> Checkpoint | None:
-    """The checkpoint to continue from, verified by all processes together."""
-    if target.checkpoint is None:
-        return None
-    checkpoint = Checkpoint(target.checkpoint)
-    check_owner(checkpoint, config)
-    checkpoint.verify()
-    return checkpoint
-
-
-def _open_start(config: DictConfig, world: World) -> Path | None:
-    """The model folder to start from, verified; before the LLM's weights are read."""
-    if not config.recipe.start_from:
-        return None
-    folder = find_start(Path(config.recipe.start_from), config)
-    world.decide(partial(verify_model, folder))
-    return folder
 
 
 def _build(config: DictConfig, start: Path | None, sharding: Sharding | None) -> tuple[VLM, LanguageModel]:
@@ -201,13 +188,13 @@ def _fit_features(vlm: VLM, data: Conversations, world: World) -> None:
 
 
 def _step_flops(config: DictConfig, caches: list[FeatureCache]) -> TrainingFlops | None:
-    """The cost of a step, on GPUs: of other devices no peak is known to compare it with."""
+    """The cost of a step, on GPUs; the peak of other devices is not known."""
     if not torch.cuda.is_available():
         return None
     try:
         flops = training_flops(config)
     except NeedsData as error:
-        log.info("TensorBoard will not show train/mfu: %s", error)
+        log.info("train/mfu will not be logged: %s", error)
         return None
     return replace(flops, tower=0) if caches else flops
 

@@ -5,6 +5,7 @@ import pytest
 from rich.console import Console
 
 from prism_deco.config import choices
+from prism_deco.config.choices import group_keys
 from prism_deco.errors import UsageError
 from prism_deco.evaluation import BENCHMARKS, build_benchmark, resolve, table
 from prism_deco.evaluation.gqa import GQA
@@ -30,6 +31,7 @@ def test_families():
         ("mini", MINI),
         ("all-mini", MINI),
         ("pope, mini_pope", ["pope", "mini_pope"]),
+        ("[pope, mini_pope]", ["pope", "mini_pope"]),
         (["pope", "table2", "pope"], ["pope", "mme", "mmbench", "seed"]),
         ("mini_gqa,mini", ["mini_gqa", *[name for name in MINI if name != "mini_gqa"]]),
         ("table3", [name.removeprefix("mini_") for name in MINI]),
@@ -38,6 +40,26 @@ def test_families():
 )
 def test_groups_are_expanded(names, expected):
     assert resolve(names) == expected
+
+
+def test_groups_say_how_their_members_are_asked(tmp_path):
+    """Table 3 as vlm-evaluation, Tables 1 and 2 as LLaVA-1.5."""
+    assert group_keys("table3") == {
+        "pope": {"variants": ["likelihood", "generate"]},
+        "textvqa": {"variants": ["prism", "plain"]},
+    }
+    assert group_keys("table1,table2")["textvqa"] == {"variants": ["ocr"]}
+    assert group_keys("table1,pope")["pope"]["variants"][0] == "generate"
+    assert group_keys("mini, gqa") == {}
+    with pytest.raises(UsageError, match="table1 and table3 ask pope in different ways"):
+        group_keys("table1,table3")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("members: [table3, mme]\nkeys: {textvqa: {limit: 5}, mme: {limit: 4}}\n")
+    keys = group_keys(str(mine))
+    assert keys["textvqa"] == {"variants": ["prism", "plain"], "limit": 5} and keys["mme"] == {"limit": 4}
+    for name in ("table1", "table2", "table3"):
+        for benchmark, own in group_keys(name).items():
+            assert benchmark in resolve(name) and build_benchmark(benchmark, **own)
 
 
 def test_unknown_names():

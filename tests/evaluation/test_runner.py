@@ -77,7 +77,7 @@ def test_what_does_not_fit_the_memory_is_asked_in_parts(files, fake_model, tmp_p
     assert evaluate(small, benchmark, tmp_path / "parts", batch_size=4, progress=False) == whole
     assert {len(call) for call in small.calls} == {1} and len(small.calls) == sum(map(len, model.calls))
     assert (tmp_path / "parts/predictions.jsonl").read_bytes() == (tmp_path / "whole/predictions.jsonl").read_bytes()
-    assert "4 questions at a time are too many for the memory: now 2" in caplog.text
+    assert "Out of memory with 4 questions at a time: continuing with 2" in caplog.text
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(short_of_memory(0), benchmark, tmp_path / "none", batch_size=4, progress=False)
 
@@ -211,7 +211,7 @@ def test_progress_shows_the_count(files, fake_model, tmp_path, capsys, caplog):
     evaluate(fake_model(), build_benchmark(files.pope()), tmp_path, batch_size=1)
     shown = capsys.readouterr().out
     assert "tiny_pope" in shown and "16/16 answers" in shown
-    assert "8 questions in 2 variants (likelihood, generate), 0 of 16 answers are there already" in caplog.text
+    assert "8 questions in 2 variants (likelihood, generate), 0 of 16 answers already there" in caplog.text
 
 
 def test_a_finished_evaluation_asks_nothing(files, fake_model, tmp_path):
@@ -304,7 +304,7 @@ def test_a_question_is_asked_once_its_image_is_back(files, fake_model, tmp_path,
     model = fake_model()
     assert evaluate(model, build_benchmark(keys, on_bad_image=again), folder, progress=False) == whole
     assert [sorted(call) for call in model.calls] == [sorted(item.prompt for item in build_benchmark(keys).items())]
-    assert "tiny_gqa: 3 questions, 2 of 3 answers are there already" in caplog.text
+    assert "tiny_gqa: 3 questions, 2 of 3 answers already there" in caplog.text
     assert "answers are missing" not in caplog.text
     assert (folder / "predictions.jsonl").read_bytes() == (tmp_path / "whole/predictions.jsonl").read_bytes()
 
@@ -401,7 +401,7 @@ def test_all_benchmarks_are_looked_at_before_any_is_asked(files, shipped):
         with pytest.raises(ValueError, match=says):
             prepare(shipped, options)
     with pytest.raises(
-        ValueError, match="mini_gqa needs the folder of its files, .* set benchmark.mini_gqa.root=FOLDER"
+        ValueError, match="mini_gqa needs a folder with its files, .* set benchmark.mini_gqa.root=FOLDER"
     ):
         prepare("mini_gqa")
     with pytest.raises(ValueError, match="nowhere.*does not exist"):
@@ -424,7 +424,7 @@ def test_keys_of_single_benchmarks(files, shipped):
 def test_relevance_is_measured_where_there_are_boxes(shipped):
     assert prepare_one(shipped[0], {"limit": 1}, boxes=True).limit == 1
     assert prepare_one(shipped[1]).name == "gqa"
-    with pytest.raises(ValueError, match="has no boxes that relevance could lie in"):
+    with pytest.raises(ValueError, match="has no boxes to compare relevance with"):
         prepare_one(shipped[1], boxes=True)
     with pytest.raises(ValueError, match=r"is a group of benchmarks: .*gqa\.yaml\. Name one"):
         prepare_one(",".join(shipped))

@@ -170,6 +170,27 @@ def test_the_card_shows_how_to_open_images_as_in_training(random_model, tmp_path
     assert "EXIF" in card and "16-bit" in card and "padding=True" in card
 
 
+@pytest.mark.parametrize(
+    ("llm", "prompt"),
+    [
+        ("mini_qwen2", "<|im_start|><image>user\nWhat is it?<|im_end|><|im_start|>assistant\n"),
+        ("mini_phi", "Q<image>: What is it? A:"),
+        ("mini_llama", "<s><image>Q: What is it? A:"),
+    ],
+)
+def test_behind_the_first_token_of_a_prompt_set(random_model, tmp_path, caplog, llm, prompt):
+    options = ["recipe.prompt_set=deco", "recipe.image_slot=after_first_token", "backbone.resize=pad"]
+    config, vlm, language = random_model("clip", f"llm={llm}", *options)
+    save_llava(tmp_path / "hf", config, vlm, language)
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " What is it? "}]}]
+    assert processor.apply_chat_template(talk, add_generation_prompt=True) == prompt
+    text_only = [{"role": "user", "content": "What is it?"}]
+    assert processor.apply_chat_template(text_only, add_generation_prompt=True) == prompt.replace("<image>", "")
+    assert "behind the first token" in (tmp_path / "hf" / "README.md").read_text()
+    assert ("some tokens differ" in caplog.text) == (llm == "mini_llama"), "whose answers follow a turn of their own"
+
+
 @pytest.mark.parametrize("slot", ["after_bos", "in_place"])
 def test_where_the_template_puts_the_image(random_model, tmp_path, slot):
     config, vlm, llm = random_model("clip", "llm=mini_qwen2", f"recipe.image_slot={slot}")

@@ -112,7 +112,7 @@ def test_tied_embeddings_stay_tied(choice, tied):
 def test_random_weights_follow_the_global_seed():
     def draw(seed):
         torch.manual_seed(seed)
-        return build_llm("mini_phi").model.state_dict()
+        return build_llm("mini_phi", pretrained=False).model.state_dict()
 
     first, again, other = draw(0), draw(0), draw(1)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -151,7 +151,7 @@ def test_own_yaml(tmp_path):
 )
 def test_wrong_specs(change, reason):
     with pytest.raises(ValueError, match=reason):
-        build_llm("mini_qwen2", **change)
+        build_llm("mini_qwen2", pretrained=False, **change)
 
 
 def test_unknown_choice():
@@ -167,9 +167,9 @@ def test_missing_weights_are_one_clear_error(offline):
     assert "\n" not in str(error.value)
 
 
-def test_a_mini_has_no_weights_to_download(offline):
+def test_a_mini_without_its_weights_has_none_to_download(offline):
     with pytest.raises(ValueError, match="llm.weights=PATH"):
-        build_llm("mini_qwen2", pretrained=True)
+        build_llm("mini_qwen2", weights=None)
 
 
 def test_missing_tokenizer_is_one_clear_error(offline):

@@ -161,7 +161,7 @@ def test_a_run_is_refused_when_it_starts(colors, tmp_path, capsys, override):
     command = f"""train llm={tmp_path}/hybrid.yaml data=llava data.json={colors}/train.json
         data.image_root={colors}/images data.val_fraction=0 data.num_workers=0 evaluate.benchmarks=null
         recipe.turn_mask=causal recipe.max_steps=1 recipe.micro_batch_size=4 recipe.global_batch_size=4
-        backbone.pretrained=false trainer.samples=0 runs_dir={tmp_path} run_id=run"""
+        backbone.pretrained=false llm.pretrained=false trainer.samples=0 runs_dir={tmp_path} run_id=run"""
     for flags in (["--check"], []):
         assert main([*command.split(), override, *flags]) == 2
         shown = " ".join(capsys.readouterr().err.split())

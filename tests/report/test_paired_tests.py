@@ -1,10 +1,12 @@
 """Differences between projectors, recomputed from the predictions files by plain loops."""
 
+import csv
 import json
 import math
 
 import pytest
 
+from prism_deco.report.assemble import write_report
 from prism_deco.report.cells import seed_groups
 from prism_deco.report.collect import collect
 from prism_deco.report.paired_tests import paired_differences
@@ -108,3 +110,33 @@ def test_sums_over_pairs_of_questions_are_compared_too(make, tmp_path):
     mme = _find(paired_differences(seed_groups(collect([tmp_path])), ["mme"], ""), "mme")
     assert mme.value == pytest.approx((62.5 + 50) - (62.5 + 25))
     assert mme.p == 1  # of four images one is better, one is worse
+
+
+def test_answers_are_compared_in_the_way_that_they_were_asked_first(make, tmp_path):
+    """TextVQA's YAML asks with OCR tokens first; these runs were asked as the PRISM harness does, then without."""
+    prism = ("recipe=prism", "backbone=clip_vit_l_336", "llm=phi2", "data=llava", "data.json=x.json")
+    for name in ("avgpool", "c_abstractor"):
+        make.run(tmp_path / name, *prism, f"projector={name}", "evaluate.benchmarks=table3", benchmarks=("textvqa",))
+        folder = tmp_path / name / "eval/textvqa"
+        lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        with (folder / "predictions.jsonl").open("w") as file:
+            for variant in ("prism", "plain"):
+                for line in lines:
+                    score = line["score"] if variant == "prism" else 0.0
+                    own = {"target": line["target"] | {"variant": variant}, "score": score}
+                    own["question_id"] = f"{line['question_id']}/{variant}"
+                    file.write(json.dumps(line | own) + "\n")
+        content = json.loads((folder / "metrics.json").read_text()) | {"variants": ["prism", "plain"]}
+        content["metrics"]["plain/accuracy"] = 0.0
+        (folder / "metrics.json").write_text(json.dumps(content))
+    [found] = [one for one in paired_differences(seed_groups(collect([tmp_path])), ["textvqa"], "")]
+    scores = [_scores(tmp_path / name, "textvqa") for name in ("avgpool", "c_abstractor")]
+    first, second = (sum(one["score"] for one in own.values()) / 60 * 100 for own in scores)
+    assert (found.value, found.variant, found.note) == (pytest.approx(first - second), "prism", "")
+    page, _ = write_report([tmp_path], tmp_path / "out")
+    assert "Asked as: textvqa prism." in page.with_suffix(".md").read_text()
+    for name in ("scores", "run_scores", "differences", "readings"):
+        rows = list(csv.DictReader((tmp_path / f"out/{name}.csv").open()))
+        of_textvqa = [row for row in rows if "textvqa" in (row.get("benchmark"), row.get("measure"))]
+        ways = [row["variant"] for row in of_textvqa if row.get("score") or row.get("value")]
+        assert ways and set(ways) == {"plain" if name == "readings" else "prism"}, name

@@ -110,9 +110,13 @@ def test_a_ladder_without_the_choosing_projector_is_an_error(sweep):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("{recipe.lr: ladder}", "{recipe.lr: compared}", "chooses recipe.lr from compared: no earlier part"),
+        (
+            "{recipe.lr: ladder}",
+            "{recipe.lr: compared}",
+            "chooses recipe.lr from compared, which is not an earlier part",
+        ),
         ("    choose:", "    chose:", "Unknown key of the part compared .*chose"),
-        ("jobs: 2", "axes: {seed: [1]}", "has parts: its rows and axes belong into them"),
+        ("jobs: 2", "axes: {seed: [1]}", "has parts: move its rows and axes into them"),
     ],
 )
 def test_mistakes_in_parts_are_errors(tmp_path, old, new, message):
