@@ -17,6 +17,7 @@ In a notebook:
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Model", "load", "load_config", "train"]
 __version__ = "0.1.0"
+
+# bitsandbytes misses a faster kernel that nothing here needs, and says so where no log is set up, as in a notebook.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit" not in record.getMessage())
 
 
 def __dir__() -> list[str]:

@@ -21,6 +21,7 @@ from prism_deco.distributed import requested_device
 from prism_deco.errors import UsageError
 from prism_deco.explain import Relevance, relevance
 from prism_deco.export import SHARD_SIZE, save_folder
+from prism_deco.files import check_folder
 from prism_deco.inference import answer, answer_losses, first_token_probabilities
 from prism_deco.llms import LanguageModel
 from prism_deco.training.entry import run as run_training
@@ -49,6 +50,10 @@ class Model:
         self.llm = llm
         self.config = config
         self.ask = AS_TRAINED
+
+    def __repr__(self) -> str:
+        chosen = ", ".join(f"{group}={self.config[group].name}" for group in ("backbone", "projector", "llm"))
+        return f"Model({chosen}, {self.vlm.projector.num_tokens} visual tokens, on {self.device})"
 
     @property
     def device(self) -> torch.device:
@@ -194,8 +199,7 @@ def load(
     """
     target = requested_device(str(device))
     folder = Path(run)
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
+    check_folder(folder)
     import_plugins(plugins)
     vlm, llm, config = load_model(folder / "model" if (folder / "model").is_dir() else folder)
     if dtype is not None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
-import os
 import shutil
 import signal
 import sys
@@ -20,14 +18,9 @@ from prism_deco.commands import COMMANDS
 from prism_deco.config import cache_dir
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
-from prism_deco.exits import SIGNALS, is_disk_full
-from prism_deco.files import nearest_existing
+from prism_deco.exits import SIGNALS, is_disk_full, own_process
+from prism_deco.files import full_disk
 from prism_deco.logs import configure_logging
-
-_REFUSED = {
-    errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG,
-}  # fmt: skip
-"""Errors of a file that are the user's to fix: another place for it, other permissions, a shorter name."""
 
 DESCRIPTION = "Train vision-language models around DeCo's token compression, score them, and see where they look."
 
@@ -35,6 +28,8 @@ DESCRIPTION = "Train vision-language models around DeCo's token compression, sco
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code (0 done, 1 faults found or a failed run, 2 wrong input, 75 preempted,
     76 out of memory, 130 interrupted)."""
+    if argv is None:
+        own_process()
     code = _run(argv)
     if argv is None:
         for number in SIGNALS:  # the code is decided: a signal that comes while Python shuts down must not change it
@@ -57,30 +52,13 @@ def _run(argv: list[str] | None) -> int:
         sys.stderr.write("prism-deco: interrupted\n")
         return 130
     except Exception as error:
-        refusal = _file_refusal(error, argv)
-        if args.debug or refusal is None:
+        if args.debug or not is_disk_full(error):
             raise
-        sys.stderr.write(f"prism-deco: error: {refusal}\n")
+        named = [Path(argument.rpartition("=")[2]) for argument in argv]
+        full = full_disk([*named, cache_dir(), Path(tempfile.gettempdir())], error)
+        ways = "Name another folder with --out, --to or runs_dir=FOLDER; for the cache, set PRISM_DECO_CACHE."
+        sys.stderr.write(f"prism-deco: error: {full} Free some space. {ways}\n")
         return 2
-
-
-def _file_refusal(error: BaseException, arguments: list[str]) -> str | None:
-    """What an exception says about a file that the system refuses; None for an error of another kind.
-
-    Args:
-        arguments: of the command line, whose folders may be what is full.
-    """
-    ways = "Name another folder with --out, --to or runs_dir=FOLDER; for the cache, set PRISM_DECO_CACHE."
-    if is_disk_full(error):
-        # A write that fails names no file.
-        named = [Path(argument.rpartition("=")[2]) for argument in arguments]
-        places = [nearest_existing(folder) for folder in (*named, cache_dir(), Path(tempfile.gettempdir()))]
-        free, place = min((shutil.disk_usage(place).free, place) for place in places)
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        return f"{place}: {reason} ({free / 1e6:.1f} MB free). Free some space. {ways}"
-    if isinstance(error, OSError) and error.errno in _REFUSED and error.filename is not None:
-        return f"{error.filename}: {error.strerror}. {ways}"
-    return None
 
 
 def _parse(argv: list[str]) -> tuple[Callable[[argparse.Namespace], int | None], argparse.Namespace]:
@@ -111,11 +89,12 @@ def _explain_commands(argv: list[str]) -> NoReturn:
     family = {name: entry for name, entry in COMMANDS.items() if argv and name.startswith(f"{argv[0]} ")}
     listed = family or COMMANDS
     width = max(map(len, listed))
+    lines = [_wrap(entry.summary, f"  {name:{width}}  ") for name, entry in listed.items()]
     parser = argparse.ArgumentParser(
         prog="prism-deco",
         usage="prism-deco COMMAND ...",
         description=_wrap(DESCRIPTION),
-        epilog="\n".join(["commands:", *(f"  {name:{width}}  {entry.summary}" for name, entry in listed.items())]),
+        epilog="\n".join(["commands:", *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"prism-deco {prism_deco.__version__}")
@@ -125,10 +104,11 @@ def _explain_commands(argv: list[str]) -> NoReturn:
     parser.error(str(unknown("command", " ".join(argv[: 2 if family else 1]), listed)))
 
 
-def _wrap(text: str | None) -> str:
-    """A docstring's first paragraph, as wide as the terminal."""
+def _wrap(text: str | None, start: str = "") -> str:
+    """A docstring's first paragraph, as wide as the terminal; lines after the first are as deep as `start`."""
     first = " ".join((text or "").split("\n\n")[0].split())
-    return textwrap.fill(first, min(shutil.get_terminal_size().columns, 100) - 2)
+    width = min(shutil.get_terminal_size().columns, 100) - 2
+    return textwrap.fill(first, width, initial_indent=start, subsequent_indent=" " * len(start))
 
 
 if __name__ == "__main__":

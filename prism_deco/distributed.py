@@ -58,9 +58,12 @@ class World:
         """The world that the `trainer` group of a configuration describes.
 
         Raises:
-            UsageError: the machine lacks the devices, or another number of processes was started.
+            UsageError: the machine does not have the devices, or another number of processes was started.
         """
-        gpu = _uses_gpu(trainer.accelerator)
+        if trainer.accelerator in ("gpu", "cuda"):
+            way_out = "Use trainer.accelerator=cpu, or auto, which takes a GPU where there is one."
+            check_gpus(f"trainer.accelerator={trainer.accelerator}", 1, way_out)
+        gpu = local_device(trainer.accelerator).type == "cuda"
         devices = _local_devices(trainer, gpu)
         size = devices * trainer.num_nodes
         environment = _environment(size, devices)
@@ -236,13 +239,6 @@ def check_gpus(asked: str, count: int, way_out: str) -> None:
     if found < count:
         has = f"this machine has {found}" if found else "this machine has no GPU that torch can use"
         raise UsageError(f"{asked}: {has}. {way_out}")
-
-
-def _uses_gpu(accelerator: str) -> bool:
-    if accelerator in ("gpu", "cuda"):
-        way_out = "Use trainer.accelerator=cpu, or auto, which takes a GPU where there is one."
-        check_gpus(f"trainer.accelerator={accelerator}", 1, way_out)
-    return local_device(accelerator).type == "cuda"
 
 
 def _local_devices(trainer: DictConfig, gpu: bool) -> int:

@@ -6,11 +6,17 @@ Schedulers and `prism-deco sweep` act on the exit codes.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
-from collections.abc import Callable, Iterable
+import subprocess
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that ask a run to save a checkpoint and stop."""
@@ -25,6 +31,9 @@ OUT_OF_MEMORY = 76
 """Exit code of a run that ran out of memory."""
 
 
+_owns_process = False
+
+
 def take_over(numbers: Iterable[int], handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
     """Installs a handler for signals, except those the process was started to ignore (as `nohup` does).
 
@@ -33,6 +42,27 @@ def take_over(numbers: Iterable[int], handler: Callable[[int, FrameType | None],
     """
     heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heeded}
+
+
+@contextmanager
+def taken_over(numbers: Iterable[int], handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """`take_over` for what a process has to do; does nothing outside the main thread, where Python has no handlers.
+
+    Where the process ends by that (`own_process`), the exit code is then decided: it ignores `SIGNALS` from there on.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = take_over(numbers if in_main_thread else (), handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_IGN if _owns_process and number in SIGNALS else earlier)
+
+
+def own_process() -> None:
+    """Says that this process is the command, or a rank of it: nothing follows what it was started for."""
+    global _owns_process
+    _owns_process = True
 
 
 class Stop(Exception):
@@ -106,6 +136,83 @@ def as_stop(error: BaseException) -> Stop | None:
             "trainer.activation_checkpointing=full, or shard over more devices (trainer=fsdp)."
         )
     return None
+
+
+class Preemption:
+    """Whether this process was asked to stop.
+
+    Signals reach the processes of a run at different moments, and saving takes all of them: within `at_boundaries`
+    the handler only sets a flag, which the processes compare once per step. Elsewhere nothing is under way that a
+    later start could not repeat, and the handler raises `Preempted` or `Interrupted`. A second Ctrl-C ends the
+    process at once.
+
+    Args:
+        alone: no other process sees to this one. One of several may get the same Ctrl-C twice, from a scheduler and
+            from the process that started it; that one ends it at once if it is meant.
+
+    Attributes:
+        requested: how it was asked; None if it was not.
+    """
+
+    def __init__(self, alone: bool = True) -> None:
+        self._alone = alone
+        self.requested: type[Preempted] | None = None
+        self._waits = False
+        self._pid = os.getpid()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Handles the signals; does nothing outside the main thread."""
+        with taken_over((signal.SIGINT, *SIGNALS), self._handle):
+            yield
+
+    @contextmanager
+    def at_boundaries(self) -> Iterator[None]:
+        """Leaves it to the caller to look at `requested`."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+
+    def claim(self) -> None:
+        """Takes the signals back from Lightning, which installs its own handlers when it begins."""
+        if threading.current_thread() is threading.main_thread():
+            take_over(SIGNALS, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked loader process: a terminal's Ctrl-C reaches it as well
+        if self.requested:
+            if number == signal.SIGINT and self._alone:
+                raise KeyboardInterrupt
+            return
+        self.requested = Interrupted if number == signal.SIGINT else Preempted
+        name = signal.Signals(number).name
+        if not self._waits:
+            raise self.requested(f"received {name}")
+        again = ", press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+        log.warning("Received %s: saving after this step%s", name, again)
+
+
+def requeue() -> None:
+    """Asks SLURM to queue this job again; logs where that does not work."""
+    job = slurm_job()
+    if job is None:
+        log.warning("trainer.requeue=true has no effect: this is not a SLURM job")
+        return
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.error("scontrol requeue %s failed (%s): requeue the job by hand", job, error)
+    else:
+        log.info("Requeued SLURM job %s", job)
+
+
+def slurm_job() -> str | None:
+    """The SLURM job of this process, as `scontrol` names it; None outside SLURM."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
 
 
 def is_disk_full(error: BaseException) -> bool:

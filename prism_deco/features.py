@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from prism_deco.backbones import VisionBackbone
-from prism_deco.data.examples import Examples, blank_pixels
 from prism_deco.data.images import load_image
+from prism_deco.data.loader import Examples, blank_pixels
 from prism_deco.errors import UsageError
 from prism_deco.files import check_writable, file_sha256, write_json, write_whole
 

@@ -1,13 +1,15 @@
-"""Small files that are there whole or not at all, and checksums of large ones."""
+"""Small files that are there whole or not at all, checksums of large ones, and the cache folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -52,8 +54,10 @@ def read_json(
     Raises:
         UsageError: the file is damaged, or is missing one of the keys.
     """
+    with refusals_named(path, way_out):
+        encoded = path.read_bytes()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(encoded.decode())
     except ValueError as error:
         raise UsageError(f"{path} is damaged ({error}). {way_out}") from error
     if not isinstance(content, dict):
@@ -66,13 +70,43 @@ def read_json(
 
 def check_writable(folder: Path, way_out: str) -> None:
     """Raises `UsageError` where nothing can be written to a folder, or to the place where it is to be made."""
-    try:
+    with refusals_named(folder, way_out, "written"):
         with suppress(FileNotFoundError, NotADirectoryError):
             folder.stat()  # its name may be too long
         with TemporaryFile(dir=nearest_existing(folder)):
             pass
+
+
+def check_folder(folder: Path) -> None:
+    """Raises `UsageError` where a run's folder is none."""
+    with refusals_named(folder, "Give a run folder such as runs/RUN_ID."):
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
+
+
+@contextmanager
+def refusals_named(path: Path, way_out: str, access: str = "read") -> Iterator[None]:
+    """Raises `UsageError` where the system refuses a file or folder that the user named: missing permissions, a name
+    too long. A file that is missing is the caller's to tell. It stands around the operation alone: elsewhere, such an
+    error is a bug."""
+    try:
+        yield
     except OSError as error:
-        raise UsageError(f"{folder} cannot be written ({error.strerror}). {way_out}") from error
+        if access == "read" and isinstance(error, FileNotFoundError):
+            raise
+        raise UsageError(f"{path} cannot be {access} ({error.strerror}). {way_out}") from error
+
+
+def full_disk(places: Iterable[Path], error: BaseException) -> str:
+    """`PLACE: No space left on device (0.0 MB free).` A write that fails does not say where: it is the fullest of the
+    places that a command writes to; of several on one disk, the first."""
+    by_disk: dict[int, tuple[int, Path]] = {}
+    for place in places:
+        folder = nearest_existing(place.absolute())
+        by_disk.setdefault(folder.stat().st_dev, (shutil.disk_usage(folder).free, place))
+    free, place = min(by_disk.values())
+    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+    return f"{place}: {reason} ({free / 1e6:.1f} MB free)."
 
 
 def nearest_existing(path: Path) -> Path:
@@ -132,3 +166,35 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_dir() -> Path:
+    """Folder for what can be made again: indexes, rendered worlds, converted weights. `PRISM_DECO_CACHE` moves it."""
+    # A variable that is set to nothing counts as unset: it would name the working directory.
+    if own := os.environ.get("PRISM_DECO_CACHE"):
+        return Path(own)
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "prism_deco"
+    try:
+        return Path.home() / ".cache" / "prism_deco"
+    except RuntimeError as error:  # no HOME, and no entry in the user database: many containers
+        raise UsageError(
+            "This user has no home directory: set PRISM_DECO_CACHE to a folder for indexes and rendered images."
+        ) from error
+
+
+def building_folder(target: Path) -> Path:
+    """A new folder next to a folder of the cache, to be filled and renamed. Other users may read it, unlike one of
+    `tempfile`'s: a cache can be shared.
+
+    Raises:
+        UsageError: the cache is somebody else's, or the disk is full.
+    """
+    folder = target.with_name(f".building-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(
+            f"{target.parent} cannot be written ({error.strerror}): set PRISM_DECO_CACHE to a folder of your own."
+        ) from error
+    return folder

@@ -11,11 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-_USELESS = (
-    "Failed to load CPU gemm_4bit",  # bitsandbytes: a faster kernel that nothing here needs
-    "No pretrained weights",  # open_clip and timm: weights are read after the architecture is built
-)
-"""What warnings of libraries begin with that the user can do nothing about."""
+_USELESS = "No pretrained weights"
+"""What warnings of open_clip and timm begin with: weights are read after the architecture is built."""
 
 
 def configure_logging(*, debug: bool) -> None:
@@ -40,7 +37,8 @@ def configure_logging(*, debug: bool) -> None:
         logging.getLogger(name).propagate = True
     logging.basicConfig(level=logging.WARNING, format=form, datefmt=date, handlers=[handler])
     logging.getLogger("prism_deco").setLevel(logging.DEBUG if debug else logging.INFO)
-    if _rank():
+    # The rank of this process among those that a launcher started.
+    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
         _hide_progress_bars()
@@ -70,8 +68,3 @@ def _hide_progress_bars() -> None:
     disable_progress_bars()
     if "transformers" in sys.modules:  # it looks at the hub's setting when it is imported
         sys.modules["transformers"].utils.logging.disable_progress_bar()
-
-
-def _rank() -> int:
-    """This process's rank among those that a launcher started; 0 without one."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)

@@ -10,7 +10,6 @@ import pickle
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ import torch.distributed as dist
 
 from prism_deco.distributed import World, exit_code
 from prism_deco.errors import UsageError
-from prism_deco.exits import SIGNALS, Preempted, RankFailed, Stop, as_stop, take_over
+from prism_deco.exits import SIGNALS, Preempted, RankFailed, Stop, as_stop, own_process, taken_over
 from prism_deco.logs import configure_logging
 
 log = logging.getLogger(__name__)
@@ -70,8 +69,8 @@ def start_ranks(function: Callable[..., int], arguments: Sequence[Any], world: W
     """
     with TemporaryDirectory(prefix="prism-deco-") as name:
         folder = Path(name)
-        task = (function, tuple(arguments), logging.getLogger("prism_deco").level)
-        (folder / _TASK).write_bytes(pickle.dumps(task))
+        task = pickle.dumps((function, tuple(arguments)))
+        (folder / _TASK).write_bytes(pickle.dumps((logging.getLogger("prism_deco").level, task)))
         ranks: list[Popen[bytes]] = []
         with _signals_forwarded(ranks) as received:
             try:
@@ -131,14 +130,8 @@ def _signals_forwarded(ranks: Sequence[Popen[bytes]]) -> Iterator[list[int]]:
         received.append(number)
         _send(ranks, signal.SIGKILL if again else number)
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTSTP, *SIGNALS) if in_main_thread else ()
-    before = take_over(numbers, forward)
-    try:
+    with taken_over((signal.SIGINT, signal.SIGTSTP, *SIGNALS), forward):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _send(ranks: Sequence[Popen[bytes]], number: int) -> None:
@@ -164,12 +157,14 @@ def _wait(ranks: Sequence[Popen[bytes]]) -> list[int | None]:
 
 def _run_rank() -> None:
     """What a new process does: its task, after which it leaves the error that it ends with beside it."""
+    own_process()
     folder = Path(sys.argv[1])
     report: UsageError | Stop | str
     try:
-        function, arguments, level = pickle.loads((folder / _TASK).read_bytes())
-        if level:
+        level, task = pickle.loads((folder / _TASK).read_bytes())
+        if level:  # before the task imports libraries that warn
             configure_logging(debug=level == logging.DEBUG)
+        function, arguments = pickle.loads(task)
         sys.exit(function(*arguments))
     except (UsageError, Stop) as error:
         error.add_note(traceback.format_exc())  # for --debug

@@ -28,6 +28,7 @@ class Batch:
         pixels: per tower float[I, 3, S, S], the batch's I images; None in an all-text batch.
         ids: names of the records, for error messages.
         lengths: positions of each sequence where all share one row (B is 1); None: a row each.
+        left_padded: whether padding comes before the text, where causal attention would see it.
     """
 
     input_ids: Tensor
@@ -39,6 +40,7 @@ class Batch:
     pixels: dict[str, Tensor] | None = None
     ids: tuple[str, ...] = ()
     lengths: tuple[int, ...] | None = None
+    left_padded: bool = False
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
@@ -91,7 +93,8 @@ def build_batch(
     labels = torch.full(shape, IGNORE)
     visual = torch.zeros(shape, dtype=torch.bool)
     attention_mask = torch.zeros(shape, dtype=torch.bool)
-    position_ids = torch.zeros(shape, dtype=torch.long)
+    # Padding on the right counts on: transformers takes a jump for the start of another packed sequence.
+    position_ids = torch.arange(length).repeat(shape[0], 1)
     rounds = torch.zeros(shape, dtype=torch.long)
     for number, (example, n) in enumerate(zip(encoded, lengths, strict=True)):
         text = _text_positions(example, tokens_per_image)
@@ -110,7 +113,7 @@ def build_batch(
         rounds[row, start : start + n] = text_rounds[before]
         position_ids[row, start : start + n] = _positions(rounds[row, start : start + n], restart_rounds)
     shared = lengths if pack else None
-    return Batch(input_ids, labels, visual, attention_mask, position_ids, rounds, pixels, tuple(ids), shared)
+    return Batch(input_ids, labels, visual, attention_mask, position_ids, rounds, pixels, tuple(ids), shared, left_pad)
 
 
 def _text_positions(encoded: Encoded, tokens_per_image: int) -> Tensor:

@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 
 from prism_deco.config import default_run_id, load_choice, load_config, named_choice
 from prism_deco.errors import UsageError
-from prism_deco.exits import PREEMPTED, SIGNALS, take_over
+from prism_deco.exits import PREEMPTED, SIGNALS, taken_over
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +107,7 @@ def run(arguments: Sequence[str], options: Sequence[str] = ()) -> int:
     stages = split(arguments)
     train = [sys.executable, "-m", "prism_deco.cli", "train", *options]
     supervisor = _Supervisor()
-    handlers = take_over((signal.SIGINT, *SIGNALS), supervisor.pass_on)
-    try:
+    with taken_over((signal.SIGINT, *SIGNALS), supervisor.pass_on):
         # What is wrong with the last stage must not wait for the hours of those before it.
         code = supervisor.run([*train, "--check", *arguments], os.environ)
         for number, stage in enumerate(stages, start=1):
@@ -116,9 +115,6 @@ def run(arguments: Sequence[str], options: Sequence[str] = ()) -> int:
                 break
             log.info("Stage %d of %d, %s, in %s", number, len(stages), stage.name, stage.folder)
             code = supervisor.run([*train, *stage.arguments], _environment(number))
-    finally:
-        for signal_number, handler in handlers.items():
-            signal.signal(signal_number, handler)
     return code
 
 

@@ -1,9 +1,13 @@
-"""Files of tensors: safetensors, or pickles that hold tensors and nothing else."""
+"""Files of tensors: safetensors, or pickles that hold tensors and nothing else; and writing safetensors one tensor at a
+time, so that neither a file nor a sharded model is ever whole in memory."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,11 @@ _WRAPPERS = ("state_dict", "model")  # what training scripts keep the weights un
 
 _BEGINNINGS = (b"PK", b"\x80", b"GGUF")
 """Of files that `torch.save` writes, of those that it wrote before version 1.6, and of llama.cpp's."""
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 _WAY_OUT = "Fetch or write it again, or point at another file."
 
@@ -107,6 +116,60 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded (a DTensor); all ranks must call it then."""
+    gather = getattr(tensor, "full_tensor", None)
+    return gather() if gather else tensor
+
+
+def write_safetensors(
+    path: Path | None,
+    tensors: Mapping[str, Tensor],
+    *,
+    read: Callable[[Tensor], Tensor] = full,
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    """Writes what `safetensors.torch.save_file` would, byte for byte, with one tensor at a time on the host.
+
+    The SHA-256 is computed on the way, in a thread beside the disk.
+
+    Args:
+        path: the file; None reads the tensors and writes nothing (the other ranks of a gathering `read`).
+        tensors: what to write; dtypes and shapes are those of the file.
+        read: makes the values of a tensor out of its entry.
+
+    Returns:
+        The file's SHA-256; empty where nothing is written.
+
+    Raises:
+        OSError: the file cannot be written; what there is of it is removed.
+    """
+    # The order of safetensors: wide types first, so that every tensor is aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    if path is None:
+        for name in order:
+            read(tensors[name])
+        return ""
+    digest = hashlib.sha256()
+    try:
+        with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
+            header = _header(order, tensors, metadata or {})
+            digest.update(header)
+            file.write(header)
+            for name in order:
+                value = read(tensors[name]).detach().to("cpu").contiguous()
+                content = value.reshape(-1).view(torch.uint8).numpy().data
+                hashed = hasher.submit(digest.update, content)
+                file.write(content)
+                hashed.result()
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    return digest.hexdigest()
+
+
 class _Safetensors(Mapping[str, Tensor]):
     def __init__(self, file: Path):
         self._file = open_safetensors(file)
@@ -138,3 +201,16 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise UsageError(f"{file} holds no state dict but a {type(state).__name__}.")
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _header(order: Iterable[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

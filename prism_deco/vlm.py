@@ -240,11 +240,14 @@ class VLM(nn.Module):
         zeros = embeddings.new_zeros(1, height * width, self.projector.in_dim)
         return embeddings if weight is None else embeddings + 0.0 * self.project(zeros).sum().to(embeddings.dtype)
 
-    def _attention_mask(self, batch: Batch) -> Tensor:
-        """bool[B, L] of real positions, or bool[B, 1, L, L] of allowed pairs for `turn_mask=block`; of packed
-        rows only pairs within a record count."""
+    def _attention_mask(self, batch: Batch) -> Tensor | None:
+        """bool[B, L] of real positions, None where causal attention needs no mask, or bool[B, 1, L, L] of allowed pairs
+        for `turn_mask=block`; of packed rows only pairs within a record count."""
         if self.turn_mask == "causal":
-            return batch.attention_mask if batch.lengths is None else no_mask(batch.input_ids.device)
+            if batch.lengths is not None:
+                return no_mask(batch.input_ids.device)
+            # No position sees padding that comes after it, and without a mask the kernel can be flash attention.
+            return batch.attention_mask if batch.left_padded else None
         length = batch.input_ids.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=batch.rounds.device).tril()
         key_round, query_round = batch.rounds[:, None, :], batch.rounds[:, :, None]

@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,31 @@ from prism_deco.projectors import build_projector
 from prism_deco.vlm import VLM
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    """Tests neither read nor leave anything in the user's cache."""
-    monkeypatch.setenv("PRISM_DECO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """With several processes (`-n auto`), the tests of a file stay together: what a module trains is trained once."""
+    if getattr(config.option, "numprocesses", None):
+        config.option.loadscopereorder = False  # it would begin with the files of the most tests; see below
+        if config.option.dist == "no":
+            config.option.dist = "loadfile"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Begins with the files that take longest: the last of them would run alone at the end."""
+    weights = Counter()
+    for item in items:
+        starts_processes = {"training", "sweep"} & set(item.path.parts)
+        weights[item.path] += 60 if item.get_closest_marker("slow") else 5 if starts_processes else 1
+    items.sort(key=lambda item: (-weights[item.path], str(item.path)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Tests, and what modules share among theirs, neither read nor leave anything in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRISM_DECO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}

@@ -34,7 +34,7 @@ class RandomDraws(TorchDispatchMode):
 
 @pytest.fixture
 def model():
-    config = load_config(["llm=mini_qwen2", "recipe.standardise_features=true", "run_id=test", *SMALL])
+    config = load_config(["llm.pretrained=false", "recipe.standardise_features=true", "run_id=test", *SMALL])
     torch.manual_seed(4)
     vlm, llm = build_model(config)
     return Model(vlm.eval(), llm, config)
@@ -163,6 +163,13 @@ def test_a_single_question_needs_no_lists(asked, tmp_path):
         assert model.generate(image, "What?", max_new_tokens=4) == expected
     assert model.generate(None, "What?", max_new_tokens=4) == model.generate([None], ["What?"], max_new_tokens=4)
     assert model.generate([red, blue], "What?", max_new_tokens=4) == model.generate([[red, blue]], ["What?"], 4)
+
+
+def test_a_model_says_what_it_is(asked):
+    model, _, _ = asked
+    names = [model.config[group].name for group in ("backbone", "projector", "llm")]
+    assert all(name in repr(model) for name in names) and repr(model).startswith("Model(backbone=")
+    assert repr(model).endswith(f" {len(model.encode_images([Image.new('RGB', (8, 8))])[0])} visual tokens, on cpu)")
 
 
 def test_no_questions_have_no_answers(asked):

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from prism_deco import features
 from prism_deco.backbones import build_backbone
 from prism_deco.data.encoder import Encoder
-from prism_deco.data.examples import Examples
 from prism_deco.data.images import open_image
+from prism_deco.data.loader import Examples
 from prism_deco.data.records import open_records
 from prism_deco.errors import UsageError
 from prism_deco.features import BATCH, FeatureCache

@@ -51,3 +51,7 @@ def test_a_wheel_holds_the_yamls_and_the_marker_of_types(tmp_path):
     assert {"prism_deco/py.typed", "prism_deco/conf/recipe/prism.yaml", "prism_deco/conf/README.md"} <= names
     assert "\nVersion: 0.1.0\n" in metadata and "\nProvides-Extra: lmms-eval\n" in metadata
     assert "\nAuthor: the prism_deco authors\n" in metadata
+    # Who reads it on an index or in site-packages has no checkout that a relative link could lead into.
+    description = metadata.split("\n\n", 1)[1]
+    assert "`runs/reference/README.md` of the source distribution" in description
+    assert all(link.startswith("https:") for link in re.findall(r"\]\(([^)]+)\)", description))

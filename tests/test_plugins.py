@@ -13,7 +13,7 @@ from prism_deco.api import Model
 from prism_deco.build import build_model
 from prism_deco.cli import main
 from prism_deco.config import load_config, read_config, save_config
-from prism_deco.training.checksums import trained_sha256
+from prism_deco.training.model_folder import trained_sha256
 
 
 @pytest.fixture

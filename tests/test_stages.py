@@ -36,7 +36,7 @@ def test_settings_reach_their_stages():
 def test_only_the_last_stage_is_scored():
     *before, last = split(["recipe=mini_two_stage", "evaluate.relevance=mini_refcoco"])
     asked = [(stage.config.evaluate.benchmarks, stage.config.evaluate.relevance) for stage in (*before, last)]
-    assert asked == [(None, None), (None, None), ("mini", "mini_refcoco")]
+    assert asked == [(None, None), ("mini", "mini_refcoco")]
 
 
 def test_a_setting_for_one_stage_wins_over_one_for_all_and_over_its_own():
@@ -48,10 +48,10 @@ def test_a_setting_for_one_stage_wins_over_one_for_all_and_over_its_own():
 
 
 def test_the_run_is_named_by_its_choices_and_the_whole_recipe():
-    language, align, finetune = split(["recipe=mini_two_stage", "seed=2"])
+    align, finetune = split(["recipe=mini_two_stage", "seed=2"])
     name = "mini_siglip-avgpool-mini_qwen2-shapes-mini_two_stage-s2"
-    assert [s.folder.name for s in (language, align, finetune)] == [f"{name}-language", f"{name}-align", name]
-    assert align.config.recipe.start_from == f"runs/{name}-language"
+    assert [s.folder.name for s in (align, finetune)] == [f"{name}-align", name]
+    assert finetune.config.recipe.start_from == f"runs/{name}-align"
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def fake(monkeypatch, tmp_path):
 
 def test_stages_run_in_order_with_the_options_of_the_command(fake):
     assert run(fake("assert '--overwrite' in sys.argv"), ["--overwrite"]) == 0
-    assert fake.calls() == ["check", "run_id=x-language", "run_id=x-align", "run_id=x"]
+    assert fake.calls() == ["check", "run_id=x-align", "run_id=x"]
 
 
 def test_all_stages_are_checked_before_the_first_one_starts(fake):
@@ -119,10 +119,10 @@ def test_all_stages_are_checked_before_the_first_one_starts(fake):
 @pytest.mark.parametrize(("body", "code"), [("sys.exit(76)", 76), ("os.kill(os.getpid(), signal.SIGKILL)", 137)])
 def test_the_first_failure_ends_the_command_with_its_exit_code(fake, body, code):
     assert run(fake(f"if 'align' in sys.argv[1]: {body}")) == code
-    assert fake.calls() == ["check", "run_id=x-language", "run_id=x-align"]
+    assert fake.calls() == ["check", "run_id=x-align"]
 
 
-@pytest.mark.parametrize(("given", "ports"), [(None, [18457, 18458, 18459]), ("29500", [29501, 29502, 29503])])
+@pytest.mark.parametrize(("given", "ports"), [(None, [18457, 18458]), ("29500", [29501, 29502])])
 def test_under_srun_every_stage_meets_at_a_port_of_its_own(fake, monkeypatch, given, ports):
     """Beside the one that Lightning makes of the job's number."""
     from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
@@ -135,7 +135,7 @@ def test_under_srun_every_stage_meets_at_a_port_of_its_own(fake, monkeypatch, gi
         monkeypatch.delenv("MASTER_PORT")  # Lightning's property sets it
     body = (
         "if sys.argv[1] == 'check': sys.exit(0)\n"
-        f"ports = dict(zip(['run_id=x-language', 'run_id=x-align', 'run_id=x'], {ports}))\n"
+        f"ports = dict(zip(['run_id=x-align', 'run_id=x'], {ports}))\n"
         "assert int(os.environ['MASTER_PORT']) == ports[sys.argv[1]]"
     )
     assert run(fake(body)) == 0
@@ -147,7 +147,7 @@ def test_under_torchrun_every_stage_meets_at_a_port_of_its_own(fake, monkeypatch
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     body = (
         "if sys.argv[1] == 'check': sys.exit(0)\n"
-        "ports = {'run_id=x-language': '29501', 'run_id=x-align': '29502', 'run_id=x': '29503'}\n"
+        "ports = {'run_id=x-align': '29501', 'run_id=x': '29502'}\n"
         "assert os.environ['MASTER_PORT'] == ports[sys.argv[1]]\n"
         "assert os.environ['TORCHELASTIC_USE_AGENT_STORE'] == 'False'"
     )

@@ -71,6 +71,28 @@ def test_a_block_masked_round_is_a_conversation_of_its_own(tiny, llm):
 
 
 @pytest.mark.parametrize("llm", LLMS)
+def test_padding_on_the_right_keeps_the_kernel_for_causal_attention(tiny, llm, monkeypatch):
+    vlm, language = tiny(llm)
+    seen = []
+
+    def recorded(*args, attn_mask=None, is_causal=False, **options):
+        seen.append((attn_mask is None, is_causal))
+        return attention(*args, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    encoded = [language.encode(TALK, num_images=1), language.encode(TEXT)]
+    pixels = _pixels(vlm, 1)
+    visual = vlm.visual_tokens(pixels)
+    seen.clear()
+    vlm.hidden_states(build_batch(encoded, 4), visual)
+    assert seen and set(seen) == {(True, True)}
+    seen.clear()
+    vlm.hidden_states(build_batch(encoded, 4, left_pad=True), visual)
+    assert set(seen) == {(False, False)}
+
+
+@pytest.mark.parametrize("llm", LLMS)
 @pytest.mark.parametrize("turn_mask", ["causal", "block"])
 def test_padding_changes_nothing(tiny, llm, turn_mask):
     vlm, language = tiny(llm, turn_mask=turn_mask)

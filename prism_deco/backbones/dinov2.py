@@ -14,6 +14,7 @@ from prism_deco.config.registry import unknown
 
 
 @BACKBONES.register("dinov2")
+@BACKBONES.register("timm")
 class Dinov2Backbone(Tower):
     """`model` is a timm model name; pixels are normalised as timm does for that model (ImageNet for DINOv2)."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prism_deco.backbones.base import BACKBONES, VisionBackbone, build_backbone
 from prism_deco.backbones.transforms import BackboneTransform
+from prism_deco.config import load_choice
 from prism_deco.errors import UsageError
 from prism_deco.tensors import SUFFIXES
 
@@ -24,10 +25,12 @@ class Ensemble(VisionBackbone):
         weights: folder that holds `<tower>.safetensors` (or .bin, .pt, .pth, or a folder `<tower>`) per tower;
             None leaves each tower to its own YAML.
         image_size: side of the input in pixels, for all towers; None keeps what each YAML says.
-        pretrained, layer, resize, device: as for one tower, for all of them.
+        grid: patches per side, for all towers: each sees the image at that many times its own patch size.
+        layer: as for one tower, for all whose YAML names none.
+        pretrained, resize, device: as for one tower, for all of them.
 
     Raises:
-        UsageError: the grids differ, or `weights` lacks a tower.
+        UsageError: the grids differ, `weights` lacks a tower, or both `grid` and `image_size` are given.
     """
 
     def __init__(
@@ -38,18 +41,21 @@ class Ensemble(VisionBackbone):
         pretrained: bool = True,
         weights: str | None = None,
         image_size: int | None = None,
+        grid: int | None = None,
         layer: int = -2,
         resize: str = "letterbox",
         device: str | torch.device | None = None,
     ):
         super().__init__()
+        if grid and image_size:
+            raise UsageError(f"backbone.grid={grid} sets the image sizes of the towers: leave out backbone.image_size.")
         members = [
             build_backbone(
                 tower,
                 pretrained=pretrained,
                 device=device,
-                image_size=image_size,
-                layer=layer,
+                image_size=grid * _patch_size(tower) if grid else image_size,
+                layer=load_choice("backbone", tower).get("layer", layer),
                 resize=resize,
                 **({"weights": _weights_of(tower, weights)} if weights and pretrained else {}),
             )
@@ -65,7 +71,8 @@ class Ensemble(VisionBackbone):
             grids = ", ".join(f"{member.towers[0]} {member.grid[0]}x{member.grid[1]}" for member in members)
             raise UsageError(
                 f"The towers of the ensemble {name} have different patch grids ({grids}), so their features cannot be "
-                "concatenated: choose towers of one grid, or an image_size that gives them one."
+                f"concatenated: set patches per side for all of them (grid: {members[0].grid[0]} in the ensemble's "
+                "YAML), or an image_size that gives them one grid."
             )
         first = members[0]
         self.image_size = first.image_size
@@ -86,6 +93,11 @@ class Ensemble(VisionBackbone):
 
     def _backbones(self) -> list[VisionBackbone]:
         return [member for member in self.members if isinstance(member, VisionBackbone)]
+
+
+def _patch_size(tower: str) -> int:
+    """Side of a tower's patches in pixels."""
+    return build_backbone(tower, pretrained=False, device="meta").patch_size
 
 
 def _weights_of(tower: str, folder: str) -> str:

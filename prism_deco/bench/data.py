@@ -20,9 +20,8 @@ from prism_deco.bench.result import BenchResult, BenchRow, interleaved, spread
 from prism_deco.config import cache_dir
 from prism_deco.data.base import Source
 from prism_deco.data.encoder import Encoder
-from prism_deco.data.examples import Examples, Transform
 from prism_deco.data.images import FORMATS, decode_image
-from prism_deco.data.loader import Collate, stack_pixels
+from prism_deco.data.loader import Collate, Examples, Transform, stack_pixels
 from prism_deco.data.records import open_records
 from prism_deco.llms import LanguageModel
 

@@ -29,7 +29,7 @@ COMMANDS = {
     "train": Command(
         "train",
         "compose and train a model, then score it",
-        "train projector=c_abstractor projector.depth=2 recipe.epochs=2 seed=3",
+        "train projector=c_abstractor recipe.epochs=2 seed=3",
     ),
     "evaluate": Command(
         "evaluate", "score a finished run, or a predictions file", "evaluate runs/RUN_ID benchmark=pope,gqa limit=500"

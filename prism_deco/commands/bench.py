@@ -26,7 +26,8 @@ def bench_projectors_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=["float32", "bfloat16"],
         default=["float32", "bfloat16"],
-        help="types (default: both)",
+        metavar="DTYPE",
+        help="float32 | bfloat16 (default: both)",
     )
     parser.add_argument("--repeats", type=int, default=10, help="timed passes per projector (default: %(default)s)")
     _add_device(parser)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from prism_deco.config import parse_value
-from prism_deco.config.parse import split_pair
 from prism_deco.config.registry import unknown
+from prism_deco.config.values import split_pair
 from prism_deco.errors import UsageError
 from prism_deco.files import read_json
 

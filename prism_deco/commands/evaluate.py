@@ -11,10 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
 from prism_deco.config import parse_value, read_config
-from prism_deco.config.benchmarks import benchmark_name, group_keys, resolve_asks, resolve_benchmarks, results_name
+from prism_deco.config.choices import benchmark_name, group_keys, resolve_asks, resolve_benchmarks, results_name
 from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
-from prism_deco.files import check_writable, read_json
+from prism_deco.files import check_folder, check_writable, read_json
 
 if TYPE_CHECKING:  # benchmarks need torch
     from prism_deco.evaluation import Benchmark
@@ -46,6 +46,10 @@ def evaluate(args: argparse.Namespace) -> None:
     """Score a finished run on benchmarks, or a predictions file without a model."""
     asked = asked_of(args.arguments, KEYS)
     import_named_plugins(asked)
+    from prism_deco.evaluation.choose import check_keys
+
+    also = ("benchmark", *KEYS)
+    check_keys(asked.benchmarks or (), asked.options, asked.own, also=also)
     if args.score_only is not None:
         given = {"--out": args.out, "--dtype": args.dtype, "--device": args.device, "a run": asked.runs}
         if unused := [name for name, value in given.items() if value]:
@@ -57,9 +61,7 @@ def evaluate(args: argparse.Namespace) -> None:
     (run,) = asked.runs
     finished_run(run)
     names = asked.benchmarks or _trained_with(run)
-    from prism_deco.evaluation.choose import check_keys
-
-    check_keys(names, asked.options, asked.own, also=("benchmark", *KEYS))
+    check_keys(names, asked.options, asked.own, also=also)
     own = {}
     of_groups = group_keys(names)
     for name in map(benchmark_name, resolve_benchmarks(names)):
@@ -81,14 +83,12 @@ def evaluate(args: argparse.Namespace) -> None:
 def _score_file(path: Path, asked: Asked) -> None:
     """Prints what a predictions file scores, beside chance and, where the file lies in a run, blindness."""
     from prism_deco.evaluation import build_benchmark, chance, load_predictions, score_file, table
-    from prism_deco.evaluation.choose import check_keys
 
     if asked.benchmarks is None:
         raise UsageError("Name the benchmark of the predictions, for example: benchmark=pope")
-    check_keys(asked.benchmarks, asked.options, asked.own, also=("benchmark", "plugins"))
-    own = next(iter(asked.own.values()), {})
-    benchmark = build_benchmark(asked.benchmarks, **asked.options, **own)
-    result = score_file(path, benchmark)
+    keys = asked.options | next(iter(asked.own.values()), {})
+    benchmark = build_benchmark(asked.benchmarks, **keys)
+    result = score_file(path, benchmark, chosen="variants" in keys)
     name, folder = benchmark.name, path.absolute().parent  # eval/<benchmark> or eval/<benchmark>-<split> of a run
     config = folder.parents[1] / "config.yaml"
     blind = {}
@@ -203,8 +203,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: the folder is none, such as an export, which knows neither its data nor the hash of its weights.
     """
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
+    check_folder(folder)
     path = folder / "manifest.json"
     if path.is_file():
         from prism_deco.config.registry import require_imported

@@ -7,16 +7,14 @@ import hashlib
 import json
 import logging
 import sys
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
 from prism_deco.commands.evaluate import finished_run, stored_keys
-from prism_deco.config.benchmarks import benchmark_name, results_name
-from prism_deco.config.registry import unknown
+from prism_deco.config.choices import benchmark_name, results_name
 from prism_deco.errors import UsageError
-from prism_deco.files import check_writable, read_json
+from prism_deco.files import check_folder, check_writable, read_json
 
 if TYPE_CHECKING:  # maps need torch
     from prism_deco.explain import Section
@@ -29,12 +27,21 @@ def explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "arguments", nargs="*", metavar="RUN KEY=VALUE", help="run folders; benchmark=NAME limit=N plugins=[MODULE]"
     )
-    parser.add_argument("--image", type=Path, help="explain an answer about this image")
+    parser.add_argument("--image", type=Path, action=_Once, help="explain an answer about this image")
     parser.add_argument("--prompt", help="the question about it")
     parser.add_argument("--answer", help="the text to explain (default: the model's own answer)")
     parser.add_argument("--out", type=Path, help="folder for pictures, numbers and pages (default: one in RUN/explain)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type to compute in (default: the run's)")
     parser.add_argument("--device", default="cpu", help="cpu | cuda (default: %(default)s)")
+
+
+class _Once(argparse.Action):
+    """Refuses a second value, which would replace the first without a word."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option} is given twice: maps are those of one image.")
+        setattr(namespace, self.dest, values)
 
 
 def explain(args: argparse.Namespace) -> None:
@@ -81,7 +88,7 @@ def _explain_benchmark(
     args: argparse.Namespace, asked: Asked, place: dict[str, Any]
 ) -> tuple[str, list[list[Section]]]:
     """The name of what was measured, and the sections of the page by run."""
-    from prism_deco.explain import table
+    from prism_deco.explain import MapTable
 
     assert asked.benchmarks is not None
     name = asked.benchmarks
@@ -96,7 +103,7 @@ def _explain_benchmark(
         result, pages = measure_relevance(run, name, options[run], out=_out(args, run, len(asked.runs)), **place)
         results.append(result)
         sections.append(pages)
-    show(table(results))
+    show(MapTable(results))
     return results_name(name, options[asked.runs[0]].get("split")), sections
 
 
@@ -152,20 +159,15 @@ def has_relevance(run: Path, name: str, split: str | None) -> bool:
 
 def _check_arguments(args: argparse.Namespace, asked: Asked) -> None:
     from prism_deco.data.images import open_image
+    from prism_deco.evaluation.choose import check_keys
 
+    check_keys(asked.benchmarks or (), asked.options, asked.own, also=("benchmark", "plugins"))
     given = {"--image": args.image, "--prompt": args.prompt, "--answer": args.answer}
     one = [name for name, value in given.items() if value is not None]
     keys = [*(["benchmark"] if asked.benchmarks else []), *asked.options, *(f"benchmark.{name}" for name in asked.own)]
     if one and keys:
         others = ", ".join(f"{key}=" for key in keys)
         raise UsageError(f"{', '.join(one)} concern one image, {others} a benchmark: leave out one or the other.")
-    if asked.benchmarks:
-        from prism_deco.evaluation.choose import check_keys
-
-        check_keys(asked.benchmarks, asked.options, asked.own, also=("benchmark", "plugins"))
-    for key in asked.options if asked.benchmarks is None else ():
-        if get_close_matches(key, ["benchmark", "plugins"]):  # a slip; others are a benchmark's that was not named
-            raise unknown("key", key, ["benchmark", "plugins"])
     if not asked.runs or (asked.benchmarks is None and (args.image is None or not args.prompt)):
         raise UsageError(
             "Name runs and either one question or a benchmark, for example: prism-deco explain runs/RUN_ID --image "
@@ -178,8 +180,7 @@ def _check_arguments(args: argparse.Namespace, asked: Asked) -> None:
     if args.out is not None and shared:
         raise UsageError(f"Two runs are named {shared[0]} and would share a folder in --out: explain one at a time.")
     for run in asked.runs:
-        if not run.is_dir():
-            raise UsageError(f"{run} is not a folder: give a run folder such as runs/RUN_ID.")
+        check_folder(run)
 
 
 def _benchmark(run: Path, name: str, options: dict[str, Any]) -> Any:

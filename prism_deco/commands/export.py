@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prism_deco.commands.common import PLUGINS, import_plugins_only
 from prism_deco.errors import UsageError
-from prism_deco.files import check_writable
+from prism_deco.files import check_folder, check_writable
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ def export(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     check_writable(args.to, "Name another folder with --to.")
     check_empty(args.to)
+    check_folder(args.run)
     if args.checkpoint:
         if args.hf or args.dtype or args.merge:
             raise UsageError(

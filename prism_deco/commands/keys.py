@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from prism_deco.config import GROUPS, choices, flat, load_choice, load_config, value_origins, value_text
 from prism_deco.config.choices import choice_path
-from prism_deco.config.reference import reference, reference_page
+from prism_deco.config.reference import OTHER_FOLDERS, Key, reference, reference_page
 from prism_deco.config.registry import unknown
 from prism_deco.stages import Stage
 
@@ -20,20 +20,24 @@ def keys_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "group",
         nargs="?",
-        help=f"{', '.join(_groups())}, or GROUP=CHOICE for the YAML of a choice (default: all groups)",
+        help=f"{', '.join(_groups())}, a key, or GROUP=CHOICE for the YAML of a choice (default: all groups)",
     )
     parser.add_argument("--markdown", action="store_true", help="print all keys and choices as conf/README.md has them")
 
 
 def keys(args: argparse.Namespace) -> None:
-    """List the keys of the configuration with types, defaults and meanings, all or those of one group. A key that only
-    some choices have is explained in their YAML files, which GROUP=CHOICE prints."""
+    """List the keys of the configuration with types, defaults and meanings, all, those of one group, or one. A key that
+    only some choices have is explained in their YAML files, which GROUP=CHOICE prints."""
     if args.markdown:
         sys.stdout.write(reference_page())
         return
     group, is_choice, choice = (args.group or "").partition("=")
+    if group in reference() and group not in _groups():
+        sys.stdout.write("\n".join(_meaning(reference()[group], _width())) + "\n")
+        return
     if group and group not in _groups():
-        raise unknown("group", group, _groups())
+        siblings = [key for key in reference() if key.startswith(f"{group.partition('.')[0]}.")]
+        raise unknown("key", group, siblings) if siblings else unknown("group", group, _groups())
     if is_choice:
         load_choice(group, choice)
         path = choice_path(group, choice)
@@ -44,22 +48,33 @@ def keys(args: argparse.Namespace) -> None:
 
 
 def _groups() -> list[str]:
-    return [*GROUPS, "evaluate"]
+    return [*GROUPS, "evaluate", *OTHER_FOLDERS]
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size().columns, 100)
 
 
 def _explained(group: str) -> str:
     """The keys of a group, each with its meaning below it, as wide as the terminal."""
-    width = min(shutil.get_terminal_size().columns, 100)
+    width = _width()
     heading = group or "the run"
     if group in GROUPS:
         heading += f": {group}=NAME chooses one of {', '.join(choices(group))}, or a YAML file"
+    if group in OTHER_FOLDERS:
+        heading += f": {OTHER_FOLDERS[group]} Choices: {', '.join(choices(group))}, or a YAML file"
     lines = textwrap.wrap(heading, width)
     for key in reference().values():
         if key.name.rpartition(".")[0] == group:
-            default = f" (default {key.default})" if key.default else ""
-            lines.append(f"  {key.name}: {key.takes}{default}")
-            lines += textwrap.wrap(key.meaning, width, initial_indent="      ", subsequent_indent="      ")
+            lines += _meaning(key, width)
     return "\n".join(lines) + "\n\n"
+
+
+def _meaning(key: Key, width: int) -> list[str]:
+    default = f" (default {key.default})" if key.default else ""
+    deep = {"width": width, "subsequent_indent": "      "}
+    first = textwrap.wrap(f"{key.name}: {key.takes}{default}", initial_indent="  ", **deep)
+    return first + textwrap.wrap(key.meaning, initial_indent="      ", **deep)
 
 
 def print_config(stages: Sequence[Stage], arguments: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from prism_deco.commands.evaluate import score_run
 from prism_deco.commands.explain import has_relevance, measure_relevance
 from prism_deco.commands.keys import print_config
 from prism_deco.config import load_config
-from prism_deco.config.benchmarks import benchmark_name, group_keys, resolve_asks, resolve_benchmarks, results_name
+from prism_deco.config.choices import benchmark_name, group_keys, resolve_asks, resolve_benchmarks, results_name
 from prism_deco.errors import UsageError
 from prism_deco.stages import Stage, split
 from prism_deco.stages import run as run_stages
@@ -56,25 +56,35 @@ def train(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class _Scoring:
-    """What `evaluate` in the configuration asks for, to be done when the model is trained."""
+    """What `evaluate` in the configuration asks for, to be done when the model is trained.
 
-    config: DictConfig
+    Ranks get a copy, so it holds plain values: the classes of a composed configuration cannot be pickled.
+
+    Attributes:
+        keys: those of `evaluate`.
+        own: keys of single benchmarks, by name: those of the groups, then the configuration's.
+        llm: keys of the LLM, which says how it can be asked.
+    """
+
     benchmarks: tuple[str, ...]
     relevance: str | None
+    keys: dict[str, Any]
+    own: dict[str, dict[str, Any]]
+    llm: dict[str, Any]
+    accelerator: str
 
     def prepare(self, benchmarks: Path | None) -> None:
         """Reads all questions; a wrong name, split or file must not wait for the end of training."""
-        from prism_deco.build import group
         from prism_deco.evaluation.choose import check_keys, prepare, prepare_one
         from prism_deco.llms.spec import check_ask, read_spec
 
-        spec = read_spec(group(self.config, "llm"))
+        spec = read_spec(self.llm)
         for ask in self._asks:
             check_ask(spec, ask)
-        check_keys([*self.benchmarks, *([self.relevance] if self.relevance else [])], (), self._own)
+        check_keys([*self.benchmarks, *([self.relevance] if self.relevance else [])], (), self.own)
         try:
             if self.benchmarks:
-                prepare(self.benchmarks, self._options, self._own, root=benchmarks)
+                prepare(self.benchmarks, self._options, self.own, root=benchmarks)
         except UsageError as error:
             raise UsageError(f"evaluate.benchmarks: {error}") from error
         try:
@@ -103,11 +113,10 @@ class _Scoring:
             prepare_one(self.relevance, self._relevance_options(), root=own_benchmarks(folder), boxes=True)
         with world.patient():
             if self.benchmarks:
-                size = self.config.evaluate.batch_size
-                more = {"asks": self._asks, "batch_size": size}
-                score_run(folder, self.benchmarks, self._options, self._own, world=world, **more)
+                more = {"asks": self._asks, "batch_size": self.keys["batch_size"]}
+                score_run(folder, self.benchmarks, self._options, self.own, world=world, **more)
             if self.relevance and world.is_main:  # its files are those of one process
-                device = local_device(self.config.trainer.accelerator)
+                device = local_device(self.accelerator)
                 measure_relevance(folder, self.relevance, self._relevance_options(), device=device)
             world.barrier()
 
@@ -116,46 +125,44 @@ class _Scoring:
 
     @property
     def _asks(self) -> list[str]:
-        return resolve_asks(self.config.evaluate.ask)
+        return resolve_asks(self.keys["ask"])
 
     @property
     def _options(self) -> dict[str, Any]:
         """Keys of all benchmarks."""
-        return {"split": self.config.evaluate.split, "limit": self.config.evaluate.limit}
-
-    @property
-    def _own(self) -> dict[str, Any]:
-        """Keys of single benchmarks, by name: those of the groups, then the configuration's."""
-        own: Any = OmegaConf.to_container(self.config.benchmark)
-        keys = group_keys(self.config.evaluate.benchmarks or "")
-        return {name: keys.get(name, {}) | own.get(name, {}) for name in keys | own}
+        return {"split": self.keys["split"], "limit": self.keys["limit"]}
 
     def _relevance_options(self) -> dict[str, Any]:
-        own = self._own.get(benchmark_name(self.relevance or ""), {})
-        return {**self._options, **own, "limit": self.config.evaluate.relevance_limit}
+        own = self.own.get(benchmark_name(self.relevance or ""), {})
+        return {**self._options, **own, "limit": self.keys["relevance_limit"]}
 
     def _split(self, choice: str) -> str | None:
-        return self._own.get(benchmark_name(choice), {}).get("split", self.config.evaluate.split)
+        return self.own.get(benchmark_name(choice), {}).get("split", self.keys["split"])
 
 
 def _scoring(config: DictConfig) -> _Scoring | None:
     """The scoring that a configuration asks for; None where it asks for none."""
     benchmarks = tuple(resolve_benchmarks(config.evaluate.benchmarks or ""))
-    return _Scoring(config, benchmarks, config.evaluate.relevance)._unless_empty()
+    keys: Any = OmegaConf.to_container(config.evaluate)
+    of_groups = group_keys(config.evaluate.benchmarks or "")
+    chosen: Any = OmegaConf.to_container(config.benchmark)
+    own = {name: of_groups.get(name, {}) | chosen.get(name, {}) for name in of_groups | chosen}
+    llm: Any = OmegaConf.to_container(config.llm, resolve=True)
+    return _Scoring(benchmarks, keys["relevance"], keys, own, llm, config.trainer.accelerator)._unless_empty()
 
 
 def _check(stages: Sequence[Stage], config: DictConfig, *, overwrite: bool, force: bool) -> int:
     from prism_deco.distributed import World
     from prism_deco.training.preconditions import check_all
-    from prism_deco.training.run_dir import has_finished, resumed_from, run_folder
+    from prism_deco.training.run_dir import find_run, run_folder
 
     before: dict[str, DictConfig] = {}
     for name, its in [(f"Stage {stage.name}: ", stage.config) for stage in stages] or [("", config)]:
         after = before.get(its.recipe.start_from)
         try:
-            if not has_finished(its, overwrite):
-                world = World.of(its.trainer)
-                resume = resumed_from(its, overwrite)
+            found = find_run(its, overwrite=overwrite)
+            if found.state == "train":
+                world, resume = World.of(its.trainer), found.checkpoint
                 check_all(its, world, scoring=_scoring(its), resume=resume, after=after, plans=True, force=force)
         except UsageError as error:
             raise UsageError(f"{name}{error}") from error

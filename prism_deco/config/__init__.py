@@ -1,20 +1,22 @@
 """The configuration: its schema, and the loader that composes YAML files, choices and `key=value` settings."""
 
-from prism_deco.config.cache import building_folder, cache_dir
 from prism_deco.config.choices import CONF_DIR, choices, load_choice
 from prism_deco.config.compose import compose, default_run_id, validate
-from prism_deco.config.load import load_config, named_choice, value_origins
-from prism_deco.config.parse import parse_value, read_yaml, value_text
-from prism_deco.config.schema import GROUPS
-from prism_deco.config.stored import (
+from prism_deco.config.load import (
     changed_from_defaults,
     flat,
     is_free,
+    load_config,
+    named_choice,
     read_config,
     read_stored,
     save_config,
     shipped_choices,
+    value_origins,
 )
+from prism_deco.config.schema import GROUPS
+from prism_deco.config.values import parse_value, read_yaml, value_text
+from prism_deco.files import building_folder, cache_dir
 
 __all__ = [
     "CONF_DIR",

@@ -18,10 +18,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, GrammarParseE
 
 from prism_deco.config.choices import choices, load_choice
 from prism_deco.config.fields import Range
-from prism_deco.config.keys import RETIRED, allowed, is_text_key, type_text
-from prism_deco.config.parse import flatten, value_text
 from prism_deco.config.registry import unknown
 from prism_deco.config.schema import GROUPS, SAMPLER, STATISTICS, Config
+from prism_deco.config.values import RETIRED, allowed, flatten, is_text_key, type_text, value_text
 from prism_deco.errors import UsageError
 
 _LISTED = 12
@@ -105,13 +104,10 @@ def validate(config: DictConfig) -> None:
     except OmegaConfBaseException as error:
         raise UsageError(f"{error.full_key}: {str(error).splitlines()[0]}.") from error
 
-    def is_reference(key: str) -> bool:
-        group, _, leaf = key.rpartition(".")
-        return OmegaConf.is_interpolation(config[group] if group else config, leaf)
-
     values = flatten(content)
+    written: Any = flatten(OmegaConf.to_container(config, resolve=False))  # type: ignore[arg-type]
     # References come last: a wrong value is reported at the key that holds it.
-    for key in sorted(allowed(), key=is_reference):
+    for key in sorted(allowed(), key=lambda key: "${" in str(written[key])):
         _check_value(key, values[key], content["plugins"])
     for key in content["data"]["statistics"] or {}:
         if key not in STATISTICS:

@@ -15,9 +15,8 @@ from omegaconf import MISSING
 from prism_deco.config import schema
 from prism_deco.config.choices import choice_path, choices
 from prism_deco.config.fields import Range
-from prism_deco.config.keys import schema_keys, type_text
-from prism_deco.config.parse import value_text
 from prism_deco.config.schema import GROUPS
+from prism_deco.config.values import schema_keys, type_text, value_text
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ choice's YAML replaces. Keys that only some choices have are explained in their 
 `${recipe.num_tokens}` is a reference to another key. This page is generated: `prism-deco keys --markdown`.
 """
 
-_OTHER_FOLDERS = {
+OTHER_FOLDERS = {
     "benchmark": "What `evaluate.benchmarks` and `prism-deco evaluate` take: names, separated by commas, or groups of "
     "them. `benchmark.NAME.KEY=VALUE` sets a key of one.",
     "sweep": "What `prism-deco sweep` and `plan` take: a grid of runs.",
@@ -100,7 +99,7 @@ def reference_page() -> str:
     for group in (*GROUPS, "evaluate", ""):
         title = f"`{group}`" if group else "The run"
         sections.append(f"## {title}\n\n{_key_table(group)}{_choice_table(group) if group in GROUPS else ''}")
-    for folder, text in _OTHER_FOLDERS.items():
+    for folder, text in OTHER_FOLDERS.items():
         sections.append(f"## `{folder}`\n\n{text}\n{_choice_table(folder)}")
     return "\n".join(sections)
 

@@ -60,8 +60,10 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T:
         """The component of that exact name; `UsageError` lists the choices otherwise."""
-        if name not in self._entries:
-            self._import_module_of(name)
+        module = f"{self._package}.{name}"
+        # Most components have a module of their name, and need no other.
+        if name not in self._entries and name.isidentifier() and self._package and importlib.util.find_spec(module):
+            importlib.import_module(module)
         if name not in self._entries:
             self._discover()
         if name not in self._entries:
@@ -90,12 +92,6 @@ class Registry(Generic[T]):
         """All registered names, sorted."""
         self._discover()
         return sorted(self._entries)
-
-    def _import_module_of(self, name: str) -> None:
-        """Imports the module of the component's name, where there is one: most have it, and need no other."""
-        module = f"{self._package}.{name}"
-        if self._package is not None and name.isidentifier() and importlib.util.find_spec(module) is not None:
-            importlib.import_module(module)
 
     def _discover(self) -> None:
         if self._package is not None:

@@ -21,6 +21,7 @@ ODD_RECORDS = ("refuse", "train")
 LM = ("full", "frozen", "lora", "qlora")
 PROMPT = ("chat", "plain")
 TOKENIZE = ("per_turn", "whole")
+LONG_QUESTIONS = ("shorten", "cut")
 IMAGE_SLOT = ("after_bos", "after_first_token", "in_place")
 AS_TRAINED = "as_trained"
 """Of `evaluate.ask`: the prompt is what comes before the answer in training."""
@@ -102,7 +103,8 @@ class DataConfig:
     val_fraction: float = number(II("recipe.val_fraction"), least=0, below=1)
     """Fraction of the images held out for `val/loss`; ignored if the data has a validation file."""
     on_bad_image: str = one_of(ON_BAD_IMAGE, "fail")
-    """What to do about a missing or unreadable image: fail, skip its record, or use a blank image of mean colour."""
+    """What to do about a missing or unreadable image: fail, skip its record, or use a blank image of mean colour.
+    The manifest counts them as they are read: one that two epochs show counts twice."""
     on_bad_record: str = one_of(ON_BAD_RECORD, "fail")
     """What to do about a record that cannot be trained on: fail, or skip it (the manifest counts them)."""
     draft_jpeg: bool = False
@@ -183,6 +185,9 @@ class RecipeConfig:
     """Records per forward pass on one device."""
     max_text_tokens: int = number(2048, least=1)
     """Text is truncated to this many tokens before the visual tokens are inserted."""
+    long_questions: str = one_of(LONG_QUESTIONS, "shorten")
+    """What to do about a first question that leaves its answer no room: shorten it (its middle is left out), or cut the
+    text behind it, so that nothing is learnt from the record (prismatic, LLaVA)."""
     max_positions: int | None = number(None, least=1)
     """Text is truncated so that the sequence with its visual tokens is no longer; null is the LLM's own limit."""
     lr: float = number(2e-5, above=0)

@@ -1,4 +1,4 @@
-"""Where training data comes from: every source ends in files on disk with the fields of LLaVA's JSON."""
+"""What training data is: records, and the files on disk with the fields of LLaVA's JSON that every source ends in."""
 
 from __future__ import annotations
 
@@ -15,6 +15,21 @@ from prism_deco.errors import UsageError
 
 if TYPE_CHECKING:  # reading records needs the LLM libraries; naming a source does not
     from prism_deco.data.records import Records
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation: its id, the names of its images, and messages
+    `{"role": "user" | "assistant", "content": str}`."""
+
+    id: str
+    images: tuple[str, ...]
+    messages: list[dict[str, str]]
+
+    @property
+    def answered(self) -> list[dict[str, str]]:
+        """The messages up to the last answer; a question may follow it (see `recipe.odd_records`)."""
+        return self.messages[: len(self.messages) // 2 * 2]
 
 
 @dataclass(frozen=True)

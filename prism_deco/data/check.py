@@ -24,6 +24,7 @@ from prism_deco.data.base import Source
 from prism_deco.data.encoder import Encoder
 from prism_deco.data.records import open_records
 from prism_deco.data.validators import KINDS, Fault, ImageFindings, TextFindings, TextInspector, inspect_image
+from prism_deco.files import refusals_named, write_json, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,9 @@ def check_dataset(
     log.info("Checking %d records of %s", len(records), source.train)
     workers = workers or os.cpu_count() or 1
     entries = records.column("entry").tolist()
-    faults = [Fault(f["kind"], f["entry"], f["id"], f["detail"]) for f in records.refused("refuse")]
+    faults = [
+        Fault(f["kind"], f["entry"], f["id"], f["detail"]) for f in [*records.refused("refuse"), *records.noted()]
+    ]
     # Which records show an image: it is inspected once, and its fault listed with each of them.
     ids: list[str] = []
     first: dict[str, int] = {}
@@ -167,8 +170,9 @@ def check_dataset(
     faults.sort(key=lambda fault: (fault.entry, list(KINDS).index(fault.kind)))
     totals = {"records": len(records), "with_image": int(records.has_image.sum()), **_totals(texts, found)}
     report = CheckReport(records.data_hash, totals, faults, tuple(allow), out / "bad.jsonl")
-    report.path.write_text("".join(json.dumps(asdict(fault)) + "\n" for fault in faults), encoding="utf-8")
-    (out / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    with refusals_named(out, "Name another folder with --out.", "written"):
+        write_whole(report.path, "".join(json.dumps(asdict(fault)) + "\n" for fault in faults))
+        write_json(out / "report.json", report.to_json())
     return report
 
 

@@ -17,7 +17,7 @@ from prism_deco.config import building_folder
 from prism_deco.data.llava_json import RecordError, parse_record, read_entries, record_id
 from prism_deco.data.packing import ImagePacker, check_space, read_rows
 
-VERSION = 3
+VERSION = 4
 """Of the index; one of another version is built anew."""
 
 ROW = np.dtype(
@@ -67,7 +67,11 @@ def _write_records(entries: Iterable[Any], image_root: Path | None, folder: Path
     joined: list[tuple[str, ...]] = []
     digest = hashlib.sha256()
     end = 0
-    with (folder / "records.jsonl").open("wb") as lines, (folder / "refused.jsonl").open("w") as refused:
+    with (
+        (folder / "records.jsonl").open("wb") as lines,
+        (folder / "refused.jsonl").open("w") as refused,
+        (folder / "noted.jsonl").open("w") as noted,
+    ):
         for number, raw in enumerate(entries):
             name = record_id(raw, number)
             where = f"record {number} (id {name})" if isinstance(raw, dict) and "id" in raw else name
@@ -83,6 +87,9 @@ def _write_records(entries: Iterable[Any], image_root: Path | None, folder: Path
             for kind, detail in oddities.items():
                 fault |= {"kind": kind, "detail": f"{where}: {detail}", "usable": True}
                 refused.write(f"{json.dumps(fault)}\n")
+            if not isinstance(raw.get("id", ""), str):
+                detail = f"{where}: the id is of Python's type {type(raw['id']).__name__}, not text."
+                noted.write(f"{json.dumps(fault | {'kind': 'id_type', 'detail': detail})}\n")
             content = {"id": record.id, "images": record.images, "messages": record.messages}
             encoded = json.dumps(content).encode() + b"\n"
             lines.write(encoded)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from prism_deco.data.base import Record
 from prism_deco.data.images import path_below
 from prism_deco.errors import UsageError
 from prism_deco.llms.prompts import IMAGE_TAG
@@ -23,21 +23,6 @@ _IMAGE_KEY = re.compile(_IMAGE, re.IGNORECASE)
 
 _IMAGE_DETAIL_KEY = re.compile(f"{_IMAGE}({_DETAIL})?", re.IGNORECASE)
 """The same, and keys such as `image_url`: beside an image they only describe it, alone they stand for it."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One conversation: its id, the names of its images, and messages
-    `{"role": "user" | "assistant", "content": str}`."""
-
-    id: str
-    images: tuple[str, ...]
-    messages: list[dict[str, str]]
-
-    @property
-    def answered(self) -> list[dict[str, str]]:
-        """The messages up to the last answer; a question may follow it (see `recipe.odd_records`)."""
-        return self.messages[: len(self.messages) // 2 * 2]
 
 
 class RecordError(ValueError):

@@ -1,17 +1,135 @@
-"""Examples -> the batches of one optimizer step."""
+"""Records -> examples, the tokens and pixels of one conversation -> the batches of one optimizer step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from prism_deco.data.examples import Example, Examples
-from prism_deco.data.samplers import Share, StepSampler
+from prism_deco.data.encoder import Encoder
+from prism_deco.data.images import ImageFolder, ImageSource, load_image
+from prism_deco.data.records import Records
+from prism_deco.data.samplers import Filler, Share, StepSampler
+from prism_deco.errors import UsageError
+from prism_deco.llms import Encoded
+from prism_deco.llms.encoding import IGNORE
 from prism_deco.sequence import Batch, build_batch
+
+log = logging.getLogger(__name__)
+
+Transform = Callable[[Image.Image], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record, ready for the model.
+
+    Attributes:
+        pixels: per image a dict tower -> float[3, S, S].
+        tokens_cut: text tokens removed by truncation.
+        bad_images: images that could not be read, and were handled as `on_bad_image` says.
+        bad_record: it was skipped, or LLaVA ignores such records; nothing is learned from it.
+        row: the record's number among the `Examples`.
+        filler: nothing is learned from it, and it is not counted (`samplers.Filler`).
+    """
+
+    id: str
+    encoded: Encoded
+    pixels: list[dict[str, Tensor]]
+    tokens_cut: int
+    bad_images: int
+    bad_record: bool = False
+    row: int = -1
+    filler: bool = False
+
+
+class Examples(Dataset[Example]):
+    """Tokenises conversations and decodes their images.
+
+    A skipped record stays in its batch, without labels: all ranks must run the same number of forward passes.
+
+    Args:
+        images: where the records' images are; a path is a folder of files.
+        on_bad_image: fail | skip (the record) | blank (an image of the towers' mean colour).
+        on_bad_record: fail | skip, for a record that cannot be encoded.
+
+    Raises:
+        UsageError: on access, a record that cannot be encoded, or an image that cannot be read.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        images: ImageSource | Path,
+        encoder: Encoder,
+        transform: Transform,
+        *,
+        on_bad_image: str = "fail",
+        on_bad_record: str = "fail",
+    ):
+        self.records = records
+        self.images = ImageFolder(images) if isinstance(images, Path) else images
+        self.encoder = encoder
+        self.transform = transform
+        self._on_bad_image = on_bad_image
+        self._on_bad_record = on_bad_record
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, item: int | Filler) -> Example:
+        if isinstance(item, Filler):
+            example = self[item.index]
+            encoded = _ignore(example.encoded)
+            return replace(example, encoded=encoded, tokens_cut=0, bad_images=0, bad_record=False, filler=True)
+        record = self.records[item]
+        try:
+            encoded, cut = self.encoder(record)
+        except UsageError as error:
+            if self._on_bad_record == "fail":
+                raise
+            log.warning("%s", error)
+            placeholder = self.encoder.placeholder()
+            return Example(record.id, placeholder, [], tokens_cut=0, bad_images=0, bad_record=True, row=item)
+        ignored = self.encoder.ignores(record)
+        images = [self.read_image(record.id, name) for name in record.images]
+        bad_images = sum(is_bad for _, is_bad in images)
+        if ignored or (bad_images and self._on_bad_image == "skip"):
+            encoded = _ignore(encoded)
+        pixels = [own for own, _ in images]
+        return Example(record.id, encoded, pixels, cut, bad_images, bad_record=ignored, row=item)
+
+    def read_image(self, record: str, name: str) -> tuple[dict[str, Tensor], bool]:
+        """What the model is given of an image of a record, and whether the image is bad."""
+        image = self.open_image(record, name)
+        return (self.transform(image), False) if image is not None else (blank_pixels(self.transform), True)
+
+    def open_image(self, record: str, name: str) -> Image.Image | None:
+        """An image of a record; None if it cannot be read and `on_bad_image` allows that, else `UsageError`."""
+        try:
+            return load_image(self.images, name)
+        except OSError as error:
+            if self._on_bad_image == "fail":
+                raise UsageError(
+                    f"Record {record}: {error} Fix the file, or skip such records with data.on_bad_image=skip."
+                ) from error
+            log.warning("Record %s: %s (data.on_bad_image=%s)", record, error, self._on_bad_image)
+            return None
+
+
+def blank_pixels(transform: Transform) -> dict[str, Tensor]:
+    """The input for an image that cannot be read: each tower's mean colour, which its normalisation maps to zero."""
+    return {tower: torch.zeros_like(pixels) for tower, pixels in transform(Image.new("RGB", (8, 8))).items()}
+
+
+def _ignore(encoded: Encoded) -> Encoded:
+    return replace(encoded, labels=[IGNORE] * len(encoded.labels))
 
 
 @dataclass

@@ -7,10 +7,10 @@ the packing needs pyarrow.
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import os
 import shutil
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -169,17 +169,18 @@ class PartialReader:
 
     def __init__(self, path: Path):
         self._path = path
-        self._file: io.FileIO | None = None
+        self._descriptor: int | None = None
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes start..end of the file."""
-        if self._file is None:
-            self._file = io.FileIO(self._path)
+        if self._descriptor is None:
+            self._descriptor = os.open(self._path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptor)
         # Not seek and read: forked processes share the file's position.
-        return os.pread(self._file.fileno(), end - start, start)
+        return os.pread(self._descriptor, end - start, start)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None}
+        return self.__dict__ | {"_descriptor": None}
 
 
 def check_space(files: list[Path], folder: Path) -> None:

@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from prism_deco.data.base import Source
+from prism_deco.data.base import Record, Source
 from prism_deco.data.index import VERSION, build_index
-from prism_deco.data.llava_json import Record
 from prism_deco.data.packing import PackedImages, PartialReader, table_files
 from prism_deco.errors import UsageError
 from prism_deco.files import file_sha256
@@ -70,9 +69,16 @@ class Records(Sequence[Record]):
         Args:
             odd_records: refuse | train, see `recipe.odd_records`.
         """
-        with (self._folder / "refused.jsonl").open(encoding="utf-8") as file:
-            faults = [json.loads(line) for line in file]
+        faults = self._faults("refused.jsonl")
         return [fault for fault in faults if odd_records == "refuse" or not fault["usable"]]
+
+    def noted(self) -> list[dict[str, Any]]:
+        """What is odd about entries and keeps none out of training: {entry, id, kind, detail}."""
+        return self._faults("noted.jsonl")
+
+    def _faults(self, name: str) -> list[dict[str, Any]]:
+        with (self._folder / name).open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
 
     def __getitem__(self, index: Any) -> Record:
         row = self._table[self._rows[index]]

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
+from prism_deco.data.base import Record
 from prism_deco.data.encoder import Encoder
 from prism_deco.data.images import ImageSource, decoding_problem, open_bytes
-from prism_deco.data.llava_json import Record
 from prism_deco.errors import UsageError
 from prism_deco.llms.encoding import IGNORE
 from prism_deco.llms.prompts import IMAGE_TAG
@@ -26,6 +26,7 @@ KINDS: Mapping[str, str] = {
     "outside_root": "an image path that leads out of the image root",
     "unread_image": "an image under another key than `image`",
     "broken_text": "half of a surrogate pair, which is not text",
+    "id_type": "an id that is no text; training takes its digits, or whatever it is, for text",
     "duplicate_id": "the id of an earlier record",
     "empty_turn": "a turn without text, or with nothing but <image>",
     "control_character": "NUL or another control character in the text",

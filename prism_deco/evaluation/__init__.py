@@ -1,6 +1,6 @@
 """Benchmarks, scored as their authors score them."""
 
-from prism_deco.config.benchmarks import resolve_benchmarks as resolve
+from prism_deco.config.choices import resolve_benchmarks as resolve
 from prism_deco.evaluation.base import BENCHMARKS, Benchmark, Model
 from prism_deco.evaluation.choose import build_benchmark
 from prism_deco.evaluation.items import Item, Prediction, Question, Variant

@@ -22,8 +22,8 @@ def read_text(path: Path) -> str:
     """The content of a UTF-8 file."""
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist: is root right?") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(f"{path} does not exist: check root=FOLDER.") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not a text file ({error}).") from error
 
@@ -66,10 +66,10 @@ def load_data_pickle(path: Path) -> Any:
             return _DataUnpickler(file, encoding="utf-8").load()
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist.") from error
-    except Exception as error:  # a damaged pickle raises nearly anything
+    except Exception as error:  # a damaged pickle can raise almost any exception
         raise UsageError(
-            f"{path} is not a pickle of plain data ({type(error).__name__}: {error}). Nothing of it was executed; "
-            "take the file from its publisher again."
+            f"{path} is not a pickle of plain data ({type(error).__name__}: {error}). Nothing in it was executed; "
+            "download it from its publisher again."
         ) from error
 
 
@@ -108,7 +108,7 @@ def index_unique(records: Iterable[dict[str, Any]], key: str, path: Path) -> dic
     index: dict[Any, dict[str, Any]] = {}
     for number, record in enumerate(records, start=1):
         if index.setdefault(record[key], record) is not record:
-            raise UsageError(f"{path}, record {number}: {key} {record[key]!r} occurs a second time.")
+            raise UsageError(f"{path}, record {number}: {key} {record[key]!r} occurs twice.")
     return index
 
 

@@ -94,7 +94,7 @@ class Benchmark(ABC):
         if on_bad_image not in ON_BAD_IMAGE:
             raise unknown("on_bad_image", on_bad_image, ON_BAD_IMAGE)
         if limit is not None and limit < 1:
-            raise UsageError(f"{name}: limit={limit} asks nothing; null asks all questions.")
+            raise UsageError(f"{name}: limit={limit} would ask no questions; null asks all of them.")
         self.name = name
         self.root = Path(root).expanduser() if root is not None else None
         self.annotations = annotations
@@ -204,7 +204,7 @@ class Benchmark(ABC):
     def path(self, pattern: str, **fields: Any) -> Path:
         """The file that a pattern means below the root; `UsageError` where that is outside of it."""
         if self.root is None:
-            raise UsageError(f"{self.name} needs the folder of its files: set root=<folder>.")
+            raise UsageError(f"{self.name} needs a folder with its files: set root=<folder>.")
         try:
             name = pattern.format(split=self.split, **fields)
         except (KeyError, IndexError, ValueError) as error:
@@ -268,7 +268,7 @@ def _check_encoding(question: Question, where: str) -> None:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"{where}: question {question.question_id!a} holds half a surrogate pair, which is no character: "
+            f"{where}: question {question.question_id!a} holds half a surrogate pair, which is not a character: "
             "correct the file."
         ) from error
 

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from prism_deco.config import load_choice, parse_value
-from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks
+from prism_deco.config.choices import benchmark_name, resolve_benchmarks
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
 from prism_deco.evaluation.base import BENCHMARKS, Benchmark
@@ -58,7 +58,7 @@ def check_keys(
     """Checks that keys on a command line belong to the benchmarks that are asked for.
 
     Args:
-        names: of benchmarks and groups.
+        names: of benchmarks and groups; where none are named, the keys may be those of any benchmark.
         options: keys of all of them.
         own: benchmarks for which keys of their own are given.
         also: other keys that may be given where `options` are.
@@ -67,14 +67,15 @@ def check_keys(
         UsageError: none of the benchmarks has the key, or a benchmark is not among the names.
     """
     choices = resolve_benchmarks(names)
-    families = [BENCHMARKS.get(load_choice("benchmark", choice)["family"]) for choice in choices]
+    names_of_families = [load_choice("benchmark", choice)["family"] for choice in choices] or BENCHMARKS.names()
+    families = map(BENCHMARKS.get, names_of_families)
     known = {*also, *(key for family in families for key in _keys_of(family) if key != "name")}
     for key in options:
         if key not in known:
             raise unknown("key", key, known)
     asked = [benchmark_name(choice) for choice in choices]
     for name in own:
-        if name not in asked:
+        if asked and name not in asked:
             raise unknown("benchmark, among those that are asked for,", name, asked)
 
 
@@ -100,7 +101,7 @@ def prepare(
     shared = {key: value for key, value in (options or {}).items() if value is not None}
     names = resolve_benchmarks(names)
     if not names:
-        raise UsageError("No benchmark is named.")
+        raise UsageError("Name at least one benchmark.")
     prepared = []
     for name in names:
         keys = shared | dict((own or {}).get(benchmark_name(name), {}))
@@ -109,7 +110,7 @@ def prepare(
         benchmark.root = benchmark.root or root
         if benchmark.root is None:
             raise UsageError(
-                f"{benchmark.name} needs the folder of its files, and the training data bring none: set "
+                f"{benchmark.name} needs a folder with its files, and the training data come with none: set "
                 f"benchmark.{benchmark.name}.root=FOLDER, choose other benchmarks, or train with "
                 "evaluate.benchmarks=null."
             )
@@ -141,7 +142,9 @@ def prepare_one(
         raise UsageError(f"{name} is a group of benchmarks: {', '.join(names)}. Name one.")
     (benchmark,) = prepare(names, options, root=root)
     if boxes and not any("box" in question.target for question in benchmark.select()):
-        raise UsageError(f"{name} has no boxes that relevance could lie in: name one that has, such as mini_refcoco.")
+        raise UsageError(
+            f"{name} has no boxes to compare relevance with: name a benchmark that has them, such as mini_refcoco."
+        )
     return benchmark
 
 
@@ -193,10 +196,10 @@ def _typed(key: str, value: Any, parameter: inspect.Parameter) -> Any:
 
 
 def _texts(text: str) -> Any:
-    """`[Yes, 5]` -> ["Yes", "5"]; what is no list is the only one."""
+    """`[Yes, 5]` -> ["Yes", "5"]; anything but a list is its only element."""
     if not text.startswith("["):
         return [text]
     try:
-        return yaml.load(text, Loader=yaml.BaseLoader)  # this loader makes text of all scalars
+        return yaml.load(text, Loader=yaml.BaseLoader)  # this loader reads all scalars as text
     except yaml.YAMLError:
         return None

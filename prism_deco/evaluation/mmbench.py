@@ -111,9 +111,9 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
     except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist: is root right?") from error
+        raise UsageError(f"{path} does not exist: check root=FOLDER.") from error
     except (csv.Error, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not a table with tabs ({error}).") from error
+        raise UsageError(f"{path} is not a tab-separated table ({error}).") from error
     finally:
         csv.field_size_limit(limit)
     if not rows:

@@ -21,7 +21,7 @@ class MME(Benchmark):
     """The release's folder per task (the field `{task}` of `annotations`), with a text file per image of two lines
     `question <tab> Yes|No`.
 
-    Text files lie beside the images, or (in five of the tasks) in `questions_answers_YN/`, the images then in
+    Text files lie next to the images, or (in five of the tasks) in `questions_answers_YN/`, the images then in
     `images/`. A task scores 100 accuracy + 100 accuracy+ (both questions of an image right), the benchmark the
     sum of its tasks: at most 2000 for the ten perception tasks.
 
@@ -46,7 +46,7 @@ class MME(Benchmark):
         texts = folder / "questions_answers_YN" if (folder / "questions_answers_YN").is_dir() else folder
         files = sorted(texts.glob("*.txt"))
         if not files:
-            raise UsageError(f"{texts} holds no question files of the MME task {task}: is root right?")
+            raise UsageError(f"{texts} holds no question files of the MME task {task}: check root.")
         inner = "images/" if texts != folder else ""
         questions = []
         for file in files:

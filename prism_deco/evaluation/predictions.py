@@ -12,7 +12,7 @@ from typing import Any
 from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
 from prism_deco.evaluation.items import Item, Prediction
-from prism_deco.files import read_json, write_json, write_whole
+from prism_deco.files import read_json, refusals_named, write_json, write_whole
 
 FILE = "predictions.jsonl"
 VARIANTS = "variants"
@@ -28,9 +28,10 @@ def load_predictions(path: str | Path) -> list[Prediction]:
         UsageError: it is missing or empty, a line is damaged, or a question occurs twice.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist.")
-    predictions = _read(path, drop_torn=False)
+    try:
+        predictions = _read(path, drop_torn=False)
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist.") from error
     if not predictions:
         raise UsageError(f"{path} holds no predictions.")
     question_id, count = Counter(prediction.question_id for prediction in predictions).most_common(1)[0]
@@ -70,7 +71,7 @@ class PredictionStore:
                     self.done[prediction.question_id] = prediction
 
     def has_all(self, items: Iterable[Item]) -> bool:
-        """Whether the answers to all of them are there."""
+        """Whether all answers are there."""
         return all(item.question_id in self.done for item in items)
 
     def start(self, kept: Container[str]) -> None:
@@ -98,7 +99,9 @@ class PredictionStore:
 
     def _check_decoding(self, decoding: dict[str, Any], write: bool) -> None:
         path = self.folder / "decoding.json"
-        if any(self.folder.glob("predictions*.jsonl")) and path.is_file():
+        if any(self.folder.glob("predictions*.jsonl")):
+            if not path.is_file():
+                raise UsageError(f"{self.folder} holds answers, but no {path.name} with their settings. {self._ways}")
             # A setting that the file does not name cannot be compared, but for the way to ask: that is as trained.
             before = {ASK: AS_TRAINED} | read_json(path)
             now = {ASK: AS_TRAINED} | decoding
@@ -137,7 +140,8 @@ def _read(path: Path, drop_torn: bool) -> list[Prediction]:
 
     A line without its newline was being written when the process died; `drop_torn` leaves it out.
     """
-    content = path.read_bytes()
+    with refusals_named(path, "Name a predictions.jsonl."):
+        content = path.read_bytes()
     if drop_torn:
         content = content[: content.rfind(b"\n") + 1]
     predictions = []
@@ -149,7 +153,7 @@ def _read(path: Path, drop_torn: bool) -> list[Prediction]:
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UsageError(f"{path}, line {number} is damaged ({error}): remove the line.") from error
         if not isinstance(record, dict) or _FIELDS - record.keys() or not isinstance(record["target"], dict):
-            raise UsageError(f"{path}, line {number} is no prediction: it needs {', '.join(sorted(_FIELDS))}.")
+            raise UsageError(f"{path}, line {number} is not a prediction: it needs {', '.join(sorted(_FIELDS))}.")
         if not isinstance(record["output"], str | None):
             raise UsageError(f"{path}, line {number}: `output` must be text or null.")
         predictions.append(Prediction(**{name: record[name] for name in _FIELDS}))

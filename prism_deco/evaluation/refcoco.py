@@ -22,7 +22,7 @@ _LARGEST = 1_000_000  # pixels
 class RefCOCO(Benchmark):
     """REFER's files: a pickle of expressions (`annotations`) and COCO's `instances.json`. One question per sentence.
 
-    Acc@0.5: the share of boxes that overlap the true one with an IoU of at least 0.5. `accuracy` is the PRISM
+    Acc@0.5: the fraction of boxes that overlap the true one with an IoU of at least 0.5. `accuracy` is the PRISM
     harness's number: the output must be a well-formed list, its frame is taken for the image's (raw), and the true box
     is rounded to two decimals. A model trained on images padded to squares answers in the padded frame;
     `accuracy_pad_corrected` undoes that. The `_lenient` pair is lmms-eval's: the first four bracketed numbers of the
@@ -83,7 +83,7 @@ class RefCOCO(Benchmark):
         for number, record in enumerate(images, start=1):
             if not (0 < record["width"] <= _LARGEST and 0 < record["height"] <= _LARGEST):
                 raise UsageError(
-                    f"{path}, image {number}: {record['width']} x {record['height']} pixels are no size of an image."
+                    f"{path}, image {number}: {record['width']} x {record['height']} pixels is not an image size."
                 )
         return index_unique(annotations, "id", path), index_unique(images, "id", path)
 

@@ -70,7 +70,7 @@ def evaluate(
         if len(benchmark.variants) > 1:
             questions += f" in {len(benchmark.variants)} variants ({', '.join(benchmark.variants)})"
         done, asked = len(store.done), len(items)
-        log.info("%s: %s, %d of %d answers are there already", benchmark.name, questions, done, asked)
+        log.info("%s: %s, %d of %d answers already there", benchmark.name, questions, done, asked)
     mine = _shard(items, world.rank, world.size)
     windows = _windows(mine, batch_size, image_cache)
     unfinished = [window for window in windows if not all(store.has_all(batch) for batch in window)]
@@ -183,7 +183,7 @@ def _ask(model: Model, tokens: Mapping[str, Tensor], batch: Sequence[Item], max_
     # No longer within the handling: the error holds on to what did not fit.
     torch.cuda.empty_cache()
     half = len(batch) // 2
-    log.warning("%d questions at a time are too many for the memory: now %d", len(batch), half)
+    log.warning("Out of memory with %d questions at a time: continuing with %d", len(batch), half)
     first, second = batch[:half], batch[half:]
     return _ask(model, tokens, first, max_new_tokens) + _ask(model, tokens, second, max_new_tokens)
 

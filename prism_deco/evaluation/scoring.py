@@ -54,11 +54,14 @@ def summarise(
     }
 
 
-def score_file(path: str | Path, benchmark: Benchmark) -> dict[str, Any]:
+def score_file(path: str | Path, benchmark: Benchmark, *, chosen: bool = True) -> dict[str, Any]:
     """Scores a predictions file anew, from its outputs and targets alone; returns what `summarise` does.
 
+    Args:
+        chosen: the caller knows that the answers are of the benchmark's variants; otherwise they are only its YAML's.
+
     Raises:
-        UsageError: the file is damaged, or its targets are those of another benchmark.
+        UsageError: the file is damaged, its targets are those of another benchmark, or nothing says its variant.
     """
     path = Path(path)
     predictions = load_predictions(path)
@@ -70,6 +73,12 @@ def score_file(path: str | Path, benchmark: Benchmark) -> dict[str, Any]:
         raise UsageError(
             f"{path} holds answers of the variant {asked[0]}, not {benchmark.variants[0]}: score it with "
             f"variants=[{asked[0]}]."
+        )
+    is_one = len(benchmark.VARIANTS) == 1 or (chosen and len(benchmark.variants) == 1)
+    if asked is None and not is_one and not all("variant" in prediction.target for prediction in predictions):
+        raise UsageError(
+            f"{path} does not say which variant its answers are of, and there is no {recorded.name} next to it: name "
+            f"it with variants=[{' or '.join(benchmark.VARIANTS)}], or copy {recorded.name} there, too."
         )
     for prediction in predictions:
         missing = [key for key in benchmark.target_keys if key not in prediction.target]

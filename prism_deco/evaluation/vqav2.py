@@ -48,7 +48,7 @@ class VQAv2(AnnotatorBenchmark):
             if annotation is None or annotation["image_id"] != record["image_id"]:
                 raise UsageError(
                     f"{where}: question {record['question_id']} about image {record['image_id']} is not in "
-                    f"{answers_path}: are both files of the same split?"
+                    f"{answers_path}: check that both files belong to the same split."
                 )
             answers = ten_answers(annotation["answers"], f"{answers_path}, question {record['question_id']}")
             target = {"answers": answers, "type": annotation["answer_type"]}

@@ -3,11 +3,12 @@
 from prism_deco.explain.gae import METHODS, Relevance, relevance
 from prism_deco.explain.page import Panel, Section, side_by_side, write_page
 from prism_deco.explain.run import ExplainExample, explain_image, explain_set
-from prism_deco.explain.table import table
+from prism_deco.explain.table import MapTable
 
 __all__ = [
     "METHODS",
     "ExplainExample",
+    "MapTable",
     "Panel",
     "Relevance",
     "Section",
@@ -15,6 +16,5 @@ __all__ = [
     "explain_set",
     "relevance",
     "side_by_side",
-    "table",
     "write_page",
 ]

@@ -33,7 +33,7 @@ class PatchFrame:
 
     @property
     def rect(self) -> Box:
-        """The grid's outline in shares of the image's width and height; beyond 0..1 lies padding."""
+        """The grid's outline in fractions of the image's width and height; padding lies outside 0..1."""
         (height, width), (image_width, image_height) = self.grid, self.frame.image_size
         x1, y1 = self.frame.to_image(0.0, 0.0)
         x2, y2 = self.frame.to_image(float(width * self.patch_size), float(height * self.patch_size))
@@ -46,7 +46,7 @@ class PatchFrame:
         return x1 / self.patch_size, y1 / self.patch_size, x2 / self.patch_size, y2 / self.patch_size
 
     def coverage(self, box: Box) -> Tensor:
-        """float[N]: the share of each patch's area inside a box given in pixels of the image."""
+        """float[N]: the fraction of each patch's area inside a box given in pixels of the image."""
         x1, y1, x2, y2 = self.to_grid(box)
         rows, columns = _overlap(y1, y2, self.grid[0]), _overlap(x1, x2, self.grid[1])
         return rearrange(rows[:, None] * columns, "h w -> (h w)")

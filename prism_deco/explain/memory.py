@@ -52,9 +52,9 @@ def tokens_at_once(config: PretrainedConfig, length: int, tokens: int, dtype: to
     graph, per_token = estimate(config, length, dtype)
     if free < graph + per_token:
         raise UsageError(
-            f"Relevance over {length} positions needs about {(graph + per_token) / 2**30:.2f} GiB beside the weights, "
-            f"but only {free / 2**30:.2f} GiB are free on {device}. Use a smaller dtype (bfloat16), fewer visual "
-            "tokens, a shorter text, or a larger device."
+            f"Relevance over {length} positions needs about {(graph + per_token) / 2**30:.2f} GiB on top of the "
+            f"weights, but only {free / 2**30:.2f} GiB are free on {device}. Use a smaller dtype (bfloat16), "
+            "fewer visual tokens, a shorter text, or a larger device."
         )
     fitting = int(_USABLE * (free - graph)) // per_token
     return max(1, min(fitting, tokens))

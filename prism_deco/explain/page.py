@@ -20,6 +20,7 @@ from prism_deco.explain.gae import Relevance
 from prism_deco.explain.geometry import Box
 from prism_deco.explain.measures import padding_fraction
 from prism_deco.explain.render import color_anchors, scaled
+from prism_deco.files import refusals_named
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _LONGEST = 640  # pixels of an image's longer side on the page
@@ -71,10 +72,12 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
     # No text of the data may end the script element that holds it, or begin a comment in it.
     text = json.dumps(data).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
     page = _TEMPLATE.read_text(encoding="utf-8")
-    path.parent.mkdir(parents=True, exist_ok=True)
     filling = {"%TITLE%": html.escape(title), "%DATA%": text}
     # In one pass: a title may contain "%DATA%".
-    path.write_text(re.sub("%TITLE%|%DATA%", lambda found: filling[found.group()], page), encoding="utf-8")
+    page = re.sub("%TITLE%|%DATA%", lambda found: filling[found.group()], page)
+    with refusals_named(path, "Name another folder with --out.", "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
 
 
 def _section(section: Section) -> dict[str, Any]:
@@ -104,7 +107,7 @@ def _maps(result: Relevance) -> dict[str, Any]:
     """Maps as bytes, each scaled by its own minimum and maximum, and the fraction of each map that lies in padding:
     the answer's, then each word's."""
     words = result.by_word(result.text_to_patch)
-    # Which word looked at a patch most: words differ in strength, so each map counts by its shares.
+    # Which word looked at a patch most: words differ in strength, so each map counts by its fractions.
     shares = words / words.sum(dim=1, keepdim=True).clamp(min=torch.finfo(words.dtype).tiny)
     rows = [result.sentence_text_to_patch, *words]
     return {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prism_deco.explain.geometry import PatchFrame
 
-# Dark is little, bright is much, also in grey.
+# Dark is low, bright is high, also in greyscale.
 _COLORS = colormaps["inferno"]
 
 

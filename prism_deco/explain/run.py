@@ -60,13 +60,13 @@ def explain_image(vlm: VLM, llm: LanguageModel, example: ExplainExample, out_dir
     """Explains one answer by every method and writes what there is to see.
 
     Per method a folder with `sentence.png`, `word_NN.png`, `queries.png` (the mosaic), `maps.safetensors`
-    (text_to_query, query_to_patch, text_to_patch) and `words.json`; beside them the page `index.html`.
+    (text_to_query, query_to_patch, text_to_patch) and `words.json`; next to them the page `index.html`.
 
     Args:
         run: the model's name on the page.
 
     Returns:
-        The page's section, to be set beside those of other runs (`write_page`).
+        The page's section, to be shown next to those of other runs (`write_page`).
     """
     image = open_image(example.image)
     maps = _by_method(vlm, llm, image, example.prompt, example.answer)
@@ -109,7 +109,9 @@ def explain_set(
     rows: list[dict[str, Any]] = []
     sections: list[Section] = []
     with (out_dir / "examples.jsonl").open("w", encoding="utf-8") as lines:
-        shown = track(examples, f"Explaining {run}", console=Console(stderr=True), disable=not sys.stderr.isatty())
+        # The run's name would leave the bar no room.
+        log.info("%s: explaining %d examples", run, len(examples))
+        shown = track(examples, "Explaining", console=Console(stderr=True), disable=not sys.stderr.isatty())
         for number, example in enumerate(shown, start=1):
             if number % 25 == 0 and not sys.stderr.isatty():
                 log.info("%s: explaining %d of %d examples", run, number, len(examples))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
@@ -18,28 +21,53 @@ _COLUMNS = {
     "query_redundancy": "redundancy ↓",
     "query_spread": "spread ↓",
 }
+"""Headings of the measures, the most important first."""
+_NAME_WIDTH = 20
 
 
-def table(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """One line per run and method.
+class MapTable:
+    """One line per run and method; the last measures are left out where the terminal is too narrow for them.
 
     Args:
         runs: contents of `metrics.json`.
     """
-    made = Table(title="Text-to-Patch maps: means, and half of their 95 % intervals")
-    for heading in ("run", "projector", "map", *_COLUMNS.values()):
-        made.add_column(heading, overflow="fold", justify="right" if heading in _COLUMNS.values() else "left")
-    for run in runs:
-        for number, (method, values) in enumerate(run["methods"].items()):
-            names = [Text(run["run"]), Text(run["projector"])] if number == 0 else ["", ""]
-            made.add_row(*names, method, *(_cell(values.get(name)) for name in _COLUMNS))
-        made.add_section()
-    counts = sorted({int(run["n"]) for run in runs})
-    made.caption = (
-        f"{' or '.join(map(str, counts))} examples per run; {', '.join(METHODS)} against random maps. Redundancy and "
-        "spread (locality) are those of the visual tokens' own maps."
-    )
-    return made
+
+    def __init__(self, runs: Sequence[Mapping[str, Any]]):
+        self._runs = runs
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        measures = list(_COLUMNS)
+        unlimited = options.update(width=10_000)
+        while len(measures) > 1:
+            if console.measure(self._table(measures), options=unlimited).minimum <= options.max_width:
+                break
+            measures.pop()
+        yield self._table(measures)
+
+    def _table(self, measures: Sequence[str]) -> Table:
+        made = Table(
+            title="Text-to-Patch maps: means, and half of their 95 % intervals", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
+        made.add_column("run, projector", no_wrap=True)
+        made.add_column("map")
+        for measure in measures:
+            made.add_column(_COLUMNS[measure], justify="right")
+        for run in self._runs:
+            for number, (method, values) in enumerate(run["methods"].items()):
+                # A run's name is one word to rich; it is folded at its hyphens.
+                names = [*textwrap.wrap(run["run"], _NAME_WIDTH), run["projector"]] if number == 0 else []
+                made.add_row(Text("\n".join(names)), method, *(_cell(values.get(name)) for name in measures))
+            made.add_section()
+        made.caption = self._caption([name for name in _COLUMNS if name not in measures])
+        return made
+
+    def _caption(self, left_out: Sequence[str]) -> str:
+        counts = sorted({int(run["n"]) for run in self._runs})
+        too_narrow = f"Too narrow for {', '.join(left_out)}: metrics.json has all. " if left_out else ""
+        return (
+            f"{too_narrow}{' or '.join(map(str, counts))} examples per run; {', '.join(METHODS)} against random maps. "
+            "Redundancy and spread (locality) are those of the visual tokens' own maps."
+        )
 
 
 def _cell(value: Mapping[str, Any] | None) -> str:

@@ -37,7 +37,7 @@ def propagated_rows(recording: Recording, visual: Tensor, chunk: int) -> tuple[T
             if chunk == 1:
                 raise
             chunk //= 2
-            log.warning("Out of memory: going on with %d tokens at a time", chunk)
+            log.warning("Out of memory: continuing with %d tokens at a time", chunk)
             continue
         rows.append(row[:, visual])
         gradients.append(gradient[:, visual])

@@ -14,7 +14,7 @@ from prism_deco.llms import LanguageModel
 from prism_deco.llms.encoding import Encoded, answers_only
 from prism_deco.sequence import sequence_length
 
-# What a decoder writes for bytes that are no whole character yet.
+# What a decoder writes for bytes that do not form a whole character yet.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -38,7 +38,7 @@ def encode_answer(llm: LanguageModel, prompt: str, answer: str, visual_tokens: i
     try:
         ids = answer_ids(llm, encoded)
     except UsageError as error:
-        raise UsageError(f"{error} There is nothing to explain: give one, or ask something else.") from error
+        raise UsageError(f"{error} There is nothing to explain: give an answer, or ask something else.") from error
     length = sequence_length(encoded, visual_tokens)
     if length > llm.max_positions:
         raise UsageError(

@@ -22,8 +22,7 @@ from prism_deco.exits import is_disk_full
 from prism_deco.export.card import card
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.lora import has_lora, merge_lora
-from prism_deco.training.checksums import write_sums
-from prism_deco.training.model_folder import CONFIG, TOWER, WEIGHTS, describe_parts
+from prism_deco.training.model_folder import CONFIG, TOWER, WEIGHTS, describe_parts, write_sums
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)

@@ -58,14 +58,15 @@ def chat_template(llm: LanguageModel) -> str:
     prelude = _PRELUDE.replace("PLACE", _PLACES[llm.spec.image_slot])
     # Whitespace between tags would become part of the prompt.
     prelude = "".join(line.strip() for line in prelude.splitlines())
+    template = str(llm.tokenizer.chat_template)
     if llm.spec.image_slot != "after_first_token":
-        return prelude + llm.spec.chat_template
+        return prelude + template
     # The images are put behind the text of the first token, which is the same in all prompts.
     first = llm.encode([{"role": "user", "content": "What is it?"}], add_generation_prompt=True).input_ids[:1]
     end = len(str(llm.tokenizer.decode(first)))
     around = "{%- set image = '' -%}{%- set prompt -%}", "{%- endset -%}"
     place = f"{{{{- prompt[:{end}] ~ talk.images ~ prompt[{end}:] -}}}}"
-    return prelude + around[0] + llm.spec.chat_template + around[1] + place
+    return prelude + around[0] + template + around[1] + place
 
 
 def llava_processor(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:

@@ -41,6 +41,8 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
                 "transformers by a single convolution"
             )
         block = cast(Any, trunk.blocks[0])
+        if not hasattr(block.mlp, "fc1"):
+            raise UsageError(f"its tower's MLP is a {type(block.mlp).__name__}, those of CLIP and SigLIP have no gate")
         sizes = _sizes(trunk, backbone.image_size, block.attn.num_heads, block.mlp.fc1, block.mlp.act, block.norm1)
         model_class, config = SiglipVisionModel, SiglipVisionConfig(**sizes, vision_use_head=False)
     else:

@@ -14,6 +14,7 @@ from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
 from prism_deco.llms.encoding import Encoded, encode_segments, prompt_of
 from prism_deco.llms.hub import load_tokenizer
+from prism_deco.llms.own_template import OwnTemplate, own_template
 from prism_deco.llms.prompts import Message, PromptFormat, Segment, ask_segments, build_format
 from prism_deco.llms.spec import LLMSpec, check_ask
 
@@ -39,7 +40,7 @@ class LanguageModel:
         """
         tokenizer = load_tokenizer(self.spec.tokenizer, self.spec.weights, self.spec.hub, self.spec.revision)
         _add_special_tokens(tokenizer, self.spec)
-        tokenizer.chat_template = self.spec.chat_template
+        tokenizer.chat_template = self.spec.chat_template or own_template(tokenizer, self.spec.name)
         rows = self.embedding_rows
         if len(tokenizer) > rows:
             raise UsageError(
@@ -73,24 +74,31 @@ class LanguageModel:
             )
         return int(positions)
 
+    @property
+    def stop_tokens(self) -> Sequence[str]:
+        """The tokens that end an answer."""
+        return self.spec.stop_tokens or [self.spec.special_tokens["eos_token"]]
+
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids of the tokens that end an answer."""
-        tokens = self.spec.stop_tokens or [self.spec.special_tokens["eos_token"]]
         known = self.tokenizer.get_vocab()
-        for token in tokens:
+        for token in self.stop_tokens:
             if token not in known:
                 raise UsageError(f"The tokenizer of {self.spec.name} has no token {token!r} (llm.stop_tokens).")
-        return tuple(known[token] for token in tokens)
+        return tuple(known[token] for token in self.stop_tokens)
 
     @cached_property
     def prompt_format(self) -> PromptFormat:
         """The chat format, or the plain one."""
         spec = self.spec
-        return build_format(spec.prompt, spec.chat_template, spec.special_tokens, spec.tokenize, spec.image_slot)
+        options = (spec.special_tokens, spec.tokenize, spec.image_slot)
+        if not spec.chat_template and spec.prompt == "chat":
+            return OwnTemplate(str(self.tokenizer.chat_template), *options, self.stop_tokens)
+        return build_format(spec.prompt, spec.chat_template or "", *options)
 
     def render(self, messages: Sequence[Message], num_images: int = 0) -> list[Segment]:
-        """The segments of a conversation; see `PromptFormat.render`. It needs no tokenizer."""
+        """The segments of a conversation; see `PromptFormat.render`. The tokenizer is needed for its own template."""
         return self.prompt_format.render(messages, num_images)
 
     def encode(self, messages: Sequence[Message], num_images: int = 0, add_generation_prompt: bool = False) -> Encoded:

@@ -18,7 +18,7 @@ from prism_deco.config.choices import with_set
 from prism_deco.errors import UsageError
 from prism_deco.files import file_sha256
 from prism_deco.llms.base import LanguageModel
-from prism_deco.llms.hub import MODEL_FILES, has_weights, snapshot, weight_files
+from prism_deco.llms.hub import ASSET, MODEL_FILES, WEIGHTS, has_weights, snapshot, weight_files
 from prism_deco.llms.spec import LLMSpec, architecture, read_spec
 from prism_deco.llms.tuning import quantization
 from prism_deco.llms.weights import as_safetensors, check_folder, load_lm
@@ -80,7 +80,9 @@ def weights_record(spec: LLMSpec) -> dict[str, Any]:
     """
     path = _weights_path(spec)
     # A snapshot's folder is named after its commit.
-    source = {"path": str(path.resolve())} if spec.weights else {"hub": spec.hub, "revision": path.name}
+    shipped = (spec.weights or "").startswith(ASSET)
+    local = {"path": spec.weights if shipped else str(path.resolve())}
+    source = local if spec.weights else {"hub": spec.hub, "revision": path.name}
     files = weight_files(path)
     digest = _hash_files(tuple(files), tuple(file.stat().st_mtime_ns for file in files))
     return {"name": spec.name, **source, "sha256": digest}
@@ -154,12 +156,16 @@ def _check_architecture(spec: LLMSpec, config: PretrainedConfig, path: Path) -> 
     for key, value in (spec.architecture or {}).items():
         found = getattr(config, key, value)
         # The vocabulary may have been resized, and nested values have several spellings.
-        if key != "vocab_size" and isinstance(value, int | str) and found != value:
+        if key != "vocab_size" and isinstance(value, int | float | str) and found != value:
             raise UsageError(f"The weights in {path} are not those of {spec.name}: {key} is {found}, not {value}.")
 
 
 def _weights_path(spec: LLMSpec) -> Path:
-    return Path(spec.weights).expanduser() if spec.weights else _hub_folder(spec)
+    if not spec.weights:
+        return _hub_folder(spec)
+    if spec.weights.startswith(ASSET):
+        return WEIGHTS / f"{spec.weights.removeprefix(ASSET)}.safetensors"
+    return Path(spec.weights).expanduser()
 
 
 def _hub_folder(spec: LLMSpec, *, dry_run: bool = False) -> Path:

@@ -21,7 +21,9 @@ from prism_deco.tensors import indexed_files
 log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parents[1] / "assets" / "tokenizers"
-_ASSET = "asset:"
+WEIGHTS = Path(__file__).parents[1] / "assets" / "llms"
+ASSET = "asset:"
+"""What a tokenizer or weights begin with where they name a file of the package."""
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SMALL = ["*.json", "tokenizer.model", "merges.txt"]
 _SAFETENSORS = "model*.safetensors"
@@ -104,10 +106,10 @@ def load_tokenizer(
         hub, revision: repository of the model, and its commit.
     """
     if name is not None:
-        folder = ASSETS / name.removeprefix(_ASSET) if name.startswith(_ASSET) else Path(name).expanduser()
+        folder = ASSETS / name.removeprefix(ASSET) if name.startswith(ASSET) else Path(name).expanduser()
         if folder.is_dir():
             return _load(folder)
-        if name.startswith(_ASSET):
+        if name.startswith(ASSET):
             shipped = ", ".join(sorted(path.name for path in ASSETS.iterdir()))
             raise UsageError(f"llm.tokenizer={name}: the package ships {shipped}.")
         return _from_hub(name, None)

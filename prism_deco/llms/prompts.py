@@ -102,16 +102,7 @@ class PromptFormat:
         image = _SENTINEL * num_images if self.image_slot == "after_bos" else ""
         variables: dict[str, Any] = dict(self.special_tokens)
         variables |= {"image": image, "answer": _ANSWER, "tokenize": self.tokenize}
-        try:
-            rendered: Any = render_jinja_template(
-                [self._place(messages, num_images)],
-                chat_template=self.template,
-                return_assistant_tokens_mask=True,
-                **variables,
-            )
-        except TemplateError as error:
-            raise UsageError(f"The chat template cannot render the conversation: {error}") from error
-        (text,), (spans,) = rendered
+        text, spans = self._marked(self._place(messages, num_images), variables)
         first = num_images if self.image_slot == "after_first_token" else 0
         segments = [Segment("", supervised=False, image=True)] * first
         segments += self._segments(text, spans)
@@ -126,6 +117,19 @@ class PromptFormat:
             return _tags_first(messages, num_images)
         # PRISM does this to answers as well.
         return [{"role": m["role"], "content": _neutral(m["content"]).replace(IMAGE_TAG, "").strip()} for m in messages]
+
+    def _marked(
+        self, messages: Sequence[Message], variables: Mapping[str, Any]
+    ) -> tuple[str, Sequence[tuple[int, int]]]:
+        """The text of a conversation, and where each of its supervised parts begins and ends."""
+        (text,), (spans,) = self._render(messages, return_assistant_tokens_mask=True, **variables)
+        return text, spans
+
+    def _render(self, messages: Sequence[Message], **variables: Any) -> Any:
+        try:
+            return render_jinja_template([messages], chat_template=self.template, **variables)  # type: ignore[arg-type]
+        except TemplateError as error:
+            raise UsageError(f"The chat template cannot render the conversation: {error}") from error
 
     def _segments(self, text: str, spans: Sequence[tuple[int, int]]) -> Iterator[Segment]:
         bos = self.special_tokens.get("bos_token", "")

@@ -19,10 +19,10 @@ class LLMSpec:
     """The keys of `conf/llm/*.yaml`."""
 
     name: str
-    chat_template: str
-    """Jinja source of the chat format; see `prism_deco/llms/prompts.py`."""
     special_tokens: Mapping[str, str]
     """`bos_token`, `eos_token`, `pad_token`; a pad token that the tokenizer lacks is added."""
+    chat_template: str | None = None
+    """Jinja source of the chat format (`prism_deco/llms/prompts.py`); None: the tokenizer's own (`own_template.py`)."""
     hub: str | None = None
     """Repository of the weights, and of the tokenizer."""
     revision: str | None = None
@@ -30,7 +30,8 @@ class LLMSpec:
     pretrained: bool = True
     """Load weights; false starts from random ones."""
     weights: str | None = None
-    """Local folder, or .safetensors, .gguf or .bin file, to load instead of the hub's weights."""
+    """Local folder, or .safetensors, .gguf or .bin file, to load instead of the hub's weights; `asset:<name>` of the
+    package."""
     tokenizer: str | None = None
     """Local folder, repository, or `asset:<name>` of the package; None: next to the weights, or from `hub`."""
     architecture: Mapping[str, Any] | None = None
@@ -67,7 +68,7 @@ def read_spec(content: Mapping[str, Any]) -> LLMSpec:
     for key in content:
         if key not in known:
             raise unknown("key of an LLM", key, known)
-    for key in ("name", "chat_template", "special_tokens"):
+    for key in ("name", "special_tokens"):
         if not content.get(key):
             raise UsageError(f"The LLM {content.get('name', '')!r} has no `{key}`: set it in its YAML.")
     spec = LLMSpec(**content)

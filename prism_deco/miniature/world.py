@@ -66,7 +66,7 @@ def build_world(
     root: Path,
     *,
     seed: int = 0,
-    train_images: int = 8000,
+    train_images: int = 10_000,
     val_images: int = 400,
     test_images: int = 800,
     records_per_image: int = 2,

@@ -75,8 +75,8 @@ class RunEstimate:
     Attributes:
         name: the sweep's cell, or the choices.
         accelerator: kind of GPU; None is this machine's CPU.
-        needs: None if the parts do not fit together, or cannot be run without data.
-        problems: why it cannot run, apart from memory (see `problems`).
+        needs: None if the parts do not fit together, or cannot run without data.
+        problems: why it would fail, memory aside (see `problems`).
         warnings: what to fix before it starts.
     """
 
@@ -116,7 +116,7 @@ def estimate_run(
     import_plugins(config.plugins)
     if config.recipe.stages:
         stages = "; ".join(f"{stage}: {settings[0]}" for stage, settings in config.recipe.stages.items())
-        return RunEstimate(name, kind, None, (f"its recipe has stages, to be planned one by one ({stages})",), ())
+        return RunEstimate(name, kind, None, (f"its recipe has stages: plan them one by one ({stages})",), ())
     if memory_bytes is None and device:
         memory_bytes = device.memory
     try:
@@ -133,7 +133,7 @@ def estimate_run(
 
 
 def problems(estimate: RunEstimate, memory_bytes: int | None = None) -> list[str]:
-    """Why a run cannot work; empty if nothing speaks against it.
+    """Why a run would fail; empty if nothing is known against it.
 
     Args:
         memory_bytes: of one device; None takes that of the accelerator, if there is one.
@@ -233,7 +233,7 @@ def _flops_per_record(config: DictConfig, sequences: Sequences, lengths: np.ndar
 
 
 def _batch_problems(config: DictConfig, setup: Setup) -> list[str]:
-    """What the sampler says to that many devices."""
+    """What the sampler has against that many devices."""
     one = Population(np.ones(1, dtype=int), np.ones(1, dtype=bool))
     try:
         SAMPLERS.get(config.recipe.sampler)(one, config.recipe.global_batch_size, 0, setup.devices)

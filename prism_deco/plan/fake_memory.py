@@ -144,7 +144,7 @@ def _starts(meter: TensorMeter, phase: str) -> Any:
 
 
 def _without_tower(lm: Any, turn_mask: str, max_logits: int | None) -> VLM:
-    """A VLM that is only ever given ready visual tokens."""
+    """A VLM that is only given ready-made visual tokens."""
     backbone = VisionBackbone()
     backbone.grid, backbone.embed_dim = (1, 1), 1
     projector = build_projector("linear", 1, lm.get_input_embeddings().embedding_dim, (1, 1))

@@ -22,7 +22,7 @@ SAMPLE = 200
 """Records that are tokenised to learn how many tokens a word makes."""
 
 TOKENS_PER_WORD, SUPERVISED = 1.4, 0.5
-"""What is assumed where the LLM's tokenizer is not at hand."""
+"""Assumed where the LLM's tokenizer is not available."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Sequences:
         supervised: of these, the supervised ones.
         longest_text: tokens of the longest record.
         longest_supervised: supervised tokens of a record in the forward pass of the longest, on average.
-        lengths: int[records], tokens of each; None where the files are not at hand.
+        lengths: int[records], tokens of each; None where the files are not on disk.
         source: where these numbers come from: measured | words (counted, not tokenised) | estimate (the YAML's).
     """
 
@@ -58,14 +58,14 @@ def sequences_of(config: DictConfig) -> tuple[Sequences, str | None]:
     """
     statistics = config.data.statistics
     if statistics is not None and "root" not in config.data:
-        return _estimate(config), None  # a data set that is made when it is first trained on
+        return _estimate(config), None  # generated on first use
     try:
         source = build_source(group(config, "data"))
     except UsageError as error:
         if statistics is None:
             raise
         return _estimate(config), str(error)
-    # As training opens them: what that refuses is no run to be planned.
+    # Opened as training opens them: a run that training would refuse cannot be planned.
     parts = open_parts(source, cache_dir(), **record_options(config))
     records = parts.records.select(slice(config.data.limit))
     return _measure(records, llm_of(config), config.recipe.micro_batch_size), None
@@ -92,7 +92,7 @@ def _measure(records: Records, llm: LanguageModel, micro_batch_size: int) -> Seq
         per_word, supervised = _tokens_per_word(records, llm)
         source = "measured"
     except UsageError as error:
-        log.warning("Lengths are estimated from words, as the tokenizer is not here: %s", error)
+        log.warning("Estimating lengths from word counts, because the tokenizer is not available: %s", error)
         per_word, supervised, source = TOKENS_PER_WORD, SUPERVISED, "words"
     lengths = per_word * records.words
     longest = np.sort(lengths)[-micro_batch_size:]
@@ -109,7 +109,7 @@ def _measure(records: Records, llm: LanguageModel, micro_batch_size: int) -> Seq
 
 
 def _tokens_per_word(records: Records, llm: LanguageModel) -> tuple[float, float]:
-    """Tokens that a word makes, chat format included, and the share of them that is supervised."""
+    """Tokens that a word makes, chat format included, and the fraction of them that is supervised."""
     words, tokens, supervised = 0, 0, 0
     for index in np.linspace(0, len(records) - 1, min(SAMPLE, len(records))).astype(int).tolist():
         record = records[index]

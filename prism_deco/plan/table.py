@@ -16,7 +16,7 @@ from prism_deco.plan.estimate import Needs, RunEstimate, problems
 
 SOURCES = {
     "measured": "Lengths: from the data's records and the LLM's tokenizer",
-    "words": "Lengths: from the words of the data's records, as no tokenizer is here",
+    "words": "Lengths: from word counts of the data's records (no tokenizer available)",
     "estimate": "Lengths: an estimate, see `statistics` in the data's YAML",
 }
 
@@ -51,7 +51,7 @@ class PlanTable:
             columns.pop()
         yield self._table(columns)
         left_out = [column for column in COLUMNS if column not in columns]
-        notes = [f"Too narrow for {', '.join(left_out)}: --json has all."] if left_out else []
+        notes = [f"Terminal too narrow for {', '.join(left_out)}: --json has all columns."] if left_out else []
         # Not as markup: brackets may be those of a path.
         yield Text("\n".join([*notes, *_notes(self._plans)]), "table.caption")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from prism_deco.config import read_yaml
 from prism_deco.config.registry import require_imported
 from prism_deco.errors import UsageError
-from prism_deco.files import check_writable
+from prism_deco.files import check_writable, refusals_named
 from prism_deco.report import figures, grid, status_tables, tables
 from prism_deco.report.cells import RunCell
 from prism_deco.report.collect import collect
@@ -87,7 +87,9 @@ def _csv_files(
         "cells.csv": comma_separated(status_tables.cell_records(cells)),
         "run_scores.csv": comma_separated(status_tables.run_records(cells, split)),
     }
-    settings = [record for table in score_tables if table.table for record in settings_records(table.cells, table.table)]
+    settings = [
+        record for table in score_tables if table.table for record in settings_records(table.cells, table.table)
+    ]
     for name, records in {"readings.csv": secondary, "settings.csv": settings}.items():
         files |= {name: comma_separated(records)} if records else {}
     return files
@@ -97,8 +99,9 @@ def write_files(out: Path, files: Mapping[str, str | bytes]) -> None:
     """Writes files by their paths in a folder."""
     for name, content in files.items():
         path = out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with refusals_named(path, "Name another folder with --out.", "written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def _warn_of_plugins(cells: Sequence[RunCell]) -> None:

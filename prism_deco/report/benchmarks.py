@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from prism_deco.config import load_choice
-from prism_deco.config.benchmarks import benchmark_name, resolve_benchmarks
+from prism_deco.config.choices import benchmark_name, resolve_benchmarks
 from prism_deco.errors import UsageError
 from prism_deco.report import paper
 from prism_deco.report.cells import RunCell

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from prism_deco.report.stats import seed_interval
-from prism_deco.training.status import THROUGH
+from prism_deco.training.progress import THROUGH
 
 PROJECTORS = ("linear", "avgpool", "maxpool", "qformer", "c_abstractor", "d_abstractor")
 """Their order in tables and figures; projectors from elsewhere follow by name."""

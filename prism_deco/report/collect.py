@@ -12,14 +12,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config import GROUPS, flat, read_stored
-from prism_deco.config.benchmarks import benchmark_name
+from prism_deco.config.choices import benchmark_name
 from prism_deco.errors import UsageError
-from prism_deco.files import read_json
+from prism_deco.files import read_json, refusals_named
 from prism_deco.report.benchmarks import asked_by, family_of
 from prism_deco.report.cells import SPEED, TRAIN_LOSS, VAL_LOSS, Curve, RunCell, Score
 from prism_deco.stages import final_config
-from prism_deco.training.metrics import METRICS, read_metrics
-from prism_deco.training.status import read_status
+from prism_deco.training.progress import METRICS, read_metrics, read_status
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +43,9 @@ def collect(folders: Iterable[Path]) -> list[RunCell]:
     cells: list[RunCell] = []
     runs: list[RunCell] = []
     for folder in dict.fromkeys(folders):
-        if (folder / "ledger.json").is_file():
+        with refusals_named(folder, "Name run folders, or a sweep's."):
+            is_sweep = (folder / "ledger.json").is_file()
+        if is_sweep:
             cells += _read_sweep(folder)
             continue
         found = [folder] if _is_run(folder) else sorted(path for path in folder.glob("*/") if _is_run(path))

@@ -28,6 +28,7 @@ _PLANNED = ["backbone", "projector", "llm", "data", "recipe", "trainer", "plugin
 _SCORE: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "questions (data_hash)": lambda content: content["data_hash"][:12],
     "prompts (prompt_hash)": lambda content: content["prompt_hash"][:12],
+    "variants": lambda content: ", ".join(content.get("variants", ["unknown"])),
     "longest answer (max_new_tokens)": lambda content: (content["decoding"] or {}).get("max_new_tokens"),
 }
 

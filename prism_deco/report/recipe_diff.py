@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from prism_deco.config import choices, flat, load_choice, load_config, value_text
-from prism_deco.config.parse import flatten
+from prism_deco.config.values import flatten
 from prism_deco.report import paper
 from prism_deco.report.cells import RunCell
 from prism_deco.report.tabular import Field, Table
@@ -133,7 +133,9 @@ def settings_table(cells: Sequence[RunCell], table: int) -> Table | None:
         f"Compared with {' '.join(paper.AUTHORS[table].overrides)} on {paper.AUTHORS[table].devices} devices, composed "
         "for each cell's tower, projector and LLM. Without a finished run, libraries are those of this environment."
     )
-    return Table("Settings that are not the authors'", ["setting", "ours", "authors", "cells"], rows, caption, words=True)
+    return Table(
+        "Settings that are not the authors'", ["setting", "ours", "authors", "cells"], rows, caption, words=True
+    )
 
 
 def recipes(cells: Iterable[RunCell]) -> str:
@@ -153,7 +155,9 @@ def _composed(overrides: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str
     """The values by key, and of those that refer to another key, that key."""
     config = load_config(overrides)
     written: Any = OmegaConf.to_container(config, resolve=False)
-    found = {key: re.fullmatch(r"\$\{(.+)\}", value) for key, value in flatten(written).items() if isinstance(value, str)}
+    found = {
+        key: re.fullmatch(r"\$\{(.+)\}", value) for key, value in flatten(written).items() if isinstance(value, str)
+    }
     return flat(config), {key: match[1] for key, match in found.items() if match}
 
 

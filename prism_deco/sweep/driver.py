@@ -20,7 +20,7 @@ from prism_deco.sweep.ledger import Ledger, LedgerEntry
 from prism_deco.sweep.live import render
 from prism_deco.sweep.outcome import Heartbeat, Outcome, judge, stamp, tail
 from prism_deco.sweep.slurm import SlurmJob, SlurmLauncher
-from prism_deco.training.status import read_status
+from prism_deco.training.progress import read_status
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ Handle = Process | SlurmJob
 POLL = 0.5
 """Seconds between two checks of the processes."""
 LOOKS = 20
-"""Checks for a sign of life within the timeout."""
+"""Checks for activity within the timeout."""
 PREEMPTIONS = 10
 """How often a driver queues a preempted cell again."""
 MICRO_BATCH = "recipe.micro_batch_size"
@@ -111,7 +111,7 @@ class Driver:
                 self._record(entry, "done", reason=None, log_tail="", job=None)
             return
         if entry.state != "planned":
-            self._record(entry, "planned", reason=f"again, after it was {entry.state}", job=None)
+            self._record(entry, "planned", reason=f"planned again; it was {entry.state}", job=None)
         self.queue.append(cell)
 
     def _start(self) -> None:
@@ -133,7 +133,7 @@ class Driver:
         if self.interrupts > self._heeded:
             self._heeded = self.interrupts
             once = self.interrupts == 1
-            log.warning("Stopping %d cells%s", len(self.active), "; once more kills them" if once else " now")
+            log.warning("Stopping %d cells%s", len(self.active), "; interrupt again to kill them" if once else " now")
             for attempt in self.active:
                 attempt.handle.stop() if once else attempt.handle.kill()
 
@@ -144,12 +144,12 @@ class Driver:
                 self.active.remove(attempt)
                 self._finish(attempt, code)
             elif self.timeout is not None and not attempt.hung and self._is_silent(attempt, self.timeout):
-                log.warning("%s has shown no sign of life for %.0f s: stopping it", attempt.cell.id, self.timeout)
+                log.warning("%s has shown no activity for %.0f s; stopping it", attempt.cell.id, self.timeout)
                 attempt.hung = True
                 attempt.handle.stop()
 
     def _is_silent(self, attempt: _Attempt, timeout: float) -> bool:
-        # Not at every turn: a shared file system would notice.
+        # Not every time: that would put load on a shared file system.
         if time.monotonic() - attempt.looked < timeout / LOOKS:
             return False
         attempt.looked = time.monotonic()
@@ -160,7 +160,7 @@ class Driver:
         log_file, run = self._places(cell)
         outcome = judge(code, run, log_file, attempt.before)
         if attempt.hung and outcome.state != "done":
-            outcome = Outcome("failed", f"hung: no sign of life for {self.timeout:.0f} s")
+            outcome = Outcome("failed", f"hung: no activity for {self.timeout:.0f} s")
         elif self.interrupts and code > 128:
             outcome = Outcome("preempted", None)
         entry.seconds = round(attempt.spent + time.monotonic() - attempt.began, 1)
@@ -187,7 +187,7 @@ class Driver:
             self._record(entry, "out_of_memory", reason=reason)
             return
         entry.adjusted = [f"{MICRO_BATCH}={size // 2}"]
-        self._record(entry, "planned", reason=f"out of memory at {MICRO_BATCH}={size}, tried again at {size // 2}")
+        self._record(entry, "planned", reason=f"out of memory at {MICRO_BATCH}={size}, retrying at {size // 2}")
         self.queue.appendleft(cell)
 
     def _preempted(self, cell: SweepCell, entry: LedgerEntry) -> None:

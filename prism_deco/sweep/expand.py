@@ -13,8 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config import GROUPS, parse_value
-from prism_deco.config.benchmarks import resolve_benchmarks
-from prism_deco.config.choices import YAML_SUFFIXES
+from prism_deco.config.choices import YAML_SUFFIXES, resolve_benchmarks
 from prism_deco.errors import UsageError
 from prism_deco.stages import final_config
 from prism_deco.sweep.spec import PART, RunGrid, Spec, SweepRow

@@ -87,7 +87,7 @@ class Ledger:
             UsageError: a cell that the folder already knows was defined differently, or other axes were swept.
         """
         if (folder / "config.yaml").exists():
-            raise UsageError(f"{folder} is the folder of a run: give the sweep another name, name=NAME.")
+            raise UsageError(f"{folder} is a run folder: give the sweep another name, name=NAME.")
         ledger = cls.read(folder) if (folder / "ledger.json").exists() else cls(folder, name)
         known_axes = {tuple(entry.labels) for entry in ledger.entries.values()}
         for cell in cells:
@@ -131,7 +131,7 @@ def _update_definition(entry: LedgerEntry, cell: SweepCell, folder: Path) -> Non
             "(name=NAME), or repeat the old settings."
         )
     if changed and entry.state == "done":
-        log.warning("%s is done and keeps its own %s", cell.id, ", ".join(changed))
+        log.warning("%s is done: it keeps its %s", cell.id, ", ".join(changed))
     elif changed and not cell.waits:
         entry.overrides, entry.adjusted = list(cell.overrides), []
 

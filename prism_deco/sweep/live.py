@@ -15,7 +15,7 @@ from rich.text import Text
 from prism_deco.sweep.expand import SweepCell
 from prism_deco.sweep.ledger import Ledger, LedgerEntry
 from prism_deco.sweep.outcome import tail
-from prism_deco.training.status import read_status
+from prism_deco.training.progress import read_status
 
 STYLES = {"done": "green", "running": "cyan", "failed": "red", "out_of_memory": "red", "preempted": "yellow"}
 

@@ -1,4 +1,4 @@
-"""How an attempt ended, by its exit code, its `status.json` and its log; and whether it still shows signs of life."""
+"""How an attempt ended, by its exit code, its `status.json` and its log; and whether it is still active."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prism_deco.exits import OUT_OF_MEMORY, PREEMPTED
 from prism_deco.sweep.supervisor import STOP_SIGNALS
-from prism_deco.training.status import read_status
+from prism_deco.training.progress import read_status
 
 TAIL_LINES, TAIL_BYTES = 20, 16_384
 _FRAME = re.compile(r'^  File "(.+)", line (\d+)', re.MULTILINE)
@@ -57,7 +57,7 @@ def judge(code: int, run: Path, log: Path, before: object = None) -> Outcome:
 
 
 def stamp(run: Path) -> int:
-    """Tells one version of `status.json` from another; 0 where there is none."""
+    """Identifies a version of `status.json`; 0 where there is none."""
     try:
         return (run / "status.json").stat().st_mtime_ns
     except OSError:
@@ -65,7 +65,7 @@ def stamp(run: Path) -> int:
 
 
 def tail(log: Path) -> str:
-    """The last lines of a log; of a progress bar its last state."""
+    """The last lines of a log; for a progress bar, its last state."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
@@ -83,9 +83,9 @@ def _location(text: str) -> str:
 
 
 class Heartbeat:
-    """Watches a log and a run folder for signs of life, by this machine's clock only.
+    """Watches a log and a run folder for activity, by this machine's clock only.
 
-    Made before the attempt starts: the watch begins with the attempt's first sign, so that the time a job waits in
+    Made before the attempt starts: the watch begins with the attempt's first activity, so that the time a job waits in
     a cluster's queue does not count.
     """
 

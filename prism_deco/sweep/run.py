@@ -44,7 +44,7 @@ def run(spec: Spec, *, jobs: int | None, timeout: float | None, console: Console
             ledger.write()
             ready = [cell for cell in cells if not cell.waits]
             if len(ready) == started:
-                return False  # the others wait for results that there will not be
+                return False  # the others wait for results that will never come
             started = len(ready)
             done = Driver(ledger, ready, launcher, timeout=timeout, live=live).run()
             if len(ready) == len(cells):
@@ -63,7 +63,7 @@ def dry_run(spec: Spec, *, jobs: int | None) -> str:
 
 def _launcher(spec: Spec, cells: Sequence[SweepCell], jobs: int | None, *, dry: bool = False) -> Launcher:
     if jobs is not None and jobs < 1:
-        raise UsageError(f"--jobs {jobs}: give at least one.")
+        raise UsageError(f"--jobs {jobs} must be at least 1.")
     if spec.launcher == "slurm":
         return SlurmLauncher(spec.folder, spec.name, cells, spec.slurm, jobs=jobs, dry=dry)
     if spec.slurm:

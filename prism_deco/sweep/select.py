@@ -1,4 +1,4 @@
-"""Settings that are chosen by the results of an earlier part: the best rate of a learning-rate sweep, say."""
+"""Settings chosen by the results of an earlier part, for example the best learning rate of a sweep."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from prism_deco.errors import UsageError
 from prism_deco.stages import final_config
 from prism_deco.sweep.expand import SweepCell, settings_of
 from prism_deco.sweep.ledger import Ledger
-from prism_deco.training.metrics import VAL_LOSS, read_metrics
+from prism_deco.training.progress import VAL_LOSS, read_metrics
 
 ENDED = ("done", "failed", "out_of_memory")
-"""States of cells that are not run any more."""
+"""States of cells that will not run again."""
 
 
 def settle(cells: Sequence[SweepCell], ledger: Ledger) -> list[SweepCell]:
@@ -60,12 +60,12 @@ def _choose(cell: SweepCell, key: str, part: Sequence[SweepCell], ledger: Ledger
             losses.setdefault(other.settings[key], []).append(_last_loss(ledger.folder / other.id))
     if not losses:
         names = ", ".join(other.id for other in alike)
-        raise UsageError(f"{cell.id} cannot choose {key}: of {names} none has succeeded. Fix them, then continue.")
+        raise UsageError(f"{cell.id} cannot choose {key}: none of {names} has succeeded. Fix them, then continue.")
     return min(losses, key=lambda value: fmean(losses[value]))
 
 
 def _last_loss(run: Path) -> float:
     validated = [row[VAL_LOSS] for row in read_metrics(run) if VAL_LOSS in row]
     if not validated:
-        raise UsageError(f"{run} has no {VAL_LOSS} to choose by: its data holds nothing out for validation.")
+        raise UsageError(f"{run} has no {VAL_LOSS} to choose by: its data has no validation records.")
     return validated[-1] if math.isfinite(validated[-1]) else math.inf

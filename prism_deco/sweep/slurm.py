@@ -75,13 +75,15 @@ class SlurmLauncher:
             if key in parameters:
                 raise UsageError(f"slurm.{key} follows from {setting}: set that instead.")
         if not isinstance(self.parameters["time"], int):
-            raise UsageError(f"slurm.time={self.parameters['time']}: give the minutes that a job may take.")
+            raise UsageError(f"slurm.time={self.parameters['time']} must be a number of minutes.")
         for cell in cells:
             if cell.config.trainer.devices < 1:
-                raise UsageError(f"Cell {cell.id} leaves open how many GPUs it takes: set trainer.devices, say to 8.")
+                raise UsageError(
+                    f"Cell {cell.id} does not say how many GPUs it takes: set trainer.devices to a number, say 8."
+                )
             if cell.config.trainer.requeue:
                 raise UsageError(
-                    f"Cell {cell.id} would be queued again twice, once by itself: set trainer.requeue=false."
+                    f"Cell {cell.id} would be requeued twice, by itself and by the sweep: set trainer.requeue=false."
                 )
             self._executor(cell)
 
@@ -95,7 +97,7 @@ class SlurmLauncher:
         try:
             job = SlurmJob(executor.submit(self._task(entry)), executor.folder)
         except RuntimeError as error:  # submitit's, with what sbatch said
-            raise UsageError(f"Cell {cell.id} was not accepted by SLURM: {error}") from error
+            raise UsageError(f"SLURM rejected cell {cell.id}: {error}") from error
         self.running.append(job)
         return job
 
@@ -104,7 +106,7 @@ class SlurmLauncher:
             return None
         executor = self._executor(cell)
         tasks = list(range(cell.config.trainer.devices * cell.config.trainer.num_nodes))
-        log.info("%s is job %s of an earlier driver", cell.id, entry.job)
+        log.info("%s is running as job %s, submitted earlier", cell.id, entry.job)
         job = SlurmJob(self._submitit.SlurmJob(executor.folder, entry.job, tasks), executor.folder)
         self.running.append(job)
         return job

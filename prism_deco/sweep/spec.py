@@ -95,7 +95,9 @@ def parse(arguments: Iterable[str]) -> Spec:
     arguments = list(arguments)
     names = [argument for argument in arguments if "=" not in argument]
     if len(names) > 1:
-        raise UsageError(f"One sweep at a time: {' and '.join(names)} are names of sweeps, settings have key=value.")
+        raise UsageError(
+            f"One sweep at a time: {' and '.join(names)} are names of sweeps; settings are written key=value."
+        )
     spec = _load(names[0]) if names else Spec(name="")
     own_name = None
     for argument in arguments:
@@ -162,7 +164,7 @@ def split_values(text: str) -> list[str]:
 def _set(spec: Spec, key: str, text: str) -> None:
     values = [text] if key in LISTS else split_values(text)
     if "" in values and len(values) > 1:
-        raise UsageError(f"{key}={text}: there is an empty value between the commas.")
+        raise UsageError(f"{key}={text} has an empty value between commas.")
     rows = [row for grid in spec.grids for row in grid.rows]
     if "." not in key and key not in Config.__dataclass_fields__ and not any(key in row.labels for row in rows):
         own = {label for row in rows for label in row.labels}
@@ -177,7 +179,7 @@ def _set(spec: Spec, key: str, text: str) -> None:
         return
     if any(key in row.settings for row in rows):
         labels = " ".join(spec.grids[0].rows[0].labels)
-        raise UsageError(f"{key} is what tells the rows of {spec.name} apart: choose rows with {labels}=NAME instead.")
+        raise UsageError(f"{key} distinguishes the rows of {spec.name}: select rows with {labels}=NAME instead.")
     grids = spec.grids
     if len(values) > 1:  # parts that sweep the key already, or else all
         grids = [grid for grid in grids if key in grid.axes] or grids
@@ -194,7 +196,7 @@ def _load(name: str) -> Spec:
     _check_keys(f"key of the sweep {name}", content, KEYS)
     parts: Mapping[str, Any] = content.get("parts") or {}
     if parts and (content.get("rows") or content.get("axes")):
-        raise UsageError(f"The sweep {name} has parts: its rows and axes belong into them.")
+        raise UsageError(f"The sweep {name} has parts: move its rows and axes into them.")
     for choice in content.get("with") or {}:
         group, _, value = choice.partition("=")
         if group in GROUPS:
@@ -210,7 +212,9 @@ def _load(name: str) -> Spec:
         for key, source in (its.get("choose") or {}).items():
             earlier = list(parts)[: list(parts).index(part)]
             if source not in earlier:
-                raise UsageError(f"The part {part} of the sweep {name} chooses {key} from {source}: no earlier part.")
+                raise UsageError(
+                    f"The part {part} of the sweep {name} chooses {key} from {source}, which is not an earlier part."
+                )
     shared = _texts(content.get("settings"))
     return Spec(
         name=content["name"],
@@ -227,7 +231,7 @@ _MAPPINGS = ("settings", "axes", "parts", "with", "choose", "labels")
 
 def _check_keys(kind: str, content: Any, known: Iterable[str]) -> None:
     if not isinstance(content, Mapping):
-        raise UsageError(f"In place of {content!r}, write KEY: VALUE, a {kind} and what it holds.")
+        raise UsageError(f"Expected KEY: VALUE pairs, each a {kind}; found {content!r}.")
     for key, value in content.items():
         if key not in known:
             raise unknown(kind, key, known)

@@ -30,7 +30,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 PREEMPTED = 75
 """Exit code of `prism-deco train` after a checkpoint that it was asked for (EX_TEMPFAIL: try again)."""
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""By these a cluster or a user asks to stop. They may reach every process of a job, the supervisor included."""
+"""Signals with which a cluster or a user asks to stop. They may reach every process of a job, this one included."""
 
 
 class Supervisor:
@@ -72,7 +72,7 @@ class Supervisor:
         return None
 
     def run(self, command: list[str], locks: tuple[int, ...]) -> int:
-        # With the lock in the command's hands, too, it stays taken should the supervisor itself be killed.
+        # The command inherits the lock, so that it stays taken should the supervisor itself be killed.
         leader = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=locks, preexec_fn=_tie(os.getpid())
         )
@@ -86,7 +86,7 @@ class Supervisor:
                 _signal_group(leader.pid, signal.SIGKILL)
             elif self.deadline is not None and not asked:
                 asked = True
-                # The leader alone: it passes the word to its ranks, and its loader processes must not die under it.
+                # The leader alone: it forwards the signal to its ranks, and its loader processes must not die first.
                 os.kill(leader.pid, signal.SIGTERM)
             if pid == 0:
                 self.wait()

@@ -16,8 +16,6 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
-from prism_deco.config.benchmarks import benchmark_name, resolve_asks, resolve_benchmarks, results_name
-
 FOLDER = "tensorboard"
 
 
@@ -29,7 +27,7 @@ class Board:
 
     Args:
         run: the run's folder.
-        start: optimizer steps already taken. Events of later steps, which will come again, are hidden.
+        start: optimizer steps already taken. Events of later steps are hidden, since training repeats them.
     """
 
     def __init__(self, run: Path, start: int):
@@ -60,10 +58,13 @@ class Board:
         """Shows a text."""
         self._write(step=step, summary=summary.text(name, markdown))
 
-    def hyperparameters(self, choices: Mapping[str, Any], metrics: list[str]) -> None:
-        """Fills the HPARAMS tab; the numbers beside the choices are the last ones of these scalars."""
-        for part in summary.hparams(dict(choices), dict.fromkeys(metrics, 0.0)):
-            self._write(step=0, summary=part)
+    def hyperparameters(self, choices: Mapping[str, Any]) -> None:
+        """Fills the HPARAMS tab; TensorBoard shows the last value of every scalar next to the choices."""
+        # Of several runs, TensorBoard takes the list of metrics (the first part) from any one: the scores of all others
+        # would be missing. Without a list it collects the scalars of all runs, those of a later evaluation included.
+        _, start, end = summary.hparams(dict(choices), {})
+        self._write(step=0, summary=start)
+        self._write(step=0, summary=end)
 
     def close(self) -> None:
         """Closes the file."""
@@ -82,13 +83,3 @@ def choices_of(config: DictConfig) -> dict[str, Any]:
     # TensorBoard has no empty values.
     chosen = {key: "" if recipe[key] is None else recipe[key] for key in keys}
     return names | chosen | {"image_size": config.backbone.image_size or "", "seed": config.seed}
-
-
-def score_names(config: DictConfig) -> list[str]:
-    """What TensorBoard calls the scores of the benchmarks that follow training: `eval/<results folder>`."""
-    found = []
-    for choice in resolve_benchmarks(config.evaluate.benchmarks or ""):
-        own = config.benchmark.get(benchmark_name(choice), {})
-        split = own.get("split", config.evaluate.split)
-        found += [f"eval/{results_name(choice, split, ask)}" for ask in resolve_asks(config.evaluate.ask)]
-    return found

@@ -13,8 +13,6 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -23,29 +21,35 @@ from prism_deco.data.loader import Step, stack_pixels
 from prism_deco.data.records import IMAGE_TAG, Records
 from prism_deco.inference import answer
 from prism_deco.llms import LanguageModel
+from prism_deco.logs import log_console
 from prism_deco.plan.devices import GIB, peak_flops
 from prism_deco.plan.flops import TrainingFlops
 from prism_deco.training.board import Board
 from prism_deco.training.datamodule import Conversations
-from prism_deco.training.metrics import VAL_LOSS, Metrics
+from prism_deco.training.progress import VAL_LOSS, Metrics
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
 
 LOG_SECONDS = 120.0
-"""Time between two log lines: a run of a week gets five thousand of them."""
+"""Time between two log lines: a run of a week logs five thousand of them."""
 
 MAX_NEW_TOKENS = 32
 """Length of a sample answer."""
 
 
-class ProgressReport(Callback):
-    """A bar over optimizer steps on a terminal, and a log line every two minutes.
+class Recorder(Callback):
+    """Writes the numbers of each step and validation, and shows how far the run is. Rank 0 has it.
 
-    The bar shares the log's console: two consoles on one terminal would write into each other's lines.
+    `metrics.jsonl` gets all numbers, TensorBoard those of every `log_every` steps under the same names. A terminal
+    shows a bar over optimizer steps, the log a line every two minutes. The bar shares the log's console: two consoles
+    on one terminal would write into each other's lines.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics, board: Board, log_every: int):
+        self._metrics = metrics
+        self._board = board
+        self._log_every = log_every
         self._bar: Progress | None = None
         self._first_step = 0
         self._started = self._logged = 0.0
@@ -62,7 +66,7 @@ class ProgressReport(Callback):
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[loss]}"),
             )
-            self._bar = Progress(*columns, console=_log_console())
+            self._bar = Progress(*columns, console=log_console())
             self._bar.add_task("Training", completed=self._first_step, total=pl_module.total_steps, loss="")
             self._bar.start()
 
@@ -76,9 +80,16 @@ class ProgressReport(Callback):
             seconds = (now - self._started) / (step - self._first_step)
             left = timedelta(seconds=round(seconds * (total - step)))
             log.info("Step %d of %d: loss %.4f, %.2f s per step, %s left", step, total, loss, seconds, left)
+        if step % self._log_every == 0:
+            counts = {f"train/{name}": count for name, count in pl_module.counts.items() if count}
+            self._board.scalars(pl_module.last_step | pl_module.last_norms | counts, step)
+        self._metrics.append(step, pl_module.last_step)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         log.info("Step %d of %d: val/loss %.4f", trainer.global_step, pl_module.total_steps, pl_module.val_loss)
+        # metrics.jsonl last: a resumed run does not repeat a validation that is recorded there.
+        self._board.scalars({VAL_LOSS: pl_module.val_loss}, trainer.global_step)
+        self._metrics.append(trainer.global_step, {VAL_LOSS: pl_module.val_loss})
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self._bar:
@@ -86,29 +97,6 @@ class ProgressReport(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
-
-
-class Recorder(Callback):
-    """Writes the numbers of each step and validation: to `metrics.jsonl` all of them, to TensorBoard every
-    `log_every` steps and under the same names. Rank 0 has it.
-    """
-
-    def __init__(self, metrics: Metrics, board: Board, log_every: int):
-        self._metrics = metrics
-        self._board = board
-        self._log_every = log_every
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
-        step = trainer.global_step
-        if step % self._log_every == 0:
-            counts = {f"train/{name}": count for name, count in pl_module.counts.items() if count}
-            self._board.scalars(pl_module.last_step | pl_module.last_norms | counts, step)
-        self._metrics.append(step, pl_module.last_step)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        # What metrics.jsonl has is not made again after a kill, so that it comes last.
-        self._board.scalars({VAL_LOSS: pl_module.val_loss}, trainer.global_step)
-        self._metrics.append(trainer.global_step, {VAL_LOSS: pl_module.val_loss})
 
 
 class SampleAnswers(Callback):
@@ -159,7 +147,7 @@ class SpeedMonitor(Callback):
     - `train/data_wait`: fraction of the time in which a step waited for the loader;
     - `train/memory_gib`: peak since the start, of tensors on a GPU, else of the process; of the first device.
 
-    Validation counts for none of them.
+    Validation does not count towards any of them.
 
     Args:
         flops: costs of the model (`plan.flops.training_flops`); None leaves the utilisation out.
@@ -223,12 +211,6 @@ class SpeedMonitor(Callback):
             values["train/mfu"] = done / (seconds * peak * trainer.world_size)
         if self._board:
             self._board.scalars(values, trainer.global_step)
-
-
-def _log_console() -> Console:
-    """The terminal that the log goes to."""
-    handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, RichHandler)]
-    return handlers[0].console if handlers else Console(stderr=True)
 
 
 def _distinct_images(records: Records, count: int) -> list[int]:

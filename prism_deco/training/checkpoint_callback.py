@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from prism_deco.errors import UsageError
-from prism_deco.exits import Interrupted
+from prism_deco.exits import Interrupted, Preemption
 from prism_deco.training.checkpoints import (
     CHECKPOINTS,
     MODEL,
@@ -25,9 +25,8 @@ from prism_deco.training.checkpoints import (
     save_checkpoint,
 )
 from prism_deco.training.lightning_internals import run_validation, set_position
-from prism_deco.training.metrics import Metrics
 from prism_deco.training.module import TrainingModule
-from prism_deco.training.preemption import Preemption
+from prism_deco.training.progress import Metrics
 from prism_deco.training.sharding import local_piece, reshard
 from prism_deco.vlm import VLM
 
@@ -64,6 +63,7 @@ class Checkpointing(Callback):
         self._preemption = preemption
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._preemption.claim()
         if self._resume is None:
             return
         module = cast(TrainingModule, pl_module)
@@ -85,9 +85,6 @@ class Checkpointing(Callback):
             run_validation(trainer)
         # It may also have ended before it removed the checkpoints that this one, or the newest best one, replaces.
         self._prune()
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._preemption.claim()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         module = cast(TrainingModule, pl_module)
@@ -139,7 +136,7 @@ def _optimization(trainer: pl.Trainer) -> tuple[Optimizer, Any]:
 def model_tensors(vlm: VLM) -> dict[str, Tensor]:
     """The trained parameters, tied ones once, and the buffers that belong to the model's state.
 
-    Frozen weights are left out: they come from where they came from at the start.
+    Frozen weights are left out: they are read again from where they came from.
     """
     trained: dict[str, Tensor] = {name: p for name, p in vlm.named_parameters() if p.requires_grad}
     # Quantised layers add their quantisation state to the state dict: it belongs to frozen weights, and is no buffer.
@@ -165,7 +162,7 @@ def restore_tensors(checkpoint: Checkpoint, vlm: VLM, optimizer: Optimizer) -> N
     """Reads this process's part of a checkpoint into the model and its optimizer.
 
     Raises:
-        UsageError: the checkpoint lacks a tensor, or holds one of another shape, or one that is not finite.
+        UsageError: the checkpoint is missing a tensor, or holds one of another shape, or one that is not finite.
     """
     for name, tensor in model_tensors(vlm).items():
         _fill(checkpoint, f"{MODEL}{name}", tensor)

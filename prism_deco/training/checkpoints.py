@@ -1,7 +1,7 @@
 """Checkpoints: a folder `step_NNNNNN` of safetensors, one file per process, and a JSON index.
 
-Every process writes the pieces of the tensors that it holds; whoever reads takes what it needs out of all files,
-so that any number of processes, sharded or not, can go on. Nothing is pickled. A folder gets its name when all of it
+Every process writes the blocks of the tensors that it holds; a reader takes what it needs out of all files,
+so that any number of processes, sharded or not, can continue. Nothing is pickled. A folder gets its name when all of it
 is on the disk: what has a valid name can be read.
 """
 
@@ -25,8 +25,7 @@ from prism_deco.distributed import gather_objects
 from prism_deco.errors import UsageError
 from prism_deco.exits import CheckpointFailed
 from prism_deco.files import inside, sync_folder, verify_sha256, write_json
-from prism_deco.tensors import all_finite, open_safetensors
-from prism_deco.training.safetensors_writer import write_safetensors
+from prism_deco.tensors import all_finite, open_safetensors, write_safetensors
 from prism_deco.training.sharding import piece_of
 
 log = logging.getLogger(__name__)
@@ -41,6 +40,7 @@ _WAY_OUT = (
     "Remove this checkpoint's folder: training then continues from an earlier one, or from the start. To export a "
     "model, name another checkpoint."
 )
+_FILE = "rank_{:05d}.safetensors"
 _BUILDING, _REMOVING = ".building-", ".removing-"
 _NAME = re.compile(r"step_(\d{6,})")
 
@@ -77,7 +77,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], cont
         content: anything else, as JSON.
 
     Returns:
-        The checkpoint's folder. One that is there already is left as it is.
+        The checkpoint's folder. An existing one is left as it is.
 
     Raises:
         CheckpointFailed: on every process, if one of them could not write; earlier checkpoints are untouched.
@@ -100,8 +100,8 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], cont
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir(parents=True)
     with _failing_together(building, needed):
-        digest = write_safetensors(building / _file(rank), pieces, metadata=places)
-    files = [_file(r) for r in range(size)]
+        digest = write_safetensors(building / _FILE.format(rank), pieces, metadata=places)
+    files = [_FILE.format(r) for r in range(size)]
     digests = dict(zip(files, gather_objects(digest), strict=True))
     index = {"format": _FORMAT, "step": step, "files": files, "sha256": digests, **content}
     with _failing_together(building, needed):
@@ -122,7 +122,7 @@ class Checkpoint:
     Attributes:
         folder: the checkpoint's folder.
         step: optimizer steps taken.
-        content: what was saved beside the tensors.
+        content: what was saved next to the tensors.
         shapes: name of each tensor and its whole shape.
 
     Raises:
@@ -158,7 +158,7 @@ class Checkpoint:
             UsageError: on every process, if a file was damaged or replaced since it was written.
         """
         if not self._digests:
-            log.info("%s has no checksums: it is not verified", self.folder)
+            log.info("%s has no checksums and is not verified", self.folder)
         rank, size = _place()
         share = {name: self._digests[name] for name in sorted(self._digests)[rank::size]}
         problem = None
@@ -171,7 +171,7 @@ class Checkpoint:
                 raise UsageError(found)
 
     def read(self, name: str, shape: Sequence[int] | None = None, offset: Sequence[int] | None = None) -> Tensor:
-        """A tensor, or the part of it of that shape that begins at that offset.
+        """A tensor, or the block of it with that shape and offset.
 
         Raises:
             UsageError: it holds NaN or infinite numbers.
@@ -195,7 +195,7 @@ def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
     """Removes all but the newest `keep` checkpoints and the one after `best` steps."""
     for path in list_checkpoints(folder)[:-keep]:
         if step_of(path) != best:
-            # Renamed first: half a folder must not bear a valid name.
+            # Renamed first: a partly removed folder must not have a valid name.
             removing = path.with_name(f"{_REMOVING}{path.name}")
             path.rename(removing)
             shutil.rmtree(removing)
@@ -239,18 +239,14 @@ class _Stored:
         target[tuple(goal)] = stored[tuple(source)]
 
 
-def _file(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"
-
-
 def _place() -> tuple[int, int]:
-    """This process's number among how many."""
+    """This process's rank, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @contextmanager
 def _failing_together(building: Path, needed: int) -> Iterator[None]:
-    """An `OSError` of one process becomes a `CheckpointFailed` of all; it also keeps them in step.
+    """Turns an `OSError` in one process into a `CheckpointFailed` in all; it also keeps them in step.
 
     Args:
         building: the unfinished checkpoint, which is removed.

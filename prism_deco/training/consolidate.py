@@ -34,7 +34,7 @@ def consolidate(run: Path, checkpoint: str, folder: Path) -> None:
 
     Raises:
         UsageError: there is no such checkpoint; it is damaged, belongs to another run, or does not hold all that was
-            trained; or the run has plug-ins that nobody has imported.
+            trained; or the run has plug-ins that are not imported.
     """
     config = read_config(run / CONFIG)
     require_imported(config.plugins, run / CONFIG)
@@ -54,7 +54,7 @@ def consolidate(run: Path, checkpoint: str, folder: Path) -> None:
     # Tied weights are stored under the first of their names.
     names = {id(tensor): f"{MODEL}{name}" for name, tensor in reversed(vlm.state_dict(keep_vars=True).items())}
     if missing := [name for name, p in vlm.named_parameters() if p.requires_grad and names[id(p)] not in stored.shapes]:
-        raise UsageError(f"{known[checkpoint]} lacks {missing[0]} ({len(missing)} of the trained weights in all).")
+        raise UsageError(f"{known[checkpoint]} is missing {missing[0]} ({len(missing)} of the trained weights in all).")
 
     def read(tensor: Tensor) -> Tensor:
         name = names[id(tensor)]

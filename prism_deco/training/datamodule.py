@@ -64,7 +64,7 @@ class Conversations(pl.LightningDataModule):
         """
         recipe, settings = self._config.recipe, self._config.data
         if self.left_out:
-            log.info("%d records are left out (data.on_bad_record=skip): %s", len(self.left_out), self.left_out[0])
+            log.info("Skipping %d bad records (data.on_bad_record=skip): %s", len(self.left_out), self.left_out[0])
         for examples in (self.train_examples, self.val_examples):
             if settings.on_bad_record == "fail":
                 check_records(examples.records, examples.encoder)
@@ -139,7 +139,8 @@ class Conversations(pl.LightningDataModule):
 
 def _check_images(examples: Examples) -> None:
     """`UsageError` names the first image that is missing: it must not end the run after hours."""
-    log.info("Looking for the images of %d records", len(examples))
+    if len(examples):
+        log.info("Checking that the images of %d records exist", len(examples))
     owners = {image: record.id for record in examples.records for image in record.images}
     missing = examples.images.missing(owners)
     if missing:

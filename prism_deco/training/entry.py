@@ -13,22 +13,20 @@ from prism_deco.config import compose, read_config, save_config
 from prism_deco.config.registry import import_plugins
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
-from prism_deco.exits import CheckpointFailed, DiskFull, Preempted, RankFailed, Stop, as_stop
+from prism_deco.exits import CheckpointFailed, DiskFull, Preempted, Preemption, RankFailed, Stop, as_stop
 from prism_deco.processes import clear_failures, start_ranks
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.preconditions import Scoring, check_all
-from prism_deco.training.preemption import Preemption
+from prism_deco.training.progress import THROUGH, read_status, set_status
 from prism_deco.training.run_dir import (
     CONFIG,
     RunTarget,
+    find_run,
     full_disk_named,
-    has_finished,
     locked,
     open_run,
-    resumed_from,
     run_folder,
 )
-from prism_deco.training.status import THROUGH, read_status, set_status
 from prism_deco.training.trainer import train
 
 log = logging.getLogger(__name__)
@@ -67,7 +65,8 @@ def run(config: DictConfig, scoring: Scoring | None, *, overwrite: bool = False,
 def _run(config: Any, scoring: Scoring | None, overwrite: bool, force: bool) -> int:
     """What each process of a run does; see `run`."""
     config = config if isinstance(config, DictConfig) else compose(config)
-    world, preemption = World.of(config.trainer), Preemption()
+    world = World.of(config.trainer)
+    preemption = Preemption(alone=world.size == 1)
     # Signals are handled once the process group exists: the code that waits for it does not react to them.
     with world.joined(), preemption.watched(), ExitStack() as held:
         import_plugins(config.plugins)
@@ -84,7 +83,7 @@ def _run(config: Any, scoring: Scoring | None, overwrite: bool, force: bool) -> 
             scoring(target.folder, world)
         if world.is_main:
             set_status(target.folder, **read_status(target.folder) | {"state": "done"})
-        log.info("Run folder: %s; watch it with: tensorboard --logdir %s", target.folder, config.runs_dir)
+        log.info("Run folder: %s. Show it with: tensorboard --logdir %s", target.folder, config.runs_dir)
         return 0
 
 
@@ -97,10 +96,10 @@ def _prepare(
 
     def prepare() -> tuple[RunTarget, str]:
         nonlocal data
-        if not has_finished(config, overwrite):
-            resume = resumed_from(config, overwrite)
-            data = check_all(config, world, scoring=scoring, resume=resume, force=force)
-        target = open_run(config, held, overwrite=overwrite)
+        found = find_run(config, overwrite=overwrite)
+        if found.state == "train":
+            data = check_all(config, world, scoring=scoring, resume=found.checkpoint, force=force)
+        target = open_run(config, found, held)
         clear_failures(target.folder)
         return target, config.trainer.activation_checkpointing
 
@@ -109,7 +108,7 @@ def _prepare(
 
 
 def _added(config: DictConfig, target: RunTarget, scoring: Scoring | None) -> Scoring | None:
-    """The scoring that a complete run is asked for and does not have; its `config.yaml` then names it."""
+    """The requested scoring that a complete run has no results of; its `config.yaml` then records the request."""
     missing = scoring.missing(target.folder) if scoring is not None else None
     if missing is None:
         ways = "Use run_id=NAME to start another, or --overwrite to replace it."
@@ -123,7 +122,7 @@ def _added(config: DictConfig, target: RunTarget, scoring: Scoring | None) -> Sc
 
 
 def _record_failure(config: DictConfig, stop: Stop) -> None:
-    """Writes the status of a run whose processes were killed; those that were left know less about the reason."""
+    """Writes the status of a run whose processes were killed: this process knows the reason best."""
     folder = run_folder(config)
     if read_status(folder).get("state") in (None, *THROUGH):
         return
@@ -132,7 +131,7 @@ def _record_failure(config: DictConfig, stop: Stop) -> None:
 
 
 def _advised(stop: Stop, overwrite: bool) -> str:
-    """The reason in one line, with the way to continue where that is all it takes."""
+    """The reason in one line, and how to continue where the same command does that."""
     reason = " ".join(str(stop).split())
     if not isinstance(stop, Preempted | CheckpointFailed | DiskFull):
         return reason

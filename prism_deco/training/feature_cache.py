@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prism_deco.backbones import VisionBackbone
 from prism_deco.build import group
 from prism_deco.config import cache_dir
-from prism_deco.data.examples import Examples
+from prism_deco.data.loader import Examples
 from prism_deco.distributed import World
 from prism_deco.features import FeatureCache, shard_path
 from prism_deco.tensors import open_safetensors
@@ -24,11 +24,11 @@ from prism_deco.vlm import VLM
 log = logging.getLogger(__name__)
 
 TOWER = "features"
-"""The name under which features stand among the pixels of an example."""
+"""The key of the features among the pixels of an example."""
 
 
 class CachedExamples(Examples):
-    """The examples of a complete cache, with features in place of pixels. Loader processes take it along."""
+    """The examples of a complete cache, with features in place of pixels. Picklable, for loader processes."""
 
     def __init__(self, cache: FeatureCache):
         vars(self).update(vars(cache.examples))
@@ -55,7 +55,7 @@ class CachedExamples(Examples):
 
 
 class CachedBackbone(VisionBackbone):
-    """Stands in for the towers and hands on the features that come in place of pixels.
+    """Stands in for the towers and passes on the features that come in place of pixels.
 
     It has no parameters: while the model is trained, the towers are neither moved to the device nor sharded.
 
@@ -100,7 +100,7 @@ def build_caches(config: DictConfig, vlm: VLM, data: Conversations, world: World
     if not config.trainer.feature_cache:
         return []
     if not (data.train_records.has_image.any() or data.val_records.has_image.any()):
-        log.info("No record has an image: there are no features to cache")
+        log.info("No record has an image; nothing to cache")
         return []
     compute = "float32"
     if "bf16" in config.trainer.precision:

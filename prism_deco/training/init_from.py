@@ -35,11 +35,11 @@ SHARED = {
     "projector": ("weights", "init", "query_std"),
     "llm": ("hub", "revision", "weights", "tokenizer", "dtype", "attention", "tokenize"),
 }
-"""The groups that both runs must agree in, without the keys that may differ: they say how an image is cropped, where
-weights come from (their hashes are compared), how new ones are drawn, and how the LLM computes."""
+"""The groups in which both runs must agree, and the keys in them that may differ: these say how an image is cropped,
+where weights come from (their hashes are compared), how new ones are drawn, and how the LLM computes."""
 
 FEATURES = ("standardise_features", "token_scale")
-"""Keys of the recipe that change what a projector gets and gives."""
+"""Keys of the recipe that change a projector's input or output."""
 
 
 def start_from(folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel) -> None:
@@ -52,7 +52,7 @@ def start_from(folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel) -
         vlm: its model, whole and on the CPU; adapters may be there already.
 
     Raises:
-        UsageError: the files are damaged, or frozen weights are others than the earlier run's.
+        UsageError: the files are damaged, or frozen weights differ from the earlier run's.
     """
     earlier = tuning(read_config(folder / CONFIG).recipe.lm)
     if config.backbone.pretrained:
@@ -75,7 +75,7 @@ def takes_llm(folder: Path, config: DictConfig) -> bool:
 
 
 def find_start(run: Path, config: DictConfig) -> Path:
-    """The `model/` folder of the run to start from, by what can be said before a model is built.
+    """The `model/` folder of the run to start from, checked as far as possible before a model is built.
 
     Raises:
         UsageError: there is no finished run, or it is one of another projector, backbone or LLM.
@@ -94,7 +94,9 @@ def check_start(earlier: DictConfig, config: DictConfig) -> None:
     differing = _differing(earlier, config)
     if differing:
         listed = "; ".join(differing[:5])
-        raise UsageError(f"recipe.start_from={run} is a run of another model: {listed}. Start from one of the same.")
+        raise UsageError(
+            f"recipe.start_from={run} is a run of another model: {listed}. Start from a run of the same model."
+        )
     if way.adapters:
         keys = ("lm", "lora_r", "lora_alpha")
         if any(earlier.recipe[key] != config.recipe[key] for key in keys):
@@ -102,17 +104,17 @@ def check_start(earlier: DictConfig, config: DictConfig) -> None:
             raise UsageError(f"recipe.start_from={run} trains adapters: only a run with {same} can continue them.")
     if way.base and config.llm.pretrained and not now.base:
         raise UsageError(
-            f"recipe.start_from={run} trains the whole LLM, which a run with recipe.lm={config.recipe.lm} would not "
-            "store: set recipe.lm=full, or start from a run that leaves the LLM alone (recipe.lm=frozen)."
+            f"recipe.start_from={run} trains the whole LLM, which a run with recipe.lm={config.recipe.lm} does not "
+            "store: set recipe.lm=full, or start from a run that keeps the LLM frozen (recipe.lm=frozen)."
         )
 
 
 def _differing(earlier: DictConfig, now: DictConfig) -> list[str]:
-    """What the runs must agree in and do not."""
+    """The keys in which the runs must agree but do not."""
     pairs = {}
     for name, free in SHARED.items():
         there, here = group(earlier, name), group(now, name)
-        # The name of the choice says most, settings follow from it.
+        # The name of the choice first: settings follow from it.
         for key in sorted((there | here).keys() - set(free), key=lambda key: (key != "name", key)):
             pairs[f"{name}.{key}"] = (there.get(key), here.get(key))
     for key in FEATURES:

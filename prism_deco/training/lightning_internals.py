@@ -20,7 +20,7 @@ def set_position(trainer: pl.Trainer, step: int) -> None:
 
 
 def count_skipped_step(trainer: pl.Trainer) -> None:
-    """Counts an optimizer step that was left out: Lightning counts calls of `optimizer.step`."""
+    """Counts an optimizer step that was skipped: Lightning counts calls of `optimizer.step`."""
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     progress.increment_ready()
     progress.increment_completed()

@@ -24,8 +24,8 @@ from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import weights_record
 from prism_deco.llms.tuning import tuning
 from prism_deco.training.checkpoints import Checkpoint
-from prism_deco.training.checksums import SUMS
 from prism_deco.training.datamodule import Conversations
+from prism_deco.training.model_folder import SUMS
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -80,10 +80,10 @@ def provenance(
     Returns:
         run: its `run_id`, the `choices` it was composed of, and the `settings` that it cannot change on the way.
         inputs: SHA-256 of what is read from outside, by the names in `_INPUTS`.
-        input_changes: where an input was another one from some step on, which the user accepted.
+        input_changes: inputs that changed at some step, accepted by the user.
 
     Raises:
-        UsageError: an input is another one than before, and `trainer.accept_changed_inputs` is not set.
+        UsageError: an input changed, and `trainer.accept_changed_inputs` is not set.
     """
     inputs = _read_for_examples(data, llm) | {"backbone": vlm.backbone.sha256()}
     if config.llm.pretrained and not tuning(config.recipe.lm).base:
@@ -100,7 +100,7 @@ def provenance(
 
 
 def check_resume(checkpoint: Checkpoint, config: DictConfig, llm: LanguageModel, data: Conversations) -> None:
-    """Checks, without the model's weights, whether a run can go on from a checkpoint.
+    """Checks, without the model's weights, whether a run can continue from a checkpoint.
 
     Raises:
         UsageError: it belongs to another run; or records or tokenizer changed, and `trainer.accept_changed_inputs` is
@@ -120,7 +120,7 @@ def _read_for_examples(data: Conversations, llm: LanguageModel) -> dict[str, str
 
 
 def _changed(inputs: Mapping[str, str], resume: Checkpoint, config: DictConfig) -> list[str]:
-    """The inputs that are others than the checkpoint says; `UsageError` if that is not accepted."""
+    """The inputs that changed since the checkpoint; `UsageError` unless that is accepted."""
     before: Mapping[str, str] = resume.content.get("inputs", {})
     changed = [name for name in inputs if before.get(name, inputs[name]) != inputs[name]]
     if changed and not config.trainer.accept_changed_inputs:
@@ -149,7 +149,7 @@ def build_manifest(
 
     Args:
         counts, bad_rows: what the training counted (see `TrainingModule`).
-        measured: what else only the finished run knows.
+        measured: further entries, known once the run has finished.
     """
     parameters = list(vlm.parameters())
     records = data.train_records
@@ -199,7 +199,7 @@ def code_version() -> str:
 
 
 def _run(config: DictConfig) -> dict[str, Any]:
-    # Places change when a run moves to another machine; what is read from there is compared by its hash.
+    # Paths change when a run moves to another machine; what is read from them is compared by its hash.
     fixed = {key: value for key, value in flat(config).items() if not is_free(key) and "/" not in str(value)}
     settings = {key: value for key, value in fixed.items() if key != "run_id"}
     return {"run_id": config.run_id, "choices": default_run_id(config), "settings": settings}

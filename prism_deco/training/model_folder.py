@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,19 +19,19 @@ from transformers import PreTrainedModel
 from prism_deco.backbones import build_backbone
 from prism_deco.build import build_model, compose_projector, group, prompt_options
 from prism_deco.config import read_config, save_config
+from prism_deco.config.load import CONFIG
 from prism_deco.config.registry import require_imported
-from prism_deco.config.stored import CONFIG
 from prism_deco.errors import UsageError
-from prism_deco.files import read_json, write_json
+from prism_deco.files import file_sha256, read_json, verify_sha256, write_json, write_whole
 from prism_deco.llms import LanguageModel, build_llm
 from prism_deco.llms.build import weights_record
 from prism_deco.llms.layers import fill_buffers
 from prism_deco.llms.lora import base_name, is_adapter, load_lora, save_lora
 from prism_deco.llms.tuning import tuning
-from prism_deco.tensors import all_finite, open_tensors, tensor_files
-from prism_deco.training.checksums import SUMS, verify_model, write_sums
-from prism_deco.training.safetensors_writer import full, write_safetensors
+from prism_deco.tensors import all_finite, full, open_tensors, tensor_files, write_safetensors
 from prism_deco.vlm import VLM
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 TOWER = "backbone.safetensors"
@@ -38,6 +40,12 @@ LLM_RECORD = "llm.json"
 BASE_RECORD = "base.json"
 ADAPTER = "adapter"
 TOKENIZER = "tokenizer"
+SUMS = "SHA256SUMS"
+"""Checksums of the folder's files; `sha256sum -c` reads it, too."""
+
+_TRAINED = ("model.safetensors", "adapter/adapter_model.safetensors")
+_SUFFIXES = (".safetensors", ".json", ".model", ".jinja", ".txt")
+"""Not `config.yaml`, where a user may point at other copies of frozen weights, nor a README."""
 
 
 def save_model(
@@ -178,7 +186,7 @@ def _named_base(folder: Path, config: DictConfig) -> PreTrainedModel:
         llm = build_llm(group(config, "llm"), **prompt_options(config))
         found = weights_record(llm.spec)
     except UsageError as error:
-        raise UsageError(f"{folder} does not hold its language model, only the name of it: {error}") from error
+        raise UsageError(f"{folder} does not hold its language model, only its name: {error}") from error
     wanted = read_json(folder / BASE_RECORD, ["sha256"])
     if found["sha256"] != wanted["sha256"]:
         raise UsageError(
@@ -231,8 +239,56 @@ def load_weights(
                 fill_buffers(part)
 
 
+def write_sums(folder: Path, known: Mapping[str, str]) -> None:
+    """Writes `SHA256SUMS`, after everything else that `load_model` reads.
+
+    Args:
+        known: checksums that were computed when a file was written.
+    """
+    digests = dict(known)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix in _SUFFIXES and name not in digests:
+            digests[name] = file_sha256(path)
+    write_whole(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())))
+
+
+def verify_model(folder: Path) -> None:
+    """Compares the files of a model folder with their checksums.
+
+    Raises:
+        UsageError: a file is missing, was damaged or replaced, or the model is not the one that its run trained.
+    """
+    if not (folder / SUMS).is_file():
+        log.info("%s has no checksums and is not verified", folder)
+        return
+    digests = _read_sums(folder)
+    way_out = "Restore the folder from a copy, or write the model again from a checkpoint (prism-deco export)."
+    verify_sha256(folder, digests, folder / SUMS, way_out)
+    manifest = folder.parent / "manifest.json"
+    if folder.name == "model" and manifest.is_file():
+        trained = read_json(manifest).get("model_sha256")
+        if trained not in (None, trained_sha256(folder)):
+            raise UsageError(f"{folder} is not the model that the run trained: {manifest} names another. {way_out}")
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    digests = {}
+    for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        digests[name] = digest
+    return digests
+
+
+def trained_sha256(folder: Path) -> str:
+    """SHA-256 of the weights that `save_model` wrote; with adapters, of both files' hashes."""
+    digests = _read_sums(folder)
+    hashes = [digests[name] for name in _TRAINED if name in digests]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
 def _transform(vlm: VLM) -> dict[str, Any]:
-    """What becomes of an image before each tower sees it, as JSON."""
+    """How an image is prepared for each tower, as JSON."""
     towers = {name: asdict(tower) for name, tower in vlm.backbone.transform.towers.items()}
     return json.loads(json.dumps(towers))
 

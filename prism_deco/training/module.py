@@ -55,8 +55,8 @@ class TrainingModule(pl.LightningModule):
 
     Attributes:
         counts: text tokens cut, bad images, bad records and skipped steps so far.
-        bad_rows: the bad records so far by their numbers: they come again in every epoch, and count once.
-        stop: how the run has to stop after this step, agreed between all processes; None if it has not.
+        bad_rows: the numbers of the bad records so far: they recur in every epoch, and count once.
+        stop: how the run is to stop after this step, agreed between all processes; None if it goes on.
         last_step, last_norms: the numbers of the last step.
         val_loss: of the last validation, in nats per token.
     """
@@ -199,6 +199,6 @@ class TrainingModule(pl.LightningModule):
             self._validation += torch.stack([loss.total.double(), loss.count.double()])
 
     def on_validation_epoch_end(self) -> None:
-        # Every rank takes part, also one that held fillers only: the mean is over the tokens of all ranks.
+        # Every rank takes part, even one that held only fillers: the mean is over the tokens of all ranks.
         total, count = self.all_reduce_sum(self._validation)
         self.val_loss = (total / count.clamp(min=1)).float().item()

@@ -21,7 +21,7 @@ def diagnose(vlm: VLM, batches: Sequence[Batch]) -> str:
     """Runs the forward passes of a bad step once more and names the first module whose output is not finite, else the
     parameter whose gradient went bad first, with the records concerned.
 
-    What goes bad between two modules, in attention say, is seen in the output of the next one. All processes must
+    What goes bad between two modules, in attention for example, shows in the output of the next one. All processes must
     call it, with their own batches, before the gradients are clipped.
     """
     where, records = None, []

@@ -12,7 +12,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
-from prism_deco.training.safetensors_writer import full
+from prism_deco.tensors import full
 from prism_deco.vlm import VLM
 
 
@@ -42,7 +42,7 @@ def parameter_groups(
 
 
 def adamw(vlm: VLM, recipe: DictConfig) -> AdamW:
-    """The recipe's optimizer, in one kernel: it holds no temporary copies of weights and gradients."""
+    """The recipe's optimizer, fused: it makes no temporary copies of weights and gradients."""
     groups = parameter_groups(
         vlm.projector, vlm.lm, lr=recipe.lr, projector_lr=recipe.projector_lr, weight_decay=recipe.weight_decay
     )

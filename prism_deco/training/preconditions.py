@@ -1,4 +1,4 @@
-"""Everything that would stop a run, looked for before its folder is touched and before weights are read."""
+"""Checks for everything that would stop a run, before its folder is touched and before weights are read."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from prism_deco.llms.spec import read_spec
 from prism_deco.llms.tuning import tuning
 from prism_deco.tensors import SUFFIXES, check_tensor_file, tensor_files
 from prism_deco.training.checkpoints import Checkpoint
-from prism_deco.training.checksums import verify_model
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.init_from import check_start, find_start
 from prism_deco.training.manifest import check_resume
+from prism_deco.training.model_folder import verify_model
 from prism_deco.training.run_dir import run_folder
 from prism_deco.training.sharding import Sharding, strategy_of
 
@@ -119,7 +119,7 @@ def _check_local_weights(name: str, part: DictConfig) -> None:
         raise UsageError(f"{name}.weights={path}: there is no such file or folder.")
     files = tensor_files(place)
     if not files:
-        raise UsageError(f"{name}.weights={path}: the folder holds no weights ({', '.join(SUFFIXES)}).")
+        raise UsageError(f"{name}.weights={path}: the folder has no weights ({', '.join(SUFFIXES)}).")
     for file in files:
         check_tensor_file(file)
 

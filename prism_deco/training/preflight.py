@@ -1,4 +1,4 @@
-"""What would spoil a run without ending it, looked for before time is spent.
+"""Checks for what would spoil a run without ending it, before time is spent.
 
 Labels that miss the answers, a projector that no gradient reaches, images that the model ignores and weights that are
 not restored from disk all leave a loss that falls. Each shows on a few records within seconds.
@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
-from prism_deco.data.examples import Example
+from prism_deco.data.loader import Example
 from prism_deco.data.records import Record
 from prism_deco.errors import UsageError
 from prism_deco.llms import Encoded, LanguageModel
@@ -49,7 +49,7 @@ def preflight(
     1. The supervised tokens of each record decode to text of its answers.
     2. The first gradient of the projector and of the LLM, where they are trained, is finite and not zero.
     3. Ten steps of AdamW at the recipe's learning rates lower the loss of eight records.
-    4. With black images the loss is another one.
+    4. With black images the loss changes.
     5. The model, with what these steps taught it, gives the same logits after saving and loading.
 
     Sharded training has the whole model on no device: there, only the labels are checked. Four-bit weights are
@@ -67,7 +67,9 @@ def preflight(
     with isolate_rng(include_cuda=device.type == "cuda"):
         examples = _checked_examples(data, llm)
         if config.trainer.strategy == "fsdp":
-            log.info("Preflight: labels are right; no device holds the whole of a sharded model for the other checks")
+            log.info(
+                "Preflight: labels are correct; the other checks need the whole model on one device and are skipped"
+            )
             return
         with _unchanged(vlm):
             checks = _Checks(config, vlm.to(device), data, examples, device)
@@ -83,7 +85,7 @@ def preflight(
 
 
 def _failed(check: str, found: str) -> UsageError:
-    return UsageError(f"Preflight, {check}: {found}. trainer.preflight=false trains anyway.")
+    return UsageError(f"Preflight, {check}: {found}. Set trainer.preflight=false to train anyway.")
 
 
 def _checked_examples(data: Conversations, llm: LanguageModel) -> list[Example]:
@@ -99,7 +101,7 @@ def _checked_examples(data: Conversations, llm: LanguageModel) -> list[Example]:
             _check_labels(example.encoded, data.train_records[index], llm)
             examples.append(example)
     if not examples:
-        raise _failed("labels", f"none of {len(indices)} records has images that can be read")
+        raise _failed("labels", f"none of {len(indices)} records has readable images")
     return examples
 
 
@@ -140,7 +142,7 @@ def _unchanged(vlm: VLM) -> Iterator[None]:
     finally:
         vlm.zero_grad(set_to_none=True)
         with torch.no_grad():
-            # Moving a model replaces its buffers: these are others than before.
+            # Moving a model replaces its buffers: the ones found before are stale.
             for tensor, value in zip(changing(), saved, strict=True):
                 tensor.copy_(value)
 

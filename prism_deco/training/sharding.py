@@ -181,7 +181,7 @@ def read_weights(lm: PreTrainedModel, files: Mapping[str, Path], device: torch.d
             continue
         name = base_name(adapted)
         if name not in files:
-            raise UsageError(f"The language model's files lack the weight {name}.")
+            raise UsageError(f"The language model's files are missing the weight {name}.")
         file = handles.setdefault(files[name], safe_open(files[name], "pt"))
         _read(name, file.get_slice(name), local_piece(parameter), lm.config.initializer_range)
 

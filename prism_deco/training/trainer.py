@@ -21,7 +21,7 @@ from torch import Tensor
 from prism_deco.build import build_model, group
 from prism_deco.data import build_source
 from prism_deco.distributed import World
-from prism_deco.exits import Interrupted, Preempted, Stop
+from prism_deco.exits import Interrupted, Preempted, Preemption, Stop, requeue
 from prism_deco.features import FeatureCache
 from prism_deco.files import write_json
 from prism_deco.llms import LanguageModel
@@ -32,24 +32,21 @@ from prism_deco.llms.spec import read_spec
 from prism_deco.plan.flops import TrainingFlops, training_flops
 from prism_deco.plan.meta_models import NeedsData
 from prism_deco.processes import clear_failures, failure_recorded
-from prism_deco.training.board import Board, choices_of, score_names
-from prism_deco.training.callbacks import ProgressReport, Recorder, SampleAnswers, SpeedMonitor
+from prism_deco.training.board import Board, choices_of
+from prism_deco.training.callbacks import Recorder, SampleAnswers, SpeedMonitor
 from prism_deco.training.checkpoint_callback import Checkpointing
 from prism_deco.training.checkpoints import Checkpoint
-from prism_deco.training.checksums import trained_sha256, verify_model
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.feature_cache import build_caches, cached
 from prism_deco.training.init_from import find_start, start_from, takes_llm
 from prism_deco.training.lightning_internals import fit
 from prism_deco.training.manifest import build_manifest, check_owner, provenance
-from prism_deco.training.metrics import VAL_LOSS, Metrics
-from prism_deco.training.model_folder import save_model
+from prism_deco.training.model_folder import save_model, trained_sha256, verify_model
 from prism_deco.training.module import TrainingModule
-from prism_deco.training.preemption import Preemption, requeue
 from prism_deco.training.preflight import preflight
+from prism_deco.training.progress import Metrics, read_status, set_status
 from prism_deco.training.run_dir import RunTarget, full_disk_named
 from prism_deco.training.sharding import Sharding, reshard, strategy_of
-from prism_deco.training.status import read_status, set_status
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -88,15 +85,23 @@ def _train(
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    resume = _open_checkpoint(config, target)
-    start = _open_start(config, world)
+    resume = start = None
+    if target.checkpoint is not None:
+        resume = Checkpoint(target.checkpoint)
+        check_owner(resume, config)
+        resume.verify()  # all processes together
+    if config.recipe.start_from:
+        start = find_start(Path(config.recipe.start_from), config)
+        world.decide(partial(verify_model, start))
     sharding = Sharding.of(config.trainer, world.size) if config.trainer.strategy == "fsdp" else None
     vlm, llm = _build(config, start, sharding)
     if data is None:
         data = Conversations(build_source(group(config, "data")), config, vlm, llm)
     _announce(config, target, world, vlm, data)
     if config.recipe.standardise_features and resume is None:
-        _fit_features(vlm, data, world)
+        # Rank 0 computes them for all: on another number of threads the others would round differently.
+        statistics = world.decide(partial(_feature_statistics, vlm, data, world.device))
+        vlm.feature_mean, vlm.feature_std = statistics
     if start is not None:
         start_from(start, config, vlm, llm)
     about = world.decide(lambda: provenance(config, vlm, llm, data, start, resume))
@@ -116,14 +121,14 @@ def _train(
     if world.is_main:
         steps_done = resume.step if resume else 0
         metrics, board = Metrics(target.folder, steps_done), Board(target.folder, steps_done)
-        board.hyperparameters(choices_of(config), [VAL_LOSS, *score_names(config)])
+        board.hyperparameters(choices_of(config))
     # In the order in which they see a step: it is recorded before it is saved.
     callbacks: list[Callback] = [
         SpeedMonitor(_step_flops(config, caches), config.trainer.log_every, board),
         SampleAnswers(llm, data, config.trainer.samples, board),
     ]
     if metrics and board:
-        callbacks += [ProgressReport(), Recorder(metrics, board, config.trainer.log_every)]
+        callbacks.append(Recorder(metrics, board, config.trainer.log_every))
     callbacks.append(Checkpointing(target.folder, resume, metrics, config.trainer, about, preemption))
     trainer = _lightning_trainer(config, world, data, callbacks)
     with preemption.at_boundaries():
@@ -144,25 +149,6 @@ def _train(
                 model_sha256=trained_sha256(target.folder / "model"),
             )
             write_json(target.folder / "manifest.json", manifest)
-
-
-def _open_checkpoint(config: DictConfig, target: RunTarget) -> Checkpoint | None:
-    """The checkpoint to continue from, verified by all processes together."""
-    if target.checkpoint is None:
-        return None
-    checkpoint = Checkpoint(target.checkpoint)
-    check_owner(checkpoint, config)
-    checkpoint.verify()
-    return checkpoint
-
-
-def _open_start(config: DictConfig, world: World) -> Path | None:
-    """The model folder to start from, verified; before the LLM's weights are read."""
-    if not config.recipe.start_from:
-        return None
-    folder = find_start(Path(config.recipe.start_from), config)
-    world.decide(partial(verify_model, folder))
-    return folder
 
 
 def _build(config: DictConfig, start: Path | None, sharding: Sharding | None) -> tuple[VLM, LanguageModel]:
@@ -193,24 +179,20 @@ def _announce(config: DictConfig, target: RunTarget, world: World, vlm: VLM, dat
     )
 
 
-def _fit_features(vlm: VLM, data: Conversations, world: World) -> None:
-    """Rank 0 computes them for all: on another number of threads the others would round differently."""
-
-    def fit() -> tuple[Tensor | None, Tensor | None]:
-        vlm.fit_features(data.sample_pixels(FEATURE_STATISTICS_IMAGES), world.device)
-        return vlm.feature_mean, vlm.feature_std
-
-    vlm.feature_mean, vlm.feature_std = world.decide(fit)
+def _feature_statistics(vlm: VLM, data: Conversations, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Mean and standard deviation of each feature channel over some training images."""
+    vlm.fit_features(data.sample_pixels(FEATURE_STATISTICS_IMAGES), device)
+    return vlm.feature_mean, vlm.feature_std
 
 
 def _step_flops(config: DictConfig, caches: list[FeatureCache]) -> TrainingFlops | None:
-    """The cost of a step, on GPUs: of other devices no peak is known to compare it with."""
+    """The cost of a step, on GPUs; the peak of other devices is not known."""
     if not torch.cuda.is_available():
         return None
     try:
         flops = training_flops(config)
     except NeedsData as error:
-        log.info("TensorBoard will not show train/mfu: %s", error)
+        log.info("train/mfu will not be logged: %s", error)
         return None
     return replace(flops, tower=0) if caches else flops
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
@@ -19,6 +20,19 @@ REAL = [
     ("siglip_so400m_384", 384, 27, 1152, 26, 397_745_440),
     ("dinov2_l_384", 384, 27, 1024, 23, 291_115_008),
     ("dinov2_siglip_384", 384, 27, 1024 + 1152, 23 + 26, 291_115_008 + 397_745_440),
+]
+# Width, blocks and patches per side by the model cards of google/siglip2-*, facebook/dinov3-vitl16-*, facebook/PE-*,
+# apple/aimv2-* and openai/clip-vit-base-patch16; millions of parameters of the whole vision model by timm's results/
+# benchmark-infer-amp-nchw-pt291-cu128-4090.csv, of Perception Encoder by its README (0.32 billion; the language-aligned
+# one is without its last block and its attention pool); and the blocks used.
+PUBLISHED = [
+    ("siglip2_so400m_384", 1152, 27, 27, 428.23, 26),
+    ("siglip2_b_512", 768, 12, 32, 93.52, 11),
+    ("dinov3_l_256", 1024, 24, 16, 303.08, 23),
+    ("pe_core_l_336", 1024, 24, 24, 317.15, 23),
+    ("pe_lang_l_448", 1024, 23, 32, 291.42, 23),
+    ("aimv2_l_336", 1024, 24, 24, 309.53, 23),
+    ("clip_vit_b_224", 768, 12, 14, 86.19, 11),
 ]
 MINI = ["mini_clip", "mini_siglip", "mini_dinov2", "mini_dinov2_siglip"]
 
@@ -40,6 +54,24 @@ def test_real_towers(choice, size, side, dim, blocks, count):
     assert sum(p.numel() for p in backbone.parameters()) == count
     pixels = {tower: torch.empty(2, 3, size, size, device="meta") for tower in backbone.towers}
     assert backbone(pixels).shape == (2, side * side, dim)
+
+
+@pytest.mark.parametrize(("choice", "dim", "depth", "side", "millions", "used"), PUBLISHED)
+def test_published_towers(choice, dim, depth, side, millions, used):
+    """The weights that the choice names belong to a model of the published size, and its tower is that model but for
+    what comes after the last block used."""
+    backbone = build_backbone(choice, pretrained=False, device="meta")
+    assert (backbone.embed_dim, backbone.grid, len(backbone.blocks)) == (dim, (side, side), used)
+    pixels = {choice: torch.empty(2, 3, backbone.image_size, backbone.image_size, device="meta")}
+    assert backbone(pixels).shape == (2, side * side, dim)
+    hub = load_choice("backbone", choice)["hub"].removeprefix("timm/").replace("clip_224", "clip_quickgelu_224")
+    whole = timm.create_model(hub, pretrained=False, device="meta")
+    assert round(sum(p.numel() for p in whole.parameters()) / 1e6, 2) == millions
+    assert len(whole.blocks) == depth
+    before = [p for n, p in whole.named_parameters() if not n.startswith(("norm.", "head.", "attn_pool.", "fc_norm."))]
+    unused = [p for block in whole.blocks[used:] for p in block.parameters()]
+    count = sum(p.numel() for p in before) - sum(p.numel() for p in unused)
+    assert sum(p.numel() for p in backbone.parameters()) == count
 
 
 def test_every_yaml_builds_at_its_own_name():
@@ -186,8 +218,26 @@ def test_ensemble_concatenates_in_the_order_of_its_yaml():
 
 def test_ensembles_of_unequal_grids_are_an_error():
     choice = {"name": "odd", "family": "ensemble", "towers": ["clip_vit_l_336", "siglip_so400m_224"]}
-    with pytest.raises(ValueError, match="clip_vit_l_336 24x24, siglip_so400m_224 16x16"):
+    with pytest.raises(ValueError, match="clip_vit_l_336 24x24, siglip_so400m_224 16x16.*grid: 24"):
         build_backbone(choice, pretrained=False, device="meta")
+    with pytest.raises(ValueError, match=r"backbone\.grid=16 sets .* leave out backbone\.image_size"):
+        build_backbone(choice | {"grid": 16}, pretrained=False, device="meta", image_size=224)
+
+
+def test_any_two_towers_make_an_ensemble():
+    """Patches of 16 and 14 px: one grid is two image sizes. A tower whose own YAML names a layer keeps it."""
+    backbone = build_backbone("dinov3_siglip2_384", pretrained=False, device="meta")
+    assert (backbone.grid, backbone.embed_dim, backbone.image_size) == ((27, 27), 1024 + 1152, 27 * 16)
+    assert {name: t.image_size for name, t in backbone.transform.towers.items()} == {
+        "dinov3_l_256": 27 * 16,
+        "siglip2_so400m_384": 27 * 14,
+    }
+    choice = {"name": "two", "family": "ensemble", "towers": ["pe_lang_l_448", "clip_vit_b_224"], "grid": 20}
+    backbone = build_backbone(choice, pretrained=False, device="meta", layer=-3)
+    assert (backbone.grid, backbone.embed_dim, len(backbone.blocks)) == ((20, 20), 1024 + 768, 23 + 10)
+    pixels = {"pe_lang_l_448": (1, 3, 280, 280), "clip_vit_b_224": (1, 3, 320, 320)}
+    features = backbone({name: torch.empty(shape, device="meta") for name, shape in pixels.items()})
+    assert features.shape == (1, 400, 1024 + 768)
 
 
 def test_three_towers_in_another_order():

@@ -1,11 +1,16 @@
-"""timm's Eva (DINOv3, EVA-02, Perception Encoder) as a tower, and what is said of models without a patch grid."""
+"""Other models of timm (DINOv3, EVA-02, Perception Encoder, AIMv2) as towers, and what is said of models without a grid
+of patches."""
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import eva, generate_default_cfgs, register_model, vision_transformer
+from timm.models._hub import save_for_hf
 
 from prism_deco.backbones import build_backbone
+from prism_deco.config import load_choice
+from prism_deco.export.vision import vision_model
 
 EVA = [
     # Model, input size, side of the grid, width, registers and class token, mean of the normalisation.
@@ -17,7 +22,28 @@ EVA = [
 ]
 
 
-def tower(model: str, family: str = "dinov2", **options):
+default_cfgs = generate_default_cfgs(
+    {f"tiny_{name}": {"input_size": (3, size, size)} for name, size in (("dinov3", 64), ("pe", 56), ("aimv2", 56))}
+)
+SMALL = {"embed_dim": 64, "depth": 4, "num_heads": 2}
+
+
+@register_model
+def tiny_dinov3(pretrained=False, **options):
+    return eva.vit_large_patch16_dinov3(**(SMALL | {"img_size": 64} | options))
+
+
+@register_model
+def tiny_pe(pretrained=False, **options):
+    return eva.vit_pe_lang_large_patch14_448(**(SMALL | {"img_size": 56, "ref_feat_shape": (4, 4)} | options))
+
+
+@register_model
+def tiny_aimv2(pretrained=False, **options):
+    return vision_transformer.aimv2_large_patch14_336(**(SMALL | {"img_size": 56} | options))
+
+
+def tower(model: str, family: str = "timm", **options):
     return build_backbone({"name": "tower", "family": family, "model": model}, **options)
 
 
@@ -58,15 +84,41 @@ def test_features_are_those_of_timm(model, scale, tmp_path):
         torch.testing.assert_close(backbone({"tower": pixels}), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", [4, 6])
+@pytest.mark.parametrize(
+    ("choice", "model", "patch", "tap"),
+    [("dinov3_l_256", "tiny_dinov3", 16, 2), ("pe_lang_l_448", "tiny_pe", 14, 3), ("aimv2_l_336", "tiny_aimv2", 14, 2)],
+)
+def test_hub_files_give_what_timm_computes(choice, model, patch, tap, side, tmp_path):
+    """The architectures of these choices, narrow, with random weights in a file as timm writes it for the hub, against
+    timm's `forward_intermediates` at the size of the weights and at another one."""
+    torch.manual_seed(0)
+    vit = timm.create_model(model).eval()
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # no zeros, ones or equal scales
+    save_for_hf(vit, tmp_path, safe_serialization=True)
+    content = load_choice("backbone", choice) | {"model": model, "weights": str(tmp_path / "model.safetensors")}
+    backbone = build_backbone(content, image_size=side * patch)
+    assert backbone.grid == (side, side)
+    vit.set_input_size((side * patch, side * patch))
+    pixels = torch.randn(2, 3, side * patch, side * patch)
+    with torch.no_grad():
+        [expected] = vit.forward_intermediates(pixels, indices=[tap], output_fmt="NLC", intermediates_only=True)
+        torch.testing.assert_close(backbone({choice: pixels}), expected, rtol=1e-4, atol=1e-4)
+    assert expected.shape == (2, side * side, 64)
+    with pytest.raises(ValueError, match="its tower"):
+        vision_model(backbone)  # transformers' LLaVA has CLIP and SigLIP
+
+
 @pytest.mark.parametrize(
     ("family", "model", "kind"),
     [
-        ("dinov2", "resnet50", "ResNet"),
-        ("dinov2", "convnext_tiny", "ConvNeXt"),
-        ("dinov2", "swin_tiny_patch4_window7_224", "SwinTransformer"),
-        ("dinov2", "beit_base_patch16_224", "Beit"),
-        ("dinov2", "samvit_base_patch16", "VisionTransformerSAM"),
-        ("dinov2", "naflexvit_base_patch16_gap", "NaFlexVit"),
+        ("timm", "resnet50", "ResNet"),
+        ("timm", "convnext_tiny", "ConvNeXt"),
+        ("timm", "swin_tiny_patch4_window7_224", "SwinTransformer"),
+        ("timm", "beit_base_patch16_224", "Beit"),
+        ("timm", "samvit_base_patch16", "VisionTransformerSAM"),
+        ("timm", "naflexvit_base_patch16_gap", "NaFlexVit"),
         ("clip", "RN50", "ModifiedResNet"),
         ("clip", "convnext_base", "ConvNeXt"),
     ],

@@ -5,9 +5,9 @@ from dataclasses import fields, is_dataclass
 
 from prism_deco.cli import main
 from prism_deco.config import CONF_DIR, GROUPS, choices, load_config, parse_value
-from prism_deco.config.keys import type_text
 from prism_deco.config.reference import reference
 from prism_deco.config.schema import Config, RecipeConfig
+from prism_deco.config.values import type_text
 
 
 def test_the_page_in_conf_is_generated(capsys):

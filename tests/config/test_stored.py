@@ -106,7 +106,7 @@ def test_a_yaml_of_ones_own_names_choices_and_settings(tmp_path):
     assert config.evaluate.benchmarks is None
     assert named_choice("recipe", [str(path)]) is None and named_choice("projector", [str(path)]) == "c_abstractor"
     path.write_text("recipe: mini_two_stage\n")
-    assert [stage.name for stage in split([str(path), f"runs_dir={tmp_path}"])] == ["language", "align", "finetune"]
+    assert [stage.name for stage in split([str(path), f"runs_dir={tmp_path}"])] == ["align", "finetune"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from prism_deco.config import load_choice, load_config, parse_value
-from prism_deco.config.keys import TEXT_OPTIONS
+from prism_deco.config.values import TEXT_OPTIONS
 from prism_deco.evaluation import build_benchmark
 from prism_deco.stages import split
 from prism_deco.sweep import parse

@@ -1,4 +1,4 @@
-"""A data set with faults of 21 kinds planted in it: all are found, none is invented."""
+"""A data set with faults of 22 kinds planted in it: all are found, none is invented."""
 
 import hashlib
 import io
@@ -22,8 +22,8 @@ from prism_deco.data.validators import KINDS
 from prism_deco.llms import build_llm
 
 PLANTED = {
-    "malformed": 9, "turn_order": 9, "image_tags": 8, "outside_root": 9, "duplicate_id": 8, "empty_turn": 8,
-    "control_token": 8, "missing": 9, "outside_link": 8, "unreadable": 9, "huge": 7,
+    "malformed": 9, "turn_order": 9, "image_tags": 8, "outside_root": 9, "id_type": 6, "duplicate_id": 8,
+    "empty_turn": 8, "control_token": 8, "missing": 9, "outside_link": 8, "unreadable": 9, "huge": 7,
     "unread_image": 6, "broken_text": 6, "control_character": 6, "no_room": 4, "answers_cut": 4,
     "single_pixel": 5, "transparent": 5, "rotated": 5, "clipped": 5, "unrenderable": 0,
 }  # fmt: skip
@@ -121,6 +121,8 @@ class PlantedSet:
             self.add(kind, image=["../images/0/0.jpg", "0/../../x.jpg", str(self.root / "images2" / "0.jpg")][i % 3])
         elif kind == "duplicate_id":
             self.add(kind, image=good, id=f"r{i}")
+        elif kind == "id_type":
+            self.add(kind, image=good, id=[at, {"a": [at]}, 0.5 + at][i % 3])
         elif kind == "empty_turn":
             self.add(kind, *[("", "Nothing was asked."), ("<image>\nq", " \n"), ("<image>", "a")][i % 3], image=good)
         elif kind == "control_token":

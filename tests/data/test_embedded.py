@@ -13,8 +13,8 @@ from prism_deco.config import cache_dir
 from prism_deco.data import build_source
 from prism_deco.data.base import Source
 from prism_deco.data.encoder import Encoder
-from prism_deco.data.examples import Examples
 from prism_deco.data.images import load_image
+from prism_deco.data.loader import Examples
 from prism_deco.data.records import hold_out, open_records
 
 pa = pytest.importorskip("pyarrow")

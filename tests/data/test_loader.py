@@ -10,8 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from prism_deco.data.encoder import Encoder
-from prism_deco.data.examples import Examples
-from prism_deco.data.loader import Collate, build_loader
+from prism_deco.data.loader import Collate, Examples, build_loader
 from prism_deco.data.records import open_records
 from prism_deco.data.samplers import Filler, Population, StepSampler, in_order
 from prism_deco.errors import UsageError

@@ -8,8 +8,7 @@ from prism_deco.cli import main
 from prism_deco.config import load_config
 from prism_deco.data.base import Source
 from prism_deco.data.encoder import Encoder, check_records
-from prism_deco.data.examples import Examples
-from prism_deco.data.loader import Collate
+from prism_deco.data.loader import Collate, Examples
 from prism_deco.data.records import open_parts, open_records
 from prism_deco.data.samplers import Filler
 from prism_deco.llms import build_llm
@@ -166,7 +165,7 @@ def test_a_run_says_how_many_records_have_images_and_how_many_were_left_out(tmp_
     # Nine of the fixture and `plain` remain; `many`, which only its length keeps out, comes twice and counts once.
     assert (manifest["records"], manifest["records_with_images"], manifest["bad_records"]) == (10, 9, 4)
     assert "11 records (10 with images)" in caplog.text
-    assert caplog.text.count("3 records are left out (data.on_bad_record=skip): record 10 (id xml)") == 1
+    assert caplog.text.count("Skipping 3 bad records (data.on_bad_record=skip): record 10 (id xml)") == 1
     assert "Record many: 200 images of 16 visual tokens leave no room" in caplog.text
 
 

@@ -274,3 +274,12 @@ def test_missing_and_broken_images_are_named(tmp_path):
     for name in ("a/gone.png", "a", "a/there.png/b", "a/" + "x" * 300):
         with pytest.raises(ValueError, match=rf"{name} cannot be read .*: name an image, JPEG, PNG"):
             open_image(tmp_path / name)
+
+
+def test_an_id_that_is_no_text_is_noted_and_trained_on(tmp_path):
+    entries = [{"id": id, "conversations": _turns("q", "a")} for id in (7, "7b", None)]
+    (tmp_path / "t.json").write_text(json.dumps([*entries, {"conversations": _turns("q", "a")}]))
+    records = open_records(tmp_path / "t.json", tmp_path / "cache")
+    assert [record.id for record in records] == ["7", "7b", "None", "record 3"]
+    assert [(note["entry"], note["kind"]) for note in records.noted()] == [(0, "id_type"), (2, "id_type")]
+    assert "record 0 (id 7): the id is of Python's type int" in records.noted()[0]["detail"]

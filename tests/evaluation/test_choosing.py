@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from prism_deco.config import choices
-from prism_deco.config.benchmarks import group_keys
+from prism_deco.config.choices import group_keys
 from prism_deco.errors import UsageError
 from prism_deco.evaluation import BENCHMARKS, build_benchmark, resolve, table
 from prism_deco.evaluation.gqa import GQA
@@ -31,6 +31,7 @@ def test_families():
         ("mini", MINI),
         ("all-mini", MINI),
         ("pope, mini_pope", ["pope", "mini_pope"]),
+        ("[pope, mini_pope]", ["pope", "mini_pope"]),
         (["pope", "table2", "pope"], ["pope", "mme", "mmbench", "seed"]),
         ("mini_gqa,mini", ["mini_gqa", *[name for name in MINI if name != "mini_gqa"]]),
         ("table3", [name.removeprefix("mini_") for name in MINI]),

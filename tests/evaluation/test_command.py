@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shlex
 import shutil
 import subprocess
@@ -12,7 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams.backend_context import Context as HParams
 
 from prism_deco.cli import main
 from prism_deco.commands.train import _scoring
@@ -20,17 +26,31 @@ from prism_deco.config import load_config, read_config, save_config
 from prism_deco.distributed import World
 from prism_deco.evaluation import BENCHMARKS, build_benchmark, resolve
 from prism_deco.evaluation.scoring import predict
+from prism_deco.training.board import Board
 
 FAST = ["data.val_fraction=0", "data.num_workers=0", "recipe.max_steps=2", "recipe.global_batch_size=2",
         "recipe.micro_batch_size=2", "trainer.threads=1", "backbone.pretrained=false",
         "evaluate.benchmarks=null"]  # fmt: skip
 
 
-@pytest.fixture
-def run(colors, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def trained(colors, tmp_path_factory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
     source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}"]
-    assert main(["train", "data=llava", *source, *FAST, f"runs_dir={tmp_path}", "run_id=run"]) == 0
-    return tmp_path / "run"
+    assert main(["train", "data=llava", *source, *FAST, f"runs_dir={runs}", "run_id=run"]) == 0
+    return runs / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A trained run of the test's own."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def short_answers(monkeypatch):
+    """Of the answers whose maps are measured: every token of them takes a backward pass."""
+    monkeypatch.setattr("prism_deco.explain.run.MAX_NEW_TOKENS", 3)
 
 
 @pytest.mark.slow
@@ -51,7 +71,7 @@ def test_two_processes_write_what_one_writes(run, files, tmp_path):
     assert done.returncode == 0, done.stderr
     assert {path.name: path.read_bytes() for path in (run / "eval/mine").iterdir()} == alone
     assert done.stdout.count("accuracy (short)") == 1, "one of the processes prints"
-    assert done.stderr.count("questions, 0 of 3 answers are there already") == 1
+    assert done.stderr.count("questions, 0 of 3 answers already there") == 1
 
 
 @pytest.mark.slow
@@ -63,6 +83,34 @@ def test_another_precision_is_not_mixed_in_but_has_a_folder_of_its_own(run, file
     assert f"{run}/eval/mine holds answers of other settings: dtype was float32 and is bfloat16." in said
     assert main([*arguments, "--dtype=bfloat16", f"--out={tmp_path / 'low'}"]) == 0
     assert json.loads((tmp_path / "low/mine/metrics.json").read_text())["decoding"]["dtype"] == "bfloat16"
+
+
+def test_each_way_to_ask_has_results_of_its_own(colors, files, tmp_path, capsys):
+    """Scored after training and by the command: the same answers, with how they were asked beside the scores."""
+    mine = _yaml(files.pope() | {"variants": ["likelihood"]}, tmp_path / "mine")
+    deco = ["recipe.prompt_set=deco", "recipe.image_slot=after_first_token", "llm=mini_qwen2", "trainer.samples=0"]
+    source = ["data=llava", f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}"]
+    asks = "as_trained,deco_no_header,deco_bare_header"
+    settings = [*FAST, *deco, f"evaluate.benchmarks={mine}", f"evaluate.ask={asks}", f"runs_dir={tmp_path}"]
+    assert main(["train", *source, *settings, "run_id=run"]) == 0
+    assert "accuracy (likelihood, deco_bare_header)" in " ".join(capsys.readouterr().out.split())
+    found = {}
+    for name in ("mine", "mine-deco_no_header", "mine-deco_bare_header"):
+        folder = tmp_path / "run/eval" / name
+        found[name] = json.loads((folder / "metrics.json").read_text())["decoding"].get("ask")
+    assert found == {"mine": None, "mine-deco_no_header": "deco_no_header", "mine-deco_bare_header": "deco_bare_header"}
+    outputs = {name: (tmp_path / "run/eval" / name / "predictions.jsonl").read_text() for name in found}
+    assert len(set(outputs.values())) == 3
+    again = ["evaluate", str(tmp_path / "run"), f"benchmark={mine}", "ask=deco_no_header", f"--out={tmp_path / 'out'}"]
+    assert main(again) == 0
+    assert (tmp_path / "out/mine-deco_no_header/predictions.jsonl").read_text() == outputs["mine-deco_no_header"]
+    shutil.copytree(tmp_path / "out/mine-deco_no_header", tmp_path / "out/mine")
+    capsys.readouterr()
+    assert main([part.replace("ask=deco_no_header", "ask=as_trained") for part in again]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "holds answers of other settings: ask was deco_no_header and is as_trained" in said
+    assert main([part.replace("ask=deco_no_header", "ask=deco") for part in again]) == 2
+    assert "Unknown way to ask mini_qwen2 'deco'" in " ".join(capsys.readouterr().err.split())
 
 
 def _yaml(keys, path) -> Path:
@@ -104,7 +152,7 @@ def no_model(monkeypatch):
         (["variants=quted"], "Unknown variant of mine 'quted'. Did you mean 'quoted'"),
         (["plugins=not_a_module"], "The plug-in module 'not_a_module' cannot be imported"),
         (["benchmark=nothing"], "Unknown benchmark 'nothing'"),
-        (["benchmark=mini_gqa"], "mini_gqa needs the folder of its files"),
+        (["benchmark=mini_gqa"], "mini_gqa needs a folder with its files"),
         (["benchmark=mini_gqa", "root=/nowhere"], "mini_gqa, split 'val': /nowhere/benchmarks/val/gqa"),
         (["--device=cuda"], "device cuda: this machine has no GPU"),
         (["--device=foo"], "'foo' is not a device"),
@@ -119,6 +167,24 @@ def test_mistakes_are_found_before_the_model_is_loaded(finished, files, no_model
 @pytest.mark.parametrize("command", ["evaluate", "explain"])
 def test_a_slip_in_the_name_of_the_key_scores_nothing(finished, no_model, capsys, command):
     assert main([command, str(finished), "benchmarks=mini_vqav2"]) == 2
+    assert "Unknown key 'benchmarks'. Did you mean 'benchmark'?" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate"],
+        ["evaluate", "RUN"],
+        ["evaluate", "RUN", "benchmark.gqa.root=x"],
+        ["evaluate", "--score-only", "x"],
+        ["explain"],
+        ["explain", "RUN", "--image=x.png", "--prompt=?"],
+    ],
+)
+def test_an_unknown_key_is_named_before_anything_else(finished, no_model, capsys, arguments):
+    """Where no benchmark is named, by the run either."""
+    save_config(load_config(["evaluate.benchmarks=null"]), finished / "config.yaml")
+    assert main([str(finished) if text == "RUN" else text for text in arguments] + ["benchmarks=mini_vqav2"]) == 2
     assert "Unknown key 'benchmarks'. Did you mean 'benchmark'?" in " ".join(capsys.readouterr().err.split())
 
 
@@ -180,8 +246,21 @@ def test_scores_are_shown_in_tensorboard(colors, files, tmp_path):
         score = json.loads((run / f"eval/{name}/metrics.json").read_text())["metrics"]["accuracy"]
         [point] = events.Scalars(f"eval/{name}")
         assert (point.step, point.value) == (2, pytest.approx(score))
-    content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
-    assert b"eval/first" in content and b"val/loss" in content
+    (tmp_path / "another").mkdir()
+    other = Board(tmp_path / "another", 0)  # trained without benchmarks, and the first by its name
+    other.hyperparameters({"seed": 1})
+    other.close()
+    assert {"eval/first", "eval/second"} <= _metrics_of_the_hparams_tab(tmp_path)
+
+
+def _metrics_of_the_hparams_tab(folder):
+    runs = EventMultiplexer()
+    runs.AddRunsFromDirectory(str(folder))
+    runs.Reload()
+    tab = HParams(TBContext(data_provider=MultiplexerDataProvider(runs, str(folder))))
+    found = tab.hparams_metadata(RequestContext(), "")
+    experiment = tab.experiment_from_metadata(RequestContext(), "", True, found, [])
+    return {metric.name.tag for metric in experiment.metric_infos}
 
 
 def test_training_takes_the_keys_of_single_benchmarks(colors, files, tmp_path, capsys):
@@ -257,7 +336,7 @@ def test_training_on_own_data_says_how_the_default_benchmarks_find_their_files(c
     assert main(["train", "data=llava", *source, *FAST, f"evaluate.benchmarks={benchmark}", "--check"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     first = resolve(benchmark)[0]
-    assert f"evaluate.benchmarks: {first} needs the folder of its files, and the training data bring none" in said
+    assert f"evaluate.benchmarks: {first} needs a folder with its files, and the training data come with none" in said
     assert f"benchmark.{first}.root=FOLDER" in said and "evaluate.benchmarks=null" in said
 
 
@@ -273,7 +352,7 @@ def test_no_benchmark_is_scored_before_the_last_one_s_files_are_read(finished, f
     assert main(["evaluate", str(finished), f"benchmark={mine},mini_gqa"]) == 2
     assert main(["evaluate", str(finished), f"benchmark={mine}", "batch_size=many"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "mini_gqa needs the folder of its files" in said and "batch_size=many must be a whole number" in said
+    assert "mini_gqa needs a folder with its files" in said and "batch_size=many must be a whole number" in said
 
 
 @pytest.mark.parametrize("command", ["evaluate", "explain"])
@@ -284,7 +363,7 @@ def test_what_is_no_run_is_told_before_it_is_loaded(tmp_path, no_model, capsys, 
     assert says in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize(("folder", "blind"), [("mini_gqa", "46.4"), ("mini_gqa-test", "42.0"), (None, "-")])
+@pytest.mark.parametrize(("folder", "blind"), [("mini_gqa", "45.6"), ("mini_gqa-test", "38.6"), (None, "-")])
 def test_a_predictions_file_is_scored_beside_chance_and_blindness(finished, files, tmp_path, capsys, folder, blind):
     """The blind score is the recorded one of the settings and the split that the file belongs to."""
     benchmark = build_benchmark(files.gqa())
@@ -297,13 +376,37 @@ def test_a_predictions_file_is_scored_beside_chance_and_blindness(finished, file
     assert cells[-8:] == ["3", "0.0", "0.0", "to", "0.0", "66.7", blind, "0.0%"]  # "yes" is right twice
 
 
+@pytest.mark.parametrize("kind", ["pope", "refcoco"])
+def test_a_copied_predictions_file_does_not_say_its_variant(files, tmp_path, capsys, kind):
+    """Its YAML's variants are no evidence, be they several or one."""
+    asked = build_benchmark(getattr(files, kind)(variants=["generate" if kind == "pope" else "trained"]))
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps(asdict(predict(i, "Yes"))) + "\n" for i in asked.items()))
+    command = ["evaluate", "--score-only", str(path), f"benchmark={_yaml(getattr(files, kind)(), tmp_path / kind)}"]
+    assert main(command) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    names = " or ".join(asked.VARIANTS)
+    assert f"{path} does not say which variant" in said and f"variants=[{names}]" in said
+    assert main([*command, f"variants={asked.variants[0]}"]) == 0
+    assert main([*command, f"benchmark.{kind}.variants=[{asked.variants[0]}]"]) == 0
+    assert f"({asked.variants[0]})" in capsys.readouterr().out
+
+
 def test_a_predictions_file_takes_nothing_else(tmp_path, capsys):
     given = ["evaluate", "--score-only", "x", "runs/x", f"--out={tmp_path}", "--device=cpu", "benchmark=mini_gqa"]
     assert main(given) == 2
     assert "leave out --out, --device, a run." in " ".join(capsys.readouterr().err.split())
 
 
-def test_training_ends_with_the_relevance_maps_of_a_benchmark(colors, files, tmp_path, monkeypatch):
+def test_what_training_ends_with_reaches_the_ranks():
+    config = load_config(["evaluate.benchmarks=mini_pope", "benchmark.mini_pope.limit=3", "evaluate.relevance=null"])
+    scoring = _scoring(config)
+    assert scoring is not None and pickle.loads(pickle.dumps(scoring)) == scoring
+    assert scoring.own == {"mini_pope": {"limit": 3}}
+
+
+@pytest.mark.usefixtures("short_answers")
+def test_training_ends_with_the_relevance_maps_of_a_benchmark(colors, files, tmp_path):
     boxes = _yaml(files.refcoco(), tmp_path / "boxes")
     source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}", f"runs_dir={tmp_path}"]
     asked = [f"evaluate.relevance={boxes}", "evaluate.relevance_limit=3", "run_id=measured"]
@@ -318,6 +421,7 @@ def test_training_ends_with_the_relevance_maps_of_a_benchmark(colors, files, tmp
     assert not folder.exists(), "the first process alone measures"
 
 
+@pytest.mark.usefixtures("short_answers")
 def test_a_run_that_is_done_is_scored_on_what_is_newly_asked(run, colors, files, tmp_path, monkeypatch, caplog):
     first, second = _yaml(files.gqa(), tmp_path / "first"), _yaml(files.refcoco(), tmp_path / "second")
     source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}", f"runs_dir={tmp_path}"]

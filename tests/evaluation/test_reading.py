@@ -160,6 +160,11 @@ def test_own_questions_that_cannot_be_asked(files, record, says):
         build_benchmark(keys).items()
 
 
+def test_a_file_for_a_root_is_named(files):
+    with pytest.raises(UsageError, match=r"questions\.jsonl does not exist: check root=FOLDER"):
+        build_benchmark(files.questions(), root=files.path / "questions.jsonl").items()
+
+
 def test_seed_leaves_videos_out(files):
     asked = items(files, "seed")
     assert [i.question_id for i in asked] == ["0", "1", "2"]
@@ -302,7 +307,7 @@ def test_duplicated_ids(files):
     content = json.loads((files.path / "annotations.json").read_text())
     content["annotations"].append(content["annotations"][0])
     files.json("annotations.json", content)
-    with pytest.raises(ValueError, match=r"annotations\.json, record 4: question_id 0 occurs a second time"):
+    with pytest.raises(ValueError, match=r"annotations\.json, record 4: question_id 0 occurs twice"):
         build_benchmark(keys).items()
 
 
@@ -417,8 +422,8 @@ def test_what_was_read_of_each_part_is_logged(files, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("width", 0, r"instances\.json, image 1: 0 x 50 pixels are no size of an image"),
-        ("height", -3, r"instances\.json, image 1: 100 x -3 pixels are no size of an image"),
+        ("width", 0, r"instances\.json, image 1: 0 x 50 pixels is not an image size"),
+        ("height", -3, r"instances\.json, image 1: 100 x -3 pixels is not an image size"),
     ],
 )
 def test_an_image_without_a_size(files, key, value, says):

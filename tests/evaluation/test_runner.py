@@ -1,12 +1,13 @@
 import json
 import os
+import shutil
 from dataclasses import asdict
 
 import pytest
 import torch
 import torch.multiprocessing
 
-from prism_deco.config.benchmarks import results_name
+from prism_deco.config.choices import results_name
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
 from prism_deco.evaluation import build_benchmark, evaluate, load_predictions, score_file
@@ -76,7 +77,7 @@ def test_what_does_not_fit_the_memory_is_asked_in_parts(files, fake_model, tmp_p
     assert evaluate(small, benchmark, tmp_path / "parts", batch_size=4, progress=False) == whole
     assert {len(call) for call in small.calls} == {1} and len(small.calls) == sum(map(len, model.calls))
     assert (tmp_path / "parts/predictions.jsonl").read_bytes() == (tmp_path / "whole/predictions.jsonl").read_bytes()
-    assert "4 questions at a time are too many for the memory: now 2" in caplog.text
+    assert "Out of memory with 4 questions at a time: continuing with 2" in caplog.text
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(short_of_memory(0), benchmark, tmp_path / "none", batch_size=4, progress=False)
 
@@ -199,7 +200,7 @@ def test_wherever_an_evaluation_is_killed_the_same_answers_come_out(files, fake_
     for k in range(len(written) + 1):
         for torn in (b"", b'{"question_id": "half'):
             folder = tmp_path / f"{k}{len(torn)}"
-            folder.mkdir()
+            shutil.copytree(tmp_path / "killed", folder)
             (folder / "predictions.jsonl").write_bytes(b"".join(written[:k]) + torn)
             assert answers(folder)[0] == whole, k
 
@@ -210,7 +211,7 @@ def test_progress_shows_the_count(files, fake_model, tmp_path, capsys, caplog):
     evaluate(fake_model(), build_benchmark(files.pope()), tmp_path, batch_size=1)
     shown = capsys.readouterr().out
     assert "tiny_pope" in shown and "16/16 answers" in shown
-    assert "8 questions in 2 variants (likelihood, generate), 0 of 16 answers are there already" in caplog.text
+    assert "8 questions in 2 variants (likelihood, generate), 0 of 16 answers already there" in caplog.text
 
 
 def test_a_finished_evaluation_asks_nothing(files, fake_model, tmp_path):
@@ -252,6 +253,9 @@ def test_answers_are_not_mixed(files, fake_model, tmp_path):
         trained = build_benchmark(files.refcoco(variants=["trained"]))
         evaluate(fake_model(), trained, tmp_path / "boxes", progress=False)
     refused(build_benchmark(keys), "dtype was float32 and is bfloat16", dtype="bfloat16")
+    (tmp_path / "boxes/decoding.json").unlink()
+    with pytest.raises(UsageError, match=r"boxes holds answers, but no decoding.json with their settings\. Choose"):
+        evaluate(fake_model(), build_benchmark(files.refcoco()), tmp_path / "boxes", progress=False)
     one = build_benchmark(keys, limit=1)
     refused(one, "holds 3 answers, .* is not one of the 1 that this evaluation asks")
     refused(build_benchmark(files.vizwiz()), "is not one of the 2 that this evaluation asks")
@@ -300,7 +304,7 @@ def test_a_question_is_asked_once_its_image_is_back(files, fake_model, tmp_path,
     model = fake_model()
     assert evaluate(model, build_benchmark(keys, on_bad_image=again), folder, progress=False) == whole
     assert [sorted(call) for call in model.calls] == [sorted(item.prompt for item in build_benchmark(keys).items())]
-    assert "tiny_gqa: 3 questions, 2 of 3 answers are there already" in caplog.text
+    assert "tiny_gqa: 3 questions, 2 of 3 answers already there" in caplog.text
     assert "answers are missing" not in caplog.text
     assert (folder / "predictions.jsonl").read_bytes() == (tmp_path / "whole/predictions.jsonl").read_bytes()
 
@@ -355,7 +359,7 @@ def test_two_ranks_share_the_images(files, fake_model, tmp_path, free_port):
     benchmark = build_benchmark(keys)
     alone = evaluate(fake_model(_stem), benchmark, tmp_path / "alone", batch_size=2, progress=False)
     folder = tmp_path / "shared"
-    folder.mkdir()
+    shutil.copytree(tmp_path / "alone", folder)
     # an earlier process was killed after one answer
     done = benchmark.grade(predict(benchmark.items()[2], "002"))
     (folder / "predictions.jsonl").write_text(json.dumps(asdict(done)) + "\n" + '{"torn')
@@ -397,7 +401,7 @@ def test_all_benchmarks_are_looked_at_before_any_is_asked(files, shipped):
         with pytest.raises(ValueError, match=says):
             prepare(shipped, options)
     with pytest.raises(
-        ValueError, match="mini_gqa needs the folder of its files, .* set benchmark.mini_gqa.root=FOLDER"
+        ValueError, match="mini_gqa needs a folder with its files, .* set benchmark.mini_gqa.root=FOLDER"
     ):
         prepare("mini_gqa")
     with pytest.raises(ValueError, match="nowhere.*does not exist"):
@@ -420,7 +424,7 @@ def test_keys_of_single_benchmarks(files, shipped):
 def test_relevance_is_measured_where_there_are_boxes(shipped):
     assert prepare_one(shipped[0], {"limit": 1}, boxes=True).limit == 1
     assert prepare_one(shipped[1]).name == "gqa"
-    with pytest.raises(ValueError, match="has no boxes that relevance could lie in"):
+    with pytest.raises(ValueError, match="has no boxes to compare relevance with"):
         prepare_one(shipped[1], boxes=True)
     with pytest.raises(ValueError, match=r"is a group of benchmarks: .*gqa\.yaml\. Name one"):
         prepare_one(",".join(shipped))

@@ -250,8 +250,8 @@ def test_predictions_without_one_of_the_parts(files, tmp_path, kind, part):
     ("content", "message"),
     [
         ("", "holds no predictions"),
-        ('{"question_id": "1"}\n', "line 1 is no prediction"),
-        ("[1]\n", "line 1 is no prediction"),
+        ('{"question_id": "1"}\n', "line 1 is not a prediction"),
+        ("[1]\n", "line 1 is not a prediction"),
         ('{"question_id": ', "line 1 is damaged"),
     ],
 )

@@ -22,6 +22,7 @@ def run(tmp_path, small, monkeypatch):
     (folder / "manifest.json").write_text(json.dumps({"benchmarks": str(tmp_path)}))
     vlm, llm = small()
     monkeypatch.setattr("prism_deco.api.load", lambda *_, **__: Model(vlm.float(), llm, load_config([])))
+    monkeypatch.setattr("prism_deco.explain.run.MAX_NEW_TOKENS", 3)  # every token takes a backward pass
     return folder
 
 
@@ -85,8 +86,8 @@ def test_two_runs_of_one_name_do_not_share_a_folder(run, colors, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--image", "i.png", "benchmark=x"], "--image concern one image, benchmark= a benchmark"),
-        (["--prompt", "?", "--answer", "", "benchmark=x"], "--prompt, --answer concern one image"),
+        (["--image", "i.png", "benchmark=mini_gqa"], "--image concern one image, benchmark= a benchmark"),
+        (["--prompt", "?", "--answer", "", "benchmark=mini_gqa"], "--prompt, --answer concern one image"),
         (["--image", "i.png", "--prompt", "?", "limit=3"], "--image, --prompt concern one image, limit= a benchmark"),
         (["--image", "i.png"], "either one question or a benchmark"),
         (["limit=3"], "either one question or a benchmark"),
@@ -100,6 +101,13 @@ def test_two_runs_of_one_name_do_not_share_a_folder(run, colors, capsys):
 def test_arguments_that_would_be_ignored_are_refused(run, capsys, arguments, says):
     assert main(["explain", str(run), *arguments]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_second_image_is_refused(run, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["explain", str(run), "--image", "a.png", "--image", "b.png", "--prompt", "?"])
+    assert done.value.code == 2
+    assert "--image is given twice: maps are those of one image." in " ".join(capsys.readouterr().err.split())
 
 
 def test_reports_read_the_measurement_that_the_configuration_names(tmp_path):

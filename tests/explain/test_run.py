@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from prism_deco.explain import ExplainExample, explain_image, explain_set, relevance, side_by_side, table, write_page
+from prism_deco.explain import ExplainExample, MapTable, explain_image, explain_set, relevance, side_by_side, write_page
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_runs_stand_side_by_side(small, examples, tmp_path):
         options = {"run": f"run of {projector}", "steps": 2}
         results.append(explain_set(vlm, llm, [examples[0], examples[2]], tmp_path / projector, **options))
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(table([summary for summary, _ in results]))
+    console.print(MapTable([summary for summary, _ in results]))
     text = console.export_text()
     for part in ("run of avgpool", "run of maxpool", "energy in box", "deletion AUC", "redundancy", "random"):
         assert part in text
@@ -79,6 +79,22 @@ def test_runs_stand_side_by_side(small, examples, tmp_path):
     joined = side_by_side([sections for _, sections in results])
     assert [len(section.panels) for section in joined] == [2, 2]
     write_page(tmp_path / "both.html", "both", joined)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_table_breaks_no_word_at_any_width(width):
+    name = "mini_siglip-avgpool-mini_qwen2-shapes-mini-s7"
+    value = {"mean": 0.5, "interval95": [0.25, 0.75]}
+    measures = ["energy_in_box", "pointing", "deletion_auc", "insertion_auc", "query_redundancy", "query_spread"]
+    methods = {method: dict.fromkeys(measures, value) for method in ("r-gae", "attention", "random")}
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(MapTable([{"run": name, "projector": "c_abstractor", "methods": methods, "n": 7}]))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    parts = ("mini_siglip-avgpool-", "mini_qwen2-shapes-", "mini-s7", "c_abstractor", "attention", "0.500", "±0.250")
+    assert set(parts) <= set(text.split())
+    assert ("Too narrow for" in text) == (width < 120)
+    assert ("spread" in text.partition("r-gae")[0]) == (width == 120)
 
 
 def test_random_maps_are_seeded(small, examples, tmp_path):

@@ -12,6 +12,7 @@ from prism_deco.build import build_model
 from prism_deco.config import load_config
 from prism_deco.vlm import VLM
 
+LLM = ["llm.pretrained=false", "run_id=test"]
 SIZE, PATCH, WIDTH, DEPTH, HEADS = 32, 8, 32, 3, 2
 default_cfgs = generate_default_cfgs({"export_vit": {"input_size": (3, SIZE, SIZE), "num_classes": 0}})
 
@@ -52,7 +53,7 @@ def random_model(towers):
     def build(tower: str, *overrides: str):
         choice = towers.get(tower, tower)
         plain = ["projector=linear", "recipe.turn_mask=causal", "recipe.standardise_features=false"]
-        config = load_config([f"backbone={choice}", *plain, "recipe.token_scale=null", "run_id=test", *overrides])
+        config = load_config([f"backbone={choice}", *plain, "recipe.token_scale=null", *LLM, *overrides])
         torch.manual_seed(1)
         vlm, llm = build_model(config)
         return config, randomised(vlm), llm

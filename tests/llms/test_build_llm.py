@@ -31,6 +31,21 @@ def offline(monkeypatch):
         ("phi2", 50304, 2_775_095_424, 2560, 2048),
         ("vicuna_7b_v1_5", 32064, 6_738_939_904, 4096, 4096),
         ("smollm2_135m_instruct", 49152, 134_515_008, 576, 8192),
+        # As the hub counts the weights of each repository, shared heads once (Qwen3-0.6B's file holds both).
+        ("smollm2_360m_instruct", 49152, 361_821_120, 960, 8192),
+        ("smollm2_1_7b_instruct", 49152, 1_711_376_384, 2048, 8192),
+        ("smollm3_3b", 128256, 3_075_098_624, 2048, 65536),
+        ("qwen2_5_0_5b_instruct", 151936, 494_032_768, 896, 32768),
+        ("qwen2_5_1_5b_instruct", 151936, 1_543_714_304, 1536, 32768),
+        ("qwen2_5_7b_instruct", 152064, 7_615_616_512, 3584, 32768),
+        ("qwen3_0_6b", 151936, 596_049_920, 1024, 40960),
+        ("qwen3_1_7b", 151936, 1_720_574_976, 2048, 40960),
+        ("llama3_2_1b_instruct", 128256, 1_235_814_400, 2048, 131072),
+        ("llama3_2_3b_instruct", 128256, 3_212_749_824, 3072, 131072),
+        ("gemma3_270m_it", 262144, 268_098_176, 640, 32768),
+        ("gemma3_1b_it", 262144, 999_885_952, 1152, 32768),
+        ("phi4_mini_instruct", 200064, 3_836_021_760, 3072, 131072),
+        ("olmo2_1b_instruct", 100352, 1_484_916_736, 2048, 4096),
     ],
 )
 def test_published_models(offline, choice, rows, count, embed_dim, positions):
@@ -54,8 +69,14 @@ def test_published_models_before_resizing(choice, count):
 def test_every_yaml_builds_and_renders_without_files(offline, choice):
     llm = build_llm(choice, pretrained=False, device="meta")
     conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
-    assert sum(s.image for s in llm.render(conversation, num_images=1)) == 1
     assert llm.model.config.vocab_size == llm.embedding_rows
+    if load_choice("llm", choice)["chat_template"] is None:
+        with pytest.raises(
+            UsageError, match=f"The tokenizer of {llm.spec.hub} is not in the local .*llm.tokenizer=PATH"
+        ):
+            llm.render(conversation, num_images=1)
+        return
+    assert sum(s.image for s in llm.render(conversation, num_images=1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -91,7 +112,7 @@ def test_tied_embeddings_stay_tied(choice, tied):
 def test_random_weights_follow_the_global_seed():
     def draw(seed):
         torch.manual_seed(seed)
-        return build_llm("mini_phi").model.state_dict()
+        return build_llm("mini_phi", pretrained=False).model.state_dict()
 
     first, again, other = draw(0), draw(0), draw(1)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -123,14 +144,14 @@ def test_own_yaml(tmp_path):
     [
         ({"tokenise": "whole"}, "Did you mean 'tokenize'"),
         ({"dtype": "float23"}, "float23"),
-        ({"chat_template": ""}, "no `chat_template`"),
+        ({"special_tokens": {}}, "no `special_tokens`"),
         ({"architecture": None}, "no `architecture`"),
         ({"architecture": {"hidden_size": 8}}, "no model_type"),
     ],
 )
 def test_wrong_specs(change, reason):
     with pytest.raises(ValueError, match=reason):
-        build_llm("mini_qwen2", **change)
+        build_llm("mini_qwen2", pretrained=False, **change)
 
 
 def test_unknown_choice():
@@ -146,9 +167,9 @@ def test_missing_weights_are_one_clear_error(offline):
     assert "\n" not in str(error.value)
 
 
-def test_a_mini_has_no_weights_to_download(offline):
+def test_a_mini_without_its_weights_has_none_to_download(offline):
     with pytest.raises(ValueError, match="llm.weights=PATH"):
-        build_llm("mini_qwen2", pretrained=True)
+        build_llm("mini_qwen2", weights=None)
 
 
 def test_missing_tokenizer_is_one_clear_error(offline):

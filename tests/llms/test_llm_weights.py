@@ -21,9 +21,8 @@ IDS = torch.arange(12)[None]
 @pytest.fixture
 def folder(tmp_path):
     """A saved model in the hub's layout, without a tokenizer."""
-    build_llm("mini_llama", architecture=LLAMA, tokenizer_size=None, pad_to_multiple_of=None).model.save_pretrained(
-        tmp_path / "model"
-    )
+    options = {"pretrained": False, "tokenizer_size": None, "pad_to_multiple_of": None}
+    build_llm("mini_llama", architecture=LLAMA, **options).model.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -177,7 +176,7 @@ def test_cache_of_the_hub_needs_no_network(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("the network was used"))
     options = {"architecture": LLAMA, "tokenizer_size": None, "pad_to_multiple_of": None, "tokenizer": None}
-    llm = build_llm("mini_llama", hub="some/model", pretrained=True, **options)
+    llm = build_llm("mini_llama", hub="some/model", weights=None, **options)
     assert torch.equal(llm.model(IDS).logits, logits_of(folder))
     assert llm.eos_ids == (2,)
 

@@ -21,6 +21,7 @@ from prism_deco.sequence import Batch
 from prism_deco.training.module import TrainingModule
 
 CAUSAL = "recipe.turn_mask=causal"
+PLAIN = ("llm.pretrained=false", "recipe.standardise_features=false", "recipe.token_scale=null")
 DEEP = "llm.architecture.num_hidden_layers=6"
 NARROW = ("projector.hidden_dim=96", "projector.heads=4")
 
@@ -109,7 +110,7 @@ QUICK = ("block mask, two passes", "phi, c_abstractor", "two towers, linear", "d
 )
 def test_predicted_memory_is_the_measured_one(name):
     overrides, layout = SETTINGS[name]
-    config = load_config(["recipe.standardise_features=false", "recipe.token_scale=null", *overrides])
+    config = load_config([*PLAIN, *overrides])
     measured, memory = _measure(config, layout), step_memory(config, setup_of(config), layout)
     table = 151936 * 64 * 4 if name == TIED else 0
     assert measured * 0.95 < memory.peak < (measured + table) * 1.05, memory

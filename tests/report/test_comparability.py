@@ -86,6 +86,11 @@ def test_micro_batches_are_compared_where_the_loss_is_a_mean_over_them(make, tmp
             {"decoding": {"max_new_tokens": 8}},
             "mini_gqa: longest answer (max_new_tokens): 32 in a; 8 in b.",
         ),
+        (
+            "eval/mini_gqa/metrics.json",
+            {"variants": ["generate"]},
+            "mini_gqa: variants: unknown in a; generate in b.",
+        ),
     ],
 )
 def test_each_difference_is_named_with_its_cells(pair, file, values, sentence):

@@ -354,6 +354,8 @@ def test_the_page_of_a_study_in_a_browser(page):
     assert (_pixels(images[0]).mean() > 200) == (mode == "light") and (_pixels(images[0]).mean() < 80) == (
         mode == "dark"
     )
+    framed = _pixels(images[0])
+    assert abs(np.median(framed[4, 20:-20]) - np.median(framed)) < 20, "the frame is as bright as the figure"
 
 
 def test_wide_tables_show_that_they_scroll_and_keep_their_first_column(page):

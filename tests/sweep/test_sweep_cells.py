@@ -165,8 +165,8 @@ def test_long_names_are_cut_but_stay_apart():
         (["mini", "generalization"], r"One sweep at a time"),
         ([], r"Nothing to sweep over.*projector=avgpool,c_abstractor.*generalization, mini"),
         (["llm=phi2"], r"Nothing to sweep over"),
-        (["projector=avgpool,", "llm=phi2"], r"there is an empty value"),
-        (["mini", "llm=mini_phi"], r"llm is what tells the rows of mini apart: choose rows with row=NAME"),
+        (["projector=avgpool,", "llm=phi2"], r"has an empty value"),
+        (["mini", "llm=mini_phi"], r"llm distinguishes the rows of mini: select rows with row=NAME"),
         (["mini", "row=M4"], r"Unknown row 'M4'.*Choices: M1, M2, M3"),
         (["mini", "run_id=x"], r"run_id is made for each cell.*name=NAME"),
         (["mini", "launcher=pbs"], r"Unknown launcher 'pbs'\. Choices: local, slurm"),
@@ -202,10 +202,10 @@ def test_unknown_keys_of_a_sweep_s_yaml_are_errors(tmp_path):
         ("parts: {a: {axis: {seed: [1]}}}\n", "Unknown key of the part a .* 'axis'. Did you mean 'axes'"),
         ("settings: [seed=1]\n", r"'settings' must hold KEY: VALUE pairs, not \['seed=1'\]"),
         ("rows: {labels: {row: a}}\n", "'rows' must hold a list"),
-        ("rows: [a]\n", "In place of 'a', write KEY: VALUE"),
+        ("rows: [a]\n", r"Expected KEY: VALUE pairs, each a key of .*; found 'a'"),
         ("rows: [{settings: [seed=1]}]\n", "'settings' must hold KEY: VALUE pairs"),
         ("axes: {seed: 3}\n", "'axes': seed must hold a list, not 3"),
-        ("parts: {a: [seed=1]}\n", r"In place of \['seed=1'\], write KEY: VALUE"),
+        ("parts: {a: [seed=1]}\n", r"Expected KEY: VALUE pairs, each a key of .*; found \['seed=1'\]"),
     ],
 )
 def test_slips_in_a_sweep_s_yaml_are_named(text, message, tmp_path):

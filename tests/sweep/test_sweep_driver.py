@@ -100,7 +100,7 @@ def test_a_hung_cell_is_stopped_and_a_deaf_one_killed(tmp_path):
     done, ledger = drive(tmp_path / "sweep", ["hang", "deaf", "steady"], jobs=3, timeout=2.5, grace=1)
     assert not done
     assert _states(ledger) == {"hang": "failed", "deaf": "failed", "steady": "done"}
-    assert ledger.entries["0-hang"].reason == "hung: no sign of life for 2 s"
+    assert ledger.entries["0-hang"].reason == "hung: no activity for 2 s"
     assert not _processes_of(tmp_path)
 
 

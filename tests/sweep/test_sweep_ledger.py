@@ -87,7 +87,7 @@ def test_a_cell_that_is_defined_differently_is_refused_by_the_keys(tmp_path):
     with pytest.raises(ValueError, match=r"is a sweep over seed; this one is over seed, llm"):
         _merge(tmp_path, seed=[7], llm=["mini_phi", "mini_llama"])
     (tmp_path / "config.yaml").touch()
-    with pytest.raises(ValueError, match="is the folder of a run"):
+    with pytest.raises(ValueError, match="is a run folder"):
         _merge(tmp_path, "recipe.lr=1e-3", "data.limit=10")
 
 
@@ -99,7 +99,7 @@ def test_how_an_unfinished_cell_runs_may_change(tmp_path, caplog):
     assert entries["seed8"].overrides == ["recipe.micro_batch_size=2", "trainer.threads=1", "seed=8"]
     assert entries["seed8"].adjusted == []
     assert entries["seed7"].overrides == ["recipe.micro_batch_size=8", "seed=7"]
-    assert "seed7 is done and keeps its own recipe.micro_batch_size, trainer.threads" in caplog.text
+    assert "seed7 is done: it keeps its recipe.micro_batch_size, trainer.threads" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_what_waits_says_so_and_parts_can_be_run_alone(sweep, tmp_path):
 def test_without_a_result_there_is_no_choice(sweep):
     yaml = YAML.replace("lr: [0.003, 0.006]", "lr: [0.006]").replace("[avgpool, maxpool]", "[maxpool]")
     yaml = yaml.replace("- {labels: {row: A}, settings: {projector: avgpool}}", "")
-    with pytest.raises(ValueError, match=r"compared-B-seed5 cannot choose recipe\.lr: of ladder-maxpool-lr0.006-seed0"):
+    with pytest.raises(ValueError, match=r"cannot choose recipe\.lr: none of ladder-maxpool-lr0.006-seed0"):
         sweep(yaml)
 
 
@@ -110,9 +110,13 @@ def test_a_ladder_without_the_choosing_projector_is_an_error(sweep):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("{recipe.lr: ladder}", "{recipe.lr: compared}", "chooses recipe.lr from compared: no earlier part"),
+        (
+            "{recipe.lr: ladder}",
+            "{recipe.lr: compared}",
+            "chooses recipe.lr from compared, which is not an earlier part",
+        ),
         ("    choose:", "    chose:", "Unknown key of the part compared .*chose"),
-        ("jobs: 2", "axes: {seed: [1]}", "has parts: its rows and axes belong into them"),
+        ("jobs: 2", "axes: {seed: [1]}", "has parts: move its rows and axes into them"),
     ],
 )
 def test_mistakes_in_parts_are_errors(tmp_path, old, new, message):

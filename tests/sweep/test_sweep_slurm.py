@@ -189,10 +189,10 @@ def test_the_script_asks_for_what_the_cell_needs(tmp_path, monkeypatch):
     [
         ([], {"nodes": 2}, r"slurm\.nodes follows from trainer\.num_nodes"),
         ([], {"gpus_per_node": 2}, r"slurm\.gpus_per_node follows from trainer\.devices"),
-        ([], {"time": "24:00:00"}, r"slurm\.time=24:00:00: give the minutes"),
+        ([], {"time": "24:00:00"}, r"slurm\.time=24:00:00 must be a number of minutes"),
         ([], {"partion": "gpu"}, r"Unavailable parameter.*partion"),
-        (["trainer=ddp"], {}, r"leaves open how many GPUs it takes: set trainer\.devices"),
-        (["trainer.requeue=true"], {}, r"would be queued again twice.*trainer\.requeue=false"),
+        (["trainer=ddp"], {}, r"does not say how many GPUs it takes: set trainer\.devices"),
+        (["trainer.requeue=true"], {}, r"would be requeued twice.*trainer\.requeue=false"),
     ],
 )
 def test_mistakes_are_errors_before_anything_is_submitted(tmp_path, settings, parameters, message):
@@ -204,7 +204,7 @@ def test_mistakes_are_errors_before_anything_is_submitted(tmp_path, settings, pa
 def test_what_sbatch_refuses_is_said(cluster):
     (cell,) = cells_of(["well"])
     launcher = SlurmLauncher(cluster / "sweep", "s", [cell], {"partition": "closed"}, command=command)
-    with pytest.raises(ValueError, match=r"Cell 0-well was not accepted by SLURM: .*invalid partition"):
+    with pytest.raises(ValueError, match=r"SLURM rejected cell 0-well: .*invalid partition"):
         launcher.start(cell, LedgerEntry(cell.id, {}, []))
 
 

@@ -27,7 +27,8 @@ CONTEXT.set_forkserver_preload(
 
 FAST = ["data.val_fraction=0", "data.num_workers=0", "evaluate.benchmarks=null", "recipe.global_batch_size=4",
         "recipe.micro_batch_size=2",
-        "trainer.log_every=1", "trainer.threads=1", "backbone.pretrained=false", "recipe.epochs=4",
+        "trainer.log_every=1", "trainer.threads=1", "backbone.pretrained=false", "llm.pretrained=false",
+        "recipe.epochs=4",
         "trainer.accelerator=cpu", "trainer.precision=32-true"]  # fmt: skip
 
 
@@ -40,7 +41,8 @@ def _main(arguments: list[str], environment: dict[str, str], log: Path) -> None:
     stream = log.open("a")
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
-    sys.exit(main(arguments))
+    sys.argv = ["prism-deco", *arguments]
+    sys.exit(main())  # as the command, which owns its process
 
 
 class Job:

@@ -17,16 +17,17 @@ from prism_deco.llms.build import check_llm_weights
 from prism_deco.llms.spec import read_spec
 from prism_deco.training.checkpoints import save_checkpoint
 from prism_deco.training.preconditions import check_all
-from prism_deco.training.run_dir import has_finished, resumed_from
-from prism_deco.training.status import set_status
+from prism_deco.training.progress import set_status
+from prism_deco.training.run_dir import find_run
 
 SECOND_STAGE = ["recipe=llava_v1_5_finetune", "backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5"]
 
 
 def check(config, *, overwrite=False, **options):
     """What `train --check` does."""
-    if not has_finished(config, overwrite):
-        check_all(config, World.of(config.trainer), resume=resumed_from(config, overwrite), plans=True, **options)
+    found = find_run(config, overwrite=overwrite)
+    if found.state == "train":
+        check_all(config, World.of(config.trainer), resume=found.checkpoint, plans=True, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,7 @@ def test_local_weights_are_looked_for(tmp_path, key):
 @pytest.mark.parametrize("name", ["tiny.json", "tiny.safetensors", ""])
 def test_files_that_hold_no_weights_are_found(tmp_path, key, name):
     (tmp_path / name).write_text("{}") if name else None
-    with pytest.raises(UsageError, match=rf"{tmp_path}.*(holds no weights|cannot be read as safetensors)"):
+    with pytest.raises(UsageError, match=rf"{tmp_path}.*((holds|has) no weights|cannot be read as safetensors)"):
         check(load_config(["projector=qformer", "llm.pretrained=true", f"{key}={tmp_path / name}"]))
 
 

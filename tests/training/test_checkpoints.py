@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prism_deco.exits import CheckpointFailed
+from prism_deco.tensors import write_safetensors
 from prism_deco.training.checkpoint_callback import checkpoint_tensors, restore_tensors
 from prism_deco.training.checkpoints import (
     Checkpoint,
@@ -20,7 +21,6 @@ from prism_deco.training.checkpoints import (
     remove_leftovers,
     save_checkpoint,
 )
-from prism_deco.training.safetensors_writer import write_safetensors
 
 
 @pytest.fixture

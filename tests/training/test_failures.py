@@ -15,13 +15,12 @@ import torch
 from prism_deco.cli import main
 from prism_deco.config import load_config, read_config, save_config
 from prism_deco.distributed import World
-from prism_deco.exits import OutOfMemory, Preempted, as_stop
+from prism_deco.exits import OutOfMemory, Preempted, Preemption, as_stop, requeue
 from prism_deco.training import run_dir as run_folders
 from prism_deco.training.entry import _prepare
-from prism_deco.training.metrics import Metrics, read_metrics
 from prism_deco.training.nonfinite import diagnose
-from prism_deco.training.preemption import Preemption, requeue
-from prism_deco.training.run_dir import locked, open_run
+from prism_deco.training.progress import Metrics, read_metrics
+from prism_deco.training.run_dir import find_run, locked, open_run
 
 LONG = ["recipe.epochs=400", "trainer.checkpoint_every=10000"]
 
@@ -56,15 +55,15 @@ def test_the_error_of_one_process_is_the_error_of_all(start, tmp_path):
     """Rank 1 alone meets an image that cannot be read."""
     (tmp_path / "breaks_rank_one.py").write_text(
         "import os\n"
-        "from prism_deco.data import examples\n"
-        "_load = examples.load_image\n"
+        "from prism_deco.data import loader\n"
+        "_load = loader.load_image\n"
         "def load(*a):\n"
         "    if os.environ['RANK'] == '1' and os.environ.get('KIND') == 'memory':\n"
         '        raise RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 1 bytes")\n'
         "    if os.environ['RANK'] == '1':\n"
         "        raise RuntimeError('a bad disk')\n"
         "    return _load(*a)\n"
-        "examples.load_image = load\n"
+        "loader.load_image = load\n"
     )
     options = ["plugins=[breaks_rank_one]", *LONG, "recipe.standardise_features=false"]
     job = start(*options, ranks=2, run="broken", PLUGINS=str(tmp_path))
@@ -233,13 +232,14 @@ def test_other_micro_batches_are_told_where_they_change_the_loss(tmp_path, monke
     (tmp_path / "x").mkdir()
     save_config(load_config([*settings, "recipe.micro_batch_size=16"]), tmp_path / "x" / "config.yaml")
     monkeypatch.setattr(run_folders, "newest_checkpoint", lambda folder: folder / "step_000002")
+    config = load_config([*settings, "recipe.micro_batch_size=16", "data.num_workers=1"])
     with ExitStack() as held:
-        target = open_run(load_config([*settings, "recipe.micro_batch_size=16", "data.num_workers=1"]), held)
+        target = open_run(config, find_run(config), held)
     assert target.state == "train"
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
-    others = ["recipe.micro_batch_size=8", "trainer.devices=2"]
+    config = load_config([*settings, "recipe.micro_batch_size=8", "trainer.devices=2"])
     with ExitStack() as held:
-        assert open_run(load_config([*settings, *others]), held).state == "train"
+        assert open_run(config, find_run(config), held).state == "train"
     said = "recipe.micro_batch_size was 16 and is 8, trainer.devices was 1 and is 2: the loss"
     assert (said in caplog.text) == warns
 

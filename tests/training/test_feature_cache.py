@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import prism_deco
 from prism_deco.data.images import open_image
-from prism_deco.training.metrics import read_metrics
+from prism_deco.training.progress import read_metrics
 
 ON, OFF = "trainer.feature_cache=true", "trainer.feature_cache=false"
 CLOSE = {"rel": 2e-5}

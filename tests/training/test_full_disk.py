@@ -10,7 +10,7 @@ import pytest
 
 from prism_deco.exits import CheckpointFailed, DiskFull
 from prism_deco.training.checkpoints import newest_checkpoint
-from prism_deco.training.metrics import read_metrics
+from prism_deco.training.progress import read_metrics
 from prism_deco.training.run_dir import full_disk_named
 
 OPTIONS = ["trainer.checkpoint_every=2", "recipe.epochs=4", "projector=avgpool"]

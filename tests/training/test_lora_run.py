@@ -23,7 +23,7 @@ from prism_deco.training.init_from import find_start, start_from
 from prism_deco.training.model_folder import load_model, save_model
 from prism_deco.training.sharding import read_weights
 
-SMALL = ["llm=mini_llama", "recipe=mini_finetune", "recipe.lora_r=4", "backbone=mini_clip"]
+SMALL = ["llm=mini_llama", "llm.pretrained=false", "recipe=mini_finetune", "recipe.lora_r=4", "backbone=mini_clip"]
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_a_run_takes_over_the_projector_and_nothing_else(tmp_path, base):
 @pytest.mark.parametrize("llm", ["mini_llama", "mini_qwen2"])
 def test_a_random_llm_goes_along_with_its_projector(tmp_path, llm):
     overrides = [f"llm={llm}", "backbone.pretrained=false"]
-    earlier = _trained(tmp_path / "model", _config(*overrides, "recipe=mini_language"))
+    earlier = _trained(tmp_path / "model", _config(*overrides, "recipe=mini"))
     vlm, before = _start(tmp_path, _config(*overrides))
     taken = {name.replace(".base_layer.", "."): t for name, t in vlm.state_dict().items() if ".lora_" not in name}
     assert taken.keys() == earlier.state_dict().keys()

@@ -13,7 +13,7 @@ import pytest
 
 from prism_deco.cli import main
 from prism_deco.training import callbacks
-from prism_deco.training.metrics import read_metrics
+from prism_deco.training.progress import read_metrics
 
 
 @pytest.fixture

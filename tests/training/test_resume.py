@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prism_deco.training.checkpoints import list_checkpoints, newest_checkpoint
-from prism_deco.training.metrics import read_metrics
+from prism_deco.training.progress import read_metrics
 
 DROPOUT = ["projector=qformer", "projector.hidden_dim=32", "projector.heads=2", "projector.ffn_dim=64",
            "projector.dropout=0.3", "trainer.checkpoint_every=2", "recipe.epochs=4"]  # fmt: skip
@@ -166,3 +166,45 @@ def test_a_second_ctrl_c_ends_the_run_at_once(start, tmp_path):
     assert job.wait(60) == [130], job.log.read_text()
     state = json.loads((tmp_path / "run" / "status.json").read_text())
     assert state["state"] == "preempted" and "the newest checkpoint stays" in state["reason"]
+
+
+SLOW = """
+import time
+from prism_deco.training import checkpoint_callback, entry
+def slow(module, name, seconds):
+    do = getattr(module, name)
+    def slowed(*args, **kwargs):
+        print("entering", name, flush=True)
+        time.sleep(seconds)
+        return do(*args, **kwargs)
+    setattr(module, name, slowed)
+slow(checkpoint_callback, "save_checkpoint", 1)
+slow(entry, "_advised", 1)
+"""
+
+
+@pytest.mark.parametrize("again", ["save_checkpoint", "_advised"])
+def test_a_second_signal_changes_nothing(start, tmp_path, again):
+    """While the checkpoint is written, and between the end of the run and that of its process."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    job = start("recipe.epochs=400", "trainer.checkpoint_every=1000", "plugins=[slow]", PLUGINS=str(tmp_path))
+    job.until(_at_step(2))
+    job.signal(signal.SIGUSR1)
+    job.until(lambda _: f"entering {again}" in job.log.read_text())
+    job.signal(signal.SIGTERM)
+    assert job.wait(60) == [75], job.log.read_text()
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "preempted"
+    assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 1
+
+
+def test_a_ctrl_c_that_reaches_a_rank_twice_is_one(start, tmp_path):
+    """A scheduler sends it to each process of a step, and the first passes it on as well."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    options = ["recipe.epochs=400", "trainer.checkpoint_every=1000", "plugins=[slow]"]
+    job = start(*options, ranks=2, PLUGINS=str(tmp_path))
+    job.until(_at_step(2))
+    job.signal(signal.SIGINT)
+    job.until(lambda _: "entering save_checkpoint" in job.log.read_text())
+    job.signal(signal.SIGINT, rank=1)
+    assert job.wait(60) == [130, 130], job.log.read_text()
+    assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 1

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import prism_deco
 from prism_deco.config import load_config
 from prism_deco.sequence import build_batch
-from prism_deco.training.metrics import read_metrics
+from prism_deco.training.progress import read_metrics
 from prism_deco.training.sharding import Sharding, sharded_units
 
 # The colours have eight images and one text, in batches of four: whole batches of images, and a last one with the text

@@ -37,7 +37,7 @@ def _steps(run: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_one_command_trains_all_stages_and_goes_on_where_it_was_stopped(tmp_path):
-    language, align, finetune = (tmp_path / name for name in ("x-language", "x-align", "x"))
+    align, finetune = (tmp_path / name for name in ("x-align", "x"))
     process = _start(tmp_path, "data.limit=64", "align.recipe.epochs=100")
     try:
         deadline = time.monotonic() + 300
@@ -50,21 +50,15 @@ def test_one_command_trains_all_stages_and_goes_on_where_it_was_stopped(tmp_path
     stopped = _steps(align)
     assert 3 <= len(stopped) < 60 and not finetune.exists()
     assert json.loads((align / "status.json").read_text())["state"] == "preempted"
-    finished = (language / "manifest.json").stat().st_mtime_ns
 
     assert _start(tmp_path, "data.limit=64", "align.recipe.epochs=100").wait(timeout=400) == 0
-    assert (language / "manifest.json").stat().st_mtime_ns == finished, "a finished stage is left alone"
     assert _steps(align) == list(range(1, 61)) and _steps(finetune) == [1, 2, 3, 4]
     assert f"start_from: {align}" in (finetune / "config.yaml").read_text()
 
-    first, second, third = (load_file(run / "model" / "model.safetensors") for run in (language, align, finetune))
-    assert first.keys() == second.keys() == third.keys()
+    first, second = (load_file(run / "model" / "model.safetensors") for run in (align, finetune))
+    assert first.keys() == second.keys()
     for name in first:
-        moved = [not torch.equal(first[name], second[name]), not torch.equal(second[name], third[name])]
-        if name.startswith("projector."):
-            assert moved == [True, True], name
-        else:
-            assert moved == [False, False], f"{name} is frozen in both"
+        assert torch.equal(first[name], second[name]) != name.startswith("projector."), name
     adapters = load_file(finetune / "model" / "adapter" / "adapter_model.safetensors")
     assert all(tensor.any() for tensor in adapters.values()), "B began at zero"
     trained = json.loads((align / "manifest.json").read_text())["params"]["trained"]

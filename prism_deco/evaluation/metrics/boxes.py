@@ -1,6 +1,6 @@
 """Boxes in text: parsing, the padded frame, intersection over union (RefCOCO, RefCOCO+, RefCOCOg).
 
-A box is (x1, y1, x2, y2) in shares of the image's width and height, origin top left.
+A box is (x1, y1, x2, y2) in fractions of the image's width and height, origin top left.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _BRACKETED = re.compile(rf"\[\s*{_NUMBER},\s*{_NUMBER},\s*{_NUMBER},\s*{_NUMBER}
 
 
 def normalise_box(xywh: Sequence[float], width: int, height: int) -> Box:
-    """A COCO box (x, y, width, height in pixels) in shares of the image, as lmms-eval compares it."""
+    """A COCO box (x, y, width, height in pixels) in fractions of the image, as lmms-eval compares it."""
     x, y, w, h = xywh
     return (x / width, y / height, (x + w) / width, (y + h) / height)
 

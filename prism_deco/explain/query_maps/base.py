@@ -1,6 +1,6 @@
-"""What Query-to-Patch needs of a projector, and the choice of the way to get it.
+"""What Query-to-Patch needs from a projector, and which implementation provides it.
 
-A projector's class picks its way (`functools.singledispatch`). A projector from outside is served by its
+A projector's class selects it (`functools.singledispatch`). A projector from outside is served by its
 `query_to_patch()` or by gradients; one with attention of its own adds `@trace.register(ItsClass)`.
 """
 

@@ -1,4 +1,4 @@
-"""Input x gradient through the projector, for those without attention (C-Abstractor) or of unknown make.
+"""Input x gradient through the projector, for those without attention (C-Abstractor) or of unknown type.
 
 s[t, m, n] = relu( sum_d x[n, d] d<v_m, g_tm>/dx[n, d] ), rows scaled to sum to one: how much of the
 target's first-order dependence on visual token v_m (g_tm being the gradient of target t by it) comes
@@ -24,10 +24,10 @@ from prism_deco.projectors.windows import average_matrix
 
 
 class InputGradient(QueryMaps):
-    """By its formula, a pass backwards per target and visual token (T*M of them); or the same forwards, a derivative
-    per patch (N of them) for all targets and visual tokens together. What takes less is done.
+    """By its formula, one backward pass per target and visual token (T*M of them); or the same in forward mode, one
+    derivative per patch (N of them) for all targets and visual tokens together. The cheaper one is used.
 
-    Forwards, the derivative of all visual tokens along x_n (the features of patch n, zero elsewhere) is
+    In forward mode, the derivative of all visual tokens along x_n (the features of patch n, zero elsewhere) is
     u[m, n] = sum_d x[n, d] dv_m/dx[n, d], so that s[t, m, n] = relu(<u[m, n], g_tm>).
     """
 
@@ -41,7 +41,7 @@ class InputGradient(QueryMaps):
     def relevance(self, gradients: Tensor) -> Tensor:
         dtype = torch.promote_types(gradients.dtype, torch.float32)
         backwards, forwards = gradients.shape[0] * gradients.shape[1], self.features.shape[1]
-        # A pass backwards costs about twice a derivative forwards: it begins with a forward pass of its own.
+        # A backward pass costs about twice a forward derivative: it begins with a forward pass of its own.
         if 2 * backwards <= forwards:
             products = self._backwards(gradients)
         else:
@@ -75,7 +75,7 @@ class InputGradient(QueryMaps):
 
     @property
     def _chunk(self) -> int:
-        """Derivatives at a time, by the numbers that are kept for each."""
+        """Derivatives in one batch, by how many numbers are kept for each."""
         patches, channels = self.features.shape[1:]
         return max(1, FLOATS // (patches * channels * 8 + self.tokens.numel()))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 FLOATS = 64 * 2**20
-"""Numbers in the intermediate results of a map; more targets or patches are taken in parts."""
+"""Numbers in the intermediate results of a map; more targets or patches are processed in parts."""
 
 
 class QueryMaps(ABC):

@@ -18,7 +18,7 @@ from prism_deco.report.benchmarks import family_of
 from prism_deco.report.cells import RunCell
 from prism_deco.report.comparability import same_compute
 from prism_deco.report.stats import holm, seed_interval
-from prism_deco.training.status import THROUGH
+from prism_deco.training.progress import THROUGH
 
 HOLDS = "holds"
 REVERSED = "reversed"

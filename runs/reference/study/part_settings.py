@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from prism_deco.report.cells import RunCell, SeedGroup, projector_rank
 from prism_deco.report.comparability import training_flops
-from prism_deco.training.status import THROUGH
+from prism_deco.training.progress import THROUGH
 
 _CRITERION = "val/loss"
 

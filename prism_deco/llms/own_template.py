@@ -1,0 +1,140 @@
+"""Chat formats by a tokenizer's own template, whose answers are found without `{% generation %}` marks.
+
+The answers are put between two characters that no text has, so that one rendering shows where each begins and ends.
+How a prompt and the answer behind it fit together, and what the template drops of the prompt once the answer is history
+(an empty block of thoughts), is read off a short conversation once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prism_deco.errors import UsageError
+from prism_deco.llms.prompts import PromptFormat
+
+# Stands before the tokenizer's own template. That writes the BOS token without an image; some switch thinking on, and
+# some write today's date, by which the same record would have other tokens tomorrow: this is Llama's own fallback.
+_PRELUDE = """\
+{{- bos_token ~ image -}}
+{%- set bos_token = '' -%}
+{%- set enable_thinking = false -%}
+{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}
+"""
+# Unicode reserves these noncharacters for internal use.
+_BEGIN, _END = "\ufdd1", "\ufdd2"
+_MARKS = re.compile(f"[{_BEGIN}{_END}]")
+_SYSTEM = {"role": "system", "content": "Be brief."}
+_TALK = [
+    {"role": "user", "content": "Is it red?"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "Why?"},
+    {"role": "assistant", "content": "It is."},
+]
+_WAY_OUT = "Set llm.chat_template to a template of your own with {% generation %} marks (prism_deco/llms/prompts.py)."
+
+
+def own_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    """The tokenizer's own template, made to write the BOS token and the image slot first.
+
+    Raises:
+        UsageError: it has none.
+    """
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise UsageError(f"The tokenizer of {name} has no chat template: set llm.chat_template in its YAML.") from error
+    return template if template.startswith(_PRELUDE) else _PRELUDE + template  # a saved one has it already
+
+
+@dataclass(frozen=True)
+class OwnTemplate(PromptFormat):
+    """A chat format whose template comes with the tokenizer; `template` is from `own_template`.
+
+    Answers are stripped, since many templates do so. An answer and what ends it, a token of `stop_tokens`, are
+    supervised. The end of a prompt that the template drops once its answer is history, as Qwen3 does with an empty
+    block of thoughts, is kept before every answer, unsupervised: each is learned behind the prompt that asks for it.
+    """
+
+    stop_tokens: Sequence[str] = ()
+    _surroundings: dict[bool, tuple[str, str]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def _marked(
+        self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]
+    ) -> tuple[str, list[tuple[int, int]]]:
+        parts = self._parts(messages, variables)
+        if parts[1::2] != [_bare(m["content"]) for m in messages if m["role"] == "assistant"]:
+            raise UsageError(f"The tokenizer's chat template changes the text of an answer. {_WAY_OUT}")
+        thoughts, space = self._around_answers(messages[0]["role"] == "system")
+        text = ""
+        spans = []
+        rest = parts[0]
+        for answer, after in zip(parts[1::2], parts[2::2], strict=True):
+            is_last = len(spans) == len(parts) // 2 - 1
+            text += rest.removesuffix(space) + ("" if is_last else thoughts)
+            end = self._end(after)
+            spans.append((len(text), len(text) + len(space + answer) + end))
+            text += space + answer + after[:end]
+            rest = after[end:]
+        return text + rest, spans
+
+    def _parts(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any], **options: Any) -> list[str]:
+        """Text, answer, text, answer, ..., text of a rendered conversation."""
+        marked = []
+        for message in messages:
+            content = _MARKS.sub("", message["content"])
+            if message["role"] == "assistant":
+                content = f"{_BEGIN}{_bare(content)}{_END}"
+            marked.append({"role": message["role"], "content": content})
+        text = self._render(marked, **variables, **options)[0][0]
+        count = sum(message["role"] == "assistant" for message in messages)
+        if "".join(_MARKS.findall(text)) != (_BEGIN + _END) * count:
+            raise UsageError(f"The tokenizer's chat template does not write every answer once, in order. {_WAY_OUT}")
+        return _MARKS.split(text)
+
+    def _around_answers(self, system: bool) -> tuple[str, str]:
+        """The end of a prompt that the template drops once its answer is history, and the space with which it begins an
+        answer.
+
+        Raises:
+            UsageError: an answer is not rendered right behind the prompt that asks for it, or what follows an answer
+                changes more than that.
+        """
+        if system not in self._surroundings:
+            talk = [_SYSTEM] * system + _TALK
+            variables = dict(self.special_tokens) | {"image": "", "tokenize": self.tokenize}
+            (prompt,) = self._parts(talk[:-3], variables, add_generation_prompt=True)
+            old, _, second_prompt = self._parts(talk[:-1], variables, add_generation_prompt=True)
+            new = self._parts(talk[:-2], variables)[0]
+            both = self._parts(talk, variables)
+            space = new.removeprefix(prompt)
+            opening = old.removesuffix(space)
+            is_stable = new.startswith(prompt) and not space.strip() and prompt.startswith(opening)
+            if not is_stable or both[0] != old or both[2] != second_prompt + space:
+                raise UsageError(
+                    "The tokenizer's chat template does not write an answer right behind the prompt that asks for it, "
+                    "or changes earlier messages when others follow (thinking that cannot be switched off?). "
+                    f"{_WAY_OUT}"
+                )
+            if prompt.startswith(2 * self.special_tokens["bos_token"]):
+                raise UsageError(f"The tokenizer's chat template spells out the BOS token. {_WAY_OUT}")
+            self._surroundings[system] = prompt.removeprefix(opening), space
+        return self._surroundings[system]
+
+    def _end(self, after: str) -> int:
+        """The length of what ends an answer, in the text behind it."""
+        ends = [after.find(token) + len(token) for token in self.stop_tokens if token in after]
+        if not ends:
+            raise UsageError(
+                f"The tokenizer's chat template ends no answer by {' or '.join(self.stop_tokens)}: name the token that "
+                "does in llm.stop_tokens."
+            )
+        return min(ends)
+
+
+def _bare(answer: str) -> str:
+    return _MARKS.sub("", answer).strip()

@@ -1,0 +1,263 @@
+"""Pretrains the miniature's language models on text alone: scenes in words, and conversations about them.
+
+python runs/reference/miniature/pretrain_llms.py [mini_qwen2 ...] --out DIR
+
+Existence comes first: whether a word is in a list is learned late, and all at once, if it is one question among many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from text_scenes import CELLS, Writer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import get_cosine_schedule_with_warmup
+
+from prism_deco.backbones import build_backbone
+from prism_deco.llms import Encoded, build_llm
+from prism_deco.llms.encoding import IGNORE
+from prism_deco.logs import configure_logging
+from prism_deco.miniature.conversations import Balance, Pool, converse
+from prism_deco.miniature.questions import Question
+from prism_deco.miniature.rng import Dice
+from prism_deco.miniature.scene import draw_scene
+from prism_deco.miniature.templates import TEMPLATES
+from prism_deco.projectors import build_projector
+from prism_deco.sequence import Batch, build_batch
+from prism_deco.training.optim import parameter_groups
+from prism_deco.vlm import VLM
+
+log = logging.getLogger("prism_deco.pretrain")
+
+NAMES = ("mini_qwen2", "mini_llama")
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
+_BY_NAME = {template.name: template for template in TEMPLATES}
+_EXISTENCE = [_BY_NAME[name] for name in ("exists", "exists", "exists", "exists_confusable", "shape_exists")]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one language model.
+
+    Attributes:
+        seed: of weights, conversations and order; the scenes are those of `seed + 3000`.
+        steps: optimizer steps, each on texts of one form.
+        existence_steps: the first of them, which ask about existence only.
+        batch_size: conversations per step.
+        lr: peak learning rate (AdamW, warm-up of 3 %, cosine).
+        embedding_std: of the input embeddings at the start, large enough for words to tell themselves apart.
+        folded_percent: of the steps read folded scenes, the others written ones.
+        noise: standard deviation of what is added to folded cells, relative to that of the embeddings.
+        turn_power: a token weighs (tokens of its turn) to minus this power: boxes are long, yes and no are short.
+        held_out: scenes for the figures of the record.
+    """
+
+    seed: int = 0
+    steps: int = 6000
+    existence_steps: int = 1000
+    batch_size: int = 8
+    lr: float = 1.5e-3
+    embedding_std: float = 0.32
+    folded_percent: int = 70
+    noise: float = 0.3
+    turn_power: float = 0.5
+    held_out: int = 400
+
+
+class TextPretraining:
+    """A language model that reads scenes in words in the place of images.
+
+    Args:
+        name: a choice of `conf/llm`.
+    """
+
+    def __init__(self, name: str, settings: Settings):
+        torch.manual_seed(settings.seed)
+        self.settings = settings
+        self.llm = build_llm(name, pretrained=False)
+        self.table.data.normal_(std=settings.embedding_std)
+        self.writer = Writer(self.llm.tokenizer)
+        # The model that will be trained, for its masks and positions; tower and projector stay idle.
+        tower = build_backbone("mini_siglip", pretrained=False, device="meta")
+        projector = build_projector("avgpool", tower.embed_dim, self.llm.embed_dim, tower.grid, num_tokens=CELLS)
+        self.vlm = VLM(tower, projector, self.llm.model, turn_mask="block").eval()
+
+    @property
+    def table(self) -> nn.Parameter:
+        """float[V, E]: the input embeddings."""
+        return cast(nn.Parameter, self.llm.model.get_input_embeddings().weight)
+
+    def conversations(self, split: str, existence_first: int = 0) -> Iterator[tuple[int, list[Question]]]:
+        """Scene numbers with questions, without end; the first so many ask about existence only."""
+        balance = Balance()
+        index = 0
+        while True:
+            dice = Dice(self.settings.seed, "llm", split, index)
+            pool = Pool(draw_scene(self.settings.seed + 3000, f"llm {split}", index))
+            # Turns do not see each other, so that one may be asked whatever the others reveal.
+            turns = [] if index < existence_first else converse(pool, dice, balance)
+            for _ in range(4 if index < existence_first else 1):
+                question = balance.ask(dice.pick(_EXISTENCE), pool, dice)
+                turns += [] if question is None else [question]
+            if turns:
+                yield index, turns
+            index += 1
+
+    def batch(self, split: str, drawn: list[tuple[int, list[Question]]], folded: bool) -> tuple[Batch, Tensor | None]:
+        """Conversations behind their scenes, and the folded scenes as float[B, CELLS, E]."""
+        scenes = [draw_scene(self.settings.seed + 3000, f"llm {split}", index) for index, _ in drawn]
+        encoded = [self._encode(questions) for _, questions in drawn]
+        if folded:
+            cells = self.writer.fold(scenes, self.table)
+            noise = self.settings.noise * self.table.detach().std()
+            return build_batch(encoded, CELLS, restart_rounds=True), cells + noise * torch.randn_like(cells)
+        for row, (index, _) in enumerate(drawn):
+            written = self.writer.write(scenes[row], Dice(self.settings.seed, "llm written", split, index))
+            encoded[row] = _put(encoded[row], written)
+        return build_batch(encoded, CELLS, restart_rounds=True), None
+
+    def predict(self, batch: Batch, cells: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits float[K, V], targets int64[K], and the turn of each, int64[K]: row times 100 plus round."""
+        labels = batch.labels[:, 1:]
+        supervised = labels != IGNORE
+        hidden = self.vlm.hidden_states(batch, cells)[:, :-1][supervised]
+        rows = torch.arange(len(labels))[:, None] * 100
+        return self.vlm.logits(hidden), labels[supervised], (rows + batch.rounds[:, 1:])[supervised]
+
+    def train(self) -> list[float]:
+        """The loss of every step, in nats per token."""
+        settings = self.settings
+        groups = parameter_groups(nn.Module(), self.llm.model, lr=settings.lr, projector_lr=None, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+        schedule = get_cosine_schedule_with_warmup(optimizer, settings.steps * 3 // 100, settings.steps)
+        dice = Dice(settings.seed, "llm forms")
+        stream = self.conversations("train", settings.existence_steps * settings.batch_size)
+        losses = []
+        for step in range(1, settings.steps + 1):
+            drawn = [next(stream) for _ in range(settings.batch_size)]
+            batch, cells = self.batch("train", drawn, folded=dice.chance(settings.folded_percent))
+            logits, targets, turns = self.predict(batch, cells)
+            losses_of_tokens = F.cross_entropy(logits, targets, reduction="none")
+            _, turn, length = turns.unique(return_inverse=True, return_counts=True)
+            weights = length[turn].float() ** -settings.turn_power
+            loss = (losses_of_tokens * weights).sum() / weights.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.llm.model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(losses_of_tokens.mean().item())
+            if step in milestones(settings.steps):
+                log.info("step %d: loss %.3f, %s", step, _recent(losses), self.evaluate(folded=True, scenes=80))
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self, folded: bool, scenes: int) -> dict[str, float]:
+        """Percentages by task of the answers all of whose tokens are the likeliest, given those before them; of boxes
+        the share of such tokens."""
+        stream = self.conversations("held out")
+        right = defaultdict(list)
+        for _ in range(0, scenes, 16):
+            drawn = [next(stream) for _ in range(16)]
+            logits, targets, turns = self.predict(*self.batch("held out", drawn, folded))
+            hits = logits.argmax(-1) == targets
+            for turn in turns.unique().tolist():
+                question = drawn[turn // 100][1][turn % 100 - 1]
+                own = hits[turns == turn].float()
+                is_box = question.answer.startswith("[")
+                right[question.task].append((own.mean() if is_box else own.min()).item())
+        return {task: round(100 * sum(values) / len(values), 1) for task, values in sorted(right.items())}
+
+    def _encode(self, questions: list[Question]) -> Encoded:
+        messages = []
+        for question in questions:
+            messages.append({"role": "user", "content": question.prompt})
+            messages.append({"role": "assistant", "content": question.answer})
+        return self.llm.encode(messages, num_images=1)
+
+
+def _put(encoded: Encoded, written: list[int]) -> Encoded:
+    """The same conversation with a text where its image would be."""
+    (slot,) = encoded.image_slots
+    return Encoded(
+        encoded.input_ids[:slot] + written + encoded.input_ids[slot:],
+        encoded.labels[:slot] + [IGNORE] * len(written) + encoded.labels[slot:],
+        encoded.rounds[:slot] + [0] * len(written) + encoded.rounds[slot:],
+        [],
+    )
+
+
+def _recent(losses: list[float]) -> float:
+    return sum(losses[-100:]) / len(losses[-100:])
+
+
+def milestones(steps: int) -> list[int]:
+    """About ten steps, the last one among them."""
+    return sorted({*range(max(steps // 10, 1), steps, max(steps // 10, 1)), steps})
+
+
+def pretrain_llm(name: str, out_dir: Path, settings: Settings) -> dict[str, Any]:
+    """Trains a language model and writes `<name>.safetensors` (float16) and `<name>.json` (the record).
+
+    Returns:
+        The record.
+    """
+    start = time.process_time()
+    log.info("%s: %d steps of %d conversations", name, settings.steps, settings.batch_size)
+    pretraining = TextPretraining(name, settings)
+    losses = pretraining.train()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    file = out_dir / f"{name}.safetensors"
+    model = pretraining.llm.model
+    # Half the bytes; read back as float32. A tied output layer is not stored twice.
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    weights = {key: value.half().contiguous() for key, value in model.state_dict().items() if key not in tied}
+    save_file(weights, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors lets only the owner read its files
+    record = {
+        "name": name,
+        "command": f"python runs/reference/miniature/pretrain_llms.py {name} --out DIR "
+        f"--seed {settings.seed} --steps {settings.steps}",
+        "settings": asdict(settings),
+        "loss": {str(step): round(_recent(losses[:step]), 4) for step in milestones(settings.steps)},
+        "held_out_folded": pretraining.evaluate(folded=True, scenes=settings.held_out),
+        "held_out_written": pretraining.evaluate(folded=False, scenes=settings.held_out),
+        "cpu_seconds": round(time.process_time() - start),
+        "versions": {package: version(package) for package in _PACKAGES},
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
+    (out_dir / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the miniature's language models again, as they ship.")
+    parser.add_argument("names", nargs="*", help=f"{', '.join(NAMES)} (default: all)")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and texts (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="optimizer steps (default: %(default)s)")
+    args = parser.parse_args()
+    unknown = set(args.names) - set(NAMES)
+    if unknown:
+        parser.error(f"unknown language models: {', '.join(sorted(unknown))}. Choices: {', '.join(NAMES)}.")
+    configure_logging(debug=False)
+    torch.set_num_threads(1)
+    for name in args.names or NAMES:
+        pretrain_llm(name, args.out, Settings(seed=args.seed, steps=args.steps))
+
+
+if __name__ == "__main__":
+    main()
