@@ -30,8 +30,8 @@ def write_report(
     folders: Sequence[Path], out: Path | None = None, *, split: str | None = None, mixed: bool = False
 ) -> tuple[Path, list[Table]]:
     """Writes `report.html`, `report.md` with its `figures/`, and `scores.csv`, `run_scores.csv`, `differences.csv` and
-    `cells.csv`; `readings.csv` where benchmarks have secondary metrics, `settings.csv` where cells of the paper's tables
-    have other settings than the authors'.
+    `cells.csv`; `readings.csv` where benchmarks have secondary metrics, and `settings.csv` where cells of the paper's
+    tables have other settings than the authors'.
 
     Args:
         folders: sweep folders or run folders.

@@ -5,9 +5,7 @@ import json
 import statistics
 
 import pytest
-from omegaconf import OmegaConf
 
-from prism_deco.config import choices, load_config
 from prism_deco.evaluation import Prediction, build_benchmark, resolve
 from prism_deco.report import paper
 from prism_deco.report.assemble import write_report
@@ -15,7 +13,6 @@ from prism_deco.report.collect import collect
 from prism_deco.report.grid import SECONDARY, score_tables, secondary_records
 from prism_deco.report.recipe_diff import departures
 from prism_deco.report.tables import scores_table
-from prism_deco.stages import final_config
 
 TABLE_1 = ("backbone=clip_vit_l_336", "llm=vicuna_7b_v1_5", "data=llava", "data.json=x.json")
 FINETUNE = ("recipe=llava_v1_5_finetune", *TABLE_1, "recipe.start_from=runs/x-align")
