@@ -60,7 +60,7 @@ def test_every_other_shipped_sweep_composes(name):
 def test_the_paper_s_grid_is_trained_and_scored_as_in_the_paper():
     for cell in _cells("generalization"):
         config = cell.config
-        assert (config.recipe.name, config.trainer.name, config.data.name) == ("prism", "fsdp", "llava_v1_5_mix665k")
+        assert (config.recipe.name, config.trainer.name, config.data.name) == ("deco", "fsdp", "llava_v1_5_mix665k")
         assert (config.evaluate.benchmarks, config.projector.num_tokens) == ("table3", 144)
 
 
