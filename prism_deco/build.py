@@ -49,6 +49,7 @@ def build_encoder(config: DictConfig, llm: LanguageModel, tokens_per_image: int)
         max_text_tokens=config.recipe.max_text_tokens,
         max_positions=max_positions(config, llm),
         tokens_per_image=tokens_per_image,
+        shorten=config.recipe.long_questions == "shorten",
     )
 
 

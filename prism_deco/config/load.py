@@ -146,7 +146,7 @@ def value_origins(overrides: Iterable[str]) -> dict[str, str]:
     for key, value in flatten(written).items():
         if isinstance(value, str) and "${" in value:
             origins[key] += f", {value}"
-    return origins
+    return {key: origins[key] for key in flat(config)}
 
 
 def _read(overrides: Iterable[str]) -> _Arguments:

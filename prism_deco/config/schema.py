@@ -21,6 +21,7 @@ ODD_RECORDS = ("refuse", "train")
 LM = ("full", "frozen", "lora", "qlora")
 PROMPT = ("chat", "plain")
 TOKENIZE = ("per_turn", "whole")
+LONG_QUESTIONS = ("shorten", "cut")
 IMAGE_SLOT = ("after_bos", "after_first_token", "in_place")
 AS_TRAINED = "as_trained"
 """Of `evaluate.ask`: the prompt is what comes before the answer in training."""
@@ -184,6 +185,9 @@ class RecipeConfig:
     """Records per forward pass on one device."""
     max_text_tokens: int = number(2048, least=1)
     """Text is truncated to this many tokens before the visual tokens are inserted."""
+    long_questions: str = one_of(LONG_QUESTIONS, "shorten")
+    """What to do about a first question that leaves its answer no room: shorten it (its middle is left out), or cut the
+    text behind it, so that nothing is learnt from the record (prismatic, LLaVA)."""
     max_positions: int | None = number(None, least=1)
     """Text is truncated so that the sequence with its visual tokens is no longer; null is the LLM's own limit."""
     lr: float = number(2e-5, above=0)

@@ -21,10 +21,17 @@ class Encoder:
         max_text_tokens: text is truncated to this many tokens; images never are.
         max_positions: longest sequence of the LLM, visual tokens included; None is no limit.
         tokens_per_image: visual tokens M of one image.
+        shorten: shorten a first question that leaves its answer no room; else nothing is learnt from such a record.
     """
 
     def __init__(
-        self, llm: LanguageModel, *, max_text_tokens: int, max_positions: int | None = None, tokens_per_image: int = 0
+        self,
+        llm: LanguageModel,
+        *,
+        max_text_tokens: int,
+        max_positions: int | None = None,
+        tokens_per_image: int = 0,
+        shorten: bool = True,
     ):
         self.tokenizer = llm.tokenizer
         self._format = llm.prompt_format
@@ -32,6 +39,7 @@ class Encoder:
         self._max_text_tokens = max_text_tokens
         self._max_positions = max_positions
         self._tokens_per_image = tokens_per_image
+        self._shorten = shorten
 
     def __call__(self, record: Record) -> tuple[Encoded, int]:
         """The truncated tokens of a record, and the number of tokens cut off.
@@ -59,8 +67,8 @@ class Encoder:
                 f"{images} images of {self._tokens_per_image} visual tokens leave no room for a question and an answer "
                 f"in {self._max_positions} positions."
             )
-        encoded, cut = truncate(encoded, room)
-        if all(label == IGNORE for label in encoded.labels):
+        encoded, cut = truncate(encoded, room, shorten=self._shorten)
+        if all(label == IGNORE for label in encoded.labels) and (self._shorten or not cut):
             raise UsageError("No token is supervised: there is nothing to learn from it.")
         return encoded, cut
 

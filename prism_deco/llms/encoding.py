@@ -61,11 +61,11 @@ def encode_segments(
     return replace(encoded, headers=frozenset(headers))
 
 
-def truncate(encoded: Encoded, max_text_tokens: int) -> tuple[Encoded, int]:
+def truncate(encoded: Encoded, max_text_tokens: int, *, shorten: bool = True) -> tuple[Encoded, int]:
     """Cuts a conversation to `max_text_tokens`; returns it and the number of tokens cut.
 
-    The end is cut, as in PRISM. If that would leave no supervised token, the middle of the first question is
-    cut instead, and the end of its answer if the answer alone takes more than half of the tokens.
+    The end is cut, as in PRISM. If that would leave no supervised token and `shorten` is set, the middle of the first
+    question is cut instead, and the end of its answer if the answer alone takes more than half of the tokens.
 
     Raises:
         UsageError: fewer than two tokens are allowed.
@@ -76,7 +76,7 @@ def truncate(encoded: Encoded, max_text_tokens: int) -> tuple[Encoded, int]:
     if length <= max_text_tokens:
         return encoded, 0
     first = next((i for i, label in enumerate(encoded.labels) if label != IGNORE), length)
-    if first < max_text_tokens or first == length:
+    if first < max_text_tokens or first == length or not shorten:
         return _keep(encoded, range(max_text_tokens)), length - max_text_tokens
     last = next((i for i in range(first, length) if encoded.labels[i] == IGNORE), length)
     answer = min(last - first, max_text_tokens // 2)

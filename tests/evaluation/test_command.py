@@ -85,6 +85,34 @@ def test_another_precision_is_not_mixed_in_but_has_a_folder_of_its_own(run, file
     assert json.loads((tmp_path / "low/mine/metrics.json").read_text())["decoding"]["dtype"] == "bfloat16"
 
 
+def test_each_way_to_ask_has_results_of_its_own(colors, files, tmp_path, capsys):
+    """Scored after training and by the command: the same answers, with how they were asked beside the scores."""
+    mine = _yaml(files.pope() | {"variants": ["likelihood"]}, tmp_path / "mine")
+    deco = ["recipe.prompt_set=deco", "recipe.image_slot=after_first_token", "llm=mini_qwen2", "trainer.samples=0"]
+    source = ["data=llava", f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}"]
+    asks = "as_trained,deco_no_header,deco_bare_header"
+    settings = [*FAST, *deco, f"evaluate.benchmarks={mine}", f"evaluate.ask={asks}", f"runs_dir={tmp_path}"]
+    assert main(["train", *source, *settings, "run_id=run"]) == 0
+    assert "accuracy (likelihood, deco_bare_header)" in " ".join(capsys.readouterr().out.split())
+    found = {}
+    for name in ("mine", "mine-deco_no_header", "mine-deco_bare_header"):
+        folder = tmp_path / "run/eval" / name
+        found[name] = json.loads((folder / "metrics.json").read_text())["decoding"].get("ask")
+    assert found == {"mine": None, "mine-deco_no_header": "deco_no_header", "mine-deco_bare_header": "deco_bare_header"}
+    outputs = {name: (tmp_path / "run/eval" / name / "predictions.jsonl").read_text() for name in found}
+    assert len(set(outputs.values())) == 3
+    again = ["evaluate", str(tmp_path / "run"), f"benchmark={mine}", "ask=deco_no_header", f"--out={tmp_path / 'out'}"]
+    assert main(again) == 0
+    assert (tmp_path / "out/mine-deco_no_header/predictions.jsonl").read_text() == outputs["mine-deco_no_header"]
+    shutil.copytree(tmp_path / "out/mine-deco_no_header", tmp_path / "out/mine")
+    capsys.readouterr()
+    assert main([part.replace("ask=deco_no_header", "ask=as_trained") for part in again]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "holds answers of other settings: ask was deco_no_header and is as_trained" in said
+    assert main([part.replace("ask=deco_no_header", "ask=deco") for part in again]) == 2
+    assert "Unknown way to ask mini_qwen2 'deco'" in " ".join(capsys.readouterr().err.split())
+
+
 def _yaml(keys, path) -> Path:
     file = path.with_suffix(".yaml")
     file.write_text(yaml.safe_dump({k: v for k, v in keys.items() if k != "name"}))

@@ -197,3 +197,13 @@ def test_truncate_cuts_a_long_answer_behind_a_long_prompt():
 def test_truncate_needs_room():
     with pytest.raises(ValueError, match="max_text_tokens=1"):
         truncate(encoded_of([0, 1]), 1)
+
+
+def test_a_question_without_room_for_its_answer_may_be_cut_as_in_prism():
+    encoded = encoded_of([0] * 9 + [1, 1])
+    cut = truncate(encoded, 6, shorten=False)
+    assert cut[0].input_ids == encoded.input_ids[:6] and cut[1] == 5
+    assert set(cut[0].labels) == {-100}
+    assert truncate(encoded, 10, shorten=False) == truncate(encoded, 10), (
+        "an answer that begins is kept as far as it goes"
+    )

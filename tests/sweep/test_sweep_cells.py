@@ -165,7 +165,7 @@ def test_long_names_are_cut_but_stay_apart():
         (["mini", "generalization"], r"One sweep at a time"),
         ([], r"Nothing to sweep over.*projector=avgpool,c_abstractor.*generalization, mini"),
         (["llm=phi2"], r"Nothing to sweep over"),
-        (["projector=avgpool,", "llm=phi2"], r"there is an empty value"),
+        (["projector=avgpool,", "llm=phi2"], r"has an empty value"),
         (["mini", "llm=mini_phi"], r"llm distinguishes the rows of mini: select rows with row=NAME"),
         (["mini", "row=M4"], r"Unknown row 'M4'.*Choices: M1, M2, M3"),
         (["mini", "run_id=x"], r"run_id is made for each cell.*name=NAME"),
