@@ -18,15 +18,18 @@ from prism_deco.projectors import build_projector
 from prism_deco.vlm import VLM
 
 
-def pytest_configure(config):
-    # xdist would begin with the files of the most tests; see below.
-    if hasattr(config.option, "loadscopereorder"):
-        config.option.loadscopereorder = False
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """With several processes (`-n auto`), the tests of a file stay together: what a module trains is trained once."""
+    if getattr(config.option, "numprocesses", None):
+        config.option.loadscopereorder = False  # it would begin with the files of the most tests; see below
+        if config.option.dist == "no":
+            config.option.dist = "loadfile"
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Begins with the files that take longest: under `--dist loadfile`, the last of them would run alone at the end."""
+    """Begins with the files that take longest: the last of them would run alone at the end."""
     weights = Counter()
     for item in items:
         starts_processes = {"training", "sweep"} & set(item.path.parts)

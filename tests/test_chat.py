@@ -12,7 +12,7 @@ from prism_deco.build import build_model
 from prism_deco.commands.chat import Chat, converse
 from prism_deco.config import load_config
 
-PLAIN = ["llm=mini_qwen2", "recipe.standardise_features=false", "run_id=test"]
+PLAIN = ["llm.pretrained=false", "llm=mini_qwen2", "recipe.standardise_features=false", "run_id=test"]
 
 
 @pytest.fixture(scope="module")

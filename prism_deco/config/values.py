@@ -3,10 +3,11 @@ read and written. Text stays as it is where the schema says text."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import Field, fields, is_dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,7 @@ def read_yaml(path: Path, group: str = "") -> dict[str, Any]:
         UsageError: it cannot be read, is not valid YAML (with the line), or is something else than `key: value` lines.
     """
     try:
-        source = path.read_text(encoding="utf-8")
-        content = _from_yaml(source)
+        content = _read_source(path.read_text(encoding="utf-8"), group)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
@@ -194,7 +194,14 @@ def read_yaml(path: Path, group: str = "") -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected `key: value` lines.")
-    return _keep_text(content, yaml.load(source, Loader=yaml.BaseLoader), group)
+    return copy.deepcopy(content)
+
+
+@lru_cache(maxsize=256)
+def _read_source(source: str, group: str) -> Any:
+    """What the text of a file holds; shared, as the cells of a sweep are made of the same few files."""
+    content = _from_yaml(source)
+    return _keep_text(content, yaml.load(source, Loader=yaml.BaseLoader), group) if content else content
 
 
 def _keep_text(value: Any, written: Any, key: str) -> Any:

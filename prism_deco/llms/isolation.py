@@ -1,7 +1,8 @@
-"""A check that a model computes the records of a packed row, and rounds under `turn_mask=block`, independently.
+"""A check that a model computes a record from its embeddings alone, whatever is computed with it.
 
-Both features separate positions by the attention mask. Convolutions and recurrent states pass information on to later
-positions regardless of any mask, and the mask of a packed row replaces that of a sliding window.
+Padding, packed rows and `turn_mask=block` separate positions by the attention mask. Convolutions and recurrent states
+pass information on to later positions regardless of any mask, and the mask of a packed row replaces that of a sliding
+window. Some models look up more than the embeddings of their tokens, which visual tokens do not have.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from prism_deco.errors import UsageError
@@ -22,14 +24,17 @@ TOLERANCE = 1e-4
 
 _LENGTHS = (24, 9, 15)
 _WINDOW = 8
+_TOKENS = 16
+_ANSWER = 3
 _CPU = torch.device("cpu")
 
 
 def check_isolation(lm: PreTrainedModel, *, packing: bool, turn_mask: str, longest: int) -> None:
-    """Compares records in one row, and rounds under a block mask, with each computed alone.
+    """Compares embeddings with token ids, padded records, records in one row and rounds under a block mask with each
+    computed alone, and generation with a cache with that without.
 
-    A copy of the first layers, with random float32 weights, computes a few short records on the CPU: this takes
-    seconds for a model of any size. `lm` itself may be on any device, sharded, or without weights.
+    A copy of the first layers, with random float32 weights and few tokens, computes a few short records on the CPU:
+    this takes seconds for a model of any size. `lm` itself may be on any device, sharded, or without weights.
 
     Args:
         packing: whether the run packs records (`recipe.packing`); if so, `lm` is switched to packed attention.
@@ -41,25 +46,76 @@ def check_isolation(lm: PreTrainedModel, *, packing: bool, turn_mask: str, longe
     """
     if packing:
         use_packed_attention(lm)
-        _compare(_first_layers(lm, longest), _packed, "recipe.packing=false")
+    small = _first_layers(lm, longest)
+    apart = "does not compute the records or rounds of one row independently"
     if turn_mask == "block":
-        _compare(_first_layers(lm, longest), _block_masked, "recipe.turn_mask=causal")
+        _compare(small, _block_masked, apart, "Set recipe.turn_mask=causal")
+    if packing:
+        _compare(small, _packed, apart, "Set recipe.packing=false")
+    _compare(small, _embedded, "computes more from token ids than their embeddings, and images have none")
+    _compare(small, _right_padded, "computes something else for records that are padded on the right")
+    _compare(small, _left_padded, "computes something else for records that are padded on the left")
+    _compare(small, _cached, "generates something else with a cache than without")
 
 
-def _compare(lm: PreTrainedModel, compute: Any, way_out: str) -> None:
+def _compare(lm: PreTrainedModel, compute: Any, problem: str, way_out: str = "Choose another llm") -> None:
     width = cast(nn.Embedding, lm.get_input_embeddings()).embedding_dim
     generator = torch.Generator().manual_seed(0)
     records = [torch.randn(1, length, width, generator=generator) for length in _LENGTHS]
-    with torch.no_grad():
-        together, alone = compute(lm, records)
-    difference = float((together - alone).abs().max() / alone.abs().max())
+    try:
+        with torch.no_grad():
+            found, wanted = compute(lm, records)
+    except UsageError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"{type(lm).__name__} cannot be used with images: {error}. Choose another llm.") from error
+    difference = float((found - wanted).abs().max() / wanted.abs().max())
     if not difference <= TOLERANCE:
         kinds = getattr(lm.config, "layer_types", None) or ["of unknown types"]
         raise UsageError(
-            f"{type(lm).__name__} does not compute the records or rounds of one row independently: hidden states "
-            f"differ by {difference:.1e} of their maximum from those computed alone. Not all of its layers "
-            f"({', '.join(sorted(set(kinds)))}) are plain causal attention. Set {way_out}."
+            f"{type(lm).__name__} {problem}: the results differ by {difference:.1e} of their maximum. Its layers are "
+            f"{', '.join(sorted(set(kinds)))}. {way_out}."
         )
+
+
+def _embedded(lm: PreTrainedModel, _: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """float[1, L, E] of embeddings, and of the tokens that they belong to."""
+    tokens = torch.arange(_TOKENS)[None]
+    return _hidden(lm, inputs_embeds=lm.get_input_embeddings()(tokens)), _hidden(lm, input_ids=tokens)
+
+
+def _right_padded(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """float[1, L, E] of the records, padded as in training, and of each alone."""
+    rows = pad_sequence([record[0] for record in records], batch_first=True)
+    together = _hidden(lm, inputs_embeds=rows)
+    alone = [_hidden(lm, inputs_embeds=record)[0] for record in records]
+    return torch.cat([row[: len(own)] for row, own in zip(together, alone, strict=True)])[None], torch.cat(alone)[None]
+
+
+def _left_padded(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """float[1, L, E] of the records, padded as in evaluation, and of each alone."""
+    together = _hidden(lm, **_on_the_left(records))
+    alone = [_hidden(lm, inputs_embeds=record)[0] for record in records]
+    found = [row[-len(own) :] for row, own in zip(together, alone, strict=True)]
+    return torch.cat(found)[None], torch.cat(alone)[None]
+
+
+def _cached(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """float[B, tokens, V] of greedy answers to padded prompts, and of prompts and answers in one forward pass."""
+    given = _on_the_left(records)
+    prompts = {"inputs_embeds": given["inputs_embeds"], "attention_mask": given["attention_mask"].long()}
+    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
+    output = cast(Any, lm).generate(**prompts, **options, max_new_tokens=_ANSWER)
+    answers = lm.get_input_embeddings()(output.sequences[:, : _ANSWER - 1])
+    whole = _on_the_left([torch.cat(pair, dim=1) for pair in zip(records, answers[:, None], strict=True)])
+    return torch.stack(output.logits, dim=1), lm(**whole, use_cache=False).logits[:, -_ANSWER:]
+
+
+def _on_the_left(records: list[Tensor]) -> dict[str, Tensor]:
+    """One batch of records float[1, L, E], padded before them."""
+    rows = pad_sequence([record[0] for record in records], batch_first=True, padding_side="left")
+    positions = torch.stack([torch.arange(rows.shape[1]) - rows.shape[1] + record.shape[1] for record in records])
+    return {"inputs_embeds": rows, "attention_mask": positions >= 0, "position_ids": positions.clamp(min=0)}
 
 
 def _packed(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -109,25 +165,29 @@ def _first_layers(lm: PreTrainedModel, longest: int) -> PreTrainedModel:
     for name in ("sliding_window", "attention_chunk_size"):
         if (getattr(config, name, None) or longest) < longest:
             setattr(config, name, _WINDOW)
+    for name in vars(config).copy():
+        if name.startswith("vocab_size"):
+            setattr(config, name, _TOKENS)
+        elif name.endswith("_token_id"):
+            setattr(config, name, None)
     with torch.device("meta"):
         small = type(lm)(config).eval()
     layers = decoder_layers(small)
     kinds = getattr(config, "layer_types", None) or [_kind(layer) for layer in layers]
     depth = max(kinds.index(kind) for kind in kinds) + 1
     del layers[depth:]
-    body = decoder(small)
-    table = small.get_input_embeddings()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        for module in body.modules():
-            if module is not table:  # not needed: the inputs are embeddings
-                module.to_empty(device=_CPU, recurse=False)
-        for tensor in (*body.parameters(), *body.buffers()):
+        small.to_empty(device=_CPU)
+        for tensor in (*small.parameters(), *small.buffers()):
             if tensor.is_floating_point():
                 tensor.normal_(std=0.1)
             else:
                 tensor.zero_()
-        body.apply(small._init_weights)
+        body = cast(PreTrainedModel, decoder(small))
+        body.apply(body._init_weights)
+        for parameter in small.parameters():
+            parameter += torch.randn_like(parameter) / 10  # a scale that begins at zero would hide what it scales
     return small
 
 

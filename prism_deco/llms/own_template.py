@@ -26,7 +26,7 @@ _PRELUDE = """\
 {%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}
 """
 # Unicode reserves these noncharacters for internal use.
-_BEGIN, _END = "\ufdd1", "\ufdd2"
+_BEGIN, _END = "\ufdd2", "\ufdd3"
 _MARKS = re.compile(f"[{_BEGIN}{_END}]")
 _SYSTEM = {"role": "system", "content": "Be brief."}
 _TALK = [

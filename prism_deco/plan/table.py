@@ -51,7 +51,7 @@ class PlanTable:
             columns.pop()
         yield self._table(columns)
         left_out = [column for column in COLUMNS if column not in columns]
-        notes = [f"Terminal too narrow for {', '.join(left_out)}: --json has everything."] if left_out else []
+        notes = [f"Terminal too narrow for {', '.join(left_out)}: --json has all columns."] if left_out else []
         # Not as markup: brackets may be those of a path.
         yield Text("\n".join([*notes, *_notes(self._plans)]), "table.caption")
 

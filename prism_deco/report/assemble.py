@@ -18,7 +18,7 @@ from prism_deco.report.grid import ScoreTable
 from prism_deco.report.page import PageSection, document, render
 from prism_deco.report.paired_tests import BASE, Difference, difference_records, paired_differences
 from prism_deco.report.plotting import Figure
-from prism_deco.report.recipe_diff import override_sentences
+from prism_deco.report.recipe_diff import settings_records, settings_table
 from prism_deco.report.tabular import Table, comma_separated
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,8 @@ def write_report(
     folders: Sequence[Path], out: Path | None = None, *, split: str | None = None, mixed: bool = False
 ) -> tuple[Path, list[Table]]:
     """Writes `report.html`, `report.md` with its `figures/`, and `scores.csv`, `run_scores.csv`, `differences.csv` and
-    `cells.csv`; `readings.csv` where benchmarks have secondary metrics.
+    `cells.csv`; `readings.csv` where benchmarks have secondary metrics, and `settings.csv` where cells of the paper's
+    tables have other settings than the authors'.
 
     Args:
         folders: sweep folders or run folders.
@@ -86,7 +87,12 @@ def _csv_files(
         "cells.csv": comma_separated(status_tables.cell_records(cells)),
         "run_scores.csv": comma_separated(status_tables.run_records(cells, split)),
     }
-    return files | ({"readings.csv": comma_separated(secondary)} if secondary else {})
+    settings = [
+        record for table in score_tables if table.table for record in settings_records(table.cells, table.table)
+    ]
+    for name, records in {"readings.csv": secondary, "settings.csv": settings}.items():
+        files |= {name: comma_separated(records)} if records else {}
+    return files
 
 
 def write_files(out: Path, files: Mapping[str, str | bytes]) -> None:
@@ -183,8 +189,7 @@ def _score_section(table: ScoreTable, differences: Sequence[Difference], spannin
     ]
     drawn = [curves, *spanning, figures.mean_figure(table)]
     if table.table:
-        cells = [cell for group in table.groups for cell in group.cells]
-        warnings += [f"Other settings: {line}" for line in override_sentences(cells)]
+        shown.append(settings_table(table.cells, table.table))
     return PageSection(
         tables=[one for one in shown if one is not None],
         figures=[figure for figure in drawn if figure is not None],

@@ -86,6 +86,10 @@ class ScoreTable:
         return [row.group for row in self.rows if row.group is not None]
 
     @property
+    def cells(self) -> list[RunCell]:
+        return [cell for group in self.groups for cell in group.cells]
+
+    @property
     def has_mean(self) -> bool:
         """Whether the mean over benchmarks means something: all are percentages."""
         return len(self.benchmarks) > 1 and all(self.maximum(name) == 100 for name in self.benchmarks)

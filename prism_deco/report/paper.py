@@ -36,8 +36,43 @@ SPATIAL = (
 )
 """The tasks of Table 2: benchmark, metric, maximum. The average is over their percentages of the maximum (Honeybee)."""
 
-RECIPES = {1: "llava_v1_5_finetune", 3: "prism"}
-"""What the models of a table were trained with."""
+RECIPES = {1: ("llava_v1_5_finetune",), 3: ("deco", "prism")}
+"""What the models of a table may be trained with: that of the authors, or the one it was made from."""
+
+
+@dataclass(frozen=True)
+class Authors:
+    """How the models of a table were trained by its authors, as far as it is known.
+
+    Attributes:
+        overrides: what composes it here, with a cell's tower, projector and LLM.
+        devices: on which a global batch was shared.
+        packages: versions of the libraries.
+        seed: whether the seed is known; it is then this project's default.
+    """
+
+    overrides: tuple[str, ...]
+    devices: int
+    packages: Mapping[str, str]
+    seed: bool
+
+    @property
+    def recipe(self) -> str:
+        return self.overrides[0].removeprefix("recipe=")
+
+
+_DATA = ("data=llava_v1_5_mix665k", "trainer=fsdp")
+AUTHORS = {
+    # LLaVA-1.5's scripts.
+    1: Authors(("recipe=llava_v1_5_finetune", *_DATA, "llm.dtype=bfloat16"), 8, {"transformers": "4.37.2"}, seed=False),
+    # The launch scripts and the requirements of github.com/yaolinli/prismatic-vlms.
+    3: Authors(
+        ("recipe=deco", *_DATA, "trainer.reduce_dtype=bfloat16"),
+        2,
+        {"torch": "2.1.0", "transformers": "4.39.1", "open_clip_torch": "2.23.0", "timm": "0.9.10"},
+        seed=True,
+    ),
+}
 
 _BENCHMARKS = {"seed_image": "seed", "mme_perception": "mme"}
 _TOWERS = {
@@ -99,11 +134,11 @@ def scores(table: int) -> dict[tuple[str, str], Mapping[str, float]]:
 def setting(cell: RunCell, table: int) -> str | None:
     """The setting of a table that a cell belongs to, whatever its projector; None: it is not the paper's.
 
-    Tower, LLM, resolution, number of visual tokens and recipe must be the paper's. Data are not checked, and overrides
-    of the recipe's settings are named next to the table (see `recipe_diff`).
+    Tower, LLM, resolution, number of visual tokens and recipe must be the table's. Whatever else differs from the
+    authors' settings is named next to the table (see `recipe_diff`).
     """
     config = cell.config
-    if config is None or config.recipe.name != RECIPES[table]:
+    if config is None or config.recipe.name not in RECIPES[table]:
         return None
     # A compressing projector with as many tokens as the table's linear one is not of the table; one that does not
     # compress at all is the reference of any row.

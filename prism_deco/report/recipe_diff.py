@@ -1,63 +1,164 @@
-"""How the settings of a cell differ from those of the recipe by which a table of the paper knows it."""
+"""How the settings of a cell differ from those by which a table of the paper knows it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import importlib.metadata
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from prism_deco.config import choices, load_choice, load_config, value_text
+from prism_deco.config import choices, flat, load_choice, load_config, value_text
+from prism_deco.config.values import flatten
+from prism_deco.report import paper
 from prism_deco.report.cells import RunCell
+from prism_deco.report.tabular import Field, Table
 
-_IGNORED = {"name", "stages", "start_from", "num_tokens", "micro_batch_size", "packing", "max_logits"}
-"""Keys of a recipe that are checked by themselves, that tables show, or that do not change what is learned."""
+PASSES = "records per forward pass x devices"
+
+_LEFT_OUT = (
+    "backbone.name", "backbone.image_size", "backbone.weights", "backbone.file_gb",
+    "projector.name", "projector.num_tokens", "projector.weights",
+    "llm.name", "llm.weights", "llm.revision", "llm.tokenizer", "llm.attention", "llm.prompt_sets",
+    "recipe.stages", "recipe.start_from", "recipe.num_tokens", "recipe.micro_batch_size", "recipe.packing",
+    "recipe.max_logits",
+)  # fmt: skip
+"""Keys that tables show, that are compared by other means, or that do not change what is learned."""
+
+_OTHERS = ("data.name", "data.limit", "data.val_fraction", "data.draft_jpeg", "trainer.precision")
+"""Keys of the other groups that do."""
 
 
-def recipe_overrides(config: DictConfig) -> str:
-    """How a run differs from its recipe in what is learned, and from the paper's Q-Former; empty where it does not.
+class Departure(NamedTuple):
+    """A setting, its value, and that of the paper's authors."""
 
-    Keys that the run's configuration does not have, since it is of an earlier version, are no difference.
+    setting: str
+    ours: str
+    authors: str
+
+
+def departures(cell: RunCell, table: int) -> list[Departure]:
+    """How a cell differs from the authors' run of the same tower, projector and LLM, in what is learned.
+
+    Keys that the run's configuration does not have, since it is of an earlier version, are no difference; neither is a
+    value that follows from a reference to another key. Without a manifest the libraries are those of this environment.
 
     Args:
-        config: of a run with a shipped recipe.
+        table: the paper's, to which the cell belongs.
     """
-    name = str(config.recipe.name)
-    start = config.recipe.get("start_from")
-    default: Any = OmegaConf.to_container(_recipe(name), resolve=True)
-    own: Any = OmegaConf.to_container(config.recipe, resolve=True)
-    differing = []
-    for key, value in own.items():
-        if key in default and key not in _IGNORED:
-            ours, usual = (value_text(f"recipe.{key}", one) for one in (value, default[key]))
-            differing += [f"recipe.{key}={ours} (default {usual})"] if ours != usual else []
-    before = _stage_before(name)
-    if start and before is None:
-        differing.append(f"recipe.start_from={Path(start).name} (default null)")
-    found = [f"differs from recipe={name}: {'; '.join(differing)}"] if differing else []
-    if before is not None and not start:
-        found.append(f"no {before} stage (recipe.start_from)")
-    if config.projector.name == "qformer" and not config.projector.get("weights"):
-        found.append("Q-Former from random weights (the paper's starts from BLIP-2)")
-    return "; ".join(found)
+    config = cell.config
+    if config is None:
+        return []
+    authors = paper.AUTHORS[table]
+    ours = flat(config)
+    names = {group: str(config[group].name) for group in ("backbone", "projector", "llm")}
+    overrides = [f"{group}={name}" for group, name in names.items() if name in choices(group)]
+    theirs, references = _composed((*authors.overrides, *overrides))
+    if ours.get("recipe.prompt_set") != theirs.get("recipe.prompt_set"):  # which the LLM's format follows
+        own_set = f"recipe.prompt_set={value_text('recipe.prompt_set', ours.get('recipe.prompt_set'))}"
+        alike, _ = _composed((*authors.overrides, *overrides, own_set))
+        theirs = theirs | {key: value for key, value in alike.items() if key.startswith("llm.")}
+    sharded = config.trainer.get("strategy") == "fsdp"
+    others = (*_OTHERS, *(["trainer.reduce_dtype"] if sharded else []), *(["seed"] if authors.seed else []))
+    found = []
+    for key, value in ours.items():
+        compared = key in others or (key.startswith(("recipe.", "backbone.", "projector.", "llm.")))
+        if not compared or key in _LEFT_OUT or key not in theirs:
+            continue
+        expected = ours.get(references.get(key, ""), theirs[key])
+        if value != expected:
+            found.append(Departure(key.removesuffix(".name"), _shown(key, value), _shown(key, expected)))
+    found += _passes(cell, authors, theirs["recipe.micro_batch_size"])
+    found += _starts(cell, authors)
+    return found + _libraries(cell, authors)
 
 
-def override_sentences(cells: Iterable[RunCell]) -> list[str]:
-    """The overrides of cells, each with the names of all that have it."""
-    owners: dict[str, list[str]] = {}
-    for cell in cells:
-        text = recipe_overrides(cell.config) if cell.config is not None else ""
-        if text:
-            owners.setdefault(text, []).append(cell.id)
-    return [f"{', '.join(names)}: {text}." for text, names in owners.items()]
+def _passes(cell: RunCell, authors: paper.Authors, micro_batch_size: int) -> list[Departure]:
+    assert cell.config is not None
+    devices = cell.manifest.get("devices") or cell.config.trainer.get("devices", 1)
+    ours = f"{cell.config.recipe.micro_batch_size} x {devices if devices > 0 else 'all'}"
+    theirs = f"{micro_batch_size} x {authors.devices}"
+    return [Departure(PASSES, ours, theirs)] if ours != theirs else []
+
+
+def _starts(cell: RunCell, authors: paper.Authors) -> list[Departure]:
+    """From what the cell's training started."""
+    assert cell.config is not None
+    found = []
+    before = _stage_before(authors.recipe)
+    start = cell.config.recipe.get("start_from")
+    if bool(start) != bool(before):
+        theirs = f"a run of the stage {before}" if before else "null"
+        found.append(Departure("recipe.start_from", Path(start).name if start else "null", theirs))
+    projector = cell.config.projector
+    if projector.name == "qformer" and not projector.get("weights"):
+        found.append(Departure("projector.weights", "null", "BLIP-2's, or null with heads=64"))
+    return found
+
+
+def _libraries(cell: RunCell, authors: paper.Authors) -> list[Departure]:
+    installed: Mapping[str, str] = cell.manifest.get("packages") or {
+        name: importlib.metadata.version(name) for name in authors.packages
+    }
+    versions = {name: installed.get(name, "?").partition("+")[0] for name in authors.packages}
+    return [
+        Departure(name, versions[name], theirs) for name, theirs in authors.packages.items() if versions[name] != theirs
+    ]
+
+
+def settings_records(cells: Iterable[RunCell], table: int) -> list[dict[str, str]]:
+    """A record per cell and departure, for CSV."""
+    return [{"cell": cell.id, **departure._asdict()} for cell in cells for departure in departures(cell, table)]
+
+
+def settings_table(cells: Sequence[RunCell], table: int) -> Table | None:
+    """The departures of a table's cells, each with all that have it; None where there are none."""
+    known = [cell for cell in cells if cell.config is not None]
+    owners: dict[Departure, list[str]] = {}
+    for cell in known:
+        for departure in departures(cell, table):
+            owners.setdefault(departure, []).append(cell.id)
+    if not owners:
+        return None
+    rows = []
+    for departure, names in owners.items():
+        who = f"all {len(known)}" if len(names) == len(known) > 1 else ", ".join(names)
+        rows.append([*map(Field, departure), Field(who)])
+    caption = (
+        f"Compared with {' '.join(paper.AUTHORS[table].overrides)} on {paper.AUTHORS[table].devices} devices, composed "
+        "for each cell's tower, projector and LLM. Without a finished run, libraries are those of this environment."
+    )
+    return Table(
+        "Settings that are not the authors'", ["setting", "ours", "authors", "cells"], rows, caption, words=True
+    )
+
+
+def recipes(cells: Iterable[RunCell]) -> str:
+    """Which recipes ran, as a sentence."""
+    counts = Counter(str(cell.config.recipe.name) for cell in cells if cell.config is not None)
+    sizes = {name: f"{name} ({count} cell{'s' * (count > 1)})" for name, count in counts.items()}
+    return f"Recipe: {', '.join(sizes.values() if len(counts) > 1 else counts)}."
+
+
+def _shown(key: str, value: Any) -> str:
+    text = value_text(key, value)
+    return text if len(text) <= 60 else "another" if isinstance(value, str) else f"{text[:57]}..."
 
 
 @cache
-def _recipe(name: str) -> DictConfig:
-    return load_config([f"recipe={name}"]).recipe
+def _composed(overrides: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values by key, and of those that refer to another key, that key."""
+    config = load_config(overrides)
+    written: Any = OmegaConf.to_container(config, resolve=False)
+    found = {
+        key: re.fullmatch(r"\$\{(.+)\}", value) for key, value in flatten(written).items() if isinstance(value, str)
+    }
+    return flat(config), {key: match[1] for key, match in found.items() if match}
 
 
 @cache

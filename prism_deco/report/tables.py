@@ -9,6 +9,7 @@ from prism_deco.report import paper
 from prism_deco.report.cells import TRAIN_LOSS, VAL_LOSS, SeedGroup
 from prism_deco.report.grid import SECONDARY, ScoreRow, ScoreTable, paper_mean, secondary_values
 from prism_deco.report.paired_tests import BASE, MEAN, Difference
+from prism_deco.report.recipe_diff import recipes
 from prism_deco.report.stats import count_wins
 from prism_deco.report.tabular import MISSING, Field, Table, format_interval, format_number, under_headings
 
@@ -91,6 +92,7 @@ def _caption(table: ScoreTable) -> str:
         "Bold: ahead of all others of its row, with zero outside the intervals of the differences.",
     ]
     if table.table:
+        parts.append(recipes(table.cells))
         parts.append(
             "Then the paper's number, and Δ: ours minus the paper's. Where a benchmark has several metrics, the paper "
             "does not say which of them its number is."

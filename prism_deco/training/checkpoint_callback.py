@@ -63,7 +63,6 @@ class Checkpointing(Callback):
         self._preemption = preemption
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._preemption.claim()
         if self._resume is None:
             return
         module = cast(TrainingModule, pl_module)
@@ -85,6 +84,9 @@ class Checkpointing(Callback):
             run_validation(trainer)
         # It may also have ended before it removed the checkpoints that this one, or the newest best one, replaces.
         self._prune()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._preemption.claim()  # not earlier: Lightning installs its handlers after `on_fit_start`
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         module = cast(TrainingModule, pl_module)

@@ -99,7 +99,9 @@ def _train(
         data = Conversations(build_source(group(config, "data")), config, vlm, llm)
     _announce(config, target, world, vlm, data)
     if config.recipe.standardise_features and resume is None:
-        _fit_features(vlm, data, world)
+        # Rank 0 computes them for all: on another number of threads the others would round differently.
+        statistics = world.decide(partial(_feature_statistics, vlm, data, world.device))
+        vlm.feature_mean, vlm.feature_std = statistics
     if start is not None:
         start_from(start, config, vlm, llm)
     about = world.decide(lambda: provenance(config, vlm, llm, data, start, resume))
@@ -177,14 +179,10 @@ def _announce(config: DictConfig, target: RunTarget, world: World, vlm: VLM, dat
     )
 
 
-def _fit_features(vlm: VLM, data: Conversations, world: World) -> None:
-    """Rank 0 computes them for all: on another number of threads the others would round differently."""
-
-    def fit() -> tuple[Tensor | None, Tensor | None]:
-        vlm.fit_features(data.sample_pixels(FEATURE_STATISTICS_IMAGES), world.device)
-        return vlm.feature_mean, vlm.feature_std
-
-    vlm.feature_mean, vlm.feature_std = world.decide(fit)
+def _feature_statistics(vlm: VLM, data: Conversations, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Mean and standard deviation of each feature channel over some training images."""
+    vlm.fit_features(data.sample_pixels(FEATURE_STATISTICS_IMAGES), device)
+    return vlm.feature_mean, vlm.feature_std
 
 
 def _step_flops(config: DictConfig, caches: list[FeatureCache]) -> TrainingFlops | None:

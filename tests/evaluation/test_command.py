@@ -325,7 +325,7 @@ def test_a_sweep_hands_them_on(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if " train " in line]
     assert len(lines) == 2
     for line in lines:
-        keys = _scoring(load_config(shlex.split(line.partition(" train ")[2])))._own["textvqa"]
+        keys = _scoring(load_config(shlex.split(line.partition(" train ")[2]))).own["textvqa"]
         assert keys["root"] == "/data/textvqa"
         assert build_benchmark("textvqa", **keys).variants == ("prism", "plain")
 

@@ -208,7 +208,7 @@ def test_thoughts_are_off_and_unsupervised(llm_of):
 
 def test_images_and_marks_in_texts(llm_of):
     llm = llm_of(QWEN3, image_slot="in_place", tokenize="whole")
-    segments = llm.render(talk("a\ufdd1b <image>", "c\ufdd2d", "e\ufdd0f", "g"), 1)
+    segments = llm.render(talk("a\ufdd2b <image>", "c\ufdd3d", "e\ufdd0f", "g"), 1)
     assert [s.image for s in segments].index(True) == 2
     assert segments[3].text.startswith("\nab<|im_end|>")
     assert [s.text for s in segments if s.supervised] == ["cd<|im_end|>", "g<|im_end|>"]

@@ -60,7 +60,7 @@ def test_every_other_shipped_sweep_composes(name):
 def test_the_paper_s_grid_is_trained_and_scored_as_in_the_paper():
     for cell in _cells("generalization"):
         config = cell.config
-        assert (config.recipe.name, config.trainer.name, config.data.name) == ("prism", "fsdp", "llava_v1_5_mix665k")
+        assert (config.recipe.name, config.trainer.name, config.data.name) == ("deco", "fsdp", "llava_v1_5_mix665k")
         assert (config.evaluate.benchmarks, config.projector.num_tokens) == ("table3", 144)
 
 
@@ -165,7 +165,7 @@ def test_long_names_are_cut_but_stay_apart():
         (["mini", "generalization"], r"One sweep at a time"),
         ([], r"Nothing to sweep over.*projector=avgpool,c_abstractor.*generalization, mini"),
         (["llm=phi2"], r"Nothing to sweep over"),
-        (["projector=avgpool,", "llm=phi2"], r"there is an empty value"),
+        (["projector=avgpool,", "llm=phi2"], r"has an empty value"),
         (["mini", "llm=mini_phi"], r"llm distinguishes the rows of mini: select rows with row=NAME"),
         (["mini", "row=M4"], r"Unknown row 'M4'.*Choices: M1, M2, M3"),
         (["mini", "run_id=x"], r"run_id is made for each cell.*name=NAME"),

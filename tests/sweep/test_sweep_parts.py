@@ -97,7 +97,7 @@ def test_what_waits_says_so_and_parts_can_be_run_alone(sweep, tmp_path):
 def test_without_a_result_there_is_no_choice(sweep):
     yaml = YAML.replace("lr: [0.003, 0.006]", "lr: [0.006]").replace("[avgpool, maxpool]", "[maxpool]")
     yaml = yaml.replace("- {labels: {row: A}, settings: {projector: avgpool}}", "")
-    with pytest.raises(ValueError, match=r"compared-B-seed5 cannot choose recipe\.lr: of ladder-maxpool-lr0.006-seed0"):
+    with pytest.raises(ValueError, match=r"cannot choose recipe\.lr: none of ladder-maxpool-lr0.006-seed0"):
         sweep(yaml)
 
 
