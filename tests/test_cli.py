@@ -86,7 +86,7 @@ def test_the_version_is_that_of_the_package(capsys):
     assert done.value.code == 0
     assert capsys.readouterr().out == f"prism-deco {prism_deco.__version__}\n"
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert "version" not in pyproject["project"] and pyproject["project"]["dynamic"] == ["version"]
+    assert "version" not in pyproject["project"] and "version" in pyproject["project"]["dynamic"]
     assert pyproject["tool"]["hatch"]["version"]["path"] == "prism_deco/__init__.py"
 
 

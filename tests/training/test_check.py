@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from prism_deco.backbones.weights import check_tower_weights
+from prism_deco.build import group
 from prism_deco.cli import main
-from prism_deco.config import load_choice, load_config, save_config
+from prism_deco.config import load_config, save_config
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
 from prism_deco.llms.build import check_llm_weights
@@ -140,7 +141,7 @@ def test_weights_that_cannot_be_had_are_found():
     with pytest.raises(UsageError, match="clip_vit_l_336 needs the file model.safetensors .* could not be fetched"):
         check(load_config(["backbone=clip_vit_l_336"]), force=True)
     with pytest.raises(UsageError, match="weights of phi2 .* are not in the local Hugging Face cache and could not"):
-        check_llm_weights(read_spec(load_choice("llm", "phi2")))
+        check_llm_weights(read_spec(group(load_config(["llm=phi2"]), "llm")))
 
 
 def test_weights_on_the_hub_are_asked_for_and_not_downloaded(hub):
@@ -156,7 +157,7 @@ def test_weights_in_the_cache_are_found(monkeypatch, tmp_path):
     snapshot.mkdir(parents=True)
     refs = tmp_path / "models--microsoft--phi-2" / "refs"
     refs.mkdir()
-    spec = read_spec({**load_choice("llm", "phi2"), "revision": "main"})
+    spec = read_spec(group(load_config(["llm=phi2", "llm.revision=main"]), "llm"))
     (refs / "main").write_text("a" * 40)
     (snapshot / "config.json").touch()
     with pytest.raises(UsageError, match="weights of phi2"):
