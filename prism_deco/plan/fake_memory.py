@@ -11,10 +11,12 @@ import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import masking_utils
 
 from prism_deco.backbones import VisionBackbone
 from prism_deco.llms.layers import checkpoint_activations, decoder_layers
@@ -112,7 +114,9 @@ def _walk_language(
     vlm = _without_tower(lm, turn_mask, max_logits)
     vlm.train()
     checkpoint_activations(lm, setup.checkpointing)
-    with mode, without_data("LLM"):
+    # transformers reads from the positions whether a row holds several sequences; fake ones have no values.
+    one_sequence = patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    with mode, without_data("LLM"), one_sequence:
         batch, visual, places = _batch(lm, shape)
         with _autocast(setup), TensorMeter(lm) as meter:
             for number, layer in enumerate(decoder_layers(lm)):
