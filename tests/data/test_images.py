@@ -58,7 +58,7 @@ for read in (
         read()
     except (OSError, ValueError):
         pass
-    print((folder / "started").exists())
+    print((folder / "started").exists(), flush=True)
 """
 
 
