@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -155,8 +156,12 @@ def _load(spec: LLMSpec) -> PreTrainedModel:
 def _check_architecture(spec: LLMSpec, config: PretrainedConfig, path: Path) -> None:
     for key, value in (spec.architecture or {}).items():
         found = getattr(config, key, value)
-        # The vocabulary may have been resized, and nested values have several spellings.
-        if key != "vocab_size" and isinstance(value, int | float | str) and found != value:
+        if isinstance(value, float) and isinstance(found, float):
+            is_same = math.isclose(value, found, rel_tol=1e-6)  # GGUF files hold 32 bits
+        else:
+            # The vocabulary may have been resized, and nested values have several spellings.
+            is_same = key == "vocab_size" or not isinstance(value, int | float | str) or found == value
+        if not is_same:
             raise UsageError(f"The weights in {path} are not those of {spec.name}: {key} is {found}, not {value}.")
 
 

@@ -5,8 +5,10 @@ import os
 import pickle
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -214,6 +216,42 @@ from prism_deco.evaluation.gqa import GQA
 class Mine(GQA):
     pass
 """
+
+
+SLOW = """
+import time
+from prism_deco.evaluation.predictions import PredictionStore
+append = PredictionStore.append
+def slow(store, predictions):
+    append(store, predictions)
+    time.sleep(0.3)
+PredictionStore.append = slow
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on_to_the_same_files(run, files, tmp_path):
+    mine = _yaml(files.pope(), tmp_path / "mine")
+    (tmp_path / "slow.py").write_text(SLOW)
+    arguments = ["evaluate", str(run), f"benchmark={mine}", "max_new_tokens=4", "batch_size=2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    command = [sys.executable, "-m", "prism_deco.cli", *arguments]
+    results = run / "eval/mine"
+    killed = subprocess.Popen([*command, "plugins=[slow]"], env=environment)
+    deadline = time.monotonic() + 200
+    while sum(path.read_text().count("\n") for path in results.glob("predictions*.jsonl")) < 4:
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    answered = sum(path.read_text().count("\n") for path in results.glob("predictions*.jsonl"))
+    assert 4 <= answered < 16 and not (results / "metrics.json").exists()
+    subprocess.run(command, env=environment, check=True)
+    went_on = {path.name: path.read_bytes() for path in results.iterdir()}
+    shutil.rmtree(results)
+    subprocess.run(command, env=environment, check=True)
+    assert {path.name: path.read_bytes() for path in results.iterdir()} == went_on
+    assert went_on["predictions.jsonl"].count(b"\n") == 16
 
 
 def test_a_plug_in_that_the_run_was_trained_without(run, files, tmp_path, monkeypatch, capsys):
