@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
-from prism_deco.config import parse_value, read_config
+from prism_deco.config import load_choice, parse_value, read_config
 from prism_deco.config.choices import benchmark_name, group_keys, resolve_asks, resolve_benchmarks, results_name
 from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
@@ -186,13 +186,17 @@ def _show_in_tensorboard(run: Path, scores: Mapping[str, Any], step: int) -> Non
 
 
 def _blind(config: DictConfig, benchmarks: Iterable[Benchmark]) -> dict[str, float]:
-    """Recorded scores of a model trained with these settings but without images, by benchmark."""
+    """Recorded scores of a model trained with these settings but without images, by benchmark: where it is asked in the
+    variant that was recorded, the first one of its YAML."""
     from prism_deco.report.baselines import blind_scores
 
     found = {}
     for benchmark in benchmarks:
         scores = blind_scores(config, benchmark.split or "own") or {}
-        if benchmark.name in scores:
+        if benchmark.name not in scores:
+            continue
+        recorded = load_choice("benchmark", benchmark.name).get("variants") or benchmark.variants
+        if recorded[0] == benchmark.variants[0]:
             found[benchmark.name] = scores[benchmark.name]
     return found
 

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams.backend_context import Context as HParams
 
 from prism_deco.cli import main
+from prism_deco.commands.evaluate import _blind
 from prism_deco.commands.train import _scoring
 from prism_deco.config import load_config, read_config, save_config
 from prism_deco.distributed import World
@@ -481,3 +483,9 @@ def test_a_run_that_is_done_is_scored_on_what_is_newly_asked(run, colors, files,
     (run / "explain/other/metrics.json").rename(run / "explain/metrics.json")  # as runs once had it
     assert main(both) == 0
     assert "is complete. Use run_id=NAME" in caplog.text
+
+
+@pytest.mark.parametrize(("variant", "known"), [("likelihood", True), ("generate", False)])
+def test_a_blind_score_stands_beside_the_variant_it_was_recorded_in(variant, known):
+    asked = SimpleNamespace(name="mini_pope", split="val", variants=[variant])
+    assert ("mini_pope" in _blind(load_config([]), [asked])) == known
