@@ -141,7 +141,8 @@ def group_keys(names: str | Iterable[str]) -> dict[str, dict[str, Any]]:
 def _split(names: str | Iterable[str]) -> list[str]:
     if not isinstance(names, str):
         return list(names)
-    return [name.strip() for name in names.strip("[] ").split(",") if name.strip()]
+    found = [name.strip(" '\"") for name in names.strip("[] ").split(",")]
+    return [name for name in found if name]
 
 
 def benchmark_name(choice: str) -> str:
@@ -163,5 +164,4 @@ def results_name(choice: str, split: str | None = None, ask: str = AS_TRAINED) -
 
 def resolve_asks(names: str) -> list[str]:
     """The ways to ask of `evaluate.ask`, each once, in order."""
-    asks = [name.strip() for name in names.split(",") if name.strip()]
-    return list(dict.fromkeys(asks)) or [AS_TRAINED]
+    return list(dict.fromkeys(_split(names))) or [AS_TRAINED]

@@ -19,7 +19,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, GrammarParseE
 from prism_deco.config.choices import choices, load_choice
 from prism_deco.config.fields import Range
 from prism_deco.config.registry import unknown
-from prism_deco.config.schema import GROUPS, SAMPLER, STATISTICS, Config
+from prism_deco.config.schema import GROUPS, NAME_LISTS, SAMPLER, STATISTICS, Config
 from prism_deco.config.values import RETIRED, allowed, flatten, is_text_key, type_text, value_text
 from prism_deco.errors import UsageError
 
@@ -71,6 +71,8 @@ def set_key(config: DictConfig, key: str, value: Any, origin: str = "") -> None:
     Raises:
         UsageError: an unknown key (with the nearest ones), a value of a wrong type, or a malformed reference (`${`).
     """
+    if key in NAME_LISTS and isinstance(value, list):
+        value = ",".join(map(str, value))
     try:
         OmegaConf.update(config, key, value)
     except OmegaConfBaseException as error:
@@ -185,7 +187,7 @@ def _expected(config: DictConfig, key: str) -> str:
         if key == "benchmark":
             return "set key by key, for example benchmark.pope.root=FOLDER; evaluate.benchmarks=NAME chooses benchmarks"
         return f"set key by key, for example {key}.{next(iter(node[leaf]))}=NAME"
-    return type_text(annotation)
+    return "names separated by commas such as a,b" if key in NAME_LISTS else type_text(annotation)
 
 
 def _unknown_key(config: DictConfig, key: str, origin: str) -> UsageError:

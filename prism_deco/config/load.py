@@ -155,6 +155,8 @@ def _read(overrides: Iterable[str]) -> _Arguments:
     for override in overrides:
         if "=" not in override and override.endswith(YAML_SUFFIXES):
             files.append(Path(override))
+        elif (Path(override) / CONFIG).is_file():
+            raise UsageError(f"{override} is a run's folder: name its configuration, {Path(override) / CONFIG}.")
         else:
             pairs.append(split_pair(override))
     arguments = _Arguments()
@@ -177,7 +179,10 @@ def _read(overrides: Iterable[str]) -> _Arguments:
 
 def _add_file(arguments: _Arguments, file: Path) -> None:
     """Adds a YAML of the user's own. A group is the name of a choice, or settings, among which `name` is the choice."""
-    for key, value in read_yaml(file).items():
+    content = read_yaml(file)
+    if {"axes", "rows", "parts"} & content.keys():
+        raise UsageError(f"{file} is a sweep's: `prism-deco sweep {file}` trains its cells.")
+    for key, value in content.items():
         settings = {key: value}
         if key in GROUPS:
             if isinstance(value, list):

@@ -42,6 +42,8 @@ STATISTICS = (
     "longest_supervised_tokens",
 )  # fmt: skip
 """Keys of `data.statistics`."""
+NAME_LISTS = ("evaluate.benchmarks", "evaluate.ask")
+"""Keys that hold names separated by commas. A YAML may list them."""
 GROUPS = ("backbone", "projector", "llm", "data", "recipe", "trainer")
 """Groups that a choice, a YAML of `conf/<group>`, fills."""
 

@@ -56,6 +56,7 @@ def published(root: str | None, json: str, image_root: str, **_: Any) -> Source:
 
 def _check_readable(key: str, path: Path, kind: str) -> None:
     """`UsageError` names the key of a path that is no file, or no folder, that can be read."""
+    wanted = "the folder below which the images lie" if kind == "folder" else "a JSON or JSON Lines file"
     try:
         if kind == "folder":
             os.scandir(path).close()
@@ -64,4 +65,4 @@ def _check_readable(key: str, path: Path, kind: str) -> None:
     except FileNotFoundError as error:
         raise UsageError(f"{key}={path}: there is no such {kind}.") from error
     except OSError as error:
-        raise UsageError(f"{key}={path} cannot be read as a {kind} ({error.strerror}).") from error
+        raise UsageError(f"{key}={path} cannot be read as a {kind} ({error.strerror}): name {wanted}.") from error

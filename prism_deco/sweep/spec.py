@@ -12,7 +12,7 @@ from typing import Any
 from prism_deco.config import GROUPS, choices, is_free, load_choice, parse_value, read_yaml
 from prism_deco.config.choices import YAML_SUFFIXES
 from prism_deco.config.registry import unknown
-from prism_deco.config.schema import Config
+from prism_deco.config.schema import NAME_LISTS, Config
 from prism_deco.errors import UsageError
 
 LAUNCHERS = ("local", "slurm")
@@ -31,9 +31,6 @@ SLURM_NOT_TEXT = (
     "additional_parameters", "srun_args", "use_srun",
 )  # fmt: skip
 """submitit's options that YAML reads: numbers, switches and lists. The others are text: an account may be 007."""
-
-LISTS = ("evaluate.benchmarks", "evaluate.ask")
-"""Their commas make one list: two cells that differ only in their scoring would be one training done twice."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def is_sweep(arguments: Iterable[str]) -> bool:
     """Whether arguments describe several runs: by the name or the YAML of a sweep, or by several values of a key."""
     for argument in arguments:
         key, equals, text = argument.partition("=")
-        if equals and key not in LISTS and len(split_values(text)) > 1:
+        if equals and key not in NAME_LISTS and len(split_values(text)) > 1:
             return True
         if not equals and not (argument.endswith(YAML_SUFFIXES) and _is_configuration(Path(argument))):
             return True
@@ -162,7 +159,8 @@ def split_values(text: str) -> list[str]:
 
 
 def _set(spec: Spec, key: str, text: str) -> None:
-    values = [text] if key in LISTS else split_values(text)
+    # Two cells that differ only in their scoring would be one training done twice.
+    values = [text] if key in NAME_LISTS else split_values(text)
     if "" in values and len(values) > 1:
         raise UsageError(f"{key}={text} has an empty value between commas.")
     rows = [row for grid in spec.grids for row in grid.rows]
@@ -193,6 +191,12 @@ def _set(spec: Spec, key: str, text: str) -> None:
 
 def _load(name: str) -> Spec:
     content = load_choice("sweep", name)
+    own = content.keys() - {"name"}
+    if own and own <= Config.__dataclass_fields__.keys():
+        raise UsageError(
+            f"{name} configures one run, which `prism-deco train {name}` trains. The YAML of a sweep has `axes` or "
+            "`rows`, and what its cells share under `settings`."
+        )
     _check_keys(f"key of the sweep {name}", content, KEYS)
     parts: Mapping[str, Any] = content.get("parts") or {}
     if parts and (content.get("rows") or content.get("axes")):

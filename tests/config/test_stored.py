@@ -18,6 +18,7 @@ from prism_deco.config import (
     value_origins,
     value_text,
 )
+from prism_deco.config.choices import resolve_asks, resolve_benchmarks
 from prism_deco.stages import split
 
 
@@ -109,6 +110,32 @@ def test_a_yaml_of_ones_own_names_choices_and_settings(tmp_path):
     assert [stage.name for stage in split([str(path), f"runs_dir={tmp_path}"])] == ["align", "finetune"]
 
 
+def test_a_run_s_folder_leads_to_its_configuration(tmp_path):
+    path, _ = _stored(tmp_path / "run")
+    with pytest.raises(ValueError, match=f"run is a run's folder: name its configuration, {path}"):
+        load_config([str(tmp_path / "run")])
+
+
+def test_lists_of_names_are_the_same_in_brackets_in_quotes_and_in_a_yaml(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("evaluate:\n  benchmarks: [mini_pope, mini_gqa]\n  ask: [as_trained, other]\n")
+    given = ["evaluate.benchmarks=['mini_pope', \"mini_gqa\"]", "evaluate.ask=[as_trained, other]"]
+    for arguments in ([str(path)], given):
+        config = load_config(arguments).evaluate
+        assert resolve_benchmarks(config.benchmarks) == ["mini_pope", "mini_gqa"]
+        assert resolve_asks(config.ask) == ["as_trained", "other"]
+    path.write_text("evaluate: {benchmarks: [mini_poep]}\n")
+    with pytest.raises(ValueError, match="Did you mean 'mini_pope'"):
+        resolve_benchmarks(load_config([str(path)]).evaluate.benchmarks)
+
+
+def test_the_way_to_write_names_is_said(tmp_path):
+    path, _ = _stored(tmp_path, "evaluate.benchmarks=mini")
+    path.write_text(path.read_text().replace("benchmarks: mini", "benchmarks: [mini_pope]"))
+    with pytest.raises(ValueError, match="must be names separated by commas such as a,b"):
+        load_config([str(path)])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -121,6 +148,7 @@ def test_a_yaml_of_ones_own_names_choices_and_settings(tmp_path):
         ("recipe: 3\n", "Unknown recipe '3'"),
         ("recipe: [a]\n", r"mine\.yaml: recipe must be the name of a choice, or settings"),
         ("seed: -1\n", "seed=-1 must be at least 0"),
+        ("axes: {seed: [1, 2]}\n", r"mine\.yaml is a sweep's: `prism-deco sweep .*mine\.yaml` trains its cells"),
     ],
 )
 def test_mistakes_in_a_yaml_of_ones_own_are_named(content, message, tmp_path):

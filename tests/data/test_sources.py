@@ -21,13 +21,21 @@ def files(tmp_path, monkeypatch):
     ("family", "options", "message"),
     [
         ("llava", {"json": "b.json"}, "data.json=b.json: there is no such file"),
-        ("llava", {"json": "images"}, r"data.json=images cannot be read as a file \(Is a directory\)"),
+        (
+            "llava",
+            {"json": "images"},
+            r"data.json=images cannot be read as a file \(Is a directory\): name a JSON",
+        ),
         ("llava", {"json": "a.json/b.json"}, r"data.json=a.json/b.json cannot be read as a file \(Not a directory\)"),
         ("llava", {"json": LONG}, r"data.json=x+ cannot be read as a file \(File name too long\)"),
         ("llava", {"val_json": "images"}, "data.val_json=images cannot be read as a file"),
         ("llava", {"val_json": LONG}, "data.val_json=x+ cannot be read"),
         ("llava", {"image_root": "b"}, "data.image_root=b: there is no such folder"),
-        ("llava", {"image_root": "a.json"}, r"data.image_root=a.json cannot be read as a folder \(Not a directory\)"),
+        (
+            "llava",
+            {"image_root": "a.json"},
+            r"data.image_root=a.json cannot be read as a folder.*: name the folder",
+        ),
         ("llava", {"image_root": LONG}, r"data.image_root=x+ cannot be read as a folder \(File name too long\)"),
         ("embedded", {"path": "a.json"}, "data.path=a.json: there is no .parquet.*data=llava data.json=FILE"),
         ("embedded", {"path": LONG}, "data.path=x+ cannot be read"),

@@ -4,7 +4,9 @@ import functools
 
 import pytest
 
-from prism_deco.config import choices, is_free
+from prism_deco.cli import main
+from prism_deco.config import choices, is_free, load_config, save_config
+from prism_deco.config.choices import resolve_benchmarks
 from prism_deco.sweep import expand, parse
 from prism_deco.sweep.spec import split_values
 
@@ -133,6 +135,23 @@ def test_lists_are_values_and_a_list_of_benchmarks_is_no_axis():
     assert cells[0].config.evaluate.benchmarks == "mini_pope,mini_gqa"
 
 
+def test_a_sweep_s_yaml_may_list_benchmarks(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("settings:\n  evaluate.benchmarks: [mini_pope, mini_gqa]\naxes: {seed: [1, 2]}\n")
+    cells = expand(parse([str(path)]))
+    assert len(cells) == 2
+    for cell in cells:
+        assert resolve_benchmarks(cell.config.evaluate.benchmarks) == ["mini_pope", "mini_gqa"]
+        assert resolve_benchmarks(load_config(cell.overrides).evaluate.benchmarks) == ["mini_pope", "mini_gqa"]
+
+
+def test_a_run_s_configuration_is_no_sweep(tmp_path, capsys):
+    save_config(load_config(), tmp_path / "config.yaml")
+    assert main(["sweep", str(tmp_path / "config.yaml")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"`prism-deco train {tmp_path / 'config.yaml'}`" in said and "Unknown key" not in said
+
+
 def test_a_yaml_of_the_user_s_own_is_a_sweep_and_a_choice(tmp_path):
     (tmp_path / "gentle.yaml").write_text("lr: 1e-6\n")
     (tmp_path / "mine.yaml").write_text(
@@ -205,6 +224,7 @@ def test_unknown_keys_of_a_sweep_s_yaml_are_errors(tmp_path):
         ("rows: [a]\n", r"Expected KEY: VALUE pairs, each a key of .*; found 'a'"),
         ("rows: [{settings: [seed=1]}]\n", "'settings' must hold KEY: VALUE pairs"),
         ("axes: {seed: 3}\n", "'axes': seed must hold a list, not 3"),
+        ("recipe: mini\nseed: 3\n", r"mine.yaml configures one run, which `prism-deco train .*mine.yaml` trains"),
         ("parts: {a: [seed=1]}\n", r"Expected KEY: VALUE pairs, each a key of .*; found \['seed=1'\]"),
     ],
 )
