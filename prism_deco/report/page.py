@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,6 +107,10 @@ class _PageRenderer(RendererHTML):
 
     def table_close(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
         return "</table></div>\n"
+
+    def text(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
+        # An interval stays on one line, as a word does.
+        return re.sub(r"(?<=\d) to (?=[+-]?\d)", "\u00a0to\u00a0", super().text(tokens, idx, options, env))
 
     def image(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
         # As an image each figure is a document of its own: ids in one do not meet those in another.

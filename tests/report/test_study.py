@@ -358,6 +358,28 @@ def test_the_page_of_a_study_in_a_browser(page):
     assert abs(np.median(framed[4, 20:-20]) - np.median(framed)) < 20, "the frame is as bright as the figure"
 
 
+BROKEN = """
+const broken = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) {
+  const node = walker.currentNode;
+  if (!node.parentElement.closest('table')) continue;
+  for (const found of node.data.matchAll(/[\\w.]+|[-+\\d.]+\\sto\\s[-+\\d.]+/g)) {
+    const range = document.createRange();
+    range.setStart(node, found.index);
+    range.setEnd(node, found.index + found[0].length);
+    if (new Set(Array.from(range.getClientRects(), box => box.top)).size > 1) broken.push(found[0]);
+  }
+}
+return broken;
+"""
+
+
+def test_no_word_and_no_interval_of_a_table_is_broken(page):
+    browser, _, _ = page
+    assert "to" in browser.find_element("css selector", "#section-1 em").text
+    assert browser.execute_script(BROKEN) == []
+
+
 def test_wide_tables_show_that_they_scroll_and_keep_their_first_column(page):
     browser, width, _ = page
     region = browser.find_element("css selector", "#section-2 .scroll")
