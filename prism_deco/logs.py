@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 _USELESS = "No pretrained weights"
 """What warnings of open_clip and timm begin with: weights are read after the architecture is built."""
 
+_REPETITIVE = ("huggingface_hub.utils._http", "huggingface_hub.file_download", "huggingface_hub._snapshot_download")
+"""Loggers that say the same of every attempt and every file."""
+
 
 def configure_logging(*, debug: bool) -> None:
     """Sends log records to stderr: this package's from INFO on, warnings of the libraries; errors alone on other ranks
@@ -30,6 +33,9 @@ def configure_logging(*, debug: bool) -> None:
         form, date = f"%(asctime)s %(levelname)s {'%(name)s:%(lineno)d ' if debug else ''}%(message)s", "%Y-%m-%d %X"
     if not debug:
         handler.addFilter(_concerns_the_user)
+        said: set[str] = set()
+        for name in _REPETITIVE:
+            logging.getLogger(name).addFilter(lambda record: _is_new(record, said))
         # Deprecations between the libraries themselves.
         warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|torch)\.")
     for name in ("lightning_fabric", "pytorch_lightning"):  # imported before, they have handlers of their own
@@ -60,6 +66,13 @@ def _concerns_the_user(record: logging.LogRecord) -> bool:
     own_handler = record.name.startswith(("huggingface_hub", "transformers"))
     # Below are Lightning's hardware report and product tips.
     return record.levelno >= logging.WARNING and not own_handler and not record.getMessage().startswith(_USELESS)
+
+
+def _is_new(record: logging.LogRecord, said: set[str]) -> bool:
+    message = record.getMessage()
+    was_said = message in said
+    said.add(message)
+    return not was_said
 
 
 def _hide_progress_bars() -> None:

@@ -15,6 +15,7 @@ import open_clip, pytorch_lightning
 open_clip.create_model("ViT-B-32", load_weights=False, cache_dir="/nowhere", device="meta")
 logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward from kernels: why")
 logging.getLogger("huggingface_hub.file_download").warning("hub is slow")
+logging.getLogger("huggingface_hub.file_download").warning("hub is slow")
 logging.getLogger("transformers.modeling").warning("odd weights")
 logging.getLogger("pytorch_lightning").info("GPU available: False")
 logging.getLogger("some_library").warning("disk is slow")

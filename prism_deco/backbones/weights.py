@@ -80,9 +80,11 @@ def locate(
         log.info("%s: fetching %s%s from https://huggingface.co/%s", name, file, size, hub)
         return Path(hf_hub_download(hub, file))
     except (OSError, HfHubHTTPError) as error:
+        # The lines after the first advise on options of another library.
+        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
             f"{name} needs the file {file}{size} of https://huggingface.co/{hub}: it is not in the local cache and "
-            f"could not be fetched ({type(error).__name__}). {way_out}"
+            f"could not be fetched ({reason}). {way_out}"
         ) from error
 
 
