@@ -97,11 +97,13 @@ def _checked_examples(data: Conversations, llm: LanguageModel) -> list[Example]:
     examples = []
     for index in indices:
         example = data.train_examples[index]
-        if not example.bad_images and not example.bad_record:
+        # With `recipe.long_questions=cut`, a question may leave its answer no room.
+        answers_cut = example.tokens_cut > 0 and all(label == IGNORE for label in example.encoded.labels)
+        if not (example.bad_images or example.bad_record or answers_cut):
             _check_labels(example.encoded, data.train_records[index], llm)
             examples.append(example)
     if not examples:
-        raise _failed("labels", f"none of {len(indices)} records has readable images")
+        raise _failed("labels", f"none of {len(indices)} records has readable images and room for an answer")
     return examples
 
 

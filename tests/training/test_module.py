@@ -12,6 +12,7 @@ from prism_deco.data.loader import Collate, Examples, Step
 from prism_deco.data.records import open_records
 from prism_deco.errors import UsageError
 from prism_deco.exits import NonFinite
+from prism_deco.llms import build_llm
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.optim import parameter_groups
 
@@ -86,6 +87,36 @@ def test_the_strict_loss_is_the_mean_of_the_micro_batches_means(tiny, examples):
     for name, parameter in vlm.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(got[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("choice", ["mini_qwen2", "mini_phi", "mini_llama"])
+@pytest.mark.parametrize("turn_mask", ["causal", "block"])
+def test_packed_records_with_images_behind_the_first_token_are_as_if_alone(tiny, colors, tmp_path, choice, turn_mask):
+    """The prompts of DeCo's authors: records begin with text, and a Qwen's header is supervised."""
+    vlm, _ = tiny(choice, turn_mask=turn_mask)
+    llm = build_llm(choice, prompt_set="deco", image_slot="after_first_token")
+    records = open_records(colors / "train.json", tmp_path)
+    examples = Examples(records, colors / "images", Encoder(llm, max_text_tokens=200), vlm.backbone.transform)
+    chosen = [examples[i] for i in (0, 8, 3, 1)]
+    block = turn_mask == "block"
+    packed = Collate(4, 2, restart_rounds=block, pack=True)(chosen)
+    assert [batch.lengths is not None for batch in packed.batches] == [True, True]
+    starts = [int(position) for batch in packed.batches for position in (batch.position_ids[0] == 0).nonzero()]
+    assert len(starts) == 4 and not any(batch.visual[0, 0] for batch in packed.batches)
+    assert packed.batches[1].visual[0, 1:5].all() and not packed.batches[1].visual[0, 5]
+
+    losses = []
+    for example in chosen:
+        [batch] = _in_double(Collate(4, 1, restart_rounds=block)([example])).batches
+        losses.append(vlm(batch))
+    (torch.stack([loss.total for loss in losses]).sum() / sum(loss.count for loss in losses)).backward()
+    together, _ = tiny(choice, turn_mask=turn_mask)
+    for batch, pair in zip(_in_double(packed).batches, (losses[:2], losses[2:]), strict=True):
+        torch.testing.assert_close(together(batch).total, pair[0].total + pair[1].total, atol=1e-9, rtol=1e-9)
+    _fit(together, packed, grad_clip=0.0, loss="token_mean")
+    for (name, alone), parameter in zip(vlm.named_parameters(), together.parameters(), strict=True):
+        if alone.requires_grad:
+            torch.testing.assert_close(parameter.grad, alone.grad, atol=1e-9, rtol=1e-7, msg=name)
 
 
 @pytest.mark.parametrize("order", ["ititt", "titi"])

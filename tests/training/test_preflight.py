@@ -13,6 +13,7 @@ from prism_deco.build import build_model, group
 from prism_deco.cli import main
 from prism_deco.config import load_config
 from prism_deco.data import build_source
+from prism_deco.errors import UsageError
 from prism_deco.sweep.launchers import train_command
 from prism_deco.sweep.ledger import LedgerEntry
 from prism_deco.training import model_folder
@@ -97,6 +98,24 @@ def test_the_losses_of_a_run_are_the_same_with_it_and_resuming_leaves_it_out(tra
     assert train(*more, "run_id=with", "trainer.preflight=true") == 0
     text = (tmp_path / "with" / "train.log").read_text()
     assert text.count("Preflight passed") == 1 and text.count("Training with") == 2
+
+
+def test_a_question_that_leaves_its_answer_no_room_is_passed_over(parts, colors, tmp_path, caplog):
+    """As the strict recipes cut it; a run in which every question does is refused."""
+    records = json.loads((colors / "train.json").read_text())
+    records[0]["conversations"][0]["value"] = "What colour is it? " * 20
+    path = tmp_path / "train.json"
+
+    def check(records):
+        path.write_text(json.dumps(records))
+        arguments = parts(f"data.json={path}", "recipe.long_questions=cut", "recipe.max_text_tokens=40")
+        with caplog.at_level("INFO"):
+            preflight(*arguments)
+
+    check(records)
+    assert "red40 is supervised" not in caplog.text and "red90 is supervised on ['red'" in caplog.text
+    with pytest.raises(UsageError, match="none of 1 records has readable images and room for an answer"):
+        check(records[:1])
 
 
 def _break_examples(data, monkeypatch, change) -> None:
