@@ -183,6 +183,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     plugins: Iterable[str] = (),
+    num_tokens: int | None = None,
 ) -> Model:
     """Loads a finished run or an export.
 
@@ -192,6 +193,8 @@ def load(
         dtype: casts the weights; None keeps them as they were saved (float32 master weights).
         plugins: modules to import first. Those that the run names are needed, but not imported unless they are named
             here (or imported already): the folder may be somebody else's.
+        num_tokens: visual tokens of an image, if others than in training: for `matryoshka`, and other projectors whose
+            weights do not depend on it.
 
     Raises:
         UsageError: the folder holds no finished model, its files do not fit together, it needs a plug-in that is not
@@ -201,7 +204,7 @@ def load(
     folder = Path(run)
     check_folder(folder)
     import_plugins(plugins)
-    vlm, llm, config = load_model(folder / "model" if (folder / "model").is_dir() else folder)
+    vlm, llm, config = load_model(folder / "model" if (folder / "model").is_dir() else folder, num_tokens)
     if dtype is not None:
         vlm.cast(dtype)
     return Model(vlm.to(device=target), llm, config)

@@ -29,6 +29,7 @@ class Batch:
         ids: names of the records, for error messages.
         lengths: positions of each sequence where all share one row (B is 1); None: a row each.
         left_padded: whether padding comes before the text, where causal attention would see it.
+        tokens_per_image: visual tokens M of each image; None: as many as the projector makes by itself.
     """
 
     input_ids: Tensor
@@ -41,6 +42,7 @@ class Batch:
     ids: tuple[str, ...] = ()
     lengths: tuple[int, ...] | None = None
     left_padded: bool = False
+    tokens_per_image: int | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
@@ -113,7 +115,14 @@ def build_batch(
         rounds[row, start : start + n] = text_rounds[before]
         position_ids[row, start : start + n] = _positions(rounds[row, start : start + n], restart_rounds)
     shared = lengths if pack else None
-    return Batch(input_ids, labels, visual, attention_mask, position_ids, rounds, pixels, tuple(ids), shared, left_pad)
+    return Batch(
+        *(input_ids, labels, visual, attention_mask, position_ids, rounds),
+        pixels=pixels,
+        ids=tuple(ids),
+        lengths=shared,
+        left_padded=left_pad,
+        tokens_per_image=tokens_per_image,
+    )
 
 
 def _text_positions(encoded: Encoded, tokens_per_image: int) -> Tensor:

@@ -140,9 +140,13 @@ class VLM(nn.Module):
         """Per tower float[I, 3, S, S] -> visual tokens float[I, M, E]."""
         return self.project(self.features(pixels))
 
-    def project(self, features: Tensor) -> Tensor:
-        """float[I, N, D] -> float[I, M, E]: the projector, and the options on its output."""
-        tokens = self.projector(features)
+    def project(self, features: Tensor, num_tokens: int | None = None) -> Tensor:
+        """float[I, N, D] -> float[I, M, E]: the projector, and the options on its output.
+
+        Args:
+            num_tokens: one of the projector's `scales`; None is the first.
+        """
+        tokens = self.projector(features, num_tokens)
         if self.token_scale is not None:
             tokens = tokens * self.token_scale
         return tokens * 0.0 if self.blind else tokens
@@ -157,7 +161,7 @@ class VLM(nn.Module):
         if visual is None and batch.pixels is not None:
             # Not by `visual_tokens`: to FSDP that is a forward pass of its own, behind which it gathers no layer ahead
             # of its turn.
-            visual = self.project(self.features(batch.pixels))
+            visual = self.project(self.features(batch.pixels), batch.tokens_per_image)
         if visual is None:
             needed = self.training or self.every_unit
             return self._touch_projector(embeddings) if needed else embeddings

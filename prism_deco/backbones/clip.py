@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import open_clip
@@ -35,7 +36,7 @@ class ClipBackbone(Tower):
     std = OPENAI_DATASET_STD
 
     @classmethod
-    def build_trunk(cls, model: str, image_size: int | None, layer: int) -> Trunk:
+    def build_trunk(cls, model: str, image_size: int | None, layers: Sequence[int]) -> Trunk:
         config = _config(model)
         vision = config["vision_cfg"] | {"image_size": image_size or cls.native_size(model)}
         if vision.get("patch_size"):
@@ -43,9 +44,9 @@ class ClipBackbone(Tower):
         visual = _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
         if isinstance(visual, TimmModel):
             # open_clip builds timm's trunks at their own size, whatever image_size says.
-            return timm_trunk(visual.trunk, model, vision["image_size"], layer)
+            return timm_trunk(visual.trunk, model, vision["image_size"], layers)
         check_class(visual, model, VisionTransformer)
-        return OpenClipTrunk(visual, layer)
+        return OpenClipTrunk(visual, layers)
 
     @classmethod
     def native_size(cls, model: str) -> int:

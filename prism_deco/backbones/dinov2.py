@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import timm
@@ -19,9 +20,9 @@ class Dinov2Backbone(Tower):
     """`model` is a timm model name; pixels are normalised as timm does for that model (ImageNet for DINOv2)."""
 
     @classmethod
-    def build_trunk(cls, model: str, image_size: int | None, layer: int) -> Trunk:
+    def build_trunk(cls, model: str, image_size: int | None, layers: Sequence[int]) -> Trunk:
         size = image_size or cls.native_size(model)
-        return timm_trunk(timm.create_model(model, pretrained=False, num_classes=0), model, size, layer)
+        return timm_trunk(timm.create_model(model, pretrained=False, num_classes=0), model, size, layers)
 
     @classmethod
     def native_size(cls, model: str) -> int:

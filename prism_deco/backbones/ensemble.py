@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from prism_deco.backbones.base import BACKBONES, VisionBackbone, build_backbone
@@ -27,6 +28,7 @@ class Ensemble(VisionBackbone):
         image_size: side of the input in pixels, for all towers; None keeps what each YAML says.
         grid: patches per side, for all towers: each sees the image at that many times its own patch size.
         layer: as for one tower, for all whose YAML names none.
+        extra_layers: as for one tower, for all of them. The towers' first layers come first, their last ones last.
         pretrained, resize, device: as for one tower, for all of them.
 
     Raises:
@@ -43,6 +45,7 @@ class Ensemble(VisionBackbone):
         image_size: int | None = None,
         grid: int | None = None,
         layer: int = -2,
+        extra_layers: Sequence[int] = (),
         resize: str = "letterbox",
         device: str | torch.device | None = None,
     ):
@@ -56,6 +59,7 @@ class Ensemble(VisionBackbone):
                 device=device,
                 image_size=grid * _patch_size(tower) if grid else image_size,
                 layer=load_choice("backbone", tower).get("layer", layer),
+                extra_layers=extra_layers,
                 resize=resize,
                 **({"weights": _weights_of(tower, weights)} if weights and pretrained else {}),
             )
@@ -64,6 +68,7 @@ class Ensemble(VisionBackbone):
         if not members:
             raise UsageError(f"The ensemble {name} has no towers: list at least one under `towers`.")
         self.members = nn.ModuleList(members)
+        self.layers = len(extra_layers) + 1
         self.towers = tuple(tower for member in members for tower in member.towers)
         if len(set(self.towers)) < len(self.towers):
             raise UsageError(f"The ensemble {name} lists a tower twice: {', '.join(self.towers)}.")
@@ -89,7 +94,8 @@ class Ensemble(VisionBackbone):
         return [block for member in self._backbones() for block in member.blocks]
 
     def features(self, pixels: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([member(pixels) for member in self._backbones()], dim=-1)
+        features = [rearrange(m(pixels), "b n (l d) -> b n l d", l=self.layers) for m in self._backbones()]
+        return torch.cat(features, dim=-1).flatten(start_dim=2)
 
     def _backbones(self) -> list[VisionBackbone]:
         return [member for member in self.members if isinstance(member, VisionBackbone)]

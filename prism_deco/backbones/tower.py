@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -32,6 +32,7 @@ class Tower(VisionBackbone):
         hub, file, file_gb: hub repository of the weights, the file in it, its size in GB.
         image_size: side of the input in pixels; None keeps the architecture's own.
         layer: block whose output is used; negative counts from the end.
+        extra_layers: further ones. The channels of all are concatenated, in the order of the blocks.
         resize: one of `transforms.STRATEGIES`.
         device: where the weights live; None is the CPU.
     """
@@ -51,6 +52,7 @@ class Tower(VisionBackbone):
         file_gb: float | None = None,
         image_size: int | None = None,
         layer: int = -2,
+        extra_layers: Sequence[int] = (),
         resize: str = "letterbox",
         device: str | torch.device | None = None,
     ):
@@ -59,7 +61,7 @@ class Tower(VisionBackbone):
         path = locate(name, weights, hub, file, file_gb) if pretrained else None
         # Shapes first, where weights will be read: neither random values nor unused blocks take memory then.
         with torch.device("meta" if path else device):
-            self.trunk = self.build_trunk(model, image_size, layer)
+            self.trunk = self.build_trunk(model, image_size, (*extra_layers, layer))
         self.towers = (name,)
         self.image_size = image_size or self.native_size(model)
         self.grid = self.trunk.grid
@@ -78,7 +80,7 @@ class Tower(VisionBackbone):
         self.freeze()
 
     @classmethod
-    def build_trunk(cls, model: str, image_size: int | None, layer: int) -> Trunk:
+    def build_trunk(cls, model: str, image_size: int | None, layers: Sequence[int]) -> Trunk:
         """The architecture without weights, on the current default device."""
         raise NotImplementedError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any, cast
 
 import open_clip.transformer
@@ -15,15 +16,15 @@ from prism_deco.errors import UsageError
 
 
 class Trunk(nn.Module):
-    """A vision transformer cut off after the block whose output is wanted.
+    """A vision transformer cut off after the last block whose output is wanted.
 
     Attributes:
         vit: the library's own module.
         depth: number of blocks before the cut.
-        tap: 0-based index of the block whose output is used; the last one left.
+        taps: 0-based indices of the blocks whose outputs are used, increasing; the last one is the last left.
         grid: patch grid (height, width).
         patch_size: side of a patch in pixels.
-        embed_dim: channels of a token.
+        embed_dim: channels of a token, of all taps together.
         prefix_positions: rows at the start of the position table that are not of patches (class token, registers).
     """
 
@@ -33,29 +34,33 @@ class Trunk(nn.Module):
     embed_dim: int
     prefix_positions: int
 
-    def __init__(self, vit: nn.Module, layer: int):
+    def __init__(self, vit: nn.Module, layers: Sequence[int]):
         super().__init__()
         self.vit = vit
         self.depth = len(self.blocks)
-        if not -self.depth <= layer < self.depth:
-            raise UsageError(
-                f"layer={layer} is outside this tower of {self.depth} blocks: "
-                f"choose {-self.depth} to {self.depth - 1} (-2 is the second-to-last)."
-            )
-        self.tap = layer % self.depth
-        # Final norm, pooling, head and the blocks after the tap go: never run, never in memory.
-        self.vit.prune_intermediate_layers([self.tap], prune_norm=True, prune_head=True)
+        for layer in layers:
+            if not -self.depth <= layer < self.depth:
+                raise UsageError(
+                    f"layer={layer} is outside this tower of {self.depth} blocks: "
+                    f"choose {-self.depth} to {self.depth - 1} (-2 is the second-to-last)."
+                )
+        self.taps = sorted({layer % self.depth for layer in layers})
+        if len(self.taps) < len(layers):
+            raise UsageError(f"layers={list(layers)} names a block twice: take it out of backbone.extra_layers.")
+        # Final norm, pooling, head and the blocks after the last tap go: never run, never in memory.
+        self.vit.prune_intermediate_layers([self.taps[-1]], prune_norm=True, prune_head=True)
 
     @property
     def blocks(self) -> list[nn.Module]:
         raise NotImplementedError
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """float[B, 3, S, S] -> float[B, N, D]: patch tokens after the tapped block, before any norm."""
+        """float[B, 3, S, S] -> float[B, N, D]: patch tokens after the tapped blocks, before any norm."""
         taken = self.vit.forward_intermediates(
-            pixels, indices=[self.tap], stop_early=True, output_fmt="NLC", intermediates_only=True
+            pixels, indices=self.taps, stop_early=True, output_fmt="NLC", intermediates_only=True
         )
-        return (taken["image_intermediates"] if isinstance(taken, dict) else taken)[0]
+        outputs = taken["image_intermediates"] if isinstance(taken, dict) else taken
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
 class TimmTrunk(Trunk):
@@ -63,12 +68,12 @@ class TimmTrunk(Trunk):
 
     vit: VisionTransformer | Eva
 
-    def __init__(self, vit: nn.Module, layer: int):
-        super().__init__(vit, layer)
+    def __init__(self, vit: nn.Module, layers: Sequence[int]):
+        super().__init__(vit, layers)
         embed = cast(Any, self.vit.patch_embed)
         self.grid = embed.grid_size
         self.patch_size = embed.feat_ratio()
-        self.embed_dim = self.vit.embed_dim
+        self.embed_dim = self.vit.embed_dim * len(self.taps)
         self.prefix_positions = 0 if self.vit.no_embed_class else self.vit.num_prefix_tokens
         self.vit.register_load_state_dict_post_hook(_fill_buffers)
 
@@ -93,11 +98,11 @@ class OpenClipTrunk(Trunk):
 
     vit: open_clip.transformer.VisionTransformer
 
-    def __init__(self, vit: nn.Module, layer: int):
-        super().__init__(vit, layer)
+    def __init__(self, vit: nn.Module, layers: Sequence[int]):
+        super().__init__(vit, layers)
         self.grid = self.vit.grid_size
         self.patch_size = cast(tuple[int, int], self.vit.patch_size)[0]
-        self.embed_dim = self.vit.class_embedding.shape[0]
+        self.embed_dim = self.vit.class_embedding.shape[0] * len(self.taps)
         self.prefix_positions = 1
 
     @property
@@ -105,8 +110,8 @@ class OpenClipTrunk(Trunk):
         return list(self.vit.transformer.resblocks)
 
 
-def timm_trunk(vit: Any, model: str, image_size: int, layer: int) -> TimmTrunk:
-    """timm's VisionTransformer or Eva, brought to another input size and cut off after its tap.
+def timm_trunk(vit: Any, model: str, image_size: int, layers: Sequence[int]) -> TimmTrunk:
+    """timm's VisionTransformer or Eva, brought to another input size and cut off after its last tap.
 
     Raises:
         UsageError: `vit` is of another class, or the input holds no patch.
@@ -114,7 +119,7 @@ def timm_trunk(vit: Any, model: str, image_size: int, layer: int) -> TimmTrunk:
     check_class(vit, model, VisionTransformer, Eva)
     check_image_size(image_size, vit.patch_embed.feat_ratio())
     vit.set_input_size((image_size, image_size))
-    return TimmTrunk(vit, layer)
+    return TimmTrunk(vit, layers)
 
 
 def check_class(vit: nn.Module, model: str, *known: type[nn.Module]) -> None:

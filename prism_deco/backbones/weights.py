@@ -110,7 +110,7 @@ def load_trunk(trunk: Trunk, path: Path, name: str, device: torch.device) -> Non
     for file in files:
         tensors = open_tensors(file)
         state |= {key: tensors[source] for key, source in vision.items() if where[source] == file}
-    state = {key: value.float() for key, value in to_timm(state, layout, trunk.tap, trunk.depth).items()}
+    state = {key: value.float() for key, value in to_timm(state, layout, trunk.taps[-1], trunk.depth).items()}
     if "pos_embed" in state and ("cls_token" in state or not trunk.prefix_positions):
         _fit_positions(state, trunk, path)
     if isinstance(trunk, OpenClipTrunk):

@@ -19,7 +19,7 @@ from prism_deco.files import check_folder, check_writable, read_json
 if TYPE_CHECKING:  # benchmarks need torch
     from prism_deco.evaluation import Benchmark
 
-KEYS = ("ask", "batch_size", "plugins")
+KEYS = ("ask", "batch_size", "num_tokens", "plugins")
 FILE = "predictions.jsonl"
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="RUN KEY=VALUE",
         help="run folder; benchmark=NAMES (default: the run's) split=S limit=N ask=NAMES batch_size=N "
+        "num_tokens=N "
         "benchmark.NAME.root=DIR plugins=[MODULE]",
     )
     parser.add_argument("--out", type=Path, help="folder of the results, one folder per benchmark (default: RUN/eval)")
@@ -71,7 +72,16 @@ def evaluate(args: argparse.Namespace) -> None:
     batch_size = parse_value("batch_size", asked.others.get("batch_size", "64"))
     if type(batch_size) is not int or batch_size < 1:
         raise UsageError(f"batch_size={batch_size} must be a whole number above 0.")
-    more = {"batch_size": batch_size, "out": args.out, "device": args.device, "dtype": args.dtype}
+    num_tokens = parse_value("num_tokens", asked.others.get("num_tokens", "null"))
+    if num_tokens is not None and (type(num_tokens) is not int or num_tokens < 1):
+        raise UsageError(f"num_tokens={num_tokens} must be a whole number above 0.")
+    more = {
+        "num_tokens": num_tokens,
+        "batch_size": batch_size,
+        "out": args.out,
+        "device": args.device,
+        "dtype": args.dtype,
+    }
     from prism_deco.distributed import World
 
     world = World.of_torchrun()
@@ -107,6 +117,7 @@ def score_run(
     world: World,
     asks: Sequence[str] = (AS_TRAINED,),
     batch_size: int = 64,
+    num_tokens: int | None = None,
     out: Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -122,7 +133,8 @@ def score_run(
         world: the processes that share the images, all of which call this.
         asks: how to ask, see `evaluate.ask`; each has results of its own.
         batch_size: questions per generation.
-        out: folder of the results; None is the run's `eval`.
+        num_tokens: visual tokens of an image, if others than in training (`matryoshka`).
+        out: folder of the results; None is the run's `eval`, or in it `tokens<num_tokens>` for another number.
         device: cpu | cuda, which must be there; None is what the run was trained on, or the CPU.
         dtype: float32 | bfloat16; None is bfloat16 after training in `bf16-mixed`, else that of the weights.
     """
@@ -140,14 +152,15 @@ def score_run(
     names = resolve_benchmarks(names)
     benchmarks = prepare(names, options, own, root=own_benchmarks(folder))
     spec = read_spec(group(read_config(folder / "model" / "config.yaml"), "llm"))
+    results_root = out or (folder / "eval" / f"tokens{num_tokens}" if num_tokens else folder / "eval")
     todo: dict[Path, tuple[str, Benchmark]] = {}
     for ask in asks:
         check_ask(spec, ask)
         for name, benchmark in zip(names, benchmarks, strict=True):
-            todo[(out or folder / "eval") / results_name(name, benchmark.split, ask)] = ask, benchmark
+            todo[results_root / results_name(name, benchmark.split, ask)] = ask, benchmark
     for results_folder in todo:
         check_writable(results_folder, "Name a folder for the results with --out.")
-    model = load(folder)
+    model = load(folder, num_tokens=num_tokens)
     if dtype := dtype or ("bfloat16" if model.config.trainer.precision == "bf16-mixed" else None):
         model.vlm.cast(getattr(torch, dtype))
     model.vlm.to(chosen or local_device(model.config.trainer.accelerator))
@@ -162,7 +175,7 @@ def score_run(
     if not world.is_main:
         return
     if out is None:
-        scores = {f"eval/{f.name}": _score(f) for f in todo if _score(f) != known[f]}
+        scores = {f"{f.relative_to(folder)}": _score(f) for f in todo if _score(f) != known[f]}
         _show_in_tensorboard(folder, scores, manifest["steps"])
     show(table(results, constant, _blind(model.config, benchmarks)))
 

@@ -64,6 +64,8 @@ class BackboneConfig:
     """Side of the square input in pixels; null keeps the tower's own. Position embeddings are resampled."""
     layer: int = -2
     """Transformer block whose output is used; -2 is the second-to-last (PRISM, LLaVA)."""
+    extra_layers: list[int] = field(default_factory=list)
+    """Further blocks whose outputs are used: channels are concatenated, in the order of the blocks (`token_packer`)."""
     resize: str = one_of(RESIZE, II("recipe.resize"))
     """How an image is made square; the default is the recipe's."""
 

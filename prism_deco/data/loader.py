@@ -166,28 +166,31 @@ class Collate:
         tokens_per_image: visual tokens M of the projector.
         micro_batch_size: records per forward pass.
         restart_rounds, pack: see `build_batch`.
+        coarser: further numbers of visual tokens; every forward pass is also made with each of them.
     """
 
     tokens_per_image: int
     micro_batch_size: int
     restart_rounds: bool = False
     pack: bool = False
+    coarser: tuple[int, ...] = ()
 
     def __call__(self, examples: Sequence[Example]) -> Step:
         size = self.micro_batch_size
+        parts = [examples[i : i + size] for i in range(0, len(examples), size)]
         return Step(
-            batches=[self.batch(examples[i : i + size]) for i in range(0, len(examples), size)],
+            batches=[self.batch(part, scale) for part in parts for scale in (self.tokens_per_image, *self.coarser)],
             records=sum(not e.filler for e in examples),
             tokens_cut=sum(e.tokens_cut for e in examples),
             bad_images=sum(e.bad_images for e in examples),
             bad_rows=[e.row for e in examples if e.bad_record],
         )
 
-    def batch(self, examples: Sequence[Example]) -> Batch:
-        """The forward pass of some examples."""
+    def batch(self, examples: Sequence[Example], tokens_per_image: int | None = None) -> Batch:
+        """The forward pass of some examples; None is the usual number of visual tokens."""
         return build_batch(
             [e.encoded for e in examples],
-            self.tokens_per_image,
+            tokens_per_image or self.tokens_per_image,
             pixels=stack_pixels([p for e in examples for p in e.pixels]),
             restart_rounds=self.restart_rounds,
             pack=self.pack,

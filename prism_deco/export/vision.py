@@ -29,6 +29,8 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
     if not isinstance(backbone, Tower):
         raise UsageError("it has several vision towers, and that class has one")
     trunk = backbone.trunk
+    if len(trunk.taps) > 1:
+        raise UsageError("its features are of several layers of the tower (backbone.extra_layers)")
     if isinstance(trunk, OpenClipTrunk):
         block = cast(Any, trunk.blocks[0])
         sizes = _sizes(trunk, backbone.image_size, block.attn.num_heads, block.mlp.c_fc, block.mlp.gelu, block.ln_1)

@@ -158,8 +158,10 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, memory_bytes:
     room = min(recipe.max_text_tokens, positions - visual)
     text = np.array([sequences.text]) if sequences.lengths is None else sequences.lengths
     # float64[records], or [1] for the mean alone: positions after cutting, visual tokens included.
-    lengths = np.minimum(text, room) + visual * sequences.images / sequences.records
+    images = sequences.images / sequences.records
+    lengths = np.minimum(text, room) + visual * images
     shape = _largest_pass(config, setup, sequences, room, visual)
+    shape = replace(shape, passes=shape.passes * len(projector.scales))
     setup, memory = _least_recomputation(config, setup, shape, memory_bytes)
     trained = count(projector, llm.model, trained=True)
     steps = math.ceil(sequences.records / recipe.global_batch_size) * recipe.epochs
@@ -179,7 +181,11 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, memory_bytes:
         source=sequences.source,
         setup=setup,
         memory=memory,
-        flops=seen * _flops_per_record(config, sequences, lengths, visual),
+        flops=seen
+        * sum(
+            _flops_per_record(config, sequences, lengths - (visual - scale) * images, scale)
+            for scale in projector.scales
+        ),
         hours=None,
         checkpoint=3 * FLOAT32 * trained,
         checkpoints_kept=config.trainer.keep_checkpoints + 1,

@@ -1,8 +1,9 @@
-"""Attention layers of the D-Abstractor: self-attention, and deformable attention (arXiv 2010.04159, section 4.1).
+"""Attention layers: in a window; and those of the D-Abstractor, self-attention and deformable attention (arXiv
+2010.04159, section 4.1).
 
-Both return, beside their result, the quantities a relevance map needs, as parts of the autograd graph.
+They return, beside their result, the quantities a relevance map needs, as parts of the autograd graph.
 
-Shapes: B images, M queries, N = h·w patches, H heads, E channels per head, P points, D = H·E.
+Shapes: B images, M queries, N = h·w patches, K patches of a window, H heads, E channels per head, P points, D = H·E.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from prism_deco.errors import UsageError
 from prism_deco.projectors.layers import init_normal
+from prism_deco.projectors.windows import cut_windows
 
 
 def _head_dim(dim: int, heads: int) -> int:
@@ -46,6 +48,49 @@ class SelfAttention(nn.Module):
         scores = einsum(query, key, "b heads m e, b heads n e -> b heads m n") * self.scale
         probabilities = scores.softmax(dim=-1)
         mixed = einsum(probabilities, value, "b heads m n, b heads n e -> b heads m e")
+        return self.out(rearrange(mixed, "b heads m e -> b m (heads e)")), probabilities
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention of one query to the patches of its window.
+
+    Args:
+        in_dim: channels of queries and patches.
+        dim: channels D of all heads together.
+        heads: number H of heads.
+    """
+
+    def __init__(self, in_dim: int, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.scale = _head_dim(dim, heads) ** -0.5
+        self.query = nn.Linear(in_dim, dim)
+        self.key = nn.Linear(in_dim, dim)
+        self.value = nn.Linear(in_dim, dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(
+        self, queries: Tensor, keys: Tensor, values: Tensor, grids: tuple[tuple[int, int], tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Attends from queries to patches.
+
+        Args:
+            queries: float[B, M, in_dim].
+            keys, values: float[B, N, in_dim], what patches are found by and what they give.
+            grids: of the patches and of the queries, as `windows.cut_windows` takes them.
+
+        Returns:
+            float[B, M, D], probabilities float[B, H, M, K].
+        """
+        query = rearrange(self.query(queries), "b m (heads e) -> b heads m e", heads=self.heads)
+        key, inside = cut_windows(self.key(keys), *grids)
+        value, _ = cut_windows(self.value(values), *grids)
+        key, value = (rearrange(cut, "b m k (heads e) -> b heads m k e", heads=self.heads) for cut in (key, value))
+        scores = einsum(query, key, "b heads m e, b heads m k e -> b heads m k") * self.scale
+        if inside is not None:
+            scores = scores.masked_fill(~inside, -math.inf)
+        probabilities = scores.softmax(dim=-1)
+        mixed = einsum(probabilities, value, "b heads m k, b heads m k e -> b heads m e")
         return self.out(rearrange(mixed, "b heads m e -> b m (heads e)")), probabilities
 
 

@@ -40,19 +40,34 @@ class Projector(nn.Module):
         """Number M of visual tokens handed to the LLM."""
         return self.out_grid[0] * self.out_grid[1]
 
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """The numbers of visual tokens that it is trained for, `num_tokens` first; most have no other."""
+        return (self.num_tokens,)
+
     def project(self, features: Tensor) -> Tensor:
         """float[B, N, in_dim] -> float[B, M, out_dim]."""
         raise NotImplementedError
 
-    def forward(self, features: Tensor) -> Tensor:
-        """float[B, N, in_dim] -> float[B, M, out_dim]; `UsageError` on features of another size."""
+    def project_to(self, features: Tensor, num_tokens: int) -> Tensor:
+        """float[B, N, in_dim] -> float[B, num_tokens, out_dim], for another one of `scales`."""
+        raise NotImplementedError
+
+    def forward(self, features: Tensor, num_tokens: int | None = None) -> Tensor:
+        """float[B, N, in_dim] -> float[B, M, out_dim]; `UsageError` on features of another size.
+
+        Args:
+            num_tokens: one of `scales`; None is the first.
+        """
         height, width = self.in_grid
         if features.ndim != 3 or features.shape[1:] != (height * width, self.in_dim):
             raise UsageError(
                 f"{type(self).__name__} was built for features [batch, {height * width}, {self.in_dim}] "
                 f"(grid {height}x{width}) and got {list(features.shape)}. Use the backbone's grid and embed_dim."
             )
-        return self.project(features)
+        if num_tokens in (None, self.num_tokens):
+            return self.project(features)
+        return self.project_to(features, num_tokens)
 
     def query_to_patch(self) -> Tensor | None:
         """float[M, N], rows summing to 1, where the geometry alone fixes which patches a visual

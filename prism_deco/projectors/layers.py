@@ -6,7 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from prism_deco.errors import UsageError
 
@@ -17,9 +18,10 @@ def build_mlp(
     depth: int,
     *,
     ratio: float | None = None,
+    bias: bool = True,
     activation: type[nn.Module] = nn.GELU,
 ) -> nn.Sequential:
-    """`depth` linear layers with biases, an activation between each two; GELU is the exact (erf) one.
+    """`depth` linear layers, an activation between each two; GELU is the exact (erf) one.
 
     Args:
         in_dim: width of the input.
@@ -27,6 +29,7 @@ def build_mlp(
         depth: number of linear layers. 2 is the MLP of LLaVA-1.5 and DeCo.
         ratio: width of the first hidden layer as a multiple of `in_dim`; None takes `out_dim`.
             `depth=3, ratio=4` is prismatic's fused MLP.
+        bias: whether the linear layers have biases.
 
     Raises:
         UsageError: no layers, or a hidden width without a hidden layer.
@@ -38,10 +41,24 @@ def build_mlp(
     widths = [in_dim] + [out_dim] * depth
     if ratio is not None:
         widths[1] = round(ratio * in_dim)
-    layers: list[nn.Module] = [nn.Linear(widths[0], widths[1])]
+    layers: list[nn.Module] = [nn.Linear(widths[0], widths[1], bias=bias)]
     for before, after in pairwise(widths[1:]):
-        layers += [activation(), nn.Linear(before, after)]
+        layers += [activation(), nn.Linear(before, after, bias=bias)]
     return nn.Sequential(*layers)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU without biases (arXiv 2002.05202), as in LLaMA: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int):
+        super().__init__()
+        self.gate = nn.Linear(in_dim, hidden_dim, bias=False)
+        self.up = nn.Linear(in_dim, hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, out_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float[..., in_dim] -> float[..., out_dim]."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 def init_normal(module: nn.Module, std: float = 0.02) -> None:

@@ -2,22 +2,69 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from prism_deco.projectors.base import PROJECTORS, Projector, square_grid
 from prism_deco.projectors.layers import build_mlp
-from prism_deco.projectors.windows import GridMaxPool, average_matrix, average_pool
+from prism_deco.projectors.windows import GridMaxPool, Mixing, average_matrix, average_pool, shares
 
 
 class Pooling(Projector):
-    """Base of the two: the MLP that follows the pooling.
+    """Base of those that make visual tokens of patches by a fixed matrix, and of what follows: an MLP.
 
     Args:
         num_tokens: number of visual tokens, a square.
         mlp_depth: linear layers of the MLP.
         mlp_ratio: width of its first hidden layer as a multiple of `in_dim`; None takes `out_dim`.
+        mlp_bias: whether its linear layers have biases.
+    """
+
+    matrix: ClassVar[Mixing] = staticmethod(average_matrix)
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        in_grid: tuple[int, int],
+        num_tokens: int | None,
+        *,
+        mlp_depth: int = 2,
+        mlp_ratio: float | None = None,
+        mlp_bias: bool = True,
+    ):
+        super().__init__(in_dim, out_dim, in_grid, square_grid(num_tokens, in_grid))
+        self.mlp = build_mlp(in_dim, out_dim, mlp_depth, ratio=mlp_ratio, bias=mlp_bias)
+
+    def pool_patches(self, features: Tensor) -> Tensor:
+        """float[B, N, D] -> float[B, M, D]."""
+        grid = rearrange(features, "b (h w) d -> b h w d", h=self.in_grid[0])
+        return rearrange(average_pool(grid, self.out_grid, self.matrix), "b i j d -> b (i j) d")
+
+    def project(self, features: Tensor) -> Tensor:
+        """float[B, N, in_dim] -> float[B, M, out_dim]."""
+        return self.mlp(self.pool_patches(features))
+
+    def query_to_patch(self) -> Tensor | None:
+        """float[M, N]: the matrix; of `avgpool`, 1/|window| inside a visual token's window and 0 elsewhere."""
+        return shares(self.in_grid, self.out_grid, self.matrix)
+
+
+@PROJECTORS.register("avgpool")
+class AvgPool(Pooling):
+    """DeCo: 2D adaptive average pooling, then the MLP of `linear`.
+
+    Two neighbours of it are options. LLaVA-NeXT pools behind the MLP (`get_2dPool` of LLaVA-VL/LLaVA-NeXT
+    `llava/model/llava_arch.py`, mode `average`; LLaVA-OneVision, arXiv 2408.03326, resizes there: `bilinear`). Gemma 3
+    (arXiv 2503.19786; transformers `gemma3/modeling_gemma3.py`) pools, normalises and takes a single matrix without
+    biases: `norm=true mlp_depth=1 mlp_bias=false`.
+
+    Args:
+        after_mlp: pool what the MLP makes of each patch, instead of the patches.
+        norm: RMSNorm in front of the MLP.
     """
 
     def __init__(
@@ -29,34 +76,21 @@ class Pooling(Projector):
         *,
         mlp_depth: int = 2,
         mlp_ratio: float | None = None,
+        mlp_bias: bool = True,
+        after_mlp: bool = False,
+        norm: bool = False,
     ):
-        super().__init__(in_dim, out_dim, in_grid, square_grid(num_tokens, in_grid))
-        self.mlp = build_mlp(in_dim, out_dim, mlp_depth, ratio=mlp_ratio)
-
-    def pool_patches(self, features: Tensor) -> Tensor:
-        """float[B, N, in_dim] -> float[B, M, in_dim]."""
-        raise NotImplementedError
+        super().__init__(
+            in_dim, out_dim, in_grid, num_tokens, mlp_depth=mlp_depth, mlp_ratio=mlp_ratio, mlp_bias=mlp_bias
+        )
+        self.after_mlp = after_mlp
+        self.norm = nn.RMSNorm(in_dim, eps=1e-6) if norm else nn.Identity()
 
     def project(self, features: Tensor) -> Tensor:
         """float[B, N, in_dim] -> float[B, M, out_dim]."""
-        return self.mlp(self.pool_patches(features))
-
-
-@PROJECTORS.register("avgpool")
-class AvgPool(Pooling):
-    """DeCo: 2D adaptive average pooling, then the MLP of `linear`."""
-
-    def pool_patches(self, features: Tensor) -> Tensor:
-        """float[B, N, in_dim] -> float[B, M, in_dim]."""
-        grid = rearrange(features, "b (h w) d -> b h w d", h=self.in_grid[0])
-        return rearrange(average_pool(grid, self.out_grid), "b i j d -> b (i j) d")
-
-    def query_to_patch(self) -> Tensor:
-        """float[M, N]: 1/|window| inside a visual token's window, 0 elsewhere."""
-        cpu = torch.device("cpu")
-        rows = average_matrix(self.in_grid[0], self.out_grid[0], cpu)
-        columns = average_matrix(self.in_grid[1], self.out_grid[1], cpu)
-        return torch.kron(rows, columns)
+        if self.after_mlp:
+            return self.pool_patches(self.mlp(self.norm(features)))
+        return self.mlp(self.norm(self.pool_patches(features)))
 
 
 @PROJECTORS.register("maxpool")

@@ -1,21 +1,24 @@
-"""Adaptive pooling of patch grids, written so that its gradient is deterministic on every device.
+"""Windows of patch grids: pooling, resizing and cutting, with gradients that are deterministic on every device.
 
 The windows are those of `torch.nn.AdaptiveAvgPool2d`: along a side of `size` patches, output i of `out`
 covers the patches floor(i·size/out) up to, but not including, ceil((i+1)·size/out). Neighbours overlap
 where `out` does not divide `size` (27 -> 12). Torch's own CUDA kernels add up overlapping gradients in
-an order that changes between runs; here averages are products with a fixed matrix.
+an order that changes between runs; here averages are products with a fixed matrix, and so is bilinear resizing.
 
 Nothing is stored in buffers: the windows follow from the two sizes, so a module built on the meta
 device is complete once its parameters are loaded.
 
-Shapes: B images, h x w patches, i x j visual tokens, D channels.
+Shapes: B images, N = h x w patches, M = i x j visual tokens, K patches of a window, D channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from prism_deco.projectors.layers import without_autocast
 
@@ -36,17 +39,44 @@ def average_matrix(
     return inside / inside.sum(dim=1, keepdim=True)
 
 
-def average_pool(features: Tensor, out_grid: tuple[int, int]) -> Tensor:
-    """float[B, h, w, D] -> float[B, i, j, D]: the mean over each window.
+def bilinear_matrix(
+    size: int, out: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """dtype[out, size]: `torch.nn.functional.interpolate(mode="bilinear")` along one side, without antialiasing."""
+    centre = (torch.arange(out, device=device, dtype=torch.float32) + 0.5) * (size / out) - 0.5
+    patch = torch.arange(size, device=device)
+    return (1 - (patch - centre.clamp(0, size - 1)[:, None]).abs()).clamp(min=0).to(dtype)
+
+
+def centre_matrix(
+    size: int, out: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """dtype[out, size]: 1 at the patch in the middle of each window (the later one of two), 0 elsewhere."""
+    centre = (2 * torch.arange(out, device=device) + 1) * size // (2 * out)
+    return (torch.arange(size, device=device) == centre[:, None]).to(dtype)
+
+
+Mixing = Callable[..., Tensor]
+"""How a side of `size` patches becomes one of `out`: `average_matrix` and those of its signature."""
+
+
+def average_pool(features: Tensor, out_grid: tuple[int, int], matrix: Mixing = average_matrix) -> Tensor:
+    """float[B, h, w, D] -> float[B, i, j, D]: the mean over each window, or what another matrix makes of each side.
 
     Sums are taken in float32 at least, and rounded to the input's dtype once, at the end.
     """
     (_, h, w, _), (i, j), device = features.shape, out_grid, features.device
     dtype = torch.promote_types(features.dtype, torch.float32)
     with without_autocast(device):
-        pooled = average_matrix(w, j, device, dtype) @ features.to(dtype)
-        pooled = average_matrix(h, i, device, dtype) @ rearrange(pooled, "b h j d -> b h (j d)")
+        pooled = matrix(w, j, device, dtype) @ features.to(dtype)
+        pooled = matrix(h, i, device, dtype) @ rearrange(pooled, "b h j d -> b h (j d)")
     return rearrange(pooled, "b i (j d) -> b i j d", j=j).to(features.dtype)
+
+
+def shares(in_grid: tuple[int, int], out_grid: tuple[int, int], matrix: Mixing = average_matrix) -> Tensor:
+    """float32[M, N] on the CPU: the share of each patch in each visual token of `average_pool`."""
+    rows, columns = (matrix(size, out, torch.device("cpu")) for size, out in zip(in_grid, out_grid, strict=True))
+    return torch.kron(rows, columns)
 
 
 def window_patches(size: int, out: int, device: torch.device | None = None) -> Tensor:
@@ -55,6 +85,25 @@ def window_patches(size: int, out: int, device: torch.device | None = None) -> T
     start, end = window_bounds(size, out, device)
     largest = max(-(-(index + 1) * size // out) - index * size // out for index in range(out))
     return torch.minimum(start[:, None] + torch.arange(largest, device=device), end[:, None] - 1)
+
+
+def cut_windows(features: Tensor, in_grid: tuple[int, int], out_grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """The patches of each window.
+
+    Returns:
+        float[B, N, D] -> float[B, M, K, D], row-major in the windows; and bool[M, K], which of them are in the window:
+        where `out_grid` does not divide the grid, smaller windows are filled up with zeros. None: all are.
+    """
+    (h, w), (i, j), device = in_grid, out_grid, features.device
+    if h % i == 0 and w % j == 0:
+        return rearrange(features, "b (i r j c) d -> b (i j) (r c) d", i=i, j=j, r=h // i), None
+    grid = rearrange(features, "b (h w) d -> b h w d", h=h)
+    rows, columns = window_patches(h, i, device), window_patches(w, j, device)
+    cut = rearrange(grid[:, rows][:, :, :, columns], "b i r j c d -> b (i j) (r c) d")
+    # A filler repeats the patch before it.
+    in_row, in_column = (F.pad(side.diff(dim=1) > 0, (1, 0), value=True) for side in (rows, columns))
+    inside = rearrange(in_row[:, None, :, None] & in_column[None, :, None], "i j r c -> (i j) (r c)")
+    return cut * inside[..., None], inside
 
 
 def max_pool(features: Tensor, out_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,7 @@ class Conversations(pl.LightningDataModule):
             config.recipe.micro_batch_size,
             restart_rounds=vlm.turn_mask == "block",
             pack=config.recipe.packing,
+            coarser=vlm.projector.scales[1:],
         )
         self.population = Population(self.train_records.words, self.train_records.has_image)
         self.available_steps = len(self._sampler())

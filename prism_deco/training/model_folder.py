@@ -108,17 +108,22 @@ def describe_parts(folder: Path, config: DictConfig, vlm: VLM, llm: LanguageMode
     write_json(folder / TOWER_RECORD, record)
 
 
-def load_model(folder: Path) -> tuple[VLM, LanguageModel, DictConfig]:
+def load_model(folder: Path, num_tokens: int | None = None) -> tuple[VLM, LanguageModel, DictConfig]:
     """Rebuilds what `save_model` or an export wrote, on the CPU and in eval mode.
 
     The model is built without weights and takes over the tensors of the files: nothing random is drawn for the
     LLM, and the weights are in memory once.
+
+    Args:
+        num_tokens: visual tokens of an image, if others than in training.
 
     Raises:
         UsageError: a file is missing or damaged, a weight is missing, unexpected or not finite, or the backbone's
             weights are not those the model was trained with.
     """
     config = read_config(folder / CONFIG)
+    if num_tokens is not None:
+        config.projector.num_tokens = num_tokens
     require_imported(config.plugins, folder / CONFIG)
     weights, tower = tensor_files(folder / WEIGHTS), tensor_files(folder / TOWER)
     for name, found in ((WEIGHTS, weights), (TOWER_RECORD, (folder / TOWER_RECORD).is_file())):

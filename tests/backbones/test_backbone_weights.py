@@ -243,7 +243,7 @@ def test_siglip_384_is_one_tower_in_both_libraries(tmp_path):
         backbone = build_backbone("siglip_so400m_384", weights=str(tmp_path / "weights.safetensors"), layer=0)
         torch.testing.assert_close(backbone(image), expected[0], **TOLERANCE)
     bare = build_backbone("siglip_so400m_384", pretrained=False, device="meta")
-    assert (bare.trunk.depth, bare.trunk.tap) == (27, 27 - 2)
+    assert (bare.trunk.depth, bare.trunk.taps) == (27, [27 - 2])
 
 
 def test_timm_clip_and_open_clip_clip(tiny_open_clip, tmp_path):

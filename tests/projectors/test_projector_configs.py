@@ -25,6 +25,8 @@ def test_keys_and_values_are_the_arguments_and_their_defaults(name):
     defaults = {key: parameter.default for key, parameter in parameters.items() if key not in COMMON}
     if name.endswith("_abstractor"):
         assert (content.pop("init"), defaults.pop("init")) == ("${recipe.projector_init}", "normal")
+    if name == "token_packer":
+        assert (content.pop("extra_layers"), defaults.pop("extra_layers")) == ("${backbone.extra_layers}", ())
     assert content == defaults
 
 

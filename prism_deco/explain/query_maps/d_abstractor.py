@@ -19,7 +19,7 @@ from prism_deco.explain.query_maps.base import Project, outputs_of, trace
 from prism_deco.explain.query_maps.maps import QueryMaps, in_parts
 from prism_deco.projectors.attention import Sampling, sample
 from prism_deco.projectors.d_abstractor import DAbstractor, DecoderLayer
-from prism_deco.projectors.windows import average_matrix
+from prism_deco.projectors.windows import shares
 
 
 def effective_attention(sampling: Sampling, grid: tuple[int, int]) -> Tensor:
@@ -50,11 +50,7 @@ class DAbstractorMaps(QueryMaps):
         self.effective = [effective_attention(sampling, projector.in_grid) for sampling in self.samplings]
         self.start = torch.zeros_like(self.effective[0][0])
         if projector.pooled_is_content:
-            rows, columns = (
-                average_matrix(size, out, self.start.device, self.start.dtype)
-                for size, out in zip(projector.in_grid, projector.out_grid, strict=True)
-            )
-            self.start = torch.kron(rows, columns)
+            self.start = shares(projector.in_grid, projector.out_grid).to(self.start)
 
     def relevance(self, gradients: Tensor) -> Tensor:
         return in_parts(self._relevance, gradients, sum(a.numel() for a in (*self.probabilities, *self.effective)))
