@@ -64,15 +64,11 @@ def test_the_example_of_a_command_is_understood(name):
     [
         (["train", "seed=1", "--overwite"], "prism-deco train [-h]", "unrecognized arguments: --overwite"),
         (["data", "check", "--alow", "x"], "prism-deco data check [-h]", "unrecognized arguments: --alow"),
-        (
-            ["bench", "projectors", "--repeats", "x"],
-            "prism-deco bench projectors [-h]",
-            "argument --repeats: invalid int",
-        ),
+        (["bench", "train", "--steps", "many"], "prism-deco bench train [-h]", "argument --steps: invalid int value"),
         (["export", "runs/x"], "prism-deco export [-h]", "the following arguments are required: --to"),
         (["trian"], "prism-deco COMMAND", "Unknown command 'trian'. Did you mean 'train'?"),
         (["data", "chek"], "prism-deco COMMAND", "Unknown command 'data chek'. Did you mean 'data check'?"),
-        (["bench"], "prism-deco COMMAND", "Choices: bench projectors"),
+        (["bench"], "prism-deco COMMAND", "Choices: bench data, bench projectors"),
         ([], "prism-deco COMMAND", "name a command"),
     ],
 )

@@ -70,5 +70,15 @@ COMMANDS = {
         "time forward and backward passes of the projectors",
         "bench projectors avgpool c_abstractor --device cuda",
     ),
+    "bench data": Command(
+        "bench",
+        "count images per second, compared with PIL and torchvision",
+        "bench data backbone=clip_vit_l_336 llm=phi2",
+    ),
+    "bench train": Command(
+        "bench",
+        "time a training step, compared with transformers' own LLaVA",
+        "bench train --preset qwen_small recipe.packing=false",
+    ),
 }
 """In the order of `--help`."""

@@ -1,10 +1,14 @@
-"""`prism-deco bench projectors`."""
+"""`prism-deco bench`: speed and memory."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from prism_deco.commands.common import show
+from prism_deco.bench.presets import PRESETS
+from prism_deco.commands.common import OVERRIDES, show
+from prism_deco.config import load_config
+from prism_deco.files import check_writable
 
 
 def bench_projectors_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +30,34 @@ def bench_projectors_arguments(parser: argparse.ArgumentParser) -> None:
         help="float32 | bfloat16 (default: both)",
     )
     parser.add_argument("--repeats", type=int, default=10, help="timed passes per projector (default: %(default)s)")
+    _add_device(parser)
+
+
+def bench_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `bench data`."""
+    parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(640, 480), metavar=("W", "H"), help="of the images (default: 640 480)"
+    )
+
+
+def bench_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `bench train`."""
+    parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        default="qwen_small",
+        help="what the settings modify (default: %(default)s)",
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="records per step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="steps per round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, alternating (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers to this JSON file")
+    _add_device(parser)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu | cuda (default: %(default)s)")
 
 
@@ -46,3 +78,40 @@ def bench_projectors(args: argparse.Namespace) -> None:
         repeats=args.repeats,
     )
     show(result.table())
+
+
+def bench_data(args: argparse.Namespace) -> None:
+    """Count the images per second of the input pipeline, compared with PIL and torchvision alone."""
+    config = load_config(args.arguments)
+    import tempfile
+
+    from prism_deco.backbones import build_backbone
+    from prism_deco.bench.data import bench_data
+    from prism_deco.build import group
+    from prism_deco.llms import build_llm
+
+    backbone = build_backbone(group(config, "backbone"), pretrained=False, device="meta")
+    llm = build_llm(group(config, "llm"), pretrained=False, device="meta")
+    name, side = config.backbone.name, backbone.image_size
+    with tempfile.TemporaryDirectory() as folder:
+        result = bench_data(Path(folder), llm, backbone.transform, side=side, size=tuple(args.size), title=name)
+    show(result.table())
+
+
+def bench_train(args: argparse.Namespace) -> None:
+    """Time a training step and measure its memory, compared with transformers' own LLaVA."""
+    if args.out:
+        check_writable(args.out.parent, "Name another file with --out.")
+    config = load_config([*PRESETS[args.preset], *args.arguments])
+    import torch
+
+    from prism_deco.bench.train import bench_train
+    from prism_deco.distributed import requested_device
+
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    sizes = {"batch_size": args.batch_size, "steps": args.steps, "rounds": args.rounds}
+    result = bench_train(config, device=requested_device(args.device), **sizes)
+    show(result.table())
+    if args.out:
+        result.write(args.out)

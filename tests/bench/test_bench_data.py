@@ -2,11 +2,11 @@ import io
 import time
 
 import pytest
-from bench_data import bench_data
 from PIL import Image
 from rich.console import Console
 
 from prism_deco.backbones import build_backbone
+from prism_deco.bench.data import bench_data
 from prism_deco.bench.measure import Usage
 from prism_deco.bench.result import BenchResult, BenchRow, interleaved, spread
 from prism_deco.llms import build_llm

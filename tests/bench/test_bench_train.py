@@ -4,19 +4,19 @@ import io
 import json
 import mmap
 import statistics
-import sys
 
-import bench_train as script
 import numpy as np
 import pytest
 import torch
-from bench_train import GROUPED, OURS, PLAIN, PRESETS, bench_train, main, train_result
-from hf_llava import build_peer, peer_loss
-from mixture import MIXTURE, draw_rounds, encode
 from rich.console import Console
 
+from prism_deco.bench.hf_llava import build_peer, peer_loss
 from prism_deco.bench.measure import Usage, usage
+from prism_deco.bench.presets import PRESETS
+from prism_deco.bench.records import MIXTURE, draw_rounds, encode
 from prism_deco.bench.result import BenchRow
+from prism_deco.bench.train import GROUPED, OURS, PLAIN, bench_train, train_result
+from prism_deco.cli import main
 from prism_deco.config import load_config
 from prism_deco.sequence import build_batch
 
@@ -105,13 +105,12 @@ def test_a_model_that_the_peer_cannot_express_is_refused(tiny):
         bench_train(load_config(TINY), device=CPU, rounds=1)
 
 
-def test_the_script_prints_a_table_and_writes_the_numbers(tmp_path, capsys, monkeypatch):
+def test_the_command_prints_a_table_and_writes_the_numbers(tmp_path, capsys):
     sizes = ["--batch-size", "2", "--steps", "1", "--rounds", "2", "--out", str(tmp_path / "bench.json")]
     smaller = ["llm=mini_qwen2", "backbone.image_size=32", "recipe.max_text_tokens=30", "trainer.threads=1"]
     threads = torch.get_num_threads()
-    monkeypatch.setattr(sys, "argv", ["bench_train.py", *sizes, *smaller])
     try:
-        main()
+        assert main(["bench", "train", *sizes, *smaller]) == 0
     finally:
         torch.set_num_threads(threads)
     content = json.loads((tmp_path / "bench.json").read_text())
@@ -123,7 +122,9 @@ def test_the_script_prints_a_table_and_writes_the_numbers(tmp_path, capsys, monk
 
 
 def test_steps_that_differ_are_not_compared(monkeypatch):
-    monkeypatch.setattr(script, "peer_loss", lambda peer, batch, targets: 1.01 * peer_loss(peer, batch, targets))
+    from prism_deco.bench import train
+
+    monkeypatch.setattr(train, "peer_loss", lambda peer, batch, targets: 1.01 * peer_loss(peer, batch, targets))
     with pytest.raises(ValueError, match="disagree numerically"):
         bench_train(load_config([*TINY, "llm=mini_qwen2"]), device=CPU, batch_size=2, steps=1, rounds=2)
 

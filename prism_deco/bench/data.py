@@ -1,15 +1,10 @@
-"""Compares the input pipeline with a plain PIL and torchvision loader on the same images, in one process.
-
-python runs/reference/bench/bench_data.py [--size W H] [KEY=VALUE ...]
-"""
+"""Compares the input pipeline with a plain PIL and torchvision loader on the same images, in one process."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import statistics
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,22 +15,17 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from prism_deco.backbones import build_backbone
 from prism_deco.bench.measure import Usage, usage
 from prism_deco.bench.result import BenchResult, BenchRow, interleaved, spread
-from prism_deco.build import group
-from prism_deco.commands.common import show
-from prism_deco.config import cache_dir, load_config
+from prism_deco.config import cache_dir
 from prism_deco.data.base import Source
 from prism_deco.data.encoder import Encoder
 from prism_deco.data.images import FORMATS, decode_image
 from prism_deco.data.loader import Collate, Examples, Transform, stack_pixels
 from prism_deco.data.records import open_records
-from prism_deco.errors import UsageError
-from prism_deco.llms import LanguageModel, build_llm
-from prism_deco.logs import configure_logging
+from prism_deco.llms import LanguageModel
 
-log = logging.getLogger("prism_deco.bench.data")
+log = logging.getLogger(__name__)
 
 CAPTION = "Processor time, one thread; median ± interquartile range."
 
@@ -140,27 +130,3 @@ def _plain_transform(side: int) -> Callable[[Image.Image], torch.Tensor]:
             v2.Normalize([0.5] * 3, [0.5] * 3),
         ]
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="settings, as of prism-deco train")
-    parser.add_argument(
-        "--size", type=int, nargs=2, default=(640, 480), metavar=("W", "H"), help="of the images (default: 640 480)"
-    )
-    args = parser.parse_intermixed_args()
-    configure_logging(debug=False)
-    try:
-        config = load_config(args.arguments)
-        backbone = build_backbone(group(config, "backbone"), pretrained=False, device="meta")
-        llm = build_llm(group(config, "llm"), pretrained=False, device="meta")
-    except UsageError as error:
-        parser.error(str(error))
-    name, side = config.backbone.name, backbone.image_size
-    with tempfile.TemporaryDirectory() as folder:
-        result = bench_data(Path(folder), llm, backbone.transform, side=side, size=tuple(args.size), title=name)
-    show(result.table())
-
-
-if __name__ == "__main__":
-    main()

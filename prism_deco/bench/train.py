@@ -1,11 +1,7 @@
-"""Times our training step next to that of transformers' own LLaVA: the same weights and records, in one process.
-
-python runs/reference/bench/bench_train.py --preset qwen_small [--out FILE] [KEY=VALUE ...]
-"""
+"""Our training step beside that of transformers' own LLaVA, with the same weights and records, in one process."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import platform
 import statistics
@@ -18,61 +14,20 @@ from typing import Any, cast
 
 import torch
 import transformers
-from hf_llava import build_peer, peer_loss
-from mixture import build_batches, by_length, draw_pool
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from prism_deco.bench.hf_llava import build_peer, peer_loss
 from prism_deco.bench.measure import Usage, usage
+from prism_deco.bench.records import build_batches, by_length, draw_pool
 from prism_deco.bench.result import BenchResult, BenchRow, interleaved
 from prism_deco.build import build_model
-from prism_deco.commands.common import show
-from prism_deco.config import load_config
-from prism_deco.distributed import requested_device
 from prism_deco.errors import UsageError
-from prism_deco.files import check_writable
-from prism_deco.logs import configure_logging
 from prism_deco.sequence import Batch
 from prism_deco.vlm import VLM
 
-log = logging.getLogger("prism_deco.bench.train")
-
-_SMALL = (
-    "recipe=prism",
-    "projector=linear",
-    "backbone=mini_siglip",
-    "backbone.image_size=96",  # 144 visual tokens, as many as DeCo's
-    "recipe.max_text_tokens=512",
-    "recipe.packing=true",
-)
-PRESETS: dict[str, tuple[str, ...]] = {
-    # Qwen1.5's whole vocabulary on a body that a CPU can carry.
-    "qwen_small": (
-        *_SMALL,
-        "llm=qwen1_5_0_5b_chat",
-        "llm.architecture.hidden_size=256",
-        "llm.architecture.intermediate_size=704",
-        "llm.architecture.num_hidden_layers=2",
-        "llm.architecture.num_attention_heads=4",
-        "llm.architecture.num_key_value_heads=4",
-    ),
-    # Phi-2's block cost is to its output layer's as 12 x width x depth to the vocabulary. Width x depth shrinks from
-    # 2560 x 32 to a 32nd, 320 x 8; the vocabulary with it, from 51,200 to 1,600.
-    "phi2_small": (
-        *_SMALL,
-        "llm=phi2",
-        "llm.architecture.hidden_size=320",
-        "llm.architecture.intermediate_size=1280",
-        "llm.architecture.num_hidden_layers=8",
-        "llm.architecture.num_attention_heads=4",
-        "llm.architecture.num_key_value_heads=4",
-        "llm.architecture.vocab_size=1600",
-        "llm.tokenizer_size=1600",
-    ),
-    "real": ("recipe=prism", "projector=linear", "trainer=gpu", "recipe.packing=true"),
-}
-"""What `--preset` begins with; the settings of the command line follow."""
+log = logging.getLogger(__name__)
 
 OURS, PLAIN, GROUPED = "prism_deco", "transformers, padded", "transformers, grouped by length"
 
@@ -300,35 +255,3 @@ def _ratios(row: BenchRow, peer: str) -> str:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="settings, as of prism-deco train")
-    parser.add_argument(
-        "--preset", choices=list(PRESETS), default="qwen_small", help="what the settings modify (default: %(default)s)"
-    )
-    parser.add_argument("--batch-size", type=int, default=8, help="records per step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=4, help="steps per round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, alternating (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers to this JSON file")
-    parser.add_argument("--device", default="cpu", help="cpu | cuda (default: %(default)s)")
-    args = parser.parse_intermixed_args()
-    configure_logging(debug=False)
-    try:
-        if args.out:
-            check_writable(args.out.parent, "Name another file with --out.")
-        config = load_config([*PRESETS[args.preset], *args.arguments])
-        if config.trainer.threads:
-            torch.set_num_threads(config.trainer.threads)
-        sizes = {"batch_size": args.batch_size, "steps": args.steps, "rounds": args.rounds}
-        result = bench_train(config, device=requested_device(args.device), **sizes)
-    except UsageError as error:
-        parser.error(str(error))
-    show(result.table())
-    if args.out:
-        result.write(args.out)
-
-
-if __name__ == "__main__":
-    main()

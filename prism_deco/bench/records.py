@@ -1,4 +1,4 @@
-"""The records that `bench_train.py` trains on: random tokens and pixels with the lengths of LLaVA's 665K mixture.
+"""The records that `bench train` trains on: random tokens and pixels with the lengths of LLaVA's 665K mixture.
 
 The composition is published (arXiv 2310.03744, Table 7); the rounds follow from it and from the data sets' own sizes
 (VQAv2: 443,757 questions on 82,783 images; GQA: 943,000 on 72,140; region questions come in tens). The words per
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from hf_llava import image_token
 from torch import Tensor
 
+from prism_deco.bench.hf_llava import image_token
 from prism_deco.llms.encoding import IGNORE, Encoded, truncate
 from prism_deco.sequence import Batch, build_batch, sequence_length
 from prism_deco.vlm import VLM

@@ -1,6 +1,0 @@
-"""The measurements of `runs/reference/bench` are imported by their bare names, as they import each other."""
-
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[2] / "runs" / "reference" / "bench"))
