@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,18 @@ def open_safetensors(file: Path, way_out: str = _WAY_OUT) -> Any:
         ) from error
 
 
-def open_tensors(file: Path) -> Mapping[str, Tensor]:
-    """The tensors of a file by name, which out of safetensors are read when they are asked for, each time.
+def open_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name. Those of safetensors are mapped: their bytes are read when they are used.
 
     Of a pickle anything but tensors is left out, and a state dict under `state_dict` or `model` is found.
 
     Raises:
         UsageError: it is not there, damaged, or would have to run code to be read.
     """
-    return _Safetensors(file) if file.suffix == SAFETENSORS else _unpickled(file)
+    if file.suffix != SAFETENSORS:
+        return _unpickled(file)
+    opened = open_safetensors(file)
+    return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
 
 
 def check_tensor_file(file: Path) -> None:
@@ -168,23 +171,6 @@ def write_safetensors(
         path.unlink(missing_ok=True)
         raise
     return digest.hexdigest()
-
-
-class _Safetensors(Mapping[str, Tensor]):
-    def __init__(self, file: Path):
-        self._file = open_safetensors(file)
-        self._names = dict.fromkeys(self._file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from prism_deco.config import cache_dir, load_config
 from prism_deco.data import build_source
 from prism_deco.data.records import open_parts
 
-FUNCTIONS = 376
+FUNCTIONS = 365
 FILES = 66
 
 WORLD = ["data.train_images=40", "data.val_images=4", "data.test_images=4", "data.val_items=4", "data.test_items=4"]

@@ -43,7 +43,7 @@ def test_loss_and_gradients_equal_transformers_own(tiny, llm):
         total = total + torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
         count += int((targets != -100).sum())
     assert int(loss.count) == count == batch.num_targets
-    assert float(loss.total) == pytest.approx(float(total), rel=1e-6)
+    assert loss.total.item() == pytest.approx(total.item(), rel=1e-6)
     (total / count).backward()
     for name, parameter in vlm.named_parameters():
         if parameter.grad is not None:

@@ -103,7 +103,9 @@ class _Scoring:
         relevance = self.relevance
         if relevance and has_relevance(folder, relevance, self._split(relevance)):
             relevance = None
-        return replace(self, benchmarks=tuple(benchmarks), relevance=relevance)._unless_empty()
+        if not (benchmarks or relevance):
+            return None
+        return replace(self, benchmarks=tuple(benchmarks), relevance=relevance)
 
     def __call__(self, folder: Path, world: World) -> None:
         from prism_deco.distributed import local_device
@@ -119,9 +121,6 @@ class _Scoring:
                 device = local_device(self.accelerator)
                 measure_relevance(folder, self.relevance, self._relevance_options(), device=device)
             world.barrier()
-
-    def _unless_empty(self) -> _Scoring | None:
-        return self if self.benchmarks or self.relevance else None
 
     @property
     def _asks(self) -> list[str]:
@@ -142,13 +141,15 @@ class _Scoring:
 
 def _scoring(config: DictConfig) -> _Scoring | None:
     """The scoring that a configuration asks for; None where it asks for none."""
+    if not (config.evaluate.benchmarks or config.evaluate.relevance):
+        return None
     benchmarks = tuple(resolve_benchmarks(config.evaluate.benchmarks or ""))
     keys: Any = OmegaConf.to_container(config.evaluate)
     of_groups = group_keys(config.evaluate.benchmarks or "")
     chosen: Any = OmegaConf.to_container(config.benchmark)
     own = {name: of_groups.get(name, {}) | chosen.get(name, {}) for name in of_groups | chosen}
     llm: Any = OmegaConf.to_container(config.llm, resolve=True)
-    return _Scoring(benchmarks, keys["relevance"], keys, own, llm, config.trainer.accelerator)._unless_empty()
+    return _Scoring(benchmarks, keys["relevance"], keys, own, llm, config.trainer.accelerator)
 
 
 def _check(stages: Sequence[Stage], config: DictConfig, *, overwrite: bool, force: bool) -> int:

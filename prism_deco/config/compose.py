@@ -20,7 +20,7 @@ from prism_deco.config.choices import choices, load_choice
 from prism_deco.config.fields import Range
 from prism_deco.config.registry import unknown
 from prism_deco.config.schema import GROUPS, NAME_LISTS, SAMPLER, STATISTICS, Config
-from prism_deco.config.values import RETIRED, allowed, flatten, is_text_key, type_text, value_text
+from prism_deco.config.values import RETIRED, flatten, is_text_key, schema_keys, type_text, value_text
 from prism_deco.errors import UsageError
 
 _LISTED = 12
@@ -108,9 +108,10 @@ def validate(config: DictConfig) -> None:
 
     values = flatten(content)
     written: Any = flatten(OmegaConf.to_container(config, resolve=False))  # type: ignore[arg-type]
+    rules = {key: member.metadata["allowed"] for key, member in schema_keys().items() if "allowed" in member.metadata}
     # References come last: a wrong value is reported at the key that holds it.
-    for key in sorted(allowed(), key=lambda key: "${" in str(written[key])):
-        _check_value(key, values[key], content["plugins"])
+    for key in sorted(rules, key=lambda key: "${" in str(written[key])):
+        _check_value(key, values[key], rules[key], content["plugins"])
     for key in content["data"]["statistics"] or {}:
         if key not in STATISTICS:
             raise unknown("key of data.statistics", key, STATISTICS)
@@ -125,8 +126,7 @@ def default_run_id(config: DictConfig) -> str:
     return "-".join([*names, f"s{config.seed}"])
 
 
-def _check_value(key: str, value: Any, plugins: list[str]) -> None:
-    rule = allowed()[key]
+def _check_value(key: str, value: Any, rule: Range | tuple[str, ...], plugins: list[str]) -> None:
     if value is None:  # the schema's types say where that may be
         return
     if not isinstance(rule, Range):
@@ -149,18 +149,16 @@ def _extend(group: str, content: Mapping[str, Any]) -> type:
     known = {member.name for member in fields(base)}
     options = []
     for key, value in content.items():
-        if key not in known:
-            options.append((key, _option_type(f"{group}.{key}", value), field(default=None)))
+        if key in known:
+            continue
+        kind: Any = type(value) | None
+        # None, containers and references say nothing about the type of other values.
+        if value is None or isinstance(value, dict | list) or (isinstance(value, str) and "${" in value):
+            kind = Any
+        if is_text_key(f"{group}.{key}"):
+            kind = str | None
+        options.append((key, kind, field(default=None)))
     return make_dataclass(base.__name__, options, bases=(base,))
-
-
-def _option_type(key: str, value: Any) -> Any:
-    if is_text_key(key):
-        return str | None
-    # None, containers and references say nothing about the type of other values.
-    if value is None or isinstance(value, dict | list) or (isinstance(value, str) and "${" in value):
-        return Any
-    return type(value) | None
 
 
 def _refusal(config: DictConfig, key: str, value: Any, error: OmegaConfBaseException, origin: str) -> UsageError:

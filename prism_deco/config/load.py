@@ -59,14 +59,9 @@ class _Arguments:
         """Takes a choice, in place of what a stored configuration says about the group."""
         self.choices[group] = choice
         self.contents.pop(group, None)
-        self.settings = [setting for setting in self.settings if not self._is_stored(setting, group)]
+        self.settings = [setting for setting in self.settings if not self.is_stored(setting, group)]
 
-    def named(self, group: str) -> str | None:
-        """The choice of a group; None where the default or a stored configuration stands."""
-        is_stored = any(self._is_stored(setting, group) for setting in self.settings)
-        return None if is_stored else self.choices.get(group)
-
-    def _is_stored(self, setting: tuple[str, Any, Path], group: str) -> bool:
+    def is_stored(self, setting: tuple[str, Any, Path], group: str) -> bool:
         key, _, file = setting
         return file.name == CONFIG and key.startswith(f"{group}.")
 
@@ -115,7 +110,9 @@ def _load(arguments: _Arguments) -> DictConfig:
 
 def named_choice(group: str, overrides: Iterable[str]) -> str | None:
     """The choice of a group that a command line names; None where it leaves the default or a stored configuration."""
-    return _read(overrides).named(group)
+    arguments = _read(overrides)
+    is_stored = any(arguments.is_stored(setting, group) for setting in arguments.settings)
+    return None if is_stored else arguments.choices.get(group)
 
 
 def value_origins(overrides: Iterable[str]) -> dict[str, str]:

@@ -15,7 +15,6 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prism_deco.config.fields import Range
 from prism_deco.config.schema import GROUPS, Config
 from prism_deco.errors import UsageError
 
@@ -97,11 +96,6 @@ def _text_keys() -> frozenset[str]:
     texts = {key for key, member in schema_keys().items() if member.type in ("str", "str | None")}
     options = {f"{group}.{key}" for group, keys in TEXT_OPTIONS.items() for key in keys}
     return frozenset({*GROUPS, *texts, *options})
-
-
-def allowed() -> dict[str, Range | tuple[str, ...]]:
-    """The keys that take only a part of their type: `recipe.lr` -> above 0, `recipe.prompt` -> two names."""
-    return {key: member.metadata["allowed"] for key, member in schema_keys().items() if "allowed" in member.metadata}
 
 
 def split_pair(override: str) -> tuple[str, str]:

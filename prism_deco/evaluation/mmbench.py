@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
+import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any, ClassVar
 
 from prism_deco.errors import UsageError
@@ -33,15 +35,11 @@ class MMBench(Benchmark):
     VARIANTS: ClassVar = {"letter": Variant("{hint}" + LETTER)}
     target_keys = ("answer", "options", "category", "question", "rotation")
 
-    def __init__(self, **common: Any):
-        super().__init__(**common)
-        self._images: TemporaryDirectory[str] | None = None
-
     def read(self) -> list[Question]:
         path = self.annotation_path()
         # The model reads images from files; the folder goes with this object.
-        self._images = TemporaryDirectory(prefix="mmbench-")
-        folder = Path(self._images.name)
+        folder = Path(mkdtemp(prefix="mmbench-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return [_question(record, f"{path}, record {k}", folder) for k, record in enumerate(_read_rows(path), start=1)]
 
     def parse(self, text: str, target: Mapping[str, Any]) -> str | None:

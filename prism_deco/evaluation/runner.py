@@ -66,11 +66,7 @@ def evaluate(
     store = PredictionStore(out_dir, items, decoding | {VARIANTS: list(benchmark.variants)}, world.rank, world.size)
     world.barrier()  # nobody writes before all have read what is there
     if world.is_main:
-        questions = f"{len(items) // len(benchmark.variants)} questions"
-        if len(benchmark.variants) > 1:
-            questions += f" in {len(benchmark.variants)} variants ({', '.join(benchmark.variants)})"
-        done, asked = len(store.done), len(items)
-        log.info("%s: %s, %d of %d answers already there", benchmark.name, questions, done, asked)
+        _log_questions(benchmark, items, len(store.done))
     mine = _shard(items, world.rank, world.size)
     windows = _windows(mine, batch_size, image_cache)
     unfinished = [window for window in windows if not all(store.has_all(batch) for batch in window)]
@@ -90,16 +86,26 @@ def evaluate(
     world.barrier()
     if world.is_main:
         predictions = store.merge()
-        unanswered = sum(prediction.output is None for prediction in predictions)
-        if unanswered:
-            log.warning(
-                "%s: %d of %d answers are missing and count as wrong: their image is missing or unreadable",
-                benchmark.name, unanswered, len(predictions),
-            )  # fmt: skip
-        summary = summarise(benchmark, predictions, decoding)
-        write_json(out_dir / "metrics.json", summary)
+        _warn_of_missing_answers(benchmark, predictions)
+        write_json(out_dir / "metrics.json", summarise(benchmark, predictions, decoding))
     world.barrier()
     return json.loads((out_dir / "metrics.json").read_text(encoding="utf-8"))
+
+
+def _log_questions(benchmark: Benchmark, items: Sequence[Item], done: int) -> None:
+    questions = f"{len(items) // len(benchmark.variants)} questions"
+    if len(benchmark.variants) > 1:
+        questions += f" in {len(benchmark.variants)} variants ({', '.join(benchmark.variants)})"
+    log.info("%s: %s, %d of %d answers already there", benchmark.name, questions, done, len(items))
+
+
+def _warn_of_missing_answers(benchmark: Benchmark, predictions: Sequence[Prediction]) -> None:
+    missing = sum(prediction.output is None for prediction in predictions)
+    if missing:
+        log.warning(
+            "%s: %d of %d answers are missing and count as wrong: their image is missing or unreadable",
+            benchmark.name, missing, len(predictions),
+        )  # fmt: skip
 
 
 def _shard(items: Sequence[Item], rank: int, world: int) -> list[Item]:

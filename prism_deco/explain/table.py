@@ -63,7 +63,9 @@ class MapTable:
 
     def _caption(self, left_out: Sequence[str]) -> str:
         counts = sorted({int(run["n"]) for run in self._runs})
-        too_narrow = f"Too narrow for {', '.join(left_out)}: metrics.json has all. " if left_out else ""
+        too_narrow = (
+            f"Terminal too narrow for {', '.join(left_out)}: metrics.json has all columns. " if left_out else ""
+        )
         return (
             f"{too_narrow}{' or '.join(map(str, counts))} examples per run; {', '.join(METHODS)} against random maps. "
             "Redundancy and spread (locality) are those of the visual tokens' own maps."

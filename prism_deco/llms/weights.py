@@ -51,7 +51,7 @@ def load_lm(path: Path, config: PretrainedConfig | None, **options: Any) -> PreT
                 f"{path} does not hold its architecture: set llm.architecture, or give a folder with config.json."
             )
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        return _from_pretrained(path, model_class, None, config=config, state_dict=dict(open_tensors(path)), **options)
+        return _from_pretrained(path, model_class, None, config=config, state_dict=open_tensors(path), **options)
     check_folder(path)
     safe = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     return _from_pretrained(path, AutoModelForCausalLM, as_safetensors(path), **safe, **options)

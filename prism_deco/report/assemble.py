@@ -1,4 +1,4 @@
-"""From folders to the report's files."""
+"""Writes a report about run and sweep folders."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_report(
         folders: sweep folders or run folders.
         out: folder to write to; by default `report` in the sweep's folder, or next to the first run.
         split: of the benchmarks: `own` or a name (`test`); by default the benchmarks' own if they were scored on it.
-        mixed: put cells into one table though they saw different data, steps, questions or seeds.
+        mixed: allow one table of cells that saw different data, steps, questions or seeds.
 
     Returns:
         the page, and the tables of scores.
@@ -69,7 +69,7 @@ def write_report(
 
 
 def _differences(table: ScoreTable) -> list[Difference]:
-    log.info("%s: comparing %d lines on %d benchmarks", table.title, len(table.groups), len(table.benchmarks))
+    log.info("%s: comparing %d rows on %d benchmarks", table.title, len(table.groups), len(table.benchmarks))
     return paired_differences(table.groups, table.benchmarks, table.split, table.has_mean)
 
 
@@ -105,7 +105,7 @@ def write_files(out: Path, files: Mapping[str, str | bytes]) -> None:
 
 
 def _warn_of_plugins(cells: Sequence[RunCell]) -> None:
-    """Says which plug-ins nobody has imported: the benchmarks that they register are not compared."""
+    """Warns of plug-ins that are not imported: benchmarks that they register are not compared."""
     plugins = {tuple(cell.config.get("plugins") or ()): cell for cell in cells if cell.config is not None}
     for modules, cell in plugins.items():
         try:
@@ -160,7 +160,7 @@ def _unfinished_section(cells: Sequence[RunCell]) -> list[PageSection]:
 def score_sections(
     score_tables: Sequence[ScoreTable], differences: Sequence[Sequence[Difference]]
 ) -> list[PageSection]:
-    """Tables of scores, or of losses where nothing was scored, what follows from each, and its figures."""
+    """A section per table of scores (of losses where nothing was scored), with what follows from it."""
     sections = []
     for table, own in zip(score_tables, differences, strict=True):
         # A figure of many numbers of tokens spans the tables of a part, and stands below the last of them.

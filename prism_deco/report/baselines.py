@@ -1,4 +1,4 @@
-"""What scores without seeing the image: the best constant answer, and models trained without their images."""
+"""Baselines that do not see the image: the best constant answer, and models trained without images."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def blind(cells: Sequence[RunCell], blind_cells: Iterable[RunCell], split: str) 
     """Scores by benchmark of the image-blind baseline of these cells: of the study's own, else the recorded one.
 
     Args:
-        cells: of one row; the result is empty where their settings differ in what a blind model depends on.
+        cells: of one row; the result is empty where they differ in settings that a blind model depends on.
     """
     configs = [cell.config for cell in cells if cell.config is not None]
     keys = {settings_key(config) for config in configs}
@@ -91,9 +91,9 @@ def mean_scores(cells: Iterable[RunCell], split: str) -> dict[str, float]:
 def settings_key(config: DictConfig) -> str:
     """Identifies the settings that a model must share with its image-blind baseline: the LLM, the data and the recipe.
 
-    What only concerns the image (backbone, projector, their learning rate and token count) is left out, since a blind
-    model does not use it; so are settings at the schema's default, so that the references recorded before a setting was
-    added stay valid.
+    Settings that only concern the image (backbone, projector, its learning rate and token count) are left out, since a
+    blind model does not use them. So are settings at the schema's default: references that were recorded before a
+    setting existed stay valid.
     """
     content = OmegaConf.to_container(config, resolve=True)
     defaults = OmegaConf.to_container(OmegaConf.structured(Config), throw_on_missing=False)
@@ -123,8 +123,8 @@ def blind_scores(config: DictConfig, split: str | None) -> dict[str, float] | No
 
 
 def _own_split(benchmark: str) -> str:
-    """The split that a benchmark is scored on when none is asked for; `own` where it has no splits."""
+    """The default split of a benchmark; `own` where it has no splits."""
     try:
         return load_choice("benchmark", benchmark).get("split") or "own"
-    except UsageError:  # a YAML of one's own, which is not found by its name alone
+    except UsageError:  # a user's YAML is not found by its name alone
         return "own"

@@ -1,4 +1,4 @@
-"""Which benchmarks a study is about."""
+"""The benchmarks of a study, and their order."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from prism_deco.report.cells import RunCell
 
 
 def benchmarks_of(cells: Sequence[RunCell], split: str | None) -> list[str]:
-    """The benchmarks that are to be scored, in the order of the paper's and the miniature's columns.
+    """The benchmarks of some cells, in the order of the paper's and the miniature's columns.
 
     Args:
-        split: on which others may have been scored as well; None adds none.
+        split: adds benchmarks that were scored on this split without being planned; None adds none.
     """
     names = [name for cell in cells for name in cell.asked]
     if split is not None:
@@ -39,8 +39,7 @@ def asked_by(config: DictConfig) -> dict[str, str]:
 
 @cache
 def _members(choice: str) -> list[str]:
-    """The members of a group of benchmarks. An unknown one is taken for a benchmark: its scores are missing, not
-    wrong."""
+    """The members of a group of benchmarks. An unknown name counts as a benchmark, which then has no scores."""
     try:
         return resolve_benchmarks(choice)
     except UsageError:

@@ -1,4 +1,4 @@
-"""What a report is about: runs as they were collected, and the seeds of a run put together."""
+"""The runs that a report is about, and groups of runs that differ only in their seed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PROJECTORS = ("linear", "avgpool", "maxpool", "qformer", "c_abstractor", "d_abst
 """Their order in tables and figures; projectors from elsewhere follow by name."""
 
 MAXIMA = {"mme": 2000.0}
-"""Highest scores by family of benchmark, of those that are not percentages (ten tasks of 200 points)."""
+"""Maximum score by benchmark family, where it is not 100 (MME: ten tasks of 200 points)."""
 
 _NOT_IN_ROW = ("part", "row", "backbone", "llm", "projector", "seed", "recipe.blind")
-"""Labels that do not make a row of their own: a part has its own tables, and an image-blind run is a baseline of all
-rows."""
+"""Labels that are not part of a row's name: parts have tables of their own, and an image-blind run is a baseline for
+all rows."""
 
 TRAIN_LOSS, VAL_LOSS, SPEED = "train/loss", "val/loss", "train/samples_per_s"
 
@@ -51,7 +51,7 @@ class Score:
 
     @property
     def variant(self) -> str:
-        """How the questions of the primary metric were asked; empty where an earlier version did not say."""
+        """The variant of the primary metric; empty in results of versions that did not record it."""
         return str((self.content.get("variants") or [""])[0])
 
     @property
@@ -66,15 +66,15 @@ class Score:
 
 @dataclass(frozen=True)
 class RunCell:
-    """One run of a study, planned, running, broken or finished.
+    """One run of a study, in any state.
 
     Attributes:
         labels: what tables group by: row | backbone and llm, projector, seed, and further axes.
-        asked: by name, the choices of the benchmarks that it is to be scored on.
+        asked: the choices of its benchmarks, by name.
         manifest: empty until the training has finished.
         scores: by split ("" is the benchmarks' own) and benchmark.
-        relevance: the content of the `metrics.json` of `explain`; empty where nothing was explained.
-        curves: by the name under which training logs them, such as `train/loss`.
+        relevance: the content of the `metrics.json` of `explain`; empty if there is none.
+        curves: by the names of metrics.jsonl and TensorBoard, such as `train/loss`.
     """
 
     id: str
@@ -114,7 +114,7 @@ class RunCell:
 
     @property
     def variant(self) -> str:
-        """The projector, with those of its own settings that are axes."""
+        """The projector, with those of its settings that are axes."""
         own = [f"{key}={value}" for key, value in self.labels.items() if key.startswith("projector.")]
         return ", ".join([self.projector, *(text for text in own if not text.startswith("projector.num_tokens="))])
 
@@ -205,7 +205,7 @@ class SeedGroup:
         return {seed: score for seed, score in found.items() if score is not None}
 
     def asked_as(self, benchmark: str, split: str) -> str:
-        """How the questions of the primary metric were asked (see `Score.variant`)."""
+        """The variant of the primary metric (see `Score.variant`)."""
         return "/".join(dict.fromkeys(score.variant for score in self.scores(benchmark, split).values()))
 
     def summary(self, benchmark: str, split: str) -> Summary | None:
@@ -242,14 +242,14 @@ class SeedGroup:
 
     @property
     def missing(self) -> str:
-        """What stands where a score is missing."""
+        """The text in place of a missing score."""
         states = dict.fromkeys(cell.state for cell in self.cells)
         return "/".join("not scored" if state in THROUGH else state for state in states)
 
 
 def _summary(values: Sequence[float], interval: tuple[float, float], planned: int, maximum: float) -> Summary:
     low, high = interval if len(values) == 1 else seed_interval(values)
-    # Neither Student's t nor a sum of squares knows where a score ends. A score of one's own may exceed the maximum.
+    # Student's t and a sum of squares may leave the range of scores. A user's own scores may exceed the maximum.
     bounds = max(low, min(0.0, *values)), min(high, max(maximum, *values))
     return Summary(fmean(values), stdev(values) if len(values) > 1 else None, bounds, len(values), planned)
 
@@ -260,7 +260,7 @@ def projector_rank(name: str) -> tuple[int, str]:
 
 
 def seed_groups(cells: Iterable[RunCell]) -> list[SeedGroup]:
-    """The cells that are not image-blind: rows in order of appearance, projectors in their order."""
+    """Groups the cells that are not image-blind: rows in order of appearance, projectors in theirs."""
     groups: dict[tuple[str, str], list[RunCell]] = {}
     order: dict[str, int] = {}
     for cell in cells:

@@ -30,8 +30,8 @@ _MANIFEST = ("data_hash", "params", "samples", "steps", "tokens")
 _SCORE = ("benchmark", "data_hash", "decoding", "interval95", "metrics", "n", "primary", "prompt_hash")
 
 _NO_AXES = ("data.num_workers", "data.statistics", "recipe.micro_batch_size", "recipe.blind", "recipe.start_from")
-"""Settings that are not an axis of a comparison: how a step is cut into passes, how images are read and whether there
-are any, and the run that was started from, since every projector has its own."""
+"""Settings that are not an axis of a comparison: how a step is divided into passes, how images are loaded and whether
+there are any, and the run that training starts from, since every projector has its own."""
 
 
 def collect(folders: Iterable[Path]) -> list[RunCell]:
@@ -71,11 +71,12 @@ def _read_sweep(folder: Path) -> list[RunCell]:
 
 
 def read_cell(folder: Path, record: Mapping[str, Any] | None = None) -> RunCell:
-    """One cell; what cannot be read of it becomes its state and reason, not an error: it must not hide the others.
+    """One cell. A folder that cannot be read gives a cell with that state and the reason, not an error: it must not
+    hide the others.
 
     Args:
         folder: the run folder; it need not exist yet.
-        record: what the sweep's ledger says of it.
+        record: its entry in the sweep's ledger.
     """
     record = record or {}
     labels = {str(key): str(value) for key, value in (record.get("labels") or {}).items()}
@@ -130,7 +131,7 @@ def _with_status(cell: RunCell) -> RunCell:
     if "state" not in status:
         return cell
     cell = replace(cell, started=status.get("started"), seconds=status.get("seconds") or cell.seconds)
-    # A run that was killed could not say so; the sweep saw it end.
+    # A run that was killed could not record it; the sweep did.
     if status["state"] == "running" and cell.state not in ("planned", "unknown"):
         return cell
     return replace(cell, state=str(status["state"]), reason=str(status.get("reason") or cell.reason))
@@ -183,7 +184,7 @@ def read_scores(folder: Path, asked: Mapping[str, str]) -> dict[str, dict[str, S
 
 
 def read_relevance(folder: Path, config: DictConfig) -> dict[str, Any]:
-    """What was measured of the benchmark that the configuration names; without a name, of the only one there is."""
+    """The relevance metrics of the benchmark that the configuration names; without a name, of the only one there is."""
     split = config.evaluate.get("split")
     paths = sorted(folder.glob("*/metrics.json"))
     choice = config.evaluate.get("relevance")
@@ -229,7 +230,7 @@ def log_tail(folder: Path, recorded: Any) -> str:
     """The last lines that a run logged.
 
     Args:
-        recorded: what the sweep's ledger holds of them, if anything.
+        recorded: the lines in the sweep's ledger, if any.
     """
     if recorded:
         return recorded if isinstance(recorded, str) else "\n".join(map(str, recorded))

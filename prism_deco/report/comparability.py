@@ -1,4 +1,4 @@
-"""What must agree between the cells of one table."""
+"""Checks that the cells of one table can be compared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prism_deco.report.cells import RunCell, SeedGroup
 log = logging.getLogger(__name__)
 
 TOLERANCE = 0.01
-"""Relative difference in compute of two trainings that still counts as equal: steps are whole."""
+"""Largest relative difference in compute of two trainings that counts as equal: steps are whole numbers."""
 
 _PLANNED = ["backbone", "projector", "llm", "data", "recipe", "trainer", "plugins"]
 """Keys on which the compute of a training depends."""
@@ -34,13 +34,13 @@ _SCORE: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 
 
 def disagreements(groups: Sequence[SeedGroup], split: str) -> list[str]:
-    """What differs between cells that should only differ in their labels, each as one sentence.
+    """Unwanted differences between the cells of a table, each as one sentence.
 
-    In a whole table the training data must be the same, and either the number of steps and of samples or their
-    compute (see `same_compute`). Each line must have the same seeds; planned ones count: a seed that is still training
-    is missing, not different. Each benchmark must have asked the same questions with the same prompts and answer
-    length. Within a row the number of visual tokens must be the same, except for an uncompressed projector (as many
-    tokens as patches), to which a row is compared; so must the micro-batches where the loss is a mean over them.
+    All cells of a table must have the same training data, and either the same number of steps and samples or the same
+    compute (see `same_compute`). All groups must have the same seeds, planned ones included: a seed that is still
+    training is missing, not different. Each benchmark must have asked the same questions with the same prompts and
+    answer length. Within a row, the number of visual tokens must be the same, except for an uncompressed projector (as
+    many tokens as patches), the reference of a row; so must the micro-batches if the loss is a mean over them.
     """
     cells = [cell for group in groups for cell in group.cells]
     trained = [cell for cell in cells if cell.manifest]
@@ -70,7 +70,7 @@ def disagreements(groups: Sequence[SeedGroup], split: str) -> list[str]:
 
 
 def refusal(title: str, sentences: Sequence[str]) -> str:
-    """The message of an error."""
+    """The error message for these sentences."""
     return (
         f"The cells of {title} saw different things and cannot be compared: {' '.join(sentences)} "
         "Report them separately, or use --mixed to put them into one table."
@@ -78,7 +78,7 @@ def refusal(title: str, sentences: Sequence[str]) -> str:
 
 
 def _sentence(name: str, values: Iterable[tuple[str, Any]]) -> str:
-    """Names the values and who has them; empty where there is one value only."""
+    """Lists the values with their owners; empty if all have the same value."""
     owners: dict[Any, list[str]] = {}
     for owner, value in values:
         owners.setdefault(value, []).append(owner)
@@ -108,7 +108,7 @@ def _flops_per_sample(config: DictConfig) -> float | None:
     # A run of an earlier version does not have the keys that were added since.
     defaults: Any = OmegaConf.to_container(OmegaConf.structured(Config))
     chosen: Any = OmegaConf.merge({name: defaults[name] for name in _PLANNED}, OmegaConf.masked_copy(config, _PLANNED))
-    # The costs depend on neither, and so the cells of a study share few plans.
+    # The compute depends on neither; without them, the cells of a study share a few plans.
     chosen.recipe.lr = 0.0
     chosen.recipe.max_steps = None
     return _planned_flops(OmegaConf.to_yaml(chosen, resolve=True))

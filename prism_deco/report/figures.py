@@ -19,12 +19,12 @@ TOKENS = "visual tokens per image"
 
 _MARKERS = 8  # along a curve
 
-_SIDE_BY_SIDE = "Marks with the same number of tokens stand side by side."
+_SIDE_BY_SIDE = "Points with the same number of tokens are drawn side by side."
 
 
 @dataclass(frozen=True)
 class Point:
-    """A line of a table with a score and the visual tokens that it costs."""
+    """The score of a group, and its number of visual tokens."""
 
     group: SeedGroup
     tokens: int
@@ -32,7 +32,7 @@ class Point:
 
 
 def points(table: ScoreTable) -> list[Point]:
-    """Mean scores of the lines whose tokens are known and that have all benchmarks, fewest tokens first."""
+    """Mean scores of the groups with a known number of tokens and all benchmarks, fewest tokens first."""
     found = []
     for group in table.groups:
         score = group.overall(table.benchmarks, table.split)
@@ -42,8 +42,8 @@ def points(table: ScoreTable) -> list[Point]:
 
 
 def pareto_front(found: Sequence[Point]) -> list[Point]:
-    """The points that no other one beats by a higher score for as little or by as high a score for less. Ties in both
-    are on the front.
+    """The Pareto front: no other point has at least the score with fewer tokens, or a higher score with as many. Points
+    that tie in both are all on it.
 
     Args:
         found: sorted as `points` does.
@@ -58,8 +58,7 @@ def pareto_front(found: Sequence[Point]) -> list[Point]:
 
 
 def budget_table(table: ScoreTable) -> Table | None:
-    """The highest mean score for every number of visual tokens at which it changes; None where there is nothing to
-    choose from."""
+    """The best mean score for every number of visual tokens at which it changes; None for fewer than two points."""
     found = points(table)
     if len(found) < 2:
         return None
@@ -78,19 +77,19 @@ def budget_table(table: ScoreTable) -> Table | None:
                 Field(format_number(second.score.mean if second else None)),
             ]
         )
-    columns = ["budget", "highest", "mean score", "95 % interval", "next", "its mean score"]
+    columns = ["budget", "best", "mean score", "95 % interval", "second best", "its mean score"]
     caption = (
-        "Mean score: over all benchmarks of the first table, in per cent of each one's highest. A row begins where "
-        "more tokens bring a higher one, which may be by chance: compare the intervals."
+        "Mean score: over all benchmarks of the first table, each in per cent of its maximum. There is a row for each "
+        "number of tokens at which the best score rises, possibly by chance: compare the intervals."
     )
-    return Table("Highest score within a budget", columns, rows, caption=caption)
+    return Table("Best score within a token budget", columns, rows, caption=caption)
 
 
 def tokens_figures(table: ScoreTable, more: Sequence[SeedGroup] = ()) -> list[Figure]:
     """Score against visual tokens, a panel per benchmark (the paper's Figure 8); one figure per family of rows.
 
     Args:
-        more: of other tables of the same part: the paper's own number of tokens is one of many.
+        more: groups of other tables of the same part: the paper's number of tokens is one of several.
     """
     groups = [*more, *table.groups]
     names = [*table.benchmarks, *(["mean"] if table.has_mean else [])]
@@ -137,8 +136,8 @@ def mean_figure(table: ScoreTable) -> Figure | None:
             label_axes(ax, family, TOKENS, "mean score (%)")
         legend(figure, axes)
         caption = (
-            f"Mean score over the benchmarks against {TOKENS}, with 95 % intervals. The grey line joins what nothing "
-            f"cheaper beats. {_SIDE_BY_SIDE}"
+            f"Mean score over the benchmarks against {TOKENS}, with 95 % intervals. The grey line is the Pareto front: "
+            f"no point has a higher score with as few tokens. {_SIDE_BY_SIDE}"
         )
         return Figure("score-against-visual-tokens", to_svg(figure), caption)
 
@@ -159,8 +158,8 @@ def _draw(ax: Axes, found: Sequence[Point], looks: dict[str, dict[str, Any]]) ->
 
 
 def side_by_side(tokens: Sequence[int]) -> list[float]:
-    """Where to draw marks on a logarithmic axis: those of the same number of tokens on both sides of it, so that none
-    covers another; single ones where they are."""
+    """Positions of points on a logarithmic axis: those with the same number of tokens are spread around it, so that
+    none covers another."""
     places = []
     for k, number in enumerate(tokens):
         before, same = tokens[:k].count(number), tokens.count(number)
@@ -192,7 +191,7 @@ def convergence(table: ScoreTable) -> Figure | None:
             label_axes(ax, row, STEPS, "training loss (nats per token)")
         legend(figure, axes)
         caption = (
-            "Training loss, a running mean over a fortieth of the run; with several seeds their mean, each seed faint."
+            "Training loss, as a running mean over 1/40 of the run. Several seeds: their mean, and each seed in faint."
         )
         return Figure("convergence", to_svg(figure), caption)
 

@@ -14,24 +14,24 @@ from prism_deco.report.cells import MAXIMA, RunCell, SeedGroup, Summary, project
 from prism_deco.report.comparability import disagreements
 
 SECONDARY: Mapping[str, str] = {
-    "f1": "f1: mean over POPE's subsets, yes is the positive answer.",
+    "f1": "f1: mean over POPE's subsets; yes is the positive class.",
     "accuracy_pad_corrected": (
-        "accuracy pad corrected: boxes are taken to be those of the image padded to a square, as in LLaVA's training "
-        "data, and mapped back before they are compared."
+        "accuracy pad corrected: boxes are read as relative to the image padded to a square, as in LLaVA's training "
+        "data, and mapped back to the image before they are compared."
     ),
 }
-"""Metrics that are shown below the primary one, and what they are."""
+"""Metrics that are shown below the primary one, and what they mean."""
 
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """A line of a table.
+    """A row of a table.
 
     Attributes:
-        group: None where the study has no such run.
-        paper: the paper's scores by benchmark; empty where it has none.
-        about: what the row is, in smaller print.
-        cited: whether it is a line of the paper that ours are not measured against.
+        group: None if the study has no such run.
+        paper: the paper's scores by benchmark; empty if it has none.
+        about: the models of the row, shown in smaller print.
+        cited: the paper took these numbers from elsewhere; ours are not compared with them.
     """
 
     row: str
@@ -49,7 +49,7 @@ class ScoreRow:
 
     @property
     def missing(self) -> str:
-        """Why there is no score of ours."""
+        """Why the score is missing."""
         return self.group.missing if self.group else "not run"
 
     @property
@@ -68,7 +68,7 @@ class ScoreTable:
         split: of the benchmarks; "" is their own.
         chance: by benchmark.
         blind: by row and benchmark.
-        disagreements: what the cells do not have in common though they should.
+        disagreements: differences that make the cells incomparable.
     """
 
     title: str
@@ -91,7 +91,7 @@ class ScoreTable:
 
     @property
     def has_mean(self) -> bool:
-        """Whether the mean over benchmarks means something: all are percentages."""
+        """Whether a mean over benchmarks makes sense: all are percentages."""
         return len(self.benchmarks) > 1 and all(self.maximum(name) == 100 for name in self.benchmarks)
 
     def maximum(self, benchmark: str) -> float:
@@ -179,7 +179,7 @@ def _table(
 
 
 def _paper_rows(table: int, groups: Sequence[tuple[str, SeedGroup]]) -> list[ScoreRow]:
-    """All of the paper's lines and all of ours, ours next to the paper's of the same setting and projector."""
+    """All rows of the paper's table and all of ours; a pair of the same setting and projector shares one row."""
     printed = paper.rows(table)
     rows = []
     for setting in dict.fromkeys(row.setting for row in printed):
@@ -190,7 +190,7 @@ def _paper_rows(table: int, groups: Sequence[tuple[str, SeedGroup]]) -> list[Sco
                 rows.append(ScoreRow(setting, f"{row.projector} (LLaVA-1.5)", None, row.scores, about, cited=True))
         scores = {row.projector: row.scores for row in theirs if not row.cited}
         own = [group for name, group in groups if name == setting]
-        # Two of our rows of one setting (an axis of recipes, say) both stand next to the paper's.
+        # Several of our rows may have one setting (an axis of recipes, say): each is shown next to the paper's.
         names = list(dict.fromkeys(group.row for group in own)) or [setting]
         for name in names:
             members = {group.variant: group for group in own if group.row == name}
@@ -212,7 +212,7 @@ def _about(group: SeedGroup) -> tuple[str, ...]:
 
 
 def score_records(table: ScoreTable) -> list[dict[str, Any]]:
-    """A record per line and benchmark, for CSV."""
+    """A record per row and benchmark, for CSV."""
     found = []
     for row in table.rows:
         for name in table.benchmarks:
@@ -240,7 +240,7 @@ def score_records(table: ScoreTable) -> list[dict[str, Any]]:
 
 
 def secondary_records(table: ScoreTable) -> list[dict[str, Any]]:
-    """A record per line, benchmark and metric, for CSV: means over the seeds that have the metric."""
+    """A record per row, benchmark and metric, for CSV: means over the seeds that have the metric."""
     found = []
     for row in table.rows:
         for name in table.benchmarks:
@@ -281,7 +281,7 @@ def secondary_values(row: ScoreRow, benchmark: str, split: str) -> dict[str, lis
 
 
 def _place(table: ScoreTable, row: ScoreRow, benchmark: str) -> dict[str, Any]:
-    """The columns of a CSV that say what a record is about."""
+    """The first columns of each CSV record."""
     return {
         "part": table.part or None,
         "table": table.table,
@@ -293,6 +293,6 @@ def _place(table: ScoreTable, row: ScoreRow, benchmark: str) -> dict[str, Any]:
 
 
 def paper_mean(row: ScoreRow, benchmarks: Sequence[str]) -> float | None:
-    """Mean of the paper's scores of a line; None where it has not all of them."""
+    """Mean of the paper's scores of a row; None unless it has all of them."""
     values = [row.paper[name] for name in benchmarks if name in row.paper]
     return fmean(values) if values and len(values) == len(benchmarks) else None

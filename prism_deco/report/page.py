@@ -1,4 +1,4 @@
-"""The report as Markdown with figures, and as one HTML file made of it, which needs no network, server or script."""
+"""The report as Markdown with figures, and as one HTML file, which needs no network, server or script."""
 
 from __future__ import annotations
 

@@ -19,10 +19,10 @@ from prism_deco.report.stats import average, holm, mcnemar, seed_interval, subtr
 log = logging.getLogger(__name__)
 
 BASE = "avgpool"
-"""The projector that the others are compared with first: the one the paper proposes."""
+"""The projector that the others are compared with first: the one that the paper proposes."""
 
 MEAN = "mean"
-"""Stands for a benchmark where it is the mean over all."""
+"""In place of a benchmark's name: the mean over all."""
 
 _ROUNDING = 1e-6
 
@@ -33,7 +33,7 @@ class Difference:
 
     Attributes:
         variant: how the questions were asked.
-        value: in the benchmark's unit, mean over the seeds that both have; None where it is not available.
+        value: in the benchmark's unit, mean over the seeds that both have; None if not available.
         interval: 95 %, paired bootstrap over the questions.
         over_seeds: 95 % interval over seeds, seed by seed; None with one seed.
         p, adjusted: exact McNemar test, and adjusted for the number of tests of the report.
@@ -55,14 +55,14 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether no interval of the difference includes zero."""
+        """Whether all intervals of the difference exclude zero."""
         bounds = [bounds for bounds in (self.interval, self.over_seeds) if bounds is not None]
         return bool(bounds) and not any(low <= 0 <= high for low, high in bounds)
 
 
 @dataclass(frozen=True)
 class _Units:
-    """What an interval resamples, in the order of the question ids."""
+    """The units that the bootstrap resamples, in the order of the question ids."""
 
     strata: Mapping[str, Sequence[float]]
     combine: Combine
@@ -76,7 +76,7 @@ def paired_differences(
     """All pairs of projectors within each row, the pairs of the base projector first.
 
     Args:
-        mean: whether the mean over benchmarks means something; then it follows them, without a test.
+        mean: also compare the means over benchmarks, without a test.
     """
     found = []
     for row in dict.fromkeys(group.row for group in groups):
@@ -94,7 +94,7 @@ def paired_differences(
 def _mean_difference(
     pair: Difference, first: SeedGroup, second: SeedGroup, split: str, own: Sequence[Difference]
 ) -> Difference:
-    """Of the means over benchmarks that are all percentages; their intervals over items are assumed independent.
+    """The difference of the means over benchmarks; their intervals over items are assumed to be independent.
 
     Args:
         own: the differences on the benchmarks.
@@ -142,7 +142,7 @@ def _compare(pair: Difference, units: Mapping[str, Mapping[str, _Units] | str]) 
 
 
 def _read_units(group: SeedGroup, benchmark: str, split: str) -> dict[str, _Units] | str:
-    """By seed; or why there are none."""
+    """The units by seed, or the reason why there are none."""
     scores = group.scores(benchmark, split)
     if not scores:
         return f"{group.variant}: {group.missing}"

@@ -37,15 +37,15 @@ SPATIAL = (
 """The tasks of Table 2: benchmark, metric, maximum. The average is over their percentages of the maximum (Honeybee)."""
 
 RECIPES = {1: ("llava_v1_5_finetune",), 3: ("deco", "prism")}
-"""What the models of a table may be trained with: that of the authors, or the one it was made from."""
+"""Recipes that a cell of a table may have: the authors' own, or the one that it is derived from."""
 
 
 @dataclass(frozen=True)
 class Authors:
-    """How the models of a table were trained by its authors, as far as it is known.
+    """How the authors trained the models of a table, as far as it is known.
 
     Attributes:
-        overrides: what composes it here, with a cell's tower, projector and LLM.
+        overrides: the command line that reproduces it, without tower, projector and LLM.
         devices: on which a global batch was shared.
         packages: versions of the libraries.
         seed: whether the seed is known; it is then this project's default.
@@ -120,7 +120,7 @@ def rows(table: int) -> list[PaperRow]:
 
 @cache
 def spatial_averages() -> dict[str, float]:
-    """Table 2: the averages by projector. Of its other cells nothing is known."""
+    """Table 2: the averages by projector; its other cells are not known."""
     with (FOLDER / "table2.csv").open(encoding="utf-8", newline="") as file:
         records = csv.DictReader(file)
         return {_PROJECTORS.get(r["projector"], r["projector"]): float(r["spatial_average"]) for r in records}
@@ -134,8 +134,8 @@ def scores(table: int) -> dict[tuple[str, str], Mapping[str, float]]:
 def setting(cell: RunCell, table: int) -> str | None:
     """The setting of a table that a cell belongs to, whatever its projector; None: it is not the paper's.
 
-    Tower, LLM, resolution, number of visual tokens and recipe must be the table's. Whatever else differs from the
-    authors' settings is named next to the table (see `recipe_diff`).
+    Tower, LLM, resolution, number of visual tokens and recipe must be the table's. Other differences from the authors'
+    settings are listed next to the table (see `recipe_diff`).
     """
     config = cell.config
     if config is None or config.recipe.name not in RECIPES[table]:

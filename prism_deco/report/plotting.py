@@ -1,4 +1,4 @@
-"""How all figures look."""
+"""The style of all figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prism_deco.report.cells import PROJECTORS
 
 STEPS = "optimizer steps"
 
-# Okabe and Ito's colours; markers and dashes tell the lines apart without colour too.
+# Okabe and Ito's colours; markers and dashes distinguish the lines without colour.
 _STYLES: tuple[tuple[str, str, Any], ...] = (
     ("#000000", "s", "-"),
     ("#0072B2", "o", "-"),
@@ -62,7 +62,7 @@ class Figure:
 
 
 def styles(variants: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dashes of each line: a projector's are the same in all reports."""
+    """Colour, marker and dashes by variant; a projector has the same ones in all reports."""
     variants = list(dict.fromkeys(variants))
     order = [*PROJECTORS, *(name for name in variants if name not in PROJECTORS)]
     found = {}
@@ -101,7 +101,7 @@ def legend(figure: Canvas, axes: Sequence[Axes]) -> None:
 
 
 def to_svg(figure: Canvas) -> bytes:
-    """The same bytes for the same figure."""
+    """The SVG; equal figures give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""How the settings of a cell differ from those by which a table of the paper knows it."""
+"""How the settings of a cell differ from those of the paper's authors."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _LEFT_OUT = (
     "recipe.stages", "recipe.start_from", "recipe.num_tokens", "recipe.micro_batch_size", "recipe.packing",
     "recipe.max_logits",
 )  # fmt: skip
-"""Keys that tables show, that are compared by other means, or that do not change what is learned."""
+"""Keys that are not compared here: tables show them, or they do not change what is learned."""
 
 _OTHERS = ("data.name", "data.limit", "data.val_fraction", "data.draft_jpeg", "trainer.precision")
-"""Keys of the other groups that do."""
+"""Keys of other groups that change what is learned."""
 
 
 class Departure(NamedTuple):
-    """A setting, its value, and that of the paper's authors."""
+    """A setting with our value and the authors'."""
 
     setting: str
     ours: str
@@ -87,7 +87,7 @@ def _passes(cell: RunCell, authors: paper.Authors, micro_batch_size: int) -> lis
 
 
 def _starts(cell: RunCell, authors: paper.Authors) -> list[Departure]:
-    """From what the cell's training started."""
+    """Differences in what the training starts from."""
     assert cell.config is not None
     found = []
     before = _stage_before(authors.recipe)
@@ -112,12 +112,12 @@ def _libraries(cell: RunCell, authors: paper.Authors) -> list[Departure]:
 
 
 def settings_records(cells: Iterable[RunCell], table: int) -> list[dict[str, str]]:
-    """A record per cell and departure, for CSV."""
+    """A record per cell and difference, for CSV."""
     return [{"cell": cell.id, **departure._asdict()} for cell in cells for departure in departures(cell, table)]
 
 
 def settings_table(cells: Sequence[RunCell], table: int) -> Table | None:
-    """The departures of a table's cells, each with all that have it; None where there are none."""
+    """The differences, each with the cells that have it; None if there are none."""
     known = [cell for cell in cells if cell.config is not None]
     owners: dict[Departure, list[str]] = {}
     for cell in known:
@@ -134,12 +134,12 @@ def settings_table(cells: Sequence[RunCell], table: int) -> Table | None:
         "for each cell's tower, projector and LLM. Without a finished run, libraries are those of this environment."
     )
     return Table(
-        "Settings that are not the authors'", ["setting", "ours", "authors", "cells"], rows, caption, words=True
+        "Settings that differ from the authors'", ["setting", "ours", "authors", "cells"], rows, caption, words=True
     )
 
 
 def recipes(cells: Iterable[RunCell]) -> str:
-    """Which recipes ran, as a sentence."""
+    """The recipes of the cells, as a sentence."""
     counts = Counter(str(cell.config.recipe.name) for cell in cells if cell.config is not None)
     sizes = {name: f"{name} ({count} cell{'s' * (count > 1)})" for name, count in counts.items()}
     return f"Recipe: {', '.join(sizes.values() if len(counts) > 1 else counts)}."
@@ -152,7 +152,7 @@ def _shown(key: str, value: Any) -> str:
 
 @cache
 def _composed(overrides: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values by key, and of those that refer to another key, that key."""
+    """The values by key, and the target of each value that is a reference to another key."""
     config = load_config(overrides)
     written: Any = OmegaConf.to_container(config, resolve=False)
     found = {
@@ -163,7 +163,7 @@ def _composed(overrides: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str
 
 @cache
 def _stage_before(recipe: str) -> str | None:
-    """The stage that precedes a recipe where that is a later stage of another; else None."""
+    """The stage before this recipe in a recipe of several stages; None if there is none."""
     for choice in choices("recipe"):
         stages = load_choice("recipe", choice).get("stages") or {}
         for before, stage in pairwise(stages):

@@ -17,7 +17,7 @@ _ROUNDING = 1e-9  # of means over seeds
 
 
 class Wins(NamedTuple):
-    """In how many places one is ahead of another."""
+    """How often one is ahead of another."""
 
     ahead: int
     behind: int
@@ -26,10 +26,10 @@ class Wins(NamedTuple):
 
 
 def count_wins(first: Mapping[Hashable, float | None], second: Mapping[Hashable, float | None]) -> Wins:
-    """Compares scores place by place as they are printed, with one decimal: what looks equal is a tie.
+    """Compares scores as they are printed, to one decimal: scores that look equal are a tie.
 
     Args:
-        first, second: scores by place (row and benchmark); a place that is missing from either, or is None, is missing.
+        first, second: scores by (row, benchmark); one that is absent or None in either counts as missing.
     """
     signs = []
     places = dict.fromkeys([*first, *second])
@@ -72,9 +72,9 @@ def average(several: Sequence[Strata]) -> dict[str, list[float]]:
 
 
 def mcnemar(differences: Strata) -> float:
-    """Exact two-sided McNemar test: the p-value of as uneven a split of the units on which two models differ.
+    """The p-value of the exact two-sided McNemar test over the units on which two models differ.
 
-    Where units have scores between right and wrong it is the sign test, which asks only who is ahead on each.
+    With scores between right and wrong it is the sign test, which only counts who is ahead on each unit.
     """
     values = [value for stratum in differences.values() for value in stratum]
     ahead = sum(value > _ROUNDING for value in values)
@@ -83,8 +83,7 @@ def mcnemar(differences: Strata) -> float:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """P-values adjusted for their number (Holm 1979): below 0.05, one false alarm in twenty such families. None is not
-    a test."""
+    """P-values adjusted by Holm's method (1979), which controls the family-wise error rate. None is not a test."""
     tests = sorted((p, number) for number, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     highest = 0.0

@@ -1,4 +1,4 @@
-"""What became of the cells, in words and tables."""
+"""The state of the cells, in words and tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MEANING = {"trained": "not scored yet"}
 
 
 def about(cells: Sequence[RunCell]) -> list[str]:
-    """A paragraph on which models were trained, when, and by which version."""
+    """A paragraph about the models that were trained: when, on what, and by which version."""
     trained = [cell for cell in cells if cell.manifest]
     if not trained:
         return []
@@ -53,19 +53,19 @@ def notes(cells: Sequence[RunCell], split: str, others: Sequence[str]) -> str:
     """
     if not cells:
         return (
-            "There are no cells. Nothing was planned or run here yet: start with prism-deco sweep or prism-deco train."
+            "There are no cells. Nothing was planned or run here yet; start with prism-deco sweep or prism-deco train."
         )
     found = [_progress(cells), f"Split: {split or 'the benchmarks’ own'}."]  # noqa: RUF001
     if others:
         found.append(f"Also scored: {', '.join(others)} (--split).")
     machines = {str(cell.manifest.get("machine")) for cell in cells if cell.manifest}
     if len(machines) > 1:
-        found.append(f"The cells were trained on {len(machines)} kinds of machine: their times do not compare.")
+        found.append(f"The cells were trained on {len(machines)} kinds of machine; their times cannot be compared.")
     return " ".join(found)
 
 
 def _progress(cells: Sequence[RunCell]) -> str:
-    """How many cells are in which state, in words."""
+    """The number of cells in each state, in words."""
     states = Counter(cell.state for cell in cells)
     others = [f"{count} {state}" for state, count in states.items() if state != "done"]
     return ", ".join([f"{states['done']} of {len(cells)} cells done", *others]) + "."
@@ -86,10 +86,10 @@ def unfinished_table(cells: Sequence[RunCell]) -> Table:
 
 
 def cells_table(cells: Sequence[RunCell]) -> Table:
-    """Every cell with what it was trained on."""
+    """All cells, and what they were trained on."""
     caption = (
-        "lm: what was trained of the LLM. start from: the run whose projector was loaded. lr, projector lr: peak "
-        "learning rates of what was trained of the LLM (its adapters under LoRA), and of the projector."
+        "lm: the part of the LLM that was trained. start from: the run whose projector was loaded. lr: peak learning "
+        "rate of the LLM or its adapters. projector lr: peak learning rate of the projector."
     )
     return records_table("Cells", cell_records(cells), caption)
 
@@ -131,9 +131,9 @@ def _cell_record(cell: RunCell) -> dict[str, Any]:
 
 
 def run_records(cells: Sequence[RunCell], split: str) -> list[dict[str, Any]]:
-    """A record per run and measure, for CSV, from which all means, intervals and tests of a report follow: the last
-    validation loss of a finished run (nats per token), primary metrics of benchmarks (in their own units) and mean
-    numbers of the relevance maps (fractions of one, or of the grid's side).
+    """A record per run and measure, for CSV; all means, intervals and tests of a report follow from them. Measures are
+    the last validation loss of a finished run (nats per token), the primary metrics of benchmarks (in their own units)
+    and the means over relevance maps (fractions of one, or of the grid's side).
     """
     found = []
     for cell in cells:

@@ -15,10 +15,10 @@ from prism_deco.report.tabular import MISSING, Field, Table, format_interval, fo
 
 
 def scores_table(table: ScoreTable, differences: Sequence[Difference] = ()) -> Table:
-    """Our scores, and in smaller print their intervals and the paper's numbers.
+    """Our scores, with intervals and the paper's numbers in smaller print.
 
     Args:
-        differences: of this table, by which the lead of a best score is clear.
+        differences: of this table; they decide which scores are bold.
     """
     names = [*table.benchmarks, *([MEAN] if table.has_mean else [])]
     rows = []
@@ -59,7 +59,7 @@ def _score(table: ScoreTable, row: ScoreRow, name: str, *, best: bool) -> Field:
 def _leader(
     table: ScoreTable, rows: Sequence[ScoreRow], name: str, differences: Sequence[Difference]
 ) -> ScoreRow | None:
-    """The line that is clearly ahead of all others of its row.
+    """The entry that is clearly ahead of all others in its row.
 
     Args:
         differences: of the row.
@@ -85,17 +85,17 @@ def _baseline(values: Mapping[str, float], names: Sequence[str]) -> list[Field]:
 def _caption(table: ScoreTable) -> str:
     several = any(len(group.cells) > 1 for group in table.groups)
     parts = [
-        "Mean over seeds ± their standard deviation; below it the 95 % interval over seeds (Student's t; over items "
-        "where only one seed is scored)."
+        "Mean ± standard deviation over seeds; below it the 95 % interval over seeds (Student's t), or over items "
+        "where only one seed is scored."
         if several
         else "One seed per cell; below each score its 95 % interval over items, which says nothing about other seeds.",
-        "Bold: ahead of all others of its row, with zero outside the intervals of the differences.",
+        "Bold: better than all others in the row; the intervals of these differences exclude zero.",
     ]
     if table.table:
         parts.append(recipes(table.cells))
         parts.append(
-            "Then the paper's number, and Δ: ours minus the paper's. Where a benchmark has several metrics, the paper "
-            "does not say which of them its number is."
+            "Below that, the paper's number, and Δ: ours minus the paper's. Where a benchmark has several metrics, the "
+            "paper does not say which one it reports."
         )
     asked = {}
     for name in table.benchmarks:
@@ -107,7 +107,7 @@ def _caption(table: ScoreTable) -> str:
     if table.chance:
         parts.append("chance: the best constant answer.")
     if table.blind:
-        own = ", each line and the blind one at the settings chosen for it" if table.part else ""
+        own = ", each model at the settings chosen for it" if table.part else ""
         parts.append(f"blind: the same LLM, data and recipe, trained without the images{own}.")
     shown: set[str] = set()
     for row in table.rows:
@@ -115,22 +115,22 @@ def _caption(table: ScoreTable) -> str:
             shown.update(secondary_values(row, name, table.split))
     parts += [text for name, text in SECONDARY.items() if any(metric.endswith(name) for metric in shown)]
     if any("/" in metric for metric in shown):
-        parts.append("With a slash: the same questions asked by another variant of the benchmark.")
+        parts.append("Metrics with a slash: the same questions, asked by another variant of the benchmark.")
     steps = {cell.manifest["steps"] for group in table.groups for cell in group.cells if cell.manifest}
     if len(steps) > 1 and not table.disagreements:
-        parts.append(f"The lines have {min(steps):,} to {max(steps):,} steps, which cost the same compute.")
+        parts.append(f"The rows have {min(steps):,} to {max(steps):,} steps, with the same compute.")
     return " ".join(parts)
 
 
 def losses_table(table: ScoreTable) -> Table:
-    """Where the losses of cells without benchmarks ended."""
+    """The final losses of cells without benchmarks."""
     rows = []
     for group in table.groups:
         train = [fmean(curve[-max(1, len(curve) // 40) :]) for curve in _values(group, TRAIN_LOSS)]
         val = [curve[-1] for curve in _values(group, VAL_LOSS)]
         tokens = Field(str(group.tokens) if group.tokens else MISSING)
         rows.append((Field(group.row), [Field(group.variant), tokens, _loss(train), _loss(val)]))
-    caption = "Nats per token: the mean over the last fortieth of the training, and the last validation."
+    caption = "Nats per token: the mean over the last 1/40 of training, and the last validation."
     columns = ["projector", "tokens", "training loss", "validation loss"]
     return Table(table.title, columns, under_headings(rows), caption=caption)
 
@@ -148,7 +148,7 @@ def _loss(values: Sequence[float]) -> Field:
 
 
 def wins_table(table: ScoreTable) -> Table | None:
-    """How often the base projector is ahead of each other; None where there is no pair."""
+    """How often the base projector is ahead of each other one; None if there is no pair."""
     variants = list(dict.fromkeys(row.variant for row in table.rows if not row.cited))
     bases = [variant for variant in variants if variant.partition(",")[0] == BASE] or variants[:1]
     rows = []
@@ -165,12 +165,12 @@ def wins_table(table: ScoreTable) -> Table | None:
     if not rows:
         return None
     columns = ["pair", "ahead", "behind", "tied", "missing", *(["paper"] if table.table else [])]
-    caption = "Places are a row and a benchmark; scores are compared as printed, with one decimal."
+    caption = "One comparison per row and benchmark, of scores as printed, to one decimal."
     return Table("Wins", columns, rows, caption=caption)
 
 
 def gains_table(table: ScoreTable) -> Table:
-    """The relative gains that the abstract states, from the paper's cells and from ours."""
+    """The relative gains that the paper's abstract states, from its scores and from ours."""
     own = [
         {str(name): mean for (_, name), mean in table.ours(variant).items() if mean is not None}  # type: ignore[misc]
         for variant in (BASE, "c_abstractor")
@@ -182,12 +182,12 @@ def gains_table(table: ScoreTable) -> Table:
         [Field(name), Field(format_number(ours[name], sign="+")), Field(format_number(theirs[name], 2, sign="+"))]
         for name in paper.GAIN_GROUPS
     ]
-    caption = "Mean over the group's columns of the gain in per cent of C-Abstractor's score."
+    caption = "The gain in per cent of C-Abstractor's score, averaged over the group's columns."
     return Table("Relative gain of avgpool over c_abstractor (%)", ["group", "ours", "paper"], rows, caption=caption)
 
 
 def spatial_table(table: ScoreTable) -> Table:
-    """Table 2: six spatial tasks; of the paper only the averages are known."""
+    """Table 2: six spatial tasks; of the paper, only the averages are known."""
     tasks = [f"{benchmark}: {metric.rpartition('/')[2].replace('_', ' ')}" for benchmark, metric, _ in paper.SPATIAL]
     printed = paper.spatial_averages()
     rows = []
@@ -204,8 +204,8 @@ def spatial_table(table: ScoreTable) -> Table:
         texts = [row.missing if value is None else format_number(value) for value in (*values, mean)]
         rows.append([Field(row.variant), *map(Field, texts[:-1]), Field(texts[-1], tuple(lines))])
     caption = (
-        "Each task in per cent of its highest score (MME's position: 200 points), mean over seeds; the average is the "
-        "mean of the six. Of the paper's table only the averages are known."
+        "Each task in per cent of its maximum (MME's position: 200 points), averaged over seeds; the last column is "
+        "the mean of the six. Only the averages of the paper's table are known."
     )
     return Table("Table 2 of the paper, and ours", ["projector", *tasks, "average"], rows, caption=caption)
 
@@ -239,10 +239,10 @@ def differences_table(found: Sequence[Difference], title: str = "Differences") -
         rows.append((heading, [Field(pair.benchmark), *fields]))
     columns = ["benchmark", "difference", "95 % over items", "95 % over seeds", "seeds", "p", "p (Holm)"]
     caption = (
-        "Differences in the benchmark's unit. Over items: paired bootstrap of the same questions. Over seeds: "
-        "Student's t of the differences seed by seed. p: exact McNemar test (a sign test where an item's score is not "
-        "just right or wrong); p (Holm) is adjusted for all tests of all pairs. Bold: p (Holm) below 0.05, and zero "
-        "outside both intervals. With one seed all of this is about these two models, not their projectors."
+        "Differences in the benchmark's unit. Over items: paired bootstrap over the questions. Over seeds: Student's t "
+        "over the differences of equal seeds. p: exact McNemar test (a sign test where an item's score is not just "
+        "right or wrong). p (Holm): adjusted for the tests of all pairs. Bold: p (Holm) below 0.05, and both intervals "
+        "exclude zero. With one seed, all of this compares two trained models, not two projectors."
     )
     return Table(title, columns, under_headings(rows), caption=caption)
 

@@ -33,11 +33,11 @@ class Field:
 
 @dataclass(frozen=True)
 class Table:
-    """A table to print. Its first column names a row, and stays in sight where a table is wider than the screen.
+    """A table to print. The first column holds the names of rows, and stays in sight in tables wider than the screen.
 
     Attributes:
         rows: with a field per column; one with a single field is the heading of the rows below it.
-        words: whether the columns hold words, which are set flush left.
+        words: the columns hold words, which are left-aligned.
     """
 
     title: str
@@ -84,7 +84,7 @@ def format_interval(bounds: tuple[float, float] | None, digits: int = 1, sign: s
 
 
 def paragraph(text: str) -> str:
-    """A paragraph of Markdown, though it may begin like a heading, a list or a quotation."""
+    """A paragraph of Markdown, even if it begins like a heading, a list or a quotation."""
     return re.sub(r"^(\d*)([#>+~=.)-])", r"\1\\\2", escape(text)) + "\n"
 
 
@@ -106,7 +106,7 @@ def _markdown(field: Field, bold: bool = False) -> str:
 
 
 def escape(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Text on one line, escaped for Markdown."""
     plain = html.escape(" ".join(text.split()), quote=False)
     escaped = "".join(f"\\{sign}" if sign in "\\`*[]|" else sign for sign in plain)
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", escaped)  # within words they mean nothing
@@ -115,8 +115,8 @@ def escape(text: str) -> str:
 class TerminalTable:
     """A table for the terminal, without the small print.
 
-    Where it is wider than the terminal, its columns are printed in several blocks, each with the first one: no column
-    is dropped, and only names are folded.
+    A table wider than the terminal is printed in several blocks of columns, each with the first one: no column is
+    dropped, and only names are folded.
     """
 
     def __init__(self, table: Table):
@@ -126,7 +126,7 @@ class TerminalTable:
         widths = [max(map(len, texts)) for texts in self._columns()]
         rest = max(widths[1:], default=0)
         words = [word for text in self._columns()[0] for word in text.split()]
-        # The names have what a column beside them leaves, as long as no word has to be broken for it.
+        # Names get the width that the widest other column leaves, unless a word would have to be broken.
         widths[0] = min(widths[0], max([options.max_width - rest - 7, *map(len, words)]), options.max_width - 4)
         blocks: list[list[int]] = [[]]
         for number in range(1, len(widths)):

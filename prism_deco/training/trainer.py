@@ -123,10 +123,9 @@ def _train(
         metrics, board = Metrics(target.folder, steps_done), Board(target.folder, steps_done)
         board.hyperparameters(choices_of(config))
     # In the order in which they see a step: it is recorded before it is saved.
-    callbacks: list[Callback] = [
-        SpeedMonitor(_step_flops(config, caches), config.trainer.log_every, board),
-        SampleAnswers(llm, data, config.trainer.samples, board),
-    ]
+    callbacks: list[Callback] = [SpeedMonitor(_step_flops(config, caches), config.trainer.log_every, board)]
+    if config.trainer.samples:
+        callbacks.append(SampleAnswers(llm, data, config.trainer.samples, board))
     if metrics and board:
         callbacks.append(Recorder(metrics, board, config.trainer.log_every))
     callbacks.append(Checkpointing(target.folder, resume, metrics, config.trainer, about, preemption))

@@ -21,7 +21,8 @@ def test_both_pipelines_are_measured_in_one_run(tmp_path, llm):
     transform = build_backbone("mini_siglip", pretrained=False).transform
     sizes = {"side": 64, "size": (64, 48), "count": 3, "micro_batch_size": 2, "repeats": 2}
     result = bench_data(tmp_path / "photos", llm, transform, **sizes)
-    assert Image.open(tmp_path / "photos" / "images" / "2.jpg").size == (64, 48)
+    with Image.open(tmp_path / "photos" / "images" / "2.jpg") as image:
+        assert image.size == (64, 48)
     assert [row.name.partition(":")[0] for row in result.rows] == ["prism_deco"] * 3 + ["PIL and torchvision"]
     assert all(len(row.taken) == 2 and min(row.times("cpu_seconds")) > 0 for row in result.rows)
     assert result.columns["relative"](result.rows[-1]) == "1.00"

@@ -93,7 +93,7 @@ def test_the_table_breaks_no_word_at_any_width(width):
     assert max(map(len, text.splitlines())) <= width
     parts = ("mini_siglip-avgpool-", "mini_qwen2-shapes-", "mini-s7", "c_abstractor", "attention", "0.500", "±0.250")
     assert set(parts) <= set(text.split())
-    assert ("Too narrow for" in text) == (width < 120)
+    assert ("Terminal too narrow for" in text) == (width < 120)
     assert ("spread" in text.partition("r-gae")[0]) == (width == 120)
 
 

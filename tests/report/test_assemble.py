@@ -41,11 +41,12 @@ def test_the_files_of_a_report(report):
     assert {f"figures/{name}.svg" for name in figures} <= names
     for path in report.glob("figures/*.svg"):
         ElementTree.parse(path)
-    rows = list(csv.DictReader((report / "scores.csv").open()))
+    rows = list(csv.DictReader((report / "scores.csv").read_text().splitlines()))
     assert len(rows) == 4 * 8 and {row["planned_seeds"] for row in rows} == {"3"}
-    assert len(list(csv.DictReader((report / "cells.csv").open()))) == 12
-    assert len(list(csv.DictReader((report / "differences.csv").open()))) == 2 * 8
-    single = [r for r in csv.DictReader((report / "run_scores.csv").open()) if r["measure"] == "mini_gqa"]
+    assert len(list(csv.DictReader((report / "cells.csv").read_text().splitlines()))) == 12
+    assert len(list(csv.DictReader((report / "differences.csv").read_text().splitlines()))) == 2 * 8
+    runs = csv.DictReader((report / "run_scores.csv").read_text().splitlines())
+    single = [r for r in runs if r["measure"] == "mini_gqa"]
     for row in (row for row in rows if row["benchmark"] == "mini_gqa"):
         own = [float(r["value"]) for r in single if (r["row"], r["projector"]) == (row["row"], row["projector"])]
         assert float(row["score"]) == pytest.approx(statistics.mean(own), rel=1e-5)

@@ -120,7 +120,7 @@ def test_other_steps_of_the_same_compute_agree(make, tmp_path):
     make.run(tmp_path / "b", "projector=linear", benchmarks=("gqa",), steps=714, samples=11_424)
     assert _check(tmp_path) == []
     page, [table] = write_report([tmp_path], tmp_path / "out")
-    assert "The lines have 714 to 1,050 steps, which cost the same compute." in table.caption
+    assert "The rows have 714 to 1,050 steps, with the same compute." in table.caption
     _edit(tmp_path / "b/manifest.json", steps=800, samples=12_800)
     assert [sentence.partition(":")[0] for sentence in _check(tmp_path)] == ["steps", "samples"]
     page, [table] = write_report([tmp_path], tmp_path / "out", mixed=True)

@@ -136,7 +136,7 @@ def test_answers_are_compared_in_the_way_that_they_were_asked_first(make, tmp_pa
     page, _ = write_report([tmp_path], tmp_path / "out")
     assert "Asked as: textvqa prism." in page.with_suffix(".md").read_text()
     for name in ("scores", "run_scores", "differences", "readings"):
-        rows = list(csv.DictReader((tmp_path / f"out/{name}.csv").open()))
+        rows = list(csv.DictReader((tmp_path / f"out/{name}.csv").read_text().splitlines()))
         of_textvqa = [row for row in rows if "textvqa" in (row.get("benchmark"), row.get("measure"))]
         ways = [row["variant"] for row in of_textvqa if row.get("score") or row.get("value")]
         assert ways and set(ways) == {"plain" if name == "readings" else "prism"}, name

@@ -138,6 +138,6 @@ def test_the_report_lists_them_beside_the_table(make, tmp_path):
     lines = [line for line in text.splitlines() if line.startswith("| recipe")]
     assert "| recipe | prism | deco | c |" in lines and "| recipe.max_text_tokens | 2048 | 1024 | c |" in lines
     assert "Compared with recipe=deco" in text and "Recipe: deco (2 cells), prism (1 cell)." in text
-    rows = list(csv.DictReader((tmp_path / "out/settings.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out/settings.csv").read_text().splitlines()))
     assert {row["cell"] for row in rows} == {"c"}
     assert {"cell": "c", "setting": "recipe.resize", "ours": "letterbox", "authors": "resize-naive"} in rows

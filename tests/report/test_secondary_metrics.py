@@ -95,7 +95,7 @@ def test_no_file_without_secondary_metrics(make, tmp_path):
 def test_the_report_has_their_csv(make, tmp_path):
     scores = make.run(tmp_path / "a", *PRISM, "recipe.lr=1e-5", tokens=TOKENS)
     write_report([tmp_path / "a"], tmp_path / "out")
-    rows = list(csv.DictReader((tmp_path / "out/readings.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out/readings.csv").read_text().splitlines()))
     assert {(row["benchmark"], row["metric"]) for row in rows} == {
         ("pope", "f1"),
         ("pope", "generate/accuracy"),
@@ -126,7 +126,7 @@ def test_cells_say_what_was_learned_how_fast(make, tmp_path):
     make.run(tmp_path / "a", *FINETUNE, "recipe.start_from=/elsewhere/runs/x-align", benchmarks=("gqa",))
     make.run(tmp_path / "b", *PRISM, benchmarks=("gqa",))
     write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "out", mixed=True)
-    rows = list(csv.DictReader((tmp_path / "out/cells.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out/cells.csv").read_text().splitlines()))
     names = ("cell", "recipe", "lm", "start_from", "lr", "projector_lr")
     assert [tuple(row[name] for name in names) for row in rows] == [
         ("a", "llava_v1_5_finetune", "lora", "x-align", "0.0002", "2e-05"),

@@ -114,7 +114,7 @@ def report(study, tmp_path_factory):
 
 
 def _read(path):
-    return list(csv.DictReader(path.open()))
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 def test_claims_csv_holds_what_was_planted(study, report):

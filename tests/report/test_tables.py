@@ -320,7 +320,7 @@ def test_a_plug_in_benchmark_is_compared_and_its_bugs_are_not_hidden(make, tmp_p
         make.scores(tmp_path / "runs" / projector / "eval" / name, name, make.skill[projector], 7, kind="gqa")
     # Opening a folder does not run the code that it names.
     write_report([tmp_path / "runs"], tmp_path / "out")
-    [row] = csv.DictReader((tmp_path / "out/differences.csv").open())
+    [row] = csv.DictReader((tmp_path / "out/differences.csv").read_text().splitlines())
     assert "Unknown benchmark family" in row["note"] and name not in sys.modules
     assert f"plugins=[{name}] on the command line" in caplog.text
     if not works:
@@ -330,9 +330,9 @@ def test_a_plug_in_benchmark_is_compared_and_its_bugs_are_not_hidden(make, tmp_p
         assert not isinstance(raised.value, UsageError) and raised.traceback[-1].path.name == f"{name}.py"
         return
     assert main(["report", str(tmp_path / "runs"), f"plugins=[{name}]", "--out", str(tmp_path / "out")]) == 0
-    [row] = csv.DictReader((tmp_path / "out/differences.csv").open())
+    [row] = csv.DictReader((tmp_path / "out/differences.csv").read_text().splitlines())
     assert (row["benchmark"], row["note"]) == (name, "") and float(row["value"]) > 0
-    [row, _] = csv.DictReader((tmp_path / "out/scores.csv").open())
+    [row, _] = csv.DictReader((tmp_path / "out/scores.csv").read_text().splitlines())
     assert float(row["chance"]) > 0
 
 
