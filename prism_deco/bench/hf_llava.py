@@ -30,19 +30,20 @@ class _VisionTower(nn.Module):
 def build_peer(vlm: VLM) -> LlavaForConditionalGeneration:
     """transformers' model around the very backbone, projector and LLM of `vlm`.
 
-    Its output layer is the LLM's own: transformers' has no bias, which Phi-2 needs.
+    Its output layer is the LLM's own: transformers' has no bias, which Phi-2 needs. So is a projector that is not
+    `linear` with two layers, the only one that transformers has.
 
     Raises:
-        UsageError: the projector is not `linear` with two layers, the only one that transformers has, or
-            features or tokens are changed by an option of the recipe.
+        UsageError: features, tokens or attention are changed by an option of the recipe.
     """
+    if vlm.feature_mean is not None or vlm.token_scale is not None or vlm.turn_mask != "causal":
+        raise UsageError("transformers' LLaVA has none of the recipe's options on features and attention: recipe=prism")
     projector = vlm.projector
     layers = [m for m in projector.modules() if isinstance(m, nn.Linear)] if isinstance(projector, Linear) else []
-    if len(layers) != 2 or vlm.feature_mean is not None or vlm.token_scale is not None or vlm.turn_mask != "causal":
-        raise UsageError("transformers' LLaVA has only the plain two-layer projector: projector=linear recipe=prism")
     language = cast(Any, vlm.lm)
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(hidden_size=projector.in_dim, num_hidden_layers=1),
+        # A placeholder that is never run; one head divides every width.
+        vision_config=CLIPVisionConfig(hidden_size=projector.in_dim, num_hidden_layers=1, num_attention_heads=1),
         text_config=copy.deepcopy(language.config),
         image_token_index=image_token(vlm),
         projector_hidden_act="gelu",
@@ -52,7 +53,10 @@ def build_peer(vlm: VLM) -> LlavaForConditionalGeneration:
     with torch.device("meta"):
         peer = LlavaForConditionalGeneration(config)
     peer.model.vision_tower = _VisionTower(vlm.backbone)
-    peer.model.multi_modal_projector.linear_1, peer.model.multi_modal_projector.linear_2 = layers
+    if len(layers) == 2:
+        peer.model.multi_modal_projector.linear_1, peer.model.multi_modal_projector.linear_2 = layers
+    else:
+        peer.model.multi_modal_projector = projector  # type: ignore[assignment]
     peer.model.language_model = language.base_model
     peer.lm_head = language.get_output_embeddings()
     return peer

@@ -252,6 +252,9 @@ class TrainerConfig:
     activation_checkpointing: str = one_of((*ACTIVATION_CHECKPOINTING, "auto"), "none")
     """Recompute activations of the LLM in the backward pass: none, selective (keep matrix products), full (keep the
     inputs of layers; prismatic), or auto (the least that fits nine tenths of a device's memory by the plan)."""
+    compile: bool = False
+    """Compile each block of the towers and of the LLM (`torch.compile`): meant for GPUs, where steps get faster after
+    a warm-up of minutes. Results differ by rounding. Needs a C++ compiler."""
     checkpoint_every: float = number(0.25, above=0)
     """Optimizer steps between checkpoints; below 1, a fraction of all steps."""
     keep_checkpoints: int = number(2, least=1)

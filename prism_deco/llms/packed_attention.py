@@ -26,16 +26,18 @@ class Segments(NamedTuple):
     Attributes:
         lengths: positions of each record.
         bounds: int32[records + 1], where each begins, and where the last one ends.
+        longest: the largest of them.
     """
 
     lengths: tuple[int, ...]
     bounds: Tensor
+    longest: int
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], device: torch.device) -> Segments:
         """Segments of these lengths."""
         bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-        return cls(lengths, bounds.to(device, non_blocking=True))
+        return cls(lengths, bounds.to(device, non_blocking=True), max(lengths))
 
 
 def no_mask(device: torch.device) -> Tensor:
@@ -131,7 +133,8 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scali
         key = key.repeat_interleave(groups, 1)
         value = value.repeat_interleave(groups, 1)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    bounds, longest = segments.bounds, max(segments.lengths)
+    # Not the lengths: compiled layers would be compiled again for every batch's.
+    bounds, longest = segments.bounds, segments.longest
     # The window is causal: everything before a position, nothing after it.
     out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
     assert isinstance(out, Tensor)

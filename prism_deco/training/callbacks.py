@@ -174,7 +174,7 @@ class SpeedMonitor(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        counts = _counts(cast(Step, batch), pl_module.device)
+        counts = _counts(cast(Step, batch))
         self._counts = counts if self._counts is None else self._counts + counts
         if trainer.global_step % self._log_every == 0:
             self._log(trainer, pl_module.device)
@@ -196,7 +196,7 @@ class SpeedMonitor(Callback):
     def _log(self, trainer: pl.Trainer, device: torch.device) -> None:
         assert self._counts is not None
         seconds = max(perf_counter() - self._start, 1e-9)
-        total = cast(Tensor, trainer.strategy.reduce(self._counts, reduce_op="sum"))
+        total = cast(Tensor, trainer.strategy.reduce(self._counts.to(device), reduce_op="sum"))
         records, images, positions, pairs, targets = total.tolist()
         values = {
             "train/samples_per_s": records / seconds,
@@ -223,16 +223,11 @@ def _distinct_images(records: Records, count: int) -> list[int]:
     return list(chosen.values())[:count]
 
 
-def _counts(step: Step, device: torch.device) -> Tensor:
+def _counts(step: Step) -> Tensor:
     """float64[5]: records, images, positions, squared lengths, supervised positions of a step on this device."""
-    images = targets = 0
-    lengths: list[int] = []
-    for batch in step.batches:
-        images += len(next(iter(batch.pixels.values()))) if batch.pixels else 0
-        targets += int((batch.labels[:, 1:] >= 0).sum())
-        lengths += batch.attention_mask.sum(dim=1).tolist() if batch.lengths is None else batch.lengths
-    counts = [step.records, images, sum(lengths), sum(length**2 for length in lengths), targets]
-    return torch.tensor(counts, dtype=torch.float64, device=device)
+    images = sum(len(next(iter(batch.pixels.values()))) for batch in step.batches if batch.pixels)
+    pairs = sum(length**2 for length in step.lengths)
+    return torch.tensor([step.records, images, sum(step.lengths), pairs, step.num_targets], dtype=torch.float64)
 
 
 def _memory(device: torch.device) -> int:

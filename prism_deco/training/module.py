@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class _Totals(NamedTuple):
-    """Counts of a step; summed over all ranks they are float64[]."""
+    """Counts of a step; summed over all ranks they are float64[], until they are read."""
 
     targets: Any
     passes: Any
@@ -107,21 +107,25 @@ class TrainingModule(pl.LightningModule):
         optimizer.zero_grad()
         totals = self._totals(batch)
         loss = self._accumulate(batch, totals)
-        if not (totals.passes_with_images or self.recipe.update_idle_projector):
+        idle = all(micro_batch.pixels is None for micro_batch in batch.batches)
+        # Only a process without images has to ask whether others have some.
+        if idle and not self.recipe.update_idle_projector and not totals.passes_with_images:
             # It has gradients of zero on every rank, with which AdamW would still move it.
             self.vlm.projector.zero_grad()
         norm = grad_norm(self.vlm.parameters())
-        self.last_norms = {
-            "train/grad_norm_projector": grad_norm(self.vlm.projector.parameters()).item(),
-            "train/grad_norm_lm": grad_norm(self.vlm.lm.parameters()).item(),
-        }
+        parts = (grad_norm(part.parameters()) for part in (self.vlm.projector, self.vlm.lm))
+        # In one transfer: the device is waited for once in a step.
+        numbers = [value.to(self.device, torch.float64) for value in (loss, norm, *parts, *totals)]
+        step_loss, step_norm, projector_norm, lm_norm, *counted = torch.stack(numbers).tolist()
+        totals = _Totals(*counted)
+        self.last_norms = {"train/grad_norm_projector": projector_norm, "train/grad_norm_lm": lm_norm}
         self.last_step = {
-            "train/loss": loss.item(),
-            "train/grad_norm": norm.item(),
+            "train/loss": step_loss,
+            "train/grad_norm": step_norm,
             "train/lr": {group["name"]: group["lr"] for group in optimizer.param_groups},
             "train/supervised_tokens": int(totals.targets),
         }
-        if math.isfinite(loss.item() + norm.item()):
+        if math.isfinite(step_loss + step_norm):
             # Clipped here, not earlier: a norm that is NaN would spoil the gradients that were good.
             clip_gradients(self.vlm.parameters(), self.recipe.grad_clip, norm)
             optimizer.step()
@@ -142,7 +146,7 @@ class TrainingModule(pl.LightningModule):
         asked = self._stop_requested()
         counts = _Totals(
             targets=step.num_targets,
-            passes=sum(micro_batch.num_targets > 0 for micro_batch in step.batches),
+            passes=sum(targets > 0 for targets in step.targets),
             passes_with_images=sum(micro_batch.pixels is not None for micro_batch in step.batches),
             tokens_cut=step.tokens_cut,
             bad_images=step.bad_images,
@@ -150,7 +154,8 @@ class TrainingModule(pl.LightningModule):
             preempted=asked is not None,
             interrupted=asked is Interrupted,
         )
-        return _Totals(*self.all_reduce_sum(torch.tensor(counts, dtype=torch.float64, device=self.device)))
+        counted = torch.tensor(counts, dtype=torch.float64).to(self.device, non_blocking=True)
+        return _Totals(*self.all_reduce_sum(counted))
 
     def _accumulate(self, step: Step, totals: _Totals) -> Tensor:
         """Runs the forward and backward passes; returns the loss of the step over all ranks, float[]."""

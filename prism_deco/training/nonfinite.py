@@ -26,7 +26,8 @@ def diagnose(vlm: VLM, batches: Sequence[Batch]) -> str:
     """
     where, records = None, []
     for batch in batches:
-        with _first_bad_output(vlm) as found:
+        # Compiled layers would run past the hooks within them.
+        with torch.compiler.set_stance("force_eager"), _first_bad_output(vlm) as found:
             loss = vlm(batch).total
         if not loss.isfinite():
             records += batch.ids

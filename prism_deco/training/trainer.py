@@ -36,6 +36,7 @@ from prism_deco.training.board import Board, choices_of
 from prism_deco.training.callbacks import Recorder, SampleAnswers, SpeedMonitor
 from prism_deco.training.checkpoint_callback import Checkpointing
 from prism_deco.training.checkpoints import Checkpoint
+from prism_deco.training.compiling import compile_layers
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.feature_cache import build_caches, cached
 from prism_deco.training.init_from import find_start, start_from, takes_llm
@@ -161,6 +162,8 @@ def _build(config: DictConfig, start: Path | None, sharding: Sharding | None) ->
         use_packed_attention(vlm.lm)
     if config.trainer.activation_checkpointing != "none":
         checkpoint_activations(vlm.lm, config.trainer.activation_checkpointing)
+    if config.trainer.compile:
+        compile_layers(vlm)
     return vlm, llm
 
 

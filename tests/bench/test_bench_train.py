@@ -16,6 +16,7 @@ from prism_deco.bench.presets import PRESETS
 from prism_deco.bench.records import MIXTURE, draw_rounds, encode
 from prism_deco.bench.result import BenchRow
 from prism_deco.bench.train import GROUPED, OURS, PLAIN, bench_train, train_result
+from prism_deco.build import build_model
 from prism_deco.cli import main
 from prism_deco.config import load_config
 from prism_deco.sequence import build_batch
@@ -74,21 +75,21 @@ def test_ratios_pair_the_rounds(tmp_path):
         assert part in text
 
 
-@pytest.mark.parametrize("llm", ["mini_qwen2", "mini_llama"])
-def test_the_peer_places_images_where_we_do(tiny, llm):
-    vlm, language = tiny(llm, projector="linear", tokens=None)
+@pytest.mark.parametrize("llm, projector, tokens", [("mini_qwen2", "linear", 64), ("mini_llama", "avgpool", 16)])
+def test_the_peer_places_images_where_we_do(tiny, llm, projector, tokens):
+    vlm, language = tiny(llm, projector, None if projector == "linear" else tokens)
     talks = [("<image>\nWhat is it?", "a red circle", 1), ("Hi", "Hello there", 0), ("<image>\nColor?", "red", 1)]
     encoded = [
         language.encode([{"role": "user", "content": q}, {"role": "assistant", "content": a}], num_images=n)
         for q, a, n in talks
     ]
     pixels = {"mini_siglip": torch.randn(2, 3, 64, 64, dtype=torch.float64)}
-    batch = build_batch(encoded, 64, pixels=pixels)
+    batch = build_batch(encoded, tokens, pixels=pixels)
     loss = peer_loss(build_peer(vlm), batch, batch.num_targets)
     loss.backward()
     theirs = {name: p.grad.clone() for name, p in vlm.named_parameters() if p.grad is not None}
     vlm.zero_grad()
-    ours = vlm(build_batch(encoded, 64, pixels=pixels, pack=True))
+    ours = vlm(build_batch(encoded, tokens, pixels=pixels, pack=True))
     (ours.total / ours.count).backward()
     assert float((ours.total / ours.count).detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
     for name, parameter in vlm.named_parameters():
@@ -97,9 +98,18 @@ def test_the_peer_places_images_where_we_do(tiny, llm):
     assert not theirs
 
 
+@pytest.mark.parametrize("backbone", ["clip_vit_l_336", "siglip_so400m_384", "dinov2_siglip_384"])
+def test_real_towers_have_a_peer(backbone):
+    config = load_config([f"backbone={backbone}", "llm=qwen1_5_0_5b_chat", "projector=linear", "recipe=prism"])
+    vlm, _ = build_model(config, device="meta")
+    peer = build_peer(vlm)
+    assert peer.model.vision_tower.backbone is vlm.backbone and peer.model.language_model is vlm.lm.base_model
+    assert peer.model.multi_modal_projector.linear_1.in_features == vlm.backbone.embed_dim
+
+
 def test_a_model_that_the_peer_cannot_express_is_refused(tiny):
-    vlm, _ = tiny(projector="avgpool")
-    with pytest.raises(ValueError, match="projector=linear recipe=prism"):
+    vlm, _ = tiny(turn_mask="block")
+    with pytest.raises(ValueError, match="recipe=prism"):
         build_peer(vlm)
     with pytest.raises(ValueError, match="rounds=1 shows no spread"):
         bench_train(load_config(TINY), device=CPU, rounds=1)

@@ -4,6 +4,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import get_cosine_schedule_with_warmup
 
 from prism_deco.config.schema import RecipeConfig
@@ -178,3 +179,29 @@ def test_a_language_model_from_files_is_trained_in_training_mode(tiny):
     module = TrainingModule(vlm, OmegaConf.structured(RecipeConfig(name="test")), total_steps=1)
     assert all(part.training for part in module.vlm.lm.modules())
     assert not any(part.training for part in module.vlm.backbone.modules())
+
+
+def test_a_step_waits_for_the_device_once(tiny, examples, monkeypatch):
+    """On a GPU each number that Python reads waits for all that has been asked of it."""
+
+    class Reads(TorchDispatchMode):
+        scalars = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.scalars += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    seen, lists, whole, tolist = [], [], TrainingModule.training_step, torch.Tensor.tolist
+
+    def watched(self, batch, batch_idx):
+        lists.clear()
+        with Reads() as reads:
+            whole(self, batch, batch_idx)
+        seen.append((reads.scalars, len(lists)))
+
+    monkeypatch.setattr(TrainingModule, "training_step", watched)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(self) or tolist(self))
+    steps = [Collate(4, 2)([examples[i] for i in rows]) for rows in ([0, 1, 2, 8], [3, 4, 5])]
+    _fit(tiny()[0], *steps)
+    # transformers looks once in every forward pass whether positions start anew.
+    assert seen == [(len(step.batches), 1) for step in steps]
