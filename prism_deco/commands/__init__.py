@@ -39,6 +39,11 @@ COMMANDS = {
         "show where in the image each generated word looked (R-GAE)",
         'explain runs/RUN_ID --image cat.jpg --prompt "What is it?"',
     ),
+    "probe": Command(
+        "probe",
+        "read labels and patches from the visual tokens without the LLM",
+        "probe runs/RUN_ID --objects train.jsonl --images images",
+    ),
     "chat": Command("chat", "talk with a trained model about an image", "chat runs/RUN_ID --image cat.jpg"),
     "export": Command(
         "export", "write a model to one folder for use elsewhere", "export runs/RUN_ID --to exported --hf"

@@ -24,13 +24,13 @@ from prism_deco.miniature.benchmarks import Split
 from prism_deco.miniature.conversations import Pool, caption_records, records
 from prism_deco.miniature.export import export_benchmarks, image_name
 from prism_deco.miniature.render import render
-from prism_deco.miniature.scene import Scene, draw_scene
+from prism_deco.miniature.scene import Scene, draw_scene, labels
 
 log = logging.getLogger(__name__)
 
 _RECORD = "world.json"
 
-VERSION = 1
+VERSION = 2
 """Goes up with every change of what is built, so that no old world passes for a new one."""
 
 
@@ -128,6 +128,8 @@ def _build(root: Path, arguments: Mapping[str, Any]) -> None:
                 progress.advance(task)
             if split != "test":
                 named = [(f"{split}/{image_name(index)}", scene) for index, scene in enumerate(scenes)]
+                objects = "".join(json.dumps({"image": path, "objects": labels(scene)}) + "\n" for path, scene in named)
+                (root / f"{split}-objects.jsonl").write_text(objects)
                 conversations = list(records(seed, split, named, arguments["records"]))
                 (root / f"{split}.json").write_text(json.dumps(conversations))
             if split in items:

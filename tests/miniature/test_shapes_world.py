@@ -164,3 +164,27 @@ def test_the_readers_of_the_official_formats_find_every_question_and_image(world
     assert 0 < len(questions) <= SIZES[f"{split}_items"]
     assert len({question.question_id for question in questions}) == len(questions)
     assert all(path.is_file() for question in questions for path in question.paths)
+
+
+def test_objects_are_those_of_the_benchmarks(world):
+    """What probes read agrees with the official files of the same images."""
+    split = "val"
+    lines = [json.loads(line) for line in (world / f"{split}-objects.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in lines] == [
+        f"{split}/{index:06d}.png" for index in range(SIZES[f"{split}_images"])
+    ]
+    instances = read(world / "benchmarks" / split / "refcoco" / "instances.json")
+    names = {record["id"]: record["name"] for record in instances["categories"]}
+    for index, line in enumerate(lines):
+        own = [record for record in instances["annotations"] if record["image_id"] == index]
+        expected = [
+            ([x, y, x + width, y + height], *names[record["category_id"]].split())
+            for record in own
+            for x, y, width, height in [record["bbox"]]
+        ]
+        assert [(o["box"], o["color"], o["shape"]) for o in line["objects"] if "shape" in o] == expected
+    plates = {Path(line["image"]).stem: o for line in lines for o in line["objects"] if "tens" in o}
+    asked = read(world / f"benchmarks/{split}/textvqa/TextVQA_0.5.1_{split}.json")["data"]
+    assert {f"{plates[q['image_id']]['tens']}{plates[q['image_id']]['ones']}" == q["answers"][0] for q in asked} == {
+        True
+    }
