@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prism_deco.config import load_choice
 from prism_deco.config.registry import Registry
 from prism_deco.config.schema import DataConfig
-from prism_deco.data.images import ImageFolder, ImageSource
+from prism_deco.data.images import ImageFolder, ImageSource, JoinedImages
 from prism_deco.errors import UsageError
 
 if TYPE_CHECKING:  # reading records needs the LLM libraries; naming a source does not
@@ -32,6 +32,14 @@ class Record:
         return self.messages[: len(self.messages) // 2 * 2]
 
 
+class RecordError(ValueError):
+    """An entry that is no usable record; its kind is one of `validators.KINDS`."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
 @dataclass(frozen=True)
 class Source:
     """The files of a data set.
@@ -41,15 +49,21 @@ class Source:
         image_root: folder that the records' image paths are relative to; None if images are embedded.
         val: held-out conversations in the same format; None holds out a fraction of `train`.
         benchmarks: root folder of the benchmarks that come with this source, if any.
+        mixture: sources that are trained on together, each as often as its weight says (`Records.join`); the other
+            fields are not read then.
     """
 
     train: Path
     image_root: Path | None
     val: Path | None = None
     benchmarks: Path | None = None
+    mixture: tuple[tuple[Source, float], ...] = ()
 
     def images(self, records: Records) -> ImageSource:
         """Where the images of its records are."""
+        if self.mixture:
+            pairs = zip(self.mixture, records.parts(), strict=True)
+            return JoinedImages([part.images(own) for (part, _), own in pairs])
         if records.embedded is not None:
             return records.embedded
         if self.image_root is None:

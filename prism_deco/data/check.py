@@ -24,6 +24,7 @@ from prism_deco.data.base import Source
 from prism_deco.data.encoder import Encoder
 from prism_deco.data.records import open_records
 from prism_deco.data.validators import KINDS, Fault, ImageFindings, TextFindings, TextInspector, inspect_image
+from prism_deco.errors import UsageError
 from prism_deco.files import refusals_named, write_json, write_whole
 
 log = logging.getLogger(__name__)
@@ -138,6 +139,8 @@ def check_dataset(
     for kind in allow:
         if kind not in KINDS:
             raise unknown("kind of fault", kind, KINDS)
+    if source.mixture:
+        raise UsageError("A mixture is checked set by set: name each as data=..., with its own keys.")
     records = open_records(source.train, cache_dir(), image_root=source.image_root, allow_faults=True)
     images = source.images(records)
     out.mkdir(parents=True, exist_ok=True)

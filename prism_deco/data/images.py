@@ -6,7 +6,7 @@ import io
 import os
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -76,6 +76,39 @@ class ImageFolder(ImageSource):
 
     def contains(self, name: str) -> bool:
         return Path(os.path.realpath(self.root / name)).is_relative_to(os.path.realpath(self.root))
+
+
+class JoinedImages(ImageSource):
+    """Images of several sources, named `NUMBER/NAME` by the source's number."""
+
+    def __init__(self, parts: Sequence[ImageSource]):
+        self.parts = parts
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.parts))
+
+    def read(self, name: str) -> bytes:
+        part, own = self._part(name)
+        return part.read(own)
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        by_part: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            number, _, own = name.partition("/")
+            by_part[number].append(own)
+        return [f"{number}/{name}" for number, own in by_part.items() for name in self.parts[int(number)].missing(own)]
+
+    def location(self, name: str) -> str:
+        part, own = self._part(name)
+        return part.location(own)
+
+    def contains(self, name: str) -> bool:
+        part, own = self._part(name)
+        return part.contains(own)
+
+    def _part(self, name: str) -> tuple[ImageSource, str]:
+        number, _, own = name.partition("/")
+        return self.parts[int(number)], own
 
 
 def resolve_image(root: Path, name: str) -> Path:

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from prism_deco.config import building_folder
-from prism_deco.data.llava_json import RecordError, parse_record, read_entries, record_id
-from prism_deco.data.packing import ImagePacker, check_space, read_rows
+from prism_deco.data.base import RecordError
+from prism_deco.data.formats import as_llava
+from prism_deco.data.llava_json import parse_record, read_entries, record_id
+from prism_deco.data.packing import ImagePacker, TableFile, check_space, read_rows
 
-VERSION = 4
+VERSION = 5
 """Of the index; one of another version is built anew."""
 
 ROW = np.dtype(
@@ -34,7 +36,7 @@ ROW = np.dtype(
 """What `rows.npy` holds of a record."""
 
 
-def build_index(path: Path, tables: list[Path], digest: str, image_root: Path | None, folder: Path) -> None:
+def build_index(path: Path, tables: Sequence[TableFile], digest: str, image_root: Path | None, folder: Path) -> None:
     """Writes the index of a file into `folder`: all of it, or nothing.
 
     Args:
@@ -47,7 +49,7 @@ def build_index(path: Path, tables: list[Path], digest: str, image_root: Path | 
         if tables:
             check_space(tables, building)
             with closing(ImagePacker(building)) as packer:
-                digest = _write_records(map(packer.pack, read_rows(tables)), image_root, building)
+                digest = _write_records(read_rows(tables), image_root, building, packer)
         else:
             _write_records(read_entries(path), image_root, building)
         (building / "index.json").write_text(json.dumps({"source": str(path), "sha256": digest}))
@@ -61,7 +63,9 @@ def build_index(path: Path, tables: list[Path], digest: str, image_root: Path | 
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _write_records(entries: Iterable[Any], image_root: Path | None, folder: Path) -> str:
+def _write_records(
+    entries: Iterable[Any], image_root: Path | None, folder: Path, packer: ImagePacker | None = None
+) -> str:
     """Writes the files of an index, and returns the SHA-256 of its records."""
     rows: list[tuple[Any, ...]] = []
     joined: list[tuple[str, ...]] = []
@@ -77,7 +81,10 @@ def _write_records(entries: Iterable[Any], image_root: Path | None, folder: Path
             where = f"record {number} (id {name})" if isinstance(raw, dict) and "id" in raw else name
             fault = {"entry": number, "id": name}
             try:
-                record, oddities = parse_record(raw, name, image_root)
+                entry = as_llava(raw)
+                if packer is not None:
+                    entry = packer.pack(entry)
+                record, oddities = parse_record(entry, name, image_root)
             except RecordError as error:
                 fault |= {"kind": error.kind, "detail": f"{where}: {error}", "usable": False}
                 line = json.dumps(fault)

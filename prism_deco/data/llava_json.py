@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from prism_deco.data.base import Record
+from prism_deco.data.base import Record, RecordError
 from prism_deco.data.images import path_below
 from prism_deco.errors import UsageError
 from prism_deco.llms.prompts import IMAGE_TAG
@@ -23,14 +23,6 @@ _IMAGE_KEY = re.compile(_IMAGE, re.IGNORECASE)
 
 _IMAGE_DETAIL_KEY = re.compile(f"{_IMAGE}({_DETAIL})?", re.IGNORECASE)
 """The same, and keys such as `image_url`: beside an image they only describe it, alone they stand for it."""
-
-
-class RecordError(ValueError):
-    """An entry that is no usable record; its kind is one of `validators.KINDS`."""
-
-    def __init__(self, kind: str, message: str):
-        super().__init__(message)
-        self.kind = kind
 
 
 def read_entries(path: Path) -> Iterator[Any]:
@@ -141,7 +133,7 @@ def parse_record(raw: Any, id: str, image_root: Path | None) -> tuple[Record, di
         RecordError: nothing can be trained on it.
     """
     if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list):
-        raise RecordError("malformed", "expected an object with a list `conversations`.")
+        raise RecordError("malformed", "expected an object with a list `conversations`, `messages` or `texts`.")
     images = _images(raw, image_root)
     messages = _messages(raw["conversations"])
     oddities = {}
@@ -169,12 +161,12 @@ def _images(raw: dict[str, Any], image_root: Path | None) -> list[str]:
         )
     unread = unread_image_key({key: value for key, value in raw.items() if key != "image"}, images)
     if unread is not None:
-        raise RecordError("unread_image", f"the key `{unread}` is not read: images stand under `image`.")
+        raise RecordError("unread_image", f"the key `{unread}` is not read: images stand under `image` or `images`.")
     for number, turn in enumerate(raw["conversations"], start=1):
         unread = unread_image_key(turn, images) if isinstance(turn, dict) else None
         if unread is not None:
-            detail = f"the key `{unread}` of turn {number} is not read: images stand under the record's own `image`."
-            raise RecordError("unread_image", detail)
+            place = "images stand under the record's own `image` or `images`"
+            raise RecordError("unread_image", f"the key `{unread}` of turn {number} is not read: {place}.")
     inside = []
     for image in images:
         _check_text(image, "`image`")
@@ -221,7 +213,10 @@ def _messages(turns: list[Any]) -> list[dict[str, str]]:
         # An unhashable `from` cannot be looked up.
         role = turn.get("from") if isinstance(turn, dict) else None
         if not isinstance(role, str) or role not in ROLES or not isinstance(turn.get("value"), str):
-            raise RecordError("malformed", 'a turn must be {"from": "human" or "gpt", "value": text}.')
+            raise RecordError(
+                "malformed",
+                'a turn must be {"from": "human" or "gpt", "value": text} or {"role": "user" or "assistant", ...}.',
+            )
         _check_text(turn["value"], f"turn {number}")
         messages.append({"role": ROLES[role], "content": turn["value"]})
     if messages and messages[0]["role"] == "assistant":

@@ -11,12 +11,14 @@ import logging
 import os
 import shutil
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from prism_deco.data.hub import LISTING, HubFile, read_listing
 from prism_deco.data.images import ImageSource
 from prism_deco.data.llava_json import is_image_key
 from prism_deco.errors import UsageError
@@ -24,16 +26,20 @@ from prism_deco.errors import UsageError
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".parquet", ".arrow")
-COLUMNS = ("id", "image", "conversations")
+TableFile = Path | HubFile
+TURNS = ("conversations", "messages", "texts")
+IMAGES = ("image", "images")
 
 
-def table_files(path: Path) -> list[Path]:
+def table_files(path: Path) -> list[TableFile]:
     """The Parquet or Arrow files of a data set, sorted.
 
     Args:
-        path: one file, a pattern such as `data/train-*.parquet`, or a folder (what `save_to_disk` wrote, or a clone of
-            a hub repository).
+        path: one file, a pattern such as `data/train-*.parquet`, a folder (what `save_to_disk` wrote, or a clone of a
+            hub repository), or a list of files on the hub (`hub.list_files`).
     """
+    if path.suffix == LISTING:
+        return [*read_listing(path)]
     if path.is_file():
         files = [path]
     elif "*" in path.name:
@@ -44,8 +50,8 @@ def table_files(path: Path) -> list[Path]:
     return [file for file in files if file.suffix in SUFFIXES and not file.name.startswith("cache-")]
 
 
-def read_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
-    """The rows as LLaVA entries {id, image, conversations}; images are bytes or `{"bytes", "path"}`, or lists.
+def read_rows(files: Sequence[TableFile]) -> Iterator[dict[str, Any]]:
+    """The rows as entries (see `formats.as_llava`); images are bytes or `{"bytes", "path"}`, or lists.
 
     Raises:
         UsageError: pyarrow is missing, a file is damaged or has other columns.
@@ -57,18 +63,19 @@ def read_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
         raise UsageError("Reading Parquet and Arrow files needs pyarrow: pip install 'prism-deco[parquet]'") from error
     for file in files:
         try:
-            if file.suffix == ".parquet":
-                table = pq.ParquetFile(file, memory_map=True)
-                names = _columns(file, table.schema_arrow.names)
-                batches = table.iter_batches(batch_size=64, columns=names)
-            else:
-                reader = _open_arrow(pa, pa.memory_map(str(file)))
-                names = _columns(file, reader.schema.names)
-                batches = (batch.select(names) for batch in reader)
-            for batch in batches:
-                for row in batch.to_pylist():
-                    # A column has a value in every row; in LLaVA's format an absent one is left out.
-                    yield {key: value for key, value in row.items() if value is not None}
+            with file.on_disk() if isinstance(file, HubFile) else nullcontext(file) as path:
+                if file.suffix == ".parquet":
+                    table = pq.ParquetFile(path, memory_map=True)
+                    names = _columns(file, table.schema_arrow.names)
+                    batches = table.iter_batches(batch_size=64, columns=names)
+                else:
+                    reader = _open_arrow(pa, pa.memory_map(str(path)))
+                    names = _columns(file, reader.schema.names)
+                    batches = (batch.select(names) for batch in reader)
+                for batch in batches:
+                    for row in batch.to_pylist():
+                        # A column has a value in every row; in LLaVA's format an absent one is left out.
+                        yield {key: value for key, value in row.items() if value is not None}
         except (pa.ArrowInvalid, OSError) as error:
             raise UsageError(f"{file} cannot be read ({error}). Is the download complete?") from error
 
@@ -84,14 +91,17 @@ def _open_arrow(pa: Any, source: Any) -> Any:
         return pa.RecordBatchReader.from_batches(reader.schema, batches)
 
 
-def _columns(file: Path, names: list[str]) -> list[str]:
-    if "conversations" not in names:
-        raise UsageError(f"{file} has the columns {', '.join(names)}; needed are conversations, image and maybe id.")
+def _columns(file: TableFile, names: list[str]) -> list[str]:
+    if not set(TURNS) & set(names):
+        raise UsageError(
+            f"{file} has the columns {', '.join(names)}; needed is one of {', '.join(TURNS)}, and for images "
+            f"{' or '.join(IMAGES)}."
+        )
     images = [name for name in names if is_image_key(name)]
-    if images and "image" not in images:
-        raise UsageError(f"{file}: the column {images[0]} is not read: images stand in the column image.")
+    if images and not set(IMAGES) & set(images):
+        raise UsageError(f"{file}: the column {images[0]} is not read: images stand in the column image or images.")
     # A row may have its image in another column; `parse_record` refuses that.
-    return [name for name in names if name in COLUMNS or name in images]
+    return [name for name in names if name in ("id", *TURNS, *images)]
 
 
 class ImagePacker:
@@ -183,9 +193,9 @@ class PartialReader:
         return self.__dict__ | {"_descriptor": None}
 
 
-def check_space(files: list[Path], folder: Path) -> None:
+def check_space(files: Sequence[TableFile], folder: Path) -> None:
     """`UsageError` if the unpacked images would not fit on the disk of `folder`."""
-    needed = sum(file.stat().st_size for file in files)
+    needed = sum(file.size if isinstance(file, HubFile) else file.stat().st_size for file in files)
     free = shutil.disk_usage(folder).free
     sizes = f"about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
     log.info("Unpacking images into %s: %s", folder, sizes)

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from prism_deco.data.base import Record, Source
+from prism_deco.data.hub import HubFile
 from prism_deco.data.index import VERSION, build_index
-from prism_deco.data.packing import PackedImages, PartialReader, table_files
+from prism_deco.data.packing import PackedImages, PartialReader, TableFile, table_files
 from prism_deco.errors import UsageError
 from prism_deco.files import file_sha256
 from prism_deco.llms.prompts import IMAGE_TAG
@@ -30,38 +31,58 @@ log = logging.getLogger(__name__)
 
 
 class Records(Sequence[Record]):
-    """Records of one file, read from its index.
+    """Records of one file, or of several, read from their indexes.
 
     Args:
-        folder: of the index.
-        rows: int[n], which of the file's records these are; None takes all, in file order.
+        folders: of the indexes.
+        rows: int[n], which of the files' records these are, counted through all of them; None takes all, in file order.
 
     Attributes:
         words: int32[n].
         num_images: int32[n].
         has_image: bool[n].
-        data_hash: SHA-256 of the JSON file, or of the entries of Parquet files; hexadecimal.
+        data_hash: SHA-256 of the JSON file, or of the entries of Parquet files; hexadecimal. Of several files, that of
+            theirs and of how often which record is used.
         embedded: the images that came with the records; None if they are files.
     """
 
-    def __init__(self, folder: Path, rows: np.ndarray | None = None):
-        self._folder = folder
-        self._table: np.ndarray = np.load(folder / "rows.npy", mmap_mode="r")
-        self._rows = np.arange(len(self._table)) if rows is None else rows
-        self._lines = PartialReader(folder / "records.jsonl")
+    def __init__(self, folders: tuple[Path, ...], rows: np.ndarray | None = None):
+        self._folders = folders
+        self._tables: list[np.ndarray] = [np.load(folder / "rows.npy", mmap_mode="r") for folder in folders]
+        self._starts = np.cumsum([0, *map(len, self._tables)])
+        self._rows = np.arange(self._starts[-1]) if rows is None else rows
+        self._lines = [PartialReader(folder / "records.jsonl") for folder in folders]
         self.words = self.column("words")
         self.num_images = self.column("num_images")
         self.has_image = self.num_images > 0
-        self.data_hash = json.loads((folder / "index.json").read_text())["sha256"]
-        self.embedded = PackedImages(folder) if (folder / "images.bin").is_file() else None
+        hashes = [json.loads((folder / "index.json").read_text())["sha256"] for folder in folders]
+        self.data_hash = hashes[0] if len(folders) == 1 else _joint_hash(hashes, self._rows)
+        self.embedded = PackedImages(folders[0]) if (folders[0] / "images.bin").is_file() else None
 
     def column(self, name: str) -> np.ndarray:
         """A column of `index.ROW`."""
-        return self._table[name][self._rows]
+        columns = [table[name] for table in self._tables]
+        return (columns[0] if len(columns) == 1 else np.concatenate(columns))[self._rows]
 
     def select(self, rows: np.ndarray | slice) -> Records:
         """Some of these records: bool[n], or a slice."""
-        return Records(self._folder, self._rows[rows])
+        return Records(self._folders, self._rows[rows])
+
+    def parts(self) -> list[Records]:
+        """The records of each file by themselves, all of them."""
+        return [Records((folder,)) for folder in self._folders]
+
+    @classmethod
+    def join(cls, parts: Sequence[Records], weights: Sequence[float]) -> Records:
+        """Records of several files one after the other, each part as often as its weight says: 2 is twice; 0.5 is a
+        half of it, drawn once and for all. Images are named `PART/NAME` (`images.JoinedImages`)."""
+        folders: list[Path] = []
+        rows = []
+        for part, weight in zip(parts, weights, strict=True):
+            start = sum(len(np.load(folder / "rows.npy", mmap_mode="r")) for folder in folders)
+            folders += part._folders
+            rows.append(start + repeat(part._rows, weight))
+        return cls(tuple(folders), np.concatenate(rows))
 
     def refused(self, odd_records: str) -> list[dict[str, Any]]:
         """What keeps entries of the file out of training: {entry, id, kind, detail, usable}. A usable one is a record.
@@ -77,19 +98,35 @@ class Records(Sequence[Record]):
         return self._faults("noted.jsonl")
 
     def _faults(self, name: str) -> list[dict[str, Any]]:
-        with (self._folder / name).open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        lines = [line for folder in self._folders for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in lines]
 
     def __getitem__(self, index: Any) -> Record:
-        row = self._table[self._rows[index]]
-        raw = json.loads(self._lines.read(int(row["start"]), int(row["end"])))
-        return Record(raw["id"], tuple(raw["images"]), raw["messages"])
+        number = int(self._rows[index])
+        part = int(np.searchsorted(self._starts, number, side="right")) - 1
+        row = self._tables[part][number - self._starts[part]]
+        raw = json.loads(self._lines[part].read(int(row["start"]), int(row["end"])))
+        images = raw["images"] if len(self._folders) == 1 else [f"{part}/{image}" for image in raw["images"]]
+        return Record(raw["id"], tuple(images), raw["messages"])
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __reduce__(self) -> Any:
-        return Records, (self._folder, self._rows)  # other processes map the same files
+        return Records, (self._folders, self._rows)  # other processes map the same files
+
+
+def repeat(rows: np.ndarray, weight: float) -> np.ndarray:
+    """int[n] -> int[about n * weight]: all rows as often as the weight is whole, then a fixed part of them for the
+    rest, in their order."""
+    drawn = np.random.default_rng(0).permutation(len(rows))[: round(weight % 1 * len(rows))]
+    return np.concatenate([np.tile(rows, int(weight)), rows[np.sort(drawn)]])
+
+
+def _joint_hash(hashes: Sequence[str], rows: np.ndarray) -> str:
+    digest = hashlib.sha256("".join(hashes).encode())
+    digest.update(rows.astype(np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def open_records(path: Path, cache: Path, *, image_root: Path | None = None, allow_faults: bool = False) -> Records:
@@ -111,7 +148,7 @@ def open_records(path: Path, cache: Path, *, image_root: Path | None = None, all
     if not (folder / "index.json").is_file():
         log.info("Indexing %s", path)
         build_index(path, tables, digest, image_root, folder)
-    records = Records(folder)
+    records = Records((folder,))
     if not allow_faults and (refused := records.refused("refuse")):
         raise refusal(path, refused)
     return records
@@ -166,12 +203,21 @@ def open_parts(
     Args:
         cache: see `open_records`.
         val_fraction: fraction of the images to hold out if the source has no validation records.
-        limit: train on the first records only; None trains on all.
+        limit: train on the first records only (of each set of a mixture); None trains on all.
 
     Raises:
         UsageError: a file cannot be read, a record is refused and `on_bad_record` is "fail", or none is left to train
             on.
     """
+    if source.mixture:
+        options: dict[str, Any] = {"val_fraction": val_fraction, "limit": limit}
+        options |= {"on_bad_record": on_bad_record, "odd_records": odd_records}
+        parts = [open_parts(part, cache, **options) for part, _ in source.mixture]
+        weights = [weight for _, weight in source.mixture]
+        once = [1.0] * len(parts)
+        train = Records.join([part.train for part in parts], weights)
+        val = Records.join([part.val for part in parts], once)
+        return Parts(train, train, val, [fault for part in parts for fault in part.left_out])
     left_out: list[str] = []
 
     def read(path: Path) -> Records:
@@ -193,7 +239,12 @@ def open_parts(
     return Parts(records, train.select(slice(limit)), val, left_out)
 
 
-def _fingerprint(files: Sequence[Path]) -> str:
+def _fingerprint(files: Sequence[TableFile]) -> str:
     """Tells whether files are still the same without reading their hundreds of gigabytes."""
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stats = []
+    for file in files:
+        if isinstance(file, HubFile):
+            stats.append((file.repo, file.commit, file.path))
+        else:
+            stats.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()

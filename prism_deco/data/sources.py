@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prism_deco.data.base import SOURCES, Source
+from prism_deco.config import load_choice
+from prism_deco.config.registry import unknown
+from prism_deco.data.base import SOURCES, Source, build_source
+from prism_deco.data.hub import list_files
 from prism_deco.data.packing import table_files
 from prism_deco.errors import UsageError
 
@@ -52,6 +57,41 @@ def published(root: str | None, json: str, image_root: str, **_: Any) -> Source:
         raise UsageError(f"{train} does not exist: run `prism-deco data prepare` with --root {root} first.")
     _check_readable("data.root", train, "file")
     return Source(train, Path(root) / image_root)
+
+
+@SOURCES.register("hub")
+def hub(repo: str | None, files: str, revision: str) -> Source:
+    """Parquet files of a repository of the hub; `UsageError` where there are none."""
+    if repo is None:
+        raise UsageError("data=hub needs data.repo=OWNER/NAME (and data.files='FOLDER/*.parquet').")
+    return Source(list_files(repo, files, revision), None)
+
+
+@SOURCES.register("mixture")
+def mixture(mixture: Mapping[str, Any] | None) -> Source:
+    """Other sources, to be trained on together; `UsageError` names the one that is wrong."""
+    if not mixture:
+        raise UsageError("data=mixture needs data.mixture={NAME: {data: CHOICE, weight: 1.0, KEY: VALUE ...}, ...}.")
+    parts = []
+    for name, part in mixture.items():
+        key = f"data.mixture.{name}"
+        options = dict(part) if isinstance(part, Mapping) else {}
+        choice, weight = options.pop("data", None), options.pop("weight", 1.0)
+        if not isinstance(choice, str) or choice == "mixture":
+            raise UsageError(
+                f"{key}.data={choice}: name the choice of `data` that reads it, such as llava or embedded."
+            )
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise UsageError(f"{key}.weight={weight}: expected a number above 0, such as 1.0.")
+        spec = load_choice("data", choice)
+        for option in options:
+            if option not in spec:
+                raise unknown(f"key of data={choice} in {key}", option, spec)
+        try:
+            parts.append((build_source(spec | options), float(weight)))
+        except UsageError as error:
+            raise UsageError(f"{key}: {error}") from error
+    return Source(Path(), None, mixture=tuple(parts))
 
 
 def _check_readable(key: str, path: Path, kind: str) -> None:

@@ -24,7 +24,7 @@ KINDS: Mapping[str, str] = {
     "turn_order": "turns that do not alternate, or a last question without an answer",
     "image_tags": "more <image> tags than images, several images without a tag each, or a tag in an answer",
     "outside_root": "an image path that leads out of the image root",
-    "unread_image": "an image under another key than `image`",
+    "unread_image": "an image under another key than `image` or `images`",
     "broken_text": "half of a surrogate pair, which is not text",
     "id_type": "an id that is no text; training takes its digits, or whatever it is, for text",
     "duplicate_id": "the id of an earlier record",

@@ -128,7 +128,7 @@ def test_json_lines_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("images", ["1.png"]), ("image_path", "1.png"), ("Image_Path", "1.png"), ("imagePaths", ["1.png"]),
+        ("image_path", "1.png"), ("Image_Path", "1.png"), ("imagePaths", ["1.png"]),
         ("image_file", "1.png"), ("image-url", "http://x/1.png"), ("img", "1.png"), ("picture", {"path": "1.png"}),
         ("photos", ["1.png"]), ("video", "1.mp4"), ("image_file_name", "1.png"), ("image_0", "1.png"),
         ("image1", "1.png"), ("image_base64", "aGk="), ("frames", ["1.png"]), ("media", "1.png"),

@@ -1,0 +1,80 @@
+"""Published formats of conversations, rewritten as entries of LLaVA's JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prism_deco.data.base import RecordError
+from prism_deco.llms.prompts import IMAGE_TAG
+
+_SPEAKERS = {"user": "human", "assistant": "gpt"}
+
+
+def as_llava(raw: Any) -> Any:
+    """An entry as LLaVA writes it: {id, image, conversations}.
+
+    Read are
+    - `conversations` of {from, value} (LLaVA, ShareGPT);
+    - `messages` of {role, content} (transformers' chat templates, TRL, LLaMA-Factory), where a content is text, or a
+      list of parts {"type": "text", "text"} and {"type": "image"};
+    - `texts` of {user, assistant} (The Cauldron, FineVision), whose images come before the first question;
+
+    each with its images under `image` or `images`. Anything else comes back as it is: the check of the entry says what
+    is wrong with it.
+
+    Raises:
+        RecordError: a part of a message that is neither text nor an image.
+    """
+    if not isinstance(raw, dict):
+        return raw
+    entry = dict(raw)
+    if not entry.get("image") and entry.get("images"):
+        entry["image"] = entry.pop("images")
+    if entry.get("conversations") is not None:
+        return entry
+    if isinstance(entry.get("messages"), list):
+        shown: list[Any] = []
+        turns = [_turn(message, shown) for message in entry.pop("messages")]
+        if shown:
+            entry.setdefault("image", shown)
+        return entry | {"conversations": turns}
+    if isinstance(entry.get("texts"), list):
+        return entry | {"conversations": _rounds(entry.pop("texts"), entry.get("image"))}
+    return entry
+
+
+def _turn(message: Any, shown: list[Any]) -> Any:
+    """A message as a turn; the images that its parts hold are added to `shown`."""
+    if not isinstance(message, Mapping):
+        return message
+    others = {key: value for key, value in message.items() if key not in ("role", "content")}
+    role, content = message.get("role"), message.get("content")
+    if isinstance(content, list):
+        content = "".join(_part(part, shown) for part in content)
+    speaker = _SPEAKERS.get(role, role) if isinstance(role, str) else role
+    return others | {"from": speaker, "value": content}
+
+
+def _part(part: Any, shown: list[Any]) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind == "image":
+        if part.get("image"):
+            shown.append(part["image"])
+        return f"{IMAGE_TAG}\n"
+    raise RecordError("malformed", f"a message has a part of type {kind!r}: only text and images are read.")
+
+
+def _rounds(texts: list[Any], images: Any) -> list[Any]:
+    turns = []
+    for text in texts:
+        if not isinstance(text, Mapping):
+            return [text]
+        turns.append({"from": "human", "value": text.get("user")})
+        turns.append({"from": "gpt", "value": text.get("assistant")})
+    tagged = any(IMAGE_TAG in str(turn["value"]) for turn in turns)
+    if turns and isinstance(images, list) and len(images) > 1 and not tagged:
+        turns[0]["value"] = f"{IMAGE_TAG * len(images)}\n{turns[0]['value']}"
+    return turns

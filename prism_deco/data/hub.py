@@ -1,0 +1,93 @@
+"""Parquet data sets of the Hugging Face hub: their files are listed once, and each is on disk only while it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.hf_api import RepoFile
+
+from prism_deco.config import cache_dir
+from prism_deco.errors import UsageError
+from prism_deco.files import read_json, write_json
+
+LISTING = ".hub"
+"""Suffix of the files that list others."""
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a data set repository, at one commit."""
+
+    repo: str
+    commit: str
+    path: str
+    size: int
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.path).suffix
+
+    def __str__(self) -> str:
+        return f"{self.repo}/{self.path} (commit {self.commit[:8]})"
+
+    @contextmanager
+    def on_disk(self) -> Iterator[Path]:
+        """The file, downloaded for the time being."""
+        with tempfile.TemporaryDirectory(dir=_folder(), prefix=".shard-") as folder:
+            try:
+                yield Path(
+                    hf_hub_download(self.repo, self.path, repo_type="dataset", revision=self.commit, local_dir=folder)
+                )
+            except OSError as error:
+                raise UsageError(f"{self} cannot be downloaded ({error}).") from error
+
+
+def list_files(repo: str, pattern: str, revision: str) -> Path:
+    """Lists the files of a repository that match a pattern, and pins them to today's commit.
+
+    Returns:
+        The list, made by the first call with these arguments; later runs read the same files, without the hub.
+
+    Raises:
+        UsageError: the hub cannot be asked, or no Parquet file matches.
+    """
+    key = hashlib.sha256(json.dumps([repo, pattern, revision]).encode()).hexdigest()[:16]
+    listing = _folder() / f"{repo.replace('/', '--')}-{key}{LISTING}"
+    if listing.is_file():
+        return listing
+    api = HfApi()
+    try:
+        commit = api.dataset_info(repo, revision=revision).sha or revision
+        entries = list(api.list_repo_tree(repo, recursive=True, revision=commit, repo_type="dataset"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"data.repo={repo} (revision {revision}) cannot be listed on the hub ({error}).") from error
+    found = [entry for entry in entries if isinstance(entry, RepoFile) and fnmatch(entry.path, pattern)]
+    files = sorted((HubFile(repo, commit, e.path, e.size) for e in found if e.path.endswith(".parquet")), key=str)
+    if not files:
+        folders = sorted({str(Path(e.path).parent) for e in entries if e.path.endswith(".parquet")})
+        there = f"There are some in {', '.join(folders[:20])}." if folders else "It has none at all."
+        raise UsageError(f"data.files={pattern} matches no Parquet file of {repo}. {there}")
+    write_json(listing, {"files": [asdict(file) for file in files]})
+    return listing
+
+
+def read_listing(path: Path) -> list[HubFile]:
+    """What `list_files` has listed."""
+    return [
+        HubFile(**content)
+        for content in read_json(path, ["files"], way_out="Delete it to list the files again.")["files"]
+    ]
+
+
+def _folder() -> Path:
+    folder = cache_dir() / "hub"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
