@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from omegaconf import DictConfig
@@ -139,7 +140,9 @@ def count(*modules: nn.Module, trained: bool | None = None) -> int:
 
 @lru_cache(maxsize=16)
 def _backbone(options: str) -> VisionBackbone:
-    return build_backbone(json.loads(options), pretrained=False, device="meta")
+    # Weights on the meta device have no values: what timm draws for them takes a second in a grid, for nothing.
+    with patch("timm.layers.weight_init._trunc_normal_", create=True):
+        return build_backbone(json.loads(options), pretrained=False, device="meta")
 
 
 @lru_cache(maxsize=64)
