@@ -17,6 +17,10 @@ SMALL = {
     "qformer": {"hidden_dim": 32, "heads": 4, "ffn_dim": 48, "depth": 3},
     "c_abstractor": {"hidden_dim": 32, "depth": 1},
     "d_abstractor": {"hidden_dim": 32, "heads": 4, "ffn_dim": 48, "points": 3},
+    "window_attention": {"heads": 4, "hidden_dim": 64, "ffn_dim": 64},
+    "token_packer": {"heads": 4, "hidden_dim": 64},
+    "resampler": {"depth": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn_dim": 64},
+    "random_patches": {},
 }
 
 

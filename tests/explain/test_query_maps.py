@@ -177,7 +177,10 @@ def test_structural_bound_holds_what_the_convolutions_reach(traced):
     assert 0 < bound.mean() < 1
 
 
-@pytest.mark.parametrize("name", ["linear", "avgpool", "maxpool", "qformer", "c_abstractor", "d_abstractor"])
+@pytest.mark.parametrize(
+    "name",
+    ["linear", "avgpool", "maxpool", "qformer", "c_abstractor", "d_abstractor", "window_attention", "token_packer"],
+)
 def test_a_planted_patch_comes_back(traced, name):
     """One patch carries a signal; the target is what it changed in the visual tokens."""
     projector, _, features, _ = traced(name)
@@ -195,8 +198,60 @@ def test_a_planted_patch_comes_back(traced, name):
     assert int(drawn_on.argmax()) in candidates
 
 
+@pytest.mark.parametrize("name", ["window_attention", "token_packer"])
+def test_attention_within_windows_is_one_cross_attention(traced, name):
+    """Spread over all patches by a mask, it is the dense attention of the same effect."""
+    projector, maps, features, gradients = traced(name)
+    result, attention = maps.relevance(gradients), maps.attention()
+    leaf, seen = features.clone().requires_grad_(), []
+    handle = projector.attention.register_forward_hook(lambda _, __, output: seen.append(output[1]))
+    tokens = projector(leaf)[0]
+    handle.remove()
+    for t in range(T):
+        (slopes,) = torch.autograd.grad((tokens * gradients[t]).sum(), seen[0], retain_graph=True)
+        weighed = literal_weights(seen[0][0].detach(), slopes[0])
+        for m in range(16):
+            row, column = 2 * (m // 4), 2 * (m % 4)
+            expected, raw = torch.zeros(8, 8, dtype=torch.float64), torch.zeros(8, 8, dtype=torch.float64)
+            expected[row : row + 2, column : column + 2] = weighed[m].reshape(2, 2)
+            raw[row : row + 2, column : column + 2] = seen[0][0, :, m].detach().mean(dim=0).reshape(2, 2)
+            torch.testing.assert_close(result[t, m], expected.flatten())
+            torch.testing.assert_close(attention[m], raw.flatten())
+
+
+def test_the_resampler_follows_the_rule_of_self_attention(traced):
+    """On one sequence of 64 patches and 16 latents, of which the patches attend to themselves alone."""
+    projector, maps, features, gradients = traced("resampler")
+    leaf = features.clone().requires_grad_()
+    projector.body.set_attn_implementation("eager")
+    seen = []
+    handles = [
+        m.register_forward_hook(lambda _, __, output: seen.append(output[1])) for m in projector.expose_attention()
+    ]
+    tokens = projector(leaf)[0]
+    for handle in handles:
+        handle.remove()
+    result = maps.relevance(gradients)
+    for t in range(T):
+        relevance = torch.eye(80, dtype=torch.float64)
+        slopes = torch.autograd.grad((tokens * gradients[t]).sum(), seen, retain_graph=True)
+        for probabilities, slope in zip(seen, slopes, strict=True):
+            step = torch.zeros(80, 80, dtype=torch.float64)
+            step[64:] = literal_weights(probabilities[0].detach(), slope[0])
+            relevance = relevance + step @ relevance
+        torch.testing.assert_close(result[t], relevance[64:, :64])
+    torch.testing.assert_close(maps.attention(), seen[-1][0, :, :, :64].detach().mean(dim=0))
+
+
+def test_random_patches_are_their_own_map(traced):
+    projector, maps, features, gradients = traced("random_patches")
+    assert torch.equal(maps.relevance(gradients) @ features[0], projector.pool_patches(features)[0])
+
+
 @pytest.mark.parametrize("targets", [T, MANY])
-@pytest.mark.parametrize("name", ["qformer", "c_abstractor", "d_abstractor"])
+@pytest.mark.parametrize(
+    "name", ["qformer", "c_abstractor", "d_abstractor", "window_attention", "token_packer", "resampler"]
+)
 def test_parts_do_not_change_the_map(traced, monkeypatch, name, targets):
     _, maps, _, gradients = traced(name, targets)
     whole = maps.relevance(gradients)

@@ -70,6 +70,18 @@ def test_the_token_weighted_loss_does_not_depend_on_the_micro_batch(tiny, exampl
             torch.testing.assert_close(got[name], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
+def test_a_step_for_several_numbers_of_visual_tokens_is_the_mean_over_them(tiny, examples):
+    def gradients(collate):
+        vlm, _ = tiny(projector="matryoshka")
+        _fit(vlm, collate([examples[i] for i in range(4)]), grad_clip=0.0, loss="token_mean")
+        return {name: p.grad for name, p in vlm.named_parameters() if p.grad is not None}
+
+    both, fine, coarse = (gradients(collate) for collate in (Collate(4, 2, coarser=(1,)), Collate(4, 2), Collate(1, 2)))
+    for name, gradient in both.items():
+        torch.testing.assert_close(gradient, (fine[name] + coarse[name]) / 2, atol=1e-9, rtol=1e-6)
+    assert any(not torch.allclose(fine[name], coarse[name]) for name in fine)
+
+
 def test_the_gradient_that_went_bad_is_named_before_clipping_spreads_it(tiny, examples):
     vlm, _ = tiny()
     name = "lm.model.layers.0.mlp.up_proj.weight"
