@@ -17,29 +17,26 @@ from typing import Any
 from prism_deco.errors import UsageError
 
 
-def write_whole(path: Path, content: bytes | str, *, durable: bool = True) -> None:
+def write_whole(path: Path, content: bytes | str) -> None:
     """Replaces a file in one step: whatever happens, a reader sees the old content or the new. Several
-    processes may write the same file; text is written as UTF-8.
-
-    Args:
-        durable: the content reaches the disk before the name does, so that a crash of the machine leaves no empty file.
+    processes may write the same file; text is written as UTF-8. The content reaches the disk before the name does, so
+    that a crash of the machine leaves no empty file.
     """
     building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with building.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(building, path)
     except OSError:
         building.unlink(missing_ok=True)
         raise
 
 
-def write_json(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes JSON, as `write_whole` does."""
-    write_whole(path, json.dumps(content, indent=2) + "\n", durable=durable)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(

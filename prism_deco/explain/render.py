@@ -20,9 +20,9 @@ def scaled(values: Tensor) -> Tensor:
     return (values - low) / (high - low) if high > low else torch.zeros_like(values)
 
 
-def color_anchors(count: int = 9) -> list[list[int]]:
-    """Equally spaced colours of the map, 0..255, for the page to interpolate between."""
-    return _COLORS(np.linspace(0, 1, count), bytes=True)[:, :3].tolist()
+def color_anchors() -> list[list[int]]:
+    """Nine equally spaced colours of the map, 0..255, for the page to interpolate between."""
+    return _COLORS(np.linspace(0, 1, 9), bytes=True)[:, :3].tolist()
 
 
 def overlay(image: Image.Image, values: Tensor, patches: PatchFrame, *, max_side: int = 768) -> Image.Image:

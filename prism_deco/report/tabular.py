@@ -78,9 +78,9 @@ def format_number(value: float | None, digits: int = 1, sign: str = "") -> str:
     return MISSING if value is None else f"{value:{sign}.{digits}f}"
 
 
-def format_interval(bounds: tuple[float, float] | None, digits: int = 1, sign: str = "") -> str:
+def format_interval(bounds: tuple[float, float] | None, sign: str = "") -> str:
     """`low to high`; a dash for None."""
-    return MISSING if bounds is None else " to ".join(f"{bound:{sign}.{digits}f}" for bound in bounds)
+    return MISSING if bounds is None else " to ".join(f"{bound:{sign}.1f}" for bound in bounds)
 
 
 def paragraph(text: str) -> str:
