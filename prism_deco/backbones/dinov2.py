@@ -20,8 +20,8 @@ class Dinov2Backbone(Tower):
 
     @classmethod
     def build_trunk(cls, model: str, image_size: int | None, layer: int) -> Trunk:
-        size = image_size or cls.native_size(model)
-        return timm_trunk(timm.create_model(model, pretrained=False, num_classes=0), model, size, layer)
+        native = cls.native_size(model)  # registers a shipped architecture, even where the size is given
+        return timm_trunk(timm.create_model(model, pretrained=False, num_classes=0), model, image_size or native, layer)
 
     @classmethod
     def native_size(cls, model: str) -> int:

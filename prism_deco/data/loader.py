@@ -141,8 +141,8 @@ class Step:
         batches: the forward passes, at most `micro_batch_size` records each.
         records, tokens_cut, bad_images: totals over the batches.
         bad_rows: the bad records, by their numbers.
-        targets: supervised tokens of each forward pass.
-        lengths: positions of each sequence. Both are counted at once: on a GPU one would wait for it.
+        targets, num_targets: supervised tokens of each forward pass, and of the step on this rank.
+        lengths: positions of each sequence. All are counted at once: on a GPU one would wait for it.
     """
 
     batches: list[Batch]
@@ -152,17 +152,14 @@ class Step:
     bad_rows: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    num_targets: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.targets = self.targets or [batch.num_targets for batch in self.batches]
+        self.num_targets = sum(self.targets)
         if not self.lengths:
             rows = (batch.lengths or batch.attention_mask.sum(dim=1).tolist() for batch in self.batches)
             self.lengths = list(chain.from_iterable(rows))
-
-    @property
-    def num_targets(self) -> int:
-        """Supervised tokens of the step on this rank."""
-        return sum(self.targets)
 
     def pin_memory(self) -> Step:
         """The same step in page-locked memory (the DataLoader calls this)."""
