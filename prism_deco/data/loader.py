@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -23,6 +24,9 @@ from prism_deco.llms.encoding import IGNORE
 from prism_deco.sequence import Batch, build_batch
 
 log = logging.getLogger(__name__)
+
+MOST_WORKERS = 8
+"""Each holds two optimizer steps ready."""
 
 Transform = Callable[[Image.Image], dict[str, Tensor]]
 
@@ -208,6 +212,19 @@ def stack_pixels(pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor] | Non
     if not pixels:
         return None
     return {tower: torch.stack([p[tower] for p in pixels]) for tower in pixels[0]}
+
+
+def loader_workers(asked: int | None, *, gpu: bool, ranks: int) -> int:
+    """Workers of each rank: as many as asked for, else none on a CPU, and on GPUs one per core that the rank has.
+
+    Args:
+        ranks: processes of this node, which share its cores unless SLURM gives each its own.
+    """
+    if asked is not None or not gpu:
+        return asked or 0
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(MOST_WORKERS, max(1, int(os.environ.get("SLURM_CPUS_PER_TASK", cores // ranks))))
 
 
 def build_loader(
