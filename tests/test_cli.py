@@ -68,7 +68,7 @@ def test_the_example_of_a_command_is_understood(name):
         (["export", "runs/x"], "prism-deco export [-h]", "the following arguments are required: --to"),
         (["trian"], "prism-deco COMMAND", "Unknown command 'trian'. Did you mean 'train'?"),
         (["data", "chek"], "prism-deco COMMAND", "Unknown command 'data chek'. Did you mean 'data check'?"),
-        (["bench"], "prism-deco COMMAND", "Choices: bench data, bench projectors"),
+        (["bench"], "prism-deco COMMAND", "Choices: bench data, bench gpu, bench projectors"),
         ([], "prism-deco COMMAND", "name a command"),
     ],
 )

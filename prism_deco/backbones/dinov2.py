@@ -21,8 +21,9 @@ class Dinov2Backbone(Tower):
 
     @classmethod
     def build_trunk(cls, model: str, image_size: int | None, layers: Sequence[int]) -> Trunk:
-        size = image_size or cls.native_size(model)
-        return timm_trunk(timm.create_model(model, pretrained=False, num_classes=0), model, size, layers)
+        native = cls.native_size(model)  # registers a shipped architecture, even where the size is given
+        vit = timm.create_model(model, pretrained=False, num_classes=0)
+        return timm_trunk(vit, model, image_size or native, layers)
 
     @classmethod
     def native_size(cls, model: str) -> int:

@@ -24,7 +24,9 @@ from prism_deco.bench.records import build_batches, by_length, draw_pool
 from prism_deco.bench.result import BenchResult, BenchRow, interleaved
 from prism_deco.build import build_model
 from prism_deco.errors import UsageError
+from prism_deco.plan.flops import training_flops
 from prism_deco.sequence import Batch
+from prism_deco.training.compiling import compile_layers
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ def bench_train(
     steps: int = 4,
     rounds: int = 3,
     seed: int = 0,
+    alone: bool = False,
 ) -> BenchResult:
     """Measures our step and transformers', first making sure that they compute the same.
 
@@ -65,10 +68,11 @@ def bench_train(
 
     Args:
         config: the model (random weights are drawn, whatever it says); `recipe.packing`, `recipe.max_text_tokens`,
-            `recipe.max_logits` and `trainer.precision` are heeded.
+            `recipe.max_logits`, `trainer.precision` and `trainer.compile` are heeded, the last one with `alone`.
         batch_size: records per optimizer step, all in one forward pass.
         steps: optimizer steps of a round.
         rounds: how often they are taken, at least twice.
+        alone: compare the results, but time our step only.
 
     Raises:
         UsageError: losses or gradients differ, too few rounds, or a model that transformers' class cannot hold.
@@ -76,10 +80,14 @@ def bench_train(
     if rounds < 2:
         raise UsageError(f"rounds={rounds} shows no spread: use 2 or more.")
     autocast = config.trainer.precision.startswith("bf16")
-    vlm = _random_model(config, device, seed)
-    variants = _variants(config, vlm, batch_size, steps, seed)
-    agreement = _compare(vlm, variants[0], variants[1], autocast)
+    vlm = random_model(config, device, seed)
+    variants = step_variants(config, vlm, batch_size, steps, seed)
+    agreement = compare_steps(vlm, variants[0], variants[1], autocast)
     vlm.train()
+    if alone:
+        variants = variants[:1]
+        if config.trainer.compile:
+            compile_layers(vlm)
     parameters = _trained(vlm)
     optimizer = AdamW(parameters, lr=1e-5, fused=True)
 
@@ -97,7 +105,8 @@ def bench_train(
 
     log.info("Taking %d steps of %d records in %d ways on %s", rounds * steps, batch_size, len(variants), device)
     takes = {variant.name: partial(take_step, variant, cycle(variant.batches)) for variant in variants}
-    taken = interleaved(takes, repeats=rounds * steps)
+    # Every batch once where each may be compiled.
+    taken = interleaved(takes, repeats=rounds * steps, warmup=steps if alone else 1)
     rows = []
     for variant in variants:
         single = taken[variant.name]
@@ -107,18 +116,16 @@ def bench_train(
     return train_result(rows, about, agreement)
 
 
-def _random_model(config: DictConfig, device: torch.device, seed: int) -> VLM:
+def random_model(config: DictConfig, device: torch.device, seed: int = 0) -> VLM:
+    """The configured model with random weights, whatever it says about them."""
     torch.manual_seed(seed)
     config = config.copy()
     config.backbone.pretrained = config.llm.pretrained = False
     # The tokenizer is not needed; its size is where the YAML names it, or that of the tables.
-    vlm, _ = build_model(config, device=device)
-    if device.type == "cuda" and config.trainer.precision.startswith("bf16"):
-        vlm.backbone.to(torch.bfloat16)
-    return vlm
+    return build_model(config, device=device)[0]
 
 
-def _variants(config: DictConfig, vlm: VLM, batch_size: int, steps: int, seed: int) -> list[StepVariant]:
+def step_variants(config: DictConfig, vlm: VLM, batch_size: int, steps: int, seed: int) -> list[StepVariant]:
     """Our step, then transformers' with the same batches padded, and with batches of records of similar length."""
     recipe = config.recipe
     device = _trained(vlm)[0].device
@@ -140,7 +147,7 @@ def _variants(config: DictConfig, vlm: VLM, batch_size: int, steps: int, seed: i
     ]
 
 
-def _compare(vlm: VLM, ours: StepVariant, peer: StepVariant, autocast: bool) -> dict[str, float]:
+def compare_steps(vlm: VLM, ours: StepVariant, peer: StepVariant, autocast: bool) -> dict[str, float]:
     """Relative differences of the two steps' losses and gradients on the first batch, without dropout; leaves no
     gradients."""
     vlm.eval()
@@ -184,7 +191,7 @@ def _facts(variant: StepVariant, rounds: Sequence[Usage]) -> dict[str, Any]:
 def _about(config: DictConfig, vlm: VLM, ours: StepVariant, batch_size: int, steps: int) -> dict[str, Any]:
     """What was measured, and on what."""
     return {
-        "hardware": _hardware(ours.batches[0].input_ids.device),
+        "hardware": hardware(ours.batches[0].input_ids.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -198,11 +205,24 @@ def _about(config: DictConfig, vlm: VLM, ours: StepVariant, batch_size: int, ste
         "packing": config.recipe.packing,
         "max_text_tokens": config.recipe.max_text_tokens,
         "max_logits": config.recipe.max_logits,
+        "flops_per_sample": _flops(config, vlm, ours.batches) / (batch_size * steps),
         "mean_length": sum(int(batch.attention_mask.sum()) for batch in ours.batches) / (batch_size * steps),
     }
 
 
-def _hardware(device: torch.device) -> str:
+def _flops(config: DictConfig, vlm: VLM, batches: Sequence[Batch]) -> float:
+    """Floating-point operations of a step over each batch, without padding."""
+    tokens = vlm.projector.num_tokens
+    lengths = [n for batch in batches for n in batch.lengths or batch.attention_mask.sum(1).tolist()]
+    return training_flops(config).step(
+        images=sum(int(batch.visual.sum()) for batch in batches) / tokens,
+        positions=sum(lengths),
+        pairs=sum(length**2 for length in lengths),
+        targets=sum(batch.num_targets for batch in batches),
+    )
+
+
+def hardware(device: torch.device) -> str:
     """The name of the processor that computes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -85,5 +85,8 @@ COMMANDS = {
         "time a training step, compared with transformers' own LLaVA",
         "bench train --preset qwen_small recipe.packing=false",
     ),
+    "bench gpu": Command(
+        "bench", "prove a GPU: results, memory and speed, in half an hour", "bench gpu --out runs/bench_gpu"
+    ),
 }
 """In the order of `--help`."""

@@ -57,6 +57,18 @@ def bench_train_arguments(parser: argparse.ArgumentParser) -> None:
     _add_device(parser)
 
 
+def bench_gpu_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `bench gpu`."""
+    parser.add_argument("parts", nargs="*", metavar="PART", help="names of parts (default: all)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench_gpu"), metavar="DIR", help="of the results (default: %(default)s)"
+    )
+    parser.add_argument("--redo", action="store_true", help="run the parts that have a result as well")
+    parser.add_argument("--minutes", type=float, default=30.0, help="time for all parts (default: %(default)s)")
+    parser.add_argument("--rehearse", action="store_true", help="miniatures instead of the real sizes")
+    parser.add_argument("--device", help="cpu | cuda (default: cuda; cpu with --rehearse)")
+
+
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu | cuda (default: %(default)s)")
 
@@ -115,3 +127,17 @@ def bench_train(args: argparse.Namespace) -> None:
     show(result.table())
     if args.out:
         result.write(args.out)
+
+
+def bench_gpu(args: argparse.Namespace) -> int:
+    """Prove a GPU: results, memory and speed, part by part. The same command goes on where it has stopped."""
+    check_writable(args.out, "Name another folder with --out.")
+    from prism_deco.bench.gpu import Bench, run_parts, table
+    from prism_deco.bench.gpu_parts import PARTS
+    from prism_deco.distributed import requested_device
+
+    device = requested_device(args.device or ("cpu" if args.rehearse else "cuda"))
+    bench = Bench(args.out.absolute(), device, args.rehearse)
+    results = run_parts(bench, PARTS, minutes=args.minutes, redo=args.redo, names=args.parts)
+    show(table(results, device))
+    return int(any(result["state"] in ("failed", "error") for result in results))

@@ -114,8 +114,9 @@ class DataConfig:
     draft_jpeg: bool = False
     """Decode JPEGs that are more than twice as large as the tower's input at a reduced size: two to four times faster.
     Pixels change by less than one of 255 levels on average."""
-    num_workers: int = number(0, least=0)
-    """DataLoader workers per rank; 0 loads in the training process."""
+    num_workers: int | None = number(None, least=0)
+    """DataLoader workers per rank; 0 loads in the training process. Null is 0 on a CPU; on GPUs it is one per core that
+    the rank has, eight at most."""
     statistics: dict[str, Any] | None = None
     """What `prism-deco plan` assumes if the files are not on disk: `images`, `records_per_image` (1), `text_records`
     without an image (0), and per record `text_tokens`, `supervised_tokens`, `longest_text_tokens`,

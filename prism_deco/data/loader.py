@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -23,6 +24,9 @@ from prism_deco.llms.encoding import IGNORE
 from prism_deco.sequence import Batch, build_batch
 
 log = logging.getLogger(__name__)
+
+MOST_WORKERS = 8
+"""Each holds two optimizer steps ready."""
 
 Transform = Callable[[Image.Image], dict[str, Tensor]]
 
@@ -141,8 +145,8 @@ class Step:
         batches: the forward passes, at most `micro_batch_size` records each.
         records, tokens_cut, bad_images: totals over the batches.
         bad_rows: the bad records, by their numbers.
-        targets: supervised tokens of each forward pass.
-        lengths: positions of each sequence. Both are counted at once: on a GPU one would wait for it.
+        targets, num_targets: supervised tokens of each forward pass, and of the step on this rank.
+        lengths: positions of each sequence. All are counted at once: on a GPU one would wait for it.
     """
 
     batches: list[Batch]
@@ -152,17 +156,14 @@ class Step:
     bad_rows: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    num_targets: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.targets = self.targets or [batch.num_targets for batch in self.batches]
+        self.num_targets = sum(self.targets)
         if not self.lengths:
             rows = (batch.lengths or batch.attention_mask.sum(dim=1).tolist() for batch in self.batches)
             self.lengths = list(chain.from_iterable(rows))
-
-    @property
-    def num_targets(self) -> int:
-        """Supervised tokens of the step on this rank."""
-        return sum(self.targets)
 
     def pin_memory(self) -> Step:
         """The same step in page-locked memory (the DataLoader calls this)."""
@@ -214,6 +215,19 @@ def stack_pixels(pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor] | Non
     if not pixels:
         return None
     return {tower: torch.stack([p[tower] for p in pixels]) for tower in pixels[0]}
+
+
+def loader_workers(asked: int | None, *, gpu: bool, ranks: int) -> int:
+    """Workers of each rank: as many as asked for, else none on a CPU, and on GPUs one per core that the rank has.
+
+    Args:
+        ranks: processes of this node, which share its cores unless SLURM gives each its own.
+    """
+    if asked is not None or not gpu:
+        return asked or 0
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(MOST_WORKERS, max(1, int(os.environ.get("SLURM_CPUS_PER_TASK", cores // ranks))))
 
 
 def build_loader(

@@ -123,13 +123,15 @@ class SlurmLauncher:
 
     def _executor(self, cell: SweepCell) -> Any:
         """submitit's executor with the parameters of one cell."""
-        settings = cell.config.trainer
+        settings, workers = cell.config.trainer, cell.config.data.num_workers
+        if workers is None:  # the task will take as many as it is given; see `data.loader.loader_workers`
+            workers = 0 if settings.accelerator == "cpu" else 4
         own = {
             "job_name": f"{self.name}-{cell.id}",
             "nodes": settings.num_nodes,
             # One task per device: srun starts the ranks, and Lightning finds them in SLURM's variables.
             "ntasks_per_node": settings.devices,
-            "cpus_per_task": cell.config.data.num_workers + (settings.threads or 1),
+            "cpus_per_task": workers + (settings.threads or 1),
             "srun_args": ["--kill-on-bad-exit=1"],
         }
         if settings.accelerator != "cpu":

@@ -161,7 +161,7 @@ class SpeedMonitor(Callback):
         self._board = board
         self._start = self._last_end = self._paused = 0.0
         self._waited = 0.0
-        self._counts: Tensor | None = None
+        self._counts: Tensor | None = None  # float64[5]: records, images, positions, squared lengths, targets
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restart()
@@ -174,7 +174,11 @@ class SpeedMonitor(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        counts = _counts(cast(Step, batch))
+        step = cast(Step, batch)
+        images = sum(len(next(iter(passed.pixels.values()))) for passed in step.batches if passed.pixels)
+        pairs = sum(length**2 for length in step.lengths)
+        numbers = [step.records, images, sum(step.lengths), pairs, step.num_targets]
+        counts = torch.tensor(numbers, dtype=torch.float64)
         self._counts = counts if self._counts is None else self._counts + counts
         if trainer.global_step % self._log_every == 0:
             self._log(trainer, pl_module.device)
@@ -221,13 +225,6 @@ def _distinct_images(records: Records, count: int) -> list[int]:
         if len(chosen) >= count:
             break
     return list(chosen.values())[:count]
-
-
-def _counts(step: Step) -> Tensor:
-    """float64[5]: records, images, positions, squared lengths, supervised positions of a step on this device."""
-    images = sum(len(next(iter(batch.pixels.values()))) for batch in step.batches if batch.pixels)
-    pairs = sum(length**2 for length in step.lengths)
-    return torch.tensor([step.records, images, sum(step.lengths), pairs, step.num_targets], dtype=torch.float64)
 
 
 def _memory(device: torch.device) -> int:

@@ -16,7 +16,7 @@ from prism_deco.config import cache_dir
 from prism_deco.data import Source
 from prism_deco.data.encoder import Encoder, check_records
 from prism_deco.data.images import ImageSource
-from prism_deco.data.loader import Collate, Examples, Step, build_loader, stack_pixels
+from prism_deco.data.loader import Collate, Examples, Step, build_loader, loader_workers, stack_pixels
 from prism_deco.data.records import Records, open_parts
 from prism_deco.data.samplers import Population, StepSampler, in_order
 from prism_deco.errors import UsageError
@@ -55,6 +55,7 @@ class Conversations(pl.LightningDataModule):
         )
         self.population = Population(self.train_records.words, self.train_records.has_image)
         self.available_steps = len(self._sampler())
+        self._workers = 0
 
     def check(self) -> None:
         """Finds what would stop the run at some step: records that cannot be encoded, images that are missing. Logs
@@ -88,15 +89,17 @@ class Conversations(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Step]:
         trainer = self.trainer
         assert trainer is not None
+        gpu = trainer.strategy.root_device.type == "cuda"
+        self._workers = loader_workers(self._config.data.num_workers, gpu=gpu, ranks=trainer.num_devices)
         sampler = self._sampler(trainer.global_rank, trainer.world_size, trainer.global_step)
-        return build_loader(self.train_examples, self.collate, sampler, num_workers=self._config.data.num_workers)
+        return build_loader(self.train_examples, self.collate, sampler, num_workers=self._workers)
 
     def val_dataloader(self) -> DataLoader[Step]:
         trainer = self.trainer
         assert trainer is not None
         size = self.collate.micro_batch_size
         batches = in_order(len(self.val_records), size, trainer.global_rank, trainer.world_size)
-        return build_loader(self.val_examples, self.collate, batches, num_workers=self._config.data.num_workers)
+        return build_loader(self.val_examples, self.collate, batches, num_workers=self._workers)
 
     def transfer_batch_to_device(self, batch: Step, device: torch.device, dataloader_idx: int) -> Step:
         batch.batches = [b.to(device, non_blocking=True) for b in batch.batches]

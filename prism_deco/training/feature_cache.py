@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prism_deco.backbones import VisionBackbone
 from prism_deco.build import group
 from prism_deco.config import cache_dir
-from prism_deco.data.loader import Examples
+from prism_deco.data.loader import Examples, loader_workers
 from prism_deco.distributed import World
 from prism_deco.features import FeatureCache, shard_path
 from prism_deco.tensors import open_safetensors
@@ -112,7 +112,7 @@ def build_caches(config: DictConfig, vlm: VLM, data: Conversations, world: World
             cache_dir() / "features", vlm.backbone, group(config, "backbone"), weights, compute, examples
         )
         world.decide(cache.check_space)
-        workers = config.data.num_workers
+        workers = loader_workers(config.data.num_workers, gpu=world.gpu, ranks=world.devices)
         cache.build(world.device, rank=world.local_rank, ranks=world.devices, num_workers=workers)
         caches.append(cache)
     world.barrier()

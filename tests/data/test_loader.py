@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from prism_deco.data.encoder import Encoder
-from prism_deco.data.loader import Collate, Examples, build_loader
+from prism_deco.data.loader import Collate, Examples, build_loader, loader_workers
 from prism_deco.data.records import open_records
 from prism_deco.data.samplers import Filler, Population, StepSampler, in_order
 from prism_deco.errors import UsageError
@@ -196,3 +196,13 @@ def test_665_000_records_cost_a_worker_no_memory_of_its_own(tmp_path, colors, ti
     [idle, *_] = sorted(_private_megabytes(None, order, workers=2))
     busy = max(_private_megabytes(examples, order, workers=2))
     assert busy - idle < 50, f"{idle:.0f} MB idle, {busy:.0f} MB after 4000 records"
+
+
+def test_gpus_have_a_worker_per_core_and_cpus_none_unless_told(monkeypatch):
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(20)), raising=False)
+    assert [loader_workers(None, gpu=True, ranks=ranks) for ranks in (1, 4, 40)] == [8, 5, 1]
+    assert [loader_workers(asked, gpu=False, ranks=1) for asked in (None, 0, 3)] == [0, 0, 3]
+    assert [loader_workers(asked, gpu=True, ranks=1) for asked in (0, 20)] == [0, 20]
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    assert loader_workers(None, gpu=True, ranks=4) == 3
