@@ -42,7 +42,7 @@ COMMANDS = {
     "probe": Command(
         "probe",
         "read labels and patches from the visual tokens without the LLM",
-        "probe runs/RUN_ID --objects train.jsonl --images images",
+        "probe runs/RUN_ID --objects instances.json --images train2017",
     ),
     "chat": Command("chat", "talk with a trained model about an image", "chat runs/RUN_ID --image cat.jpg"),
     "export": Command(

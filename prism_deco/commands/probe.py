@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prism_deco.commands.common import PLUGINS, import_plugins_only, own_benchmarks, show
 from prism_deco.commands.evaluate import finished_run
@@ -26,13 +26,11 @@ def probe_arguments(parser: argparse.ArgumentParser) -> None:
         "--objects",
         type=Path,
         metavar="FILE",
-        help="images with labelled objects: JSON Lines or COCO's instances.json (default: those of the run's miniature "
+        help="images with labelled objects, in the format of COCO's instances (default: those of the run's miniature "
         "world); the last quarter is for testing",
     )
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images; alone, all that lie in it")
     parser.add_argument("--limit", type=int, default=2000, help="first images to use (default: %(default)s)")
-    parser.add_argument("--cells", type=int, default=4, help="cells per side to read in (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the MLP and the control (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder for probe.json (default: RUN/probe)")
     parser.add_argument("--device", default="cpu", help="cpu | cuda (default: %(default)s)")
 
@@ -49,12 +47,15 @@ def probe(args: argparse.Namespace) -> None:
 
     model = load(args.run, device=args.device)
     test = max(len(images) // 4, 1)
-    found = measure(model.vlm, images[:-test], images[-test:], cells=args.cells, seed=args.seed)
-    about: dict[str, Any] = {"run": args.run.name, "projector": model.config.projector.name}
-    about |= {"images": {"fit": len(images) - test, "test": test}, "cells": args.cells, "seed": args.seed}
+    found = {
+        "run": args.run.name,
+        "projector": model.config.projector.name,
+        "images": {"fit": len(images) - test, "test": test},
+        **measure(model.vlm, images[:-test], images[-test:]),
+    }
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "probe.json", about | found)
-    show(ProbeTable(about | found))
+    write_json(out / "probe.json", found)
+    show(ProbeTable(found))
 
 
 def _images(args: argparse.Namespace) -> list[LabelledImage]:
@@ -71,9 +72,9 @@ def _images(args: argparse.Namespace) -> list[LabelledImage]:
         return [LabelledImage(path) for path in files[: args.limit]]
     finished_run(args.run)
     world = own_benchmarks(args.run)
-    if world is None or not (world / "train-objects.jsonl").is_file():
+    if world is None or not (world / "train-objects.json").is_file():
         raise UsageError(
             f"{args.run} has no miniature world, or it was removed: name images with labelled objects (--objects FILE "
             "--images DIR), or images alone (--images DIR)."
         )
-    return read_objects(world / "train-objects.jsonl", world / "images", args.limit)
+    return read_objects(world / "train-objects.json", world / "images", args.limit)

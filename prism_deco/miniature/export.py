@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prism_deco.miniature import benchmarks
 from prism_deco.miniature.benchmarks import Split
-from prism_deco.miniature.scene import CATEGORIES, IMAGE_SIZE, Box
+from prism_deco.miniature.scene import CATEGORIES, IMAGE_SIZE, Box, Scene
 from prism_deco.miniature.templates import UNANSWERABLE
 
 _SIZE = {"width": IMAGE_SIZE, "height": IMAGE_SIZE}
@@ -167,6 +168,21 @@ def _annotations(split: Split) -> tuple[list[dict[str, Any]], dict[tuple[int, Bo
                 }
             )
     return annotations, places
+
+
+def objects(paths: Sequence[str], scenes: Sequence[Scene]) -> dict[str, Any]:
+    """Everything in these images, with what is to be known about it: COCO's format, attributes as in CVAT's exports."""
+    annotations = []
+    for index, scene in enumerate(scenes):
+        labels = [(thing.box, {"color": thing.color, "shape": thing.shape}) for thing in scene.things]
+        if scene.plate is not None:
+            tens, ones = divmod(scene.plate.number, 10)
+            labels.append((scene.plate.box, {"tens": str(tens), "ones": str(ones)}))
+        for (x1, y1, x2, y2), attributes in labels:
+            box = {"image_id": index, "category_id": 1, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            annotations.append(box | {"id": len(annotations), "attributes": attributes})
+    images = [{"id": index, "file_name": path} | _SIZE for index, path in enumerate(paths)]
+    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
 
 
 def _ten(answer: str) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from prism_deco.miniature.rng import Dice
 
@@ -93,15 +92,6 @@ class Scene:
     """Grey level."""
     noise: str
     """Names the pattern of the background's noise."""
-
-
-def labels(scene: Scene) -> list[dict[str, Any]]:
-    """What is to be known about everything in a scene, as `prism-deco probe` reads it."""
-    things = [{"box": thing.box, "color": thing.color, "shape": thing.shape} for thing in scene.things]
-    if scene.plate is None:
-        return things
-    tens, ones = divmod(scene.plate.number, 10)
-    return [*things, {"box": scene.plate.box, "tens": tens, "ones": ones}]
 
 
 def draw_scene(seed: int, split: str, index: int) -> Scene:

@@ -22,9 +22,9 @@ from prism_deco.errors import UsageError
 from prism_deco.files import write_whole
 from prism_deco.miniature.benchmarks import Split
 from prism_deco.miniature.conversations import Pool, caption_records, records
-from prism_deco.miniature.export import export_benchmarks, image_name
+from prism_deco.miniature.export import export_benchmarks, image_name, objects
 from prism_deco.miniature.render import render
-from prism_deco.miniature.scene import Scene, draw_scene, labels
+from prism_deco.miniature.scene import Scene, draw_scene
 
 log = logging.getLogger(__name__)
 
@@ -128,10 +128,10 @@ def _build(root: Path, arguments: Mapping[str, Any]) -> None:
                 progress.advance(task)
             if split != "test":
                 named = [(f"{split}/{image_name(index)}", scene) for index, scene in enumerate(scenes)]
-                objects = "".join(json.dumps({"image": path, "objects": labels(scene)}) + "\n" for path, scene in named)
-                (root / f"{split}-objects.jsonl").write_text(objects)
                 conversations = list(records(seed, split, named, arguments["records"]))
                 (root / f"{split}.json").write_text(json.dumps(conversations))
+                labels = objects([path for path, _ in named], scenes)
+                (root / f"{split}-objects.json").write_text(json.dumps(labels))
             if split in items:
                 asked = Split(seed, split, [Pool(scene) for scene in scenes], items[split])
                 export_benchmarks(root / "benchmarks" / split, asked)

@@ -58,7 +58,7 @@ def squares(tmp_path_factory):
     that its letterbox moves what is in it."""
     rng = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("squares")
-    lines = []
+    images, annotations = [], []
     for number in range(200):
         name = ("red", "blue")[rng.integers(2)]
         wide = number % 5 == 0
@@ -67,8 +67,11 @@ def squares(tmp_path_factory):
         image = Image.new("RGB", (128, 64) if wide else (64, 64), (90, 90, 90))
         image.paste(COLORS[name], (x, y, x + 14, y + 14))
         image.save(folder / f"{number}.png")
-        lines.append({"image": f"{number}.png", "objects": [{"box": [x, y, x + 14, y + 14], "color": name}]})
-    (folder / "objects.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        images.append({"id": number, "file_name": f"{number}.png"})
+        box = {"image_id": number, "category_id": 3, "bbox": [x, y, 14, 14]}
+        annotations.append(box | {"attributes": {"color": name}})
+    coco = {"images": images, "annotations": annotations, "categories": [{"id": 3, "name": "square"}]}
+    (folder / "objects.json").write_text(json.dumps(coco))
     return folder
 
 
@@ -82,7 +85,7 @@ def model(projector="avgpool", tokens=16, pretrained=True, **options):
 
 
 def test_what_is_there_is_read_and_what_is_not_is_not(squares):
-    images = read_objects(squares / "objects.jsonl", squares)
+    images = read_objects(squares / "objects.json", squares)
     found = probe(model(), images[:150], images[150:], cells=2)
     assert found["classes"] == {"color": ["blue", "red"], "position": ["position"]}
     readers = found["readers"]
@@ -101,7 +104,7 @@ def test_what_is_there_is_read_and_what_is_not_is_not(squares):
 
 
 def test_tokens_of_a_blind_model_hold_nothing(squares):
-    images = read_objects(squares / "objects.jsonl", squares)
+    images = read_objects(squares / "objects.json", squares)
     readers = probe(model(blind=True), images[:150], images[150:], cells=2)["readers"]
     assert readers["tokens"]["linear"]["reconstruction_r2"] == pytest.approx(0, abs=0.01)
     for reader in ("linear", "mlp"):
@@ -115,43 +118,45 @@ def test_images_without_labels_are_reconstructed(squares):
     assert found["readers"]["tokens"]["linear"]["reconstruction_r2"] > 0.1
 
 
-def test_coco_and_json_lines_tell_the_same(tmp_path):
-    coco = {
-        "images": [{"id": 4, "file_name": "a.jpg"}, {"id": 7, "file_name": "b.jpg"}],
-        "annotations": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4]}],
-        "categories": [{"id": 2, "name": "cat"}],
-    }
-    (tmp_path / "instances.json").write_text(json.dumps(coco))
-    lines = [{"image": "a.jpg"}, {"image": "b.jpg", "objects": [{"box": [1, 2, 4, 6], "category": "cat"}]}]
-    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+COCO = {
+    "images": [{"id": 4, "file_name": "a.jpg"}, {"id": 7, "file_name": "b.jpg"}],
+    "annotations": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4], "attributes": {"old": True}}],
+    "categories": [{"id": 2, "name": "cat"}],
+}
+
+
+def test_objects_of_a_coco_file(tmp_path):
+    (tmp_path / "instances.json").write_text(json.dumps(COCO))
     expected = [
         LabelledImage(tmp_path / "a.jpg"),
-        LabelledImage(tmp_path / "b.jpg", (((1, 2, 4, 6), {"category": "cat"}),)),
+        LabelledImage(tmp_path / "b.jpg", (((1, 2, 4, 6), {"category": "cat", "old": "True"}),)),
     ]
     assert read_objects(tmp_path / "instances.json", tmp_path) == expected
-    assert read_objects(tmp_path / "lines.jsonl", tmp_path) == expected
-    assert read_objects(tmp_path / "lines.jsonl", tmp_path, limit=1) == expected[:1]
+    assert read_objects(tmp_path / "instances.json", tmp_path, limit=1) == expected[:1]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("change", "message"),
     [
-        ("a.jsonl", '{"image": "a.png"}\nnot json', "line 2 is not JSON"),
-        ("a.jsonl", '{"objects": []}', "line 1.*'image'"),
-        ("a.jsonl", '["a.png"]', "line 1"),
-        ("a.jsonl", '{"image": "a.png", "objects": [{"box": [3, 0, 1, 1]}]}', r"line 1.*\[x1, y1, x2, y2\]"),
-        ("a.jsonl", '{"image": "a.png", "objects": [{"color": "red"}]}', "line 1.*'box'"),
-        ("a.jsonl", '{"image": "../a.png"}', "line 1.*leads out"),
-        ("a.json", '{"images": []}', "annotations"),
-        ("a.json", '{"images": [], "annotations": [{"bbox": [1]}], "categories": []}', "not COCO"),
-        ("missing.jsonl", None, "is missing"),
+        ({"images": [{"id": 7, "file_name": "../a.jpg"}]}, "leads out"),
+        ({"images": [{"id": 7}]}, "file_name"),
+        ({"annotations": [{"image_id": 7, "category_id": 2, "bbox": [1, 2]}]}, "unpack"),
+        ({"annotations": [{"image_id": 7, "category_id": 9, "bbox": [1, 2, 3, 4]}]}, "9"),
+        ({"annotations": [{"image_id": 5, "category_id": 2, "bbox": [1, 2, 3, 4]}]}, "5"),
+        ({"annotations": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4], "attributes": [1]}]}, "TypeError"),
+        ({"categories": None}, "TypeError"),
     ],
 )
-def test_bad_labels_are_named(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_objects(tmp_path / name, tmp_path)
+def test_bad_labels_are_named(tmp_path, change, message):
+    path = tmp_path / "instances.json"
+    with pytest.raises(ValueError, match="is missing"):
+        read_objects(path, tmp_path)
+    path.write_text(json.dumps(COCO | change))
+    with pytest.raises(ValueError, match=f"instances.json.*{message}"):
+        read_objects(path, tmp_path)
+    path.write_text(json.dumps({"images": []}))
+    with pytest.raises(ValueError, match="it has no annotations"):
+        read_objects(path, tmp_path)
 
 
 @pytest.fixture
@@ -165,7 +170,7 @@ def run(tmp_path, monkeypatch):
 
 
 def test_the_command_writes_and_shows_what_was_read(run, squares, capsys):
-    assert main(["probe", str(run), "--objects", str(squares / "objects.jsonl"), "--limit", "80"]) == 0
+    assert main(["probe", str(run), "--objects", str(squares / "objects.json"), "--limit", "80"]) == 0
     found = json.loads((run / "probe" / "probe.json").read_text())
     assert (found["run"], found["projector"]) == ("run", "avgpool")
     assert found["images"] == {"fit": 60, "test": 20}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
-from pretrain_llms import NAMES, Settings, TextPretraining, pretrain_llm
+from pretrain_llms import SETTINGS, Settings, TextPretraining, pretrain_llm
 from safetensors.torch import load_file
 from text_scenes import CELLS, Writer, phrases
 
@@ -17,6 +20,9 @@ from prism_deco.llms import build_llm
 from prism_deco.llms.hub import WEIGHTS
 from prism_deco.miniature.rng import Dice
 from prism_deco.miniature.scene import Plate, Scene, Thing, draw_scene
+
+SHIPPED = [name for name in SETTINGS if (WEIGHTS / f"{name}.safetensors").is_file()]
+ROOT = Path(__file__).parents[2]
 
 # A circle over the four cells of the upper left corner but most of it in the first, and a plate in the lower right.
 SCENE = Scene((Thing("red", "circle", 18, 4, 2, (0, 0, 0)),), Plate(47, 36, 44), 100, "none")
@@ -29,7 +35,7 @@ def test_phrases_are_words_and_edges():
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_written_scenes_are_texts_of_the_scene(name):
     llm = build_llm(name, pretrained=False)
     writer = Writer(llm.tokenizer)
@@ -41,7 +47,7 @@ def test_written_scenes_are_texts_of_the_scene(name):
     assert all("red" in text and "47" in text for text in seen)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_folded_cells_by_a_slow_loop(name):
     llm = build_llm(name, pretrained=False)
     table = torch.randn(llm.embedding_rows, llm.embed_dim)
@@ -92,34 +98,42 @@ def test_the_first_questions_are_about_existence():
 def test_pretraining_writes_weights_and_record(tmp_path):
     settings = Settings(seed=3, steps=3, existence_steps=1, batch_size=2, held_out=16)
     record = pretrain_llm("mini_llama", tmp_path, settings)
+    options = "--seed 3 --steps 3 --existence-steps 1 --batch-size 2 --held-out 16"
+    assert record["command"] == f"python runs/reference/miniature/pretrain_llms.py mini_llama --out DIR {options}"
+    assert record["settings"] == asdict(settings) and list(record["loss"]) == ["1", "2", "3"]
     file = tmp_path / "mini_llama.safetensors"
     assert {value.dtype for value in load_file(file).values()} == {torch.float16}
     assert json.loads((tmp_path / "mini_llama.json").read_text()) == record
     assert record["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    again = pretrain_llm("mini_llama", tmp_path / "again", settings)
-    assert again["sha256"] == record["sha256"]
+    # The command of the record makes the same files again, in a process of its own.
+    command = record["command"].replace("DIR", str(tmp_path / "again")).split()[1:]
+    subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
+    again = json.loads((tmp_path / "again" / "mini_llama.json").read_text())
+    assert again | {"cpu_seconds": record["cpu_seconds"]} == record
     assert build_llm("mini_llama", weights=str(file)).embed_dim == 128
 
 
 def test_every_shipped_language_model_can_be_made_again():
     weights = {name: load_choice("llm", name).get("weights") for name in choices("llm")}
-    assert set(NAMES) == {name for name, source in weights.items() if source == f"asset:{name}"}
+    assert set(SHIPPED) == {name for name, source in weights.items() if source == f"asset:{name}"}
     assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) < 10_000_000
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_language_models_are_what_their_records_say(name):
     file = WEIGHTS / f"{name}.safetensors"
     record = json.loads((WEIGHTS / f"{name}.json").read_text())
     assert record["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert record["name"] == name and record["command"].endswith(f"--steps {Settings(**record['settings']).steps}")
+    assert record["name"] == name and record["settings"] == asdict(SETTINGS[name])
+    options = f"--seed 0 --steps {SETTINGS[name].steps}"
+    assert record["command"] == f"python runs/reference/miniature/pretrain_llms.py {name} --out DIR {options}"
     stored = load_file(file)
     for key, value in build_llm(name).model.state_dict().items():
         if key in stored:
             assert torch.equal(value, stored[key].float())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_language_models_read(name):
     """Whether a thing is in a written scene, on scenes that no training saw."""
     llm = build_llm(name)

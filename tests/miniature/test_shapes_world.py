@@ -17,7 +17,7 @@ from prism_deco.evaluation.annotations import load_data_pickle
 from prism_deco.miniature.world import build_world
 
 GOLDEN_PIXELS = "aa3248b304af0fe7047b6ce2105eb754b7e161687daca5a87ef80902278c31fb"
-GOLDEN_FILES = "ca72d9701218a510baa57af529f68a4de357f1309c860195dbe42c5dde05439e"
+GOLDEN_FILES = "4003ab9594c659e4a21c06061520c42b2733e637ca8c69f53d1493fd2d40984c"
 SIZES = {"train_images": 40, "val_images": 24, "test_images": 24, "val_items": 18, "test_items": 24}
 
 
@@ -44,7 +44,7 @@ def test_hashes_describe_the_files(world):
     pixels = b"".join(np.asarray(Image.open(path)).tobytes() for path in paths)
     assert found["pixels_sha256"] == hashlib.sha256(pixels).hexdigest()
     assert found["sha256"]["train.json"] == hashlib.sha256((world / "train.json").read_bytes()).hexdigest()
-    assert len(found["sha256"]) == 2 + 2 * (3 + 2 + 1 + 1 + 1 + 3 * 2)
+    assert len(found["sha256"]) == 2 * 2 + 2 * (3 + 2 + 1 + 1 + 1 + 3 * 2)
 
 
 def test_other_hash_seed_same_world_other_seed_other_world(world, tmp_path):
@@ -168,23 +168,13 @@ def test_the_readers_of_the_official_formats_find_every_question_and_image(world
 
 def test_objects_are_those_of_the_benchmarks(world):
     """What probes read agrees with the official files of the same images."""
-    split = "val"
-    lines = [json.loads(line) for line in (world / f"{split}-objects.jsonl").read_text().splitlines()]
-    assert [line["image"] for line in lines] == [
-        f"{split}/{index:06d}.png" for index in range(SIZES[f"{split}_images"])
-    ]
-    instances = read(world / "benchmarks" / split / "refcoco" / "instances.json")
+    objects = read(world / "val-objects.json")
+    assert [image["file_name"] for image in objects["images"]] == [f"val/{index:06d}.png" for index in range(24)]
+    instances = read(world / "benchmarks" / "val" / "refcoco" / "instances.json")
     names = {record["id"]: record["name"] for record in instances["categories"]}
-    for index, line in enumerate(lines):
-        own = [record for record in instances["annotations"] if record["image_id"] == index]
-        expected = [
-            ([x, y, x + width, y + height], *names[record["category_id"]].split())
-            for record in own
-            for x, y, width, height in [record["bbox"]]
-        ]
-        assert [(o["box"], o["color"], o["shape"]) for o in line["objects"] if "shape" in o] == expected
-    plates = {Path(line["image"]).stem: o for line in lines for o in line["objects"] if "tens" in o}
-    asked = read(world / f"benchmarks/{split}/textvqa/TextVQA_0.5.1_{split}.json")["data"]
-    assert {f"{plates[q['image_id']]['tens']}{plates[q['image_id']]['ones']}" == q["answers"][0] for q in asked} == {
-        True
-    }
+    expected = [(r["image_id"], r["bbox"], *names[r["category_id"]].split()) for r in instances["annotations"]]
+    own = [(r["image_id"], r["bbox"], r["attributes"]) for r in objects["annotations"]]
+    assert [(i, box, a["color"], a["shape"]) for i, box, a in own if "shape" in a] == expected
+    plates = {index: a["tens"] + a["ones"] for index, _, a in own if "tens" in a}
+    asked = read(world / "benchmarks/val/textvqa/TextVQA_0.5.1_val.json")["data"]
+    assert asked and all(plates[int(record["image_id"])] == record["answers"][0] for record in asked)
