@@ -20,6 +20,9 @@ class Projector(nn.Module):
         out_dim: embedding size of the LLM.
         in_grid: patch grid (height, width); patches come in row-major order.
         out_grid: grid of the visual tokens (height, width), row-major.
+
+    Attributes:
+        scales: the numbers of visual tokens that it is trained for, `num_tokens` first; most have no other.
     """
 
     compresses: ClassVar[bool] = True
@@ -34,16 +37,12 @@ class Projector(nn.Module):
         self.out_dim = out_dim
         self.in_grid = in_grid
         self.out_grid = out_grid
+        self.scales: tuple[int, ...] = (out_grid[0] * out_grid[1],)
 
     @property
     def num_tokens(self) -> int:
         """Number M of visual tokens handed to the LLM."""
         return self.out_grid[0] * self.out_grid[1]
-
-    @property
-    def scales(self) -> tuple[int, ...]:
-        """The numbers of visual tokens that it is trained for, `num_tokens` first; most have no other."""
-        return (self.num_tokens,)
 
     def project(self, features: Tensor) -> Tensor:
         """float[B, N, in_dim] -> float[B, M, out_dim]."""

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from prism_deco.projectors.base import PROJECTORS
-from prism_deco.projectors.pooling import AvgPool, Pooling
+from prism_deco.projectors.pooling import Pooling
 from prism_deco.projectors.windows import bilinear_matrix, centre_matrix
 
 
 @PROJECTORS.register("bilinear")
-class Bilinear(AvgPool):
+class Bilinear(Pooling):
     """The feature map resized bilinearly, without antialiasing: of a large window, only its 2x2 patches in the middle
     count. With `after_mlp=true` this is what LLaVA-OneVision does to the frames of a video (arXiv 2408.03326;
     transformers `llava_onevision/modeling_llava_onevision.py`, `apply_pooling`)."""
@@ -36,6 +36,18 @@ class RandomPatches(Pooling):
 
     The features of an image seed its draw. Kernels that round differently may draw differently for a few images.
     """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        in_grid: tuple[int, int],
+        num_tokens: int | None,
+        *,
+        mlp_depth: int = 2,
+        mlp_ratio: float | None = None,
+    ):
+        super().__init__(in_dim, out_dim, in_grid, num_tokens, mlp_depth=mlp_depth, mlp_ratio=mlp_ratio)
 
     def chosen(self, features: Tensor) -> Tensor:
         """float[B, N, D] -> int64[B, M], increasing: the patches of each image that become visual tokens."""

@@ -9,12 +9,12 @@ from einops import rearrange
 from torch import Tensor
 
 from prism_deco.projectors.base import PROJECTORS, square_grid
-from prism_deco.projectors.pooling import AvgPool
+from prism_deco.projectors.pooling import Pooling
 from prism_deco.projectors.windows import average_pool
 
 
 @PROJECTORS.register("matryoshka")
-class Matryoshka(AvgPool):
+class Matryoshka(Pooling):
     """`avgpool`, trained for several numbers of visual tokens at once: a step's loss is the mean over all of them.
 
     So every number costs training a pass through the LLM. Which one a trained model uses is free:
@@ -48,11 +48,7 @@ class Matryoshka(AvgPool):
             coarser = [(side >> halvings) ** 2 for halvings in range(1, side.bit_length())]
         for number in coarser:
             square_grid(number, in_grid)
-        self.coarser = tuple(number for number in coarser if number < self.num_tokens)
-
-    @property
-    def scales(self) -> tuple[int, ...]:
-        return (self.num_tokens, *self.coarser)
+        self.scales += tuple(number for number in coarser if number < self.num_tokens)
 
     def project_to(self, features: Tensor, num_tokens: int) -> Tensor:
         """float[B, N, in_dim] -> float[B, num_tokens, out_dim]."""

@@ -21,6 +21,8 @@ class Pooling(Projector):
         mlp_depth: linear layers of the MLP.
         mlp_ratio: width of its first hidden layer as a multiple of `in_dim`; None takes `out_dim`.
         mlp_bias: whether its linear layers have biases.
+        after_mlp: pool what the MLP makes of each patch, instead of the patches.
+        norm: RMSNorm in front of the MLP.
     """
 
     matrix: ClassVar[Mixing] = staticmethod(average_matrix)
@@ -35,9 +37,13 @@ class Pooling(Projector):
         mlp_depth: int = 2,
         mlp_ratio: float | None = None,
         mlp_bias: bool = True,
+        after_mlp: bool = False,
+        norm: bool = False,
     ):
         super().__init__(in_dim, out_dim, in_grid, square_grid(num_tokens, in_grid))
         self.mlp = build_mlp(in_dim, out_dim, mlp_depth, ratio=mlp_ratio, bias=mlp_bias)
+        self.after_mlp = after_mlp
+        self.norm = nn.RMSNorm(in_dim, eps=1e-6) if norm else nn.Identity()
 
     def pool_patches(self, features: Tensor) -> Tensor:
         """float[B, N, D] -> float[B, M, D]."""
@@ -46,7 +52,9 @@ class Pooling(Projector):
 
     def project(self, features: Tensor) -> Tensor:
         """float[B, N, in_dim] -> float[B, M, out_dim]."""
-        return self.mlp(self.pool_patches(features))
+        if self.after_mlp:
+            return self.pool_patches(self.mlp(self.norm(features)))
+        return self.mlp(self.norm(self.pool_patches(features)))
 
     def query_to_patch(self) -> Tensor | None:
         """float[M, N]: the matrix; of `avgpool`, 1/|window| inside a visual token's window and 0 elsewhere."""
@@ -61,36 +69,7 @@ class AvgPool(Pooling):
     `llava/model/llava_arch.py`, mode `average`; LLaVA-OneVision, arXiv 2408.03326, resizes there: `bilinear`). Gemma 3
     (arXiv 2503.19786; transformers `gemma3/modeling_gemma3.py`) pools, normalises and takes a single matrix without
     biases: `norm=true mlp_depth=1 mlp_bias=false`.
-
-    Args:
-        after_mlp: pool what the MLP makes of each patch, instead of the patches.
-        norm: RMSNorm in front of the MLP.
     """
-
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        in_grid: tuple[int, int],
-        num_tokens: int | None,
-        *,
-        mlp_depth: int = 2,
-        mlp_ratio: float | None = None,
-        mlp_bias: bool = True,
-        after_mlp: bool = False,
-        norm: bool = False,
-    ):
-        super().__init__(
-            in_dim, out_dim, in_grid, num_tokens, mlp_depth=mlp_depth, mlp_ratio=mlp_ratio, mlp_bias=mlp_bias
-        )
-        self.after_mlp = after_mlp
-        self.norm = nn.RMSNorm(in_dim, eps=1e-6) if norm else nn.Identity()
-
-    def project(self, features: Tensor) -> Tensor:
-        """float[B, N, in_dim] -> float[B, M, out_dim]."""
-        if self.after_mlp:
-            return self.pool_patches(self.mlp(self.norm(features)))
-        return self.mlp(self.norm(self.pool_patches(features)))
 
 
 @PROJECTORS.register("maxpool")
