@@ -44,6 +44,7 @@ def test_the_authors_recipe(llm, length, micro_batch):
         "torch",
         144,
     )
+    assert (recipe.projector_seed, recipe.long_questions, recipe.update_idle_projector) == ("tower_width", "cut", False)
     assert load_config(["recipe=prism", f"llm={llm}", "projector=c_abstractor"]).projector.init == "normal"
     built = build_llm(group(config, "llm"), device="meta", **prompt_options(config))
     assert built.spec.asks is not None and built.prompt_format.image_slot == "after_first_token"
