@@ -10,11 +10,13 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from prism_deco.errors import UsageError
 
 T = TypeVar("T")
+Own = TypeVar("Own")
+"""A component's own type: decorating a class must not make it its base class to type checkers."""
 
 _LISTED = 40
 """Choices that a message lists."""
@@ -47,13 +49,13 @@ class Registry(Generic[T]):
         self._also = tuple(also)
         self._entries: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str) -> Callable[[Own], Own]:
         """Decorator that registers its target under `name`; a name can be taken once."""
 
-        def add(entry: T) -> T:
+        def add(entry: Own) -> Own:
             if name in self._entries:
                 raise UsageError(f"The {self.kind} {name!r} is registered twice: choose another name.")
-            self._entries[name] = entry
+            self._entries[name] = cast(Any, entry)
             return entry
 
         return add
