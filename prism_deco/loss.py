@@ -53,19 +53,24 @@ class _Chunked(torch.autograd.Function):
         grad_bias = None if bias is None or not need_bias else torch.zeros_like(bias)
         for at in range(0, len(hidden), rows):
             part, wanted = hidden[at : at + rows], targets[at : at + rows, None]
-            logs = F.log_softmax(_upcast(F.linear(part, weight, bias)), dim=-1)
-            total -= logs.gather(1, wanted).sum()
+            logits = _upcast(F.linear(part, weight, bias))
+            largest = logits.amax(dim=1, keepdim=True)
+            reached = logits.gather(1, wanted) - largest
+            # In place from here on: no other tensor is of this size.
+            sums = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+            total += (sums.log() - reached).sum()
             if grad_hidden is None and grad_weight is None and grad_bias is None:
                 continue
             # Softmax minus one at the target.
-            grad = logs.exp_().scatter_add_(1, wanted, -torch.ones_like(logs[:, :1])).to(hidden.dtype)
-            del logs
+            grad = logits.div_(sums).scatter_add_(1, wanted, -torch.ones_like(sums)).to(hidden.dtype)
+            del logits
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[at : at + rows])
             if grad_weight is not None:
                 grad_weight.addmm_(grad.T, part)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
+            del grad  # before the next logits
         ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         return total
 

@@ -76,7 +76,7 @@ def test_no_more_logits_exist_at_once_than_allowed():
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
-            if func is torch.ops.aten._log_softmax.default:
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and result.shape[-1] == VOCABULARY:
                 self.rows = max(self.rows, result.shape[0])
             return result
 

@@ -143,6 +143,11 @@ def run_parts(
             results.append(_run(bench, part) | {"about": about})
             write_json(path, results[-1])
             log.info("%s: %s, %s", part.name, results[-1]["state"], results[-1]["text"])
+            gc.collect()
+            if bench.device.type == "cuda":
+                # Raises after an illegal access, when nothing runs any more: the next call begins behind this part.
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
     write_json(bench.folder / "results.json", {"about": about, "parts": results})
     return results
 
@@ -155,10 +160,6 @@ def _run(bench: Bench, part: Part) -> dict[str, Any]:
     except Exception as error:
         log.exception("%s", part.name)
         found, state = Finding(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"), "error"
-    gc.collect()
-    if bench.device.type == "cuda":
-        torch.cuda.synchronize()  # after an illegal access nothing runs any more: the next call begins behind this part
-        torch.cuda.empty_cache()
     return {"name": part.name, "state": state, "seconds": time.monotonic() - start} | asdict(found)
 
 
