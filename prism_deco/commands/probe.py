@@ -42,8 +42,8 @@ def probe(args: argparse.Namespace) -> None:
     check_writable(out, "Name a folder for the results with --out.")
     images = _images(args)
     from prism_deco.api import load
-    from prism_deco.explain.probe import ProbeTable
     from prism_deco.explain.probe import probe as measure
+    from prism_deco.explain.probe import probe_table
 
     model = load(args.run, device=args.device)
     test = max(len(images) // 4, 1)
@@ -55,7 +55,7 @@ def probe(args: argparse.Namespace) -> None:
     }
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "probe.json", found)
-    show(ProbeTable(found))
+    show(probe_table(found))
 
 
 def _images(args: argparse.Namespace) -> list[LabelledImage]:

@@ -69,13 +69,10 @@ class Ridge:
         centred = targets.double() - (offset := targets.double().mean(dim=0))
         rotated = self._vectors.T @ centred
         some = slice(None, None, max(1, targets.shape[1] // _CHOSEN_ON))
-        errors = [self._left_out_error(centred[:, some], rotated[:, some], penalty) for penalty in self._penalties]
-        penalty = self._penalties[int(torch.stack(errors).argmin())]
+        penalties = [penalty * self._values.mean().clamp(min=1e-9) for penalty in _PENALTIES]
+        errors = [self._left_out_error(centred[:, some], rotated[:, some], penalty) for penalty in penalties]
+        penalty = penalties[int(torch.stack(errors).argmin())]
         return gram @ (self._vectors @ (rotated / (self._values + penalty)[:, None])) + offset
-
-    @property
-    def _penalties(self) -> list[Tensor]:
-        return [penalty * self._values.mean().clamp(min=1e-9) for penalty in _PENALTIES]
 
     def _left_out_error(self, centred: Tensor, rotated: Tensor, penalty: Tensor) -> Tensor:
         """float64[]: mean squared error where each image is predicted by the fit to all others."""
@@ -206,7 +203,8 @@ def probe(
     # Ridge regression has weights of its own for every cell, which coarser ones leave more examples.
     coarse, fine = (_tasks(train, held_out, classes, side, 2 * cells) for side in (cells, 2 * cells))
     own, other = torch.arange(len(fit)), torch.randperm(len(fit), generator=torch.Generator().manual_seed(seed))
-    patches = train.patches.flatten(1)
+    patches, true = train.patches.flatten(1), held_out.patches.flatten(1)
+    mean = patches.mean(dim=0)
     readers: dict[str, dict[str, dict[str, Any]]] = {}
     for inputs, fits in (("patches", {"patches": own}), ("tokens", {"tokens": own, "shuffled": other})):
         if not classes and inputs == "patches":
@@ -223,13 +221,9 @@ def probe(
                 "mlp": {task.label: task.measure(scores) for task, scores in zip(fine, mlp, strict=True)},
             }
             if inputs == "tokens":
-                r2 = _r2(ridge.predict(gram, patches[rows]), held_out.patches.flatten(1), patches.mean(dim=0))
-                readers[name]["linear"][RECONSTRUCTION] = r2
+                error = (ridge.predict(gram, patches[rows]) - true).square().sum()
+                readers[name]["linear"][RECONSTRUCTION] = float(1 - error / (true - mean).square().sum())
     return {"classes": {label: list(names) for label, names in classes.items()}, "readers": readers}
-
-
-def _r2(predicted: Tensor, true: Tensor, mean: Tensor) -> float:
-    return 1 - float((predicted - true).square().sum() / (true - mean).square().sum())
 
 
 class _MLP(nn.Module):
@@ -273,34 +267,22 @@ def _mlp(inputs: Tensor, test: Tensor, tasks: Sequence[_Task], order: Tensor, si
     return [torch.cat(scores) for scores in zip(*parts, strict=True)]
 
 
-class ProbeTable:
-    """One line per input and reader.
-
-    Args:
-        result: content of `probe.json`.
-    """
-
-    def __init__(self, result: Mapping[str, Any]):
-        self._result = result
-
-    def __rich__(self) -> Table:
-        columns = [*self._result["classes"], RECONSTRUCTION]
-        made = Table(
-            title=f"{self._result['run']} ({self._result['projector']}): what is read without the LLM, of "
-            f"{self._result['images']['test']} test images",
-            caption="Accuracy in per cent and half of its 95 % interval. patches: what the projector gets; shuffled: "
-            "the reader was fitted on the tokens of other images.",
-            box=SIMPLE_HEAD,
-        )
-        for column in ("from", "reader"):
-            made.add_column(column)
-        for column in columns:
-            made.add_column(column.replace("_", " "), justify="right")
-        for name, readers in self._result["readers"].items():
-            for reader, values in readers.items():
-                if values:
-                    made.add_row(name, reader, *(_cell(values.get(column)) for column in columns))
-        return made
+def probe_table(result: Mapping[str, Any]) -> Table:
+    """The content of `probe.json`, one line per input and reader."""
+    columns = [*result["classes"], RECONSTRUCTION]
+    made = Table(
+        title=f"{result['run']} ({result['projector']}): read without the LLM from {result['images']['test']} images",
+        caption="Accuracy in per cent and half of its 95 % interval. patches: what the projector gets; shuffled: the "
+        "reader was fitted on the tokens of other images.",
+        box=SIMPLE_HEAD,
+    )
+    for number, column in enumerate(("from", "reader", *columns)):
+        made.add_column(column.replace("_", " "), justify="right" if number > 1 else "left")
+    for name, readers in result["readers"].items():
+        for reader, values in readers.items():
+            if values:
+                made.add_row(name, reader, *(_cell(values.get(column)) for column in columns))
+    return made
 
 
 def _cell(value: Mapping[str, Any] | float | None) -> str:

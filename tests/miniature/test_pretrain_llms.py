@@ -80,9 +80,11 @@ def test_training_never_renders(monkeypatch):
         raise AssertionError("rendered")
 
     monkeypatch.setattr(render, "render", no_pixels)
-    pretraining = TextPretraining("mini_qwen2", replace(Settings(), steps=2, existence_steps=1, batch_size=2))
+    pretraining = TextPretraining(
+        "mini_qwen2", replace(Settings(), steps=3, existence_steps=1, referring_steps=1, batch_size=2)
+    )
     assert all(parameter.is_meta for parameter in pretraining.vlm.backbone.parameters())
-    assert len(pretraining.train()) == 2
+    assert len(pretraining.train()) == 3
 
 
 def test_the_first_questions_are_about_existence():
@@ -92,6 +94,20 @@ def test_the_first_questions_are_about_existence():
     for index, questions in drawn:
         names = {question.template for question in questions}
         assert (names <= {"exists", "exists_confusable", "shape_exists"}) == (index < 20)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_of_a_box_the_first_number_says_which_thing(name):
+    pretraining = TextPretraining(name, Settings())
+    stream = pretraining.referring()
+    drawn = [next(stream) for _ in range(6)]
+    with torch.no_grad():
+        _, targets, turns = pretraining.predict(*pretraining.batch("train", drawn, folded=True))
+    first = pretraining.first_numbers(targets, turns)
+    asked = [question for _, questions in drawn for question in questions]
+    assert {question.task for question in asked} == {"refcoco+"}
+    found = [pretraining.llm.tokenizer.decode(token).strip() for token in targets[first].tolist()]
+    assert found == [question.answer[1:5] for question in asked]
 
 
 @pytest.mark.slow
@@ -124,7 +140,7 @@ def test_shipped_language_models_are_what_their_records_say(name):
     file = WEIGHTS / f"{name}.safetensors"
     record = json.loads((WEIGHTS / f"{name}.json").read_text())
     assert record["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert record["name"] == name and record["settings"] == asdict(SETTINGS[name])
+    assert record["name"] == name and Settings(**record["settings"]) == SETTINGS[name]
     options = f"--seed 0 --steps {SETTINGS[name].steps}"
     assert record["command"] == f"python runs/reference/miniature/pretrain_llms.py {name} --out DIR {options}"
     stored = load_file(file)

