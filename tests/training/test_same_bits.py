@@ -22,8 +22,8 @@ SHORT = [
 def train(folder: Path) -> dict[str, str]:
     """The SHA-256 of the trained weights and of the answers; the world is built anew each time."""
     command = [sys.executable, "-m", "prism_deco.cli", "train", *SHORT, f"runs_dir={folder}", "run_id=run"]
-    # Two threads, as on a laptop: sums must not depend on which of them is first.
-    environment = {"PRISM_DECO_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "2", "PYTHONHASHSEED": "random"}
+    # Two threads, as on a laptop: sums must not depend on which is first. One that waits does not spin.
+    environment = {"PRISM_DECO_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
     subprocess.run(command, check=True, env=os.environ | environment, capture_output=True)
     files = [*(folder / "run" / "model").glob("*.safetensors"), *(folder / "run" / "eval").glob("*/predictions.jsonl")]
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
