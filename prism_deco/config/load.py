@@ -4,6 +4,7 @@ the `config.yaml` of a run or an export, whose plain values nothing resolves and
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,7 +153,7 @@ def _read(overrides: Iterable[str]) -> _Arguments:
     for override in overrides:
         if "=" not in override and override.endswith(YAML_SUFFIXES):
             files.append(Path(override))
-        elif (Path(override) / CONFIG).is_file():
+        elif "=" not in override and os.path.isfile(Path(override) / CONFIG):
             raise UsageError(f"{override} is a run's folder: name its configuration, {Path(override) / CONFIG}.")
         else:
             pairs.append(split_pair(override))

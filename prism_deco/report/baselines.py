@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 REFERENCE = Path(__file__).parent.parent / "assets" / "reference" / "blind.json"
 
 IGNORED = (
+    "data.num_workers",
     "data.statistics",
     "recipe.blind",
     "recipe.num_tokens",

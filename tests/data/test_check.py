@@ -142,7 +142,7 @@ class PlantedSet:
             side = 10_000 if i % 2 else 20_000  # Pillow warns from 9459 on, and refuses from 13377 on
             self.add(kind, image=self.image(_png_header(side, side), "png"))
         elif kind == "unread_image":
-            others = [{"images": [good]}, {"image_path": good}, {"img": good, "image": []}]
+            others = [{"photos": [good]}, {"image_path": good}, {"img": good, "image": []}]
             self.add(kind, "q", "a", **[*others, {"image": good, "images": ["x.png"]}][i % 4])
         elif kind == "broken_text":
             self.add(kind, "<image>\nq", ["a \ud83d", "\udc00 a"][i % 2], image=good)

@@ -105,7 +105,7 @@ def test_odd_records_are_refused_by_name_or_left_out_and_counted(source, tmp_pat
 
 
 def test_what_nothing_can_train_on_is_left_out_whatever_the_recipe(tmp_path, colors):
-    bad = [_entry("plain", id="none", conversations=None), _entry("plain", id="key", image=None, images=["red40.png"])]
+    bad = [_entry("plain", id="none", conversations=None), _entry("plain", id="key", image=None, photo="red40.png")]
     (tmp_path / "t.json").write_text(json.dumps([*bad, _entry("question_last"), _entry("plain")]))
     source = Source(tmp_path / "t.json", colors / "images")
     with pytest.raises(ValueError, match=r"record 0 \(id none\).*data.on_bad_record=skip") as error:

@@ -143,7 +143,7 @@ def test_a_projector_that_no_gradient_reaches_is_found(parts, monkeypatch, lm):
     arguments = parts(f"recipe.lm={lm}")
     vlm = arguments[2]
     project = vlm.project
-    monkeypatch.setattr(vlm, "project", lambda features: project(features).detach())
+    monkeypatch.setattr(vlm, "project", lambda *features: project(*features).detach())
     before = _digests(vlm)
     with pytest.raises(ValueError, match=r"gradient: the norm of the projector's first gradient is 0\.0"):
         preflight(*arguments)
