@@ -162,7 +162,7 @@ def test_the_command_in_a_narrow_terminal(mini_sweep, tmp_path):
     text = re.sub(r"\x1b\[[0-9;]*m", "", printed.decode()).replace("\r", "")
     [found] = score_tables(collect([mini_sweep]), "")
     _check_blocks(text, scores_table(found), 60)
-    for said in ("Reading the 12 cells of", "comparing 4 lines on 8 benchmarks", "Drawing the figures"):
+    for said in ("Reading the 12 cells of", "comparing 4 rows on 8 benchmarks", "Drawing the figures"):
         assert said in " ".join(logged.split())
 
 
