@@ -126,8 +126,10 @@ def run_parts(
     chosen = [part for part in parts if not names or part.name in names]
     for number, part in enumerate(chosen, start=1):
         path = bench.folder / f"{part.name}.json"
-        if path.is_file() and not redo:
-            results.append(read_json(path, ["name", "state", "text", "seconds", "facts"]))
+        known = read_json(path, ["name", "state", "text", "seconds", "facts", "about"]) if path.is_file() else None
+        # What was found on another device, or in the rehearsal, is no result here.
+        if known is not None and known["about"] == about and not redo:
+            results.append(known)
             continue
         left = minutes - (time.monotonic() - started) / 60
         if part.cuda and bench.device.type != "cuda":
@@ -159,7 +161,7 @@ def _run(bench: Bench, part: Part) -> dict[str, Any]:
         state = {True: "passed", False: "failed", None: "measured"}[found.passed]
     except Exception as error:
         log.exception("%s", part.name)
-        found, state = Finding(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"), "error"
+        found, state = Finding(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"), "error"
     return {"name": part.name, "state": state, "seconds": time.monotonic() - start} | asdict(found)
 
 

@@ -35,8 +35,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="RUN KEY=VALUE",
         help="run folder; benchmark=NAMES (default: the run's) split=S limit=N ask=NAMES batch_size=N "
-        "num_tokens=N "
-        "benchmark.NAME.root=DIR plugins=[MODULE]",
+        "num_tokens=N benchmark.NAME.root=DIR plugins=[MODULE]",
     )
     parser.add_argument("--out", type=Path, help="folder of the results, one folder per benchmark (default: RUN/eval)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type to compute in (default: the run's)")
@@ -175,7 +174,7 @@ def score_run(
     if not world.is_main:
         return
     if out is None:
-        scores = {f"{f.relative_to(folder)}": _score(f) for f in todo if _score(f) != known[f]}
+        scores = {str(f.relative_to(folder)): _score(f) for f in todo if _score(f) != known[f]}
         _show_in_tensorboard(folder, scores, manifest["steps"])
     show(table(results, constant, _blind(model.config, benchmarks)))
 

@@ -24,7 +24,7 @@ def as_llava(raw: Any) -> Any:
     is wrong with it.
 
     Raises:
-        RecordError: a part of a message that is neither text nor an image.
+        RecordError: a part of a message that is neither text nor an image, or images in two places.
     """
     if not isinstance(raw, dict):
         return raw
@@ -36,9 +36,9 @@ def as_llava(raw: Any) -> Any:
     if isinstance(entry.get("messages"), list):
         shown: list[Any] = []
         turns = [_turn(message, shown) for message in entry.pop("messages")]
-        if shown:
-            entry.setdefault("image", shown)
-        return entry | {"conversations": turns}
+        if shown and entry.get("image") not in (None, [], shown):
+            raise RecordError("unread_image", "images stand both in the record and in the parts of its messages.")
+        return entry | {"conversations": turns} | ({"image": shown} if shown else {})
     if isinstance(entry.get("texts"), list):
         return entry | {"conversations": _rounds(entry.pop("texts"), entry.get("image"))}
     return entry
@@ -72,7 +72,8 @@ def _rounds(texts: list[Any], images: Any) -> list[Any]:
     for text in texts:
         if not isinstance(text, Mapping):
             return [text]
-        turns.append({"from": "human", "value": text.get("user")})
+        others = {key: value for key, value in text.items() if key not in ("user", "assistant")}
+        turns.append(others | {"from": "human", "value": text.get("user")})
         turns.append({"from": "gpt", "value": text.get("assistant")})
     tagged = any(IMAGE_TAG in str(turn["value"]) for turn in turns)
     if turns and isinstance(images, list) and len(images) > 1 and not tagged:

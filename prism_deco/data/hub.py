@@ -13,6 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import httpx  # which of its versions the hub uses
 
 from prism_deco.config import cache_dir
 from prism_deco.errors import UsageError
@@ -42,12 +43,12 @@ class HubFile:
     def on_disk(self) -> Iterator[Path]:
         """The file, downloaded for the time being."""
         with tempfile.TemporaryDirectory(dir=_folder(), prefix=".shard-") as folder:
+            place = {"repo_type": "dataset", "revision": self.commit, "local_dir": folder}
             try:
-                yield Path(
-                    hf_hub_download(self.repo, self.path, repo_type="dataset", revision=self.commit, local_dir=folder)
-                )
-            except OSError as error:
-                raise UsageError(f"{self} cannot be downloaded ({error}).") from error
+                path = hf_hub_download(self.repo, self.path, **place)
+            except (OSError, httpx.HTTPError) as error:
+                raise UsageError(f"{self} cannot be downloaded ({error}). The same command tries again.") from error
+            yield Path(path)
 
 
 def list_files(repo: str, pattern: str, revision: str) -> Path:
@@ -67,8 +68,11 @@ def list_files(repo: str, pattern: str, revision: str) -> Path:
     try:
         commit = api.dataset_info(repo, revision=revision).sha or revision
         entries = list(api.list_repo_tree(repo, recursive=True, revision=commit, repo_type="dataset"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"data.repo={repo} (revision {revision}) cannot be listed on the hub ({error}).") from error
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise UsageError(
+            f"data.repo={repo} (revision {revision}) cannot be listed on the hub ({error}). Check its name and the "
+            "network, or download it elsewhere and read the folder with data=embedded."
+        ) from error
     found = [entry for entry in entries if isinstance(entry, RepoFile) and fnmatch(entry.path, pattern)]
     files = sorted((HubFile(repo, commit, e.path, e.size) for e in found if e.path.endswith(".parquet")), key=str)
     if not files:
@@ -81,10 +85,8 @@ def list_files(repo: str, pattern: str, revision: str) -> Path:
 
 def read_listing(path: Path) -> list[HubFile]:
     """What `list_files` has listed."""
-    return [
-        HubFile(**content)
-        for content in read_json(path, ["files"], way_out="Delete it to list the files again.")["files"]
-    ]
+    listing = read_json(path, ["files"], way_out="Delete it to list the files again.")
+    return [HubFile(**file) for file in listing["files"]]
 
 
 def _folder() -> Path:

@@ -8,8 +8,6 @@ the code that will run, for any architecture, rather than written down per archi
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -23,7 +21,7 @@ from prism_deco.backbones import VisionBackbone
 from prism_deco.llms.layers import checkpoint_activations, decoder_layers
 from prism_deco.loss import summed_cross_entropy
 from prism_deco.plan.devices import Setup
-from prism_deco.plan.meta_models import build_shallow, short_backbone, without_data
+from prism_deco.plan.meta_models import build_shallow, replaced, short_backbone, without_data
 from prism_deco.plan.tensor_meter import CudaTypes, Phases, TensorMeter, to_fake
 from prism_deco.projectors import Projector, build_projector
 from prism_deco.sequence import Batch
@@ -115,7 +113,9 @@ def _walk_language(
     vlm = _without_tower(lm, turn_mask, max_logits)
     vlm.train()
     checkpoint_activations(lm, setup.checkpointing)
-    with mode, without_data("LLM"), _one_sequence_per_row():
+    # transformers reads from the positions whether a row holds several sequences; fake ones have no values.
+    one_sequence = replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    with mode, without_data("LLM"), one_sequence:
         batch, visual, places = _batch(lm, shape)
         with _autocast(setup), TensorMeter(lm) as meter:
             for number, layer in enumerate(decoder_layers(lm)):
@@ -125,17 +125,6 @@ def _walk_language(
             meter.phase("layers")
             _summed_loss(vlm, batch, visual, places, meter).backward()
     return {"first": meter.peaks["last"]} | meter.peaks  # a single layer is both
-
-
-@contextmanager
-def _one_sequence_per_row() -> Iterator[None]:
-    """transformers looks into the positions for rows that hold several sequences; fake tensors have no values."""
-    find = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = find
 
 
 def _weights_type(setup: Setup) -> torch.dtype | None:

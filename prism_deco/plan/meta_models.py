@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from omegaconf import DictConfig
+from timm.layers import weight_init
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -35,6 +35,17 @@ from prism_deco.projectors import Projector, build_projector
 
 class NeedsData(Exception):
     """Code of a part cannot be run without data, so that the run cannot be planned."""
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Gives an attribute of a library another value for the time being, if there is one of that name."""
+    own = getattr(owner, name, value)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
 
 
 @contextmanager
@@ -141,7 +152,7 @@ def count(*modules: nn.Module, trained: bool | None = None) -> int:
 @lru_cache(maxsize=16)
 def _backbone(options: str) -> VisionBackbone:
     # Weights on the meta device have no values: what timm draws for them takes a second in a grid, for nothing.
-    with patch("timm.layers.weight_init._trunc_normal_", create=True):
+    with replaced(weight_init, "_trunc_normal_", lambda *_: None):
         return build_backbone(json.loads(options), pretrained=False, device="meta")
 
 

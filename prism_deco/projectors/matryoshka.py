@@ -17,9 +17,10 @@ from prism_deco.projectors.windows import average_pool
 class Matryoshka(Pooling):
     """`avgpool`, trained for several numbers of visual tokens at once: a step's loss is the mean over all of them.
 
-    So every number costs training a pass through the LLM. Which one a trained model uses is free:
-    `prism-deco evaluate RUN num_tokens=36`. Reference: mu-cai/matryoshka-mm `llava/model/llava_arch.py`
-    (`matryoshka_vis_token_process`), which pools behind the MLP; its numbers are 576, 144, 36, 9 and 1.
+    So every number costs training a pass through the LLM, and, without `trainer.feature_cache`, one through the tower.
+    Which one a trained model uses is free: `prism-deco evaluate RUN num_tokens=36`. Reference: mu-cai/matryoshka-mm
+    `llava/model/llava_arch.py` (`matryoshka_vis_token_process`), which pools behind the MLP; its numbers are 576, 144,
+    36, 9 and 1.
 
     Args:
         num_tokens: the largest number of visual tokens, a square.

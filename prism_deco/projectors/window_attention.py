@@ -23,8 +23,7 @@ class MeanQueryPooling(Projector):
         num_tokens: number of visual tokens, a square.
         heads: attention heads.
         hidden_dim: channels of the attention and of what it gives; Molmo2's are those of its tower.
-        ffn_dim: hidden width of the SwiGLU; None is three times that of the LLM (as in Molmo2-8B, where it is the
-            LLM's own).
+        ffn_dim: hidden width of the SwiGLU; None is three times that of the LLM.
     """
 
     def __init__(

@@ -57,8 +57,19 @@ def test_results_are_kept_and_errors_and_time_stop_one_part_only(tmp_path):
     assert run_parts(bench, parts, minutes=30)[3]["state"] == "measured" and bench.facts("late") == {"n": 1}
     run_parts(bench, parts, minutes=30, redo=True, names=["bad"])
     assert log == ["good", "broken", "bad", "late", "bad"]
+    # A rehearsal tells nothing of the real sizes.
+    run_parts(Bench(bench.folder, CPU, rehearse=True), parts[:1], minutes=30)
+    assert log[5:] == ["good"]
     with pytest.raises(ValueError, match="Unknown part 'goof'"):
         run_parts(bench, parts, minutes=1, names=["goof"])
+
+
+def test_an_error_without_a_message_is_named_by_its_type(tmp_path):
+    def fail(bench):
+        raise AssertionError
+
+    (result,) = run_parts(Bench(tmp_path, CPU), [Part("silent", 1, fail)], minutes=30)
+    assert (result["state"], result["text"]) == ("error", "AssertionError: ")
 
 
 def test_cells_and_their_miniatures_are_valid():

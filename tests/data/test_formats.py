@@ -43,12 +43,12 @@ def _human(*texts):
                 {"role": "user", "content": [
                     {"type": "image", "image": "1.png"}, {"type": "image", "image": "2.png"},
                     {"type": "text", "text": "Who?"}]},
-                {"role": "assistant", "content": "Cats."}]},
+                {"role": "assistant", "content": "Cats."}], "image": None},
             {"image": ["1.png", "2.png"], "conversations": _human("<image>\n<image>\nWho?", "Cats.")},
         ),
         (  # The Cauldron, FineVision
             {"images": ["1.png", "2.png"], "relevance_min": 4,
-             "texts": [{"user": "Both?", "assistant": "Yes.", "source": "x"}, {"user": "Sure?", "assistant": "No."}]},
+             "texts": [{"user": "Both?", "assistant": "Yes."}, {"user": "Sure?", "assistant": "No."}]},
             {"image": ["1.png", "2.png"], "relevance_min": 4,
              "conversations": _human("<image><image>\nBoth?", "Yes.", "Sure?", "No.")},
         ),
@@ -77,6 +77,11 @@ def test_an_entry_becomes_one_of_llava(raw, expected):
         ({"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "?"}]}, "a turn must be"),
         ({"messages": [{"role": "user", "content": "?", "image": "1.png"}]}, "key `image` of turn 1 is not read"),
         ({"messages": ["?"]}, "a turn must be"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "1.png"}]}], "image": ["2.png"]},
+            "images stand both in the record and in the parts",
+        ),
+        ({"texts": [{"user": "?", "assistant": "!", "image": "1.png"}]}, "key `image` of turn 1 is not read"),
         ({"texts": [{"user": "?"}]}, "a turn must be"),
         ({"texts": ["?"]}, "a turn must be"),
         ({"texts": [], "images": ["1.png", "2.png"]}, "must alternate"),

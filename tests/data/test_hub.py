@@ -114,12 +114,17 @@ def test_a_pattern_that_matches_nothing_is_refused_with_what_there_is(hub, tmp_p
 
 
 def test_a_hub_that_does_not_answer_is_named(hub, tmp_path):
-    hub.files.pop("data/train-1.parquet")
-    listed = _read(hub, tmp_path, "data/*.parquet")
-    assert listed.returncode == 0
-    hub.files = {name: data for name, data in hub.files.items() if name != "other/x.parquet"}
-    done = _read(hub, tmp_path, "other/*.parquet")
-    assert "matches no Parquet file" in done.stderr
+    hub.shutdown()
+    hub.server_close()
+    done = _read(hub, tmp_path, "data/*.parquet")
+    assert "UsageError: data.repo=someone/talk (revision main) cannot be listed on the hub" in done.stderr
+    assert "data=embedded" in done.stderr
+
+
+def test_a_file_that_is_damaged_or_gone_is_named(hub, tmp_path):
     hub.files["other/x.parquet"] = b"not Parquet"
     done = _read(hub, tmp_path, "other/*.parquet")
     assert "UsageError: someone/talk/other/x.parquet (commit 01234567) cannot be read" in done.stderr
+    del hub.files["other/x.parquet"]  # it is listed already
+    done = _read(hub, tmp_path, "other/*.parquet")
+    assert "UsageError: someone/talk/other/x.parquet (commit 01234567) cannot be downloaded" in done.stderr

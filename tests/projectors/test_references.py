@@ -98,7 +98,6 @@ RELEASES = {
         *("resampler", 1152, 4096, (70, 70), 64, {}),
         *(lambda: idefics2(1152, 4096, 14336, 64), 743_219_200),
     ),
-    # The paper's Table 7 has 6.32 million
     "MobileVLM-V2-1.7B": ("ldp_v2", 1024, 2048, (24, 24), 144, {}, None, 6_316_032),
     "TokenPacker-7B": (
         *("token_packer", 4096, 4096, (24, 24), 144, {"extra_layers": (11, 15, 21)}),
@@ -142,7 +141,6 @@ def load(module: nn.Module, projector: Projector, names: dict[str, str]) -> nn.M
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    print(f"max abs difference {(ours - theirs).abs().max():.1e} of {theirs.abs().max():.2f}")
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-7)
 
 
