@@ -43,9 +43,10 @@ class HubFile:
     def on_disk(self) -> Iterator[Path]:
         """The file, downloaded for the time being."""
         with tempfile.TemporaryDirectory(dir=_folder(), prefix=".shard-") as folder:
-            place = {"repo_type": "dataset", "revision": self.commit, "local_dir": folder}
             try:
-                path = hf_hub_download(self.repo, self.path, **place)
+                path = hf_hub_download(
+                    self.repo, self.path, repo_type="dataset", revision=self.commit, local_dir=folder
+                )
             except (OSError, httpx.HTTPError) as error:
                 raise UsageError(f"{self} cannot be downloaded ({error}). The same command tries again.") from error
             yield Path(path)
