@@ -30,6 +30,9 @@ class Batch:
         lengths: positions of each sequence where all share one row (B is 1); None: a row each.
         left_padded: whether padding comes before the text, where causal attention would see it.
         tokens_per_image: visual tokens M of each image; None: as many as the projector makes by itself.
+        targets: int64[K]; the supervised positions that have one before them to predict from, as indices into the
+            flattened labels. Found from the labels where not given: on the CPU, since a GPU would have to be waited
+            for to tell how many there are.
     """
 
     input_ids: Tensor
@@ -43,6 +46,12 @@ class Batch:
     lengths: tuple[int, ...] | None = None
     left_padded: bool = False
     tokens_per_image: int | None = None
+    targets: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.targets is None:
+            rows, positions = (self.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+            self.targets = rows * self.labels.shape[1] + positions + 1
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
@@ -54,11 +63,6 @@ class Batch:
         """The same batch in page-locked memory (the DataLoader calls this)."""
         move = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **move, pixels=self.pixels and {k: v.pin_memory() for k, v in self.pixels.items()})
-
-    @property
-    def num_targets(self) -> int:
-        """Supervised positions that have a position before them to predict from."""
-        return int((self.labels[:, 1:] != IGNORE).sum())
 
 
 def sequence_length(encoded: Encoded, tokens_per_image: int) -> int:

@@ -16,7 +16,6 @@ from prism_deco.backbones import VisionBackbone
 from prism_deco.config.registry import unknown
 from prism_deco.config.schema import TURN_MASK
 from prism_deco.errors import UsageError
-from prism_deco.llms.encoding import IGNORE
 from prism_deco.llms.layers import decoder
 from prism_deco.llms.packed_attention import Segments, no_mask, use_packed_attention
 from prism_deco.loss import summed_cross_entropy
@@ -186,15 +185,13 @@ class VLM(nn.Module):
     def forward(self, batch: Batch) -> Loss:
         """The loss of one batch. Logits exist at the supervised positions only, and no more than
         `max_logits` of them at once."""
-        hidden = self.hidden_states(batch)[:, :-1]
-        labels = batch.labels[:, 1:]
-        supervised = labels != IGNORE
+        hidden = self.hidden_states(batch).flatten(0, 1)
+        predicted = hidden[batch.targets - 1]
+        labels = batch.labels.flatten()[batch.targets]
         head = cast(nn.Linear, self.lm.get_output_embeddings())
         # Under FSDP2 the weights are whole here: they belong to the root module, whose forward this is.
-        total = summed_cross_entropy(
-            hidden[supervised], head.weight, head.bias, labels[supervised], max_logits=self.max_logits
-        )
-        return Loss(total, supervised.sum())
+        total = summed_cross_entropy(predicted, head.weight, head.bias, labels, max_logits=self.max_logits)
+        return Loss(total, torch.full((), len(batch.targets), device=hidden.device))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float[..., E] -> float[..., V] through the LLM's output head."""

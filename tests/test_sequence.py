@@ -50,9 +50,9 @@ def test_restarted_rounds_all_begin_where_the_shared_prefix_ends():
 
 def test_targets_are_counted_as_the_shifted_loss_sees_them():
     batch = build_batch([_encoded(4, []), _encoded(2, [])], 0)
-    assert batch.num_targets == 3 + 1
+    assert len(batch.targets) == 3 + 1
     first = build_batch([Encoded([5, 6], [5, 6], [0, 1], [])], 0)  # a label at position 0 has nothing before it
-    assert first.num_targets == 1
+    assert len(first.targets) == 1
 
 
 def test_a_packed_row_is_the_padded_rows_without_their_padding():
@@ -63,7 +63,7 @@ def test_a_packed_row_is_the_padded_rows_without_their_padding():
     for name in ("input_ids", "labels", "visual", "position_ids", "rounds"):
         assert getattr(packed, name)[0].tolist() == getattr(padded, name)[real].tolist(), name
     # The third record supervises its first position, which nothing predicts, in a row of its own or behind others.
-    assert packed.num_targets == padded.num_targets == 3 + 5 + 1
+    assert len(packed.targets) == len(padded.targets) == 3 + 5 + 1
     assert padded.lengths is None and packed.ids == padded.ids
 
 
@@ -72,4 +72,4 @@ def test_moving_a_batch_moves_every_tensor():
     moved = batch.to(torch.device("meta"))
     assert moved.pixels is not None and moved.ids == ("x",)
     tensors = [*[v for v in vars(moved).values() if isinstance(v, torch.Tensor)], *moved.pixels.values()]
-    assert len(tensors) == 7 and all(t.device.type == "meta" for t in tensors)
+    assert len(tensors) == 8 and all(t.device.type == "meta" for t in tensors)

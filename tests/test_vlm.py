@@ -1,5 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from prism_deco.sequence import build_batch
 
@@ -42,7 +46,7 @@ def test_loss_and_gradients_equal_transformers_own(tiny, llm):
         targets = torch.tensor(labels[1:])
         total = total + torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
         count += int((targets != -100).sum())
-    assert int(loss.count) == count == batch.num_targets
+    assert int(loss.count) == count == len(batch.targets)
     assert loss.total.item() == pytest.approx(total.item(), rel=1e-6)
     (total / count).backward()
     for name, parameter in vlm.named_parameters():
@@ -115,7 +119,7 @@ def _step(vlm, encoded, pixels, sizes, pack: bool):
         own = {k: v[image : image + images] for k, v in pixels.items()} if images else None
         passes.append(build_batch(members, 4, pixels=own, pack=pack, restart_rounds=vlm.turn_mask == "block"))
         at, image = at + size, image + images
-    targets = sum(batch.num_targets for batch in passes)
+    targets = sum(len(batch.targets) for batch in passes)
     total = 0.0
     for batch in passes:
         loss = vlm(batch).total / targets
@@ -222,3 +226,21 @@ def test_half_precision_leaves_out_a_projector_that_asks_for_more(tiny, projecto
     tokens = vlm.visual_tokens(pixels)
     assert tokens.dtype == torch.bfloat16 and tokens.isfinite().all()
     vlm(build_batch([language.encode(TALK, num_images=1)], 4, pixels=pixels))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_step_does_not_wait_for_the_device(tiny, pack):
+    """Fake tensors have no data: an operation whose result's size depends on values, for which a GPU is waited for,
+    fails on them."""
+    vlm, language = tiny(LLMS[0])
+    encoded = [language.encode(TALK, num_images=1), language.encode(TEXT)]
+    batch = build_batch(encoded, 4, pixels=_pixels(vlm, 1), pack=pack)
+    with FakeTensorMode() as fake:
+        tensors = {**dict(vlm.named_parameters()), **dict(vlm.named_buffers())}
+        replaced = {name: fake.from_tensor(tensor) for name, tensor in tensors.items()}
+        moved = {
+            name: fake.from_tensor(value) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)
+        }
+        pixels = {name: fake.from_tensor(value) for name, value in batch.pixels.items()}
+        loss = functional_call(vlm, replaced, (replace(batch, **moved, pixels=pixels),))
+        (loss.total / loss.count).backward()

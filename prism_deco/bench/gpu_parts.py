@@ -142,14 +142,14 @@ def memory(bench: Bench, cell: str) -> Finding:
     optimizer = adamw(vlm, config.recipe)
     for _ in range(2):
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            loss = vlm(batch).total / batch.num_targets
+            loss = vlm(batch).total / len(batch.targets)
         loss.backward()
         nn.utils.clip_grad_norm_(vlm.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     measured = torch.cuda.max_memory_allocated(bench.device) - held
     visual = vlm.projector.num_tokens
-    shape = PassShape(len(group), batch.lengths[0], visual, batch.num_targets, passes=1, packed=True)
+    shape = PassShape(len(group), batch.lengths[0], visual, len(batch.targets), passes=1, packed=True)
     plan = step_memory(config, setup_of(config), shape)
     text = f"planned {plan.peak / GIB:.1f} GiB ({plan.when}), measured {measured / GIB:.1f}"
     return Finding(text, abs(plan.peak / measured - 1) <= 0.15, {"planned": plan.peak, "measured": measured})

@@ -169,7 +169,7 @@ def compare_steps(vlm: VLM, ours: StepVariant, peer: StepVariant, autocast: bool
 
 def _loss(variant: StepVariant, batch: Batch, autocast: bool) -> Tensor:
     with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=autocast):
-        return variant.loss(batch, batch.num_targets)
+        return variant.loss(batch, len(batch.targets))
 
 
 def _trained(vlm: VLM) -> list[nn.Parameter]:
@@ -182,7 +182,7 @@ def _facts(variant: StepVariant, rounds: Sequence[Usage]) -> dict[str, Any]:
     positions = sum(batch.attention_mask.numel() for batch in variant.batches)
     return {
         "samples_per_s": sum(len(batch.ids) for batch in variant.batches) / median,
-        "tokens_per_s": sum(batch.num_targets for batch in variant.batches) / median,
+        "tokens_per_s": sum(len(batch.targets) for batch in variant.batches) / median,
         "peak": max((taken.peak for taken in rounds if taken.peak is not None), default=None),
         "padding": 1 - sum(int(batch.attention_mask.sum()) for batch in variant.batches) / positions,
     }
@@ -218,7 +218,7 @@ def _flops(config: DictConfig, vlm: VLM, batches: Sequence[Batch]) -> float:
         images=sum(int(batch.visual.sum()) for batch in batches) / tokens,
         positions=sum(lengths),
         pairs=sum(length**2 for length in lengths),
-        targets=sum(batch.num_targets for batch in batches),
+        targets=sum(len(batch.targets) for batch in batches),
     )
 
 

@@ -159,7 +159,7 @@ class Step:
     num_targets: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.targets = self.targets or [batch.num_targets for batch in self.batches]
+        self.targets = self.targets or [len(batch.targets) for batch in self.batches]
         self.num_targets = sum(self.targets)
         if not self.lengths:
             rows = (batch.lengths or batch.attention_mask.sum(dim=1).tolist() for batch in self.batches)

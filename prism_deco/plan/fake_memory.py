@@ -116,14 +116,14 @@ def _walk_language(
     # transformers reads from the positions whether a row holds several sequences; fake ones have no values.
     one_sequence = replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     with mode, without_data("LLM"), one_sequence:
-        batch, visual, places = _batch(lm, shape)
+        batch, visual = _batch(lm, shape)
         with _autocast(setup), TensorMeter(lm) as meter:
             for number, layer in enumerate(decoder_layers(lm)):
                 layer.register_forward_hook(_starts(meter, "last" if number == depth - 1 else "first"))
                 if setup.autocast and setup.cuda:
                     CudaTypes().within(layer)
             meter.phase("layers")
-            _summed_loss(vlm, batch, visual, places, meter).backward()
+            _summed_loss(vlm, batch, visual, meter).backward()
     return {"first": meter.peaks["last"]} | meter.peaks  # a single layer is both
 
 
@@ -154,24 +154,24 @@ def _without_tower(lm: Any, turn_mask: str, max_logits: int | None) -> VLM:
     return VLM(backbone, projector, lm, turn_mask=turn_mask, max_logits=max_logits)
 
 
-def _batch(lm: Any, shape: PassShape) -> tuple[Batch, Tensor, Tensor]:
-    """A batch, its visual tokens, and the places (record, position) of the supervised tokens, int64[S, 2]."""
+def _batch(lm: Any, shape: PassShape) -> tuple[Batch, Tensor]:
+    """A batch and its visual tokens."""
     size = (1, shape.records * shape.length) if shape.packed else (shape.records, shape.length)
     ids, mask = torch.zeros(size, dtype=torch.long), torch.ones(size, dtype=torch.bool)
     lengths = (shape.length,) * shape.records if shape.packed else None
-    batch = Batch(ids, ids, mask, mask, ids, ids, lengths=lengths)
+    targets = torch.ones(shape.supervised, dtype=torch.long)
+    batch = Batch(ids, ids, mask, mask, ids, ids, lengths=lengths, targets=targets)
     table = lm.get_input_embeddings().weight
     visual = torch.empty(shape.records, shape.visual, table.shape[1], dtype=table.dtype, requires_grad=True)
-    return batch, visual, torch.zeros(shape.supervised, 2, dtype=torch.long)
+    return batch, visual
 
 
-def _summed_loss(vlm: VLM, batch: Batch, visual: Tensor, places: Tensor, meter: TensorMeter) -> Tensor:
-    """`VLM.forward`, told which positions are supervised: that is data, and fake tensors have none."""
-    hidden = vlm.hidden_states(batch, visual)[:, :-1]
+def _summed_loss(vlm: VLM, batch: Batch, visual: Tensor, meter: TensorMeter) -> Tensor:
+    """`VLM.forward`, with its phases told to the meter."""
+    hidden = vlm.hidden_states(batch, visual).flatten(0, 1)
     meter.phase("kept")
     meter.phase("loss")
-    records, positions = places.unbind(dim=1)
     head = cast(nn.Linear, vlm.lm.get_output_embeddings())
     return summed_cross_entropy(
-        hidden[records, positions], head.weight, head.bias, torch.zeros_like(records), max_logits=vlm.max_logits
+        hidden[batch.targets - 1], head.weight, head.bias, batch.targets, max_logits=vlm.max_logits
     )

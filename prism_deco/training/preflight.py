@@ -163,7 +163,7 @@ class _Checks:
         """Gradients, and a loss that falls."""
         recipe, vlm, batches = self.config.recipe, self.vlm, self.data.collate(self.examples).batches
         optimizer = adamw(vlm, recipe)
-        targets = sum(batch.num_targets for batch in batches)
+        targets = sum(len(batch.targets) for batch in batches)
         before = sum(self._losses(batches)) / targets
         vlm.train()
         for step in range(STEPS):

@@ -85,7 +85,7 @@ def test_the_peer_places_images_where_we_do(tiny, llm, projector, tokens):
     ]
     pixels = {"mini_siglip": torch.randn(2, 3, 64, 64, dtype=torch.float64)}
     batch = build_batch(encoded, tokens, pixels=pixels)
-    loss = peer_loss(build_peer(vlm), batch, batch.num_targets)
+    loss = peer_loss(build_peer(vlm), batch, len(batch.targets))
     loss.backward()
     theirs = {name: p.grad.clone() for name, p in vlm.named_parameters() if p.grad is not None}
     vlm.zero_grad()
