@@ -15,7 +15,7 @@ import prism_deco
 from prism_deco.api import Model
 from prism_deco.cli import main
 from prism_deco.errors import UsageError
-from prism_deco.export import save_llava
+from prism_deco.export import save_transformers
 from prism_deco.export.folder import portable
 
 LLMS = ["mini_qwen2", "mini_phi", "mini_llama"]
@@ -180,7 +180,7 @@ def test_adapters_are_merged(random_model, tmp_path):
     assert loaded.config.recipe.lm == "full"
     torch.testing.assert_close(loaded.vlm.lm.model.layers[0].self_attn.q_proj.weight, by_hand)
     torch.testing.assert_close(logits(loaded), before, rtol=1e-4, atol=1e-4)
-    save_llava(tmp_path / "hf", config, vlm, llm)
+    save_transformers(tmp_path / "hf", config, vlm, llm)
     assert (tmp_path / "hf" / "model.safetensors").is_file()
 
 
@@ -194,13 +194,13 @@ def test_a_tower_with_buffers_that_no_file_holds(random_model, tmp_path):
     loaded = prism_deco.load(tmp_path / "export")
     assert torch.equal(logits(loaded), logits(model))
     with pytest.raises(ValueError, match="its tower is a Eva"):
-        save_llava(tmp_path / "hf", config, vlm, llm)
+        save_transformers(tmp_path / "hf", config, vlm, llm)
 
 
 def test_a_damaged_file_of_an_export_is_named(random_model, tmp_path):
     config, vlm, llm = random_model("siglip")
     Model(vlm, llm, config).save(tmp_path / "ours")
-    save_llava(tmp_path / "theirs", config, vlm, llm)
+    save_transformers(tmp_path / "theirs", config, vlm, llm)
     for folder in ("ours", "theirs"):
         subprocess.run(["sha256sum", "-c", "--strict", "--quiet", "SHA256SUMS"], cwd=tmp_path / folder, check=True)
     weights = tmp_path / "ours" / "model.safetensors"
