@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +141,9 @@ def _header(library: str, config: DictConfig, run: Path | None) -> str:
     results = []
     for name, content in _scores(run).items():
         value = content["metrics"][content["primary"]]
-        results.append(
-            EvalResult("image-text-to-text", name, content["benchmark"], content["primary"], value, metric_name=name)
-        )
-    bases = [repository for group in ("backbone", "llm") for repository in _repositories(config, group)]
+        results.append(EvalResult("image-text-to-text", name, name, content["primary"], value))
+    parts = [part for group in ("backbone", "llm") for part in _parts(config, group)]
+    bases = [str(part["hub"]) for part in parts if _is_of_hub(part)]
     data = ModelCardData(
         library_name=library,
         pipeline_tag="image-text-to-text",
@@ -157,25 +156,28 @@ def _header(library: str, config: DictConfig, run: Path | None) -> str:
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _repositories(config: DictConfig, group: str) -> list[str]:
-    """The hub's repositories of a part's pretrained weights."""
+def _parts(config: DictConfig, group: str) -> list[dict[str, Any]]:
+    """The content of a choice; of an ensemble, that of its towers."""
     content: Any = OmegaConf.to_container(config[group], resolve=True)
-    parts = [load_choice(group, tower) if isinstance(tower, str) else tower for tower in content.get("towers") or []]
-    hubs = [str(part["hub"]) for part in parts or [content] if part.get("hub")]
-    return hubs if content.get("pretrained", True) and not content.get("weights") else []
+    towers = content.get("towers") or []
+    return [load_choice(group, tower) if isinstance(tower, str) else tower for tower in towers] or [content]
 
 
-def _licence(config: DictConfig, group: str) -> str:
-    """What the part's YAML says of its licence."""
-    name = str(config[group].name)
-    if name in choices(group):
-        found = re.search(
-            r"License of the weights: (.+?)\.$", choice_path(group, name).read_text("utf-8"), re.MULTILINE
-        )
-        if found:
-            return found[1]
-    pages = [f"[{repository}](https://huggingface.co/{repository})" for repository in _repositories(config, group)]
-    return f"see {', '.join(pages)}" if pages else "that of its source"
+def _is_of_hub(part: Mapping[str, Any]) -> bool:
+    return bool(part.get("hub")) and part.get("pretrained", True) and not part.get("weights")
+
+
+def _licence(group: str, part: Mapping[str, Any]) -> str:
+    """What is known of the licence of a part's weights, or of the training data."""
+    name = str(part["name"])
+    if group == "data":
+        page = f"https://huggingface.co/datasets/{part['repo']}" if part.get("repo") else "the page of its source"
+        return f"- data `{name}`: see {page}"
+    text = choice_path(group, name).read_text(encoding="utf-8") if name in choices(group) else ""
+    known = re.search(r"License of the weights: (.+?)\.$", text, re.MULTILINE)
+    page = f"https://huggingface.co/{part['hub']}" if _is_of_hub(part) else "the page of its source"
+    stated = known[1] if known and _is_of_hub(part) else f"see {page}"
+    return f"- {'LLM' if group == 'llm' else 'vision tower'} `{name}`: {stated}"
 
 
 def _scores(run: Path | None) -> dict[str, dict[str, Any]]:
@@ -194,6 +196,9 @@ def _composition(config: DictConfig, vlm: VLM, llm: LanguageModel, run: Path | N
     data = f"`{config.data.name}`"
     if run and (run / "manifest.json").is_file():
         data += f", hash `{read_json(run / 'manifest.json')['data_hash']}`"
+    licences = "\n".join(
+        _licence(group, part) for group in ("backbone", "llm", "data") for part in _parts(config, group)
+    )
     return f"""\
 # {config.run_id or "A vision-language model"}
 
@@ -209,9 +214,7 @@ def _composition(config: DictConfig, vlm: VLM, llm: LanguageModel, run: Path | N
 {_score_table(_scores(run))}
 ## Licences
 
-- vision backbone: {_licence(config, "backbone")}
-- LLM: {_licence(config, "llm")}
-- data `{config.data.name}`: {_licence(config, "data")}
+{licences}
 """
 
 

@@ -19,11 +19,11 @@ from transformers import (
     InternVLVisionModel,
     LlavaConfig,
     LlavaNextVideoConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from prism_deco.backbones.tower import Tower
 from prism_deco.errors import UsageError
 from prism_deco.export.card import transformers_card
 from prism_deco.export.folder import SHARD_SIZE, check_empty, finish_folder, merge_adapters, stored_bytes, whole_folder
@@ -59,7 +59,7 @@ class Holder(NamedTuple):
         of_video: the class compresses videos only, so an image is a video of one frame.
     """
 
-    config: type[PreTrainedConfig]
+    config: type[Any]
     settings: Callable[[int], dict[str, Any]]
     of_video: bool = False
 
@@ -155,7 +155,8 @@ def to_transformers(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizer
             f"This model cannot become a {name}: {'; '.join(reasons)}. "
             "Export it without --hf instead, for prism_deco.load."
         )
-    image_id, video_id = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, VIDEO_TOKEN])
+    ids: Any = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, VIDEO_TOKEN])
+    image_id, video_id = ids
     visual_ids = [image_id, video_id] if holder.of_video else [image_id]
     grows = max(visual_ids) >= llm.embedding_rows
     rows = -(-(max(visual_ids) + 1) // 64) * 64 if grows else llm.embedding_rows
@@ -168,7 +169,7 @@ def to_transformers(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizer
         projector_hidden_act="gelu",
         # The tower ends with the block whose output is used.
         vision_feature_layer=-1,
-        vision_feature_select_strategy="default" if vlm.backbone.trunk.prefix_positions else "full",
+        vision_feature_select_strategy="default" if cast(Tower, vlm.backbone).trunk.prefix_positions else "full",
         tie_word_embeddings=text.tie_word_embeddings,
         **{"video_seq_length" if holder.of_video else "image_seq_length": projector.num_tokens},
         **holder.settings(projector.in_grid[0] // projector.out_grid[0]),
