@@ -20,15 +20,14 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=Path, required=True, help="new folder to write")
     parser.add_argument("--merge", action="store_true", help="merge a run's LoRA adapters into the LLM's weights")
     parser.add_argument("--checkpoint", metavar="NAME", help="the model of a checkpoint of the run, step_NNNNNN")
-    parser.add_argument("--hf", action="store_true", help="for plain transformers")
+    parser.add_argument(
+        "--hf", action="store_true", help="for plain transformers; `hf upload NAME/MODEL TO` publishes it"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type of the weights (default: the run's)")
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write a trained model to one folder, for use elsewhere or with plain transformers (--hf).
-
-    `hf upload NAME/MODEL FOLDER` publishes it on the Hugging Face hub: its README is the model card.
-    """
+    """Write a trained model to one folder, for use elsewhere or with plain transformers (--hf)."""
     import torch
 
     from prism_deco.api import load
