@@ -106,7 +106,7 @@ def _to_internvl(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
             name = name.replace(old, new)
         renamed[name] = tensor
     ones = torch.ones_like(renamed["encoder.layer.0.layernorm_before.weight"])
-    scales = {f"encoder.layer.{k}.lambda_{part}": ones for k in range(depth) for part in (1, 2)}
+    scales = {f"encoder.layer.{k}.lambda_{part}": ones.clone() for k in range(depth) for part in (1, 2)}
     for name in ("embeddings.cls_token", "embeddings.position_embeddings"):
         renamed[name] = renamed[name].reshape(1, -1, len(ones))
     return scales | renamed

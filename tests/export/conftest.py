@@ -15,7 +15,7 @@ from prism_deco.vlm import VLM
 LLM = ["llm.pretrained=false", "run_id=test"]
 SIZE, PATCH, WIDTH, DEPTH, HEADS = 32, 8, 32, 3, 2
 NO_HEAD = {"input_size": (3, SIZE, SIZE), "num_classes": 0}
-default_cfgs = generate_default_cfgs({"export_vit": NO_HEAD, "export_vit_cls": NO_HEAD})
+default_cfgs = generate_default_cfgs({"export_vit": NO_HEAD, "export_vit_cls": NO_HEAD, "export_vit_plain": NO_HEAD})
 
 
 @register_model
@@ -34,6 +34,12 @@ def export_vit_cls(pretrained: bool = False, **options) -> VisionTransformer:
     return export_vit(**{"class_token": True, "global_pool": "token", "init_values": 0.5} | options)
 
 
+@register_model
+def export_vit_plain(pretrained: bool = False, **options) -> VisionTransformer:
+    """As the first ViT: a class token and no LayerScale."""
+    return export_vit(**{"class_token": True, "global_pool": "token"} | options)
+
+
 @pytest.fixture(scope="session")
 def towers(tmp_path_factory) -> dict[str, str]:
     """The YAML files of CLIP-like, SigLIP-like and InternViT-like backbones with random weights."""
@@ -50,9 +56,10 @@ def towers(tmp_path_factory) -> dict[str, str]:
         yaml.write_text(f"family: {family}\nmodel: {name}\npretrained: false\n")
         paths[family] = str(yaml)
     open_clip.add_model_config(folder)
-    yaml = folder / "tiny_vit.yaml"
-    yaml.write_text("family: timm\nmodel: export_vit_cls\npretrained: false\n")
-    paths["vit"] = str(yaml)
+    for name, model in (("vit", "export_vit_cls"), ("plain", "export_vit_plain")):
+        yaml = folder / f"tiny_{name}.yaml"
+        yaml.write_text(f"family: timm\nmodel: {model}\npretrained: false\n")
+        paths[name] = str(yaml)
     return paths
 
 

@@ -30,7 +30,12 @@ MAXIMUM = ["projector=maxpool", "projector.num_tokens=4"]
 DECO = ["recipe.prompt_set=deco", "recipe.image_slot=after_first_token"]
 SHUFFLE = ["projector=pixel_shuffle", "projector.num_tokens=4"]
 CLASSES = {"linear": "Llava", "avgpool": "LlavaNextVideo", "maxpool": "LlavaNextVideo", "pixel_shuffle": "InternVL"}
-TOWERS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "vit": "InternVLVisionModel"}
+TOWERS = {
+    "clip": "CLIPVisionModel",
+    "siglip": "SiglipVisionModel",
+    "vit": "InternVLVisionModel",
+    "plain": "InternVLVisionModel",
+}
 QUESTIONS = ["What color is it?", "How many circles are there?"]
 
 
@@ -63,7 +68,7 @@ def our_logits(vlm, llm, image, question) -> tuple[list[int], torch.Tensor]:
         ("clip", "mini_phi", [*MAXIMUM, *FOLDED]),
         ("siglip", "mini_qwen2", [*MAXIMUM, "projector.num_tokens=1"]),
         ("vit", "mini_qwen2", [*SHUFFLE, "recipe.token_scale=0.5"]),
-        ("vit", "mini_llama", [*SHUFFLE, "projector.num_tokens=1"]),
+        ("plain", "mini_llama", [*SHUFFLE, "projector.num_tokens=1"]),
     ],
 )
 def test_the_logits_are_the_same(random_model, tmp_path, tower, llm, options):
