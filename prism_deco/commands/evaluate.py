@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
 from prism_deco.config import load_choice, parse_value, read_config
-from prism_deco.config.choices import benchmark_name, group_keys, resolve_asks, resolve_benchmarks, results_name
+from prism_deco.config.choices import (
+    benchmark_name,
+    choices,
+    group_keys,
+    resolve_asks,
+    resolve_benchmarks,
+    results_name,
+)
 from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
 from prism_deco.files import check_folder, check_writable, read_json
@@ -37,6 +45,12 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="run folder; benchmark=NAMES (default: the run's) split=S limit=N ask=NAMES batch_size=N "
         "num_tokens=N benchmark.NAME.root=DIR plugins=[MODULE]",
     )
+    parser.add_argument(
+        "--lmms-eval",
+        metavar="TASKS",
+        help="score on tasks of lmms-eval instead, such as ocrbench,docvqa_val,chartqa,mmstar,cv_bench (needs pip "
+        "install prism-deco[lmms-eval]); limit=N and batch_size=N apply",
+    )
     parser.add_argument("--out", type=Path, help="folder of the results, one folder per benchmark (default: RUN/eval)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type to compute in (default: the run's)")
     parser.add_argument("--device", help="cpu | cuda (default: what the run was trained on)")
@@ -59,6 +73,9 @@ def evaluate(args: argparse.Namespace) -> None:
     if len(asked.runs) != 1:
         raise UsageError("Name the one run to score, for example: prism-deco evaluate runs/RUN_ID benchmark=mini")
     (run,) = asked.runs
+    if args.lmms_eval:
+        _score_elsewhere(run, args, asked)
+        return
     finished_run(run)
     names = asked.benchmarks or _trained_with(run)
     check_keys(names, asked.options, asked.own, also=also)
@@ -68,9 +85,7 @@ def evaluate(args: argparse.Namespace) -> None:
         usual = of_groups.get(name, {}) | stored_keys(run, name)
         usual = {key: value for key, value in usual.items() if key not in asked.options}
         own[name] = usual | asked.own.get(name, {})
-    batch_size = parse_value("batch_size", asked.others.get("batch_size", "64"))
-    if type(batch_size) is not int or batch_size < 1:
-        raise UsageError(f"batch_size={batch_size} must be a whole number above 0.")
+    batch_size = _batch_size(asked)
     num_tokens = parse_value("num_tokens", asked.others.get("num_tokens", "null"))
     if num_tokens is not None and (type(num_tokens) is not int or num_tokens < 1):
         raise UsageError(f"num_tokens={num_tokens} must be a whole number above 0.")
@@ -87,6 +102,41 @@ def evaluate(args: argparse.Namespace) -> None:
     with world.joined():
         asks = resolve_asks(asked.others.get("ask", AS_TRAINED))
         score_run(run, names, asked.options, own, world=world, asks=asks, **more)
+
+
+def _batch_size(asked: Asked) -> int:
+    batch_size = parse_value("batch_size", asked.others.get("batch_size", "64"))
+    if type(batch_size) is not int or batch_size < 1:
+        raise UsageError(f"batch_size={batch_size} must be a whole number above 0.")
+    return batch_size
+
+
+def _score_elsewhere(run: Path, args: argparse.Namespace, asked: Asked) -> None:
+    """Scores a run by lmms-eval and prints the scores."""
+    unused = [*asked.own, *({*asked.options, *asked.others} - {"limit", "batch_size", "plugins"})]
+    if asked.benchmarks or unused:
+        raise UsageError(
+            f"--lmms-eval asks tasks of its own: leave out {', '.join(unused or ['benchmark='])}. Of the settings, it "
+            "takes limit=N, batch_size=N and plugins=[MODULE]."
+        )
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise UsageError('lmms-eval is not installed: pip install "prism-deco[lmms-eval]"')
+    tasks = [task.strip() for task in args.lmms_eval.split(",")]
+    own = [task for task in tasks if task in choices("benchmark")]
+    if own and args.out is None:
+        raise UsageError(
+            f"{', '.join(own)} would replace the results of prism_deco's own benchmark: use benchmark={','.join(own)}, "
+            "or name another folder with --out."
+        )
+    manifest = finished_run(run)
+    out = args.out or run / "eval"
+    check_writable(out, "Name a folder for the results with --out.")
+    from prism_deco.evaluation import table
+    from prism_deco.integrations.lmms_eval_scores import score_tasks
+
+    settings = {"batch_size": _batch_size(asked), "device": args.device, "dtype": args.dtype}
+    limit = parse_value("limit", asked.options.get("limit", "null"))
+    show(table(score_tasks(run, tasks, out, model_id=manifest["model_sha256"], limit=limit, **settings)))
 
 
 def _score_file(path: Path, asked: Asked) -> None:

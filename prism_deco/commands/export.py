@@ -20,7 +20,9 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=Path, required=True, help="new folder to write")
     parser.add_argument("--merge", action="store_true", help="merge a run's LoRA adapters into the LLM's weights")
     parser.add_argument("--checkpoint", metavar="NAME", help="the model of a checkpoint of the run, step_NNNNNN")
-    parser.add_argument("--hf", action="store_true", help="for plain transformers, as LlavaForConditionalGeneration")
+    parser.add_argument(
+        "--hf", action="store_true", help="for plain transformers; `hf upload NAME/MODEL TO` publishes it"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type of the weights (default: the run's)")
 
 
@@ -29,7 +31,7 @@ def export(args: argparse.Namespace) -> None:
     import torch
 
     from prism_deco.api import load
-    from prism_deco.export import check_empty, save_llava, whole_folder
+    from prism_deco.export import check_empty, save_folder, save_transformers, whole_folder
     from prism_deco.training.consolidate import consolidate
 
     import_plugins_only(args.settings)
@@ -47,10 +49,8 @@ def export(args: argparse.Namespace) -> None:
     else:
         _check_merge(args.run, args.merge)
         model = load(args.run)
-        if args.hf:
-            save_llava(args.to, model.config, model.vlm, model.llm, dtype=dtype)
-        else:
-            model.save(args.to, dtype=dtype)
+        save = save_transformers if args.hf else save_folder
+        save(args.to, model.config, model.vlm, model.llm, dtype=dtype, run=args.run)
     log.info("The export is in %s", args.to)
 
 

@@ -1,6 +1,6 @@
 """Trained models for use elsewhere: one self-describing folder, or a folder that plain transformers loads."""
 
 from prism_deco.export.folder import SHARD_SIZE, check_empty, save_folder, whole_folder
-from prism_deco.export.transformers_llava import save_llava
+from prism_deco.export.transformers_model import save_transformers
 
-__all__ = ["SHARD_SIZE", "check_empty", "save_folder", "save_llava", "whole_folder"]
+__all__ = ["SHARD_SIZE", "check_empty", "save_folder", "save_transformers", "whole_folder"]

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import transformers
-from omegaconf import DictConfig
+from huggingface_hub import EvalResult, ModelCardData
+from omegaconf import DictConfig, OmegaConf
 
 import prism_deco
+from prism_deco.backbones.transforms import TowerTransform
+from prism_deco.config import load_choice
+from prism_deco.config.choices import choice_path, choices
+from prism_deco.files import read_json
 from prism_deco.llms import LanguageModel
 from prism_deco.vlm import VLM
 
@@ -30,14 +38,25 @@ _SLOTS = {
     "in_place": "The image stands at the start of the message that shows it. In a prompt of your own, write `<image>` "
     "and a newline there.",
 }
+_PAD = """\
+# As in training: padded to a square.
+side = max(image.size)
+square = Image.new("RGB", (side, side), {fill})
+square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+image = square
+"""
 
 
-def card(config: DictConfig, vlm: VLM, llm: LanguageModel) -> str:
-    """What a folder for `prism_deco.load` holds, how it was trained and how to use it."""
+def card(config: DictConfig, vlm: VLM, llm: LanguageModel, run: Path | None) -> str:
+    """What a folder for `prism_deco.load` holds, how it was trained and how to use it.
+
+    Args:
+        run: the run folder, for the data's hash and the scores.
+    """
     plugins = ", ".join(config.plugins)
     needs = f"\nIt also needs the modules {plugins} on the Python path.\n" if plugins else ""
     return f"""\
-{_header("prism_deco")}{_composition(config, vlm, llm)}
+{_header("prism_deco", config, run)}{_composition(config, vlm, llm, run)}
 ## Use
 
 ```python
@@ -55,26 +74,44 @@ Written by prism_deco {prism_deco.__version__}.
 {_FILES}"""
 
 
-def llava_card(config: DictConfig, vlm: VLM, llm: LanguageModel, difference: float, notes: Sequence[str]) -> str:
+def transformers_card(
+    config: DictConfig,
+    vlm: VLM,
+    llm: LanguageModel,
+    difference: float,
+    notes: Sequence[str],
+    visual_token: str,
+    run: Path | None,
+) -> str:
     """What a folder for plain transformers holds, how to prompt it, and how it differs from the trained model.
 
     Args:
         difference: largest difference of the logits that was found when the folder was written.
         notes: further differences, one sentence or more each.
+        visual_token: `<image>`, or `<video>` where images are videos of one frame.
+        run: as for `card`.
     """
     differences = "".join(f"- {note}\n" for note in notes)
+    slot = _SLOTS[llm.spec.image_slot].replace("<image>", visual_token)
+    part, pad, about = '"type": "image", "image": image', "", ""
+    if visual_token != "<image>":
+        part = '"type": "video", "video": [image]'
+        about = "The class compresses videos only: an image is a video of one frame.\n"
+        transform: TowerTransform = next(iter(vlm.backbone.transform.towers.values()))
+        if transform.resize in ("pad", "letterbox"):
+            pad = _PAD.format(fill=transform.fill)
     return f"""\
-{_header("transformers")}{_composition(config, vlm, llm)}
+{_header("transformers", config, run)}{_composition(config, vlm, llm, run)}
 ## Use
 
 ```python
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = LlavaForConditionalGeneration.from_pretrained("THIS_FOLDER")
+model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")
 processor = AutoProcessor.from_pretrained("THIS_FOLDER")
-image = {{"type": "image", "image": Image.open("image.jpg").convert("RGB")}}
-question = [image, {{"type": "text", "text": "What is in the image?"}}]
+image = Image.open("image.jpg").convert("RGB")
+{pad}question = [{{{part}}}, {{"type": "text", "text": "What is in the image?"}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": question}}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
@@ -83,7 +120,7 @@ output = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-The chat template writes every special token and puts the image where it was in training. {_SLOTS[llm.spec.image_slot]}
+{about}The chat template writes every special token and puts the image where it was in training. {slot}
 The prompt already begins with its first special token: tokenise it with `add_special_tokens=False`. Several questions
 at once need `padding=True`; the tokenizer pads on the left, as generation requires.
 
@@ -99,29 +136,93 @@ at once need `padding=True`; the tokenizer pads on the left, as generation requi
 {differences}"""
 
 
-def _header(library: str) -> str:
+def _header(library: str, config: DictConfig, run: Path | None) -> str:
     """The metadata that the hub reads."""
-    return f"---\nlibrary_name: {library}\npipeline_tag: image-text-to-text\n---\n"
+    results = []
+    for name, content in _scores(run).items():
+        value = content["metrics"][content["primary"]]
+        results.append(EvalResult("image-text-to-text", name, name, content["primary"], value))
+    parts = [part for group in ("backbone", "llm") for part in _parts(config, group)]
+    bases = [str(part["hub"]) for part in parts if _is_of_hub(part)]
+    data = ModelCardData(
+        library_name=library,
+        pipeline_tag="image-text-to-text",
+        base_model=bases or None,
+        model_name=config.run_id or "A vision-language model",
+        eval_results=results or None,
+    )
+    if not results:
+        data.model_name = None
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _composition(config: DictConfig, vlm: VLM, llm: LanguageModel) -> str:
-    """The parts of the model and its training."""
+def _parts(config: DictConfig, group: str) -> list[dict[str, Any]]:
+    """The content of a choice; of an ensemble, that of its towers."""
+    content: Any = OmegaConf.to_container(config[group], resolve=True)
+    towers = content.get("towers") or []
+    return [load_choice(group, tower) if isinstance(tower, str) else tower for tower in towers] or [content]
+
+
+def _is_of_hub(part: Mapping[str, Any]) -> bool:
+    return bool(part.get("hub")) and part.get("pretrained", True) and not part.get("weights")
+
+
+def _licence(group: str, part: Mapping[str, Any]) -> str:
+    """What is known of the licence of a part's weights, or of the training data."""
+    name = str(part["name"])
+    if group == "data":
+        page = f"https://huggingface.co/datasets/{part['repo']}" if part.get("repo") else "the page of its source"
+        return f"- data `{name}`: see {page}"
+    text = choice_path(group, name).read_text(encoding="utf-8") if name in choices(group) else ""
+    known = re.search(r"License of the weights: (.+?)\.$", text, re.MULTILINE)
+    page = f"https://huggingface.co/{part['hub']}" if _is_of_hub(part) else "the page of its source"
+    stated = known[1] if known and _is_of_hub(part) else f"see {page}"
+    return f"- {'LLM' if group == 'llm' else 'vision tower'} `{name}`: {stated}"
+
+
+def _scores(run: Path | None) -> dict[str, dict[str, Any]]:
+    """The content of a run's `metrics.json` files by the name of their folder."""
+    keys = ("benchmark", "interval95", "metrics", "n", "primary")
+    paths = sorted((run / "eval").glob("*/metrics.json")) if run else []
+    return {path.parent.name: read_json(path, keys) for path in paths}
+
+
+def _composition(config: DictConfig, vlm: VLM, llm: LanguageModel, run: Path | None) -> str:
+    """The parts of the model, its training and its scores."""
     recipe = config.recipe
     height, width = vlm.projector.out_grid
     parameters = sum(p.numel() for p in vlm.parameters())
     steps = f"{recipe.max_steps} steps" if recipe.max_steps else f"{recipe.epochs} epochs"
+    data = f"`{config.data.name}`"
+    if run and (run / "manifest.json").is_file():
+        data += f", hash `{read_json(run / 'manifest.json')['data_hash']}`"
+    licences = "\n".join(
+        _licence(group, part) for group in ("backbone", "llm", "data") for part in _parts(config, group)
+    )
     return f"""\
 # {config.run_id or "A vision-language model"}
 
 | part | choice |
 |---|---|
-| vision backbone (frozen) | `{config.backbone.name}`, {vlm.backbone.image_size} px, {config.backbone.resize} |
+| vision backbone | `{config.backbone.name}`, {vlm.backbone.image_size} px, {config.backbone.resize} |
 | projector | `{config.projector.name}`, {vlm.backbone.num_patches} patches to {height}x{width} visual tokens |
 | LLM | `{config.llm.name}`, {llm.max_positions} positions |
 | parameters | {parameters:,} |
-| data | `{config.data.name}` |
+| data | {data} |
 | recipe | `{recipe.name}`: {steps} of {recipe.global_batch_size} records, learning rate {recipe.lr:g} |
 | seed | {config.seed} |
+{_score_table(_scores(run))}
+## Licences
 
-The weights of the backbone and the LLM keep the licences they came with.
+{licences}
 """
+
+
+def _score_table(scores: dict[str, dict[str, Any]]) -> str:
+    if not scores:
+        return ""
+    lines = ["\n## Scores\n", "| benchmark | metric | score | 95 % interval | questions |", "|---|---|---|---|---|"]
+    for name, content in scores.items():
+        value, (low, high) = content["metrics"][content["primary"]], content["interval95"]
+        lines.append(f"| {name} | {content['primary']} | {value:.1f} | {low:.1f} to {high:.1f} | {content['n']} |")
+    return "\n".join(lines) + "\n"

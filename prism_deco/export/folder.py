@@ -41,6 +41,7 @@ def save_folder(
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: str = SHARD_SIZE,
+    run: Path | None = None,
 ) -> None:
     """Writes the whole model, its frozen tower included.
 
@@ -49,6 +50,7 @@ def save_folder(
         vlm: changed in place: LoRA adapters are merged into the LLM's weights, and `dtype` is applied.
         dtype: of the written weights; None keeps theirs.
         max_shard_size: larger weights are split into several files with an index.
+        run: the run folder, whose scores the README shows.
 
     Raises:
         UsageError: the folder is not empty, or the disk is full.
@@ -69,7 +71,7 @@ def save_folder(
         shipped = portable(config)
         save_config(shipped, building / CONFIG)
         describe_parts(building, shipped, vlm, llm)
-        finish_folder(building, card(config, vlm, llm))
+        finish_folder(building, card(config, vlm, llm, run))
 
 
 def check_empty(folder: Path) -> None:

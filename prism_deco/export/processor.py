@@ -1,10 +1,21 @@
-"""Images, prompts and tokens for LlavaForConditionalGeneration, as transformers' own LlavaProcessor makes them."""
+"""Images, prompts and tokens for the exported model, as transformers' own processors make them."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
-from transformers import LlavaImageProcessor, LlavaProcessor, PreTrainedTokenizerBase
+from transformers import (
+    LlavaImageProcessor,
+    LlavaNextImageProcessor,
+    LlavaNextVideoProcessor,
+    LlavaNextVideoVideoProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from prism_deco.backbones.transforms import TowerTransform
 from prism_deco.llms import LanguageModel
@@ -12,6 +23,7 @@ from prism_deco.llms.prompts import IMAGE_TAG
 from prism_deco.vlm import VLM
 
 IMAGE_TOKEN = IMAGE_TAG
+VIDEO_TOKEN = "<video>"
 
 # Goes before the LLM's own template. It turns messages of text and image parts, as transformers passes them, into
 # what that template expects. PLACE is one of `_PLACES`, which put `<image>` where it belongs.
@@ -27,6 +39,8 @@ _PRELUDE = """\
     {%- for piece in message.content -%}
       {%- if piece.type == 'image' -%}
         {%- set part.images = part.images ~ '<image>' -%}
+      {%- elif piece.type != 'text' -%}
+        {{- raise_exception('This model takes pieces of the types text and image, not ' ~ piece.type) -}}
       {%- else -%}
         {%- set part.text = part.text ~ piece.text -%}
       {%- endif -%}
@@ -37,6 +51,7 @@ _PRELUDE = """\
   {%- set talk.messages = talk.messages + [{'role': message.role, 'content': text}] -%}
 {%- endfor -%}
 {%- set messages = talk.messages -%}
+{%- if talk.images -%}{%- set talk.images = talk.images ~ 'GAP' -%}{%- endif -%}
 {%- set image = talk.images -%}
 """
 _PLACES = {
@@ -45,6 +60,11 @@ _PLACES = {
     "in_place": "{%- set text = (part.images ~ '\\n' ~ text).strip() if part.images else text -%}",
 }
 
+_TALK = (
+    {"role": "user", "content": "What is it?"},
+    {"role": "assistant", "content": "A cat."},
+    {"role": "user", "content": "Is it red?"},
+)
 _INEXACT = {
     "letterbox": "The image processor pads to an exact square. Training used resize=letterbox, whose canvas is one "
     "pixel short of a square if the sides of an image differ by an odd number of pixels. transformers cannot express "
@@ -53,9 +73,15 @@ _INEXACT = {
 """Resize strategies that transformers does not have, with the consequence."""
 
 
-def chat_template(llm: LanguageModel) -> str:
-    """The LLM's template for messages with images, with the spaces of a prompt that is tokenised as a whole."""
-    prelude = _PRELUDE.replace("PLACE", _PLACES[llm.spec.image_slot])
+def chat_template(llm: LanguageModel, kind: str = "image", gap: str = "") -> str:
+    """The LLM's template for messages with images, with the spaces of a prompt that is tokenised as a whole.
+
+    Args:
+        kind: image, or video where images are videos of one frame.
+        gap: stands between the images and the text behind them.
+    """
+    prelude = _PRELUDE.replace("PLACE", _PLACES[llm.spec.image_slot]).replace("GAP", gap)
+    prelude = re.sub(r"(?<=<)image(?=>)|(?<=')image(?=')|(?<=and )image", kind, prelude)
     # Whitespace between tags would become part of the prompt.
     prelude = "".join(line.strip() for line in prelude.splitlines())
     template = str(llm.tokenizer.chat_template)
@@ -69,64 +95,99 @@ def chat_template(llm: LanguageModel) -> str:
     return prelude + around[0] + template + around[1] + place
 
 
-def llava_processor(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
-    """The processor for a model whose `tokenizer` has the token `<image>`.
+def make_processor(
+    vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizerBase, *, as_video: bool = False
+) -> ProcessorMixin:
+    """The processor for a model whose `tokenizer` has the token `<image>`, or `<video>` beside it.
 
-    `pad` and `letterbox` pad to a square, `resize-naive` stretches, `resize-crop` crops.
+    `pad` and `letterbox` pad to a square, `resize-naive` stretches, `resize-crop` crops. Videos cannot be padded.
+
+    Args:
+        as_video: images are videos of one frame.
     """
     transform = _transform(vlm)
     side = transform.image_size
     square = {"height": side, "width": side}
-    images = LlavaImageProcessor(
-        size=square if transform.resize == "resize-naive" else {"shortest_edge": side},
-        crop_size=square,
-        do_pad=transform.resize in ("pad", "letterbox"),
-        image_mean=list(transform.mean),
-        image_std=list(transform.std),
-    )
-    template = chat_template(llm)
-    tokenizer.chat_template = template
+    pads = transform.resize in ("pad", "letterbox")
+    stretches = transform.resize == "resize-naive" or (pads and as_video)
+    pixels = {
+        "size": square if stretches else {"shortest_edge": side},
+        "crop_size": square,
+        "image_mean": list(transform.mean),
+        "image_std": list(transform.std),
+    }
     # Prompts in a batch must all end where their answers begin.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what is saved
-    # The processor counts patches and subtracts one for the class token, so one is added here for all towers.
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=vlm.backbone.patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template,
-        image_token=IMAGE_TOKEN,
+    shared = {"tokenizer": tokenizer, "vision_feature_select_strategy": "default"}
+    if as_video:
+        videos = LlavaNextVideoVideoProcessor(**pixels)
+        unused = LlavaNextImageProcessor()
+        processor = LlavaNextVideoProcessor(videos, unused, patch_size=video_patch(vlm), **shared)
+    else:
+        # The processor counts patches and subtracts one for the class token, so one is added here for all towers.
+        processor = LlavaProcessor(
+            image_processor=LlavaImageProcessor(do_pad=pads, **pixels),
+            patch_size=vlm.backbone.patch_size * (vlm.projector.in_grid[0] // vlm.projector.out_grid[0]),
+            num_additional_image_tokens=1,
+            image_token=IMAGE_TOKEN,
+            **shared,
+        )
+    # Llama's tokenizer marks a word by the space before it, which the text behind an image has in training only. Where
+    # neither way gives the same tokens, the prompt has no space.
+    for gap in ("", " ", ""):
+        processor.chat_template = tokenizer.chat_template = chat_template(llm, "video" if as_video else "image", gap)
+        if _same_tokens(processor, llm, _TALK[:1]):
+            break
+    return processor
+
+
+def video_patch(vlm: VLM) -> int | None:
+    """The side of a patch with which LlavaNextVideoProcessor counts the model's visual tokens; None if there is none.
+
+    It takes a fourth of a frame's patches (`replace_video_token`), whatever the model's stride is.
+    """
+    side = _transform(vlm).image_size
+    return next((p for p in range(side, 0, -1) if (side // p) ** 2 // 4 == vlm.projector.num_tokens), None)
+
+
+def preprocessing_note(vlm: VLM, as_video: bool) -> str | None:
+    """How the exported image processor differs from training beyond rounding of pixels."""
+    resize = _transform(vlm).resize
+    if as_video and resize in ("pad", "letterbox"):
+        return (
+            f"The video processor cannot pad, as training did (resize={resize}): it stretches images that are no "
+            "square. Pad them first, as the README does."
+        )
+    return _INEXACT.get(resize)
+
+
+def token_ids_note(processor: ProcessorMixin, llm: LanguageModel) -> str | None:
+    """Whether prompts become other tokens than in training."""
+    first, all_turns = (_same_tokens(processor, llm, messages) for messages in (_TALK[:1], _TALK))
+    if first and all_turns:
+        return None
+    where = "in conversations of several turns, some tokens differ" if first else "some tokens differ"
+    return (
+        "This processor tokenises a prompt as a whole, training tokenised parts of it separately "
+        f"(llm.tokenize={llm.spec.tokenize}): {where}, and answers may be worse. Use prism_deco.load for the original "
+        "tokens."
     )
 
 
-def preprocessing_note(vlm: VLM) -> str | None:
-    """How the exported image processor differs from training beyond rounding of pixels."""
-    return _INEXACT.get(_transform(vlm).resize)
-
-
-def token_ids_note(processor: LlavaProcessor, llm: LanguageModel) -> str | None:
-    """Whether prompts become other tokens than in training."""
-    talk = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]
-    image = processor.image_token_id
-    for messages in (talk[:1], [*talk, {"role": "user", "content": "Is it red?"}]):
-        encoded = llm.encode(messages, num_images=1, add_generation_prompt=True)
-        [slot] = encoded.image_slots
-        ours = [*encoded.input_ids[:slot], image, *encoded.input_ids[slot:]]
-        asked = [{"role": "user", "content": f"{IMAGE_TOKEN}\n{messages[0]['content']}"}, *messages[1:]]
-        text = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-        ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
-        theirs = []
-        for token, repeated in groupby(ids):
-            # One image token for each visual token: the slot counts once.
-            theirs += [token] if token == image else repeated
-        if theirs != ours:
-            return (
-                f"This processor tokenises a prompt as a whole, training tokenised parts of it separately "
-                f"(llm.tokenize={llm.spec.tokenize}): some tokens differ, and answers may be worse. Use "
-                "prism_deco.load for the original tokens."
-            )
-    return None
+def _same_tokens(processor: Any, llm: LanguageModel, messages: Sequence[Mapping[str, str]]) -> bool:
+    """Whether a conversation about an image becomes the same tokens as in training."""
+    as_video = isinstance(processor, LlavaNextVideoProcessor)
+    image, tag = (processor.video_token_id, VIDEO_TOKEN) if as_video else (processor.image_token_id, IMAGE_TOKEN)
+    encoded = llm.encode(messages, num_images=1, add_generation_prompt=True)
+    [slot] = encoded.image_slots
+    asked = [{"role": "user", "content": f"{tag}\n{messages[0]['content']}"}, *messages[1:]]
+    text = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    theirs = []
+    for token, repeated in groupby(ids):
+        # One image token for each visual token: the slot counts once.
+        theirs += [token] if token == image else repeated
+    return theirs == [*encoded.input_ids[:slot], image, *encoded.input_ids[slot:]]
 
 
 def _transform(vlm: VLM) -> TowerTransform:

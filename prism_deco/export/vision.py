@@ -1,4 +1,4 @@
-"""A tower as Hugging Face's CLIPVisionModel or SiglipVisionModel."""
+"""A tower as one of transformers' classes: CLIP's, SigLIP's or InternVL's."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ from typing import Any, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, SiglipVisionConfig, SiglipVisionModel
+from torch import Tensor, nn
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    InternVLVisionConfig,
+    InternVLVisionModel,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from prism_deco.backbones import VisionBackbone
 from prism_deco.backbones.layouts import recognise, to_hugging_face, to_timm
@@ -15,16 +23,30 @@ from prism_deco.backbones.tower import Tower
 from prism_deco.backbones.trunks import OpenClipTrunk, TimmTrunk, Trunk
 from prism_deco.errors import UsageError
 
+# Names of CLIPVisionModel -> those of InternVLVisionModel.
+_INTERNVL = {
+    "embeddings.class_embedding": "embeddings.cls_token",
+    "embeddings.position_embedding.weight": "embeddings.position_embeddings",
+    "embeddings.patch_embedding.": "embeddings.patch_embeddings.projection.",
+    "encoder.layers.": "encoder.layer.",
+    ".self_attn.out_proj.": ".attention.projection_layer.",
+    ".self_attn.": ".attention.",
+    ".layer_norm1.": ".layernorm_before.",
+    ".layer_norm2.": ".layernorm_after.",
+    ".ls1.gamma": ".lambda_1",
+    ".ls2.gamma": ".lambda_2",
+}
 _ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh"}
 
 
 def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
-    """The tower's own weights in Hugging Face's class, up to the block whose output is used.
+    """The tower's own weights in transformers' class, up to the block whose output is used.
 
-    Its `hidden_states[-1]` is the tower's output, in CLIP with the class token before it.
+    Its `hidden_states[-1]` is the tower's output, in CLIP and InternVL with the class token before it. InternVL's class
+    holds plain ViTs with a class token, with or without LayerScale: InternViT, DINOv2 without registers.
 
     Raises:
-        UsageError: neither class fits the tower.
+        UsageError: no class fits the tower.
     """
     if not isinstance(backbone, Tower):
         raise UsageError("it has several vision towers, and that class has one")
@@ -46,9 +68,15 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
         if not hasattr(block.mlp, "fc1"):
             raise UsageError(f"its tower's MLP is a {type(block.mlp).__name__}, those of CLIP and SigLIP have no gate")
         sizes = _sizes(trunk, backbone.image_size, block.attn.num_heads, block.mlp.fc1, block.mlp.act, block.norm1)
-        model_class, config = SiglipVisionModel, SiglipVisionConfig(**sizes, vision_use_head=False)
+        if trunk.vit.has_class_token:
+            biased = block.attn.qkv.bias is not None
+            model_class, config = InternVLVisionModel, InternVLVisionConfig(**sizes, attention_bias=biased)
+        else:
+            model_class, config = SiglipVisionModel, SiglipVisionConfig(**sizes, vision_use_head=False)
     else:
-        raise UsageError(f"its tower is a {type(trunk.vit).__name__}, and that class has a CLIP or SigLIP tower")
+        raise UsageError(
+            f"its tower is a {type(trunk.vit).__name__}, and those classes have a tower of CLIP, SigLIP or InternVL"
+        )
     with torch.device("meta"):
         model = model_class(config)  # type: ignore[arg-type]
     state = trunk.vit.state_dict()
@@ -56,15 +84,32 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
     layout = recognise(state)
     assert layout is not None
     state = to_hugging_face(to_timm(state, layout, tap=depth - 1, depth=depth))
-    # The class requires a norm after the last block, which does not affect the features.
-    unused = next(iter(state.values())).new_zeros(trunk.embed_dim)
-    state |= {"post_layernorm.weight": unused + 1, "post_layernorm.bias": unused}
+    if model_class is InternVLVisionModel:
+        state = _to_internvl(state, depth)
+    else:
+        # The class requires a norm after the last block, which does not affect the features.
+        unused = next(iter(state.values())).new_zeros(trunk.embed_dim)
+        state |= {"post_layernorm.weight": unused + 1, "post_layernorm.bias": unused}
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         difference = " ".join(str(error).split())[:200]
-        raise UsageError(f"its tower is no CLIP or SigLIP tower of transformers ({difference}…)") from error
+        raise UsageError(f"its tower is no {model_class.__name__} of transformers ({difference}…)") from error
     return model
+
+
+def _to_internvl(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """CLIPVisionModel's names -> InternVLVisionModel's, which scales what each block adds (LayerScale)."""
+    renamed = {}
+    for name, tensor in state.items():
+        for old, new in _INTERNVL.items():
+            name = name.replace(old, new)
+        renamed[name] = tensor
+    ones = torch.ones_like(renamed["encoder.layer.0.layernorm_before.weight"])
+    scales = {f"encoder.layer.{k}.lambda_{part}": ones.clone() for k in range(depth) for part in (1, 2)}
+    for name in ("embeddings.cls_token", "embeddings.position_embeddings"):
+        renamed[name] = renamed[name].reshape(1, -1, len(ones))
+    return scales | renamed
 
 
 def _sizes(

@@ -41,6 +41,11 @@ MOST_QUESTIONS = 10_000
 """Above that, chance is left out: grading every candidate would take minutes."""
 
 
+def is_of_harness(score: Score) -> bool:
+    """Whether another harness, such as lmms-eval, asked the questions and scored the answers."""
+    return bool((score.content["decoding"] or {}).get("harness"))
+
+
 def benchmark_of(score: Score) -> Benchmark:
     """The benchmark as it was asked."""
     variants = score.content.get("variants")
@@ -57,7 +62,7 @@ def main_predictions(benchmark: Benchmark, path: Path) -> list[Prediction]:
 
 def chance(score: Score) -> float | None:
     """The best constant answer to the questions that were asked; None where that is not known or takes too long."""
-    if int(score.content["n"]) > MOST_QUESTIONS:
+    if int(score.content["n"]) > MOST_QUESTIONS or is_of_harness(score):
         return None
     try:
         return constant_chance(benchmark_of(score), load_predictions(score.folder / "predictions.jsonl"))

@@ -12,7 +12,8 @@ from typing import Any
 
 from prism_deco.bootstrap import Combine, bootstrap_interval, combine_strata
 from prism_deco.errors import UsageError
-from prism_deco.report.baselines import benchmark_of, main_predictions
+from prism_deco.evaluation import load_predictions
+from prism_deco.report.baselines import benchmark_of, is_of_harness, main_predictions
 from prism_deco.report.cells import Score, SeedGroup
 from prism_deco.report.stats import average, holm, mcnemar, seed_interval, subtract
 
@@ -154,12 +155,18 @@ def _read_units(group: SeedGroup, benchmark: str, split: str) -> dict[str, _Unit
 
 
 def _units(score: Score) -> _Units:
-    benchmark = benchmark_of(score)
-    predictions = main_predictions(benchmark, score.folder / "predictions.jsonl")
-    strata = benchmark.strata(sorted(predictions, key=lambda prediction: prediction.question_id))
-    if abs(combine_strata(strata, benchmark.combine) - score.value) > _ROUNDING:
+    path = score.folder / "predictions.jsonl"
+    combine: Combine = "mean"
+    if is_of_harness(score):
+        strata = {"all": [100 * prediction.score for prediction in load_predictions(path)]}
+    else:
+        benchmark = benchmark_of(score)
+        predictions = main_predictions(benchmark, path)
+        strata = benchmark.strata(sorted(predictions, key=lambda prediction: prediction.question_id))
+        combine = benchmark.combine
+    if abs(combine_strata(strata, combine) - score.value) > _ROUNDING:
         raise UsageError(f"{score.folder}: the predictions do not give the score of metrics.json; score them again.")
-    return _Units(dict(sorted(strata.items())), benchmark.combine, str(score.content["data_hash"]), score.variant)
+    return _Units(dict(sorted(strata.items())), combine, str(score.content["data_hash"]), score.variant)
 
 
 def difference_records(differences: Sequence[Difference]) -> list[dict[str, Any]]:

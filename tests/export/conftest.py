@@ -14,7 +14,8 @@ from prism_deco.vlm import VLM
 
 LLM = ["llm.pretrained=false", "run_id=test"]
 SIZE, PATCH, WIDTH, DEPTH, HEADS = 32, 8, 32, 3, 2
-default_cfgs = generate_default_cfgs({"export_vit": {"input_size": (3, SIZE, SIZE), "num_classes": 0}})
+NO_HEAD = {"input_size": (3, SIZE, SIZE), "num_classes": 0}
+default_cfgs = generate_default_cfgs({"export_vit": NO_HEAD, "export_vit_cls": NO_HEAD, "export_vit_plain": NO_HEAD})
 
 
 @register_model
@@ -27,9 +28,21 @@ def export_vit(pretrained: bool = False, **options) -> VisionTransformer:
     )
 
 
+@register_model
+def export_vit_cls(pretrained: bool = False, **options) -> VisionTransformer:
+    """As InternViT and DINOv2 without registers: a class token, LayerScale, no norm before the blocks."""
+    return export_vit(**{"class_token": True, "global_pool": "token", "init_values": 0.5} | options)
+
+
+@register_model
+def export_vit_plain(pretrained: bool = False, **options) -> VisionTransformer:
+    """As the first ViT: a class token and no LayerScale."""
+    return export_vit(**{"class_token": True, "global_pool": "token"} | options)
+
+
 @pytest.fixture(scope="session")
 def towers(tmp_path_factory) -> dict[str, str]:
-    """The YAML files of a CLIP-like and a SigLIP-like backbone with random weights."""
+    """The YAML files of CLIP-like, SigLIP-like and InternViT-like backbones with random weights."""
     folder = tmp_path_factory.mktemp("towers")
     vision = {"image_size": SIZE, "layers": DEPTH, "width": WIDTH, "head_width": WIDTH // HEADS, "patch_size": PATCH}
     timm = {"image_size": SIZE, "timm_model_name": "export_vit", "timm_pool": "map", "timm_proj": "none"}
@@ -43,6 +56,10 @@ def towers(tmp_path_factory) -> dict[str, str]:
         yaml.write_text(f"family: {family}\nmodel: {name}\npretrained: false\n")
         paths[family] = str(yaml)
     open_clip.add_model_config(folder)
+    for name, model in (("vit", "export_vit_cls"), ("plain", "export_vit_plain")):
+        yaml = folder / f"tiny_{name}.yaml"
+        yaml.write_text(f"family: timm\nmodel: {model}\npretrained: false\n")
+        paths[name] = str(yaml)
     return paths
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -14,8 +15,10 @@ from safetensors.torch import load_file
 import prism_deco
 from prism_deco.api import Model
 from prism_deco.cli import main
+from prism_deco.config import load_config
 from prism_deco.errors import UsageError
-from prism_deco.export import save_llava
+from prism_deco.export import save_transformers
+from prism_deco.export.card import _header, _licence, _parts
 from prism_deco.export.folder import portable
 
 LLMS = ["mini_qwen2", "mini_phi", "mini_llama"]
@@ -180,7 +183,7 @@ def test_adapters_are_merged(random_model, tmp_path):
     assert loaded.config.recipe.lm == "full"
     torch.testing.assert_close(loaded.vlm.lm.model.layers[0].self_attn.q_proj.weight, by_hand)
     torch.testing.assert_close(logits(loaded), before, rtol=1e-4, atol=1e-4)
-    save_llava(tmp_path / "hf", config, vlm, llm)
+    save_transformers(tmp_path / "hf", config, vlm, llm)
     assert (tmp_path / "hf" / "model.safetensors").is_file()
 
 
@@ -194,13 +197,13 @@ def test_a_tower_with_buffers_that_no_file_holds(random_model, tmp_path):
     loaded = prism_deco.load(tmp_path / "export")
     assert torch.equal(logits(loaded), logits(model))
     with pytest.raises(ValueError, match="its tower is a Eva"):
-        save_llava(tmp_path / "hf", config, vlm, llm)
+        save_transformers(tmp_path / "hf", config, vlm, llm)
 
 
 def test_a_damaged_file_of_an_export_is_named(random_model, tmp_path):
     config, vlm, llm = random_model("siglip")
     Model(vlm, llm, config).save(tmp_path / "ours")
-    save_llava(tmp_path / "theirs", config, vlm, llm)
+    save_transformers(tmp_path / "theirs", config, vlm, llm)
     for folder in ("ours", "theirs"):
         subprocess.run(["sha256sum", "-c", "--strict", "--quiet", "SHA256SUMS"], cwd=tmp_path / folder, check=True)
     weights = tmp_path / "ours" / "model.safetensors"
@@ -209,3 +212,46 @@ def test_a_damaged_file_of_an_export_is_named(random_model, tmp_path):
     weights.write_bytes(content)
     with pytest.raises(UsageError, match="model.safetensors was damaged or replaced"):
         prism_deco.load(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("options", [[], ["--hf"]])
+def test_the_card_tells_what_the_run_knows(random_model, tmp_path, options):
+    """Read by the hub's own library; numbers as a run writes them."""
+    config, vlm, llm = random_model("siglip", "data=llava_v1_5_mix665k", "run_id=a-run")
+    Model(vlm, llm, config).save(tmp_path / "run" / "model")
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"data_hash": "0123abcd"}))
+    for name, value in (("pope", 85.512), ("pope-adversarial", 80.0)):
+        metrics = {"benchmark": "pope", "primary": "accuracy", "metrics": {"accuracy": value, "f1": 1.0}}
+        folder = tmp_path / "run" / "eval" / name
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps(metrics | {"interval95": [79.25, 86.75], "n": 3000}))
+    assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "out"), *options]) == 0
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert card.data.library_name == ("transformers" if options else "prism_deco")
+    found = {result.dataset_name: result.metric_value for result in card.data.eval_results}
+    assert found == {"pope": 85.512, "pope-adversarial": 80.0} and card.data.model_name == "a-run"
+    for line in (
+        "| pope | accuracy | 85.5 | 79.2 to 86.8 | 3000 |",
+        "`llava_v1_5_mix665k`, hash `0123abcd`",
+        f"| parameters | {sum(p.numel() for p in vlm.parameters()):,} |",
+        "- data `llava_v1_5_mix665k`: see https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K",
+        "- LLM `mini_qwen2`: see the page of its source",
+    ):
+        assert line in card.text, line
+
+
+def test_the_card_states_licences_and_base_models_of_pretrained_weights_only():
+    """What the YAMLs of shipped choices say; nothing about weights of one's own."""
+    shipped = load_config(["backbone=dinov3_siglip2_384", "llm=llama3_2_1b_instruct", "run_id=a"])
+    lines = [_licence(group, part) for group in ("backbone", "llm") for part in _parts(shipped, group)]
+    assert [line.partition("`: ")[2] for line in lines] == ["DINOv3", "Apache-2.0", "Llama 3.2 Community"]
+    header = ModelCard(_header("transformers", shipped, None) + "text").data
+    assert len(header.base_model) == 3 and header.base_model[2] == "meta-llama/Llama-3.2-1B-Instruct"
+    own = load_config(["backbone=clip_vit_l_336", "llm=phi2", "llm.weights=mine", "run_id=a"])
+    lines = [_licence(group, part) for group in ("backbone", "llm") for part in _parts(own, group)]
+    assert lines[0].endswith("see https://huggingface.co/timm/vit_large_patch14_clip_336.openai")
+    assert lines[1] == "- LLM `phi2`: see the page of its source"
+    assert ModelCard(_header("transformers", own, None) + "text").data.base_model == [
+        "timm/vit_large_patch14_clip_336.openai"
+    ]

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 import prism_deco.integrations
-from prism_deco.api import Model
+from prism_deco.api import Model, load
+from prism_deco.cli import main
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is an extra: pip install prism-deco[lmms-eval]")
 
@@ -30,7 +31,7 @@ def model(tiny):
 @pytest.fixture
 def adapted(model, monkeypatch):
     """batch size -> the adapter around a tiny random model, with five records of one task."""
-    monkeypatch.setattr(adapter, "load", lambda run, device, dtype: model)
+    monkeypatch.setattr(adapter, "load", lambda run, device, dtype, plugins: model)
 
     def build(**options):
         made = adapter.PrismDeco.create_from_arg_string("run=runs/x", {"device": "cpu", **options})
@@ -127,37 +128,73 @@ def test_wrong_settings(adapted, option, value):
         adapted(**{option: value})
 
 
-def test_a_whole_evaluation(adapted, model, tmp_path, monkeypatch):
-    """lmms-eval reads a task from its YAML and a data set from disk, asks, and scores."""
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """A task on disk, in the two forms that tasks score a question: a number, or a record with it."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    records = [{"color": color, "question": f"Is it {color}?", "answer": "x"} for color in COLORS]
-    truth = model.generate(
-        [image_of(record)[0] for record in records], [r["question"] for r in records], max_new_tokens=4
-    )
-    for record, answer in zip(records[:4], truth, strict=False):
-        record["answer"] = answer
-    (tmp_path / "colors.json").write_text(json.dumps(records))
     (tmp_path / "utils.py").write_text(
         "from PIL import Image\n"
         "def images(doc):\n    return [Image.new('RGB', (32, 32), doc['color'])]\n"
         "def question(doc, lmms_eval_specific_kwargs=None):\n    return doc['question']\n"
-        "def score(doc, results):\n    return {'right': float(results[0] == doc['answer'])}\n"
+        "def score(doc, results):\n"
+        "    right = results[0] == doc['answer']\n"
+        "    return {'right': float(right), 'recorded': {'answer': doc['answer'], 'is_correct': right}}\n"
         "def mean(scores):\n    return sum(scores) / len(scores)\n"
+        "def recorded(entries):\n    return sum(entry['is_correct'] for entry in entries) / len(entries)\n"
     )
     (tmp_path / "colors.yaml").write_text(
         f"task: colors\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'colors.json'}}}}}\n"
         "test_split: test\noutput_type: generate_until\n"
         "doc_to_visual: !function utils.images\ndoc_to_text: !function utils.question\ndoc_to_target: answer\n"
         "process_results: !function utils.score\ngeneration_kwargs: {max_new_tokens: 4, temperature: 0}\n"
-        "metric_list:\n  - {metric: right, aggregation: !function utils.mean, higher_is_better: true}\n"
+        "metric_list:\n  - {metric: recorded, aggregation: !function utils.recorded, higher_is_better: true}\n"
+        "  - {metric: right, aggregation: !function utils.mean, higher_is_better: true}\n"
     )
+
+    def write(model):
+        """Five records, four of which the model answers rightly."""
+        records = [{"color": color, "question": f"Is it {color}?", "answer": "x"} for color in COLORS]
+        questions = [record["question"] for record in records]
+        truth = model.generate([image_of(record)[0] for record in records], questions, max_new_tokens=4)
+        for record, answer in zip(records[:4], truth, strict=False):
+            record["answer"] = answer
+        (tmp_path / "colors.json").write_text(json.dumps(records))
+        return tmp_path / "colors.yaml", truth
+
+    return write
+
+
+def test_a_whole_evaluation(adapted, model, task):
+    """lmms-eval reads a task from its YAML and a data set from disk, asks, and scores."""
+    path, _ = task(model)
     from lmms_eval.tasks import TaskManager
 
     results = evaluator.simple_evaluate(
         model=adapted(batch_size=2),
         tasks=["colors"],
-        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        task_manager=TaskManager(include_path=str(path.parent), include_defaults=False),
         bootstrap_iters=0,
     )
     assert results["results"]["colors"]["right,none"] == pytest.approx(0.8)
+
+
+def test_the_command_writes_results_for_the_report(colors, task, tmp_path, capsys):
+    data = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}", "data.val_fraction=0"]
+    steps = ["recipe.max_steps=1", "recipe.global_batch_size=2", "recipe.micro_batch_size=2", "data.num_workers=0"]
+    start = ["train", "data=llava", *data, *steps, "backbone.pretrained=false", "evaluate.benchmarks=null"]
+    assert main([*start, f"runs_dir={tmp_path}", "run_id=run"]) == 0
+    run = tmp_path / "run"
+    path, truth = task(load(run))
+    assert main(["evaluate", str(run), "--lmms-eval", str(path), "batch_size=2"]) == 0
+    assert "recorded" in capsys.readouterr().out
+    metrics = json.loads((run / "eval" / "colors" / "metrics.json").read_text())
+    assert metrics["primary"] == "recorded" and metrics["n"] == 5
+    assert metrics["metrics"]["recorded"] == pytest.approx(80) == metrics["metrics"]["right"]
+    lines = (run / "eval" / "colors" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["output"] for line in lines] == truth
+    assert [json.loads(line)["score"] for line in lines] == [1, 1, 1, 1, 0]
+    assert main(["report", str(run), "--out", str(tmp_path / "report")]) == 0
+    assert "80.0" in (tmp_path / "report" / "report.md").read_text()
+    assert main(["evaluate", str(run), "--lmms-eval", f"{path},ocrbenhc"]) == 2
+    assert "Did you mean 'ocrbench'" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import prism_deco
 from prism_deco.cli import main
 from prism_deco.config import load_choice
-from prism_deco.export.processor import llava_processor, token_ids_note
+from prism_deco.export.processor import make_processor, token_ids_note
 from prism_deco.llms.hub import ASSETS
 from prism_deco.llms.own_template import OwnTemplate, own_template
 
@@ -279,7 +279,7 @@ def test_an_export_to_transformers_has_the_same_prompts(tiny, mini, slot):
     vlm, llm = tiny(mini | {"tokenize": "whole", "image_slot": slot})
     tokenizer = copy.deepcopy(llm.tokenizer)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
-    processor = llava_processor(vlm, llm, tokenizer)
+    processor = make_processor(vlm, llm, tokenizer)
     asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it?"}]}]
     text = processor.apply_chat_template(asked, add_generation_prompt=True)
     assert text.count("<image>") == 1 and text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 
 import pytest
 
@@ -56,6 +57,25 @@ def test_values_and_tests_follow_from_the_predictions(runs):
     )
     assert gqa.interval[0] < gqa.value < gqa.interval[1]
     assert gqa.over_seeds[0] < gqa.value < gqa.over_seeds[1]
+
+
+def test_tasks_of_lmms_eval_are_compared_by_the_scores_that_it_gave(runs, tmp_path, caplog):
+    """Beside the report's own benchmarks; they have no chance level."""
+    for folder in runs.glob("*-*/eval"):
+        shutil.copytree(folder / "mini_gqa", folder / "ocrbench")
+        path = folder / "ocrbench/metrics.json"
+        harness = {"benchmark": "ocrbench", "decoding": {"harness": "lmms-eval 0.7.3"}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | harness))
+    found = paired_differences(seed_groups(collect([runs])), ["mini_gqa", "ocrbench"], "")
+    ours, theirs = (_find(found, name) for name in ("mini_gqa", "ocrbench"))
+    assert (theirs.value, theirs.interval, theirs.p) == (ours.value, ours.interval, ours.p)
+    page, _ = write_report([runs], tmp_path / "report")
+    assert "ocrbench" in page.read_text()
+    records = list(csv.DictReader((tmp_path / "report/scores.csv").open()))
+    [mine] = [r for r in records if r["benchmark"] == "mini_gqa" and r["projector"] == "avgpool"]
+    [other] = [r for r in records if r["benchmark"] == "ocrbench" and r["projector"] == "avgpool"]
+    assert (other["score"], other["chance"]) == (mine["score"], "") and mine["chance"]
+    assert "ocrbench" not in caplog.text
 
 
 def test_only_common_seeds_count_and_the_order_of_lines_does_not(runs, make):

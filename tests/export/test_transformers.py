@@ -9,17 +9,33 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaNextVideoConfig
+from transformers.models.llava_next_video.modeling_llava_next_video import (
+    LlavaNextVideoMultiModalProjector,
+    LlavaNextVideoPooler,
+)
 
 from prism_deco.api import Model
 from prism_deco.cli import main
 from prism_deco.config import load_choice
-from prism_deco.export import save_llava
+from prism_deco.export import save_transformers
+from prism_deco.projectors import build_projector
 from prism_deco.sequence import build_batch
 
 # float32 sums in another order, through a few layers; logits are of order 1 to 10.
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 FOLDED = ["recipe.standardise_features=true", "recipe.token_scale=0.5"]
+AVERAGE = ["projector=avgpool", "projector.num_tokens=4"]
+MAXIMUM = ["projector=maxpool", "projector.num_tokens=4"]
+DECO = ["recipe.prompt_set=deco", "recipe.image_slot=after_first_token"]
+SHUFFLE = ["projector=pixel_shuffle", "projector.num_tokens=4"]
+CLASSES = {"linear": "Llava", "avgpool": "LlavaNextVideo", "maxpool": "LlavaNextVideo", "pixel_shuffle": "InternVL"}
+TOWERS = {
+    "clip": "CLIPVisionModel",
+    "siglip": "SiglipVisionModel",
+    "vit": "InternVLVisionModel",
+    "plain": "InternVLVisionModel",
+}
 QUESTIONS = ["What color is it?", "How many circles are there?"]
 
 
@@ -46,33 +62,66 @@ def our_logits(vlm, llm, image, question) -> tuple[list[int], torch.Tensor]:
         ("siglip", "mini_phi", []),
         ("clip", "mini_qwen2", ["backbone.layer=-1", "backbone.image_size=35"]),
         ("siglip", "mini_llama", ["backbone.layer=0", "backbone.resize=resize-naive"]),
+        ("vit", "mini_llama", FOLDED),
+        ("clip", "mini_llama", [*AVERAGE, *FOLDED]),
+        ("siglip", "mini_qwen2", [*AVERAGE, "projector.mlp_bias=false", "backbone.image_size=39"]),
+        ("clip", "mini_phi", [*MAXIMUM, *FOLDED]),
+        ("siglip", "mini_qwen2", [*MAXIMUM, "projector.num_tokens=1"]),
+        ("vit", "mini_qwen2", [*SHUFFLE, "recipe.token_scale=0.5"]),
+        ("plain", "mini_llama", [*SHUFFLE, "projector.num_tokens=1"]),
     ],
 )
 def test_the_logits_are_the_same(random_model, tmp_path, tower, llm, options):
     config, vlm, language = random_model(tower, f"llm={llm}", *options)
-    save_llava(tmp_path / "hf", config, vlm, language)
-    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
-    assert type(model.model.vision_tower).__name__ == {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}[tower]
+    save_transformers(tmp_path / "hf", config, vlm, language)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf")
+    assert type(model).__name__ == f"{CLASSES[config.projector.name]}ForConditionalGeneration"
+    assert type(model.model.vision_tower).__name__ == TOWERS[tower]
+    of_video = CLASSES[config.projector.name] == "LlavaNextVideo"
+    token_id = model.config.video_token_id if of_video else model.config.image_token_id
+    seen = lambda pixels: {"pixel_values_videos": pixels[:, None]} if of_video else {"pixel_values": pixels}  # noqa: E731
     image = photo()
     pixels = vlm.backbone.transform(image)[f"tiny_{tower}"][None]
     for question in QUESTIONS:
         ids, expected = our_logits(vlm, language, image, question)
         # By hand: the beginning of the sequence, the image, the text.
-        spliced = [ids[0], *[model.config.image_token_id] * vlm.backbone.num_patches, *ids[1:]]
+        spliced = [ids[0], *[token_id] * vlm.projector.num_tokens, *ids[1:]]
         with torch.no_grad():
-            found = model(input_ids=torch.tensor([spliced]), pixel_values=pixels).logits[0]
+            found = model(input_ids=torch.tensor([spliced]), **seen(pixels)).logits[0]
         torch.testing.assert_close(found[:, : expected.shape[1]], expected, **TOLERANCE)
         assert expected.std() > 0.1
     another = torch.zeros_like(pixels)
-    assert not torch.allclose(
-        model(input_ids=torch.tensor([spliced]), pixel_values=another).logits[0], found, atol=0.01
+    assert not torch.allclose(model(input_ids=torch.tensor([spliced]), **seen(another)).logits[0], found, atol=0.01)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("avgpool", "average"), ("maxpool", "max")])
+@pytest.mark.parametrize(("grid", "tokens"), [(24, 144), (24, 64), (27, 81)])
+def test_pooling_is_that_of_llava_next_video(name, mode, grid, tokens):
+    """transformers' modules with the weights of ours, real grids and float32."""
+    torch.manual_seed(0)
+    ours = build_projector(name, in_dim=32, out_dim=48, in_grid=(grid, grid), num_tokens=tokens)
+    config = LlavaNextVideoConfig(
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "patch_size": 14,
+        },
+        text_config={"model_type": "llama", "hidden_size": 48, "num_attention_heads": 2},
+        spatial_pool_mode=mode,
+        spatial_pool_stride=grid // ours.out_grid[0],
     )
+    theirs = torch.nn.Sequential(LlavaNextVideoPooler(config), LlavaNextVideoMultiModalProjector(config))
+    first, last = (layer for layer in ours.mlp if isinstance(layer, torch.nn.Linear))
+    theirs[1].linear_1, theirs[1].linear_2 = first, last
+    features = torch.randn(2, grid**2, 32)
+    torch.testing.assert_close(theirs(features), ours(features), rtol=0, atol=1e-7)
 
 
 def test_plain_transformers_answers_alike(random_model, tmp_path):
     """A fresh process that never imports this package: processor, chat template, generation."""
     config, vlm, llm = random_model("clip", "llm=mini_qwen2", "backbone.resize=pad", *FOLDED)
-    save_llava(tmp_path / "hf", config, vlm, llm)
+    save_transformers(tmp_path / "hf", config, vlm, llm)
     photo().save(tmp_path / "photo.png")
     script = f"""
 import json, torch
@@ -102,13 +151,54 @@ print(json.dumps({{"ids": inputs["input_ids"][0].tolist(), "pixels": inputs["pix
     assert found["text"] == Model(vlm, llm, config).generate([photo()], QUESTIONS[:1], max_new_tokens=6)[0]
 
 
+def test_the_code_of_the_card_answers_as_the_trained_model(random_model, tmp_path):
+    """In a process that never imports this package: the README's own lines, for all classes and ways to resize."""
+    models = {
+        "average": (
+            "clip",
+            ["llm=mini_llama", "llm.pretrained=true", "backbone.resize=resize-naive", *AVERAGE, *FOLDED, *DECO],
+        ),
+        "maximum": ("siglip", ["llm=mini_qwen2", "backbone.resize=letterbox", *MAXIMUM]),
+        "cropped": ("clip", ["llm=mini_phi", "backbone.resize=resize-crop", *AVERAGE]),
+        "shuffle": ("vit", ["llm=mini_qwen2", "backbone.resize=pad", *SHUFFLE]),
+        "linear": ("siglip", ["llm=mini_qwen2", "backbone.resize=letterbox", *FOLDED]),
+    }
+    photo().save(tmp_path / "image.jpg", quality=100)
+    image = Image.open(tmp_path / "image.jpg")
+    expected, others = {}, {}
+    for name, (tower, options) in models.items():
+        config, vlm, llm = random_model(tower, *options)
+        model = Model(vlm, llm, config)
+        question = ["What is in the image?"]
+        expected[name] = model.generate([image], question, max_new_tokens=8)[0]
+        others[name] = model.generate([Image.new("RGB", (50, 40))], question, max_new_tokens=8)[0]
+        save_transformers(tmp_path / name, config, vlm, llm)
+    script = """
+import contextlib, io, json, sys
+for name in sys.argv[1:]:
+    code = open(f"{name}/README.md").read().split("```python")[1].split("```")[0]
+    code = code.replace("THIS_FOLDER", name).replace("max_new_tokens=64", "max_new_tokens=8")
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        exec(code, {})
+    print(json.dumps([name, shown.getvalue().strip()]))
+assert not [name for name in sys.modules if name.startswith("prism_deco")]
+"""
+    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin", "HF_HUB_OFFLINE": "1"}
+    shown = subprocess.run(
+        [sys.executable, "-c", script, *models],
+        check=True, env=environment, capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert dict(map(json.loads, shown.stdout.splitlines()[-len(models) :])) == expected
+    assert sum(expected[name] != others[name] for name in models) >= 3, "answers hang on the image"
+
+
 def test_answers_in_a_batch_are_the_answers_one_by_one(random_model, tmp_path):
     """In a process that never imports this package; questions of very different lengths."""
     questions = ["What color is it" + " or how many circles are there" * n + "?" for n in range(8)]
     photo().save(tmp_path / "photo.png")
     for llm in ("mini_qwen2", "mini_llama", "mini_phi"):
         config, vlm, language = random_model("clip", f"llm={llm}", "backbone.resize=pad")
-        save_llava(tmp_path / llm, config, vlm, language)
+        save_transformers(tmp_path / llm, config, vlm, language)
         if llm == "mini_qwen2":  # whose prompts are the same tokens there
             expected = Model(vlm, language, config).generate([photo()] * 8, questions, max_new_tokens=6)
     script = f"""
@@ -145,7 +235,7 @@ for llm in ("mini_qwen2", "mini_llama", "mini_phi"):
 def test_the_card_shows_how_to_open_images_as_in_training(random_model, tmp_path, kind):
     """From a path, transformers turns images by their EXIF tag and does not scale 16-bit values."""
     config, vlm, llm = random_model("clip", "llm=mini_qwen2", "backbone.resize=pad")
-    save_llava(tmp_path / "hf", config, vlm, llm)
+    save_transformers(tmp_path / "hf", config, vlm, llm)
     path = tmp_path / "image.png"
     if kind == "rotated":
         image = photo()
@@ -166,7 +256,7 @@ def test_the_card_shows_how_to_open_images_as_in_training(random_model, tmp_path
     assert (pixels(image=Image.open(path).convert("RGB"))[0] - expected).abs().max() < level
     assert (pixels(url=str(path))[0] - expected).abs().max() > 50 * level
     card = (tmp_path / "hf" / "README.md").read_text()
-    assert '"image": Image.open("image.jpg").convert("RGB")' in card
+    assert 'image = Image.open("image.jpg").convert("RGB")' in card
     assert "EXIF" in card and "16-bit" in card and "padding=True" in card
 
 
@@ -175,18 +265,20 @@ def test_the_card_shows_how_to_open_images_as_in_training(random_model, tmp_path
     [
         ("mini_qwen2", "<|im_start|><image>user\nWhat is it?<|im_end|><|im_start|>assistant\n"),
         ("mini_phi", "Q<image>: What is it? A:"),
-        ("mini_llama", "<s><image>Q: What is it? A:"),
+        ("mini_llama", "<s><image> Q: What is it? A:"),
     ],
 )
 def test_behind_the_first_token_of_a_prompt_set(random_model, tmp_path, caplog, llm, prompt):
     options = ["recipe.prompt_set=deco", "recipe.image_slot=after_first_token", "backbone.resize=pad"]
     config, vlm, language = random_model("clip", f"llm={llm}", *options)
-    save_llava(tmp_path / "hf", config, vlm, language)
+    save_transformers(tmp_path / "hf", config, vlm, language)
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
     talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " What is it? "}]}]
     assert processor.apply_chat_template(talk, add_generation_prompt=True) == prompt
     text_only = [{"role": "user", "content": "What is it?"}]
-    assert processor.apply_chat_template(text_only, add_generation_prompt=True) == prompt.replace("<image>", "")
+    assert processor.apply_chat_template(text_only, add_generation_prompt=True) == prompt.replace(
+        "<image> ", ""
+    ).replace("<image>", "")
     assert "behind the first token" in (tmp_path / "hf" / "README.md").read_text()
     assert ("some tokens differ" in caplog.text) == (llm == "mini_llama"), "whose answers follow a turn of their own"
 
@@ -194,7 +286,7 @@ def test_behind_the_first_token_of_a_prompt_set(random_model, tmp_path, caplog, 
 @pytest.mark.parametrize("slot", ["after_bos", "in_place"])
 def test_where_the_template_puts_the_image(random_model, tmp_path, slot):
     config, vlm, llm = random_model("clip", "llm=mini_qwen2", f"recipe.image_slot={slot}")
-    save_llava(tmp_path / "hf", config, vlm, llm)
+    save_transformers(tmp_path / "hf", config, vlm, llm)
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
     image, text = {"type": "image"}, {"type": "text", "text": " What is it? "}
     talk = [{"role": "user", "content": [text, image]}]
@@ -220,7 +312,7 @@ def test_a_table_without_a_free_row_grows_one(random_model, tmp_path):
     path.write_text(yaml.safe_dump({k: v for k, v in mini.items() if k != "name"}))
     config, vlm, llm = random_model("clip", f"llm={path}")
     assert llm.embedding_rows == len(llm.tokenizer) == rows
-    save_llava(tmp_path / "hf", config, vlm, llm)
+    save_transformers(tmp_path / "hf", config, vlm, llm)
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
     assert model.config.image_token_id == rows and model.lm_head.weight.shape[0] == 704
     assert model.generation_config.suppress_tokens == list(range(rows, 704))
@@ -231,7 +323,17 @@ def test_a_table_without_a_free_row_grows_one(random_model, tmp_path):
     [
         ("mini_clip", [], ["(a convolutional stem)"]),
         ("mini_dinov2_siglip", [], ["has several vision towers"]),
-        ("clip", ["projector=avgpool", "projector.num_tokens=4"], ["its projector compresses the visual tokens"]),
+        ("clip", [*AVERAGE, "projector.num_tokens=9"], ["into windows of several sizes"]),
+        ("clip", [*AVERAGE, "projector.after_mlp=true"], ["that class pools in front of the MLP"]),
+        (
+            "clip",
+            ["projector=qformer", "projector.num_tokens=4"],
+            ["no class of transformers has the projector QFormer"],
+        ),
+        ("clip", [*SHUFFLE, *FOLDED], ["its tower is a CLIPVisionModel", "that class has the norm first"]),
+        ("vit", MAXIMUM, ["whose image size that class does not read"]),
+        ("vit", [*SHUFFLE, "projector.norm=patch"], ["(projector.norm=window)"]),
+        ("vit", [*SHUFFLE, "backbone.image_size=48"], ["its windows have 3x3 patches"]),
         ("clip", ["projector.mlp_depth=3"], ["MLP of widths [128, 128, 128]"]),
         ("clip", ["recipe.turn_mask=block", "recipe.blind=true"], ["turn_mask=block", "trained blind"]),
     ],
@@ -252,18 +354,18 @@ def test_an_output_bias_is_refused_unless_it_is_zero(random_model, tmp_path):
     assert not vlm.lm.lm_head.bias.any()
     vlm.lm.lm_head.bias.data[5] = 0.1
     with pytest.raises(ValueError, match="output layer of PhiForCausalLM has a bias"):
-        save_llava(tmp_path / "hf", config, vlm, llm)
+        save_transformers(tmp_path / "hf", config, vlm, llm)
 
 
 def test_what_is_not_exact_is_said(random_model, tmp_path, caplog):
     config, vlm, llm = random_model("clip", "llm=mini_llama")
-    save_llava(tmp_path / "hf", config, vlm, llm)
+    save_transformers(tmp_path / "hf", config, vlm, llm)
     card = (tmp_path / "hf" / "README.md").read_text()
     for note in ("resize=letterbox", "llm.tokenize=per_turn"):
         assert note in caplog.text and note in card
     config, vlm, llm = random_model("clip", "llm=mini_qwen2", "backbone.resize=pad")
     caplog.clear()
-    save_llava(tmp_path / "exact", config, vlm, llm)
+    save_transformers(tmp_path / "exact", config, vlm, llm)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 

@@ -1,0 +1,161 @@
+"""Scores of lmms-eval's tasks as results of a run: what `prism-deco evaluate RUN --lmms-eval TASKS` writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from prism_deco.bootstrap import bootstrap_interval
+from prism_deco.config.registry import unknown
+from prism_deco.evaluation.items import Prediction
+from prism_deco.files import write_json, write_whole
+
+log = logging.getLogger(__name__)
+
+NAME = "lmms-eval"
+
+
+def score_tasks(
+    run: Path, tasks: Sequence[str], out: Path, *, model_id: str, limit: int | None = None, **settings: Any
+) -> list[dict[str, Any]]:
+    """Asks tasks of lmms-eval and writes `metrics.json` and `predictions.jsonl` of each to a folder of its name.
+
+    lmms-eval downloads a task's data from the Hugging Face hub.
+
+    Args:
+        tasks: names of lmms-eval's tasks or groups, or YAML files of tasks.
+        model_id: hash of the run's weights, recorded.
+        limit: questions per task; None asks all.
+        settings: of the model, see `PrismDeco`.
+
+    Returns:
+        The contents of the `metrics.json` files.
+
+    Raises:
+        UsageError: lmms-eval has no such task.
+    """
+    from lmms_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lmms_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    from prism_deco.integrations.lmms_eval import PrismDeco
+
+    files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
+    manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
+    names = [Path(task).stem if task.endswith((".yaml", ".yml")) else task for task in tasks]
+    for name in names:
+        if name not in manager.all_tasks:
+            raise unknown(f"task of {NAME}", name, manager.all_tasks)
+    model = PrismDeco(str(run), **settings)
+    found = simple_evaluate(
+        model=model,
+        tasks=names,
+        task_manager=manager,
+        limit=limit,
+        bootstrap_iters=0,
+        # Some tasks write files of their own there.
+        cli_args=Namespace(output_path=str(out / NAME), process_with_media=False),
+    )
+    computed_in = str(next(model.model.vlm.lm.parameters()).dtype).removeprefix("torch.")
+    harness = f"{NAME} {version(NAME)}"
+    more = {
+        "variants": [harness],
+        "decoding": {"strategy": "greedy", "dtype": computed_in, "model": model_id, "harness": harness},
+    }
+    results = []
+    for name, samples in found["samples"].items():
+        content = summarise(name, found["configs"][name], found["results"][name], samples, out / name)
+        if content is not None:
+            results.append(content | more)
+            write_json(out / name / "metrics.json", results[-1])
+    return results
+
+
+def summarise(
+    task: str, config: Mapping[str, Any], metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], folder: Path
+) -> dict[str, Any] | None:
+    """The content of `metrics.json`, but for `variants` and `decoding`; writes `predictions.jsonl`.
+
+    The primary metric is the task's first one that covers all questions. Its interval is that of the mean over
+    questions, moved to the score where the score is another mean, such as one over categories.
+
+    Args:
+        config: the task's, with `metric_list`.
+        metrics: "METRIC,FILTER" -> value, as lmms-eval aggregates it.
+        samples: as lmms-eval logs them.
+
+    Returns:
+        None where the task has no such metric with a score of each question: no interval can be given.
+    """
+    values = {key.partition(",")[0]: value for key, value in metrics.items() if isinstance(value, float | int)}
+    for primary in [str(metric["metric"]) for metric in config["metric_list"]]:
+        scores = _scores([sample.get(primary) for sample in samples], values.get(primary))
+        if scores:
+            break
+    else:
+        log.warning("%s: left out of the results, since it does not score single questions: %s", task, values)
+        return None
+    low, high = bootstrap_interval({"all": [100 * score for score in scores]}, "mean")
+    shift = 100 * (values[primary] - fmean(scores))
+    percent = {
+        name: 100 * value if 0 <= value <= 1 else value for name, value in values.items() if "_stderr" not in name
+    }
+    predictions = [
+        Prediction(
+            question_id=str(sample["doc_id"]),
+            image=[],
+            prompt=str(sample["arguments"][0]) if sample["arguments"] else "",
+            output=str(sample["filtered_resps"][0]),
+            answer=None,
+            target={"answer": str(sample["target"])},
+            score=score,
+        )
+        for sample, score in zip(samples, scores, strict=True)
+    ]
+    predictions.sort(key=lambda prediction: int(prediction.question_id))
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in predictions]
+    write_whole(folder / "predictions.jsonl", "".join(rows))
+    empty = fmean(not prediction.text for prediction in predictions)
+    return {
+        "benchmark": task,
+        "metrics": percent | {"invalid_rate": empty},
+        "primary": primary,
+        "n": len(predictions),
+        "invalid_rate": empty,
+        "interval95": [max(0.0, low + shift), min(100.0, high + shift)],
+        "prompt_hash": _hash([p.question_id, p.prompt] for p in predictions),
+        "data_hash": _hash([p.question_id, p.target] for p in predictions),
+    }
+
+
+def _scores(entries: Sequence[Any], value: float | None) -> list[float]:
+    """The score 0..1 of each question; empty where not all have one.
+
+    Args:
+        entries: what the task recorded: the score, or a record with it (`score`, or what has the metric as its mean).
+    """
+    if value is None or not 0 <= value <= 1:
+        return []
+    columns = [entries]
+    if all(isinstance(entry, dict) for entry in entries):
+        columns = [[entry.get(key) for entry in entries] for key in entries[0]]
+        columns = [[entry.get("score") for entry in entries], *columns]
+    columns = [column for column in columns if all(_is_score(score) for score in column)]
+    means = [column for column in columns if abs(fmean(column) - value) < 1e-6]
+    return [float(score) for score in (means or columns[:1] or [[]])[0]]
+
+
+def _is_score(score: Any) -> bool:
+    return isinstance(score, bool | int | float) and 0 <= score <= 1
+
+
+def _hash(rows: Any) -> str:
+    return hashlib.sha256("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()).hexdigest()
