@@ -15,7 +15,7 @@ _FILES = """\
 | file | what it is |
 |---|---|
 | `model*.safetensors` | projector and LLM |
-| `backbone*.safetensors` | the frozen vision tower |
+| `backbone*.safetensors` | the vision tower |
 | `backbone.json` | the tower's SHA-256, and how an image becomes its input |
 | `llm.json` | the LLM's architecture, as transformers writes it |
 | `tokenizer/` | the tokenizer with the chat template |
@@ -115,7 +115,7 @@ def _composition(config: DictConfig, vlm: VLM, llm: LanguageModel) -> str:
 
 | part | choice |
 |---|---|
-| vision backbone (frozen) | `{config.backbone.name}`, {vlm.backbone.image_size} px, {config.backbone.resize} |
+| vision backbone ({recipe.tower}) | `{config.backbone.name}`, {vlm.backbone.image_size} px, {config.backbone.resize} |
 | projector | `{config.projector.name}`, {vlm.backbone.num_patches} patches to {height}x{width} visual tokens |
 | LLM | `{config.llm.name}`, {llm.max_positions} positions |
 | parameters | {parameters:,} |

@@ -1,4 +1,4 @@
-"""How much of a language model is trained, and in which form its frozen weights are held."""
+"""How much of a language model or a vision tower is trained, and in which form its frozen weights are held."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUANTIZATIONS = ("nf4",)
 
 @dataclass(frozen=True)
 class Tuning:
-    """One way to train an LLM.
+    """One way to train an LLM or a tower.
 
     Attributes:
         base: train its own weights; otherwise they stay as they are, bit for bit.
@@ -52,7 +52,7 @@ TUNINGS = {
     _LORA: Tuning(base=False, adapters=True),
     _QLORA: Tuning(base=False, adapters=True, quantize="nf4"),
 }
-"""What each choice of `recipe.lm` means."""
+"""What each choice of `recipe.lm` means, and of `recipe.tower`."""
 
 
 def tuning(name: str) -> Tuning:
