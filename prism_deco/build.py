@@ -130,18 +130,22 @@ def build_model(
 def tune_tower(backbone: VisionBackbone, recipe: DictConfig) -> None:
     """Marks what `recipe.tower`, unless it is frozen, trains of a backbone, which comes frozen; adapters are added.
 
-    torch's multi-head attention (in CLIP) computes with the weights of its linear layers, not through these layers:
-    adapters on them would have no effect, so it gets none.
+    Adapters are on the linear layers that a forward pass calls. Some attention reads the weights of its layers instead
+    of calling them (torch's, in CLIP, and timm's Eva): an adapter there would have neither effect nor gradient.
 
     Raises:
         UsageError: a tower has fewer blocks than `recipe.tower_layers`, or peft is not installed.
     """
     way, tail = tuning(recipe.tower), backbone.tail(recipe.tower_layers)
     if way.adapters:
-        attentions = [module for module in backbone.modules() if isinstance(module, nn.MultiheadAttention)]
-        left_out = {layer for attention in attentions for layer in attention.modules()}
-        linear = {layer for part in tail for layer in part.modules() if isinstance(layer, nn.Linear)} - left_out
-        names = [name for name, module in backbone.named_modules() if module in linear]
+        linear = {layer for part in tail for layer in part.modules() if isinstance(layer, nn.Linear)}
+        called: set[nn.Module] = set()
+        hooks = [layer.register_forward_hook(lambda layer, *_: called.add(layer)) for layer in linear]
+        with torch.no_grad():
+            backbone(backbone.blank(next(backbone.parameters()).device))
+        for hook in hooks:
+            hook.remove()
+        names = [name for name, module in backbone.named_modules() if module in called]
         add_lora(backbone, r=recipe.lora_r, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout, layers=names)
     else:
         for part in tail:

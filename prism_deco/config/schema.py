@@ -139,8 +139,8 @@ class RecipeConfig:
     """How the LLM is trained: full (all weights), frozen, lora (adapters), or qlora (adapters on 4-bit weights; needs a
     GPU)."""
     tower: str = one_of(TOWER, "frozen")
-    """How the vision tower is trained: frozen, full (all weights), or lora (adapters on its linear layers; in CLIP on
-    those of the MLPs only). A trained tower is stored with the run."""
+    """How the vision tower is trained: frozen, full (all weights), or lora (adapters on linear layers that it calls;
+    in CLIP these are the MLPs'). A trained tower is stored with the run."""
     tower_layers: int | None = number(None, least=1)
     """Train only the last N blocks of each tower up to the layer whose features are used; patch and position
     embeddings stay frozen. Null trains all."""

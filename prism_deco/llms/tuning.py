@@ -33,11 +33,6 @@ class Tuning:
     adapters: bool
     quantize: str | None = None
 
-    def check(self) -> None:
-        """`UsageError` if this machine cannot do it."""
-        if self.quantize:
-            quantization(self.quantize)
-
     def apply(self, model: PreTrainedModel, *, r: int, alpha: int, dropout: float, source: str | None = None) -> None:
         """Freezes what is not trained, and adds adapters if there are any (see `add_lora`)."""
         model.requires_grad_(self.base)
