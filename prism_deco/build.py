@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from prism_deco.backbones import VisionBackbone, build_backbone
 from prism_deco.config.registry import import_plugins
 from prism_deco.data.encoder import Encoder
 from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel, build_llm
+from prism_deco.llms.lora import add_lora
 from prism_deco.llms.tuning import tuning
 from prism_deco.projectors import Projector, build_projector
 from prism_deco.vlm import VLM
@@ -77,6 +79,11 @@ def build_model(
             f"recipe={recipe.name} is made of stages, each a run of its own: name one of them "
             f"({'; '.join(f'{name}: {stage[0]}' for name, stage in recipe.stages.items())})."
         )
+    if config.trainer.feature_cache and recipe.tower != "frozen":
+        raise UsageError(
+            f"trainer.feature_cache=true stores what a frozen tower computes, and recipe.tower={recipe.tower} changes "
+            "the tower at every step: leave one of them out."
+        )
     if recipe.turn_mask == "block" and recipe.image_slot == "in_place":
         raise UsageError(
             "recipe.turn_mask=block needs recipe.image_slot=after_bos: in place, the image belongs to the round that "
@@ -85,6 +92,8 @@ def build_model(
     device = torch.device(device or "cpu")
     bare = device.type == "meta"
     backbone = build_backbone(group(config, "backbone"), pretrained=not bare, device=device)
+    if recipe.tower != "frozen":
+        tune_tower(backbone, recipe)
     way = tuning(recipe.lm)
     if way.quantize and config.trainer.strategy == "fsdp":
         raise UsageError(
@@ -116,6 +125,34 @@ def build_model(
         max_logits=recipe.max_logits,
     )
     return vlm if defer_llm else vlm.to(device), llm
+
+
+def tune_tower(backbone: VisionBackbone, recipe: DictConfig) -> None:
+    """Marks what `recipe.tower`, unless it is frozen, trains of a backbone, which comes frozen; adapters are added.
+
+    Adapters are on the linear layers that a forward pass calls. Some attention reads the weights of its layers instead
+    of calling them (torch's, in CLIP, and timm's Eva): an adapter there would have neither effect nor gradient.
+
+    Raises:
+        UsageError: a tower has fewer blocks than `recipe.tower_layers`, or peft is not installed.
+    """
+    way, tail = tuning(recipe.tower), backbone.tail(recipe.tower_layers)
+    if way.adapters:
+        linear = {layer for part in tail for layer in part.modules() if isinstance(layer, nn.Linear)}
+        called: set[nn.Module] = set()
+        hooks = [layer.register_forward_hook(lambda layer, *_: called.add(layer)) for layer in linear]
+        with torch.no_grad():
+            backbone(backbone.blank(next(backbone.parameters()).device))
+        for hook in hooks:
+            hook.remove()
+        names = [name for name, module in backbone.named_modules() if module in called]
+        add_lora(backbone, r=recipe.lora_r, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout, layers=names)
+    else:
+        for part in tail:
+            part.requires_grad_(True)
+    for module in backbone.modules():
+        if isinstance(module, VisionBackbone):  # the members of an ensemble, too
+            module.trained = True
 
 
 def compose_projector(config: DictConfig, backbone: VisionBackbone, llm: LanguageModel, *, bare: bool) -> Projector:

@@ -119,6 +119,16 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a tensor of a state dict belongs to a LoRA adapter (`llms.lora`)."""
+    return ".lora_" in name
+
+
+def base_name(name: str) -> str:
+    """The name of a base weight in the model without adapters."""
+    return name.replace(".base_layer.", ".")
+
+
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded (a DTensor); all ranks must call it then."""
     gather = getattr(tensor, "full_tensor", None)

@@ -38,10 +38,10 @@ class Loss(NamedTuple):
 
 
 class VLM(nn.Module):
-    """A frozen vision backbone, a projector and a causal LM, composed through `inputs_embeds`.
+    """A vision backbone, a projector and a causal LM, composed through `inputs_embeds`.
 
     Args:
-        backbone: frozen; runs without gradients.
+        backbone: runs without gradients unless it is trained (`VisionBackbone.trained`).
         projector: its `in_grid` and `in_dim` must be the backbone's, its `out_dim` the LLM's.
         lm: a causal LM of transformers.
         standardise_features: normalise feature channels by statistics set through `fit_features`.
@@ -88,12 +88,6 @@ class VLM(nn.Module):
         for name, value in (("feature_mean", 0.0), ("feature_std", 1.0)):
             self.register_buffer(name, torch.full((backbone.embed_dim,), value) if standardise_features else None)
 
-    def train(self, mode: bool = True) -> VLM:
-        """The frozen backbone stays in eval mode."""
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
     def cast(self, dtype: torch.dtype) -> None:
         """Casts what a file holds, tensor by tensor, but for a projector that asks for another type
         (`Projector.compute_dtype`); computed buffers, such as rotary frequencies, stay exact."""
@@ -103,10 +97,10 @@ class VLM(nn.Module):
             if name in stored:
                 tensor.data = tensor.data.to(own if name.startswith("projector.") else dtype)
 
-    @torch.no_grad()
     def features(self, pixels: dict[str, Tensor]) -> Tensor:
         """Per tower float[I, 3, S, S] -> patch features float[I, N, D], standardised if asked for."""
-        return self.standardise(self.backbone(pixels))
+        with torch.set_grad_enabled(self.backbone.trained and torch.is_grad_enabled()):
+            return self.standardise(self.backbone(pixels))
 
     def standardise(self, features: Tensor) -> Tensor:
         """float[I, N, D] -> the same by the statistics of `fit_features`; unchanged without them."""
@@ -163,7 +157,7 @@ class VLM(nn.Module):
             visual = self.project(self.features(batch.pixels), batch.tokens_per_image)
         if visual is None:
             needed = self.training or self.every_unit
-            return self._touch_projector(embeddings) if needed else embeddings
+            return self._touch_vision(embeddings) if needed else embeddings
         return embeddings.masked_scatter(batch.visual[..., None], visual.to(embeddings.dtype))
 
     def hidden_states(self, batch: Batch, visual: Tensor | None = None) -> Tensor:
@@ -230,11 +224,11 @@ class VLM(nn.Module):
             answers.append(row[:end])
         return answers
 
-    def _touch_projector(self, embeddings: Tensor) -> Tensor:
-        # In an all-text batch the projector must still take part in the graph: gradient
+    def _touch_vision(self, embeddings: Tensor) -> Tensor:
+        # In an all-text batch the projector, and a trained tower, must still take part in the graph: gradient
         # synchronisation waits for every trained parameter on every rank.
         height, width = self.projector.in_grid
-        if self.every_unit:
+        if self.every_unit or self.backbone.trained:
             blank = self.project(self.features(self.backbone.blank(embeddings.device)))
             return embeddings + 0.0 * blank.sum().to(embeddings.dtype)
         weight = next(self.projector.parameters(), None)

@@ -14,10 +14,11 @@ from prism_deco.backbones.transforms import BackboneTransform
 from prism_deco.config import load_choice
 from prism_deco.config.registry import Registry
 from prism_deco.errors import UsageError
+from prism_deco.tensors import base_name, is_adapter
 
 
 class VisionBackbone(nn.Module):
-    """Frozen vision tower(s): pixels in, patch features out.
+    """Vision tower(s), frozen unless a recipe trains them: pixels in, patch features out.
 
     Attributes:
         towers: names of the towers, the keys of the pixel dictionaries.
@@ -27,6 +28,7 @@ class VisionBackbone(nn.Module):
         embed_dim: channels D of a patch feature.
         transform: PIL image -> dict[tower, float32[3, S, S]]; `transform.frame(size)` maps coordinates.
         blocks: the transformer blocks in order of execution, the units to shard or to checkpoint.
+        trained: some weights, or adapters on them, are trained.
     """
 
     towers: tuple[str, ...]
@@ -35,6 +37,7 @@ class VisionBackbone(nn.Module):
     grid: tuple[int, int]
     embed_dim: int
     transform: BackboneTransform
+    trained: bool = False
 
     @property
     def num_patches(self) -> int:
@@ -68,19 +71,30 @@ class VisionBackbone(nn.Module):
         towers = self.transform.towers.items()
         return {name: torch.zeros(1, 3, t.image_size, t.image_size, device=device) for name, t in towers}
 
-    def train(self, mode: bool = True) -> VisionBackbone:
-        """Stays in evaluation mode: a frozen tower must not change with the model around it."""
-        return super().train(False)
+    def tail(self, layers: int | None) -> list[nn.Module]:
+        """The last `layers` blocks of each tower, behind which nothing has weights; None is the backbone as a whole.
 
-    def freeze(self) -> None:
-        """No gradients for the weights, evaluation mode for good."""
-        self.requires_grad_(False)
-        self.eval()
+        Raises:
+            UsageError: a tower has fewer blocks.
+        """
+        if layers is None:
+            return [self]
+        if layers > len(self.blocks):
+            raise UsageError(
+                f"recipe.tower_layers={layers}: {self.towers[0]} has {len(self.blocks)} blocks up to the layer whose "
+                "features are used. Choose fewer, or null, which trains its embeddings, too."
+            )
+        return self.blocks[-layers:]
+
+    def train(self, mode: bool = True) -> VisionBackbone:
+        """A frozen tower stays in evaluation mode: it must not change with the model around it."""
+        return super().train(mode and self.trained)
 
     def sha256(self) -> str:
-        """Hash of the weights as they are now: names, dtypes, shapes and bytes, in order of name."""
+        """Hash of the weights as they are now, without adapters: names, dtypes, shapes and bytes, in order of name."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
+        state = {base_name(name): tensor for name, tensor in self.state_dict().items() if not is_adapter(name)}
+        for name, tensor in sorted(state.items()):
             if isinstance(tensor, DTensor):
                 tensor = tensor.full_tensor()  # of a sharded tower: all processes take part
             tensor = tensor.detach().cpu().contiguous()

@@ -87,11 +87,14 @@ class Ensemble(VisionBackbone):
         self.transform = BackboneTransform(
             {tower: transform for member in members for tower, transform in member.transform.towers.items()}
         )
-        self.freeze()
+        self.requires_grad_(False).eval()
 
     @property
     def blocks(self) -> list[nn.Module]:
         return [block for member in self._backbones() for block in member.blocks]
+
+    def tail(self, layers: int | None) -> list[nn.Module]:
+        return [part for member in self._backbones() for part in member.tail(layers)]
 
     def features(self, pixels: Mapping[str, Tensor]) -> Tensor:
         features = [rearrange(m(pixels), "b n (l d) -> b n l d", l=self.layers) for m in self._backbones()]

@@ -22,7 +22,7 @@ Channels = tuple[float, float, float]
 
 
 class Tower(VisionBackbone):
-    """One frozen vision transformer; a family says how its trunk is built and how pixels are normalised.
+    """One vision transformer; a family says how its trunk is built and how pixels are normalised.
 
     Args:
         name: the choice's name, under which its pixels are handed over.
@@ -77,7 +77,7 @@ class Tower(VisionBackbone):
             )
         if path:
             load_trunk(self.trunk, path, name, device)
-        self.freeze()
+        self.requires_grad_(False).eval()
 
     @classmethod
     def build_trunk(cls, model: str, image_size: int | None, layers: Sequence[int]) -> Trunk:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ from prism_deco.files import check_folder, check_writable, read_json
 
 if TYPE_CHECKING:  # benchmarks need torch
     from prism_deco.evaluation import Benchmark
+
+log = logging.getLogger(__name__)
 
 KEYS = ("ask", "batch_size", "num_tokens", "plugins")
 FILE = "predictions.jsonl"
@@ -225,7 +228,7 @@ def score_run(
         return
     if out is None:
         scores = {str(f.relative_to(folder)): _score(f) for f in todo if _score(f) != known[f]}
-        _show_in_tensorboard(folder, scores, manifest["steps"])
+        _log_scores(folder, model.config, scores, manifest["steps"])
     show(table(results, constant, _blind(model.config, benchmarks)))
 
 
@@ -238,13 +241,18 @@ def _score(results_folder: Path) -> float | None:
     return content["metrics"][content["primary"]]
 
 
-def _show_in_tensorboard(run: Path, scores: Mapping[str, Any], step: int) -> None:
-    from prism_deco.training.board import FOLDER, Board
+def _log_scores(run: Path, config: DictConfig, scores: Mapping[str, Any], step: int) -> None:
+    """Adds scores to the loggers of a run's training, where they are installed here."""
+    from prism_deco.training.board import Loggers
 
-    if scores and (run / FOLDER).is_dir():
-        board = Board(run, start=step)
-        board.scalars(scores, step)
-        board.close()
+    if scores:
+        try:
+            loggers = Loggers(run, config, step)
+        except UsageError as error:
+            log.warning("The scores are not logged: %s", error)
+            return
+        loggers.scalars(scores, step)
+        loggers.close("success")
 
 
 def _blind(config: DictConfig, benchmarks: Iterable[Benchmark]) -> dict[str, float]:

@@ -18,7 +18,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("settings", nargs="*", metavar="plugins=[MODULE]", help=PLUGINS)
     parser.add_argument("--to", type=Path, required=True, help="new folder to write")
-    parser.add_argument("--merge", action="store_true", help="merge a run's LoRA adapters into the LLM's weights")
+    parser.add_argument("--merge", action="store_true", help="merge a run's LoRA adapters into the weights")
     parser.add_argument("--checkpoint", metavar="NAME", help="the model of a checkpoint of the run, step_NNNNNN")
     parser.add_argument(
         "--hf", action="store_true", help="for plain transformers; `hf upload NAME/MODEL TO` publishes it"
@@ -55,13 +55,14 @@ def export(args: argparse.Namespace) -> None:
 
 
 def _check_merge(run: Path, merges: bool) -> None:
-    from prism_deco.training.model_folder import ADAPTER
+    from prism_deco.training.model_folder import ADAPTERS
 
     model = run / "model" if (run / "model").is_dir() else run
-    if (model / ADAPTER).is_dir() and not merges:
+    adapted = any((model / name).is_dir() for name in ADAPTERS.values())
+    if adapted and not merges:
         raise UsageError(
             f"{run} has LoRA adapters, and an export is a whole model: add --merge. The small form, adapters and "
             f"projector for a named base model, is {model} itself."
         )
-    if merges and model.is_dir() and not (model / ADAPTER).is_dir():
+    if merges and model.is_dir() and not adapted:
         raise UsageError(f"{run} has no LoRA adapters to merge: omit --merge.")

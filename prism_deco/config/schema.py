@@ -19,6 +19,7 @@ ON_BAD_IMAGE = ("fail", "skip", "blank")
 ON_BAD_RECORD = ("fail", "skip")
 ODD_RECORDS = ("refuse", "train")
 LM = ("full", "frozen", "lora", "qlora")
+TOWER = ("frozen", "full", "lora")
 PROMPT = ("chat", "plain")
 TOKENIZE = ("per_turn", "whole")
 LONG_QUESTIONS = ("shorten", "cut")
@@ -50,7 +51,7 @@ GROUPS = ("backbone", "projector", "llm", "data", "recipe", "trainer")
 
 @dataclass
 class BackboneConfig:
-    """The frozen vision tower, or an ensemble of them (`conf/backbone`)."""
+    """The vision tower, or an ensemble of them (`conf/backbone`)."""
 
     name: str = MISSING
     """Name of the choice: the file name of its YAML."""
@@ -137,8 +138,14 @@ class RecipeConfig:
     lm: str = one_of(LM, "full")
     """How the LLM is trained: full (all weights), frozen, lora (adapters), or qlora (adapters on 4-bit weights; needs a
     GPU)."""
+    tower: str = one_of(TOWER, "frozen")
+    """How the vision tower is trained: frozen, full (all weights), or lora (adapters on linear layers that it calls;
+    in CLIP these are the MLPs'). A trained tower is stored with the run."""
+    tower_layers: int | None = number(None, least=1)
+    """Train only the last N blocks of each tower up to the layer whose features are used; patch and position
+    embeddings stay frozen. Null trains all."""
     lora_r: int = number(128, least=1)
-    """Rank of the LoRA adapters."""
+    """Rank of the LoRA adapters, of the LLM's and of the tower's."""
     lora_alpha: int = number(256, least=1)
     """The adapters' output is scaled by `lora_alpha / lora_r`."""
     lora_dropout: float = number(0.05, least=0, below=1)
@@ -199,9 +206,11 @@ class RecipeConfig:
     """Peak learning rate."""
     projector_lr: float | None = number(None, above=0)
     """Peak learning rate of the projector; null uses `lr`."""
+    tower_lr: float | None = number(None, above=0)
+    """Peak learning rate of a trained tower; null uses `lr`."""
     update_idle_projector: bool = True
-    """Let AdamW's momentum and weight decay move the projector in steps without an image (LLaVA); false leaves it as it
-    is (prismatic)."""
+    """Let AdamW's momentum and weight decay move the projector, and a trained tower, in steps without an image (LLaVA);
+    false leaves them as they are (prismatic)."""
     betas: tuple[float, float] = number((0.9, 0.999), least=0, below=1)
     """AdamW's betas."""
     eps: float = number(1e-8, above=0)
@@ -251,8 +260,9 @@ class TrainerConfig:
     reduce_dtype: str = one_of(REDUCE_DTYPE, "float32")
     """With fsdp, the type in which gradients are reduced across devices: float32, or bfloat16 (prismatic)."""
     activation_checkpointing: str = one_of((*ACTIVATION_CHECKPOINTING, "auto"), "none")
-    """Recompute activations of the LLM in the backward pass: none, selective (keep matrix products), full (keep the
-    inputs of layers; prismatic), or auto (the least that fits nine tenths of a device's memory by the plan)."""
+    """Recompute activations of the LLM, and of a trained tower, in the backward pass: none, selective (keep matrix
+    products), full (keep the inputs of layers; prismatic), or auto (the least that fits nine tenths of a device's
+    memory by the plan)."""
     compile: bool = False
     """Compile each block of the towers and of the LLM (`torch.compile`): meant for GPUs, where steps get faster after
     a warm-up of minutes. Results differ by rounding. Needs a C++ compiler."""
@@ -274,6 +284,9 @@ class TrainerConfig:
     Pays off if images are seen several times and the towers are much of the work."""
     threads: int | None = number(None, least=1)
     """CPU threads of torch per process; null leaves the choice to torch."""
+    loggers: list[Any] = field(default_factory=lambda: ["tensorboard"])
+    """Where numbers, samples and choices are logged: tensorboard, or other loggers of Lightning (csv, wandb, mlflow,
+    comet), by name or with options: `[tensorboard,{wandb: {project: x}}]`. `metrics.jsonl` is always written."""
     log_every: int = number(10, least=1)
     """Optimizer steps between log entries."""
     val_every: float = number(0.25, above=0)

@@ -23,7 +23,7 @@ _FILES = """\
 | file | what it is |
 |---|---|
 | `model*.safetensors` | projector and LLM |
-| `backbone*.safetensors` | the frozen vision tower |
+| `backbone*.safetensors` | the vision tower |
 | `backbone.json` | the tower's SHA-256, and how an image becomes its input |
 | `llm.json` | the LLM's architecture, as transformers writes it |
 | `tokenizer/` | the tokenizer with the chat template |
@@ -204,7 +204,7 @@ def _composition(config: DictConfig, vlm: VLM, llm: LanguageModel, run: Path | N
 
 | part | choice |
 |---|---|
-| vision backbone | `{config.backbone.name}`, {vlm.backbone.image_size} px, {config.backbone.resize} |
+| vision backbone ({recipe.tower}) | `{config.backbone.name}`, {vlm.backbone.image_size} px, {config.backbone.resize} |
 | projector | `{config.projector.name}`, {vlm.backbone.num_patches} patches to {height}x{width} visual tokens |
 | LLM | `{config.llm.name}`, {llm.max_positions} positions |
 | parameters | {parameters:,} |

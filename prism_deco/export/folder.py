@@ -43,11 +43,11 @@ def save_folder(
     max_shard_size: str = SHARD_SIZE,
     run: Path | None = None,
 ) -> None:
-    """Writes the whole model, its frozen tower included.
+    """Writes the whole model, its tower included.
 
     Args:
         folder: new, or empty.
-        vlm: changed in place: LoRA adapters are merged into the LLM's weights, and `dtype` is applied.
+        vlm: changed in place: LoRA adapters are merged into the weights, and `dtype` is applied.
         dtype: of the written weights; None keeps theirs.
         max_shard_size: larger weights are split into several files with an index.
         run: the run folder, whose scores the README shows.
@@ -132,10 +132,11 @@ def finish_folder(folder: Path, card: str) -> None:
 
 
 def merge_adapters(vlm: VLM) -> None:
-    """Merges LoRA adapters into the LLM's weights, if there are any."""
-    if has_lora(vlm.lm):
-        log.info("Merging the LoRA adapters into the language model")
-        merge_lora(vlm.lm)
+    """Merges LoRA adapters into the weights of the LLM and of the tower, if there are any."""
+    for part in (vlm.lm, vlm.backbone):
+        if has_lora(part):
+            log.info("Merging the LoRA adapters into the %s", type(part).__name__)
+            merge_lora(part)
 
 
 def portable(config: DictConfig) -> DictConfig:
@@ -149,6 +150,8 @@ def portable(config: DictConfig) -> DictConfig:
     if towers:
         content["backbone"]["towers"] = [_choice(tower) for tower in towers]
     content["recipe"]["lm"] = "full"  # adapters are merged
+    if content["recipe"]["tower"] != "frozen":
+        content["recipe"]["tower"] = "full"
     return compose(_without_paths(content) | {"runs_dir": "runs"})
 
 

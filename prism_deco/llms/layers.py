@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from itertools import chain
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from prism_deco.config.registry import unknown
@@ -44,10 +45,11 @@ def decoder(lm: PreTrainedModel) -> nn.Module:
     return next(part for part in lm.children() if any(module is table for module in part.modules()))
 
 
-def checkpoint_activations(lm: PreTrainedModel, policy: str) -> None:
+def checkpoint_activations(lm: PreTrainedModel | None, policy: str, blocks: Iterable[nn.Module] = ()) -> None:
     """Trades computation for memory in every layer of the LLM.
 
     Args:
+        blocks: of a trained tower, to do the same in.
         policy: none | selective (keep matrix products and attention, recompute the rest) | full (keep the input of
             each layer and recompute everything else, as prismatic-vlms does).
     """
@@ -58,7 +60,10 @@ def checkpoint_activations(lm: PreTrainedModel, policy: str) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if policy == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _KEPT)
-    lm.activation_checkpointing_enable(options)
+    if lm is not None:
+        lm.activation_checkpointing_enable(options)
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, **options)
 
 
 def fill_buffers(lm: PreTrainedModel) -> None:

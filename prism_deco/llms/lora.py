@@ -1,7 +1,7 @@
-"""LoRA adapters on the language model, through peft (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA adapters on a language model or a vision tower, through peft (Hu et al. 2021, arXiv 2106.09685).
 
-Adapters are injected into the LLM's own module tree: its class, its methods and the names of its modules stay the same,
-and each adapted linear layer is wrapped in one that holds it as `base_layer`.
+Adapters are injected into the model's own module tree: its class, its methods and the names of its modules stay the
+same, and each adapted linear layer is wrapped in one that holds it as `base_layer`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,27 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from prism_deco.errors import UsageError
-from prism_deco.tensors import open_tensors
+from prism_deco.tensors import is_adapter, open_tensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 """The file of an adapter folder that holds the tensors, next to `adapter_config.json`."""
 
 _NAME = "default"
-_PREFIX = "base_model.model."  # of names in a `peft.PeftModel`, which wraps the LLM
+_PREFIX = "base_model.model."  # of names in a `peft.PeftModel`, which wraps the model
 
 
-def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, base: str | None = None) -> None:
-    """Adds trainable adapters to every linear layer but the output head, as LLaVA does, and freezes the rest.
+def add_lora(
+    model: nn.Module,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float,
+    base: str | None = None,
+    layers: Sequence[str] | None = None,
+) -> None:
+    """Adds trainable adapters to linear layers and freezes the rest.
 
     A is drawn from torch's seed (see `draw_lora`) and B is zero, so that the model's output does not change at first.
     Adapters of a half-precision base are float32, so that small updates are not lost.
@@ -39,6 +46,7 @@ def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, base
         alpha: the update is scaled by alpha / r.
         dropout: fraction of an adapter's inputs that are dropped in training.
         base: where the base weights come from, for the record.
+        layers: names of the layers; None are all of a causal LM of transformers but the output head, as in LLaVA.
 
     Raises:
         UsageError: peft is not installed, or a number is out of range.
@@ -51,8 +59,8 @@ def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, base
         lora_alpha=alpha,
         lora_dropout=dropout,
         bias="none",
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
+        target_modules="all-linear" if layers is None else list(layers),
+        task_type="CAUSAL_LM" if layers is None else None,
         base_model_name_or_path=base,
     )
     _inject(model, config)
@@ -60,16 +68,6 @@ def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, base
         for name, parameter in model.named_parameters():
             if is_adapter(name) and not parameter.is_meta:
                 parameter.copy_(draw_lora(name, parameter.shape))
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a tensor of an LLM's state dict belongs to an adapter."""
-    return ".lora_" in name
-
-
-def base_name(name: str) -> str:
-    """The name of a base weight in the LLM without adapters."""
-    return name.replace(".base_layer.", ".")
 
 
 def draw_lora(name: str, shape: Sequence[int]) -> Tensor:
@@ -85,11 +83,11 @@ def draw_lora(name: str, shape: Sequence[int]) -> Tensor:
     return tensor
 
 
-def save_lora(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+def save_lora(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Writes the adapters in peft's format: `peft.PeftModel.from_pretrained(base, folder)` reads them too.
 
     Args:
-        state: the LLM's state dict if it had to be gathered; None takes the model's own.
+        state: the model's state dict if it had to be gathered; None takes the model's own.
     """
     peft = _peft()
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +99,7 @@ def save_lora(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] 
     config.save_pretrained(folder)
 
 
-def load_lora(model: PreTrainedModel, folder: Path) -> None:
+def load_lora(model: nn.Module, folder: Path) -> None:
     """Adds the adapters that `save_lora` wrote.
 
     Raises:
@@ -115,7 +113,7 @@ def load_lora(model: PreTrainedModel, folder: Path) -> None:
     fill_lora(model, folder)
 
 
-def fill_lora(model: PreTrainedModel, folder: Path) -> None:
+def fill_lora(model: nn.Module, folder: Path) -> None:
     """Gives a model's adapters the values that `save_lora` wrote.
 
     Raises:
@@ -134,7 +132,7 @@ def fill_lora(model: PreTrainedModel, folder: Path) -> None:
         raise UsageError(f"The adapters in {folder} do not fit the model: {listed} ({len(wrong)} in all).")
 
 
-def merge_lora(model: PreTrainedModel) -> None:
+def merge_lora(model: nn.Module) -> None:
     """Adds the adapters' updates to the base weights and removes the adapters.
 
     Raises:
@@ -149,12 +147,12 @@ def merge_lora(model: PreTrainedModel) -> None:
     del cast(Any, model).peft_config
 
 
-def has_lora(model: PreTrainedModel) -> bool:
+def has_lora(model: nn.Module) -> bool:
     """Whether the model has adapters."""
     return hasattr(model, "peft_config")
 
 
-def _inject(model: PreTrainedModel, config: Any) -> None:
+def _inject(model: nn.Module, config: Any) -> None:
     with next(model.parameters()).device:
         _peft().inject_adapter_in_model(config, model, _NAME)
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""How much of a language model is trained, and in which form its frozen weights are held."""
+"""How much of a language model or a vision tower is trained, and in which form its frozen weights are held."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUANTIZATIONS = ("nf4",)
 
 @dataclass(frozen=True)
 class Tuning:
-    """One way to train an LLM.
+    """One way to train an LLM or a tower.
 
     Attributes:
         base: train its own weights; otherwise they stay as they are, bit for bit.
@@ -32,11 +32,6 @@ class Tuning:
     base: bool
     adapters: bool
     quantize: str | None = None
-
-    def check(self) -> None:
-        """`UsageError` if this machine cannot do it."""
-        if self.quantize:
-            quantization(self.quantize)
 
     def apply(self, model: PreTrainedModel, *, r: int, alpha: int, dropout: float, source: str | None = None) -> None:
         """Freezes what is not trained, and adds adapters if there are any (see `add_lora`)."""
@@ -52,7 +47,7 @@ TUNINGS = {
     _LORA: Tuning(base=False, adapters=True),
     _QLORA: Tuning(base=False, adapters=True, quantize="nf4"),
 }
-"""What each choice of `recipe.lm` means."""
+"""What each choice of `recipe.lm` means, and of `recipe.tower`."""
 
 
 def tuning(name: str) -> Tuning:

@@ -163,7 +163,7 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, memory_bytes:
     shape = _largest_pass(config, setup, sequences, room, visual)
     shape = replace(shape, passes=shape.passes * len(projector.scales))
     setup, memory = _least_recomputation(config, setup, shape, memory_bytes)
-    trained = count(projector, llm.model, trained=True)
+    trained = count(backbone, projector, llm.model, trained=True)
     steps = math.ceil(sequences.records / recipe.global_batch_size) * recipe.epochs
     steps = min(steps, recipe.max_steps or steps)
     seen = min(steps * recipe.global_batch_size, sequences.records * recipe.epochs)

@@ -51,22 +51,32 @@ class PassShape:
 
 @lru_cache(maxsize=32)
 def walk_tower(tower: VisionBackbone, images: int, setup: Setup) -> tuple[Phases, torch.Size, torch.dtype]:
-    """The frozen tower, in the one phase `forward`; and shape and dtype of its features."""
+    """Phase `forward` of the tower, and where it is trained `kept` (by autograd, without the features) and `backward`;
+    and shape and dtype of its features."""
     mode = FakeTensorMode()
     # Frozen, equal blocks need the same memory one after the other.
-    backbone, _ = short_backbone(tower)
+    backbone = copy.deepcopy(tower).train() if tower.trained else short_backbone(tower)[0]
     to_fake(backbone, mode, _weights_type(setup))
-    with mode, without_data("backbone"), torch.no_grad():
+    checkpoint_activations(None, setup.checkpointing, backbone.blocks if tower.trained else ())
+    with mode, without_data("backbone"), torch.set_grad_enabled(tower.trained):
         towers = backbone.transform.towers.items()
         pixels = {name: torch.empty(images, 3, t.image_size, t.image_size, device="cpu") for name, t in towers}
         with _autocast(setup), TensorMeter(backbone) as meter:
             meter.phase("forward")
             features = backbone(pixels)
-    return meter.peaks, features.shape, features.dtype
+            phases = dict(meter.peaks)
+            if tower.trained:
+                kept = meter.live - features.untyped_storage().nbytes()
+                meter.phase("backward")
+                features.backward(torch.empty_like(features))
+                phases = meter.peaks | {"kept": (kept, kept)}
+    return phases, features.shape, features.dtype
 
 
 @lru_cache(maxsize=64)
-def walk_projector(bare: Projector, shape: torch.Size, dtype: torch.dtype, setup: Setup) -> Phases:
+def walk_projector(
+    bare: Projector, shape: torch.Size, dtype: torch.dtype, setup: Setup, tower_trained: bool = False
+) -> Phases:
     """Phases `forward`, `kept` (by autograd, after the forward pass) and `backward` on features of that shape."""
     mode = FakeTensorMode()
     projector = copy.deepcopy(bare).train()
@@ -74,7 +84,8 @@ def walk_projector(bare: Projector, shape: torch.Size, dtype: torch.dtype, setup
     with mode, without_data("projector"), _autocast(setup), TensorMeter(projector) as meter:
         meter.phase("forward")
         # No name holds the features: unless autograd keeps them they die with the call, as in `VLM.visual_tokens`.
-        tokens = projector(torch.empty(shape, dtype=_weights_type(setup) or dtype, device="cpu"))
+        own = _weights_type(setup) or dtype
+        tokens = projector(torch.empty(shape, dtype=own, device="cpu", requires_grad=tower_trained))
         meter.phase("kept")
         meter.phase("backward")
         tokens.backward(torch.empty_like(tokens))

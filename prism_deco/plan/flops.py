@@ -28,7 +28,7 @@ _META = torch.device("meta")
 
 @dataclass(frozen=True)
 class TrainingFlops:
-    """The costs of one of each, forward and backward pass together; the tower is frozen and has no backward pass."""
+    """The costs of one of each, forward and backward pass together; a frozen tower has no backward pass."""
 
     tower: int
     """Per image."""
@@ -76,7 +76,7 @@ def training_flops(config: DictConfig) -> TrainingFlops:
     )
 
 
-def step_flops(module: nn.Module, features: Tensor) -> tuple[int, int]:
+def step_flops(module: nn.Module, features: Tensor | dict[str, Tensor]) -> tuple[int, int]:
     """Operations of a module's forward pass, and of its forward and backward pass together."""
     with FlopCounterMode(display=False, custom_mapping={_CONVOLUTION: _convolution_backward_flops}) as counter:
         total = module(features).sum()
@@ -104,6 +104,10 @@ def _convolution_backward_flops(
 # torch and would count nothing.
 @lru_cache(maxsize=32)
 def _tower_flops(tower: VisionBackbone) -> int:
+    if tower.trained:
+        # Whole: how far the backward pass goes depends on which blocks are trained.
+        with without_data("backbone"):
+            return step_flops(copy.deepcopy(tower), tower.blank(_META))[1]
     backbone, runs = short_backbone(tower)
     with without_data("backbone"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         backbone(backbone.blank(_META))

@@ -26,7 +26,7 @@ class Memory:
     weights: int
     """Projector and LLM, in float32 where they are trained; this device's share of them."""
     tower: int
-    """The frozen backbone's weights."""
+    """The backbone's weights."""
     gradients: int
     """Of the trained parameters, as many as there are at that moment, and copies for their exchange."""
     optimizer: int
@@ -60,7 +60,7 @@ class Moment(NamedTuple):
 def step_memory(config: DictConfig, setup: Setup, shape: PassShape) -> Memory:
     """Memory of a training step: that of the fullest of its moments."""
     backbone, lm, projector = backbone_of(config), llm_of(config).model, projector_of(config)
-    trained = count(projector, lm, trained=True)
+    trained = count(backbone, projector, lm, trained=True)
     all_gradients = FLOAT32 * trained // setup.shards
     # Gradients of earlier passes are there from the start. Shards of them are small: they are counted throughout.
     earlier = all_gradients if shape.passes > 1 or setup.shards > 1 else None
@@ -73,13 +73,14 @@ def step_memory(config: DictConfig, setup: Setup, shape: PassShape) -> Memory:
         gradients = made + both - alone if earlier is None else earlier
         moments[name] = Moment(alone - logits + kept, logits, gradients, neighbours)
 
-    # Activations outside the LLM are never recomputed.
+    # Activations outside the LLM and a trained tower are never recomputed.
     outside = replace(setup, checkpointing="none")
-    tower, size, dtype = walk_tower(backbone, shape.records, outside)
+    tower, size, dtype = walk_tower(backbone, shape.records, setup if backbone.trained else outside)
     add("tower", tower["forward"])
-    projected = walk_projector(projector, size, dtype, outside)
-    add("projector forward", projected["forward"])
-    kept = projected["kept"][0]
+    below = tower["kept"][0] if backbone.trained else 0
+    projected = walk_projector(projector, size, dtype, outside, backbone.trained)
+    add("projector forward", projected["forward"], kept=below)
+    kept = below + projected["kept"][0]
     recipe = config.recipe
     language = walk_language(
         llm_key(config), lm.config.num_hidden_layers, shape, recipe.turn_mask, recipe.max_logits, setup
@@ -88,7 +89,9 @@ def step_memory(config: DictConfig, setup: Setup, shape: PassShape) -> Memory:
     add("loss", language["loss"], kept=kept, loss_from=language["kept"][0])
     add("backward, last layer", language["last"], kept=kept)
     add("backward, first layer", language["first"], kept=kept)
-    add("projector backward", projected["backward"], made=FLOAT32 * count(lm, trained=True))
+    add("projector backward", projected["backward"], kept=below, made=FLOAT32 * count(lm, trained=True))
+    if backbone.trained:
+        add("tower backward", tower["backward"], made=FLOAT32 * count(projector, lm, trained=True))
     # AdamW is fused: it makes no tensors of its own.
     moments["optimizer"] = Moment(0, 0, all_gradients, last_exchange)
     when = max(moments, key=lambda name: sum(moments[name]))

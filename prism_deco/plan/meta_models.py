@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from timm.layers import weight_init
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import (
 from transformers import PreTrainedModel
 
 from prism_deco.backbones import VisionBackbone, build_backbone
-from prism_deco.build import group, max_positions, prompt_options
+from prism_deco.build import group, max_positions, prompt_options, tune_tower
 from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel, build_llm
 from prism_deco.llms.spec import architecture
@@ -70,8 +70,10 @@ _SPEAKS_OF_IT = re.compile(r"\bmeta\b|_meta\b|FakeTensor|tensor subclasses")
 
 
 def backbone_of(config: DictConfig) -> VisionBackbone:
-    """The configured backbone on the meta device; shared, so not to be changed."""
-    return _backbone(json.dumps(group(config, "backbone")))
+    """The configured backbone on the meta device, its trained parameters marked; shared, so not to be changed."""
+    keys = ("tower", "tower_layers", "lora_r", "lora_alpha", "lora_dropout")
+    recipe = {key: config.recipe[key] for key in keys} if config.recipe.tower != "frozen" else None
+    return _backbone(json.dumps({"backbone": group(config, "backbone"), "recipe": recipe}))
 
 
 def short_backbone(backbone: VisionBackbone) -> tuple[VisionBackbone, list[tuple[nn.Module, int]]]:
@@ -153,7 +155,11 @@ def count(*modules: nn.Module, trained: bool | None = None) -> int:
 def _backbone(options: str) -> VisionBackbone:
     # Weights on the meta device have no values: what timm draws for them takes a second in a grid, for nothing.
     with replaced(weight_init, "_trunc_normal_", lambda *_: None):
-        return build_backbone(json.loads(options), pretrained=False, device="meta")
+        content = json.loads(options)
+        backbone = build_backbone(content["backbone"], pretrained=False, device="meta")
+        if content["recipe"]:
+            tune_tower(backbone, OmegaConf.create(content["recipe"]))
+        return backbone
 
 
 @lru_cache(maxsize=64)

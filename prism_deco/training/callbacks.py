@@ -24,7 +24,7 @@ from prism_deco.llms import LanguageModel
 from prism_deco.logs import log_console
 from prism_deco.plan.devices import GIB, peak_flops
 from prism_deco.plan.flops import TrainingFlops
-from prism_deco.training.board import Board
+from prism_deco.training.board import Loggers
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.progress import VAL_LOSS, Metrics
 from prism_deco.vlm import VLM
@@ -41,14 +41,14 @@ MAX_NEW_TOKENS = 32
 class Recorder(Callback):
     """Writes the numbers of each step and validation, and shows how far the run is. Rank 0 has it.
 
-    `metrics.jsonl` gets all numbers, TensorBoard those of every `log_every` steps under the same names. A terminal
+    `metrics.jsonl` gets all numbers, the loggers those of every `log_every` steps under the same names. A terminal
     shows a bar over optimizer steps, the log a line every two minutes. The bar shares the log's console: two consoles
     on one terminal would write into each other's lines.
     """
 
-    def __init__(self, metrics: Metrics, board: Board, log_every: int):
+    def __init__(self, metrics: Metrics, loggers: Loggers, log_every: int):
         self._metrics = metrics
-        self._board = board
+        self._loggers = loggers
         self._log_every = log_every
         self._bar: Progress | None = None
         self._first_step = 0
@@ -82,42 +82,43 @@ class Recorder(Callback):
             log.info("Step %d of %d: loss %.4f, %.2f s per step, %s left", step, total, loss, seconds, left)
         if step % self._log_every == 0:
             counts = {f"train/{name}": count for name, count in pl_module.counts.items() if count}
-            self._board.scalars(pl_module.last_step | pl_module.last_norms | counts, step)
+            self._loggers.scalars(pl_module.last_step | pl_module.last_norms | counts, step)
         self._metrics.append(step, pl_module.last_step)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         log.info("Step %d of %d: val/loss %.4f", trainer.global_step, pl_module.total_steps, pl_module.val_loss)
         # metrics.jsonl last: a resumed run does not repeat a validation that is recorded there.
-        self._board.scalars({VAL_LOSS: pl_module.val_loss}, trainer.global_step)
+        self._loggers.scalars({VAL_LOSS: pl_module.val_loss}, trainer.global_step)
         self._metrics.append(trainer.global_step, {VAL_LOSS: pl_module.val_loss})
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any, status: str = "success") -> None:
         if self._bar:
             self._bar.stop()
+        self._loggers.close(status)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self.on_train_end(trainer, pl_module)
+        self.on_train_end(trainer, pl_module, "failed")
 
 
 class SampleAnswers(Callback):
-    """Shows in TensorBoard, after each validation, a few held-out images with the question, the model's answer and
+    """Shows in the loggers, after each validation, a few held-out images with the question, the model's answer and
     the reference answer.
 
     Args:
         count: number of validation images shown, the first of the file; of each its first record.
-        board: None in all processes but the first.
+        loggers: None in all processes but the first.
     """
 
-    def __init__(self, llm: LanguageModel, data: Conversations, count: int, board: Board | None):
+    def __init__(self, llm: LanguageModel, data: Conversations, count: int, loggers: Loggers | None):
         self._llm = llm
         self._data = data
         self._count = count
-        self._board = board
+        self._loggers = loggers
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         vlm: VLM = pl_module.vlm
         # Where weights are sharded, all processes answer together, and the first one shows it.
-        if self._board is None and not vlm.every_unit:
+        if self._loggers is None and not vlm.every_unit:
             return
         records, examples = self._data.val_records, self._data.val_examples
         for row, index in enumerate(_distinct_images(records, self._count)):
@@ -130,12 +131,11 @@ class SampleAnswers(Callback):
             question, reference = record.messages[0]["content"], record.messages[1]["content"]
             visual = list(vlm.visual_tokens(pixels))
             [text] = answer(vlm, self._llm, [visual], [question], max_new_tokens=MAX_NEW_TOKENS)
-            if self._board:
+            if self._loggers:
                 image = np.asarray(load_image(examples.images, record.images[0]))
                 shown = question.replace(IMAGE_TAG, "").strip()
-                markdown = f"**question** {shown}\n\n**answer** {text}\n\n**reference** {reference}"
-                self._board.image(f"val/sample_{row}", image, trainer.global_step)
-                self._board.text(f"val/sample_{row}", markdown, trainer.global_step)
+                texts = {"question": shown, "answer": text, "reference": reference}
+                self._loggers.sample(f"val/sample_{row}", image, texts, trainer.global_step)
 
 
 class SpeedMonitor(Callback):
@@ -152,13 +152,13 @@ class SpeedMonitor(Callback):
     Args:
         flops: costs of the model (`plan.flops.training_flops`); None leaves the utilisation out.
         log_every: optimizer steps.
-        board: where they are plotted; None in all processes but the first.
+        loggers: where they are plotted; None in all processes but the first.
     """
 
-    def __init__(self, flops: TrainingFlops | None, log_every: int, board: Board | None):
+    def __init__(self, flops: TrainingFlops | None, log_every: int, loggers: Loggers | None):
         self._flops = flops
         self._log_every = log_every
-        self._board = board
+        self._loggers = loggers
         self._start = self._last_end = self._paused = 0.0
         self._waited = 0.0
         self._counts: Tensor | None = None  # float64[5]: records, images, positions, squared lengths, targets
@@ -213,8 +213,8 @@ class SpeedMonitor(Callback):
         if peak is not None and self._flops is not None:
             done = self._flops.step(images=images, positions=positions, pairs=pairs, targets=targets)
             values["train/mfu"] = done / (seconds * peak * trainer.world_size)
-        if self._board:
-            self._board.scalars(values, trainer.global_step)
+        if self._loggers:
+            self._loggers.scalars(values, trainer.global_step)
 
 
 def _distinct_images(records: Records, count: int) -> list[int]:

@@ -6,10 +6,11 @@ import logging
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
 from prism_deco.backbones import build_backbone
-from prism_deco.build import build_model, group
+from prism_deco.build import build_model, group, tune_tower
 from prism_deco.config import read_config
 from prism_deco.config.registry import require_imported
 from prism_deco.errors import UsageError
@@ -48,6 +49,8 @@ def consolidate(run: Path, checkpoint: str, folder: Path) -> None:
     if config.backbone.pretrained and (config.llm.pretrained or tuning(config.recipe.lm).base):
         vlm, llm = build_model(config, device="meta")
         vlm.backbone = build_backbone(group(config, "backbone"))
+        if config.recipe.tower != "frozen":
+            tune_tower(vlm.backbone, config.recipe)
     else:
         pl.seed_everything(config.seed, workers=True, verbose=False)
         vlm, llm = build_model(config)
@@ -60,4 +63,7 @@ def consolidate(run: Path, checkpoint: str, folder: Path) -> None:
         name = names[id(tensor)]
         return stored.read(name) if name in stored.shapes else tensor
 
+    with torch.no_grad():
+        for parameter in vlm.backbone.parameters():
+            parameter.copy_(read(parameter))  # the model folder holds the tower's hash
     save_model(folder, config, vlm, llm, read=read)

@@ -15,6 +15,7 @@ from prism_deco.distributed import World
 from prism_deco.errors import UsageError
 from prism_deco.exits import CheckpointFailed, DiskFull, Preempted, Preemption, RankFailed, Stop, as_stop
 from prism_deco.processes import clear_failures, start_ranks
+from prism_deco.training.board import FOLDER
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.preconditions import Scoring, check_all
 from prism_deco.training.progress import THROUGH, read_status, set_status
@@ -83,7 +84,9 @@ def _run(config: Any, scoring: Scoring | None, overwrite: bool, force: bool) -> 
             scoring(target.folder, world)
         if world.is_main:
             set_status(target.folder, **read_status(target.folder) | {"state": "done"})
-        log.info("Run folder: %s. Show it with: tensorboard --logdir %s", target.folder, config.runs_dir)
+        log.info("Run folder: %s", target.folder)
+        if (target.folder / FOLDER).is_dir():
+            log.info("Show it with: tensorboard --logdir %s", config.runs_dir)
         return 0
 
 

@@ -21,6 +21,7 @@ from prism_deco.training.model_folder import (
     BASE_RECORD,
     CONFIG,
     TOWER,
+    TOWER_ADAPTER,
     TOWER_RECORD,
     WEIGHTS,
     check_finite,
@@ -43,8 +44,8 @@ FEATURES = ("standardise_features", "token_scale")
 
 
 def start_from(folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel) -> None:
-    """Takes over what a finished run has trained (projector, LLM or adapters), and whatever of it is random elsewhere
-    (tower, LLM).
+    """Takes over what a finished run has trained (projector, LLM, tower or adapters), and whatever of it is random
+    elsewhere (tower, LLM).
 
     Args:
         folder: the earlier run's `model/`; see `find_start`.
@@ -54,8 +55,9 @@ def start_from(folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel) -
     Raises:
         UsageError: the files are damaged, or frozen weights differ from the earlier run's.
     """
-    earlier = tuning(read_config(folder / CONFIG).recipe.lm)
-    if config.backbone.pretrained:
+    recipe = read_config(folder / CONFIG).recipe
+    earlier, tower = tuning(recipe.lm), tuning(recipe.tower)
+    if config.backbone.pretrained and not tower.base:
         _check_sha256("backbone.weights", folder / TOWER_RECORD, vlm.backbone.sha256())
     else:
         load_weights(vlm.backbone, [folder / TOWER])
@@ -66,6 +68,8 @@ def start_from(folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel) -
     load_weights(vlm, [folder / WEIGHTS], elsewhere=elsewhere)
     if earlier.adapters:
         fill_lora(vlm.lm, folder / ADAPTER)
+    if tower.adapters:
+        fill_lora(vlm.backbone, folder / TOWER_ADAPTER)
     check_finite(folder, vlm)
 
 
@@ -89,24 +93,26 @@ def find_start(run: Path, config: DictConfig) -> Path:
 
 def check_start(earlier: DictConfig, config: DictConfig) -> None:
     """`UsageError` if the earlier run, which the configuration starts from, is one of another model, or one whose LLM
-    would be lost."""
-    run, way, now = config.recipe.start_from, tuning(earlier.recipe.lm), tuning(config.recipe.lm)
+    or tower would be lost."""
+    run = config.recipe.start_from
     differing = _differing(earlier, config)
     if differing:
         listed = "; ".join(differing[:5])
         raise UsageError(
             f"recipe.start_from={run} is a run of another model: {listed}. Start from a run of the same model."
         )
-    if way.adapters:
-        keys = ("lm", "lora_r", "lora_alpha")
-        if any(earlier.recipe[key] != config.recipe[key] for key in keys):
-            same = " ".join(f"recipe.{key}={earlier.recipe[key]}" for key in keys)
+    for key, part, name in (("lm", "llm", "LLM"), ("tower", "backbone", "tower")):
+        way, now = tuning(earlier.recipe[key]), tuning(config.recipe[key])
+        keys = (key, "lora_r", "lora_alpha", *(("tower_layers",) if key == "tower" else ()))
+        if way.adapters and any(earlier.recipe[k] != config.recipe[k] for k in keys):
+            same = " ".join(f"recipe.{k}={earlier.recipe[k]}" for k in keys)
             raise UsageError(f"recipe.start_from={run} trains adapters: only a run with {same} can continue them.")
-    if way.base and config.llm.pretrained and not now.base:
-        raise UsageError(
-            f"recipe.start_from={run} trains the whole LLM, which a run with recipe.lm={config.recipe.lm} does not "
-            "store: set recipe.lm=full, or start from a run that keeps the LLM frozen (recipe.lm=frozen)."
-        )
+        if way.base and config[part].pretrained and not now.base:
+            raise UsageError(
+                f"recipe.start_from={run} trains the whole {name}, which a run with recipe.{key}={config.recipe[key]} "
+                f"does not store: set recipe.{key}=full, or start from a run that keeps the {name} frozen "
+                f"(recipe.{key}=frozen)."
+            )
 
 
 def _differing(earlier: DictConfig, now: DictConfig) -> list[str]:

@@ -26,9 +26,17 @@ from prism_deco.files import file_sha256, read_json, verify_sha256, write_json, 
 from prism_deco.llms import LanguageModel, build_llm
 from prism_deco.llms.build import weights_record
 from prism_deco.llms.layers import fill_buffers
-from prism_deco.llms.lora import base_name, is_adapter, load_lora, save_lora
+from prism_deco.llms.lora import load_lora, save_lora
 from prism_deco.llms.tuning import tuning
-from prism_deco.tensors import all_finite, full, open_tensors, tensor_files, write_safetensors
+from prism_deco.tensors import (
+    all_finite,
+    base_name,
+    full,
+    is_adapter,
+    open_tensors,
+    tensor_files,
+    write_safetensors,
+)
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -39,6 +47,9 @@ TOWER_RECORD = "backbone.json"
 LLM_RECORD = "llm.json"
 BASE_RECORD = "base.json"
 ADAPTER = "adapter"
+TOWER_ADAPTER = "backbone_adapter"
+ADAPTERS = {"lm": ADAPTER, "backbone": TOWER_ADAPTER}
+"""Folders of the adapters, by the part of the model that has them."""
 TOKENIZER = "tokenizer"
 SUMS = "SHA256SUMS"
 """Checksums of the folder's files; `sha256sum -c` reads it, too."""
@@ -51,9 +62,9 @@ _SUFFIXES = (".safetensors", ".json", ".model", ".jinja", ".txt")
 def save_model(
     folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel, *, read: Callable[[Tensor], Tensor] = full
 ) -> None:
-    """Writes projector and LLM weights, the tokenizer, the configuration, and what was frozen (the backbone, the LLM
-    under adapters): by the SHA-256 of its weights where they can be had again, whole where they were random. Adapters
-    go to a folder of their own, in peft's format and in `adapter_dtype`.
+    """Writes projector, LLM and trained tower, the tokenizer, the configuration, and what was frozen (tower or LLM,
+    also under adapters): by the SHA-256 of its weights where they can be had again, whole where they were random.
+    Adapters go to a folder of their own, in peft's format and in `adapter_dtype`.
 
     Weights that are sharded among processes are gathered one by one: all processes must call it, the first writes.
 
@@ -64,15 +75,17 @@ def save_model(
     is_named = config.llm.pretrained and not tuning(config.recipe.lm).base
     weights: dict[str, Tensor] = {}
     tower: dict[str, Tensor] = {}
-    adapters: dict[str, Tensor] = {}
+    adapters: dict[str, dict[str, Tensor]] = {}
     for name, tensor in _distinct(vlm).items():
         if is_adapter(name):
-            adapters[name.removeprefix("lm.")] = read(tensor).to(adapter_dtype(config))
+            part, _, own = name.partition(".")
+            adapters.setdefault(part, {})[own] = read(tensor).to(adapter_dtype(config))
         elif name.startswith("backbone."):
-            tower[name.removeprefix("backbone.")] = tensor
+            tower[base_name(name.removeprefix("backbone."))] = tensor
         elif not (is_named and name.startswith("lm.")):
             weights[base_name(name)] = tensor
-    parts = {WEIGHTS: weights} if config.backbone.pretrained else {WEIGHTS: weights, TOWER: tower}
+    names_tower = config.backbone.pretrained and not tuning(config.recipe.tower).base
+    parts = {WEIGHTS: weights} if names_tower else {WEIGHTS: weights, TOWER: tower}
     if is_main:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / CONFIG)
@@ -84,8 +97,8 @@ def save_model(
         describe_parts(folder, config, vlm, llm)
         if is_named:
             write_json(folder / BASE_RECORD, weights_record(llm.spec))
-        if adapters:
-            save_lora(vlm.lm, folder / ADAPTER, adapters)
+        for part, tensors in adapters.items():
+            save_lora(vlm.get_submodule(part), folder / ADAPTERS[part], tensors)
         write_sums(folder, digests)
     else:
         vlm.backbone.sha256()  # gathers what the first process hashes
@@ -140,13 +153,15 @@ def load_model(folder: Path, num_tokens: int | None = None) -> tuple[VLM, Langua
         # Small, and a plug-in's may compute buffers that no file holds.
         vlm.projector = compose_projector(bare, vlm.backbone, llm, bare=True)
     load_weights(vlm, weights, elsewhere=elsewhere, assign=True)
-    if (folder / ADAPTER).is_dir():
-        load_lora(vlm.lm, folder / ADAPTER)
     if tower:
         load_weights(vlm.backbone, tower, assign=True)
     else:
         vlm.backbone = build_backbone(group(config, "backbone"))
     _check_backbone(folder, config, vlm)
+    for part, name in ADAPTERS.items():
+        if (folder / name).is_dir():
+            load_lora(vlm.get_submodule(part), folder / name)
+    vlm.backbone.requires_grad_(False)
     check_finite(folder, vlm)
     return vlm.eval(), llm, config
 
@@ -155,7 +170,7 @@ def _architecture_only(folder: Path, config: DictConfig) -> DictConfig:
     """The configuration of the model without its adapters, with tokenizer and architecture as the folder holds them."""
     bare = config.copy()
     bare.llm.tokenizer = str(folder / TOKENIZER)
-    bare.recipe.lm = "full"
+    bare.recipe.lm, bare.recipe.tower = "full", "frozen"
     if bare.llm.get("architecture") is None and (folder / LLM_RECORD).is_file():
         OmegaConf.update(bare, "llm.architecture", read_json(folder / LLM_RECORD), force_add=True)
     return bare

@@ -39,7 +39,7 @@ class _Totals(NamedTuple):
 
 
 class TrainingModule(pl.LightningModule):
-    """Trains projector and LLM of a `VLM`.
+    """Trains projector and LLM of a `VLM`, and the tower where the recipe does.
 
     One item of the loader is one optimizer step (`data.loader.Step`); its forward passes are looped
     over here. Lightning's own accumulation averages the passes' means, which weights a token by how
@@ -110,15 +110,20 @@ class TrainingModule(pl.LightningModule):
         idle = all(micro_batch.pixels is None for micro_batch in batch.batches)
         # Only a process without images has to ask whether others have some.
         if idle and not self.recipe.update_idle_projector and not totals.passes_with_images:
-            # It has gradients of zero on every rank, with which AdamW would still move it.
+            # They have gradients of zero on every rank, with which AdamW would still move them.
             self.vlm.projector.zero_grad()
+            self.vlm.backbone.zero_grad()
         norm = grad_norm(self.vlm.parameters())
-        parts = (grad_norm(part.parameters()) for part in (self.vlm.projector, self.vlm.lm))
+        parts = {"projector": self.vlm.projector, "lm": self.vlm.lm}
+        if self.vlm.backbone.trained:
+            parts["tower"] = self.vlm.backbone
+        norms = (grad_norm(part.parameters()) for part in parts.values())
         # In one transfer: the device is waited for once in a step.
-        numbers = [value.to(self.device, torch.float64) for value in (loss, norm, *parts, *totals)]
-        step_loss, step_norm, projector_norm, lm_norm, *counted = torch.stack(numbers).tolist()
-        totals = _Totals(*counted)
-        self.last_norms = {"train/grad_norm_projector": projector_norm, "train/grad_norm_lm": lm_norm}
+        numbers = [value.to(self.device, torch.float64) for value in (loss, norm, *totals, *norms)]
+        step_loss, step_norm, *counted = torch.stack(numbers).tolist()
+        totals = _Totals(*counted[: len(totals)])
+        part_norms = zip(parts, counted[len(totals) :], strict=True)
+        self.last_norms = {f"train/grad_norm_{part}": part_norm for part, part_norm in part_norms}
         self.last_step = {
             "train/loss": step_loss,
             "train/grad_norm": step_norm,

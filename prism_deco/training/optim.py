@@ -17,7 +17,14 @@ from prism_deco.vlm import VLM
 
 
 def parameter_groups(
-    projector: nn.Module, lm: nn.Module, *, lr: float, projector_lr: float | None, weight_decay: float
+    projector: nn.Module,
+    lm: nn.Module,
+    tower: nn.Module | None = None,
+    *,
+    lr: float,
+    projector_lr: float | None,
+    tower_lr: float | None = None,
+    weight_decay: float,
 ) -> list[dict]:
     """AdamW groups of the trained parameters: matrices decay, vectors and biases do not.
 
@@ -27,9 +34,11 @@ def parameter_groups(
     """
     groups = []
     seen: set[int] = set()
-    for part, module, rate in (("projector", projector, lr if projector_lr is None else projector_lr), ("lm", lm, lr)):
+    parts = (("projector", projector, projector_lr), ("lm", lm, None), ("tower", tower, tower_lr))
+    for part, module, own_lr in parts:
+        rate = lr if own_lr is None else own_lr
         decayed, plain = [], []
-        for name, parameter in module.named_parameters():
+        for name, parameter in module.named_parameters() if module is not None else ():
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
@@ -43,9 +52,8 @@ def parameter_groups(
 
 def adamw(vlm: VLM, recipe: DictConfig) -> AdamW:
     """The recipe's optimizer, fused: it makes no temporary copies of weights and gradients."""
-    groups = parameter_groups(
-        vlm.projector, vlm.lm, lr=recipe.lr, projector_lr=recipe.projector_lr, weight_decay=recipe.weight_decay
-    )
+    rates = {"lr": recipe.lr, "projector_lr": recipe.projector_lr, "tower_lr": recipe.tower_lr}
+    groups = parameter_groups(vlm.projector, vlm.lm, vlm.backbone, **rates, weight_decay=recipe.weight_decay)
     return AdamW(groups, betas=tuple(recipe.betas), eps=recipe.eps, fused=True)
 
 

@@ -19,8 +19,9 @@ from prism_deco.files import check_writable
 from prism_deco.llms.build import check_llm_weights
 from prism_deco.llms.isolation import check_isolation
 from prism_deco.llms.spec import read_spec
-from prism_deco.llms.tuning import tuning
+from prism_deco.llms.tuning import quantization, tuning
 from prism_deco.tensors import SUFFIXES, check_tensor_file, tensor_files
+from prism_deco.training.board import read_loggers
 from prism_deco.training.checkpoints import Checkpoint
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.init_from import check_start, find_start
@@ -87,10 +88,12 @@ def check_all(
         if plans:
             verify_model(start)
     strategy_of(config.trainer, world)
+    read_loggers(config.trainer)
     if config.trainer.strategy == "fsdp":
         Sharding.of(config.trainer, world.size)
     vlm, llm = build_model(config, device="meta")
-    tuning(config.recipe.lm).check()
+    if kind := tuning(config.recipe.lm).quantize:
+        quantization(kind)
     if scoring is not None:
         scoring.prepare(source.benchmarks)
     data = Conversations(source, config, vlm, llm)

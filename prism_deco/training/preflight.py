@@ -26,10 +26,10 @@ from prism_deco.data.records import Record
 from prism_deco.errors import UsageError
 from prism_deco.llms import Encoded, LanguageModel
 from prism_deco.llms.encoding import IGNORE, answers_only
-from prism_deco.llms.lora import is_adapter
 from prism_deco.llms.prompts import IMAGE_TAG
 from prism_deco.llms.tuning import tuning
 from prism_deco.sequence import Batch
+from prism_deco.tensors import is_adapter
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.model_folder import adapter_dtype, load_model, save_model
 from prism_deco.training.optim import adamw, clip_gradients, grad_norm
@@ -47,7 +47,7 @@ def preflight(
     """Checks labels, gradients, learning, the use of images, and saving; leaves the weights unchanged.
 
     1. The supervised tokens of each record decode to text of its answers.
-    2. The first gradient of the projector and of the LLM, where they are trained, is finite and not zero.
+    2. The first gradient of the tower, the projector and the LLM, where they are trained, is finite and not zero.
     3. Ten steps of AdamW at the recipe's learning rates lower the loss of eight records.
     4. With black images the loss changes.
     5. The model, with what these steps taught it, gives the same logits after saving and loading.
@@ -187,7 +187,7 @@ class _Checks:
         # Norms of whole parts: a parameter may rightly have none at first (a LoRA factor behind one of zeros).
         parts = {"LLM": self.vlm.lm}
         if not self.config.recipe.blind and any(example.pixels for example in self.examples):
-            parts = {"projector": self.vlm.projector} | parts
+            parts = {"tower": self.vlm.backbone, "projector": self.vlm.projector} | parts
         for name, part in parts.items():
             norm = float(grad_norm(part.parameters()))
             if any(p.requires_grad for p in part.parameters()) and not (math.isfinite(norm) and norm > 0):

@@ -26,8 +26,9 @@ from prism_deco.errors import UsageError
 from prism_deco.llms import LanguageModel
 from prism_deco.llms.build import added_rows, weight_map
 from prism_deco.llms.layers import decoder_layers, fill_buffers
-from prism_deco.llms.lora import base_name, draw_lora, is_adapter
+from prism_deco.llms.lora import draw_lora
 from prism_deco.projectors import Projector
+from prism_deco.tensors import base_name, is_adapter
 from prism_deco.vlm import VLM
 
 

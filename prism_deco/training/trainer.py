@@ -32,7 +32,7 @@ from prism_deco.llms.spec import read_spec
 from prism_deco.plan.flops import TrainingFlops, training_flops
 from prism_deco.plan.meta_models import NeedsData
 from prism_deco.processes import clear_failures, failure_recorded
-from prism_deco.training.board import Board, choices_of
+from prism_deco.training.board import Loggers
 from prism_deco.training.callbacks import Recorder, SampleAnswers, SpeedMonitor
 from prism_deco.training.checkpoint_callback import Checkpointing
 from prism_deco.training.checkpoints import Checkpoint
@@ -118,17 +118,16 @@ def _train(
         shard=partial(sharding.apply, vlm, llm) if sharding else None,
         stop_requested=lambda: preemption.requested,
     )
-    metrics = board = None
+    metrics = loggers = None
     if world.is_main:
         steps_done = resume.step if resume else 0
-        metrics, board = Metrics(target.folder, steps_done), Board(target.folder, steps_done)
-        board.hyperparameters(choices_of(config))
+        metrics, loggers = Metrics(target.folder, steps_done), Loggers(target.folder, config, steps_done)
     # In the order in which they see a step: it is recorded before it is saved.
-    callbacks: list[Callback] = [SpeedMonitor(_step_flops(config, caches), config.trainer.log_every, board)]
+    callbacks: list[Callback] = [SpeedMonitor(_step_flops(config, caches), config.trainer.log_every, loggers)]
     if config.trainer.samples:
-        callbacks.append(SampleAnswers(llm, data, config.trainer.samples, board))
-    if metrics and board:
-        callbacks.append(Recorder(metrics, board, config.trainer.log_every))
+        callbacks.append(SampleAnswers(llm, data, config.trainer.samples, loggers))
+    if metrics and loggers:
+        callbacks.append(Recorder(metrics, loggers, config.trainer.log_every))
     callbacks.append(Checkpointing(target.folder, resume, metrics, config.trainer, about, preemption))
     trainer = _lightning_trainer(config, world, data, callbacks)
     with preemption.at_boundaries():
@@ -161,7 +160,8 @@ def _build(config: DictConfig, start: Path | None, sharding: Sharding | None) ->
     if config.recipe.packing:
         use_packed_attention(vlm.lm)
     if config.trainer.activation_checkpointing != "none":
-        checkpoint_activations(vlm.lm, config.trainer.activation_checkpointing)
+        blocks = vlm.backbone.blocks if vlm.backbone.trained else []
+        checkpoint_activations(vlm.lm, config.trainer.activation_checkpointing, blocks)
     if config.trainer.compile:
         compile_layers(vlm)
     return vlm, llm

@@ -288,8 +288,8 @@ def test_scores_are_shown_in_tensorboard(colors, files, tmp_path):
         assert (point.step, point.value) == (2, pytest.approx(score))
     (tmp_path / "another").mkdir()
     other = Board(tmp_path / "another", 0)  # trained without benchmarks, and the first by its name
-    other.hyperparameters({"seed": 1})
-    other.close()
+    other.log_hyperparams({"seed": 1})
+    other.finalize("success")
     assert {"eval/first", "eval/second"} <= _metrics_of_the_hparams_tab(tmp_path)
 
 

@@ -24,6 +24,9 @@ PLAIN = (
         ("llm=mini_phi", "projector=linear", "backbone=mini_dinov2_siglip"),
         ("llm=mini_llama", "projector=avgpool", "recipe.lm=frozen"),
         ("llm=mini_llama", "projector=maxpool", "recipe.lm=lora", "recipe.lora_r=8"),
+        ("llm=mini_qwen2", "projector=linear", "backbone=mini_dinov2_siglip", "recipe.tower=full"),
+        ("llm=mini_qwen2", "projector=linear", "recipe.tower=full", "recipe.tower_layers=2"),
+        ("llm=mini_qwen2", "projector=linear", "recipe.tower=lora", "recipe.lora_r=8"),
     ],
     ids=" ".join,
 )

@@ -55,6 +55,15 @@ SETTINGS = {
         PassShape(4, 96, 16, 64, 1),
     ),
     "frozen LLM": ((CAUSAL, "recipe.lm=frozen"), PassShape(4, 128, 16, 64, 1)),
+    "trained tower": ((CAUSAL, "recipe.tower=full"), PassShape(8, 64, 16, 64, 1)),
+    "trained towers, recomputed": (
+        (CAUSAL, "recipe.tower=full", "backbone=mini_dinov2_siglip", "trainer.activation_checkpointing=full"),
+        PassShape(8, 64, 16, 64, 2),
+    ),
+    "last block of the tower": ((CAUSAL, "recipe.tower=full", "recipe.tower_layers=1"), PassShape(8, 64, 16, 64, 1)),
+    "adapters on the tower": (
+        (CAUSAL, "recipe.tower=lora", "recipe.lora_r=8", "recipe.lm=frozen"), PassShape(8, 64, 16, 64, 1)
+    ),
     "adapters": ((CAUSAL, DEEP, "recipe.lm=lora", "recipe.lora_r=8"), PassShape(4, 128, 16, 64, 1)),
 }  # fmt: skip
 
@@ -79,7 +88,8 @@ def _batch(towers: dict, layout: PassShape) -> Batch:
 def _measure(config, layout: PassShape) -> int:
     """Largest number of bytes of tensors in two optimizer steps; the second has AdamW's moments from the start."""
     vlm, _ = build_model(config)
-    checkpoint_activations(vlm.lm, config.trainer.activation_checkpointing)
+    blocks = vlm.backbone.blocks if vlm.backbone.trained else []
+    checkpoint_activations(vlm.lm, config.trainer.activation_checkpointing, blocks)
     module = TrainingModule(vlm, config.recipe, total_steps=2)
     towers = vlm.backbone.transform.towers
     steps = [Step([_batch(towers, layout) for _ in range(layout.passes)], 1, 0, 0) for _ in range(2)]
@@ -102,7 +112,14 @@ def _measure(config, layout: PassShape) -> int:
 
 # Autograd adds the two gradients of a tied table in place, but not those of fake tensors: a plan counts one more.
 TIED = "vocabulary of Qwen, logits in chunks"
-QUICK = ("block mask, two passes", "phi, c_abstractor", "two towers, linear", "deep, recomputed", "bfloat16")
+QUICK = (
+    "block mask, two passes",
+    "phi, c_abstractor",
+    "two towers, linear",
+    "deep, recomputed",
+    "bfloat16",
+    "trained tower",
+)
 
 
 @pytest.mark.parametrize(

@@ -113,10 +113,13 @@ def start(colors, tmp_path):
 
 @pytest.fixture(scope="session")
 def trained_weights():
-    """Run folder -> what it has trained: projector, and LLM or its adapters."""
+    """Run folder -> what it has trained: projector, LLM and tower, or their adapters."""
 
     def read(folder: Path) -> dict:
-        adapter = folder / "model" / "adapter" / "adapter_model.safetensors"
-        return load_file(folder / "model" / "model.safetensors") | (load_file(adapter) if adapter.is_file() else {})
+        return {
+            f"{file.parent.name}/{name}": tensor
+            for file in (folder / "model").rglob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        }
 
     return read

@@ -27,8 +27,14 @@ def _train(colors, runs, *overrides):
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["backbone.pretrained=false", "llm=mini_llama"], ["recipe.lm=lora", "recipe.lora_r=4"]],
-    ids=["pretrained tower", "random tower", "adapters on a random base"],
+    [
+        [],
+        ["backbone.pretrained=false", "llm=mini_llama"],
+        ["recipe.lm=lora", "recipe.lora_r=4"],
+        ["recipe.tower=full", "recipe.tower_layers=2"],
+        ["recipe.tower=lora", "recipe.lora_r=4"],
+    ],
+    ids=["pretrained tower", "random tower", "adapters on a random base", "trained tower", "adapters on the tower"],
 )
 def test_the_last_checkpoint_is_the_trained_model(colors, tmp_path, overrides):
     run = _train(colors, tmp_path, "recipe.epochs=1", *overrides)

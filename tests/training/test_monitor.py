@@ -15,7 +15,7 @@ from prism_deco.data.loader import Collate, Examples
 from prism_deco.data.records import open_records
 from prism_deco.plan.flops import TrainingFlops
 from prism_deco.training import callbacks
-from prism_deco.training.board import Board, choices_of
+from prism_deco.training.board import Loggers
 from prism_deco.training.callbacks import SpeedMonitor
 from prism_deco.training.module import TrainingModule
 
@@ -39,7 +39,7 @@ def test_numbers_by_hand(steps, monkeypatch):
     strategy = SimpleNamespace(reduce=lambda value, reduce_op: 2 * value)  # another rank did the same
     trainer = SimpleNamespace(global_step=0, strategy=strategy, world_size=2)
     module = SimpleNamespace(device=torch.device("cpu"))
-    callback = SpeedMonitor(FLOPS, log_every=2, board=board)
+    callback = SpeedMonitor(FLOPS, log_every=2, loggers=board)
     callback.on_train_start(trainer, module)
     for number, step in enumerate(steps[0][:2], start=1):
         clock.now += 1  # the loader
@@ -66,8 +66,7 @@ def test_numbers_by_hand(steps, monkeypatch):
 def test_tensorboard_gets_them(steps, tmp_path, tiny):
     vlm, _ = tiny()
     settings = OmegaConf.structured(RecipeConfig(name="test"))
-    board = Board(tmp_path, 0)
-    board.hyperparameters(choices_of(load_config(["seed=3", "recipe.lr=0.5"])))
+    board = Loggers(tmp_path, load_config(["seed=3", "recipe.lr=0.5"]), 0)
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=4, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, precision="64-true", callbacks=[SpeedMonitor(FLOPS, 2, board)],

@@ -41,7 +41,13 @@ def same_model(trained_weights):
 
 
 @pytest.mark.parametrize(
-    "tuning", [[], pytest.param(["recipe.lm=lora", "recipe.lora_dropout=0.3"], marks=pytest.mark.slow)]
+    "tuning",
+    [
+        [],
+        pytest.param(["recipe.lm=lora", "recipe.lora_dropout=0.3"], marks=pytest.mark.slow),
+        pytest.param(["recipe.tower=full", "recipe.tower_lr=1e-3"], marks=pytest.mark.slow),
+        pytest.param(["recipe.tower=lora", "recipe.lora_r=4", "recipe.lora_dropout=0.3"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(start, tmp_path, same_model, tuning):
     options = [*DROPOUT, *tuning, "data.val_fraction=0.3", "trainer.val_every=0.2"]

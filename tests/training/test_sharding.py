@@ -78,11 +78,14 @@ def test_two_processes_train_as_one_does(start, tmp_path, assert_same_run):
             2,
             ["recipe.lm=lora", "recipe.lora_r=4", "recipe.lora_dropout=0", "recipe.weight_decay=0.5", "llm=mini_llama"],
         ),
+        (2, ["recipe.tower=full", "recipe.tower_lr=3e-4", "trainer.activation_checkpointing=full"]),
+        (2, ["trainer=ddp", "trainer.devices=2", "recipe.tower=full", "recipe.tower_layers=1"]),
+        (2, ["recipe.tower=lora", "recipe.lora_r=4", "recipe.lora_dropout=0", "backbone=mini_dinov2_siglip"]),
         (2, ["projector=qformer", "projector.dropout=0", "llm=mini_phi", "recipe.lm=frozen", "data.val_fraction=0.3"]),
     ],
 )
 def test_every_way_to_share_the_work_gives_the_same_numbers(start, tmp_path, assert_same_run, ranks, options):
-    alone = [option for option in options if option.startswith(("recipe.", "llm", "projector", "data"))]
+    alone = [option for option in options if option.startswith(("recipe.", "llm", "backbone", "projector", "data"))]
     reference = start(*CLIPPED, *alone, run="one")
     job = start(*options, *CLIPPED, "trainer.accelerator=cpu", "trainer.precision=32-true", ranks=ranks)
     assert reference.wait() == [0], reference.log.read_text()
@@ -93,9 +96,13 @@ def test_every_way_to_share_the_work_gives_the_same_numbers(start, tmp_path, ass
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("order", ["prismatic", "shuffled"])
-def test_the_projector_rests_where_no_process_has_an_image(start, tmp_path, assert_same_run, strategy, order):
+@pytest.mark.parametrize("tower", ["frozen", "full"])
+def test_projector_and_tower_rest_where_no_process_has_an_image(
+    start, tmp_path, assert_same_run, strategy, order, tower
+):
     """`prismatic` has steps of text only; in a `shuffled` step of two records one process has the text alone."""
     options = ["recipe.update_idle_projector=false", f"recipe.sampler={order}", "recipe.epochs=2"]
+    options += [f"recipe.tower={tower}", "recipe.tower_lr=1e-4"]
     if order == "shuffled":
         options += ["recipe.global_batch_size=2", "recipe.micro_batch_size=1"]
     shared = [f"trainer={strategy}", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.precision=32-true"]
@@ -104,12 +111,14 @@ def test_the_projector_rests_where_no_process_has_an_image(start, tmp_path, asse
     assert_same_run(tmp_path / "run", tmp_path / "one")
     # AdamW's own count of the updates: two of six steps are of text only; of the shuffled ten none is.
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
-    counts = {"projector": set(), "lm": set()}
+    counts = {}
     for file in newest.glob("*.safetensors"):
         for name, value in load_file(file).items():
             if name.startswith("optimizer.step."):
-                counts[name.split(".")[2]].add(int(value))
-    assert counts == ({"projector": {4}, "lm": {6}} if order == "prismatic" else {"projector": {10}, "lm": {10}})
+                counts.setdefault(name.split(".")[2], set()).add(int(value))
+    vision = {"projector", "backbone"} if tower == "full" else {"projector"}
+    with_images, all_steps = (4, 6) if order == "prismatic" else (10, 10)
+    assert counts == {part: {with_images} for part in vision} | {"lm": {all_steps}}
 
 
 @pytest.mark.slow
