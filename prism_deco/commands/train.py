@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.commands.common import OVERRIDES, own_benchmarks
-from prism_deco.commands.evaluate import score_run
+from prism_deco.commands.evaluate import Tokens, score_run
 from prism_deco.commands.explain import has_relevance, measure_relevance
 from prism_deco.commands.keys import print_config
 from prism_deco.config import load_config
@@ -71,13 +71,20 @@ class _Scoring:
     keys: dict[str, Any]
     own: dict[str, dict[str, Any]]
     llm: dict[str, Any]
+    projector: str
     accelerator: str
 
     def prepare(self, benchmarks: Path | None) -> None:
         """Reads all questions; a wrong name, split or file must not wait for the end of training."""
         from prism_deco.evaluation.choose import check_keys, prepare, prepare_one
+        from prism_deco.evaluation.compressors import COMPRESSORS
         from prism_deco.llms.spec import check_ask, read_spec
+        from prism_deco.projectors import PROJECTORS
 
+        for name in self.keys["compressors"]:
+            COMPRESSORS.get(name)
+            if PROJECTORS.get(self.projector).compresses:
+                raise UsageError(f"evaluate.compressors: {name} needs projector=linear, not {self.projector}.")
         spec = read_spec(self.llm)
         for ask in self._asks:
             check_ask(spec, ask)
@@ -95,10 +102,11 @@ class _Scoring:
 
     def missing(self, folder: Path) -> _Scoring | None:
         """The part of this scoring that has no results in the folder yet; None if it is complete."""
-        scored = {path.parent.name for path in folder.glob("eval/*/metrics.json")}
+        scored = {path.parent for path in folder.glob("eval/**/metrics.json")}
         benchmarks = []
         for name in self.benchmarks:
-            if not {results_name(name, self._split(name), ask) for ask in self._asks} <= scored:
+            names = [results_name(name, self._split(name), ask) for ask in self._asks]
+            if not {folder / "eval" / tokens.folder / own for tokens in self._tokens for own in names} <= scored:
                 benchmarks.append(name)
         relevance = self.relevance
         if relevance and has_relevance(folder, relevance, self._split(relevance)):
@@ -116,7 +124,8 @@ class _Scoring:
         with world.patient():
             if self.benchmarks:
                 more = {"asks": self._asks, "batch_size": self.keys["batch_size"]}
-                score_run(folder, self.benchmarks, self._options, self.own, world=world, **more)
+                for tokens in self._tokens:
+                    score_run(folder, self.benchmarks, self._options, self.own, world=world, tokens=tokens, **more)
             if self.relevance and world.is_main:  # its files are those of one process
                 device = local_device(self.accelerator)
                 measure_relevance(folder, self.relevance, self._relevance_options(), device=device)
@@ -125,6 +134,13 @@ class _Scoring:
     @property
     def _asks(self) -> list[str]:
         return resolve_asks(self.keys["ask"])
+
+    @property
+    def _tokens(self) -> list[Tokens]:
+        """As in training, then with fewer."""
+        compressors = self.keys["compressors"] or {None: {}}
+        fewer = [Tokens(n, name, own) for n in self.keys["num_tokens"] for name, own in compressors.items()]
+        return [Tokens(), *fewer]
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -149,7 +165,7 @@ def _scoring(config: DictConfig) -> _Scoring | None:
     chosen: Any = OmegaConf.to_container(config.benchmark)
     own = {name: of_groups.get(name, {}) | chosen.get(name, {}) for name in of_groups | chosen}
     llm: Any = OmegaConf.to_container(config.llm, resolve=True)
-    return _Scoring(benchmarks, keys["relevance"], keys, own, llm, config.trainer.accelerator)
+    return _Scoring(benchmarks, keys["relevance"], keys, own, llm, config.projector.name, config.trainer.accelerator)
 
 
 def _check(stages: Sequence[Stage], config: DictConfig, *, overwrite: bool, force: bool) -> int:
