@@ -182,12 +182,13 @@ def _score_section(table: ScoreTable, differences: Sequence[Difference], spannin
     rest = [pair for pair in differences if pair not in with_base]
     shown = [
         tables.scores_table(table, differences),
+        tables.worth_table(table, differences),
         tables.wins_table(table),
         *([tables.gains_table(table), tables.spatial_table(table)] if table.table == 1 else []),
         tables.differences_table(with_base) if with_base else None,
         figures.budget_table(table),
     ]
-    drawn = [curves, *spanning, figures.mean_figure(table)]
+    drawn = [*(figures.mean_figure(table, cost) for cost in figures.COSTS), *spanning, curves]
     if table.table:
         shown.append(settings_table(table.cells, table.table))
     return PageSection(

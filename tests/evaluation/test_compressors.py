@@ -1,9 +1,13 @@
 """Training-free compressors against slow loops, one image, head and token at a time."""
 
+import json
+
 import pytest
 import torch
 
+from prism_deco.api import load
 from prism_deco.backbones import build_backbone
+from prism_deco.cli import main
 from prism_deco.errors import UsageError
 from prism_deco.evaluation.compressors import COMPRESSORS, compress
 from prism_deco.inference import first_token_probabilities
@@ -36,7 +40,7 @@ def model():
 
 
 def tower_attention(vlm, pixels):
-    """(heads' keys by position, attention to each patch per head): by the library's own attention, or by its formula."""
+    """Features, queries and keys of both images, and the number of heads."""
     trunk = vlm.backbone.trunk
     attention = trunk.blocks[trunk.taps[-1]].attn
     seen = []
@@ -118,12 +122,12 @@ def test_prumerge(model, backbone):
 
 
 def slow_fastv(vlm, llm, visual, prompt, layer, num_tokens, steps):
-    """float64[steps, V], the logits of one prompt's greedy answer: no batch, no cache; dropped tokens stay, and are masked
-    behind the layer."""
+    """float64[steps, V], the logits of one prompt's greedy answer: no batch, no cache; dropped tokens stay, and are
+    masked behind the layer."""
     body = vlm.lm.base_model
     batch = build_batch([llm.ask(prompt, len(visual))], vlm.projector.num_tokens)
     embeddings = vlm.embed(batch, torch.stack(visual) if visual else None)
-    dropped, found = None, []
+    dropped, found, weights = None, [], []
     for _ in range(steps):
         length = embeddings.shape[1]
         places = torch.arange(length)[None]
@@ -136,7 +140,6 @@ def slow_fastv(vlm, llm, visual, prompt, layer, num_tokens, steps):
                 mask[0, 0, dropped, dropped] = 0  # a row must see something; nobody sees it
             cos_and_sin = body.rotary_emb(hidden, places)
             if number == layer and dropped is None:
-                weights = []
                 before = block.self_attn.register_forward_hook(lambda m, a, out: weights.append(out[1]))
                 hidden = block(hidden, attention_mask=mask, position_embeddings=cos_and_sin)
                 before.remove()
@@ -226,3 +229,79 @@ def test_what_cannot_be_compressed_is_refused(model, tiny):
     linear = build_projector("linear", tower.embed_dim, language.embed_dim, tower.grid)
     refused("the attention of its blocks .* cannot be read", tokens=2, vlm=VLM(tower, linear, language.model))
     assert COMPRESSORS.names() == ["fastv", "prumerge", "visionzip"]
+
+
+FAST = ["data=llava", "data.val_fraction=0", "recipe.max_steps=2", "recipe.global_batch_size=2", "trainer.threads=1",
+        "recipe.micro_batch_size=2", "backbone.pretrained=false", "llm.pretrained=false"]  # fmt: skip
+
+
+@pytest.fixture
+def train(colors, files, tmp_path):
+    """Trains a tiny run, and names its folder and a benchmark."""
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(json.dumps({k: v for k, v in files.gqa(max_new_tokens=3).items() if k != "name"}))
+    source = [f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}"]
+
+    def run(*overrides):
+        where = [f"runs_dir={tmp_path}", "run_id=run", f"evaluate.benchmarks={mine}"]
+        assert main(["train", *source, *FAST, *where, *overrides]) == 0
+        return tmp_path / "run", f"benchmark={mine}"
+
+    return run
+
+
+def outputs(folder):
+    return [json.loads(line)["output"] for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_compressed_answers_have_places_of_their_own(train, capsys):
+    """In training, then by `evaluate`; with an option, and as a comparison with the model compressed by hand."""
+    more = "evaluate.compressors={fastv: {layer: 1}, prumerge: {}}"
+    run, mine = train("projector=linear", more, "evaluate.num_tokens=[9]")
+    whole = {path.name: path.read_bytes() for path in (run / "eval/mine").iterdir()}
+    assert sorted(path.parent.name for path in run.glob("eval/*/mine")) == ["fastv9-layer1", "prumerge9"]
+    assert main(["evaluate", str(run), mine, "compressor=visionzip", "compressor.contextual=4", "num_tokens=16"]) == 0
+    folder = run / "eval/visionzip16-contextual4"
+    assert {path.name: path.read_bytes() for path in (run / "eval/mine").iterdir()} == whole
+    about = json.loads((folder / "tokens.json").read_text())
+    assert about.pop("first_token_seconds") > 0
+    assert about == {"num_tokens": 16, "compressor": "visionzip", "options": {"contextual": 4}}
+    model = load(run)
+    compress(model.vlm, "visionzip", 16, contextual=4)
+    asked = [json.loads(line) for line in (folder / "mine/predictions.jsonl").read_text().splitlines()]
+    images = [run.parent / "root" / record["image"] for record in asked]
+    assert model.generate(images, [record["prompt"] for record in asked], 3) == outputs(folder / "mine")
+    # Nothing is mixed in one folder.
+    out = f"--out={run / 'eval'}"
+    assert main(["evaluate", str(run), mine, "compressor=prumerge", "num_tokens=16", out]) == 2
+    assert "holds answers of other settings: model was" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_matryoshka_answers_with_each_number_of_tokens(train):
+    run, mine = train("projector=matryoshka", "projector.num_tokens=16", "evaluate.num_tokens=[4]")
+    assert main(["evaluate", str(run), mine, "num_tokens=1"]) == 0
+    for number, folder in ((16, "mine"), (4, "tokens4/mine"), (1, "tokens1/mine")):
+        model = load(run, num_tokens=number)
+        assert model.vlm.projector.num_tokens == number
+        records = [json.loads(line) for line in (run / "eval" / folder / "predictions.jsonl").read_text().splitlines()]
+        images = [run.parent / "root" / record["image"] for record in records]
+        assert model.generate(images, [record["prompt"] for record in records], 3) == outputs(run / "eval" / folder)
+    assert json.loads((run / "eval/tokens1/tokens.json").read_text())["compressor"] is None
+
+
+def test_wrong_arguments_are_refused(train, capsys):
+    run, mine = train("projector=linear", "evaluate.benchmarks=null")
+    for arguments, words in (
+        (["compressor=fastv"], "compressor=fastv needs a number of visual tokens"),
+        (["num_tokens=9", "compressor.layer=1"], "compressor.layer belongs to no compressor"),
+        (["num_tokens=9", "compressor=fastw"], "Unknown compressor 'fastw'"),
+    ):
+        assert main(["evaluate", str(run), mine, *arguments]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_compressor_for_another_projector_is_refused_before_training(train, capsys):
+    with pytest.raises(AssertionError):
+        train("projector=avgpool", "evaluate.compressors={fastv: {}}", "evaluate.num_tokens=[9]")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "evaluate.compressors: fastv needs projector=linear, not avgpool" in said and "step" not in said

@@ -108,8 +108,8 @@ class TowerCompressor(Projector):
         raise NotImplementedError
 
     def attention(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """float32[B, H, N]: the attention that the class token pays to each patch; without one, what each patch receives
-        from all positions on average."""
+        """float32[B, H, N]: the attention that the class token pays to each patch; where there is none, what each patch
+        receives from all positions on average."""
         paid = (queries @ keys.mT * keys.shape[-1] ** -0.5).softmax(dim=-1)
         row = paid[:, :, 0] if self.has_class_token else paid.mean(dim=2)
         return self.patches(row[..., None])[..., 0]

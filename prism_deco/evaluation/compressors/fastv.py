@@ -1,4 +1,4 @@
-"""FastV (arXiv 2403.06764): behind an early layer, the LLM goes on without the visual tokens that it attends to least."""
+"""FastV (arXiv 2403.06764): the LLM goes on without the visual tokens that an early layer attends to least."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from prism_deco.vlm import VLM
 
 @COMPRESSORS.register("fastv")
 class FastV:
-    """Ranks visual tokens by the attention that the prompt's last position pays to them in a layer, averaged over heads,
-    and drops all but the first `num_tokens` per image from the layers behind it. What is left keeps its positions.
+    """Ranks visual tokens by the attention that the prompt's last position pays to them in a layer, averaged over
+    heads, and drops all but the first `num_tokens` per image from the layers behind it. Others keep their positions.
 
     Reference: pkunlp-icler/FastV `src/transformers/src/transformers/models/llama/modeling_llama.py` (`FASTV_INPLACE`),
     for one prompt at a time; here rows of a batch are dropped from one by one, and the keys and values that answers are

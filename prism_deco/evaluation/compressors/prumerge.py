@@ -1,4 +1,4 @@
-"""PruMerge (arXiv 2403.15388): the patches that the class token attends to, each with its most similar ones merged in."""
+"""PruMerge (arXiv 2403.15388): the patches that the class token attends to, with similar ones merged in."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class PruMerge(TowerCompressor):
     whose fixed ratio this is: the number of outliers, its other criterion, differs from image to image, and tables
     compare equal numbers of tokens. As there, attention is taken over all channels as one head, and tokens are in the
     order of their attention. The reference reads the tower's last block, which is not loaded here; this reads the block
-    whose output is projected. Of a tower without a class token, it takes the attention that a patch receives on average,
-    as VisionZip does; the paper has CLIP only.
+    whose output is projected. Of a tower without a class token, it takes the attention that a patch receives on
+    average, as VisionZip does; the paper has CLIP only.
     """
 
     least = 2

@@ -18,7 +18,7 @@ class VisionZip(TowerCompressor):
 
     Reference: dvlab-research/VisionZip `visionzip/clip_encoder.py`, for CLIP; of towers without a class token the paper
     (section 3.2) takes the attention that a patch receives on average. As in the reference, a contextual token is the
-    sum of its target and of the mean of what was merged into it, not their mean. It counts the class token as a dominant
+    sum of its target and of the mean of what was merged into it, not their mean. There, the class token is a dominant
     one; here the projector was trained on patches alone.
 
     Args:
@@ -35,7 +35,7 @@ class VisionZip(TowerCompressor):
 
     def merge(self, features: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """float[B, N, D] -> float[B, M, D]: dominant tokens in the patches' order, then contextual ones."""
-        images, patches, _ = features.shape
+        patches = features.shape[1]
         scores = self.attention(queries, keys).sum(dim=1)
         dominant = scores.topk(self.num_tokens - self.contextual, dim=1).indices.sort(dim=1).values
         others = rest_of(dominant, patches)
