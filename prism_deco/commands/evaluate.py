@@ -238,7 +238,8 @@ def _first_token_seconds(model: Model) -> float:
     projector, and the LLM's pass over the prompt."""
     from PIL import Image
 
-    image, times = Image.new("RGB", (model.vlm.backbone.image_size,) * 2), []
+    side, times = model.vlm.backbone.image_size, []
+    image = Image.new("RGB", (side, side))
     for _ in range(12):
         start = time.perf_counter()
         model.generate(image, "What is in the image?", max_new_tokens=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -175,18 +174,18 @@ def mean_figure(table: ScoreTable, cost: Cost = TOKENS_COST) -> Figure | None:
 
 def _notes(groups: Sequence[SeedGroup], cost: Cost = TOKENS_COST) -> str:
     controls = [name for name in CONTROLS if any(group.variant == name for group in groups)]
-    band = f"The grey band spans the controls at each number of tokens ({', '.join(controls)})." if controls else ""
+    band = f"Grey bands span the controls at each number of tokens ({', '.join(controls)})." if controls else ""
     return " ".join(filter(None, [band, _SIDE_BY_SIDE if cost is TOKENS_COST else ""]))
 
 
 def _draw(ax: Axes, found: Sequence[Point], looks: dict[str, dict[str, Any]], spread: bool = True) -> None:
-    """Draws points with their intervals, those of a variant joined, and the controls as a band.
+    """Draws points with their intervals, those of a variant joined, and the controls as bands.
 
     Args:
         spread: points of the same cost side by side.
     """
     controls = [point for point in found if point.group.variant in CONTROLS]
-    _draw_band(ax, controls)
+    _draw_bands(ax, controls, spread)
     order = list(looks)
     found = [point for point in found if point not in controls]
     found = sorted(found, key=lambda point: (order.index(point.group.variant), point.cost))
@@ -202,17 +201,15 @@ def _draw(ax: Axes, found: Sequence[Point], looks: dict[str, dict[str, Any]], sp
             ax.errorbar([x for x, _ in own], y, yerr=errors, label=variant, capsize=2.5, elinewidth=1, **look)
 
 
-def _draw_band(ax: Axes, controls: Sequence[Point]) -> None:
-    """From the lowest to the highest mean score of the controls at each number of visual tokens."""
-    spans = []
+def _draw_bands(ax: Axes, controls: Sequence[Point], spread: bool) -> None:
+    """A band from the lowest to the highest mean score of the controls at each number of visual tokens, as wide as
+    their costs differ."""
     for tokens in sorted({point.group.tokens or 0 for point in controls}):
         own = [point for point in controls if point.group.tokens == tokens]
-        means = [point.score.mean for point in own]
-        spans.append((fmean(point.cost for point in own), min(means), max(means)))
-    if spans:
-        spans = [(0.8 * spans[0][0], *spans[0][1:]), *spans, (1.25 * spans[-1][0], *spans[-1][1:])]
-        x, low, high = np.array(sorted(spans)).T
-        ax.fill_between(x, low, high, color="#dcdcdc", label="controls", zorder=0, linewidth=0)
+        costs, means = [point.cost for point in own], [point.score.mean for point in own]
+        margin = 1.3 if spread else 1.01
+        span = [min(costs) / margin, max(costs) * margin]
+        ax.fill_between(span, min(means), max(means), color="#dcdcdc", label="controls", zorder=0, linewidth=0)
 
 
 def side_by_side(tokens: Sequence[float]) -> list[float]:

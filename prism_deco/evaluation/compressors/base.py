@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
-from timm.models.vision_transformer import Attention
+from timm.layers.attention import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
