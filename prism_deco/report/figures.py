@@ -19,6 +19,10 @@ TOKENS = "visual tokens per image"
 
 _MARKERS = 8  # along a curve
 
+_BAND: dict[str, Any] = {
+    "facecolor": "#dcdcdc", "edgecolor": "#b8b8b8", "linewidth": 0.6, "label": "controls", "zorder": 0,
+}  # fmt: skip
+
 _SIDE_BY_SIDE = "Points with the same number of tokens are drawn side by side."
 
 
@@ -209,7 +213,7 @@ def _draw_bands(ax: Axes, controls: Sequence[Point], spread: bool) -> None:
         costs, means = [point.cost for point in own], [point.score.mean for point in own]
         margin = 1.3 if spread else 1.01
         span = [min(costs) / margin, max(costs) * margin]
-        ax.fill_between(span, min(means), max(means), color="#dcdcdc", label="controls", zorder=0, linewidth=0)
+        ax.fill_between(span, min(means), max(means), **_BAND)
 
 
 def side_by_side(tokens: Sequence[float]) -> list[float]:

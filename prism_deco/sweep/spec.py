@@ -176,7 +176,7 @@ def _set(spec: Spec, key: str, text: str) -> None:
         if not swept:
             raise UsageError(f"{key}+={text} adds to an axis, and nothing is swept over {key} so far: write {key}=...")
         for grid in swept:
-            grid.axes[key] += values
+            grid.axes[key] = [*grid.axes[key], *values]
         return
     if known := {str(row.labels[key]) for row in rows if key in row.labels}:
         others = [value for value in values if value not in known]
