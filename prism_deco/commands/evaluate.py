@@ -52,6 +52,24 @@ class Tokens:
         options = [f"{key}{value}" for key, value in self.options.items()]
         return "-".join([f"{self.compressor or 'tokens'}{self.num_tokens}", *options])
 
+    def check(self, config: DictConfig) -> None:
+        """`UsageError` where a model of that configuration, trained or not, cannot be asked with these tokens."""
+        from prism_deco.build import build_model
+        from prism_deco.evaluation.compressors import compress
+
+        vlm, _ = build_model(config, device="meta")
+        if self.compressor is not None and self.num_tokens is not None:
+            compress(vlm, self.compressor, self.num_tokens, **self.options)
+            return
+        chosen = config.copy()
+        chosen.projector.num_tokens = self.num_tokens
+        other = build_model(chosen, device="meta")[0].projector.state_dict()
+        if {k: v.shape for k, v in other.items()} != {k: v.shape for k, v in vlm.projector.state_dict().items()}:
+            raise UsageError(
+                f"num_tokens={self.num_tokens}: the weights of projector={config.projector.name} depend on the number "
+                "of visual tokens; those of matryoshka do not."
+            )
+
     def load(self, run: Path) -> Model:
         """The model of a run with these tokens."""
         from prism_deco.api import load

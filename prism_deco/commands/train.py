@@ -71,20 +71,13 @@ class _Scoring:
     keys: dict[str, Any]
     own: dict[str, dict[str, Any]]
     llm: dict[str, Any]
-    projector: str
     accelerator: str
 
     def prepare(self, benchmarks: Path | None) -> None:
         """Reads all questions; a wrong name, split or file must not wait for the end of training."""
         from prism_deco.evaluation.choose import check_keys, prepare, prepare_one
-        from prism_deco.evaluation.compressors import COMPRESSORS
         from prism_deco.llms.spec import check_ask, read_spec
-        from prism_deco.projectors import PROJECTORS
 
-        for name in self.keys["compressors"]:
-            COMPRESSORS.get(name)
-            if PROJECTORS.get(self.projector).compresses:
-                raise UsageError(f"evaluate.compressors: {name} needs projector=linear, not {self.projector}.")
         spec = read_spec(self.llm)
         for ask in self._asks:
             check_ask(spec, ask)
@@ -106,7 +99,12 @@ class _Scoring:
         benchmarks = []
         for name in self.benchmarks:
             names = [results_name(name, self._split(name), ask) for ask in self._asks]
-            if not {folder / "eval" / tokens.folder / own for tokens in self._tokens for own in names} <= scored:
+            if (
+                not {
+                    folder / "eval" / tokens.folder / own for tokens in (Tokens(), *self.fewer_tokens) for own in names
+                }
+                <= scored
+            ):
                 benchmarks.append(name)
         relevance = self.relevance
         if relevance and has_relevance(folder, relevance, self._split(relevance)):
@@ -124,7 +122,7 @@ class _Scoring:
         with world.patient():
             if self.benchmarks:
                 more = {"asks": self._asks, "batch_size": self.keys["batch_size"]}
-                for tokens in self._tokens:
+                for tokens in (Tokens(), *self.fewer_tokens):
                     score_run(folder, self.benchmarks, self._options, self.own, world=world, tokens=tokens, **more)
             if self.relevance and world.is_main:  # its files are those of one process
                 device = local_device(self.accelerator)
@@ -136,11 +134,10 @@ class _Scoring:
         return resolve_asks(self.keys["ask"])
 
     @property
-    def _tokens(self) -> list[Tokens]:
-        """As in training, then with fewer."""
+    def fewer_tokens(self) -> list[Tokens]:
+        """Numbers of visual tokens to score with besides that of the training."""
         compressors = self.keys["compressors"] or {None: {}}
-        fewer = [Tokens(n, name, own) for n in self.keys["num_tokens"] for name, own in compressors.items()]
-        return [Tokens(), *fewer]
+        return [Tokens(n, name, own) for n in self.keys["num_tokens"] for name, own in compressors.items()]
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -165,7 +162,10 @@ def _scoring(config: DictConfig) -> _Scoring | None:
     chosen: Any = OmegaConf.to_container(config.benchmark)
     own = {name: of_groups.get(name, {}) | chosen.get(name, {}) for name in of_groups | chosen}
     llm: Any = OmegaConf.to_container(config.llm, resolve=True)
-    return _Scoring(benchmarks, keys["relevance"], keys, own, llm, config.projector.name, config.trainer.accelerator)
+    scoring = _Scoring(benchmarks, keys["relevance"], keys, own, llm, config.trainer.accelerator)
+    for tokens in scoring.fewer_tokens:
+        tokens.check(config)
+    return scoring
 
 
 def _check(stages: Sequence[Stage], config: DictConfig, *, overwrite: bool, force: bool) -> int:

@@ -300,8 +300,20 @@ def test_wrong_arguments_are_refused(train, capsys):
         assert words in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_compressor_for_another_projector_is_refused_before_training(train, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["projector=avgpool", "evaluate.compressors={fastv: {}}"], "AvgPool has merged them already"),
+        (
+            ["projector=linear", "evaluate.compressors={fastv: {layers: 1}}"],
+            "Unknown key of the compressor fastv 'layers'",
+        ),
+        (["projector=linear"], "cannot make num_tokens=9"),
+        (["projector=resampler", "projector.heads=2", "projector.kv_heads=1"], "depend on the number of visual tokens"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_training(train, capsys, arguments, words):
     with pytest.raises(AssertionError):
-        train("projector=avgpool", "evaluate.compressors={fastv: {}}", "evaluate.num_tokens=[9]")
+        train(*arguments, "evaluate.num_tokens=[9]")
     said = " ".join(capsys.readouterr().err.split())
-    assert "evaluate.compressors: fastv needs projector=linear, not avgpool" in said and "step" not in said
+    assert words in said and "Training run" not in said
