@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import statistics
+import time
 from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +26,72 @@ from prism_deco.config.choices import (
 )
 from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
-from prism_deco.files import check_folder, check_writable, read_json
+from prism_deco.files import check_folder, check_writable, read_json, write_json
 
-if TYPE_CHECKING:  # benchmarks need torch
+if TYPE_CHECKING:  # these need torch
+    from prism_deco.api import Model
+    from prism_deco.distributed import World
     from prism_deco.evaluation import Benchmark
 
 log = logging.getLogger(__name__)
 
-KEYS = ("ask", "batch_size", "num_tokens", "plugins")
+KEYS = ("ask", "batch_size", "compressor", "num_tokens", "plugins")
 FILE = "predictions.jsonl"
+TOKENS_FILE = "tokens.json"
+"""Beside the results of a run: how many visual tokens they were made with, and what a first token takes."""
 
-if TYPE_CHECKING:
-    from prism_deco.distributed import World
+
+@dataclass(frozen=True)
+class Tokens:
+    """The visual tokens that a trained model is scored with, if others than in training.
+
+    Attributes:
+        num_tokens: of an image; None: as in training.
+        compressor: what makes them of a `linear` run's; None: the projector itself (`matryoshka`).
+        options: the compressor's own.
+    """
+
+    num_tokens: int | None = None
+    compressor: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder that holds their results within the run's; empty: the run's own."""
+        if self.num_tokens is None:
+            return ""
+        options = [f"{key}{value}" for key, value in self.options.items()]
+        return "-".join([f"{self.compressor or 'tokens'}{self.num_tokens}", *options])
+
+    def check(self, config: DictConfig) -> None:
+        """`UsageError` where a model of that configuration, trained or not, cannot be asked with these tokens."""
+        from prism_deco.build import build_model
+        from prism_deco.evaluation.compressors import compress
+
+        vlm, _ = build_model(config, device="meta")
+        if self.compressor is not None and self.num_tokens is not None:
+            compress(vlm, self.compressor, self.num_tokens, **self.options)
+            return
+        chosen = config.copy()
+        chosen.projector.num_tokens = self.num_tokens
+        other = build_model(chosen, device="meta")[0].projector.state_dict()
+        if {k: v.shape for k, v in other.items()} != {k: v.shape for k, v in vlm.projector.state_dict().items()}:
+            raise UsageError(
+                f"num_tokens={self.num_tokens}: the weights of projector={config.projector.name} depend on the number "
+                "of visual tokens; those of matryoshka do not."
+            )
+
+    def load(self, run: Path) -> Model:
+        """The model of a run with these tokens."""
+        from prism_deco.api import load
+        from prism_deco.evaluation.compressors import compress
+
+        if self.compressor is None:
+            return load(run, num_tokens=self.num_tokens)
+        model = load(run)
+        assert self.num_tokens is not None
+        compress(model.vlm, self.compressor, self.num_tokens, **self.options)
+        return model
 
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +103,8 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="RUN KEY=VALUE",
         help="run folder; benchmark=NAMES (default: the run's) split=S limit=N ask=NAMES batch_size=N "
-        "num_tokens=N benchmark.NAME.root=DIR plugins=[MODULE]",
+        "num_tokens=N compressor=fastv|visionzip|prumerge compressor.KEY=VALUE benchmark.NAME.root=DIR "
+        "plugins=[MODULE]",
     )
     parser.add_argument(
         "--lmms-eval",
@@ -89,12 +147,9 @@ def evaluate(args: argparse.Namespace) -> None:
         usual = {key: value for key, value in usual.items() if key not in asked.options}
         own[name] = usual | asked.own.get(name, {})
     batch_size = _batch_size(asked)
-    num_tokens = parse_value("num_tokens", asked.others.get("num_tokens", "null"))
-    if num_tokens is not None and (type(num_tokens) is not int or num_tokens < 1):
-        raise UsageError(f"num_tokens={num_tokens} must be a whole number above 0.")
     more = {
-        "num_tokens": num_tokens,
-        "batch_size": batch_size,
+        "tokens": _tokens_of(asked.others),
+        "batch_size": _batch_size(asked),
         "out": args.out,
         "device": args.device,
         "dtype": args.dtype,
@@ -142,6 +197,22 @@ def _score_elsewhere(run: Path, args: argparse.Namespace, asked: Asked) -> None:
     show(table(score_tasks(run, tasks, out, model_id=manifest["model_sha256"], limit=limit, **settings)))
 
 
+def _tokens_of(given: Mapping[str, str]) -> Tokens:
+    """What the keys `num_tokens`, `compressor` and `compressor.KEY` say."""
+    num_tokens = parse_value("num_tokens", given.get("num_tokens", "null"))
+    if num_tokens is not None and (type(num_tokens) is not int or num_tokens < 1):
+        raise UsageError(f"num_tokens={num_tokens} must be a whole number above 0.")
+    compressor = given.get("compressor")
+    options = {
+        key.partition(".")[2]: parse_value(key, text) for key, text in given.items() if key.startswith("compressor.")
+    }
+    if compressor and num_tokens is None:
+        raise UsageError(f"compressor={compressor} needs a number of visual tokens: num_tokens=64, for example.")
+    if options and not compressor:
+        raise UsageError(f"compressor.{next(iter(options))} belongs to no compressor: name one, compressor=NAME.")
+    return Tokens(num_tokens, compressor, options)
+
+
 def _score_file(path: Path, asked: Asked) -> None:
     """Prints what a predictions file scores, beside chance and, where the file lies in a run, blindness."""
     from prism_deco.evaluation import build_benchmark, chance, load_predictions, score_file, table
@@ -169,7 +240,7 @@ def score_run(
     world: World,
     asks: Sequence[str] = (AS_TRAINED,),
     batch_size: int = 64,
-    num_tokens: int | None = None,
+    tokens: Tokens = Tokens(),
     out: Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -185,15 +256,14 @@ def score_run(
         world: the processes that share the images, all of which call this.
         asks: how to ask, see `evaluate.ask`; each has results of its own.
         batch_size: questions per generation.
-        num_tokens: visual tokens of an image, if others than in training (`matryoshka`).
-        out: folder of the results; None is the run's `eval`, or in it `tokens<num_tokens>` for another number.
+        tokens: visual tokens, if others than in training.
+        out: folder of the results; None is the run's `eval`, or in it a folder for other tokens (`Tokens.folder`).
         device: cpu | cuda, which must be there; None is what the run was trained on, or the CPU.
         dtype: float32 | bfloat16; None is bfloat16 after training in `bf16-mixed`, else that of the weights.
     """
     manifest = finished_run(folder)
     import torch
 
-    from prism_deco.api import load
     from prism_deco.build import group
     from prism_deco.distributed import local_device, requested_device
     from prism_deco.evaluation import chance, evaluate, load_predictions, table
@@ -204,7 +274,7 @@ def score_run(
     names = resolve_benchmarks(names)
     benchmarks = prepare(names, options, own, root=own_benchmarks(folder))
     spec = read_spec(group(read_config(folder / "model" / "config.yaml"), "llm"))
-    results_root = out or (folder / "eval" / f"tokens{num_tokens}" if num_tokens else folder / "eval")
+    results_root = out or folder / "eval" / tokens.folder
     todo: dict[Path, tuple[str, Benchmark]] = {}
     for ask in asks:
         check_ask(spec, ask)
@@ -212,12 +282,13 @@ def score_run(
             todo[results_root / results_name(name, benchmark.split, ask)] = ask, benchmark
     for results_folder in todo:
         check_writable(results_folder, "Name a folder for the results with --out.")
-    model = load(folder, num_tokens=num_tokens)
+    model = tokens.load(folder)
     if dtype := dtype or ("bfloat16" if model.config.trainer.precision == "bf16-mixed" else None):
         model.vlm.cast(getattr(torch, dtype))
     model.vlm.to(chosen or local_device(model.config.trainer.accelerator))
     computed_in = str(next(model.vlm.lm.parameters()).dtype).removeprefix("torch.")
-    about = {"batch_size": batch_size, "model_id": manifest["model_sha256"], "dtype": computed_in}
+    model_id = " ".join(filter(None, [manifest["model_sha256"], tokens.folder]))
+    about = {"batch_size": batch_size, "model_id": model_id, "dtype": computed_in}
     known = {results_folder: _score(results_folder) for results_folder in todo}
     results, constant = [], {}
     for results_folder, (model.ask, benchmark) in todo.items():
@@ -226,10 +297,25 @@ def score_run(
             constant[benchmark.name] = chance(benchmark, load_predictions(results_folder / FILE))
     if not world.is_main:
         return
+    write_json(results_root / TOKENS_FILE, asdict(tokens) | {"first_token_seconds": _first_token_seconds(model)})
     if out is None:
         scores = {str(f.relative_to(folder)): _score(f) for f in todo if _score(f) != known[f]}
         _log_scores(folder, model.config, scores, manifest["steps"])
     show(table(results, constant, _blind(model.config, benchmarks)))
+
+
+def _first_token_seconds(model: Model) -> float:
+    """Median time from an image and a short question to the first token of the answer: image transform, tower,
+    projector, and the LLM's pass over the prompt."""
+    from PIL import Image
+
+    side, times = model.vlm.backbone.image_size, []
+    image = Image.new("RGB", (side, side))
+    for _ in range(6):
+        start = time.perf_counter()
+        model.generate(image, "What is in the image?", max_new_tokens=1)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])  # the first one warms up
 
 
 def _score(results_folder: Path) -> float | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.commands.common import OVERRIDES, own_benchmarks
-from prism_deco.commands.evaluate import score_run
+from prism_deco.commands.evaluate import Tokens, score_run
 from prism_deco.commands.explain import has_relevance, measure_relevance
 from prism_deco.commands.keys import print_config
 from prism_deco.config import load_config
@@ -95,10 +95,16 @@ class _Scoring:
 
     def missing(self, folder: Path) -> _Scoring | None:
         """The part of this scoring that has no results in the folder yet; None if it is complete."""
-        scored = {path.parent.name for path in folder.glob("eval/*/metrics.json")}
+        scored = {path.parent for path in folder.glob("eval/**/metrics.json")}
         benchmarks = []
         for name in self.benchmarks:
-            if not {results_name(name, self._split(name), ask) for ask in self._asks} <= scored:
+            names = [results_name(name, self._split(name), ask) for ask in self._asks]
+            if (
+                not {
+                    folder / "eval" / tokens.folder / own for tokens in (Tokens(), *self.fewer_tokens) for own in names
+                }
+                <= scored
+            ):
                 benchmarks.append(name)
         relevance = self.relevance
         if relevance and has_relevance(folder, relevance, self._split(relevance)):
@@ -116,7 +122,8 @@ class _Scoring:
         with world.patient():
             if self.benchmarks:
                 more = {"asks": self._asks, "batch_size": self.keys["batch_size"]}
-                score_run(folder, self.benchmarks, self._options, self.own, world=world, **more)
+                for tokens in (Tokens(), *self.fewer_tokens):
+                    score_run(folder, self.benchmarks, self._options, self.own, world=world, tokens=tokens, **more)
             if self.relevance and world.is_main:  # its files are those of one process
                 device = local_device(self.accelerator)
                 measure_relevance(folder, self.relevance, self._relevance_options(), device=device)
@@ -125,6 +132,12 @@ class _Scoring:
     @property
     def _asks(self) -> list[str]:
         return resolve_asks(self.keys["ask"])
+
+    @property
+    def fewer_tokens(self) -> list[Tokens]:
+        """Numbers of visual tokens to score with besides that of the training."""
+        compressors = self.keys["compressors"] or {None: {}}
+        return [Tokens(n, name, own) for n in self.keys["num_tokens"] for name, own in compressors.items()]
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -149,7 +162,10 @@ def _scoring(config: DictConfig) -> _Scoring | None:
     chosen: Any = OmegaConf.to_container(config.benchmark)
     own = {name: of_groups.get(name, {}) | chosen.get(name, {}) for name in of_groups | chosen}
     llm: Any = OmegaConf.to_container(config.llm, resolve=True)
-    return _Scoring(benchmarks, keys["relevance"], keys, own, llm, config.trainer.accelerator)
+    scoring = _Scoring(benchmarks, keys["relevance"], keys, own, llm, config.trainer.accelerator)
+    for tokens in scoring.fewer_tokens:
+        tokens.check(config)
+    return scoring
 
 
 def _check(stages: Sequence[Stage], config: DictConfig, *, overwrite: bool, force: bool) -> int:

@@ -311,6 +311,12 @@ class EvaluateConfig:
     ask: str = AS_TRAINED
     """Ways to ask, separated by commas: as_trained (the prompt is what comes before an answer in training), or another
     one that the LLM's YAML offers (`asks`). Each has results of its own, `eval/BENCHMARK-ASK`."""
+    num_tokens: list[int] = field(default_factory=list)
+    """Other numbers of visual tokens to score the trained model with: those of `matryoshka`, or, with `compressors`,
+    what they leave. Each has results of its own, `eval/tokens36/BENCHMARK` or `eval/fastv36/BENCHMARK`."""
+    compressors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Training-free compressors to score a `linear` run with, and their options: `{fastv: {layer: 2}, visionzip: {}}`.
+    There is `prumerge`, too."""
     relevance: str | None = None
     """Benchmark with boxes whose relevance maps (R-GAE) are measured as well."""
     relevance_limit: int = number(100, least=1)

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 OWN_SPLIT = "own"
 
+_LONG = 100
+"""Differences beyond which their table is shown on demand, so that the figures are not far below."""
+
 
 def write_report(
     folders: Sequence[Path], out: Path | None = None, *, split: str | None = None, mixed: bool = False
@@ -180,19 +183,23 @@ def _score_section(table: ScoreTable, differences: Sequence[Difference], spannin
         return PageSection([tables.losses_table(table)], [curves] if curves else [], warnings)
     with_base = [pair for pair in differences if BASE in (pair.first, pair.second)] or differences
     rest = [pair for pair in differences if pair not in with_base]
+    folded = [tables.differences_table(rest, title="Differences of the other pairs")] if rest else []
+    if len(with_base) > _LONG:
+        folded.insert(0, tables.differences_table(with_base))
     shown = [
         tables.scores_table(table, differences),
+        tables.worth_table(table, differences),
         tables.wins_table(table),
         *([tables.gains_table(table), tables.spatial_table(table)] if table.table == 1 else []),
-        tables.differences_table(with_base) if with_base else None,
+        tables.differences_table(with_base) if 0 < len(with_base) <= _LONG else None,
         figures.budget_table(table),
     ]
-    drawn = [curves, *spanning, figures.mean_figure(table)]
+    drawn = [*(figures.mean_figure(table, cost) for cost in figures.COSTS), *spanning, curves]
     if table.table:
         shown.append(settings_table(table.cells, table.table))
     return PageSection(
         tables=[one for one in shown if one is not None],
         figures=[figure for figure in drawn if figure is not None],
         warnings=warnings,
-        folded=[tables.differences_table(rest, title="Differences of the other pairs")] if rest else [],
+        folded=folded,
     )

@@ -17,6 +17,9 @@ from prism_deco.training.progress import THROUGH
 PROJECTORS = ("linear", "avgpool", "maxpool", "qformer", "c_abstractor", "d_abstractor")
 """Their order in tables and figures; projectors from elsewhere follow by name."""
 
+CONTROLS = ("small_image", "every_kth", "random_patches", "bilinear")
+"""What a compressor must beat to be worth anything; figures draw them as a band."""
+
 MAXIMA = {"mme": 2000.0}
 """Maximum score by benchmark family, where it is not 100 (MME: ten tasks of 200 points)."""
 
@@ -74,6 +77,7 @@ class RunCell:
         manifest: empty until the training has finished.
         scores: by split ("" is the benchmarks' own) and benchmark.
         relevance: the content of the `metrics.json` of `explain`; empty if there is none.
+        first_token_seconds: from an image and a question to the first token of the answer; None where not measured.
         curves: by the names of metrics.jsonl and TensorBoard, such as `train/loss`.
     """
 
@@ -91,6 +95,7 @@ class RunCell:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
     relevance: Mapping[str, Any] = field(default_factory=dict)
+    first_token_seconds: float | None = None
     curves: Mapping[str, Curve] = field(default_factory=dict)
 
     @property
@@ -156,6 +161,11 @@ class RunCell:
         records = self.config.recipe.global_batch_size if self.config is not None else None
         return records / median(rates) if rates and records else None
 
+    @property
+    def training_seconds(self) -> float | None:
+        """Time of all optimizer steps, without validation; None where it was not logged."""
+        return self.step_seconds * self.manifest["steps"] if self.step_seconds and self.manifest else None
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -198,6 +208,17 @@ class SeedGroup:
     @property
     def tokens(self) -> int | None:
         return next((cell.tokens for cell in self.cells if cell.tokens is not None), None)
+
+    @property
+    def training_minutes(self) -> float | None:
+        """Mean over seeds, like the next."""
+        known = [cell.training_seconds for cell in self.cells if cell.training_seconds is not None]
+        return fmean(known) / 60 if known else None
+
+    @property
+    def first_token_ms(self) -> float | None:
+        known = [cell.first_token_seconds for cell in self.cells if cell.first_token_seconds is not None]
+        return 1000 * fmean(known) if known else None
 
     def scores(self, benchmark: str, split: str) -> dict[str, Score]:
         """By seed."""
@@ -268,4 +289,9 @@ def seed_groups(cells: Iterable[RunCell]) -> list[SeedGroup]:
             order.setdefault(cell.row, len(order))
             groups.setdefault((cell.row, cell.variant), []).append(cell)
     made = [SeedGroup(row, variant, tuple(members)) for (row, variant), members in groups.items()]
-    return sorted(made, key=lambda group: (order[group.row], *projector_rank(group.projector), group.variant))
+    return in_order(made, list(order))
+
+
+def in_order(groups: Iterable[SeedGroup], rows: Sequence[str]) -> list[SeedGroup]:
+    """Groups by the order of their rows, then of their projectors."""
+    return sorted(groups, key=lambda group: (rows.index(group.row), *projector_rank(group.projector), group.variant))

@@ -29,6 +29,9 @@ TAIL_LINES = 8
 _MANIFEST = ("data_hash", "params", "samples", "steps", "tokens")
 _SCORE = ("benchmark", "data_hash", "decoding", "interval95", "metrics", "n", "primary", "prompt_hash")
 
+_TOKENS = "tokens.json"
+_TOKENS_KEYS = ("num_tokens", "compressor", "options", "first_token_seconds")
+
 _NO_AXES = ("data.num_workers", "data.statistics", "recipe.micro_batch_size", "recipe.blind", "recipe.start_from")
 """Settings that are not an axis of a comparison: how a step is divided into passes, how images are loaded and whether
 there are any, and the run that training starts from, since every projector has its own."""
@@ -54,6 +57,7 @@ def collect(folders: Iterable[Path]) -> list[RunCell]:
         log.info("Reading %d runs in %s", len(found), folder)
         runs += [read_cell(run) for run in found]
     cells += _label(runs)
+    cells = [one for cell in cells for one in (cell, *_with_other_tokens(cell))]
     repeated = {name for name, count in Counter(cell.id for cell in cells).items() if count > 1}
     return [replace(cell, id=f"{cell.folder.parent.name}/{cell.id}") if cell.id in repeated else cell for cell in cells]
 
@@ -101,7 +105,8 @@ def read_cell(folder: Path, record: Mapping[str, Any] | None = None) -> RunCell:
             manifest = read_json(folder / "manifest.json", _MANIFEST)
             scores = read_scores(folder / "eval", cell.asked)
             relevance = read_relevance(folder / "explain", config) if config is not None else {}
-            cell = replace(cell, manifest=manifest, scores=scores, relevance=relevance)
+            first_token = _read_tokens(folder / "eval").get("first_token_seconds")
+            cell = replace(cell, manifest=manifest, scores=scores, relevance=relevance, first_token_seconds=first_token)
         return replace(cell, curves=read_curves(folder))
     except (UsageError, OSError) as error:
         log.warning("%s cannot be read: %s", folder, error)
@@ -124,6 +129,32 @@ def _read_config(folder: Path, record: Mapping[str, Any]) -> DictConfig | None:
     config = final_config([*overrides, f"run_id={folder.name}"])  # as the sweep will launch it
     OmegaConf.resolve(config)
     return config
+
+
+def _read_tokens(folder: Path) -> dict[str, Any]:
+    """How many visual tokens the results of a folder were made with; empty in those of earlier versions."""
+    return read_json(folder / _TOKENS, _TOKENS_KEYS) if (folder / _TOKENS).is_file() else {}
+
+
+def _with_other_tokens(cell: RunCell) -> Iterable[RunCell]:
+    """A cell for each other number of visual tokens that a run was scored with, by its projector or a compressor."""
+    for path in sorted(cell.folder.glob(f"eval/*/{_TOKENS}")) if cell.manifest else ():
+        about = _read_tokens(path.parent)
+        tokens, name = about["num_tokens"], about["compressor"]
+        labels = {**cell.labels, "recipe.num_tokens": str(tokens)}
+        if name:
+            options = [f"{key}={value}" for key, value in about["options"].items()]
+            labels["projector"] = " ".join([cell.projector, "+", name, *options])
+        yield replace(
+            cell,
+            id=f"{cell.id}/{path.parent.name}",
+            labels=labels,
+            manifest={**cell.manifest, "tokens": {**cell.manifest["tokens"], "visual_out": tokens}},
+            scores=read_scores(path.parent, cell.asked),
+            relevance={},
+            first_token_seconds=about["first_token_seconds"],
+            curves={SPEED: cell.curves[SPEED]} if SPEED in cell.curves else {},  # the losses are the run's own
+        )
 
 
 def _with_status(cell: RunCell) -> RunCell:

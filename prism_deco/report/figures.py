@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from prism_deco.report.cells import TRAIN_LOSS, Curve, RunCell, SeedGroup, Summary
+from prism_deco.report.cells import CONTROLS, TRAIN_LOSS, Curve, RunCell, SeedGroup, Summary
 from prism_deco.report.grid import ScoreTable
 from prism_deco.report.plotting import STEPS, Figure, label_axes, legend, panels, settings, styles, to_svg
 from prism_deco.report.tabular import MISSING, Field, Table, format_interval, format_number
@@ -19,30 +19,63 @@ TOKENS = "visual tokens per image"
 
 _MARKERS = 8  # along a curve
 
+_BAND: dict[str, Any] = {
+    "facecolor": "#dcdcdc", "edgecolor": "#b8b8b8", "linewidth": 0.6, "label": "controls", "zorder": 0,
+}  # fmt: skip
+
 _SIDE_BY_SIDE = "Points with the same number of tokens are drawn side by side."
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a score costs, the x-axis of a figure.
+
+    Attributes:
+        name: of the figure's file.
+        label: of the axis, with the unit.
+        of: the cost of a group; None where it is not known.
+    """
+
+    name: str
+    label: str
+    of: Callable[[SeedGroup], float | None]
+
+
+TOKENS_COST = Cost("score-against-visual-tokens", TOKENS, lambda group: group.tokens)
+COSTS = (
+    TOKENS_COST,
+    Cost("score-against-training", "training (minutes, measured)", lambda group: group.training_minutes),
+    Cost("score-against-first-token", "time to the first token (ms, measured)", lambda group: group.first_token_ms),
+)
+
+
+@dataclass(frozen=True)
 class Point:
-    """The score of a group, and its number of visual tokens."""
+    """The score of a group, and what it costs, in visual tokens unless another `Cost` is named."""
 
     group: SeedGroup
-    tokens: int
+    cost: float
     score: Summary
 
 
-def points(table: ScoreTable) -> list[Point]:
-    """Mean scores of the groups with a known number of tokens and all benchmarks, fewest tokens first."""
+def points(table: ScoreTable, cost: Cost = TOKENS_COST) -> list[Point]:
+    """Mean scores of the groups with a known cost and all benchmarks, the cheapest first."""
     found = []
-    for group in table.groups:
+    for group in _distinct(table.groups):
         score = group.overall(table.benchmarks, table.split)
-        if group.tokens is not None and score is not None:
-            found.append(Point(group, group.tokens, score))
-    return sorted(found, key=lambda point: (point.tokens, -point.score.mean))
+        price = cost.of(group)
+        if price is not None and score is not None:
+            found.append(Point(group, price, score))
+    return sorted(found, key=lambda point: (point.cost, -point.score.mean))
+
+
+def _distinct(groups: Sequence[SeedGroup]) -> list[SeedGroup]:
+    """Each once, also those that stand in several rows as their reference."""
+    return list({tuple(cell.id for cell in group.cells): group for group in groups}.values())
 
 
 def pareto_front(found: Sequence[Point]) -> list[Point]:
-    """The Pareto front: no other point has at least the score with fewer tokens, or a higher score with as many. Points
+    """The Pareto front: no other point has at least the score at a lower cost, or a higher score at the same. Points
     that tie in both are all on it.
 
     Args:
@@ -51,7 +84,7 @@ def pareto_front(found: Sequence[Point]) -> list[Point]:
     front: list[Point] = []
     for point in found:
         last = front[-1] if front else None
-        ties = last is not None and (point.tokens, point.score.mean) == (last.tokens, last.score.mean)
+        ties = last is not None and (point.cost, point.score.mean) == (last.cost, last.score.mean)
         if last is None or ties or point.score.mean > last.score.mean:
             front.append(point)
     return front
@@ -63,9 +96,9 @@ def budget_table(table: ScoreTable) -> Table | None:
     if len(found) < 2:
         return None
     rows = []
-    for tokens, tied in groupby(pareto_front(found), key=lambda point: point.tokens):
+    for tokens, tied in groupby(pareto_front(found), key=lambda point: point.cost):
         best = list(tied)
-        within = [point for point in found if point.tokens <= tokens and point not in best]
+        within = [point for point in found if point.cost <= tokens and point not in best]
         second = max(within, key=lambda point: point.score.mean, default=None)
         rows.append(
             [
@@ -91,7 +124,7 @@ def tokens_figures(table: ScoreTable, more: Sequence[SeedGroup] = ()) -> list[Fi
     Args:
         more: groups of other tables of the same part: the paper's number of tokens is one of several.
     """
-    groups = [*more, *table.groups]
+    groups = _distinct([*more, *table.groups])
     names = [*table.benchmarks, *(["mean"] if table.has_mean else [])]
     looks = styles(group.variant for group in groups)
     found = []
@@ -110,43 +143,58 @@ def tokens_figures(table: ScoreTable, more: Sequence[SeedGroup] = ()) -> list[Fi
                 _token_axis(ax, [group.tokens or 0 for group in members])
                 label_axes(ax, name, TOKENS, "score (%)" if table.has_mean else "score")
             legend(figure, axes)
-            caption = f"{family}: score against the number of visual tokens, with 95 % intervals. {_SIDE_BY_SIDE}"
+            caption = f"{family}: score against the number of visual tokens, with 95 % intervals. {_notes(members)}"
             found.append(Figure(f"tokens{number or ''}", to_svg(figure), caption))
     return found
 
 
-def mean_figure(table: ScoreTable) -> Figure | None:
-    """Mean score against visual tokens, a panel per family of rows; None unless their number differs."""
-    found = points(table)
-    if len({point.tokens for point in found}) < 2:
+def mean_figure(table: ScoreTable, cost: Cost = TOKENS_COST) -> Figure | None:
+    """Mean score against a cost, a panel per family of rows; None unless the number of visual tokens differs."""
+    found = points(table, cost)
+    if len({point.group.tokens for point in found}) < 2:
         return None
     families = list(dict.fromkeys(point.group.family for point in found))
     variants = [group.variant for group in table.groups]
     looks = {name: look | {"linestyle": "none", "markersize": 7} for name, look in styles(variants).items()}
     front_look: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": 3, "solid_capstyle": "round", "zorder": 1}
     with settings():
-        figure, axes = panels(len(families), width=5.0 if len(families) == 1 else 3.5, sharey=True)
+        figure, axes = panels(len(families), width=6.4 if len(families) == 1 else 4.2, height=3.4, sharey=True)
         for family, ax in zip(families, axes, strict=True):
             own = [point for point in found if point.group.family == family]
             front = pareto_front(own)
-            x = [point.tokens for point in front]
+            x = [point.cost for point in front]
             ax.plot(x, [point.score.mean for point in front], color="#b0b0b0", **front_look)
-            _draw(ax, own, looks)
-            _token_axis(ax, [point.tokens for point in found])
-            label_axes(ax, family, TOKENS, "mean score (%)")
+            _draw(ax, own, looks, spread=cost is TOKENS_COST)
+            if cost is TOKENS_COST:
+                _token_axis(ax, [point.cost for point in found])
+            label_axes(ax, family, cost.label, "mean score (%)")
         legend(figure, axes)
         caption = (
-            f"Mean score over the benchmarks against {TOKENS}, with 95 % intervals. The grey line is the Pareto front: "
-            f"no point has a higher score with as few tokens. {_SIDE_BY_SIDE}"
+            f"Mean score over the benchmarks against {cost.label}, with 95 % intervals. The grey line is the Pareto "
+            f"front: no point has a higher score at that cost. {_notes([point.group for point in found], cost)}"
         )
-        return Figure("score-against-visual-tokens", to_svg(figure), caption)
+        return Figure(cost.name, to_svg(figure), caption)
 
 
-def _draw(ax: Axes, found: Sequence[Point], looks: dict[str, dict[str, Any]]) -> None:
-    """Draws points with their intervals, those of a variant joined."""
+def _notes(groups: Sequence[SeedGroup], cost: Cost = TOKENS_COST) -> str:
+    controls = [name for name in CONTROLS if any(group.variant == name for group in groups)]
+    band = f"Grey bands span the controls at each number of tokens ({', '.join(controls)})." if controls else ""
+    return " ".join(filter(None, [band, _SIDE_BY_SIDE if cost is TOKENS_COST else ""]))
+
+
+def _draw(ax: Axes, found: Sequence[Point], looks: dict[str, dict[str, Any]], spread: bool = True) -> None:
+    """Draws points with their intervals, those of a variant joined, and the controls as bands.
+
+    Args:
+        spread: points of the same cost side by side.
+    """
+    controls = [point for point in found if point.group.variant in CONTROLS]
+    _draw_bands(ax, controls, spread)
     order = list(looks)
-    found = sorted(found, key=lambda point: (order.index(point.group.variant), point.tokens))
-    places = side_by_side([point.tokens for point in found])
+    found = [point for point in found if point not in controls]
+    found = sorted(found, key=lambda point: (order.index(point.group.variant), point.cost))
+    costs = [point.cost for point in found]
+    places = side_by_side(costs) if spread else costs
     for variant, look in looks.items():
         own = [(x, point.score) for x, point in zip(places, found, strict=True) if point.group.variant == variant]
         if own:
@@ -157,7 +205,18 @@ def _draw(ax: Axes, found: Sequence[Point], looks: dict[str, dict[str, Any]]) ->
             ax.errorbar([x for x, _ in own], y, yerr=errors, label=variant, capsize=2.5, elinewidth=1, **look)
 
 
-def side_by_side(tokens: Sequence[int]) -> list[float]:
+def _draw_bands(ax: Axes, controls: Sequence[Point], spread: bool) -> None:
+    """A band from the lowest to the highest mean score of the controls at each number of visual tokens, as wide as
+    their costs differ."""
+    for tokens in sorted({point.group.tokens or 0 for point in controls}):
+        own = [point for point in controls if point.group.tokens == tokens]
+        costs, means = [point.cost for point in own], [point.score.mean for point in own]
+        margin = 1.3 if spread else 1.01
+        span = [min(costs) / margin, max(costs) * margin]
+        ax.fill_between(span, min(means), max(means), **_BAND)
+
+
+def side_by_side(tokens: Sequence[float]) -> list[float]:
     """Positions of points on a logarithmic axis: those with the same number of tokens are spread around it, so that
     none covers another."""
     places = []
@@ -167,10 +226,10 @@ def side_by_side(tokens: Sequence[int]) -> list[float]:
     return places
 
 
-def _token_axis(ax: Axes, tokens: Sequence[int]) -> None:
+def _token_axis(ax: Axes, tokens: Sequence[float]) -> None:
     values = sorted(set(tokens))
     ax.set_xscale("log", base=2)
-    ax.set_xticks(values, [str(value) for value in values])
+    ax.set_xticks(values, [f"{value:g}" for value in values])
     ax.minorticks_off()
     ax.set_xlim(values[0] / 1.6, values[-1] * 1.6)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
 from prism_deco.report import paper
 from prism_deco.report.baselines import blind, chance, mean_scores
 from prism_deco.report.benchmarks import benchmarks_of
-from prism_deco.report.cells import MAXIMA, RunCell, SeedGroup, Summary, projector_rank, seed_groups
+from prism_deco.report.cells import MAXIMA, RunCell, SeedGroup, Summary, in_order, projector_rank, seed_groups
 from prism_deco.report.comparability import disagreements
 
 SECONDARY: Mapping[str, str] = {
@@ -125,10 +125,21 @@ def score_tables(cells: Sequence[RunCell], split: str) -> list[ScoreTable]:
     blind_cells = [cell for cell in cells if cell.blind]
     tables: list[ScoreTable] = []
     for part in dict.fromkeys(cell.part for cell in cells):
-        groups = seed_groups(cell for cell in cells if cell.part == part)
+        groups = _with_references(seed_groups(cell for cell in cells if cell.part == part))
         if groups and (not part or _benchmarks(groups, split)):
             tables += _tables_of(groups, part, blind_cells, split)
     return tables
+
+
+def _with_references(groups: Sequence[SeedGroup]) -> list[SeedGroup]:
+    """The groups, and a model that reads all patches, whose number of tokens is no axis, in each row of its family."""
+    families = {group.row: group.family for group in groups}
+    found = []
+    for group in groups:
+        own = [row for row, family in families.items() if family == group.family and row != family]
+        is_reference = group.row == group.family and not group.cells[0].compressed
+        found += [replace(group, row=row) for row in own] if is_reference and own else [group]
+    return in_order(found, list(families))
 
 
 def _tables_of(groups: Sequence[SeedGroup], part: str, blind_cells: Sequence[RunCell], split: str) -> list[ScoreTable]:

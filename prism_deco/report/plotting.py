@@ -67,7 +67,8 @@ def styles(variants: Iterable[str]) -> dict[str, dict[str, Any]]:
     order = [*PROJECTORS, *(name for name in variants if name not in PROJECTORS)]
     found = {}
     for name in variants:
-        color, marker, dashes = _STYLES[order.index(name) % len(_STYLES)]
+        round_, place = divmod(order.index(name), len(_STYLES))
+        color, marker, dashes = _STYLES[place][0], *_STYLES[(place + round_) % len(_STYLES)][1:]
         found[name] = {"color": color, "marker": marker, "linestyle": dashes}
     return found
 

@@ -127,6 +127,7 @@ def _cell_record(cell: RunCell) -> dict[str, Any]:
         "data_hash": manifest["data_hash"][:12] if manifest else None,
         "step_seconds": format_number(time, 3) if time is not None else None,
         "seconds": cell.seconds,
+        "first_token_seconds": format_number(cell.first_token_seconds, 4) if cell.first_token_seconds else None,
     }
 
 

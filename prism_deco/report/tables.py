@@ -169,6 +169,52 @@ def wins_table(table: ScoreTable) -> Table | None:
     return Table("Wins", columns, rows, caption=caption)
 
 
+def worth_table(table: ScoreTable, differences: Sequence[Difference]) -> Table | None:
+    """What each projector costs and brings, compared with the base projector of its row; None without means.
+
+    Args:
+        differences: of this table.
+    """
+    rows = []
+    for base in [group for group in table.groups if group.variant == BASE and group.cells[0].manifest]:
+        members = {group.variant: group for group in table.groups if group.row == base.row and group.cells[0].manifest}
+        own = [pair for pair in differences if (pair.row, pair.benchmark, pair.first) == (base.row, MEAN, BASE)]
+        for pair in sorted(own, key=lambda pair: pair.value or 0.0):  # of the base projector minus the other one
+            if pair.value is None or pair.second not in members:
+                continue
+            group = members[pair.second]
+            added = _trained(group) - _trained(base)
+            fields = [
+                Field(group.variant),
+                Field(str(group.tokens)),
+                Field(f"{added:+,}" if added else "none"),
+                Field(format_number(group.training_minutes)),
+                Field(format_number(group.first_token_ms)),
+                Field(format_number(-pair.value, sign="+"), best=pair.is_clear),
+                Field(format_interval(_negative(pair.interval), sign="+")),
+                Field(format_interval(_negative(pair.over_seeds), sign="+")),
+            ]
+            rows.append((Field(base.row), fields))
+    if not rows:
+        return None
+    columns = ["projector", "tokens", "added parameters", "training (min)", "first token (ms)"]
+    columns += [f"mean score − {BASE}", "95 % over items", "95 % over seeds"]  # noqa: RUF001
+    caption = (
+        f"Compared with {BASE} at the row's number of tokens, best first. Added parameters: trained ones that {BASE} "
+        "does not have. Training: measured time of all steps. First token: measured time from one image and a short "
+        "question to the first token of the answer. Bold: the intervals, not adjusted for their number, exclude zero."
+    )
+    return Table("Which projector is worth its parameters", columns, under_headings(rows), caption=caption)
+
+
+def _trained(group: SeedGroup) -> int:
+    return int(group.cells[0].manifest["params"]["trained"])
+
+
+def _negative(bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+    return (-bounds[1], -bounds[0]) if bounds else None
+
+
 def gains_table(table: ScoreTable) -> Table:
     """The relative gains that the paper's abstract states, from its scores and from ours."""
     own = [

@@ -16,7 +16,7 @@ from prism_deco.config.schema import NAME_LISTS, Config
 from prism_deco.errors import UsageError
 
 LAUNCHERS = ("local", "slurm")
-KEYS = ("name", "settings", "rows", "axes", "with", "jobs", "parts", "claims")
+KEYS = ("name", "settings", "rows", "axes", "with", "jobs", "parts", "one_table", "claims")
 """Keys of a sweep's YAML."""
 
 PART_KEYS = ("settings", "rows", "axes", "choose")
@@ -64,6 +64,8 @@ class Spec:
     grids: list[RunGrid] = field(default_factory=lambda: [RunGrid()])
     choices: dict[str, dict[str, str]] = field(default_factory=dict)
     """Settings that go with a choice: `projector=qformer` -> {`projector.heads`: `4`}."""
+    one_table: bool = False
+    """The cells of all parts stand in one table: they have no label that says which part they are of."""
     claims: list[Any] = field(default_factory=list)
     """What a study tests with its results; the key is read by `runs/reference/study/report_claims.py`."""
     jobs: int | None = None
@@ -83,8 +85,9 @@ def parse(arguments: Iterable[str]) -> Spec:
 
     Args:
         arguments: at most one name (a choice of `conf/sweep`, or the path of a YAML), and `key=value` pairs. A value
-            with commas outside brackets and quotes is an axis. `name`, `runs_dir`, `launcher` and `slurm.*` are
-            about the sweep; a label of the rows (`row=B1,B2`) selects rows; all others are settings of `train`.
+            with commas outside brackets and quotes is an axis, and `key+=value` adds to one. `name`, `runs_dir`,
+            `launcher` and `slurm.*` are about the sweep; a label of the rows (`row=B1,B2`) selects rows; all others
+            are settings of `train`.
 
     Raises:
         UsageError: an unknown sweep, a setting that the rows themselves set, or nothing to sweep over.
@@ -159,6 +162,7 @@ def split_values(text: str) -> list[str]:
 
 
 def _set(spec: Spec, key: str, text: str) -> None:
+    adds, key = key.endswith("+"), key.removesuffix("+")
     # Two cells that differ only in their scoring would be one training done twice.
     values = [text] if key in NAME_LISTS else split_values(text)
     if "" in values and len(values) > 1:
@@ -167,13 +171,23 @@ def _set(spec: Spec, key: str, text: str) -> None:
     if "." not in key and key not in Config.__dataclass_fields__ and not any(key in row.labels for row in rows):
         own = {label for row in rows for label in row.labels}
         raise unknown("key of a sweep", key, {*Config.__dataclass_fields__, "name", "launcher", *own})
+    swept = [grid for grid in spec.grids if key in grid.axes]
+    if adds:
+        if not swept:
+            raise UsageError(f"{key}+={text} adds to an axis, and nothing is swept over {key} so far: write {key}=...")
+        for grid in swept:
+            grid.axes[key] = [*grid.axes[key], *values]
+        return
     if known := {str(row.labels[key]) for row in rows if key in row.labels}:
-        for value in values:
-            if value not in known:
-                raise unknown(key, value, known)
+        others = [value for value in values if value not in known]
+        if others and not swept:
+            raise unknown(key, others[0], known)
         for grid in spec.grids:
-            grid.rows = [row for row in grid.rows if str(row.labels.get(key)) in values]
-        spec.grids = [grid for grid in spec.grids if grid.rows]
+            if grid in swept:
+                grid.axes[key] = [value for value in values if value in grid.axes[key] or value in others]
+            else:
+                grid.rows = [row for row in grid.rows if str(row.labels.get(key)) in values]
+        spec.grids = [grid for grid in spec.grids if grid.rows and all(grid.axes.values())]
         return
     if any(key in row.settings for row in rows):
         labels = " ".join(spec.grids[0].rows[0].labels)
@@ -220,10 +234,12 @@ def _load(name: str) -> Spec:
                     f"The part {part} of the sweep {name} chooses {key} from {source}, which is not an earlier part."
                 )
     shared = _texts(content.get("settings"))
+    one_table = bool(content.get("one_table"))
     return Spec(
         name=content["name"],
-        grids=[_grid(its, shared, part) for part, its in parts.items()] or [_grid(content, {}, "")],
+        grids=[_grid(its, shared, part, one_table) for part, its in parts.items()] or [_grid(content, {}, "")],
         choices={choice: _texts(settings) for choice, settings in (content.get("with") or {}).items()},
+        one_table=one_table,
         claims=content.get("claims") or [],
         jobs=content.get("jobs"),
     )
@@ -248,8 +264,8 @@ def _check_keys(kind: str, content: Any, known: Iterable[str]) -> None:
             raise UsageError(f"The {kind} 'axes': {axis} must hold a list, not {values!r}.")
 
 
-def _grid(content: Mapping[str, Any], shared: Mapping[str, str], part: str) -> RunGrid:
-    label = {PART: part} if part else {}
+def _grid(content: Mapping[str, Any], shared: Mapping[str, str], part: str, one_table: bool = False) -> RunGrid:
+    label = {PART: part} if part and not one_table else {}
     return RunGrid(
         name=part,
         settings={**shared, **_texts(content.get("settings"))},

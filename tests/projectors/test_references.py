@@ -2,6 +2,7 @@
 their parameters at published sizes, and what they compute with the same weights."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +114,14 @@ def test_parameters_at_published_sizes(release):
         ours = count(build_projector(name, in_dim, out_dim, grid, tokens, **options))
         theirs = count(reference()) if reference else expected
     assert ours == theirs == expected
+
+
+def test_the_table_of_releases_is_published():
+    page = (Path(__file__).parents[2] / "runs/reference/README.md").read_text(encoding="utf-8")
+    for release, (name, in_dim, out_dim, grid, tokens, _, reference, expected) in RELEASES.items():
+        sizes = f"{grid[0]}x{grid[1]} of {in_dim:,} to {tokens} of {out_dim:,}"
+        way = "its module in transformers" if reference else "a slow loop"
+        assert f"| {release} | `{name}` | {sizes} | {expected:,} | {way} |\n" in page
 
 
 def small(name: str, in_dim: int, out_dim: int, grid: tuple[int, int], tokens: int, **options) -> Projector:

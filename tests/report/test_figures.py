@@ -99,7 +99,7 @@ def test_marks_stand_at_their_tokens_unless_they_would_cover_each_other(make, tm
     assert x["avgpool"] * x["maxpool"] == pytest.approx(16**2) and x["maxpool"] / x["avgpool"] < 1.1
     [front] = [line for line in figure.svg.axes[0].get_lines() if line.get_drawstyle() == "steps-post"]
     best = figures.pareto_front(figures.points(grid))
-    assert list(front.get_xdata()) == [point.tokens for point in best]
+    assert list(front.get_xdata()) == [point.cost for point in best]
 
 
 @pytest.mark.usefixtures("drawn")

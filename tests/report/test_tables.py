@@ -182,8 +182,8 @@ def test_budgets_pick_what_nothing_cheaper_beats(make, tmp_path):
     for k, skill in ((4, 0.5), (16, 0.4), (64, 0.7)):
         make.run(tmp_path / f"k{k}", f"recipe.num_tokens={k}", skill=skill)
     [grid] = score_tables(collect([tmp_path]), "")
-    assert [point.tokens for point in points(grid)] == [4, 16, 64]
-    assert [point.tokens for point in pareto_front(points(grid))] == [4, 64]
+    assert [point.cost for point in points(grid)] == [4, 16, 64]
+    assert [point.cost for point in pareto_front(points(grid))] == [4, 64]
     rows = budget_table(grid).rows
     assert [row[0].text for row in rows] == ["at most 4 visual tokens", "at most 64 visual tokens"]
     assert rows[1][4].text.endswith("num_tokens=4: avgpool") and not any(field.best for row in rows for field in row)

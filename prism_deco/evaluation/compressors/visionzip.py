@@ -1,0 +1,51 @@
+"""VisionZip (arXiv 2412.04467): the patches that the tower attends to, and averages of the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prism_deco.errors import UsageError
+from prism_deco.evaluation.compressors.base import COMPRESSORS, TowerCompressor, rest_of, take
+from prism_deco.vlm import VLM
+
+
+@COMPRESSORS.register("visionzip")
+class VisionZip(TowerCompressor):
+    """Dominant tokens are the patches with the most attention, summed over heads. Of the others, evenly spaced ones are
+    targets, and each remaining one is merged into the target with the most similar keys: contextual tokens.
+
+    Reference: dvlab-research/VisionZip `visionzip/clip_encoder.py`, for CLIP; of towers without a class token the paper
+    (section 3.2) takes the attention that a patch receives on average. As in the reference, a contextual token is the
+    sum of its target and of the mean of what was merged into it, not their mean. There, the class token is a dominant
+    one; here the projector was trained on patches alone.
+
+    Args:
+        contextual: contextual tokens among `num_tokens`; None is 10 of 64, the paper's share.
+    """
+
+    least = 2
+
+    def __init__(self, vlm: VLM, num_tokens: int, *, contextual: int | None = None):
+        self.contextual = max(1, round(num_tokens * 10 / 64)) if contextual is None else contextual
+        if not 1 <= self.contextual < max(num_tokens, self.least):
+            raise UsageError(f"contextual={contextual} must be at least 1 and below num_tokens={num_tokens}.")
+        super().__init__(vlm, num_tokens)
+
+    def merge(self, features: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        """float[B, N, D] -> float[B, M, D]: dominant tokens in the patches' order, then contextual ones."""
+        patches = features.shape[1]
+        scores = self.attention(queries, keys).sum(dim=1)
+        dominant = scores.topk(self.num_tokens - self.contextual, dim=1).indices.sort(dim=1).values
+        others = rest_of(dominant, patches)
+        metric = F.normalize(take(self.patches(keys).mean(dim=1), others), dim=-1)
+        features_of_others = take(features, others)
+        step = max(1, others.shape[1] // self.contextual)
+        chosen = torch.arange(self.contextual, device=features.device) * step
+        merged = rest_of(chosen[None], others.shape[1])[0]
+        target = (metric[:, merged] @ metric[:, chosen].mT).argmax(dim=-1)
+        share = F.one_hot(target, self.contextual).to(features.dtype)
+        share = share / share.sum(dim=1, keepdim=True).clamp(min=1)
+        contextual = features_of_others[:, chosen] + share.mT @ features_of_others[:, merged]
+        return torch.cat([take(features, dominant), contextual], dim=1)
