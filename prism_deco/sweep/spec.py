@@ -16,7 +16,7 @@ from prism_deco.config.schema import NAME_LISTS, Config
 from prism_deco.errors import UsageError
 
 LAUNCHERS = ("local", "slurm")
-KEYS = ("name", "settings", "rows", "axes", "with", "jobs", "parts", "claims")
+KEYS = ("name", "settings", "rows", "axes", "with", "jobs", "parts")
 """Keys of a sweep's YAML."""
 
 PART_KEYS = ("settings", "rows", "axes", "choose")
@@ -64,8 +64,6 @@ class Spec:
     grids: list[RunGrid] = field(default_factory=lambda: [RunGrid()])
     choices: dict[str, dict[str, str]] = field(default_factory=dict)
     """Settings that go with a choice: `projector=qformer` -> {`projector.heads`: `4`}."""
-    claims: list[Any] = field(default_factory=list)
-    """What a study tests with its results; the key is read by `runs/reference/study/report_claims.py`."""
     jobs: int | None = None
     """Cells at a time on one machine; None leaves it to the launcher."""
     launcher: str = "local"
@@ -224,12 +222,11 @@ def _load(name: str) -> Spec:
         name=content["name"],
         grids=[_grid(its, shared, part) for part, its in parts.items()] or [_grid(content, {}, "")],
         choices={choice: _texts(settings) for choice, settings in (content.get("with") or {}).items()},
-        claims=content.get("claims") or [],
         jobs=content.get("jobs"),
     )
 
 
-_LISTS = ("rows", "claims")
+_LISTS = ("rows",)
 _MAPPINGS = ("settings", "axes", "parts", "with", "choose", "labels")
 
 

@@ -94,7 +94,7 @@ _REFERRING = Settings(referring_steps=800, first_number=1.0, curve_every=400)
 SETTINGS = {
     "mini_qwen2": _REFERRING,
     "mini_llama": Settings(steps=4000),
-    "mini_phi": replace(_REFERRING, existence_steps=1500),
+    "mini_phi": replace(_REFERRING, steps=4500, existence_steps=1200),
 }
 """By language model."""
 
