@@ -53,7 +53,7 @@ def test_every_contrast_is_of_arms_of_the_sweep_with_the_same_seeds():
             assert seeds[arm] == set(SEEDS), arm
     assert {number.split()[0] for number in (one.claim for one in CONTRASTS)} == {str(k) for k in range(1, 11)}
     tuned = {arm: found for arm, found in seeds.items() if "ladder" in arm}
-    assert len(tuned) == 9 and all(found == {"11", "12"} for found in tuned.values())
+    assert len(tuned) == 8 and all(found == {"11", "12"} for found in tuned.values())
     assert {cell.config.evaluate.split for cell in CELLS if "ladder" not in cell.id} == {"test"}
 
 
@@ -62,8 +62,9 @@ def test_equal_compute_is_equal_to_a_percent():
         return next(estimate_run(cell.config).needs.flops for cell in CELLS if arm_of(cell) == arm)
 
     spent = flops("steps-avgpool")
+    assert flops("compute-linear") == pytest.approx(spent, rel=0.01)
+    # At equal steps the others have more.
     for name in ("linear", "qformer", "c_abstractor", "d_abstractor"):
-        assert flops(f"compute-{name}") == pytest.approx(spent, rel=0.01)
         assert flops(f"steps-{name}") > 1.03 * spent
 
 
@@ -78,7 +79,7 @@ def test_a_rate_is_chosen_by_the_mean_over_seeds_when_all_have_run():
             seed = str(cell.config.seed)
             runs[cell.id] = line("ladder-qformer", seed, lr=rate, val_loss=str(losses[rate, seed]))
     assert float(best_rate("ladder-qformer", ladder, runs)) == 0.0015
-    waiting = next(cell for cell in CELLS if cell.id == "compute-qformer-seed3")
+    waiting = next(cell for cell in CELLS if cell.id == "steps-qformer-seed3")
     settings = dict(one.split("=", 1) for one in command_of(waiting, CELLS, runs))
     assert load_config([f"{key}={value}" for key, value in settings.items()]).recipe.lr == 0.0015
     runs.popitem()
@@ -96,7 +97,7 @@ def test_the_tests_by_scipy_and_holm_by_hand(tmp_path):
     expected = stats.ttest_rel(first, second)
     assert records[0]["p"] == pytest.approx(expected.pvalue)
     assert (records[0]["low95"], records[0]["high95"]) == pytest.approx(tuple(expected.confidence_interval(0.95)))
-    assert records[0]["verdict"] == "holds" and records[6]["verdict"] == "reversed"
+    assert records[0]["verdict"] == "holds" and records[3]["verdict"] == "reversed"
     scratch = [
         sum(float(runs[f"scratch-{p}-seed{s}"][n]) for n in SCORES) / 8 * sign
         for s in SEEDS
