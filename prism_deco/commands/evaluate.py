@@ -146,7 +146,6 @@ def evaluate(args: argparse.Namespace) -> None:
         usual = of_groups.get(name, {}) | stored_keys(run, name)
         usual = {key: value for key, value in usual.items() if key not in asked.options}
         own[name] = usual | asked.own.get(name, {})
-    batch_size = _batch_size(asked)
     more = {
         "tokens": _tokens_of(asked.others),
         "batch_size": _batch_size(asked),

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from prism_deco.config import read_yaml
 from prism_deco.config.registry import require_imported
 from prism_deco.errors import UsageError
 from prism_deco.files import check_writable, refusals_named
@@ -67,7 +66,6 @@ def write_report(
     text, drawn = document(_title(folders), paragraphs, sections)
     write_files(out, {"report.html": render(text, drawn), "report.md": text} | drawn)
     write_files(out, _csv_files(cells, score_tables, differences, chosen))
-    _mention_claims(folders)
     return out / "report.html", [section.tables[0] for section in scored]
 
 
@@ -115,13 +113,6 @@ def _warn_of_plugins(cells: Sequence[RunCell]) -> None:
             require_imported(modules, cell.folder / "config.yaml")
         except UsageError as error:
             log.warning("%s", error)
-
-
-def _mention_claims(folders: Sequence[Path]) -> None:
-    for folder in folders:
-        path = folder / "sweep.yaml"
-        if path.is_file() and read_yaml(path).get("claims"):
-            log.info("Its claims are tested by runs/reference/study/report_claims.py %s, in a checkout", folder)
 
 
 def _default_out(folders: Sequence[Path]) -> Path:

@@ -82,7 +82,7 @@ def _asked(spec: Spec) -> dict[str, object]:
         | ({"choose": grid.choose} if grid.choose else {})
         for grid in spec.grids
     }
-    asked = grids.get("", {"parts": grids, "one_table": spec.one_table, "claims": spec.claims})
+    asked = grids.get("", {"parts": grids, "one_table": spec.one_table})
     return asked | {"with": spec.choices, "jobs": spec.jobs}
 
 

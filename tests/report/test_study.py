@@ -1,397 +1,172 @@
-"""The report of a sweep with parts, and of its claims: the files, what they say, and the page in a real browser."""
+"""The script of the registered study: what it runs, what it goes on with, and its tests of the claims."""
 
 import csv
-import io
 import json
-import math
-import statistics
-from datetime import UTC, datetime
+import random
 
-import forest_plot
-import numpy as np
 import pytest
-import report_claims
-from claims import Claim, Contrast, parse_claims
-from contrasts import Study, contrast_records
-from forest_plot import forests
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from omegaconf import OmegaConf
-from part_settings import search_records
-from PIL import Image
+import study
 from scipy import stats
+from study import COLUMNS, CONTRASTS, SCORES, arm_of, best_rate, claim_records, command_of, read_runs, report, run
 
-from prism_deco.report.assemble import write_report
-from prism_deco.report.collect import collect
+from prism_deco.config import load_config
+from prism_deco.plan.estimate import estimate_run
+from prism_deco.sweep import parse
 from prism_deco.sweep.expand import expand
-from prism_deco.sweep.spec import parse
 
-NASTY = '</style><script>document.title = "broken"</script>'
-RATES = (0.0015, 0.003, 0.006)
-SKILL = {"avgpool": 0.7, "linear": 0.6, "blind": 0.3, "fewer": 0.5}
-LOSSES = {"avgpool": (0.9, 0.5, 0.7), "linear": (0.8, 0.7, 0.6), "blind": (1.0, None, float("nan"))}
-STEPS, TOKENS = {"part": "steps", "projector": "avgpool"}, {"part": "tokens", "recipe.num_tokens": 9}
-LINEAR = {"part": "steps", "projector": "linear"}
-SWEEP = {
-    "parts": {
-        "ladder": {"axes": {"recipe.lr": list(RATES)}},
-        **{part: {"choose": {"recipe.lr": "ladder"}} for part in ("steps", "tokens", "compute")},
-    },
-    "claims": [
-        {
-            "name": "pooling",
-            "paper": NASTY,
-            "contrasts": [
-                {"first": STEPS, "second": LINEAR, "measures": ["mean", "boxes"]},
-                {"first": STEPS, "second": LINEAR | {"part": "compute"}, "equal": "compute"},
-            ],
-        },
-        {"name": "upper bound", "contrasts": [{"first": LINEAR, "second": STEPS}]},
-        {"name": "tokens", "contrasts": [{"first": STEPS, "second": TOKENS, "expect": "not_less", "margin": 2.5}]},
-        {"name": "absent", "contrasts": [{"first": STEPS, "second": {"projector": "qformer"}}]},
-    ],
-}
+SEEDS = ("1", "2", "3", "4", "5", "6")
+CELLS = expand(parse(["study"]))
 
 
-def _overrides(name):
-    return {"blind": ["recipe.blind=true"], "linear": ["projector=linear"], "fewer": ["recipe.num_tokens=9"]}.get(
-        name, []
-    )
+def line(arm, seed, **values):
+    row = dict.fromkeys(COLUMNS, "") | dict.fromkeys(SCORES, "50.0")
+    return row | {"cell": f"{arm}-seed{seed}", "arm": arm, "seed": seed, "data_hash": "d", "val_loss": "0.5"} | values
 
 
-def _labels(name):
-    extra = {"blind": {"recipe.blind": True}, "fewer": {"recipe.num_tokens": 9}}.get(name, {})
-    return {"projector": "linear" if name == "linear" else "avgpool", **extra}
+def planted(rng):
+    """A runs.csv of all that is tested: random scores, and one arm far ahead of another."""
+    runs = {}
+    for cell in CELLS:
+        arm, seed = arm_of(cell), str(cell.config.seed)
+        scores = {name: f"{rng.gauss(60 if arm == 'steps-avgpool' else 40, 3):.4f}" for name in SCORES}
+        more = {"energy_in_box": f"{rng.gauss(20, 3):.4f}", "probe": f"{rng.gauss(80, 3):.4f}", "cpu_seconds": "100"}
+        more |= {"lr": cell.settings.get("recipe.lr", "0.0015"), "val_loss": f"{rng.gauss(0.8, 0.1):.4f}"}
+        runs[cell.id] = line(arm, seed, **scores, **more) | {"cell": cell.id}
+        if "ladder" in arm:
+            runs[cell.id] |= dict.fromkeys(SCORES, "")
+    return runs
 
 
-@pytest.fixture(scope="module")
-def study(make, tmp_path_factory):
-    """The folder, and the mean score by part, name and seed; the linear model of seed 3 failed."""
-    folder = tmp_path_factory.mktemp("runs") / "study"
-    cells, means = [], {}
-
-    def add(part, name, id, labels, overrides, **more):
-        cells.append({"id": id, "labels": {"part": part, **_labels(name), **labels}})
-        cells[-1]["overrides"] = [*_overrides(name), *overrides]
-        return make.run(folder / id, *cells[-1]["overrides"], skill=SKILL[name], n=40, **more)
-
-    for name, losses in LOSSES.items():
-        for rate, loss in zip(RATES, losses, strict=True):
-            id = f"ladder-{name}-{rate}"
-            settings = [f"recipe.lr={rate}", "evaluate.benchmarks=null"]
-            add("ladder", name, id, {"recipe.lr": rate}, settings, benchmarks=())
-            lines = [{"step": 50, "val/loss": 0.1}, *([{"step": 100, "val/loss": loss}] if loss is not None else [])]
-            (folder / id / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[-1:]))
-            if loss is None:
-                (folder / id / "metrics.jsonl").write_text("")
-    runs = [("steps", name, seed) for name in ("avgpool", "linear", "blind") for seed in (1, 2, 3)]
-    runs += [(part, name, seed) for part, name in (("tokens", "fewer"), ("compute", "linear")) for seed in (1, 2, 3)]
-    for part, name, seed in runs:
-        id = f"{part}-{name}-{seed}"
-        # What the avgpool's 1050 steps cost pays for 714 of the linear model.
-        steps, samples = (714, 11_424) if part == "compute" else (1050, 16_793)
-        failed = id == "steps-linear-3"
-        settings = [f"seed={seed}", f"recipe.lr={0.006 if name == 'linear' else 0.003}"]
-        settings.append("evaluate.benchmarks='mini_refcoco,mini_gqa'")
-        more = {"benchmarks": ("refcoco", "gqa"), "steps": steps, "samples": samples}
-        scores = add(part, name, id, {"seed": seed}, settings, state="failed" if failed else "done", **more)
-        if seed > 1:
-            (folder / id / "metrics.jsonl").unlink()  # drawing curves takes its time
-        if failed:
-            cells[-1] |= {"state": "failed", "reason": "killed"}
-        else:
-            means[part, name, seed] = statistics.mean(scores.values())
-    make.ledger(folder, cells)
-    OmegaConf.save(OmegaConf.create(SWEEP), folder / "sweep.yaml")
-    return folder, means
+def write(path, runs):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(runs.values())
 
 
-@pytest.fixture(scope="module")
-def report(study, tmp_path_factory):
-    out = tmp_path_factory.mktemp("report")
-    _, tables = write_report([study[0]], out)
-    report_claims.report_claims(study[0], out)
-    return out, tables
+def test_every_contrast_is_of_arms_of_the_sweep_with_the_same_seeds():
+    seeds = {}
+    for cell in CELLS:
+        seeds.setdefault(arm_of(cell), set()).add(str(cell.config.seed))
+    for contrast in CONTRASTS:
+        for arm in (contrast.first, contrast.second, *(contrast.minus or ())):
+            assert seeds[arm] == set(SEEDS), arm
+    assert {number.split()[0] for number in (one.claim for one in CONTRASTS)} == {str(k) for k in range(1, 11)}
+    tuned = {arm: found for arm, found in seeds.items() if "ladder" in arm}
+    assert len(tuned) == 8 and all(found == {"11", "12"} for found in tuned.values())
+    assert {cell.config.evaluate.split for cell in CELLS if "ladder" not in cell.id} == {"test"}
 
 
-def _read(path):
-    return list(csv.DictReader(path.read_text().splitlines()))
+def test_equal_compute_is_equal_to_a_percent():
+    def flops(arm):
+        return next(estimate_run(cell.config).needs.flops for cell in CELLS if arm_of(cell) == arm)
+
+    spent = flops("steps-avgpool")
+    assert flops("compute-linear") == pytest.approx(spent, rel=0.01)
+    # At equal steps the others have more.
+    for name in ("linear", "qformer", "c_abstractor", "d_abstractor"):
+        assert flops(f"steps-{name}") > 1.03 * spent
 
 
-def test_claims_csv_holds_what_was_planted(study, report):
-    means = study[1]
-    first, boxes, compute, bound, fewer, absent = _read(report[0] / "claims.csv")
-    # Two seeds in common: the third of linear failed.
-    ours, theirs = ([means["steps", name, seed] for seed in (1, 2)] for name in ("avgpool", "linear"))
-    test = stats.ttest_rel(ours, theirs)
-    assert float(first["effect"]) == pytest.approx(statistics.mean(ours) - statistics.mean(theirs), rel=1e-5)
-    low, high = test.confidence_interval(0.95)
-    assert (float(first["low95"]), float(first["high95"])) == pytest.approx((low, high), rel=1e-4)
-    assert float(first["p"]) == pytest.approx(test.pvalue, rel=1e-4)
-    assert (first["seeds"], first["planned_seeds"], first["first_seeds"]) == ("1 2", "3", "3")
-    assert first["notes"].startswith("part=steps projector=linear: seed 3 failed")
-    blind = statistics.mean(means["steps", "blind", seed] for seed in (1, 2, 3))
-    assert float(first["blind_mean"]) == pytest.approx(blind, rel=1e-5)
-    assert (boxes["judged"], compute["equal"], compute["verdict"]) == ("False", "compute", "holds")
-    gaps = [means["steps", "avgpool", seed] - means["tokens", "fewer", seed] for seed in (1, 2, 3)]
-    assert float(fewer["effect"]) == pytest.approx(statistics.mean(gaps), rel=1e-5)
-    assert (fewer["margin"], fewer["verdict"]) == ("2.5", "holds")
-    assert float(bound["effect"]) == -float(first["effect"])
-    assert absent["verdict"] == "not resolved" and absent["notes"] == "no cell has the labels projector=qformer"
-    # Five tests: the claim about cells that are not there has none.
-    smallest = min(float(row["p"]) for row in (first, boxes, compute, bound, fewer))
-    assert min(float(row["p_holm"]) for row in (first, boxes, compute, bound, fewer)) == pytest.approx(
-        5 * smallest, rel=1e-4
-    )
+def test_a_rate_is_chosen_by_the_mean_over_seeds_when_all_have_run():
+    ladder = [cell for cell in CELLS if cell.part == "ladder"]
+    losses = {("0.00075", "11"): 0.7, ("0.00075", "12"): 0.9, ("0.0015", "11"): 0.75, ("0.0015", "12"): 0.76}
+    losses |= {("0.003", "11"): 0.1, ("0.003", "12"): 1.9}
+    runs = {}
+    for cell in ladder:
+        if arm_of(cell) == "ladder-qformer":
+            rate = str(cell.config.recipe.lr)
+            seed = str(cell.config.seed)
+            runs[cell.id] = line("ladder-qformer", seed, lr=rate, val_loss=str(losses[rate, seed]))
+    assert float(best_rate("ladder-qformer", ladder, runs)) == 0.0015
+    waiting = next(cell for cell in CELLS if cell.id == "steps-qformer-seed3")
+    settings = dict(one.split("=", 1) for one in command_of(waiting, CELLS, runs))
+    assert load_config([f"{key}={value}" for key, value in settings.items()]).recipe.lr == 0.0015
+    runs.popitem()
+    assert best_rate("ladder-qformer", ladder, runs) is None
+    assert command_of(waiting, CELLS, runs) is None
+    blind = next(cell for cell in CELLS if cell.id == "steps-avgpool-blind-seed1")
+    assert command_of(blind, CELLS, runs) is None
 
 
-def test_the_search_says_what_was_chosen_and_where_its_edge_is(study, report):
-    records = search_records(SWEEP, collect([study[0]]))
-    assert {(one["projector"], one["value"], one["at_edge"], one["used"]) for one in records if one["chosen"]} == {
-        ("avgpool", "0.003", False, "0.003"),
-        ("linear", "0.006", True, "0.006"),
-        ("avgpool (blind)", "0.0015", True, "0.003"),
-    }
-    tried = {(one["projector"], one["value"]): (one["val_loss"], one["missing"]) for one in records}
-    assert tried["avgpool", "0.003"] == (0.5, None) and tried["avgpool (blind)", "0.003"] == (None, "no val/loss")
-    assert math.isnan(tried["avgpool (blind)", "0.006"][0])
-    written = _read(report[0] / "ladder.csv")
-    assert [row["value"] for row in written if row["chosen"] == "True"] == ["0.006", "0.003", "0.0015"]
-
-
-def test_what_each_entry_cost(report):
-    rows = {(row["part"], row["projector"], row["visual_tokens"]): row for row in _read(report[0] / "compute.csv")}
-    budget, paid = rows["steps", "avgpool", "16"], rows["compute", "linear", "64"]
-    assert (budget["steps"], paid["steps"]) == ("1050", "714")
-    assert float(paid["tflop"]) == pytest.approx(float(budget["tflop"]), rel=0.01)
-    assert float(paid["gflop_per_step"]) * 714 == pytest.approx(1000 * float(paid["tflop"]), rel=1e-4)
-    assert float(rows["steps", "linear", "64"]["tflop"]) > 1.4 * float(budget["tflop"])
-
-
-def test_parts_have_tables_of_their_own_with_the_blind_model(study, report):
-    assert [table.title for table in report[1]] == ["Scores: steps", "Scores: tokens", "Scores: compute"]
-    for table in report[1]:
-        assert "blind" in [row[0].text for row in table.rows]
-    assert {row["part"] for row in _read(report[0] / "scores.csv")} == {"steps", "tokens", "compute"}
-
-
-def test_the_claims_page_says_what_became_of_each(report):
-    text = (report[0] / "claims.md").read_text()
-    table = text.partition("## Claims")[2].partition("## Contrasts")[0]
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
-    verdicts = {name.partition(" *")[0]: [one.partition(" *")[0] for one in fields] for name, *fields in rows}
-    assert verdicts == {
-        "claim": ["equal steps", "equal compute"],
-        "pooling": ["**holds**", "**holds**"],
-        "upper bound": ["**reversed**", "-"],
-        "tokens": ["**holds**", "-"],
-        "absent": ["not resolved", "-"],
-    }
-    for name in ("claims.md", "claims.html"):
-        assert "<script" not in (report[0] / name).read_text()
-    assert "if the same study were repeated with these learning rates and these questions, and nothing about" in text
-    assert "](<figures/claims-points.svg>)" in text and (report[0] / "figures/claims-points.svg").is_file()
-
-
-def test_a_report_says_where_claims_are_tested(study, make, tmp_path, caplog):
-    caplog.set_level("INFO")
-    make.ledger(tmp_path / "s", [])
-    write_report([tmp_path / "s"])
-    assert "report_claims.py" not in caplog.text
-    OmegaConf.save(OmegaConf.create({"claims": SWEEP["claims"]}), tmp_path / "s/sweep.yaml")
-    write_report([tmp_path / "s"])
-    assert f"runs/reference/study/report_claims.py {tmp_path / 's'}" in caplog.text
-
-
-def test_the_report_begins_with_models_date_and_version(study, make, tmp_path):
-    first, second, *_ = (report_lines := _first_lines(study[0], tmp_path / "a"))
-    assert first == "# study" and second.startswith(
-        "23 models of 1,000,000 parameters (vision backbone mini_siglip, LLM"
-    )
-    assert "trained with prism_deco 0.1.0 for 200 to 1,050 steps on 3,200 to 16,793 records of shapes" in second
-    assert report_lines[2].startswith("23 of 24 cells done, 1 failed.")
-    days = {"a": datetime(2026, 3, 5, 23, 59, tzinfo=UTC), "b": datetime(2026, 3, 7, tzinfo=UTC)}
-    for name, day in days.items():
-        make.run(tmp_path / "runs" / name, f"projector={'avgpool' if name == 'a' else 'linear'}", benchmarks=("gqa",))
-        status = {"state": "done", "seconds": 1.0, "started": day.timestamp()}
-        (tmp_path / "runs" / name / "status.json").write_text(json.dumps(status))
-    assert "trained between 2026-03-05 and 2026-03-07 with" in _first_lines(tmp_path / "runs", tmp_path / "b")[1]
-    assert "trained on 2026-03-05 with" in _first_lines(tmp_path / "runs/a", tmp_path / "c")[1]
-
-
-def _first_lines(folder, out):
-    write_report([folder], out)
-    return [line for line in (out / "report.md").read_text().splitlines() if line]
-
-
-def test_steps_must_agree_within_a_part(study, tmp_path, make):
-    make.run(tmp_path / "s/a", "seed=1", benchmarks=("gqa",), steps=100)
-    make.run(tmp_path / "s/b", "seed=1", "projector=linear", benchmarks=("gqa",), steps=200)
-    labels = {name: {"part": part, "seed": 1} for name, part in (("a", "x"), ("b", "y"))}
-    make.ledger(tmp_path / "s", [{"id": name, "labels": its} for name, its in labels.items()])
-    write_report([tmp_path / "s"])
-    make.ledger(tmp_path / "s", [{"id": name, "labels": labels["a"]} for name in labels])
-    with pytest.raises(ValueError, match="Scores: x saw different things.*steps: 200 in b; 100 in a"):
-        write_report([tmp_path / "s"])
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [({"claims": [{"name": "n", "contrast": []}]}, "contrast"), ({}, "states no claims")]
-)
-def test_a_wrong_claim_is_an_error_of_the_user(tmp_path, make, monkeypatch, capsys, content, message):
-    make.ledger(tmp_path / "s", [])
-    OmegaConf.save(OmegaConf.create(content), tmp_path / "s/sweep.yaml")
-    monkeypatch.setattr("sys.argv", ["report_claims.py", str(tmp_path / "s")])
-    assert report_claims.main() == 2
-    assert message in capsys.readouterr().err
-
-
-def test_no_text_of_the_forest_plot_lies_on_another(study, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(forest_plot, "to_svg", lambda figure: drawn.append(figure) or b"")
-    cells = collect([study[0]])
-    long = {"part": "tokens", "recipe.num_tokens": "9"}
-    text = {key: str(value) for key, value in STEPS.items()}
-    contrasts = [
-        Contrast(text, long, ["mean", "boxes"], "not_less", 2.5),
-        Contrast(long, text),
-        Contrast(text, {"a": "b"}),
+def test_the_tests_by_scipy_and_holm_by_hand(tmp_path):
+    runs = planted(random.Random(3))
+    records = claim_records(runs)
+    first = [sum(float(runs[f"steps-avgpool-seed{s}"][name]) for name in SCORES) / 8 for s in SEEDS]
+    second = [sum(float(runs[f"steps-c_abstractor-seed{s}"][name]) for name in SCORES) / 8 for s in SEEDS]
+    expected = stats.ttest_rel(first, second)
+    assert records[0]["p"] == pytest.approx(expected.pvalue)
+    assert (records[0]["low95"], records[0]["high95"]) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert records[0]["verdict"] == "holds" and records[3]["verdict"] == "reversed"
+    scratch = [
+        sum(float(runs[f"scratch-{p}-seed{s}"][n]) for n in SCORES) / 8 * sign
+        for s in SEEDS
+        for p, sign in (("avgpool", 1), ("c_abstractor", -1))
     ]
-    claims = [Claim(f"A claim with a name that takes some room, number {k}", contrasts) for k in range(3)]
-    [figure] = forests(contrast_records(claims, Study(cells, ["mini_refcoco", "mini_gqa"], "")))
-    assert figure.name == "claims-points"
-    [canvas] = drawn
-    FigureCanvasAgg(canvas).draw()
-    plot, numbers = canvas.axes
-    renderer = FigureCanvasAgg(canvas).get_renderer()
-    [table] = numbers.tables
-    texts = [cell.get_text() for cell in table.get_celld().values() if cell.get_text().get_text()]
-    assert len(texts) == 8 + 3 * 4 * 8  # heads, and a row for each of three claims' four contrasts
-    texts += plot.get_yticklabels()
-    boxes = [text.get_window_extent(renderer) for text in texts]
-    assert not [(a, b) for k, a in enumerate(boxes) for b in boxes[:k] if a.overlaps(b)]
-    assert not [box for box in boxes if box.overlaps(plot.get_window_extent(renderer))]
-    assert all(box.x0 >= 0 and box.x1 <= canvas.bbox.x1 and box.y1 <= canvas.bbox.y1 for box in boxes)
-    # A contrast's numbers stand beside its mark.
-    for y, label in enumerate(plot.get_yticklabels()):
-        row = table[y + 1, 0].get_window_extent(renderer)
-        centre = label.get_window_extent(renderer)
-        assert (centre.y0 + centre.y1) / 2 == pytest.approx((row.y0 + row.y1) / 2, abs=2)
+    gains = [a - b - scratch[2 * k] - scratch[2 * k + 1] for k, (a, b) in enumerate(zip(first, second, strict=True))]
+    assert records[-1]["effect"] == pytest.approx(sum(gains) / 6)
+    margin = next(one for one in records if one["null"] == 2.5)
+    four = [sum(float(runs[f"tokens-avgpool-4-seed{s}"][name]) for name in SCORES) / 8 for s in SEEDS]
+    assert margin["p"] == pytest.approx(stats.ttest_rel(first, [value + 2.5 for value in four]).pvalue)
+    ordered = sorted(records, key=lambda one: one["p"])
+    highest = 0.0
+    for rank, one in enumerate(ordered):
+        highest = max(highest, min(1.0, one["p"] * (len(ordered) - rank)))
+        assert one["p_holm"] == pytest.approx(highest)
+        assert (one["verdict"] == "not resolved") == (highest >= 0.05)
+
+    write(tmp_path / "runs.csv", runs)
+    page = report(tmp_path)
+    assert page.count("\n\n") == 2 and "<svg" in (tmp_path / "claims.svg").read_text()
+    assert len((tmp_path / "claims.csv").read_text().splitlines()) == 1 + len(CONTRASTS)
+    assert f"{records[0]['effect']:+.1f}" in page.splitlines()[2]
 
 
-def test_marks_are_coloured_by_verdict_and_filled_hollow_or_go_on(study, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(forest_plot, "to_svg", lambda figure: drawn.append(figure) or b"")
-    cells = collect([study[0]])
-    avgpool, linear = ({key: str(value) for key, value in arm.items()} for arm in (STEPS, LINEAR))
-    contrasts = [
-        Contrast(avgpool, linear),
-        Contrast(avgpool, linear | {"part": "compute"}, equal="compute"),
-        Contrast(linear, avgpool),
-        Contrast(avgpool, avgpool),
-    ]
-    results = contrast_records([Claim("one", contrasts)], Study(cells, ["mini_refcoco", "mini_gqa"], ""))
-    assert [result["verdict"] for result in results] == ["holds", "holds", "reversed", "not resolved"]
-    forests(results)
-    ax = drawn[0].axes[0]
-    marks = [container.lines[0] for container in ax.containers]
-    colors = [mark.get_color() for mark in marks]
-    assert colors[0] == colors[1] and len(set(colors)) == 3
-    assert [mark.get_markerfacecolor() for mark in marks[:2]] == [colors[0], "#ffffff"]
-    assert [mark.get_xdata()[0] for mark in marks] == pytest.approx([result["effect"] for result in results])
-    # Two seeds have an interval longer than the axis, which is as long as those of three and the effects need.
-    assert "<" in [line.get_marker() for line in ax.lines]
+def test_unfinished_arms_and_different_data_are_errors_of_the_user():
+    runs = planted(random.Random(1))
+    del runs["steps-linear-seed4"]
+    with pytest.raises(ValueError, match=r"not every seed of steps-linear, steps-avgpool has run yet"):
+        claim_records(runs)
+    runs = planted(random.Random(1))
+    runs["steps-linear-seed4"]["data_hash"] = "other"
+    with pytest.raises(ValueError, match="saw different data"):
+        claim_records(runs)
 
 
-def test_the_claims_of_the_study_are_about_its_cells():
-    spec = parse(["study", "seed=1"])
-    claims, cells = parse_claims(spec.claims), expand(spec)
-    assert len(claims) == 7 and {grid.name for grid in spec.grids} == {"ladder", "steps", "tokens", "compute"}
-    known = [
-        {"projector": cell.config.projector.name} | {key: str(value) for key, value in cell.labels.items()}
-        for cell in cells
-    ]
-    for contrast in (contrast for claim in claims for contrast in claim.contrasts):
-        for side in (contrast.first, contrast.second):
-            [found] = [labels for labels in known if side.items() <= labels.items() and "recipe.blind" not in labels]
-            assert found["part"] != "ladder"
-
-
-@pytest.fixture(params=[(width, mode) for width in (400, 1400) for mode in ("light", "dark")], ids=str)
-def page(browser, report, request):
-    """The page of claims as a phone or a screen shows it, by day and by night: the browser, its width, the mode."""
-    width, mode = request.param
-    browser.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": mode}]}
-    )
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get((report[0] / "claims.html").as_uri())
-    yield browser, width, mode
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-
-
-def _pixels(element):
-    return np.asarray(Image.open(io.BytesIO(element.screenshot_as_png)).convert("L"), dtype=float)
-
-
-def test_the_page_of_a_study_in_a_browser(page):
-    browser, width, mode = page
-    assert browser.title == "The claims of study" and not browser.get_log("browser")
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    headings = [h.text for h in browser.find_elements("css selector", "h2")]
-    assert headings == ["Claims", "Contrasts", "Settings chosen on the validation split", "Steps and compute"]
-    assert [link.text for link in browser.find_elements("css selector", "nav a")] == headings
-    claims = browser.find_element("css selector", "#section-1")
-    assert NASTY in claims.text
-    # Verdicts are in sight.
-    words = browser.find_elements("css selector", "#section-1 td + td, #section-2 td:nth-of-type(2):not(:empty)")
-    assert {word.text.split("\n")[0] for word in words} == {"holds", "reversed", "not resolved", "-"}
-    for word in words:
-        assert word.rect["x"] >= 0 and word.rect["x"] + min(word.rect["width"], 60) <= width
-    # Figures are as bright as the page.
-    images = browser.find_elements("css selector", "img")
-    assert browser.execute_script("return Array.from(document.images).every(i => i.complete && i.naturalWidth > 200)")
-    assert (_pixels(images[0]).mean() > 200) == (mode == "light") and (_pixels(images[0]).mean() < 80) == (
-        mode == "dark"
-    )
-    framed = _pixels(images[0])
-    assert abs(np.median(framed[4, 20:-20]) - np.median(framed)) < 20, "the frame is as bright as the figure"
-
-
-BROKEN = """
-const broken = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-while (walker.nextNode()) {
-  const node = walker.currentNode;
-  if (!node.parentElement.closest('table')) continue;
-  for (const found of node.data.matchAll(/[\\w.]+|[-+\\d.]+\\sto\\s[-+\\d.]+/g)) {
-    const range = document.createRange();
-    range.setStart(node, found.index);
-    range.setEnd(node, found.index + found[0].length);
-    if (new Set(Array.from(range.getClientRects(), box => box.top)).size > 1) broken.push(found[0]);
-  }
-}
-return broken;
+SWEEP = """
+settings: {trainer.threads: 1, recipe.max_steps: 2, data.train_images: 48, data.val_images: 24, data.test_images: 24,
+  data.val_items: 6, data.test_items: 6, trainer.checkpoint_every: 1}
+parts:
+  ladder:
+    settings: {evaluate.benchmarks: null}
+    rows: [{labels: {projector: avgpool}, settings: {projector: avgpool}}]
+    axes: {recipe.lr: [1.0e-3, 2.0e-3], seed: [11]}
+  steps:
+    choose: {recipe.lr: ladder}
+    settings: {evaluate.split: test}
+    rows: [{labels: {projector: avgpool}, settings: {projector: avgpool}}]
+    axes: {seed: [1]}
 """
 
 
-def test_no_word_and_no_interval_of_a_table_is_broken(page):
-    browser, _, _ = page
-    notes = [note.text for note in browser.find_elements("css selector", "#section-1 td em")]
-    assert any("\u00a0to\u00a0" in note or " to " in note for note in notes)
-    assert browser.execute_script(BROKEN) == []
-
-
-def test_wide_tables_show_that_they_scroll_and_keep_their_first_column(page):
-    browser, width, _ = page
-    region = browser.find_element("css selector", "#section-2 .scroll")
-    name = region.find_element("css selector", "tbody tr:nth-child(2) td")
-    scrolls = browser.execute_script("return arguments[0].scrollWidth > arguments[0].clientWidth", region)
-    assert scrolls == (width == 400)
-    place = name.rect["x"]
-    edge = _pixels(region)[:, -12:-2]
-    browser.execute_script("arguments[0].scrollLeft = 10000", region)
-    assert name.rect["x"] == place
-    if scrolls:
-        # A shade at the right, as long as there is something there.
-        ground = np.median(_pixels(region)[:, -12:-2])
-        assert abs(np.median(edge) - ground) > 15
+@pytest.mark.slow
+def test_a_study_goes_on_with_what_its_table_does_not_have(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "PROBED", ())
+    (tmp_path / "tiny.yaml").write_text(SWEEP)
+    table = tmp_path / "runs.csv"
+    run("tiny.yaml", table, 1)
+    runs = read_runs(table)
+    assert list(runs) == ["ladder-avgpool-lr0.001-seed11", "ladder-avgpool-lr0.002-seed11", "steps-avgpool-seed1"]
+    best = min(list(runs.values())[:2], key=lambda row: float(row["val_loss"]))
+    last = runs["steps-avgpool-seed1"]
+    assert last["lr"] == best["lr"] and float(last["cpu_seconds"]) > 0
+    metrics = json.loads((tmp_path / "runs/tiny/steps-avgpool-seed1/eval/mini_gqa-test/metrics.json").read_text())
+    assert float(last["mini_gqa"]) == pytest.approx(metrics["metrics"][metrics["primary"]])
+    # On another machine there is the table alone.
+    del runs["steps-avgpool-seed1"]
+    write(table, runs)
+    run("tiny.yaml", table, 1, ["steps-avgpool"])
+    again = read_runs(table)
+    assert again["steps-avgpool-seed1"] | {"cpu_seconds": ""} == last | {"cpu_seconds": ""}
+    assert list(again) == [*runs, "steps-avgpool-seed1"]

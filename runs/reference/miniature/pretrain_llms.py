@@ -3,7 +3,8 @@
 python runs/reference/miniature/pretrain_llms.py [mini_qwen2 ...] --out DIR
 
 Existence comes first: whether a word is in a list is learned late, and all at once, if it is one question among many.
-Which thing a box is of is learned in the same way, in steps about that alone, or not at all.
+Which thing a box is of is learned in the same way, in steps about that alone, and stays if a box's first number, which
+says it, keeps counting as much as a short answer.
 """
 
 from __future__ import annotations
@@ -57,15 +58,19 @@ class Settings:
         seed: of weights, conversations and order; the scenes are those of `seed + 3000`.
         steps: optimizer steps, each on texts of one form.
         existence_steps: the first of them, which ask about existence only.
-        referring_steps: the next of them, which ask for the boxes of things by their looks, in folded scenes. Of a box
-            only the first number counts there: it says which thing is meant, and the others follow from it.
+        referring_steps: the next of them, which ask for the boxes of things by their looks, in folded scenes.
         batch_size: conversations per step.
         lr: peak learning rate (AdamW, warm-up of 3 %, cosine).
         embedding_std: of the input embeddings at the start, large enough for words to tell themselves apart.
         folded_percent: of the steps read folded scenes, the others written ones.
         noise: standard deviation of what is added to folded cells, relative to that of the embeddings.
         turn_power: a token weighs (tokens of its turn) to minus this power: boxes are long, yes and no are short.
+        first_number: weight of a box's first number: it says which thing is meant, and the others follow from it. 0 is
+            that of the box's other tokens.
+        other_numbers: weight of the box's other tokens in referring steps.
         held_out: scenes for the figures of the record.
+        curve_every: steps between such figures on the way, of 160 scenes; 0 is none. They draw noise, too: with other
+            figures the weights are others.
     """
 
     seed: int = 0
@@ -78,12 +83,15 @@ class Settings:
     folded_percent: int = 70
     noise: float = 0.3
     turn_power: float = 0.5
+    first_number: float = 0.0
+    other_numbers: float = 0.1
     held_out: int = 400
+    curve_every: int = 0
 
 
 # Phi, whose blocks are parallel, learns existence later than the others; it has not been trained to the end.
 SETTINGS = {
-    "mini_qwen2": Settings(),
+    "mini_qwen2": Settings(referring_steps=800, first_number=1.0, curve_every=400),
     "mini_llama": Settings(steps=4000),
     "mini_phi": Settings(steps=5000, existence_steps=1500),
 }
@@ -100,6 +108,7 @@ class TextPretraining:
     def __init__(self, name: str, settings: Settings):
         torch.manual_seed(settings.seed)
         self.settings = settings
+        self.curve: dict[str, dict[str, float]] = {}
         self.llm = build_llm(name, pretrained=False)
         self.table.data.normal_(std=settings.embedding_std)
         self.writer = Writer(self.llm.tokenizer)
@@ -179,13 +188,18 @@ class TextPretraining:
             losses_of_tokens = F.cross_entropy(logits, targets, reduction="none")
             _, turn, length = turns.unique(return_inverse=True, return_counts=True)
             weights = length[turn].float() ** -settings.turn_power
-            if refers:
-                weights = self.first_numbers(targets, turns).float()
+            if settings.first_number:
+                first = self.first_numbers(targets, turns)
+                weights = weights.where(~first, settings.first_number)
+                if refers:
+                    weights = weights.where(first, settings.other_numbers)
             loss = (losses_of_tokens * weights).sum() / weights.sum()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.llm.model.parameters(), 1.0)
             optimizer.step()
+            if settings.curve_every and step % settings.curve_every == 0:
+                self.curve[str(step)] = self.evaluate(folded=True, scenes=160)
             schedule.step()
             losses.append(losses_of_tokens.mean().item())
             if step in milestones(settings.steps):
@@ -196,25 +210,29 @@ class TextPretraining:
         """bool[K]: the first of each turn's tokens (as of `predict`) that is a number of a box."""
         numbers = torch.tensor([self.writer.word(f"{edge / BINS:.2f}") for edge in range(BINS + 1)])
         places = torch.isin(targets, numbers).nonzero()[:, 0]
+        owners = turns[places]
         first = torch.zeros_like(targets, dtype=torch.bool)
-        for turn in turns[places].unique():
-            first[places[turns[places] == turn][0]] = True
+        first[places[owners != F.pad(owners, (1, 0), value=-1)[:-1]]] = True
         return first
 
     @torch.no_grad()
     def evaluate(self, folded: bool, scenes: int) -> dict[str, float]:
         """Percentages by task of the answers all of whose tokens are the likeliest, given those before them; of boxes
-        the share of such tokens."""
+        the share of such tokens, and by the number of things in the scene whether the first number is."""
         stream = self.conversations("held out")
         right = defaultdict(list)
         for _ in range(0, scenes, 16):
             drawn = [next(stream) for _ in range(16)]
             logits, targets, turns = self.predict(*self.batch("held out", drawn, folded))
             hits = logits.argmax(-1) == targets
+            first = self.first_numbers(targets, turns)
             for turn in turns.unique().tolist():
                 question = drawn[turn // 100][1][turn % 100 - 1]
                 own = hits[turns == turn].float()
                 is_box = question.answer.startswith("[")
+                if is_box:
+                    scene = draw_scene(self.settings.seed + 3000, "llm held out", drawn[turn // 100][0])
+                    right[f"first number, {len(scene.things)} things"].append(hits[first & (turns == turn)].item())
                 right[question.task].append((own.mean() if is_box else own.min()).item())
         return {task: round(100 * sum(values) / len(values), 1) for task, values in sorted(right.items())}
 
@@ -269,6 +287,7 @@ def pretrain_llm(name: str, out_dir: Path, settings: Settings) -> dict[str, Any]
         "command": _command(name, settings),
         "settings": asdict(settings),
         "loss": {str(step): round(_recent(losses[:step]), 4) for step in milestones(settings.steps)},
+        "curve_folded": pretraining.curve,
         "held_out_folded": pretraining.evaluate(folded=True, scenes=settings.held_out),
         "held_out_written": pretraining.evaluate(folded=False, scenes=settings.held_out),
         "cpu_seconds": round(time.process_time() - start),

@@ -1,0 +1,359 @@
+"""The miniature study as it is registered (registration.md): runs its cells and tests its claims.
+
+    python runs/reference/study/study.py run       # the cells that runs.csv does not have yet
+    python runs/reference/study/study.py report    # claims.csv, claims.svg, and the tables of the page
+
+What a cell measured is a line of runs.csv, next to this file: with that file, another machine goes on with the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from threading import Lock
+from typing import Any
+
+from matplotlib.figure import Figure as Canvas
+from scipy import stats
+
+from prism_deco.errors import UsageError
+from prism_deco.files import write_whole
+from prism_deco.report.cells import VAL_LOSS
+from prism_deco.report.collect import read_cell
+from prism_deco.report.plotting import settings, to_svg
+from prism_deco.report.stats import holm, seed_interval
+from prism_deco.report.tabular import comma_separated
+from prism_deco.sweep import parse
+from prism_deco.sweep.expand import SweepCell, expand
+
+HERE = Path(__file__).parent
+RATE = "recipe.lr"
+BOXES = ("mini_refcoco", "mini_refcocoplus", "mini_refcocog")
+QUESTIONS = ("mini_pope", "mini_vizwiz", "mini_vqav2", "mini_gqa", "mini_textvqa")
+SCORES = (*BOXES, *QUESTIONS)
+COLUMNS = (
+    *("cell", "arm", "seed", "lr", "steps", "samples", "val_loss", *SCORES, "energy_in_box", "probe"),
+    *("cpu_seconds", "data_hash", "code_version"),
+)
+"""Of runs.csv: scores, relevance and probe in per cent."""
+
+PROBED = ("steps-avgpool", "steps-qformer", "steps-c_abstractor")
+"""The arms whose visual tokens are read without the LLM."""
+
+Row = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A test of a claim: the mean over seeds of `first` minus `second` is above `null`.
+
+    Attributes:
+        minus: what is taken off that difference, `first` minus `second` of two other arms.
+        measure: `mean` over the eight benchmarks, or a column of runs.csv.
+        equal: steps, or compute; `both` where they are the same runs.
+    """
+
+    claim: str
+    first: str
+    second: str
+    minus: tuple[str, str] | None = None
+    measure: str = "mean"
+    null: float = 0.0
+    equal: str = "steps"
+
+
+_C, _Q, _D, _L = ("c_abstractor", "qformer", "d_abstractor", "linear")
+_QUARTER, _MARGIN = "6 A quarter of the tokens costs little, less costs more", 2.5
+CONTRASTS = (
+    Contrast("1 Average pooling beats the C-Abstractor", "steps-avgpool", f"steps-{_C}"),
+    Contrast("2 Average pooling beats the Q-Former", "steps-avgpool", f"steps-{_Q}"),
+    Contrast("3 Average pooling beats the D-Abstractor", "steps-avgpool", f"steps-{_D}"),
+    Contrast("4 Linear, uncompressed, is the upper bound", f"steps-{_L}", "steps-avgpool"),
+    Contrast("4 Linear, uncompressed, is the upper bound", f"compute-{_L}", "steps-avgpool", equal="compute"),
+    Contrast("5 Average pooling beats max pooling", "steps-avgpool", "steps-maxpool", equal="both"),
+    Contrast(_QUARTER, "steps-avgpool", f"steps-{_L}", null=-_MARGIN),
+    Contrast(_QUARTER, "steps-avgpool", "tokens-avgpool-4", null=_MARGIN),
+    Contrast("7 Queries of their own abstract twice", "steps-avgpool", f"steps-{_Q}", measure="energy_in_box"),
+    Contrast("8 Queries lose what the patches hold (probe)", "steps-avgpool", f"steps-{_Q}", measure="probe"),
+    Contrast("8 Queries lose what the patches hold (probe)", "steps-avgpool", f"steps-{_C}", measure="probe"),
+    Contrast("9 An LLM that has read text learns more", "steps-avgpool", "scratch-avgpool"),
+    Contrast(
+        "10 Average pooling gains more from such an LLM",
+        "steps-avgpool",
+        f"steps-{_C}",
+        minus=("scratch-avgpool", f"scratch-{_C}"),
+    ),
+)
+"""Every test of the study. Holm's adjustment is over all of them."""
+
+
+def arm_of(cell: SweepCell) -> str:
+    """A cell's name without its seed and its learning rate: the cells of an arm differ in nothing else."""
+    return "-".join(part for part in cell.id.split("-") if not part.startswith(("seed", "lr")))
+
+
+def read_runs(path: Path) -> dict[str, dict[str, str]]:
+    """The lines of a runs.csv by cell; none where there is no file yet."""
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        return {row["cell"]: row for row in csv.DictReader(file)}
+
+
+def best_rate(arm: str, ladder: Sequence[SweepCell], runs: Mapping[str, Row]) -> str | None:
+    """The learning rate of a ladder's arm with the lowest mean `val/loss`; None while one of its cells is to run."""
+    own = [cell for cell in ladder if arm_of(cell) == arm]
+    if not own:
+        raise UsageError(f"The study has no ladder {arm}.")
+    if any(cell.id not in runs for cell in own):
+        return None
+    losses = defaultdict(list)
+    for cell in own:
+        losses[cell.settings[RATE]].append(float(runs[cell.id]["val_loss"]))
+    return min(losses, key=lambda rate: fmean(losses[rate]))
+
+
+def command_of(cell: SweepCell, cells: Sequence[SweepCell], runs: Mapping[str, Row]) -> list[str] | None:
+    """Settings of `prism-deco train`; None while the learning rate is still to be chosen."""
+    if not cell.choose:
+        return list(cell.overrides)
+    part = cell.choose[RATE]
+    rate = best_rate(f"{part}-{cell.labels['projector']}", [one for one in cells if one.part == part], runs)
+    return None if rate is None else [*cell.overrides, f"{RATE}={rate}"]
+
+
+def run(name: str, table: Path, jobs: int, only: Sequence[str] = ()) -> None:
+    """Trains the cells of a sweep that a table does not have, and adds each to it when it is done.
+
+    Args:
+        only: arms to run; none is all.
+
+    Raises:
+        UsageError: a cell has failed; the others have run.
+    """
+    spec = parse([name])
+    cells = expand(spec)
+    runs, lock, failed = read_runs(table), Lock(), []
+
+    def train(cell: SweepCell, overrides: list[str]) -> None:
+        place = [f"runs_dir={spec.folder}", f"run_id={cell.id}"]
+        seconds, code = _measured(["train", *overrides, *place], spec.folder / f"{cell.id}.log")
+        if code == 0 and arm_of(cell) in PROBED:
+            _, code = _measured(["probe", str(spec.folder / cell.id)], spec.folder / f"{cell.id}.log")
+        with lock:
+            if code:
+                failed.append(cell.id)
+                return
+            runs[cell.id] = result_of(cell, overrides, spec.folder / cell.id, seconds)
+            order = [runs[one.id] for one in cells if one.id in runs]
+            write_whole(table, comma_separated(order))
+            print(f"{len(order)} of {len(cells)} cells: {cell.id}, {seconds:.0f} CPU s", flush=True)
+
+    spec.folder.mkdir(parents=True, exist_ok=True)
+    # The ladders come first: the others choose by them.
+    for part in (False, True):
+        todo = [
+            (cell, overrides)
+            for cell in cells
+            if bool(cell.choose) == part and cell.id not in runs and (not only or arm_of(cell) in only)
+            if (overrides := command_of(cell, cells, runs)) is not None
+        ]
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda one: train(*one), todo))
+    if failed:
+        raise UsageError(f"{', '.join(sorted(failed))} failed: see CELL.log in {spec.folder}, then run this again.")
+
+
+def _measured(arguments: Sequence[str], log: Path) -> tuple[float, int]:
+    """Runs `prism-deco`; its CPU seconds and its exit code."""
+    with log.open("a") as file:
+        process = subprocess.Popen([sys.executable, "-m", "prism_deco.cli", *arguments], stdout=file, stderr=file)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_utime + usage.ru_stime, process.returncode
+
+
+def result_of(cell: SweepCell, overrides: Iterable[str], folder: Path, seconds: float) -> dict[str, str]:
+    """A line of runs.csv, from a finished run folder."""
+    measured = read_cell(folder)
+    rate = dict(one.split("=", 1) for one in overrides)[RATE]
+    scores = next(iter(measured.scores.values()), {})
+    found: dict[str, Any] = {
+        "cell": cell.id,
+        "arm": arm_of(cell),
+        "seed": cell.config.seed,
+        "lr": rate,
+        "val_loss": measured.curves[VAL_LOSS][-1][1],
+        "cpu_seconds": round(seconds),
+        **{key: measured.manifest[key] for key in ("steps", "samples", "data_hash", "code_version")},
+        **{name: score.percent for name, score in scores.items()},
+    }
+    if measured.relevance:
+        (maps,) = measured.relevance["methods"].values()
+        found["energy_in_box"] = 100 * maps["energy_in_box"]["mean"]
+    probe = folder / "probe" / "probe.json"
+    if probe.is_file():
+        read = json.loads(probe.read_text(encoding="utf-8"))["readers"]["tokens"]["mlp"]
+        found["probe"] = 100 * fmean(one["mean"] for one in read.values())
+    return {column: str(found.get(column, "")) for column in COLUMNS}
+
+
+def value(row: Row, measure: str) -> float:
+    """Of a run: a mean of its scores, or a column."""
+    groups = {"mean": SCORES, "boxes": BOXES, "questions": QUESTIONS}
+    return fmean(float(row[name]) for name in groups.get(measure, (measure,)))
+
+
+def by_seed(runs: Mapping[str, Row], arm: str, measure: str) -> dict[str, float]:
+    """What the runs of an arm measured."""
+    return {row["seed"]: value(row, measure) for row in runs.values() if row["arm"] == arm}
+
+
+def claim_records(runs: Mapping[str, Row], contrasts: Sequence[Contrast] = CONTRASTS) -> list[dict[str, Any]]:
+    """A record per contrast: effect, Student's 95 % interval over seeds, p of the t test against `null`, p adjusted by
+    Holm's method, and the verdict: `holds` or `reversed` where the adjusted p is below 0.05.
+
+    Raises:
+        UsageError: an arm lacks seeds that another one has, or runs saw different data.
+    """
+    if len({row["data_hash"] for row in runs.values()}) > 1:
+        raise UsageError("The runs saw different data: run the study again from the start.")
+    records = []
+    for contrast in contrasts:
+        arms = [contrast.first, contrast.second, *(contrast.minus or ())]
+        values = [by_seed(runs, arm, contrast.measure) for arm in arms]
+        if len({frozenset(one) for one in values}) > 1 or len(values[0]) < 2:
+            raise UsageError(f"{contrast.claim}: not every seed of {', '.join(arms)} has run yet.")
+        signs = (1, -1, -1, 1)
+        effects = [sum(s * one[seed] for s, one in zip(signs, values, strict=False)) for seed in sorted(values[0])]
+        low, high = seed_interval(effects)
+        result: Any = stats.ttest_1samp(effects, contrast.null)
+        minus = f" - ({' - '.join(contrast.minus)})" if contrast.minus else ""
+        records.append(
+            {
+                "claim": contrast.claim,
+                "contrast": f"{contrast.first} - {contrast.second}{minus}",
+                "measure": contrast.measure,
+                "equal": contrast.equal,
+                "null": contrast.null,
+                "seeds": len(effects),
+                "effect": fmean(effects),
+                "low95": low,
+                "high95": high,
+                "p": float(result.pvalue),
+            }
+        )
+    for record, adjusted in zip(records, holm([one["p"] for one in records]), strict=True):
+        significant = adjusted is not None and adjusted < 0.05
+        direction = "holds" if record["effect"] > record["null"] else "reversed"
+        record |= {"p_holm": adjusted, "verdict": direction if significant else "not resolved"}
+    return records
+
+
+def claims_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Every contrast, as Markdown."""
+    lines = ["| claim | contrast | effect (95 % interval) | p (Holm) | verdict |", "|---|---|---|--:|---|"]
+    for one in records:
+        null = f" > {one['null']:+g}" if one["null"] else ""
+        effect = f"{one['effect']:+.1f} ({one['low95']:+.1f} to {one['high95']:+.1f}){null}"
+        name = f"`{one['contrast']}`" + (f", {one['measure']}" if one["measure"] != "mean" else "")
+        lines.append(f"| {one['claim']} | {name} | {effect} | {one['p_holm']:.3f} | {one['verdict']} |")
+    return "\n".join(lines)
+
+
+def arms_table(runs: Mapping[str, Row]) -> str:
+    """Means over seeds of every arm that was tested: its rate, scores, validation loss and cost, as Markdown."""
+    lines = [
+        "| arm | lr | steps | mean | boxes | questions | val/loss (least to most) | CPU s |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for arm in dict.fromkeys(row["arm"] for row in runs.values()):
+        own = [row for row in runs.values() if row["arm"] == arm]
+        if not own[0]["mini_pope"]:
+            continue
+        losses = [float(row["val_loss"]) for row in own]
+        means = " | ".join(f"{fmean(value(row, name) for row in own):.1f}" for name in ("mean", "boxes", "questions"))
+        cost = fmean(float(row["cpu_seconds"]) for row in own)
+        span = f"{fmean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
+        lines.append(f"| `{arm}` | {own[0]['lr']} | {own[0]['steps']} | {means} | {span} | {cost:.0f} |")
+    return "\n".join(lines)
+
+
+def ladder_table(runs: Mapping[str, Row]) -> str:
+    """Mean `val/loss` of every rung, the chosen one bold, as Markdown."""
+    losses: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in runs.values():
+        if "ladder" in row["arm"]:
+            losses[row["arm"]][row["lr"]].append(float(row["val_loss"]))
+    rates = sorted({rate for own in losses.values() for rate in own}, key=float)
+    lines = [f"| arm | {' | '.join(rates)} |", "|---|" + "--:|" * len(rates)]
+    for arm, own in losses.items():
+        means = {rate: fmean(found) for rate, found in own.items()}
+        best = min(means, key=lambda rate: means[rate])
+        shown = [f"{means[rate]:.3f}" if rate in means else "" for rate in rates]
+        shown[rates.index(best)] = f"**{shown[rates.index(best)]}**"
+        lines.append(f"| `{arm}` | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def forest(records: Sequence[Mapping[str, Any]]) -> bytes:
+    """An SVG of every effect with its interval and its null."""
+    with settings():
+        figure = Canvas(figsize=(8, 0.3 * len(records) + 0.8), layout="constrained")
+        ax = figure.subplots()
+        ax.axvline(0, color="#000000", linewidth=0.9)
+        for y, one in enumerate(records):
+            color = {"holds": "#0072B2", "reversed": "#D55E00"}.get(one["verdict"], "#777777")
+            ax.plot([one["low95"], one["high95"]], [y, y], color=color)
+            ax.plot([one["effect"]], [y], "o", color=color)
+            if one["null"]:
+                ax.plot([one["null"]], [y], "|", color="#000000", markersize=12)
+        ax.set_yticks(range(len(records)), [f"{one['claim']} ({one['equal']})" for one in records], fontsize=8)
+        ax.invert_yaxis()
+        ax.set_xlabel("points")
+        return to_svg(figure)
+
+
+def report(folder: Path) -> str:
+    """Writes claims.csv and claims.svg next to a runs.csv; returns the page's tables."""
+    runs = read_runs(folder / "runs.csv")
+    records = claim_records(runs)
+    write_whole(folder / "claims.csv", comma_separated(records))
+    write_whole(folder / "claims.svg", forest(records))
+    return "\n\n".join((claims_table(records), arms_table(runs), ladder_table(runs)))
+
+
+def main() -> int:
+    """The command; its exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="train the cells that runs.csv does not have yet")
+    running.add_argument("arms", nargs="*", help="only these, for example steps-avgpool (default: all)")
+    running.add_argument("--jobs", type=int, default=2, help="cells at a time (default: %(default)s)")
+    running.add_argument("--sweep", default="study", help="a choice of conf/sweep, or a YAML (default: %(default)s)")
+    for command in (running, commands.add_parser("report", help="test the claims")):
+        command.add_argument("--folder", type=Path, default=HERE, help="of runs.csv (default: next to this file)")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "run":
+            run(arguments.sweep, arguments.folder / "runs.csv", arguments.jobs, arguments.arms)
+        else:
+            print(report(arguments.folder))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
