@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from prism_deco.errors import UsageError
-from prism_deco.exits import Interrupted, Preemption
+from prism_deco.exits import Interrupted, Preempted, Preemption
 from prism_deco.training.checkpoints import (
     CHECKPOINTS,
     MODEL,
@@ -99,6 +99,16 @@ class Checkpointing(Callback):
             happened = "interrupted" if module.stop is Interrupted else "preempted"
             reason = f"{happened} after step {step} of {module.total_steps}"
             raise module.stop(reason, agreed=True)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Validations can take longer than a scheduler waits for a process: a request to stop ends them, too. The
+        resumed run repeats them."""
+        module, asked = cast(TrainingModule, pl_module), self._preemption.requested
+        flags = torch.tensor([asked is not None, asked is Interrupted], dtype=torch.float64, device=module.device)
+        preempted, interrupted = module.all_reduce_sum(flags).tolist()
+        if preempted:
+            module.stop = Interrupted if interrupted else Preempted
+            self.on_train_batch_end(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         is_best = self._metrics is not None and self._metrics.best == trainer.global_step

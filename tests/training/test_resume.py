@@ -138,6 +138,43 @@ def test_a_preempted_run_stops_at_one_step_and_goes_on(start, tmp_path):
     assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
 
 
+SLOW_VALIDATION = """
+import time
+from prism_deco.training.module import TrainingModule
+validate = TrainingModule.validation_step
+def slow(*args):
+    print("validating", flush=True)
+    time.sleep(2)
+    return validate(*args)
+TrainingModule.validation_step = slow
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_preempted_run_does_not_finish_its_validation(start, tmp_path, same_model, ranks):
+    """It saves at once, and the same command validates that step."""
+    options = ["data.val_fraction=0.5", "recipe.micro_batch_size=1", "trainer.val_every=0.5"]
+    (tmp_path / "slow.py").write_text(SLOW_VALIDATION)
+    whole = start(*options, run="whole", ranks=ranks)
+    assert whole.wait() == [0] * ranks, whole.log.read_text()
+    job = start(*options, "plugins=[slow]", PLUGINS=str(tmp_path), ranks=ranks)
+    job.until(_at_step(1))
+    job.until(lambda _: "validating" in job.log.read_text())
+    job.signal(signal.SIGTERM, rank=ranks - 1)
+    assert job.wait(60) == [75] * ranks, job.log.read_text()
+    stopped = len(_losses(tmp_path / "run"))
+    checkpoint = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert checkpoint.name == f"step_{stopped:06d}"
+    assert job.log.read_text().count("validating") <= 3 * ranks
+    assert not [row for row in read_metrics(tmp_path / "run") if "val/loss" in row]
+    (tmp_path / "slow.py").write_text("")
+    again = start(*options, "plugins=[slow]", PLUGINS=str(tmp_path), ranks=ranks)
+    assert again.wait() == [0] * ranks, again.log.read_text()
+    rows = {name: [row for row in read_metrics(tmp_path / name) if "val/loss" in row] for name in ("run", "whole")}
+    assert rows["run"] == rows["whole"] != []
+    assert same_model(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ctrl_c_saves_and_the_same_command_goes_on(start, tmp_path, ranks):
     """A terminal sends it to all processes; a `kill -INT` reaches the first one alone."""
