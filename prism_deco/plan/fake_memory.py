@@ -56,7 +56,8 @@ def walk_tower(tower: VisionBackbone, images: int, setup: Setup) -> tuple[Phases
     mode = FakeTensorMode()
     # Frozen, equal blocks need the same memory one after the other.
     backbone = copy.deepcopy(tower).train() if tower.trained else short_backbone(tower)[0]
-    to_fake(backbone, mode, _weights_type(setup))
+    half = setup.half or (setup.autocast and not tower.trained)  # see `training.trainer.half_precision_tower`
+    to_fake(backbone, mode, torch.bfloat16 if half else None)
     checkpoint_activations(None, setup.checkpointing, backbone.blocks if tower.trained else ())
     with mode, without_data("backbone"), torch.set_grad_enabled(tower.trained):
         towers = backbone.transform.towers.items()

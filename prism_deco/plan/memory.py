@@ -98,7 +98,7 @@ def step_memory(config: DictConfig, setup: Setup, shape: PassShape) -> Memory:
     fullest = moments[when]
     return Memory(
         weights=_weights(config, projector, lm) // setup.shards,
-        tower=sum(p.numel() * p.element_size() for p in backbone.parameters()) // setup.shards,
+        tower=_tower(backbone, setup),
         # DDP exchanges gradients through buckets that hold all of them once more.
         gradients=fullest.gradients + (FLOAT32 * trained if setup.replicas > 1 and setup.shards == 1 else 0),
         optimizer=2 * FLOAT32 * trained // setup.shards,
@@ -108,6 +108,12 @@ def step_memory(config: DictConfig, setup: Setup, shape: PassShape) -> Memory:
         gathered=fullest.gathered,
         when=when,
     )
+
+
+def _tower(backbone: VisionBackbone, setup: Setup) -> int:
+    total = sum(p.numel() * p.element_size() for p in backbone.parameters())
+    # Frozen weights are in half precision, except for shards, which are so where they are gathered.
+    return total // (2 if setup.autocast and not backbone.trained else setup.shards)
 
 
 def _weights(config: DictConfig, projector: nn.Module, lm: nn.Module) -> int:

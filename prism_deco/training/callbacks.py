@@ -129,8 +129,9 @@ class SampleAnswers(Callback):
             assert pixels is not None
             pixels = {tower: images.to(pl_module.device) for tower, images in pixels.items()}
             question, reference = record.messages[0]["content"], record.messages[1]["content"]
-            visual = list(vlm.visual_tokens(pixels))
-            [text] = answer(vlm, self._llm, [visual], [question], max_new_tokens=MAX_NEW_TOKENS)
+            with trainer.precision_plugin.forward_context():
+                visual = list(vlm.visual_tokens(pixels))
+                [text] = answer(vlm, self._llm, [visual], [question], max_new_tokens=MAX_NEW_TOKENS)
             if self._loggers:
                 image = np.asarray(load_image(examples.images, record.images[0]))
                 shown = question.replace(IMAGE_TAG, "").strip()

@@ -19,6 +19,7 @@ from prism_deco.plan.fake_memory import PassShape
 from prism_deco.plan.memory import step_memory
 from prism_deco.sequence import Batch
 from prism_deco.training.module import TrainingModule
+from prism_deco.training.trainer import half_precision_tower
 
 CAUSAL = "recipe.turn_mask=causal"
 PLAIN = ("llm.pretrained=false", "recipe.standardise_features=false", "recipe.token_scale=null")
@@ -94,13 +95,17 @@ def _measure(config, layout: PassShape) -> int:
     towers = vlm.backbone.transform.towers
     steps = [Step([_batch(towers, layout) for _ in range(layout.passes)], 1, 0, 0) for _ in range(2)]
     pixels = [image for batch in steps[0].batches for image in batch.pixels.values()]
-    before = sum(t.numel() * t.element_size() for t in {*vlm.parameters(), *vlm.buffers(), *pixels})
+    with half_precision_tower(vlm, config.trainer):
+        before = sum(t.numel() * t.element_size() for t in {*vlm.parameters(), *vlm.buffers(), *pixels})
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=2, precision=config.trainer.precision, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     gc.collect()  # what others have left would be freed meanwhile
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with (
+        half_precision_tower(vlm, config.trainer),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
         trainer.fit(module, torch.utils.data.DataLoader(steps, batch_size=None))
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = before
