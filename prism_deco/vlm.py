@@ -109,11 +109,14 @@ class VLM(nn.Module):
         return (features - self.feature_mean) / self.feature_std
 
     @torch.no_grad()
-    def fit_features(self, pixels: dict[str, Tensor], device: torch.device | None = None) -> None:
+    def fit_features(self, pixels: dict[str, Tensor], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Sets the statistics of `standardise_features` from per tower float[I, 3, S, S].
 
         Args:
             device: where the backbone computes meanwhile; None: where the model is.
+
+        Returns:
+            Mean and standard deviation, float[D] each.
         """
         if self.feature_mean is None or self.feature_std is None:
             raise UsageError("The model was built without standardise_features.")
@@ -128,6 +131,7 @@ class VLM(nn.Module):
         self.backbone.to(home)
         self.feature_mean.copy_(features.mean(dim=(0, 1)))
         self.feature_std.copy_(features.std(dim=(0, 1)).clamp(min=1e-6))
+        return self.feature_mean, self.feature_std
 
     def visual_tokens(self, pixels: dict[str, Tensor]) -> Tensor:
         """Per tower float[I, 3, S, S] -> visual tokens float[I, M, E]."""

@@ -16,7 +16,6 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
-from torch import Tensor
 
 from prism_deco.build import build_model, group
 from prism_deco.data import build_source
@@ -101,7 +100,7 @@ def _train(
     _announce(config, target, world, vlm, data)
     if config.recipe.standardise_features and resume is None:
         # Rank 0 computes them for all: on another number of threads the others would round differently.
-        statistics = world.decide(partial(_feature_statistics, vlm, data, world.device))
+        statistics = world.decide(lambda: vlm.fit_features(data.sample_pixels(FEATURE_STATISTICS_IMAGES), world.device))
         vlm.feature_mean, vlm.feature_std = statistics
     if start is not None:
         start_from(start, config, vlm, llm)
@@ -195,12 +194,6 @@ def _announce(config: DictConfig, target: RunTarget, world: World, vlm: VLM, dat
         vlm.projector.num_tokens,
         world.size,
     )
-
-
-def _feature_statistics(vlm: VLM, data: Conversations, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Mean and standard deviation of each feature channel over some training images."""
-    vlm.fit_features(data.sample_pixels(FEATURE_STATISTICS_IMAGES), device)
-    return vlm.feature_mean, vlm.feature_std
 
 
 def _step_flops(config: DictConfig, caches: list[FeatureCache]) -> TrainingFlops | None:
