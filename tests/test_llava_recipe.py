@@ -110,7 +110,7 @@ def test_a_strict_recipe_states_every_value_that_it_relies_on(recipe):
     stated = set(OmegaConf.load(choice_path("recipe", recipe)))
     silent = {field.name for field in fields(RecipeConfig)} - stated
     own = {"name", "stages", "start_from"}
-    computed_alike = {"packing", "max_logits"}
+    computed_alike = {"packing", "max_logits"} | ({"tower_lr", "tower_layers"} if "tower" in stated else set())
     adapters = {key for key in silent if key.startswith("lora_")} if recipe != "llava_v1_5_finetune" else set()
     assert silent <= own | computed_alike | adapters
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning_utilities.core.imports import RequirementCache
 from omegaconf import DictConfig
 from pytorch_lightning import loggers as lightning_loggers
 from pytorch_lightning.loggers import Logger
@@ -119,7 +118,8 @@ def read_loggers(trainer: DictConfig) -> dict[str, dict[str, Any]]:
             raise UsageError(f"trainer.loggers: {entry!r} is no logger. Write NAME, or {{NAME: {{OPTION: VALUE}}}}.")
         for name, given in named.items():
             kind, options = LOGGERS.get(str(name)), dict(given or {})
-            needed = [value for value in vars(sys.modules[kind.__module__]).values() if type(value) is RequirementCache]
+            # Lightning's modules hold what they need as `RequirementCache`.
+            needed = [value for value in vars(sys.modules[kind.__module__]).values() if hasattr(value, "requirement")]
             if needed and not any(needed):
                 raise UsageError(f"trainer.loggers: {name} is not installed: pip install '{needed[0].requirement}'.")
             try:
