@@ -95,7 +95,7 @@ def four_bits(monkeypatch):
             return quantization(kind) | {"device_map": {"": "cpu"}}
 
     monkeypatch.setattr(build, "quantization", on_cpu)
-    monkeypatch.setattr("prism_deco.llms.tuning.quantization", on_cpu)
+    monkeypatch.setattr("prism_deco.training.preconditions.quantization", on_cpu)
 
 
 @pytest.fixture

