@@ -253,7 +253,8 @@ def test_a_real_run_trains_the_last_block_and_leaves_the_rest(colors, tmp_path):
 
 def test_prism_full_is_prism_with_a_trained_tower():
     full, frozen = (load_choice("recipe", name) for name in ("prism_full", "prism"))
-    assert full.pop("tower") == "full" and full.pop("tower_lr") is full.pop("tower_layers") is None
+    assert full.pop("tower") == "full" and frozen.pop("tower") == "frozen"
+    assert full.pop("tower_lr") is full.pop("tower_layers") is None
     assert {key: value for key, value in full.items() if key != "name"} == {
         key: value for key, value in frozen.items() if key != "name"
     }
