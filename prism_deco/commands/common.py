@@ -42,7 +42,7 @@ def asked_of(arguments: Iterable[str], others: Iterable[str] = ()) -> Asked:
     """Sorts the arguments of `evaluate` and `explain`.
 
     Args:
-        others: keys of the command that are no benchmark's.
+        others: keys of the command that are no benchmark's; `GROUP.*` stands for all keys of a group.
 
     Raises:
         UsageError: `benchmark.NAME` without a key.
@@ -61,7 +61,7 @@ def asked_of(arguments: Iterable[str], others: Iterable[str] = ()) -> Asked:
             if not name or not leaf:
                 raise UsageError(f"{argument}: write benchmark.NAME.KEY=VALUE, for example benchmark.pope.root=DIR.")
             asked.own.setdefault(name, {})[leaf] = text
-        elif key in others or (group == "compressor" and group in others):
+        elif key in others or f"{group}.*" in others:
             asked.others[key] = text
         else:
             asked.options[key] = text

@@ -4,94 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
-import statistics
-import time
-from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
-from prism_deco.config import load_choice, parse_value, read_config
-from prism_deco.config.choices import (
-    benchmark_name,
-    choices,
-    group_keys,
-    resolve_asks,
-    resolve_benchmarks,
-    results_name,
-)
+from prism_deco.commands.common import Asked, asked_of, import_named_plugins, show
+from prism_deco.commands.scoring import Tokens, blind_scores, finished_run, score_run, stored_keys
+from prism_deco.config import parse_value, read_config
+from prism_deco.config.choices import benchmark_name, choices, group_keys, resolve_asks, resolve_benchmarks
 from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
-from prism_deco.files import check_folder, check_writable, read_json, write_json
+from prism_deco.files import check_writable
 
-if TYPE_CHECKING:  # these need torch
-    from prism_deco.api import Model
-    from prism_deco.distributed import World
-    from prism_deco.evaluation import Benchmark
-
-log = logging.getLogger(__name__)
-
-KEYS = ("ask", "batch_size", "compressor", "num_tokens", "plugins")
-FILE = "predictions.jsonl"
-TOKENS_FILE = "tokens.json"
-"""Beside the results of a run: how many visual tokens they were made with, and what a first token takes."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The visual tokens that a trained model is scored with, if others than in training.
-
-    Attributes:
-        num_tokens: of an image; None: as in training.
-        compressor: what makes them of a `linear` run's; None: the projector itself (`matryoshka`).
-        options: the compressor's own.
-    """
-
-    num_tokens: int | None = None
-    compressor: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def folder(self) -> str:
-        """The name of the folder that holds their results within the run's; empty: the run's own."""
-        if self.num_tokens is None:
-            return ""
-        options = [f"{key}{value}" for key, value in self.options.items()]
-        return "-".join([f"{self.compressor or 'tokens'}{self.num_tokens}", *options])
-
-    def check(self, config: DictConfig) -> None:
-        """`UsageError` where a model of that configuration, trained or not, cannot be asked with these tokens."""
-        from prism_deco.build import build_model
-        from prism_deco.evaluation.compressors import compress
-
-        vlm, _ = build_model(config, device="meta")
-        if self.compressor is not None and self.num_tokens is not None:
-            compress(vlm, self.compressor, self.num_tokens, **self.options)
-            return
-        chosen = config.copy()
-        chosen.projector.num_tokens = self.num_tokens
-        other = build_model(chosen, device="meta")[0].projector.state_dict()
-        if {k: v.shape for k, v in other.items()} != {k: v.shape for k, v in vlm.projector.state_dict().items()}:
-            raise UsageError(
-                f"num_tokens={self.num_tokens}: the weights of projector={config.projector.name} depend on the number "
-                "of visual tokens; those of matryoshka do not."
-            )
-
-    def load(self, run: Path) -> Model:
-        """The model of a run with these tokens."""
-        from prism_deco.api import load
-        from prism_deco.evaluation.compressors import compress
-
-        if self.compressor is None:
-            return load(run, num_tokens=self.num_tokens)
-        model = load(run)
-        assert self.num_tokens is not None
-        compress(model.vlm, self.compressor, self.num_tokens, **self.options)
-        return model
+KEYS = ("ask", "batch_size", "compressor", "compressor.*", "num_tokens", "plugins")
 
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +27,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="RUN KEY=VALUE",
         help="run folder; benchmark=NAMES (default: the run's) split=S limit=N ask=NAMES batch_size=N "
-        "num_tokens=N compressor=fastv|visionzip|prumerge compressor.KEY=VALUE benchmark.NAME.root=DIR "
+        "num_tokens=N compressor=NAME compressor.KEY=VALUE benchmark.NAME.root=DIR "
         "plugins=[MODULE]",
     )
     parser.add_argument(
@@ -226,156 +150,8 @@ def _score_file(path: Path, asked: Asked) -> None:
     blind = {}
     if config.is_file():
         benchmark.split = folder.name.removeprefix(name).removeprefix("-") or benchmark.split
-        blind = _blind(read_config(config), [benchmark])
+        blind = blind_scores(read_config(config), [benchmark])
     show(table([result], {name: chance(benchmark, load_predictions(path))}, blind))
-
-
-def score_run(
-    folder: Path,
-    names: str | Sequence[str],
-    options: Mapping[str, Any] | None = None,
-    own: Mapping[str, Mapping[str, Any]] | None = None,
-    *,
-    world: World,
-    asks: Sequence[str] = (AS_TRAINED,),
-    batch_size: int = 64,
-    tokens: Tokens = Tokens(),
-    out: Path | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-) -> None:
-    """Scores a run on benchmarks and prints them beside chance and, where it is known, blindness.
-
-    Everything that can be wrong with what is asked is found before the model is loaded.
-
-    Args:
-        names: of benchmarks and groups.
-        options: keys of all their YAMLs to replace (split, limit, root); None keeps what a YAML says.
-        own: keys of single YAMLs, by the benchmark's name.
-        world: the processes that share the images, all of which call this.
-        asks: how to ask, see `evaluate.ask`; each has results of its own.
-        batch_size: questions per generation.
-        tokens: visual tokens, if others than in training.
-        out: folder of the results; None is the run's `eval`, or in it a folder for other tokens (`Tokens.folder`).
-        device: cpu | cuda, which must be there; None is what the run was trained on, or the CPU.
-        dtype: float32 | bfloat16; None is bfloat16 after training in `bf16-mixed`, else that of the weights.
-    """
-    manifest = finished_run(folder)
-    import torch
-
-    from prism_deco.build import group
-    from prism_deco.distributed import local_device, requested_device
-    from prism_deco.evaluation import chance, evaluate, load_predictions, table
-    from prism_deco.evaluation.choose import prepare
-    from prism_deco.llms.spec import check_ask, read_spec
-
-    chosen = requested_device(device) if device else None
-    names = resolve_benchmarks(names)
-    benchmarks = prepare(names, options, own, root=own_benchmarks(folder))
-    spec = read_spec(group(read_config(folder / "model" / "config.yaml"), "llm"))
-    results_root = out or folder / "eval" / tokens.folder
-    todo: dict[Path, tuple[str, Benchmark]] = {}
-    for ask in asks:
-        check_ask(spec, ask)
-        for name, benchmark in zip(names, benchmarks, strict=True):
-            todo[results_root / results_name(name, benchmark.split, ask)] = ask, benchmark
-    for results_folder in todo:
-        check_writable(results_folder, "Name a folder for the results with --out.")
-    model = tokens.load(folder)
-    if dtype := dtype or ("bfloat16" if model.config.trainer.precision == "bf16-mixed" else None):
-        model.vlm.cast(getattr(torch, dtype))
-    model.vlm.to(chosen or local_device(model.config.trainer.accelerator))
-    computed_in = str(next(model.vlm.lm.parameters()).dtype).removeprefix("torch.")
-    model_id = " ".join(filter(None, [manifest["model_sha256"], tokens.folder]))
-    about = {"batch_size": batch_size, "model_id": model_id, "dtype": computed_in}
-    known = {results_folder: _score(results_folder) for results_folder in todo}
-    results, constant = [], {}
-    for results_folder, (model.ask, benchmark) in todo.items():
-        results.append(evaluate(model, benchmark, results_folder, **about, ask=model.ask, world=world))
-        if world.is_main:
-            constant[benchmark.name] = chance(benchmark, load_predictions(results_folder / FILE))
-    if not world.is_main:
-        return
-    write_json(results_root / TOKENS_FILE, asdict(tokens) | {"first_token_seconds": _first_token_seconds(model)})
-    if out is None:
-        scores = {str(f.relative_to(folder)): _score(f) for f in todo if _score(f) != known[f]}
-        _log_scores(folder, model.config, scores, manifest["steps"])
-    show(table(results, constant, _blind(model.config, benchmarks)))
-
-
-def _first_token_seconds(model: Model) -> float:
-    """Median time from an image and a short question to the first token of the answer: image transform, tower,
-    projector, and the LLM's pass over the prompt."""
-    from PIL import Image
-
-    side, times = model.vlm.backbone.image_size, []
-    image = Image.new("RGB", (side, side))
-    for _ in range(6):
-        start = time.perf_counter()
-        model.generate(image, "What is in the image?", max_new_tokens=1)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])  # the first one warms up
-
-
-def _score(results_folder: Path) -> float | None:
-    """The primary metric in a results folder; None where there is none yet."""
-    path = results_folder / "metrics.json"
-    if not path.is_file():
-        return None
-    content = read_json(path, ["metrics", "primary"], way_out="Remove it, and run the same command again.")
-    return content["metrics"][content["primary"]]
-
-
-def _log_scores(run: Path, config: DictConfig, scores: Mapping[str, Any], step: int) -> None:
-    """Adds scores to the loggers of a run's training, where they are installed here."""
-    from prism_deco.training.board import Loggers
-
-    if scores:
-        try:
-            loggers = Loggers(run, config, step)
-        except UsageError as error:
-            log.warning("The scores are not logged: %s", error)
-            return
-        loggers.scalars(scores, step)
-        loggers.close("success")
-
-
-def _blind(config: DictConfig, benchmarks: Iterable[Benchmark]) -> dict[str, float]:
-    """Recorded scores of a model trained with these settings but without images, by benchmark: where it is asked in the
-    variant that was recorded, the first one of its YAML."""
-    from prism_deco.report.baselines import blind_scores
-
-    found = {}
-    for benchmark in benchmarks:
-        scores = blind_scores(config, benchmark.split or "own") or {}
-        if benchmark.name not in scores:
-            continue
-        recorded = load_choice("benchmark", benchmark.name).get("variants") or benchmark.variants
-        if recorded[0] == benchmark.variants[0]:
-            found[benchmark.name] = scores[benchmark.name]
-    return found
-
-
-def finished_run(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished run.
-
-    Raises:
-        UsageError: the folder is none, such as an export, which knows neither its data nor the hash of its weights.
-    """
-    check_folder(folder)
-    path = folder / "manifest.json"
-    if path.is_file():
-        from prism_deco.config.registry import require_imported
-
-        config = folder / "model" / "config.yaml"
-        require_imported(read_config(config).plugins, config)
-        return read_json(path)
-    if (folder / "backbone.json").is_file():  # beside the weights, in every model folder
-        raise UsageError(
-            f"{folder} is a model's folder or an export, no run folder: benchmarks need the run that it came from, "
-            "such as runs/RUN_ID. `prism-deco chat` and `explain --image` take exports."
-        )
-    raise UsageError(f"{folder} holds no finished run: it has no manifest.json.")
 
 
 def _trained_with(run: Path) -> str:
@@ -383,9 +159,3 @@ def _trained_with(run: Path) -> str:
     if not benchmarks:
         raise UsageError(f"{run} names no benchmarks of its own: choose some, for example benchmark=table3")
     return benchmarks
-
-
-def stored_keys(run: Path, name: str, leave_out: Container[str] = ()) -> dict[str, Any]:
-    """The keys of a benchmark that a run was trained with (`benchmark.NAME.KEY`): where its files lie, for example."""
-    stored: Any = OmegaConf.to_container(read_config(run / "config.yaml").benchmark)
-    return {key: value for key, value in stored.get(name, {}).items() if key not in leave_out}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
-from prism_deco.commands.evaluate import finished_run, stored_keys
+from prism_deco.commands.scoring import finished_run, stored_keys
 from prism_deco.config.choices import benchmark_name, results_name
 from prism_deco.errors import UsageError
 from prism_deco.files import check_folder, check_writable, read_json

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prism_deco.commands.common import PLUGINS, import_plugins_only, own_benchmarks, show
-from prism_deco.commands.evaluate import finished_run
+from prism_deco.commands.scoring import finished_run
 from prism_deco.errors import UsageError
 from prism_deco.files import check_writable, write_json
 

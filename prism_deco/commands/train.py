@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.commands.common import OVERRIDES, own_benchmarks
-from prism_deco.commands.evaluate import Tokens, score_run
 from prism_deco.commands.explain import has_relevance, measure_relevance
 from prism_deco.commands.keys import print_config
+from prism_deco.commands.scoring import Tokens, score_run
 from prism_deco.config import load_config
 from prism_deco.config.choices import benchmark_name, group_keys, resolve_asks, resolve_benchmarks, results_name
 from prism_deco.errors import UsageError
@@ -99,12 +99,10 @@ class _Scoring:
         benchmarks = []
         for name in self.benchmarks:
             names = [results_name(name, self._split(name), ask) for ask in self._asks]
-            if (
-                not {
-                    folder / "eval" / tokens.folder / own for tokens in (Tokens(), *self.fewer_tokens) for own in names
-                }
-                <= scored
-            ):
+            wanted: set[Path] = set()
+            for tokens in (Tokens(), *self.fewer_tokens):
+                wanted |= {folder / "eval" / tokens.folder / own for own in names}
+            if not wanted <= scored:
                 benchmarks.append(name)
         relevance = self.relevance
         if relevance and has_relevance(folder, relevance, self._split(relevance)):

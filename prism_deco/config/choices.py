@@ -150,6 +150,11 @@ def benchmark_name(choice: str) -> str:
     return Path(choice).stem if choice.endswith(YAML_SUFFIXES) else choice
 
 
+TOKENS = "tokens.json"
+"""The file beside a run's results that says how many visual tokens they were made with, and how long a first one of
+the answer takes."""
+
+
 def results_name(choice: str, split: str | None = None, ask: str = AS_TRAINED) -> str:
     """The name of a benchmark's results folder: the benchmark's, followed by the split unless it is the YAML's own, and
     by how it is asked unless that is as trained."""

@@ -49,8 +49,8 @@ def summarise(
         "invalid_rate": metrics["invalid_rate"],
         "interval95": list(bootstrap_interval(strata, benchmark.combine)),
         "decoding": dict(decoding) if decoding is not None else None,
-        "prompt_hash": _hash([p.question_id, p.prompt] for p in predictions),
-        "data_hash": _hash([p.question_id, p.image, p.target] for p in predictions),
+        "prompt_hash": hash_rows([p.question_id, p.prompt] for p in predictions),
+        "data_hash": hash_rows([p.question_id, p.image, p.target] for p in predictions),
     }
 
 
@@ -124,7 +124,8 @@ def _invalid_rate(benchmark: Benchmark, predictions: Sequence[Prediction]) -> fl
     return sum(p.output is None or benchmark.is_invalid(p) for p in predictions) / len(predictions)
 
 
-def _hash(rows: Any) -> str:
+def hash_rows(rows: Iterable[Any]) -> str:
+    """SHA-256 of rows of plain values."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from argparse import Namespace
@@ -16,6 +15,7 @@ from typing import Any
 from prism_deco.bootstrap import bootstrap_interval
 from prism_deco.config.registry import unknown
 from prism_deco.evaluation.items import Prediction
+from prism_deco.evaluation.scoring import hash_rows
 from prism_deco.files import write_json, write_whole
 
 log = logging.getLogger(__name__)
@@ -131,8 +131,8 @@ def summarise(
         "n": len(predictions),
         "invalid_rate": empty,
         "interval95": [max(0.0, low + shift), min(100.0, high + shift)],
-        "prompt_hash": _hash([p.question_id, p.prompt] for p in predictions),
-        "data_hash": _hash([p.question_id, p.target] for p in predictions),
+        "prompt_hash": hash_rows([p.question_id, p.prompt] for p in predictions),
+        "data_hash": hash_rows([p.question_id, p.target] for p in predictions),
     }
 
 
@@ -155,7 +155,3 @@ def _scores(entries: Sequence[Any], value: float | None) -> list[float]:
 
 def _is_score(score: Any) -> bool:
     return isinstance(score, bool | int | float) and 0 <= score <= 1
-
-
-def _hash(rows: Any) -> str:
-    return hashlib.sha256("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()).hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config import GROUPS, flat, read_stored
-from prism_deco.config.choices import benchmark_name
+from prism_deco.config.choices import TOKENS, benchmark_name
 from prism_deco.errors import UsageError
 from prism_deco.files import read_json, refusals_named
 from prism_deco.report.benchmarks import asked_by, family_of
@@ -29,7 +29,6 @@ TAIL_LINES = 8
 _MANIFEST = ("data_hash", "params", "samples", "steps", "tokens")
 _SCORE = ("benchmark", "data_hash", "decoding", "interval95", "metrics", "n", "primary", "prompt_hash")
 
-_TOKENS = "tokens.json"
 _TOKENS_KEYS = ("num_tokens", "compressor", "options", "first_token_seconds")
 
 _NO_AXES = ("data.num_workers", "data.statistics", "recipe.micro_batch_size", "recipe.blind", "recipe.start_from")
@@ -133,12 +132,12 @@ def _read_config(folder: Path, record: Mapping[str, Any]) -> DictConfig | None:
 
 def _read_tokens(folder: Path) -> dict[str, Any]:
     """How many visual tokens the results of a folder were made with; empty in those of earlier versions."""
-    return read_json(folder / _TOKENS, _TOKENS_KEYS) if (folder / _TOKENS).is_file() else {}
+    return read_json(folder / TOKENS, _TOKENS_KEYS) if (folder / TOKENS).is_file() else {}
 
 
 def _with_other_tokens(cell: RunCell) -> Iterable[RunCell]:
     """A cell for each other number of visual tokens that a run was scored with, by its projector or a compressor."""
-    for path in sorted(cell.folder.glob(f"eval/*/{_TOKENS}")) if cell.manifest else ():
+    for path in sorted(cell.folder.glob(f"eval/*/{TOKENS}")) if cell.manifest else ():
         about = _read_tokens(path.parent)
         tokens, name = about["num_tokens"], about["compressor"]
         labels = {**cell.labels, "recipe.num_tokens": str(tokens)}

@@ -24,7 +24,7 @@ from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams.backend_context import Context as HParams
 
 from prism_deco.cli import main
-from prism_deco.commands.evaluate import _blind
+from prism_deco.commands.scoring import blind_scores
 from prism_deco.commands.train import _scoring
 from prism_deco.config import load_config, read_config, save_config
 from prism_deco.distributed import World
@@ -492,4 +492,4 @@ def test_a_run_that_is_done_is_scored_on_what_is_newly_asked(run, colors, files,
 @pytest.mark.parametrize(("variant", "known"), [("likelihood", True), ("generate", False)])
 def test_a_blind_score_stands_beside_the_variant_it_was_recorded_in(variant, known):
     asked = SimpleNamespace(name="mini_pope", split="val", variants=[variant])
-    assert ("mini_pope" in _blind(load_config([]), [asked])) == known
+    assert ("mini_pope" in blind_scores(load_config([]), [asked])) == known

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import prism_deco
 from prism_deco.cli import main
-from prism_deco.commands.evaluate import _score
+from prism_deco.commands.scoring import _score
 from prism_deco.errors import UsageError
 from prism_deco.tensors import indexed_files
 from prism_deco.training.checkpoints import newest_checkpoint

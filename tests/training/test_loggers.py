@@ -179,7 +179,7 @@ def test_none_at_all(train):
 
 def test_scores_of_a_later_evaluation_follow(tmp_path):
     """Without the package, on another machine, they stay in the run's folder."""
-    from prism_deco.commands.evaluate import _log_scores
+    from prism_deco.commands.scoring import _log_scores
 
     config = load_config(["trainer.loggers=[csv,{remote: {project: colors}}]", "run_id=run"])
     assert read_loggers(config.trainer) == {"csv": {}, "remote": {"project": "colors"}}
