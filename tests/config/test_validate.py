@@ -161,7 +161,7 @@ def test_names_of_losses_and_samplers_are_checked_before_anything_starts(command
 def test_a_slip_in_a_component_of_the_users_own_is_named(group, content, message, tmp_path, capsys):
     path = tmp_path / "own.yaml"
     path.write_text(content)
-    assert main(["train", "--check", f"{group}={path}"]) == 2
+    assert main(["train", "--check", f"{group}={path}", f"runs_dir={tmp_path}"]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 
