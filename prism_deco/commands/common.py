@@ -69,11 +69,14 @@ def asked_of(arguments: Iterable[str], others: Iterable[str] = ()) -> Asked:
 
 
 def import_named_plugins(asked: Asked) -> None:
-    """Imports the modules of `plugins=`, a name or a list of names. Those that a run's folder names are not trusted."""
+    """Imports the modules of `plugins=`, a name or a list of names, and of the benchmarks' YAMLs. Those that a run's
+    folder names are not trusted."""
+    from prism_deco.config.choices import plugins_of
     from prism_deco.config.registry import import_plugins
 
     named = parse_value("plugins", asked.others.get("plugins", "[]"))
     import_plugins([named] if isinstance(named, str) else named)
+    import_plugins(plugins_of("benchmark", asked.benchmarks or ""))
 
 
 def import_plugins_only(settings: Iterable[str]) -> None:

@@ -21,6 +21,9 @@ PROMPT_SETS = "prompt_sets"
 
 YAML_SUFFIXES = (".yaml", ".yml")
 
+_PLUGINS = "plugins"
+"""Key of any choice's YAML; see `plugins_of`."""
+
 
 def choices(group: str) -> list[str]:
     """Names of the shipped YAMLs of a group."""
@@ -33,7 +36,8 @@ def choice_path(group: str, choice: str) -> Path:
 
 
 def load_choice(group: str, choice: str) -> dict[str, Any]:
-    """The content of a choice's YAML, plus its `name`. References such as `${recipe.num_tokens}` are left as they are.
+    """The content of a choice's YAML, plus its `name` and without its `plugins`. References such as
+    `${recipe.num_tokens}` are left as they are.
 
     Args:
         choice: a name under `conf/<group>`, or the path of a YAML.
@@ -48,7 +52,28 @@ def load_choice(group: str, choice: str) -> dict[str, Any]:
         if choice.endswith(YAML_SUFFIXES):
             raise UsageError(f"{group}={choice}: there is no such file.")
         raise unknown(group, choice, choices(group))
-    return {"name": path.stem} | read_yaml(path, group)
+    content = {"name": path.stem} | read_yaml(path, group)
+    content.pop(_PLUGINS, None)
+    return content
+
+
+def plugins_of(group: str, chosen: str) -> list[str]:
+    """The modules that YAMLs of a user's own name under `plugins`: they register the component that the YAML is for.
+
+    Args:
+        chosen: a choice, or several with commas. It must come from the user: these modules are imported.
+
+    Raises:
+        UsageError: `plugins` is not a list of names.
+    """
+    modules: list[str] = []
+    for choice in _split(chosen):
+        path = choice_path(group, choice)
+        named = read_yaml(path, group).get(_PLUGINS) or [] if path.is_file() else []
+        if not isinstance(named, list) or not all(isinstance(module, str) for module in named):
+            raise UsageError(f"{path}: plugins must be a list of modules such as [a, b], not {named!r}.")
+        modules += named
+    return modules
 
 
 def default_contents(chosen: Mapping[str, str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from prism_deco.config.choices import (
     choice_path,
     choices,
     default_contents,
+    plugins_of,
     with_set,
 )  # fmt: skip
 from prism_deco.config.compose import compose, default_run_id, set_key, takes_text, validate
@@ -31,6 +32,7 @@ from prism_deco.files import refusals_named, write_whole
 CONFIG = "config.yaml"
 
 _PROMPT_SET = "recipe.prompt_set"
+_BENCHMARKS = "evaluate.benchmarks"
 
 _CLOSED = ("recipe", "trainer")
 """Groups whose YAMLs cannot declare options of their own: nothing would read them."""
@@ -103,10 +105,19 @@ def _load(arguments: _Arguments) -> DictConfig:
     written: Any = OmegaConf.to_container(config, resolve=False)
     for key, text in arguments.overrides:
         set_key(config, key, parse_value(key, text, is_text=takes_text(written, key)))
-    validate(config)
     if arguments.stored and "plugins" not in dict(arguments.overrides):
         require_imported(config.plugins, arguments.stored)
+    config.plugins = list(dict.fromkeys([*config.plugins, *_plugins_of_choices(arguments)]))
+    validate(config)
     return config
+
+
+def _plugins_of_choices(arguments: _Arguments) -> list[str]:
+    """The modules that the YAMLs of the user's own choices name."""
+    own = {key: value for key, value, file in arguments.settings if file.name != CONFIG}
+    benchmarks = dict(arguments.overrides).get(_BENCHMARKS) or own.get(_BENCHMARKS) or ""
+    chosen = [*arguments.choices.items(), ("benchmark", str(benchmarks))]
+    return [module for group, choice in chosen for module in plugins_of(group, choice)]
 
 
 def named_choice(group: str, overrides: Iterable[str]) -> str | None:
@@ -140,6 +151,8 @@ def value_origins(overrides: Iterable[str]) -> dict[str, str]:
         origins[key] = str(file)
     for key, _ in arguments.overrides:
         origins |= {name: "command line" for name in origins if f"{name}.".startswith(f"{key}.")}
+    if named := _plugins_of_choices(arguments):
+        origins["plugins"] += f", and {', '.join(named)} by a choice's YAML"
     written: Any = OmegaConf.to_container(config, resolve=False)
     for key, value in flatten(written).items():
         if isinstance(value, str) and "${" in value:

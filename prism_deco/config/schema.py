@@ -345,4 +345,5 @@ class Config:
     run_id: str | None = None
     """Name of the run's folder; null derives it from the choices and the seed."""
     plugins: list[str] = field(default_factory=list)
-    """Python modules to import first: they register components from outside the package."""
+    """Python modules to import first: they register components from outside the package. A component's own YAML can
+    name them, too."""

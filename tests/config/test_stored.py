@@ -190,7 +190,18 @@ def test_plugins_of_a_stored_configuration_are_named_by_the_user(tmp_path, monke
         load_config([str(path)])
     assert list(load_config([str(path), "plugins=[stranger]"]).plugins) == ["stranger"]
     assert list(load_config([str(path), "plugins=[]"]).plugins) == []
+    # Nor does a benchmark's YAML that a stored configuration leads to name any; one that the user chooses does.
+    benchmark = tmp_path / "theirs.yaml"
+    benchmark.write_text("plugins: [stranger]\nfamily: pope\n")
+    stored, _ = _stored(tmp_path / "y", f"evaluate.benchmarks={benchmark}")
+    stored.write_text(stored.read_text().replace("plugins:\n- stranger\n", "plugins: []\n"))
+    assert list(load_config([str(stored)]).plugins) == []
+    assert list(load_config([f"evaluate.benchmarks={benchmark}"]).plugins) == ["stranger"]
+    assert value_origins([f"evaluate.benchmarks={benchmark}"])["plugins"] == "default, and stranger by a choice's YAML"
     assert "stranger" not in sys.modules
+    benchmark.write_text("plugins: stranger\n")
+    with pytest.raises(ValueError, match=r"theirs\.yaml: plugins must be a list of modules such as \[a, b\], not 'str"):
+        load_config([f"evaluate.benchmarks={benchmark}"])
 
 
 def test_what_a_run_changed_of_its_choices():

@@ -271,6 +271,11 @@ def test_a_plug_in_that_the_run_was_trained_without(run, files, tmp_path, monkey
     assert json.loads((run / "eval/mine/metrics.json").read_text())["n"] == 2
     score_only = ["evaluate", "--score-only", str(run / "eval/mine/predictions.jsonl")]
     assert main([*score_only, f"benchmark={mine}", "plugins=[my_benchmark]"]) == 0
+    # Or its own YAML names the module.
+    BENCHMARKS._entries.pop("plugged_in")
+    sys.modules.pop("my_benchmark")
+    mine.write_text(f"plugins: [my_benchmark]\n{mine.read_text()}")
+    assert main(arguments) == 0
 
 
 def test_scores_are_shown_in_tensorboard(colors, files, tmp_path):

@@ -25,9 +25,8 @@ def on_path(monkeypatch):
 
 
 def test_plugin(on_path):
-    config = load_config(
-        [f"projector={EXAMPLE / 'token_merge.yaml'}", "plugins=[token_merge]", "projector.hidden_dim=32"]
-    )
+    config = load_config([f"projector={EXAMPLE / 'token_merge.yaml'}", "projector.hidden_dim=32"])
+    assert config.plugins == ["token_merge"]
     assert "token_merge" not in PROJECTORS.names()
     import_plugins(config.plugins)
     options = OmegaConf.to_container(config.projector, resolve=True)

@@ -76,6 +76,7 @@ def test_a_choice_of_projectors_narrows_axes_and_rows(tmp_path):
     assert [cell.id for cell in cells] == ids
     # What a sweep records of itself is the same sweep.
     spec = parse(["mini_bench", "projector=avgpool,linear", "seed=1,2"])
+    assert set(spec.controls) == CONTROLS == set(_asked(spec)["controls"])
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(_asked(spec), sort_keys=False))
     assert [c.id for c in expand(parse([str(tmp_path / "again.yaml")]))] == [c.id for c in expand(spec)]
 
@@ -83,19 +84,20 @@ def test_a_choice_of_projectors_narrows_axes_and_rows(tmp_path):
 @pytest.fixture
 def own(tmp_path):
     """The YAML of a projector from outside the package; its module is imported where it trains."""
-    (tmp_path / "bench_mine.yaml").write_text("num_tokens: ${recipe.num_tokens}\n")
+    (tmp_path / "bench_mine.yaml").write_text("plugins: [bench_mine]\nnum_tokens: ${recipe.num_tokens}\n")
     return str(tmp_path / "bench_mine.yaml")
 
 
 @pytest.mark.parametrize("name", ["bench", "mini_bench"])
 def test_a_projector_of_one_s_own_joins_by_one_key(own, name):
     without = [cell.id for cell in expand(parse([name]))]
-    cells = expand(parse([name, f"projector+={own}", "plugins=[bench_mine]"]))
+    cells = expand(parse([name, f"projector+={own}"]))
     added = [cell for cell in cells if cell.id not in without]
     assert swept(added) == {"bench_mine"} and len(added) == len(cells) - len(without)
     assert len(added) == sum(cell.startswith(("avgpool-", "clip_vit_l_336-avgpool-", "siglip_so400m_384-avgpool-"))
                              for cell in without)  # fmt: skip
-    assert f"projector={own}" in dry_run(parse([name, f"projector+={own}", "plugins=[bench_mine]"]), jobs=None)
+    assert all(cell.config.plugins == (["bench_mine"] if cell in added else []) for cell in cells)
+    assert f"projector={own}" in dry_run(parse([name, f"projector+={own}"]), jobs=None)
 
 
 def test_nothing_is_added_to_an_axis_that_is_not_there():
