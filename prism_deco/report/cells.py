@@ -17,9 +17,6 @@ from prism_deco.training.progress import THROUGH
 PROJECTORS = ("linear", "avgpool", "maxpool", "qformer", "c_abstractor", "d_abstractor")
 """Their order in tables and figures; projectors from elsewhere follow by name."""
 
-CONTROLS = ("small_image", "every_kth", "random_patches", "bilinear")
-"""What a compressor must beat to be worth anything; figures draw them as a band."""
-
 MAXIMA = {"mme": 2000.0}
 """Maximum score by benchmark family, where it is not 100 (MME: ten tasks of 200 points)."""
 
@@ -73,6 +70,7 @@ class RunCell:
 
     Attributes:
         labels: what tables group by: row | backbone and llm, projector, seed, and further axes.
+        control: whether its sweep calls it a control: what a compressor must beat to be worth anything.
         asked: the choices of its benchmarks, by name.
         manifest: empty until the training has finished.
         scores: by split ("" is the benchmarks' own) and benchmark.
@@ -91,6 +89,7 @@ class RunCell:
     started: float | None = None
     seconds: float | None = None
     config: DictConfig | None = None
+    control: bool = False
     asked: Mapping[str, str] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
@@ -196,6 +195,10 @@ class SeedGroup:
     @property
     def projector(self) -> str:
         return self.cells[0].projector
+
+    @property
+    def control(self) -> bool:
+        return self.cells[0].control
 
     @property
     def family(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from prism_deco.config import GROUPS, flat, read_stored
+from prism_deco.config import GROUPS, flat, read_stored, read_yaml
 from prism_deco.config.choices import TOKENS, benchmark_name
 from prism_deco.errors import UsageError
 from prism_deco.files import read_json, refusals_named
@@ -70,7 +70,9 @@ def _read_sweep(folder: Path) -> list[RunCell]:
     if not isinstance(ledger.get("cells"), list):
         raise UsageError(f"{folder / 'ledger.json'} lists no cells: is it a sweep's?")
     log.info("Reading the %d cells of %s", len(ledger["cells"]), folder)
-    return [read_cell(folder / record["id"], record) for record in ledger["cells"]]
+    asked = read_yaml(folder / "sweep.yaml") if (folder / "sweep.yaml").is_file() else {}
+    cells = [read_cell(folder / record["id"], record) for record in ledger["cells"]]
+    return [replace(cell, control=cell.projector in (asked.get("controls") or ())) for cell in cells]
 
 
 def read_cell(folder: Path, record: Mapping[str, Any] | None = None) -> RunCell:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from prism_deco.report.cells import CONTROLS, TRAIN_LOSS, Curve, RunCell, SeedGroup, Summary
+from prism_deco.report.cells import TRAIN_LOSS, Curve, RunCell, SeedGroup, Summary
 from prism_deco.report.grid import ScoreTable
 from prism_deco.report.plotting import STEPS, Figure, label_axes, legend, panels, settings, styles, to_svg
 from prism_deco.report.tabular import MISSING, Field, Table, format_interval, format_number
@@ -177,7 +177,7 @@ def mean_figure(table: ScoreTable, cost: Cost = TOKENS_COST) -> Figure | None:
 
 
 def _notes(groups: Sequence[SeedGroup], cost: Cost = TOKENS_COST) -> str:
-    controls = [name for name in CONTROLS if any(group.variant == name for group in groups)]
+    controls = dict.fromkeys(group.variant for group in groups if group.control)
     band = f"Grey bands span the controls at each number of tokens ({', '.join(controls)})." if controls else ""
     return " ".join(filter(None, [band, _SIDE_BY_SIDE if cost is TOKENS_COST else ""]))
 
@@ -188,7 +188,7 @@ def _draw(ax: Axes, found: Sequence[Point], looks: dict[str, dict[str, Any]], sp
     Args:
         spread: points of the same cost side by side.
     """
-    controls = [point for point in found if point.group.variant in CONTROLS]
+    controls = [point for point in found if point.group.control]
     _draw_bands(ax, controls, spread)
     order = list(looks)
     found = [point for point in found if point not in controls]

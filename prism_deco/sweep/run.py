@@ -83,7 +83,7 @@ def _asked(spec: Spec) -> dict[str, object]:
         for grid in spec.grids
     }
     asked = grids.get("", {"parts": grids, "one_table": spec.one_table})
-    return asked | {"with": spec.choices, "jobs": spec.jobs}
+    return asked | {"with": spec.choices, "jobs": spec.jobs, "controls": spec.controls}
 
 
 def _title(cell: SweepCell, entry: LedgerEntry) -> str:

@@ -16,7 +16,7 @@ from prism_deco.config.schema import NAME_LISTS, Config
 from prism_deco.errors import UsageError
 
 LAUNCHERS = ("local", "slurm")
-KEYS = ("name", "settings", "rows", "axes", "with", "jobs", "parts", "one_table")
+KEYS = ("name", "settings", "rows", "axes", "with", "jobs", "parts", "one_table", "controls")
 """Keys of a sweep's YAML."""
 
 PART_KEYS = ("settings", "rows", "axes", "choose")
@@ -66,6 +66,8 @@ class Spec:
     """Settings that go with a choice: `projector=qformer` -> {`projector.heads`: `4`}."""
     one_table: bool = False
     """The cells of all parts stand in one table: they have no label that says which part they are of."""
+    controls: list[str] = field(default_factory=list)
+    """Projectors, as labels call them, that others are measured against: figures draw them as a band."""
     jobs: int | None = None
     """Cells at a time on one machine; None leaves it to the launcher."""
     launcher: str = "local"
@@ -238,11 +240,12 @@ def _load(name: str) -> Spec:
         grids=[_grid(its, shared, part, one_table) for part, its in parts.items()] or [_grid(content, {}, "")],
         choices={choice: _texts(settings) for choice, settings in (content.get("with") or {}).items()},
         one_table=one_table,
+        controls=list(content.get("controls") or []),
         jobs=content.get("jobs"),
     )
 
 
-_LISTS = ("rows",)
+_LISTS = ("rows", "controls")
 _MAPPINGS = ("settings", "axes", "parts", "with", "choose", "labels")
 
 

@@ -60,6 +60,7 @@ def bench(make, tmp_path_factory):
                 make.scores(own / f"mini_{benchmark}", f"mini_{benchmark}", skill, seed)
             _tokens(own, number, name, 0.3, **({"layer": 1} if name else {}))
     make.ledger(folder, cells)
+    (folder / "sweep.yaml").write_text("controls: [small_image, every_kth, random_patches]\n")
     return folder
 
 
