@@ -83,7 +83,7 @@ class Registry(Generic[T]):
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         for option in options:
             if option not in parameters and not takes_any:
-                raise unknown(f"key of the {self.kind} {name}", option, parameters)
+                raise unknown(f"key of the {self.kind} {name}", option, parameters.keys() - options.keys())
         for parameter in parameters.values():
             is_named = parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
             if is_named and parameter.default is parameter.empty and parameter.name not in options:

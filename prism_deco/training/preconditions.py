@@ -104,6 +104,9 @@ def check_all(
             checkpoint.verify()
     data.check()
     recipe = config.recipe
+    for key in ("tower_lr", "tower_layers"):
+        if recipe.tower == "frozen" and recipe[key] is not None:
+            log.warning("recipe.%s=%s has no effect: recipe.tower=frozen.", key, recipe[key])
     check_isolation(vlm.lm, packing=recipe.packing, turn_mask=recipe.turn_mask, longest=max_positions(config, llm))
     if plans or config.trainer.activation_checkpointing == AUTO:
         config.trainer.activation_checkpointing = _plan_memory(config, force)

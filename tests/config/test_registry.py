@@ -55,7 +55,7 @@ def test_options_are_those_that_a_component_takes():
         return red, green, name
 
     assert registry.build("mixed", red=1, name="y") == (1, 0, "y")
-    with pytest.raises(ValueError, match="Unknown key of the colour mixed 'grean'. Did you mean 'green'"):
+    with pytest.raises(ValueError, match="mixed 'grean'. Did you mean 'green'. Choices: green, name."):
         registry.build("mixed", red=1, grean=2)
     with pytest.raises(ValueError, match="The colour 'mixed' needs the key red"):
         registry.build("mixed", green=2)

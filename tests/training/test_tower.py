@@ -231,6 +231,14 @@ def test_what_cannot_be_is_said_before_anything_is_read(colors, tmp_path, capsys
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_rates_of_a_frozen_tower_are_said_to_have_no_effect(colors, tmp_path, caplog):
+    data = ["data=llava", f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}"]
+    arguments = ["train", "--check", *data, f"runs_dir={tmp_path}", "evaluate.benchmarks=null", "recipe.tower_lr=1e-5"]
+    for tower in ("frozen", "full"):
+        assert main([*arguments, f"recipe.tower={tower}"]) == 0
+    assert caplog.text.count("recipe.tower_lr=1e-05 has no effect: recipe.tower=frozen.") == 1
+
+
 def test_a_real_run_trains_the_last_block_and_leaves_the_rest(colors, tmp_path):
     data = ["data=llava", f"data.json={colors / 'train.json'}", f"data.image_root={colors / 'images'}"]
     options = ["data.val_fraction=0", "evaluate.benchmarks=null", "recipe.global_batch_size=4", "trainer.log_every=1",
