@@ -8,12 +8,14 @@ from pathlib import Path
 from prism_deco.bench.presets import PRESETS
 from prism_deco.commands.common import OVERRIDES, show
 from prism_deco.config import load_config
+from prism_deco.config.choices import choice_name, plugins_of
+from prism_deco.config.registry import import_plugins
 from prism_deco.files import check_writable
 
 
 def bench_projectors_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `bench projectors`."""
-    parser.add_argument("names", nargs="*", help="projectors (default: all)")
+    parser.add_argument("names", nargs="*", help="projectors, or YAML files (default: all shipped)")
     parser.add_argument("--in-dim", type=int, default=1024, help="channels of a patch feature (default: %(default)s)")
     parser.add_argument("--out-dim", type=int, default=4096, help="embedding size of the LLM (default: %(default)s)")
     parser.add_argument(
@@ -78,8 +80,9 @@ def bench_projectors(args: argparse.Namespace) -> None:
     from prism_deco.bench.projectors import bench_projectors
     from prism_deco.distributed import requested_device
 
+    import_plugins(module for name in args.names for module in plugins_of("projector", name))
     result = bench_projectors(
-        args.names,
+        [choice_name(name) for name in args.names],
         in_dim=args.in_dim,
         out_dim=args.out_dim,
         in_grid=tuple(args.in_grid),

@@ -10,7 +10,7 @@ from pathlib import Path
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, show
 from prism_deco.commands.scoring import Tokens, blind_scores, finished_run, score_run, stored_keys
 from prism_deco.config import parse_value, read_config
-from prism_deco.config.choices import benchmark_name, choices, group_keys, resolve_asks, resolve_benchmarks
+from prism_deco.config.choices import choice_name, choices, group_keys, resolve_asks, resolve_benchmarks
 from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
 from prism_deco.files import check_writable
@@ -66,7 +66,7 @@ def evaluate(args: argparse.Namespace) -> None:
     check_keys(names, asked.options, asked.own, also=also)
     own = {}
     of_groups = group_keys(names)
-    for name in map(benchmark_name, resolve_benchmarks(names)):
+    for name in map(choice_name, resolve_benchmarks(names)):
         usual = of_groups.get(name, {}) | stored_keys(run, name)
         usual = {key: value for key, value in usual.items() if key not in asked.options}
         own[name] = usual | asked.own.get(name, {})

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, own_benchmarks, show
 from prism_deco.commands.scoring import finished_run, stored_keys
-from prism_deco.config.choices import benchmark_name, results_name
+from prism_deco.config.choices import choice_name, results_name
 from prism_deco.errors import UsageError
 from prism_deco.files import check_folder, check_writable, read_json
 
@@ -95,7 +95,7 @@ def _explain_benchmark(
     options: dict[Path, dict[str, Any]] = {}
     for run in asked.runs:  # what is wrong with one of them must not wait for those before it
         finished_run(run)
-        stored = stored_keys(run, benchmark_name(name), leave_out=["limit"])
+        stored = stored_keys(run, choice_name(name), leave_out=["limit"])
         options[run] = stored | asked.options | next(iter(asked.own.values()), {})
         _benchmark(run, name, options[run])
     results, sections = [], []

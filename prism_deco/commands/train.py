@@ -16,7 +16,7 @@ from prism_deco.commands.explain import has_relevance, measure_relevance
 from prism_deco.commands.keys import print_config
 from prism_deco.commands.scoring import Tokens, score_run
 from prism_deco.config import load_config
-from prism_deco.config.choices import benchmark_name, group_keys, resolve_asks, resolve_benchmarks, results_name
+from prism_deco.config.choices import choice_name, group_keys, resolve_asks, resolve_benchmarks, results_name
 from prism_deco.errors import UsageError
 from prism_deco.stages import Stage, split
 from prism_deco.stages import run as run_stages
@@ -143,11 +143,11 @@ class _Scoring:
         return {"split": self.keys["split"], "limit": self.keys["limit"]}
 
     def _relevance_options(self) -> dict[str, Any]:
-        own = self.own.get(benchmark_name(self.relevance or ""), {})
+        own = self.own.get(choice_name(self.relevance or ""), {})
         return {**self._options, **own, "limit": self.keys["relevance_limit"]}
 
     def _split(self, choice: str) -> str | None:
-        return self.own.get(benchmark_name(choice), {}).get("split", self.keys["split"])
+        return self.own.get(choice_name(choice), {}).get("split", self.keys["split"])
 
 
 def _scoring(config: DictConfig) -> _Scoring | None:

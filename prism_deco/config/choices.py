@@ -170,8 +170,8 @@ def _split(names: str | Iterable[str]) -> list[str]:
     return [name for name in found if name]
 
 
-def benchmark_name(choice: str) -> str:
-    """The name of a benchmark that is chosen by its name or by the path of its YAML."""
+def choice_name(choice: str) -> str:
+    """The name of what is chosen by its name, or by the path of its YAML."""
     return Path(choice).stem if choice.endswith(YAML_SUFFIXES) else choice
 
 
@@ -184,7 +184,7 @@ def results_name(choice: str, split: str | None = None, ask: str = AS_TRAINED) -
     """The name of a benchmark's results folder: the benchmark's, followed by the split unless it is the YAML's own, and
     by how it is asked unless that is as trained."""
     own = load_choice("benchmark", choice).get("split") or ""
-    parts = [benchmark_name(choice)]
+    parts = [choice_name(choice)]
     if split not in (None, own):
         parts.append(str(split))
     if ask != AS_TRAINED:

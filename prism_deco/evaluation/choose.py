@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from prism_deco.config import load_choice, parse_value
-from prism_deco.config.choices import benchmark_name, resolve_benchmarks
+from prism_deco.config.choices import choice_name, resolve_benchmarks
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
 from prism_deco.evaluation.base import BENCHMARKS, Benchmark
@@ -73,7 +73,7 @@ def check_keys(
     for key in options:
         if key not in known:
             raise unknown("key", key, known)
-    asked = [benchmark_name(choice) for choice in choices]
+    asked = [choice_name(choice) for choice in choices]
     for name in own:
         if asked and name not in asked:
             raise unknown("benchmark, among those that are asked for,", name, asked)
@@ -104,7 +104,7 @@ def prepare(
         raise UsageError("Name at least one benchmark.")
     prepared = []
     for name in names:
-        keys = shared | dict((own or {}).get(benchmark_name(name), {}))
+        keys = shared | dict((own or {}).get(choice_name(name), {}))
         prepared.append(build_benchmark(name, **keys))
     for benchmark in prepared:
         benchmark.root = benchmark.root or root

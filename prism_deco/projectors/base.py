@@ -53,7 +53,7 @@ class Projector(nn.Module):
         raise NotImplementedError
 
     def forward(self, features: Tensor, num_tokens: int | None = None) -> Tensor:
-        """float[B, N, in_dim] -> float[B, M, out_dim]; `UsageError` on features of another size.
+        """float[B, N, in_dim] -> float[B, M, out_dim]; `UsageError` on features, or visual tokens, of another size.
 
         Args:
             num_tokens: one of `scales`; None is the first.
@@ -65,8 +65,14 @@ class Projector(nn.Module):
                 f"(grid {height}x{width}) and got {list(features.shape)}. Use the backbone's grid and embed_dim."
             )
         if num_tokens in (None, self.num_tokens):
-            return self.project(features)
-        return self.project_to(features, num_tokens)
+            tokens = self.project(features)
+        else:
+            tokens = self.project_to(features, num_tokens)
+        made = list(getattr(tokens, "shape", [])) or type(tokens).__name__
+        promised = [len(features), num_tokens or self.num_tokens, self.out_dim]
+        if made != promised:  # more tokens than promised would reach the next image's places
+            raise UsageError(f"{type(self).__name__} made visual tokens {made} and has promised {promised}.")
+        return tokens
 
     def query_to_patch(self) -> Tensor | None:
         """float[M, N], rows summing to 1, where the geometry alone fixes which patches a visual

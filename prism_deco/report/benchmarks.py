@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from prism_deco.config import load_choice
-from prism_deco.config.choices import benchmark_name, resolve_benchmarks
+from prism_deco.config.choices import choice_name, resolve_benchmarks
 from prism_deco.errors import UsageError
 from prism_deco.report import paper
 from prism_deco.report.cells import RunCell
@@ -57,4 +57,4 @@ def _content(choice: str) -> Mapping[str, Any]:
     try:
         return load_choice("benchmark", choice)
     except UsageError:
-        return {"name": benchmark_name(choice)}
+        return {"name": choice_name(choice)}

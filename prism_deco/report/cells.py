@@ -70,6 +70,7 @@ class RunCell:
 
     Attributes:
         labels: what tables group by: row | backbone and llm, projector, seed, and further axes.
+        compressor: what made fewer visual tokens of the trained model's, without training.
         control: whether its sweep calls it a control: what a compressor must beat to be worth anything.
         asked: the choices of its benchmarks, by name.
         manifest: empty until the training has finished.
@@ -90,6 +91,7 @@ class RunCell:
     seconds: float | None = None
     config: DictConfig | None = None
     control: bool = False
+    compressor: str = ""
     asked: Mapping[str, str] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
@@ -214,14 +216,14 @@ class SeedGroup:
 
     @property
     def training_minutes(self) -> float | None:
-        """Mean over seeds, like the next."""
+        """Median over seeds, like the next: what else a machine did in the meantime is no cost of the projector."""
         known = [cell.training_seconds for cell in self.cells if cell.training_seconds is not None]
-        return fmean(known) / 60 if known else None
+        return median(known) / 60 if known else None
 
     @property
     def first_token_ms(self) -> float | None:
         known = [cell.first_token_seconds for cell in self.cells if cell.first_token_seconds is not None]
-        return 1000 * fmean(known) if known else None
+        return 1000 * median(known) if known else None
 
     def scores(self, benchmark: str, split: str) -> dict[str, Score]:
         """By seed."""
@@ -258,8 +260,8 @@ class SeedGroup:
         if not means:
             return None
         values = list(means.values())
-        first = next(cell for cell in self.cells if cell.seed in means).scores[split]
-        own = [first[name] for name in benchmarks]
+        complete = [cell.scores[split] for cell in self.cells if cell.scores.get(split, {}).keys() >= set(benchmarks)]
+        own = [complete[0][name] for name in benchmarks]
         halves = [100 / score.maximum * (score.interval[1] - score.interval[0]) / 2 for score in own]
         half = math.hypot(*halves) / len(halves)
         return _summary(values, (values[0] - half, values[0] + half), len(self.cells), 100.0)

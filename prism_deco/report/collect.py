@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config import GROUPS, flat, read_stored, read_yaml
-from prism_deco.config.choices import TOKENS, benchmark_name
+from prism_deco.config.choices import TOKENS, choice_name
 from prism_deco.errors import UsageError
 from prism_deco.files import read_json, refusals_named
 from prism_deco.report.benchmarks import asked_by, family_of
@@ -146,10 +146,13 @@ def _with_other_tokens(cell: RunCell) -> Iterable[RunCell]:
         if name:
             options = [f"{key}={value}" for key, value in about["options"].items()]
             labels["projector"] = " ".join([cell.projector, "+", name, *options])
+        elif cell.config is None or tokens not in (cell.config.evaluate.get("num_tokens") or ()):
+            labels["projector"] = f"{cell.projector} trained with {cell.tokens}"  # asked afterwards, not by the sweep
         yield replace(
             cell,
             id=f"{cell.id}/{path.parent.name}",
             labels=labels,
+            compressor=name or "",
             manifest={**cell.manifest, "tokens": {**cell.manifest["tokens"], "visual_out": tokens}},
             scores=read_scores(path.parent, cell.asked),
             relevance={},
@@ -222,7 +225,7 @@ def read_relevance(folder: Path, config: DictConfig) -> dict[str, Any]:
     choice = config.evaluate.get("relevance")
     if choice:
         # explain/<benchmark> holds the benchmark's own split, explain/<benchmark>-<split> another one.
-        name = benchmark_name(choice)
+        name = choice_name(choice)
         paths = [path for path in paths if path.parent.name in (name, f"{name}-{split}")]
     contents = [read_json(path) for path in paths]
     found = [content for content in contents if split in (None, content.get("split"))]

@@ -217,12 +217,12 @@ def _draw_bands(ax: Axes, controls: Sequence[Point], spread: bool) -> None:
 
 
 def side_by_side(tokens: Sequence[float]) -> list[float]:
-    """Positions of points on a logarithmic axis: those with the same number of tokens are spread around it, so that
-    none covers another."""
+    """Positions of points on a logarithmic axis: those with the same number of tokens are spread around it, over half
+    an octave at most, so that none covers another."""
     places = []
     for k, number in enumerate(tokens):
         before, same = tokens[:k].count(number), tokens.count(number)
-        places.append(number * 2 ** (0.09 * (before - (same - 1) / 2)))
+        places.append(number * 2 ** (min(0.09, 0.5 / same) * (before - (same - 1) / 2)))
     return places
 
 

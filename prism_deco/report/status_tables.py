@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ _MEANING = {"trained": "not scored yet"}
 
 def about(cells: Sequence[RunCell]) -> list[str]:
     """A paragraph about the models that were trained: when, on what, and by which version."""
-    trained = [cell for cell in cells if cell.manifest]
+    trained = _by_run(cell for cell in cells if cell.manifest)
     if not trained:
         return []
 
@@ -36,6 +36,11 @@ def about(cells: Sequence[RunCell]) -> list[str]:
         f"with prism_deco {versions} for {steps} steps on {samples} records of {names('data')}, recipe "
         f"{names('recipe')}."
     ]
+
+
+def _by_run(cells: Iterable[RunCell]) -> list[RunCell]:
+    """One cell per run, which may have been scored with several numbers of visual tokens."""
+    return list({cell.folder: cell for cell in cells}.values())
 
 
 def _span(values: Sequence[int]) -> str:
@@ -66,6 +71,7 @@ def notes(cells: Sequence[RunCell], split: str, others: Sequence[str]) -> str:
 
 def _progress(cells: Sequence[RunCell]) -> str:
     """The number of cells in each state, in words."""
+    cells = _by_run(cells)
     states = Counter(cell.state for cell in cells)
     others = [f"{count} {state}" for state, count in states.items() if state != "done"]
     return ", ".join([f"{states['done']} of {len(cells)} cells done", *others]) + "."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
+from prism_deco.evaluation.compressors import COMPRESSORS
 from prism_deco.report import paper
 from prism_deco.report.cells import TRAIN_LOSS, VAL_LOSS, SeedGroup
 from prism_deco.report.grid import SECONDARY, ScoreRow, ScoreTable, paper_mean, secondary_values
@@ -12,6 +13,9 @@ from prism_deco.report.paired_tests import BASE, MEAN, Difference
 from prism_deco.report.recipe_diff import recipes
 from prism_deco.report.stats import count_wins
 from prism_deco.report.tabular import MISSING, Field, Table, format_interval, format_number, under_headings
+
+_LONG = 24
+"""Rows of a table beyond which it leaves out what readings.csv has as well."""
 
 
 def scores_table(table: ScoreTable, differences: Sequence[Difference] = ()) -> Table:
@@ -30,7 +34,8 @@ def scores_table(table: ScoreTable, differences: Sequence[Difference] = ()) -> T
         for row in members:
             tokens = Field(str(row.group.tokens) if row.group and row.group.tokens else MISSING)
             fields = [_score(table, row, column, best=leaders[column] is row) for column in names]
-            rows.append((heading, [Field(row.variant), tokens, *fields]))
+            control = ("control",) if row.group and row.group.control else ()
+            rows.append((heading, [Field(row.variant, control), tokens, *fields]))
         for baseline, values in (("blind", table.blind.get(name)), ("chance", table.chance)):
             if values:
                 rows.append((heading, [Field(baseline), Field(MISSING), *_baseline(values, names)]))
@@ -50,7 +55,7 @@ def _score(table: ScoreTable, row: ScoreRow, name: str, *, best: bool) -> Field:
         lines.append(f"Δ {format_number(summary.mean - printed, sign='+')}")
     if summary.seeds < summary.planned:
         lines.append(f"{summary.seeds} of {summary.planned} seeds")
-    for metric, values in secondary_values(row, name, table.split).items():
+    for metric, values in secondary_values(row, name, table.split).items() if len(table.rows) <= _LONG else ():
         lines.append(f"{metric.replace('_', ' ')} {format_number(fmean(values))}")
     spread = f" ±{format_number(summary.deviation)}" if summary.deviation is not None else ""
     return Field(f"{format_number(summary.mean)}{spread}", (format_interval(summary.interval), *lines), best=best)
@@ -102,6 +107,12 @@ def _caption(table: ScoreTable) -> str:
         asked[name] = "/".join(filter(None, dict.fromkeys(row.asked_as(name, table.split) for row in table.rows)))
     if any(asked.values()):
         parts.append(f"Asked as: {', '.join(f'{name} {way}' for name, way in asked.items() if way)}.")
+    used = {cell.compressor for cell in table.cells} & set(COMPRESSORS.names())
+    parts += [note for name in sorted(used) if (note := getattr(COMPRESSORS.get(name), "note", ""))]
+    if any(group.control for group in table.groups):
+        parts.append("control: what a projector must beat to be worth anything.")
+    if any(cell.config is not None and cell.config.trainer.feature_cache for cell in table.cells):
+        parts.append("The towers' features were stored before the training, whose time is that of projector and LLM.")
     if table.has_mean:
         parts.append("With one seed the mean's interval assumes independent benchmarks.")
     if table.chance:
@@ -110,7 +121,9 @@ def _caption(table: ScoreTable) -> str:
         own = ", each model at the settings chosen for it" if table.part else ""
         parts.append(f"blind: the same LLM, data and recipe, trained without the images{own}.")
     shown: set[str] = set()
-    for row in table.rows:
+    if len(table.rows) > _LONG:
+        parts.append("Further metrics of the benchmarks are in readings.csv.")
+    for row in table.rows if len(table.rows) <= _LONG else ():
         for name in table.benchmarks:
             shown.update(secondary_values(row, name, table.split))
     parts += [text for name, text in SECONDARY.items() if any(metric.endswith(name) for metric in shown)]
@@ -185,7 +198,7 @@ def worth_table(table: ScoreTable, differences: Sequence[Difference]) -> Table |
             group = members[pair.second]
             added = _trained(group) - _trained(base)
             fields = [
-                Field(group.variant),
+                Field(group.variant, ("control",) if group.control else ()),
                 Field(str(group.tokens)),
                 Field(f"{added:+,}" if added else "none"),
                 Field(format_number(group.training_minutes)),
@@ -202,7 +215,8 @@ def worth_table(table: ScoreTable, differences: Sequence[Difference]) -> Table |
     caption = (
         f"Compared with {BASE} at the row's number of tokens, best first. Added parameters: trained ones that {BASE} "
         "does not have. Training: measured time of all steps. First token: measured time from one image and a short "
-        "question to the first token of the answer. Bold: the intervals, not adjusted for their number, exclude zero."
+        "question to the first token of the answer. Both are the median over seeds. Bold: the intervals, not adjusted "
+        "for their number, exclude zero."
     )
     return Table("Which projector is worth its parameters", columns, under_headings(rows), caption=caption)
 

@@ -7,13 +7,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from prism_deco.config import GROUPS, parse_value
-from prism_deco.config.choices import YAML_SUFFIXES, resolve_benchmarks
+from prism_deco.config.choices import choice_name, resolve_benchmarks
 from prism_deco.errors import UsageError
 from prism_deco.stages import final_config
 from prism_deco.sweep.spec import PART, RunGrid, Spec, SweepRow
@@ -104,11 +103,7 @@ def cell_id(row: SweepRow, values: Mapping[str, str]) -> str:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.+-]+", "_", _choice_name(text)).strip("._")
-
-
-def _choice_name(text: str) -> str:
-    return Path(text).stem if text.endswith(YAML_SUFFIXES) else text
+    return re.sub(r"[^A-Za-z0-9.+-]+", "_", choice_name(text)).strip("._")
 
 
 def _settings(spec: Spec, grid: RunGrid, row: SweepRow, values: Mapping[str, str]) -> dict[str, str]:
@@ -123,7 +118,7 @@ def _settings(spec: Spec, grid: RunGrid, row: SweepRow, values: Mapping[str, str
 def _label(key: str, value: str, config: DictConfig) -> Any:
     """What tables call an axis' value: a choice by its name, other values as the configuration has them."""
     if key in GROUPS:
-        return _choice_name(value)
+        return choice_name(value)
     composed = OmegaConf.select(config, key)
     # Keys of a single stage (align.recipe.lr) are not in the configuration of the last one.
     label = parse_value(key, value) if composed is None else composed

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_deco.config import GROUPS, choices, is_free, load_choice, parse_value, read_yaml
-from prism_deco.config.choices import YAML_SUFFIXES
+from prism_deco.config.choices import YAML_SUFFIXES, choice_name
 from prism_deco.config.registry import unknown
 from prism_deco.config.schema import NAME_LISTS, Config
 from prism_deco.errors import UsageError
@@ -92,7 +92,7 @@ def parse(arguments: Iterable[str]) -> Spec:
     Raises:
         UsageError: an unknown sweep, a setting that the rows themselves set, or nothing to sweep over.
     """
-    arguments = list(arguments)
+    arguments = sorted(arguments, key=lambda argument: argument.partition("=")[0].endswith("+"))  # added to what is set
     names = [argument for argument in arguments if "=" not in argument]
     if len(names) > 1:
         raise UsageError(
@@ -115,6 +115,9 @@ def parse(arguments: Iterable[str]) -> Spec:
         elif key.startswith("slurm."):
             option = key.removeprefix("slurm.")
             spec.slurm[option] = parse_value(key, text, is_text=option not in SLURM_NOT_TEXT)
+        elif key in ("controls", "controls+"):
+            named = [choice_name(value) for value in split_values(text.strip("[]"))]
+            spec.controls = [*(spec.controls if key.endswith("+") else []), *named]
         elif key == "run_id":
             raise UsageError("run_id is made for each cell of a sweep: name=NAME names the sweep's folder.")
         else:

@@ -1,7 +1,9 @@
 """The projector comparison at tiny sizes."""
 
 import io
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 from prism_deco.bench.measure import Usage, activation_bytes
 from prism_deco.bench.projectors import bench_projectors
+from prism_deco.cli import main
 from prism_deco.plan.flops import step_flops
 from prism_deco.projectors import PROJECTORS, build_projector
 
@@ -78,3 +81,14 @@ def test_user_mistakes():
         bench_projectors(["avgpool"], **SIZES, dtypes=["float32"], repeats=1)
     with pytest.raises(ValueError, match="avgpool"):
         bench_projectors(["avg"], **SIZES, dtypes=["float32"], repeats=2)
+
+
+def test_a_projector_of_one_s_own_is_timed_by_its_yaml(capsys, monkeypatch):
+    example = Path(__file__).parents[1] / "projectors/example"
+    monkeypatch.syspath_prepend(example)
+    PROJECTORS.names()  # what is imported while the copy stands would be lost with it
+    monkeypatch.setattr(PROJECTORS, "_entries", dict(PROJECTORS._entries))
+    sizes = ["--in-dim=8", "--out-dim=8", "--in-grid", "4", "4", "--num-tokens=4", "--batch-size=2", "--repeats=2"]
+    assert main(["bench", "projectors", str(example / "token_merge.yaml"), *sizes]) == 0
+    sys.modules.pop("token_merge")
+    assert "token_merge" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from prism_deco.inference import first_token_probabilities
 from prism_deco.llms import build_llm
 from prism_deco.llms.layers import decoder_layers
 from prism_deco.projectors import build_projector
+from prism_deco.report.collect import collect
 from prism_deco.sequence import build_batch
 from prism_deco.vlm import VLM
 
@@ -217,7 +218,8 @@ def test_what_cannot_be_compressed_is_refused(model, tiny):
     refused("an image has 64 visual tokens; name fewer", tokens=64)
     refused("AvgPool has merged them already: name a run of projector=linear", tokens=2, vlm=tiny()[0])
     refused("num_tokens=1 is too few", "prumerge", 1)
-    refused("contextual=16 must be at least 1 and below num_tokens=16", contextual=16)
+    for number in (0, 16, 1.5, True, "2"):
+        refused(f"compressor.contextual={number} must be a whole number from 1 to 15", contextual=number)
     refused("Unknown key of the compressor visionzip 'layer'", layer=1)
     refused("compressor.layer=3 must be a whole number from 1 to 2", "fastv", layer=3)
     two = build_backbone("mini_dinov2_siglip", pretrained=False)
@@ -277,8 +279,10 @@ def test_compressed_answers_have_places_of_their_own(train, capsys):
     assert "holds answers of other settings: model was" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_matryoshka_answers_with_each_number_of_tokens(train):
-    run, mine = train("projector=matryoshka", "projector.num_tokens=16", "evaluate.num_tokens=[4]")
+def test_a_matryoshka_answers_with_each_number_of_tokens(train, caplog):
+    run, mine = train(
+        "projector=matryoshka", "projector.num_tokens=16", "projector.coarser=[4]", "evaluate.num_tokens=[4]"
+    )
     assert main(["evaluate", str(run), mine, "num_tokens=1"]) == 0
     for number, folder in ((16, "mine"), (4, "tokens4/mine"), (1, "tokens1/mine")):
         model = load(run, num_tokens=number)
@@ -287,6 +291,12 @@ def test_a_matryoshka_answers_with_each_number_of_tokens(train):
         images = [run.parent / "root" / record["image"] for record in records]
         assert model.generate(images, [record["prompt"] for record in records], 3) == outputs(run / "eval" / folder)
     assert json.loads((run / "eval/tokens1/tokens.json").read_text())["compressor"] is None
+    # The number of the training is the run's own; one that it was not trained with is said to be none.
+    assert "num_tokens=1: the run was trained with 16 and 4 visual tokens" in caplog.text
+    assert main(["evaluate", str(run), mine, "num_tokens=16"]) == 0 and not (run / "eval/tokens16").exists()
+    # In a report, what the training did not ask for is not mixed with what was trained so.
+    variants = {cell.id.rpartition("/")[2]: cell.variant for cell in collect([run.parent])}
+    assert variants == {run.name: "matryoshka", "tokens4": "matryoshka", "tokens1": "matryoshka trained with 16"}
 
 
 def test_wrong_arguments_are_refused(train, capsys):

@@ -53,6 +53,27 @@ def test_shapes(shared, features):
     assert out.shape == (BATCH, tokens, OUT_DIM) and out.dtype == torch.float32 and out.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (
+            lambda x: x[:, :5, :OUT_DIM],
+            r"\[2, 5, 24\]",
+        ),  # one would reach the next image
+        (lambda x: x[:, :3, :OUT_DIM], r"\[2, 3, 24\]"),
+        (lambda x: x[:, :4], r"\[2, 4, 32\]"),
+        (lambda x: None, "NoneType"),
+    ],
+)
+def test_visual_tokens_of_another_size_are_refused(made, words, features):
+    class Wrong(Projector):
+        def project(self, features):
+            return made(features)
+
+    with pytest.raises(ValueError, match=rf"Wrong made visual tokens {words} and has promised \[2, 4, 24\]"):
+        Wrong(IN_DIM, OUT_DIM, GRID, (2, 2))(features)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("in_grid, side", [((9, 9), 4), ((5, 7), 3), ((4, 4), 4), ((3, 3), 1)], ids=str)
 def test_any_grid_and_any_square(name, in_grid, side):

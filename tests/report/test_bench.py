@@ -24,6 +24,7 @@ def _run(make, folder, projector, tokens, seed, skill, seconds, **options):
     visual_in = tokens if projector == "small_image" else 64
     make.run(
         *(folder, f"projector={name}", f"seed={seed}", "evaluate.benchmarks=mini_gqa,mini_vqav2"),
+        *(["evaluate.num_tokens=[4]"] if name == "matryoshka" else []),
         benchmarks=NAMES,
         skill=skill,
         params={"total": 1_000_000, "trained": trained},
@@ -153,6 +154,9 @@ def test_long_rows_compare_with_average_pooling_only(make, tmp_path):
 def test_the_page_has_them_all(bench, tmp_path):
     write_report([bench], tmp_path)
     text = (tmp_path / "report.md").read_text()
+    assert "24 models of" in text and "24 of 24 cells done" in text
+    assert "fastv: the layers up to `layer` read all visual tokens" in text.replace("\\", "")
+    assert "| every_kth *control* |" in text and "| avgpool |" in text
     for name in ("visual-tokens", "training", "first-token"):
         assert f"score-against-{name}.svg" in text
     assert "### Which projector is worth its parameters" in text

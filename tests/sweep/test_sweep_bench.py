@@ -100,6 +100,14 @@ def test_a_projector_of_one_s_own_joins_by_one_key(own, name):
     assert f"projector={own}" in dry_run(parse([name, f"projector+={own}"]), jobs=None)
 
 
+def test_what_is_added_counts_in_any_order_and_may_be_a_control(own):
+    added = [f"projector+={own}", f"controls+={own}"]
+    for arguments in ([*added, "projector=avgpool,linear"], ["projector=avgpool,linear", *added]):
+        spec = parse(["mini_bench", *arguments])
+        assert swept(expand(spec)) == {"avgpool", "linear", "bench_mine"}
+        assert spec.controls == [*parse(["mini_bench"]).controls, "bench_mine"]
+
+
 def test_nothing_is_added_to_an_axis_that_is_not_there():
     with pytest.raises(ValueError, match="nothing is swept over recipe.lr so far: write recipe.lr="):
         parse(["mini_bench", "recipe.lr+=0.1"])

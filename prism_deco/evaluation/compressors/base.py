@@ -24,7 +24,7 @@ from prism_deco.vlm import VLM
 
 COMPRESSORS: Registry[Callable[..., Any]] = Registry("compressor", package="prism_deco.evaluation.compressors")
 """Called with `vlm` and `num_tokens`, a compressor changes the model in place: it looks at the tower and replaces the
-projector (`TowerCompressor`), or it looks at the LLM (`fastv`)."""
+projector (`TowerCompressor`), or it looks at the LLM (`fastv`). Tables print its `note`, if it has one."""
 
 
 def compress(vlm: VLM, name: str, num_tokens: int, **options: Any) -> None:

@@ -31,6 +31,9 @@ class FastV:
         layer: the layer whose attention ranks, counted from 1; the paper's is 2.
     """
 
+    note = "fastv: the layers up to `layer` read all visual tokens, those behind it as many as the table says."
+    """What a table of scores must say of it."""
+
     def __init__(self, vlm: VLM, num_tokens: int, *, layer: int = 2):
         layers = list(decoder_layers(vlm.lm))
         settings: Any = vlm.lm.config

@@ -29,8 +29,8 @@ class VisionZip(TowerCompressor):
 
     def __init__(self, vlm: VLM, num_tokens: int, *, contextual: int | None = None):
         self.contextual = max(1, round(num_tokens * 10 / 64)) if contextual is None else contextual
-        if not 1 <= self.contextual < max(num_tokens, self.least):
-            raise UsageError(f"contextual={contextual} must be at least 1 and below num_tokens={num_tokens}.")
+        if type(self.contextual) is not int or not 1 <= self.contextual < max(num_tokens, self.least):
+            raise UsageError(f"compressor.contextual={contextual} must be a whole number from 1 to {num_tokens - 1}.")
         super().__init__(vlm, num_tokens)
 
     def merge(self, features: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
