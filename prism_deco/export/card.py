@@ -181,7 +181,7 @@ def _set(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
     """A set of a mixture with the keys of its choice, whose file an export does not hold."""
     choice = str(part["data"])
     known = load_choice("data", choice) if choice_path("data", choice).is_file() else {}
-    return known | part | {"name": f"{name}: {Path(choice).stem}"}
+    return {**known, **part, "name": f"{name}: {Path(choice).stem}"}
 
 
 def _is_of_hub(part: Mapping[str, Any]) -> bool:
@@ -226,7 +226,7 @@ def _read_score(path: Path) -> dict[str, Any]:
     value = metrics.get(primary) if isinstance(metrics, dict) and isinstance(primary, str) else None
     bounds = interval if isinstance(interval, list) and len(interval) == 2 else [None]
     for key, number in (*((f"metrics.{primary}", value),), *(("interval95", bound) for bound in bounds)):
-        if type(number) not in (int, float) or not math.isfinite(number):
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
             raise UsageError(f"{path} is damaged: {key} is {number}, not a number. {way_out}")
     return content
 

@@ -152,7 +152,7 @@ def _check_option(name: str, parameter: inspect.Parameter, value: Any) -> None:
         raise UsageError(f"{option} must be of the type {inspect.formatannotation(kind)}.")
     if parameter.name.endswith("every_n_steps") and isinstance(value, int) and value < 1:
         raise UsageError(f"{option} must be a whole number above 0.")
-    if parameter.name == "save_dir" and value is not None:
+    if parameter.name == "save_dir" and isinstance(value, str | Path):
         check_writable(Path(value), f"Name another folder in trainer.loggers, or leave out {name}'s save_dir.")
 
 
