@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +17,7 @@ import prism_deco
 from prism_deco.backbones.transforms import TowerTransform
 from prism_deco.config import load_choice
 from prism_deco.config.choices import choice_path, choices
-from prism_deco.errors import UsageError
-from prism_deco.files import read_json
+from prism_deco.files import read_json, read_result
 from prism_deco.llms import LanguageModel
 from prism_deco.vlm import VLM
 
@@ -216,19 +214,7 @@ def _scores(run: Path | None) -> dict[str, dict[str, Any]]:
         UsageError: a file is damaged, or its score is no number.
     """
     paths = sorted((run / "eval").glob("*/metrics.json")) if run else []
-    return {path.parent.name: _read_score(path) for path in paths}
-
-
-def _read_score(path: Path) -> dict[str, Any]:
-    way_out = "Remove it, or evaluate the run again."
-    content = read_json(path, ("benchmark", "interval95", "metrics", "n", "primary"), way_out=way_out)
-    metrics, primary, interval = (content[key] for key in ("metrics", "primary", "interval95"))
-    value = metrics.get(primary) if isinstance(metrics, dict) and isinstance(primary, str) else None
-    bounds = interval if isinstance(interval, list) and len(interval) == 2 else [None]
-    for key, number in (*((f"metrics.{primary}", value),), *(("interval95", bound) for bound in bounds)):
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise UsageError(f"{path} is damaged: {key} is {number}, not a number. {way_out}")
-    return content
+    return {path.parent.name: read_result(path, ("benchmark", "n")) for path in paths}
 
 
 def _composition(config: DictConfig, vlm: VLM, llm: LanguageModel, run: Path | None) -> str:

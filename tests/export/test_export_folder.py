@@ -298,14 +298,14 @@ def test_names_of_the_users_own_are_no_markup(random_model, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"interval95": None}, "interval95 is None, not a number"),
-        ({"interval95": [1.0]}, "interval95 is None, not a number"),
-        ({"interval95": [1.0, "x"]}, "interval95 is x, not a number"),
-        ({"metrics": {"accuracy": "high"}}, "metrics.accuracy is high, not a number"),
-        ({"metrics": {"accuracy": float("nan")}}, "metrics.accuracy is nan, not a number"),
-        ({"metrics": None}, "metrics.accuracy is None, not a number"),
-        ({"primary": "f1"}, "metrics.f1 is None, not a number"),
-        ({"primary": ["f1"]}, "is None, not a number"),
+        ({"interval95": None}, "interval95 is None, not two numbers"),
+        ({"interval95": [1.0]}, "interval95 is [1.0], not two numbers"),
+        ({"interval95": [1.0, "x"]}, "interval95 is [1.0, 'x'], not two numbers"),
+        ({"metrics": {"accuracy": "high"}}, "it has no value of its primary metric, accuracy"),
+        ({"metrics": {"accuracy": float("nan")}}, "it has no value of its primary metric, accuracy"),
+        ({"metrics": None}, "it has no value of its primary metric, accuracy"),
+        ({"primary": "f1"}, "it has no value of its primary metric, f1"),
+        ({"primary": ["f1"]}, "it has no value of its primary metric, ['f1']"),
     ],
 )
 def test_damaged_scores_are_named(tmp_path, change, message):
