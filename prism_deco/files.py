@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -63,6 +64,27 @@ def read_json(
     if missing:
         raise UsageError(f"{path} is damaged: it has no {', '.join(missing)}. {way_out}")
     return content
+
+
+def read_result(
+    path: Path, keys: Iterable[str] = (), *, way_out: str = "Remove it, and evaluate the run again."
+) -> dict[str, Any]:
+    """The content of a benchmark's `metrics.json`, as `read_json` gives it, whose score and its interval are numbers.
+
+    Raises:
+        UsageError: the file is damaged, or is missing one of the keys.
+    """
+    content = read_json(path, {"interval95", "metrics", "primary", *keys}, way_out=way_out)
+    metrics, primary, interval = content["metrics"], content["primary"], content["interval95"]
+    if not isinstance(metrics, dict) or not isinstance(primary, str) or not _is_number(metrics.get(primary)):
+        raise UsageError(f"{path} is damaged: it has no value of its primary metric, {primary}. {way_out}")
+    if not isinstance(interval, list) or len(interval) != 2 or not all(map(_is_number, interval)):
+        raise UsageError(f"{path} is damaged: interval95 is {interval}, not two numbers. {way_out}")
+    return content
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def check_writable(folder: Path, way_out: str) -> None:

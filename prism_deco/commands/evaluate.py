@@ -10,7 +10,14 @@ from pathlib import Path
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, show
 from prism_deco.commands.scoring import Tokens, blind_scores, finished_run, score_run, stored_keys
 from prism_deco.config import parse_value, read_config
-from prism_deco.config.choices import choice_name, choices, group_keys, resolve_asks, resolve_benchmarks
+from prism_deco.config.choices import (
+    YAML_SUFFIXES,
+    choice_name,
+    choices,
+    group_keys,
+    resolve_asks,
+    resolve_benchmarks,
+)
 from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
 from prism_deco.files import check_writable
@@ -103,6 +110,13 @@ def _score_elsewhere(run: Path, args: argparse.Namespace, asked: Asked) -> None:
     if importlib.util.find_spec("lmms_eval") is None:
         raise UsageError('lmms-eval is not installed: pip install "prism-deco[lmms-eval]"')
     tasks = [task.strip() for task in args.lmms_eval.split(",")]
+    for task in tasks:
+        if task.endswith(YAML_SUFFIXES) and not Path(task).is_file():
+            raise UsageError(f"--lmms-eval {task}: there is no such file.")
+    limit = parse_value("limit", asked.options.get("limit", "null"))
+    # lmms-eval reads a fraction as a share of all questions.
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise UsageError(f"limit={limit} must be a whole number above 0: the questions asked of each task.")
     own = [task for task in tasks if task in choices("benchmark")]
     if own and args.out is None:
         raise UsageError(
@@ -116,7 +130,6 @@ def _score_elsewhere(run: Path, args: argparse.Namespace, asked: Asked) -> None:
     from prism_deco.integrations.lmms_eval_scores import score_tasks
 
     settings = {"batch_size": _batch_size(asked), "device": args.device, "dtype": args.dtype}
-    limit = parse_value("limit", asked.options.get("limit", "null"))
     show(table(score_tasks(run, tasks, out, model_id=manifest["model_sha256"], limit=limit, **settings)))
 
 

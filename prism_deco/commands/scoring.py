@@ -16,7 +16,7 @@ from prism_deco.config import load_choice, read_config
 from prism_deco.config.choices import TOKENS, resolve_benchmarks, results_name
 from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
-from prism_deco.files import check_folder, check_writable, read_json, write_json
+from prism_deco.files import check_folder, check_writable, read_json, read_result, write_json
 
 if TYPE_CHECKING:  # these need torch
     from prism_deco.api import Model
@@ -181,7 +181,7 @@ def _score(results_folder: Path) -> float | None:
     path = results_folder / "metrics.json"
     if not path.is_file():
         return None
-    content = read_json(path, ["metrics", "primary"], way_out="Remove it, and run the same command again.")
+    content = read_result(path, way_out="Remove it, and run the same command again.")
     return content["metrics"][content["primary"]]
 
 

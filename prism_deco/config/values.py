@@ -39,6 +39,7 @@ TYPES = {
     "tuple[float, float]": "two numbers such as [0.9, 0.95]",
     "list[str]": "a list of names such as [a, b]",
     "list[int]": "a list of whole numbers such as [11, 15]",
+    "list[Any]": "a list of names or mappings such as [a, {b: {key: value}}]",
 }
 """What messages and pages call the types of the schema; the others are mappings."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import transformers
 from huggingface_hub import EvalResult, ModelCardData
@@ -15,7 +17,7 @@ import prism_deco
 from prism_deco.backbones.transforms import TowerTransform
 from prism_deco.config import load_choice
 from prism_deco.config.choices import choice_path, choices
-from prism_deco.files import read_json
+from prism_deco.files import read_json, read_result
 from prism_deco.llms import LanguageModel
 from prism_deco.vlm import VLM
 
@@ -39,12 +41,18 @@ _SLOTS = {
     "and a newline there.",
 }
 _PAD = """\
-# As in training: padded to a square.
-side = max(image.size)
-square = Image.new("RGB", (side, side), {fill})
-square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-image = square
+# As in training: padded to a square{almost}.
+longest = max(image.size)
+left, top = ((longest - side) // 2 for side in image.size)
+canvas = Image.new("RGB", {canvas}, {fill})
+canvas.paste(image, (left, top))
+image = canvas
 """
+_CANVAS = {
+    "pad": {"almost": "", "canvas": "(longest, longest)"},
+    "letterbox": {"almost": ", or one pixel less", "canvas": "(image.width + 2 * left, image.height + 2 * top)"},
+}
+"""The size that the strategies of `backbones.transforms` pad to."""
 
 
 def card(config: DictConfig, vlm: VLM, llm: LanguageModel, run: Path | None) -> str:
@@ -53,7 +61,7 @@ def card(config: DictConfig, vlm: VLM, llm: LanguageModel, run: Path | None) -> 
     Args:
         run: the run folder, for the data's hash and the scores.
     """
-    plugins = ", ".join(config.plugins)
+    plugins = _plain(", ".join(config.plugins))
     needs = f"\nIt also needs the modules {plugins} on the Python path.\n" if plugins else ""
     return f"""\
 {_header("prism_deco", config, run)}{_composition(config, vlm, llm, run)}
@@ -92,14 +100,16 @@ def transformers_card(
         run: as for `card`.
     """
     differences = "".join(f"- {note}\n" for note in notes)
-    slot = _SLOTS[llm.spec.image_slot].replace("<image>", visual_token)
+    slot = _SLOTS[llm.prompt_format.image_slot].replace("<image>", visual_token)
+    if config.recipe.prompt == "plain":
+        slot += " A prompt is the image alone, as in training (recipe.prompt=plain): the question is left out."
     part, pad, about = '"type": "image", "image": image', "", ""
     if visual_token != "<image>":
         part = '"type": "video", "video": [image]'
         about = "The class compresses videos only: an image is a video of one frame.\n"
         transform: TowerTransform = next(iter(vlm.backbone.transform.towers.values()))
-        if transform.resize in ("pad", "letterbox"):
-            pad = _PAD.format(fill=transform.fill)
+        if transform.resize in _CANVAS:
+            pad = _PAD.format(fill=transform.fill, **_CANVAS[transform.resize])
     return f"""\
 {_header("transformers", config, run)}{_composition(config, vlm, llm, run)}
 ## Use
@@ -157,10 +167,19 @@ def _header(library: str, config: DictConfig, run: Path | None) -> str:
 
 
 def _parts(config: DictConfig, group: str) -> list[dict[str, Any]]:
-    """The content of a choice; of an ensemble, that of its towers."""
+    """The content of a choice; of an ensemble, that of its towers, and of a mixture, that of its sets."""
     content: Any = OmegaConf.to_container(config[group], resolve=True)
+    if sets := content.get("mixture"):
+        return [_set(name, part) for name, part in sets.items()]
     towers = content.get("towers") or []
     return [load_choice(group, tower) if isinstance(tower, str) else tower for tower in towers] or [content]
+
+
+def _set(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
+    """A set of a mixture with the keys of its choice, whose file an export does not hold."""
+    choice = str(part["data"])
+    known = load_choice("data", choice) if choice_path("data", choice).is_file() else {}
+    return {**known, **part, "name": f"{name}: {Path(choice).stem}"}
 
 
 def _is_of_hub(part: Mapping[str, Any]) -> bool:
@@ -169,22 +188,33 @@ def _is_of_hub(part: Mapping[str, Any]) -> bool:
 
 def _licence(group: str, part: Mapping[str, Any]) -> str:
     """What is known of the licence of a part's weights, or of the training data."""
-    name = str(part["name"])
+    name, is_of_hub = str(part["name"]), _is_of_hub(part)
     if group == "data":
-        page = f"https://huggingface.co/datasets/{part['repo']}" if part.get("repo") else "the page of its source"
-        return f"- data `{name}`: see {page}"
-    text = choice_path(group, name).read_text(encoding="utf-8") if name in choices(group) else ""
-    known = re.search(r"License of the weights: (.+?)\.$", text, re.MULTILINE)
-    page = f"https://huggingface.co/{part['hub']}" if _is_of_hub(part) else "the page of its source"
-    stated = known[1] if known and _is_of_hub(part) else f"see {page}"
-    return f"- {'LLM' if group == 'llm' else 'vision tower'} `{name}`: {stated}"
+        repo = part.get("repo")
+        page = f"https://huggingface.co/datasets/{quote(repo)}" if repo else "the page of its source"
+        return f"- data `{_plain(name)}`: see {page}"
+    stated = f"see https://huggingface.co/{quote(part['hub'])}" if is_of_hub else "see the page of its source"
+    # What a shipped YAML states is true of the repository that it names, not of others that a run may set instead.
+    if is_of_hub and name in choices(group) and load_choice(group, name).get("hub") == part["hub"]:
+        text = choice_path(group, name).read_text(encoding="utf-8")
+        known = re.search(r"License of the weights: (.+?)\.$", text, re.MULTILINE)
+        stated = known[1] if known else stated
+    return f"- {'LLM' if group == 'llm' else 'vision tower'} `{_plain(name)}`: {stated}"
+
+
+def _plain(text: object) -> str:
+    """Text of the user's own as one line of Markdown, without tags and code marks."""
+    return html.escape(" ".join(str(text).replace("`", "'").split()))
 
 
 def _scores(run: Path | None) -> dict[str, dict[str, Any]]:
-    """The content of a run's `metrics.json` files by the name of their folder."""
-    keys = ("benchmark", "interval95", "metrics", "n", "primary")
+    """The content of a run's `metrics.json` files by the name of their folder.
+
+    Raises:
+        UsageError: a file is damaged, or its score is no number.
+    """
     paths = sorted((run / "eval").glob("*/metrics.json")) if run else []
-    return {path.parent.name: read_json(path, keys) for path in paths}
+    return {path.parent.name: read_result(path, ("benchmark", "n")) for path in paths}
 
 
 def _composition(config: DictConfig, vlm: VLM, llm: LanguageModel, run: Path | None) -> str:
@@ -193,24 +223,25 @@ def _composition(config: DictConfig, vlm: VLM, llm: LanguageModel, run: Path | N
     height, width = vlm.projector.out_grid
     parameters = sum(p.numel() for p in vlm.parameters())
     steps = f"{recipe.max_steps} steps" if recipe.max_steps else f"{recipe.epochs} epochs"
-    data = f"`{config.data.name}`"
+    data = f"`{_plain(config.data.name)}`"
     manifest = read_json(run / "manifest.json") if run and (run / "manifest.json").is_file() else {}
     if "data_hash" in manifest:
         data += f", hash `{manifest['data_hash']}`"
     licences = "\n".join(
         _licence(group, part) for group in ("backbone", "llm", "data") for part in _parts(config, group)
     )
+    names = {group: _plain(config[group].name) for group in ("backbone", "projector", "llm")}
     return f"""\
-# {config.run_id or "A vision-language model"}
+# {_plain(config.run_id or "A vision-language model")}
 
 | part | choice |
 |---|---|
-| vision backbone ({recipe.tower}) | `{config.backbone.name}`, {vlm.backbone.image_size} px, {config.backbone.resize} |
-| projector | `{config.projector.name}`, {vlm.backbone.num_patches} patches to {height}x{width} visual tokens |
-| LLM | `{config.llm.name}`, {llm.max_positions} positions |
+| vision backbone ({recipe.tower}) | `{names["backbone"]}`, {vlm.backbone.image_size} px, {config.backbone.resize} |
+| projector | `{names["projector"]}`, {vlm.backbone.num_patches} patches to {height}x{width} visual tokens |
+| LLM | `{names["llm"]}`, {llm.max_positions} positions |
 | parameters | {parameters:,} |
 | data | {data} |
-| recipe | `{recipe.name}`: {steps} of {recipe.global_batch_size} records, learning rate {recipe.lr:g} |
+| recipe | `{_plain(recipe.name)}`: {steps} of {recipe.global_batch_size} records, learning rate {recipe.lr:g} |
 | seed | {config.seed} |
 {_score_table(_scores(run))}
 ## Licences
@@ -225,5 +256,6 @@ def _score_table(scores: dict[str, dict[str, Any]]) -> str:
     lines = ["\n## Scores\n", "| benchmark | metric | score | 95 % interval | questions |", "|---|---|---|---|---|"]
     for name, content in scores.items():
         value, (low, high) = content["metrics"][content["primary"]], content["interval95"]
-        lines.append(f"| {name} | {content['primary']} | {value:.1f} | {low:.1f} to {high:.1f} | {content['n']} |")
+        name, primary, count = map(_plain, (name, content["primary"], content["n"]))
+        lines.append(f"| {name} | {primary} | {value:.1f} | {low:.1f} to {high:.1f} | {count} |")
     return "\n".join(lines) + "\n"

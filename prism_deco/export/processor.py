@@ -26,7 +26,8 @@ IMAGE_TOKEN = IMAGE_TAG
 VIDEO_TOKEN = "<video>"
 
 # Goes before the LLM's own template. It turns messages of text and image parts, as transformers passes them, into
-# what that template expects. PLACE is one of `_PLACES`, which put `<image>` where it belongs.
+# what that template expects. PLACE is one of `_PLACES`, which put `<image>` where it belongs. A text's own TAG would be
+# counted as an image, also where images are videos.
 _PRELUDE = """\
 {%- set tokenize = 'whole' -%}
 {%- set talk = namespace(images='', messages=[]) -%}
@@ -46,7 +47,7 @@ _PRELUDE = """\
       {%- endif -%}
     {%- endfor -%}
   {%- endif -%}
-  {%- set text = part.text.replace('<image>', '').strip() -%}
+  {%- set text = part.text.replace('<image>', '').replace('TAG', '').strip() -%}
   PLACE
   {%- set talk.messages = talk.messages + [{'role': message.role, 'content': text}] -%}
 {%- endfor -%}
@@ -74,18 +75,18 @@ _INEXACT = {
 
 
 def chat_template(llm: LanguageModel, kind: str = "image", gap: str = "") -> str:
-    """The LLM's template for messages with images, with the spaces of a prompt that is tokenised as a whole.
+    """The template of training's prompts for messages with images, whose spaces suit tokenising them as a whole.
 
     Args:
         kind: image, or video where images are videos of one frame.
         gap: stands between the images and the text behind them.
     """
-    prelude = _PRELUDE.replace("PLACE", _PLACES[llm.spec.image_slot]).replace("GAP", gap)
-    prelude = re.sub(r"(?<=<)image(?=>)|(?<=')image(?=')|(?<=and )image", kind, prelude)
+    prelude = _PRELUDE.replace("PLACE", _PLACES[llm.prompt_format.image_slot]).replace("GAP", gap)
+    prelude = re.sub(r"(?<=<)image(?=>)|(?<=')image(?=')|(?<=and )image", kind, prelude).replace("TAG", IMAGE_TAG)
     # Whitespace between tags would become part of the prompt.
     prelude = "".join(line.strip() for line in prelude.splitlines())
-    template = str(llm.tokenizer.chat_template)
-    if llm.spec.image_slot != "after_first_token":
+    template = llm.prompt_format.template
+    if llm.prompt_format.image_slot != "after_first_token":
         return prelude + template
     # The images are put behind the text of the first token, which is the same in all prompts.
     first = llm.encode([{"role": "user", "content": "What is it?"}], add_generation_prompt=True).input_ids[:1]
@@ -100,7 +101,9 @@ def make_processor(
 ) -> ProcessorMixin:
     """The processor for a model whose `tokenizer` has the token `<image>`, or `<video>` beside it.
 
-    `pad` and `letterbox` pad to a square, `resize-naive` stretches, `resize-crop` crops. Videos cannot be padded.
+    `pad` and `letterbox` pad to a square, `resize-naive` stretches, `resize-crop` crops. Videos cannot be padded:
+    the README's code does it. Its squares are resized, and of those that are one pixel short (`letterbox`) the rest is
+    cropped, as in training.
 
     Args:
         as_video: images are videos of one frame.
@@ -109,7 +112,7 @@ def make_processor(
     side = transform.image_size
     square = {"height": side, "width": side}
     pads = transform.resize in ("pad", "letterbox")
-    stretches = transform.resize == "resize-naive" or (pads and as_video)
+    stretches = transform.resize == "resize-naive" or (transform.resize == "pad" and as_video)
     pixels = {
         "size": square if stretches else {"shortest_edge": side},
         "crop_size": square,
@@ -155,8 +158,9 @@ def preprocessing_note(vlm: VLM, as_video: bool) -> str | None:
     resize = _transform(vlm).resize
     if as_video and resize in ("pad", "letterbox"):
         return (
-            f"The video processor cannot pad, as training did (resize={resize}): it stretches images that are no "
-            "square. Pad them first, as the README does."
+            f"The video processor cannot pad, as training did (resize={resize}): it "
+            f"{'stretches' if resize == 'pad' else 'crops'} images that are no square. Pad them first, as the README "
+            "does."
         )
     return _INEXACT.get(resize)
 

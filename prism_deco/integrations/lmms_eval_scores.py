@@ -14,6 +14,7 @@ from typing import Any
 
 from prism_deco.bootstrap import bootstrap_interval
 from prism_deco.config.registry import unknown
+from prism_deco.errors import UsageError
 from prism_deco.evaluation.items import Prediction
 from prism_deco.evaluation.scoring import hash_rows
 from prism_deco.files import write_json, write_whole
@@ -40,10 +41,11 @@ def score_tasks(
         The contents of the `metrics.json` files.
 
     Raises:
-        UsageError: lmms-eval has no such task.
+        UsageError: lmms-eval has no such task, or cannot load its data.
     """
     from lmms_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
     from lmms_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+    from tenacity import RetryError  # pyright: ignore[reportMissingImports]
 
     from prism_deco.integrations.lmms_eval import PrismDeco
 
@@ -54,15 +56,24 @@ def score_tasks(
         if name not in manager.all_tasks:
             raise unknown(f"task of {NAME}", name, manager.all_tasks)
     model = PrismDeco(str(run), **settings)
-    found = simple_evaluate(
-        model=model,
-        tasks=names,
-        task_manager=manager,
-        limit=limit,
-        bootstrap_iters=0,
-        # Some tasks write files of their own there.
-        cli_args=Namespace(output_path=str(out / NAME), process_with_media=False),
-    )
+    try:
+        found = simple_evaluate(
+            model=model,
+            tasks=names,
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=0,
+            # Some tasks write files of their own there.
+            cli_args=Namespace(output_path=str(out / NAME), process_with_media=False),
+        )
+    except RetryError as error:  # of a download, after several attempts
+        cause = error.last_attempt.exception()
+        if not isinstance(cause, OSError):
+            raise
+        raise UsageError(
+            f"{NAME} cannot load the data of {', '.join(names)} ({cause}). Check the network, and the repository or "
+            "files that the task names."
+        ) from error
     computed_in = str(next(model.model.vlm.lm.parameters()).dtype).removeprefix("torch.")
     harness = f"{NAME} {version(NAME)}"
     more = {

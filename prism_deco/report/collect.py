@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from prism_deco.config import GROUPS, flat, read_stored, read_yaml
 from prism_deco.config.choices import TOKENS, choice_name
 from prism_deco.errors import UsageError
-from prism_deco.files import read_json, refusals_named
+from prism_deco.files import read_json, read_result, refusals_named
 from prism_deco.report.benchmarks import asked_by, family_of
 from prism_deco.report.cells import SPEED, TRAIN_LOSS, VAL_LOSS, Curve, RunCell, Score
 from prism_deco.stages import final_config
@@ -204,12 +204,10 @@ def read_scores(folder: Path, asked: Mapping[str, str]) -> dict[str, dict[str, S
     """
     scores: dict[str, dict[str, Score]] = {}
     for path in sorted(folder.glob("*/metrics.json")):
-        content = read_json(path, _SCORE)
+        content = read_result(path, _SCORE)
         name = str(content["benchmark"])
         choice = asked.get(name, name)
-        value = content["metrics"].get(content["primary"])
-        if value is None:
-            raise UsageError(f"{path} is damaged: it has no value of its primary metric, {content['primary']}.")
+        value = content["metrics"][content["primary"]]
         low, high = content["interval95"]
         score = Score(name, float(value), (low, high), content, path.parent, choice, family_of(choice))
         # eval/<benchmark> holds the benchmark's own split, eval/<benchmark>-<split> another one.

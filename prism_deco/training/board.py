@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import loggers as lightning_loggers
 from pytorch_lightning.loggers import Logger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]  # generated code
@@ -22,7 +22,7 @@ from torch.utils.tensorboard import summary
 
 from prism_deco.config.registry import Registry
 from prism_deco.errors import UsageError
-from prism_deco.files import read_json, write_json
+from prism_deco.files import check_writable, read_json, write_json
 
 FOLDER = "tensorboard"
 IDS = "loggers.json"
@@ -45,7 +45,8 @@ class Board(Logger):
         start: optimizer steps already taken. Events of later steps are hidden, since training repeats them.
     """
 
-    def __init__(self, run: Path, start: int):
+    # Positional arguments are the run's: those with names are options.
+    def __init__(self, run: Path, start: int, /):
         folder = run / FOLDER
         if not start:
             shutil.rmtree(folder, ignore_errors=True)
@@ -109,25 +110,50 @@ def read_loggers(trainer: DictConfig) -> dict[str, dict[str, Any]]:
     """The options of each logger that `trainer.loggers` names.
 
     Raises:
-        UsageError: a name or an option is unknown, or the logger's package is not installed.
+        UsageError: a name, an option or the type of its value is wrong, a logger is named twice, its folder cannot be
+            written, or its package is not installed.
     """
     chosen: dict[str, dict[str, Any]] = {}
-    for entry in trainer.loggers:
+    entries: Any = OmegaConf.to_container(trainer.loggers, resolve=True)
+    for entry in entries:
         named = {entry: None} if isinstance(entry, str) else entry
-        if not isinstance(named, Mapping):
+        if not isinstance(named, dict) or not all(isinstance(given, dict | None) for given in named.values()):
             raise UsageError(f"trainer.loggers: {entry!r} is no logger. Write NAME, or {{NAME: {{OPTION: VALUE}}}}.")
         for name, given in named.items():
-            kind, options = LOGGERS.get(str(name)), dict(given or {})
+            kind, options = LOGGERS.get(str(name)), given or {}
+            if name in chosen:
+                raise UsageError(f"trainer.loggers: {name} is named twice. A run has one logger of a kind.")
             # Lightning's modules hold what they need as `RequirementCache`.
             needed = [value for value in vars(sys.modules[kind.__module__]).values() if hasattr(value, "requirement")]
             if needed and not any(needed):
                 raise UsageError(f"trainer.loggers: {name} is not installed: pip install '{needed[0].requirement}'.")
+            signature = inspect.signature(kind)
+            known = [p for p in signature.parameters.values() if p.kind is not p.POSITIONAL_ONLY]
             try:
-                inspect.signature(kind).bind_partial(**options)
+                signature.replace(parameters=known).bind_partial(**options)
             except TypeError as error:
                 raise UsageError(f"trainer.loggers: {name} {error}.") from error
+            for parameter in known:
+                if parameter.name in options:
+                    _check_option(str(name), parameter, options[parameter.name])
             chosen[str(name)] = options
     return chosen
+
+
+def _check_option(name: str, parameter: inspect.Parameter, value: Any) -> None:
+    """`UsageError` where a logger's option has a value of another type, or is a folder that cannot be written."""
+    option = f"trainer.loggers: {name}: {parameter.name}={value!r}"
+    kind = parameter.annotation
+    try:
+        fits = kind is inspect.Parameter.empty or isinstance(value, (kind, int) if kind is float else kind)
+    except TypeError:  # a type that cannot be asked, such as list[str] or Literal
+        fits = True
+    if not fits:
+        raise UsageError(f"{option} must be of the type {inspect.formatannotation(kind)}.")
+    if parameter.name.endswith("every_n_steps") and isinstance(value, int) and value < 1:
+        raise UsageError(f"{option} must be a whole number above 0.")
+    if parameter.name == "save_dir" and isinstance(value, str | Path):
+        check_writable(Path(value), f"Name another folder in trainer.loggers, or leave out {name}'s save_dir.")
 
 
 class Loggers:
@@ -155,12 +181,14 @@ class Loggers:
         self._loggers: list[Logger] = []
         for name, options in read_loggers(config.trainer).items():
             kind = LOGGERS.get(name)
-            given = {"run": run, "start": start, "name": config.run_id, "run_name": config.run_id}
+            given: dict[str, Any] = {"name": config.run_id, "run_name": config.run_id}
             given |= {"save_dir": str(run / name), **dict.fromkeys(_ID_KEYS, ids.get(name))}
-            known = {key: value for key, value in given.items() if key in inspect.signature(kind).parameters}
+            parameters = inspect.signature(kind).parameters
+            known = {key: value for key, value in given.items() if key in parameters}
+            of_run = (run, start) if any(p.kind is p.POSITIONAL_ONLY for p in parameters.values()) else ()
             if "save_dir" in known:
                 (run / name).mkdir(exist_ok=True)
-            logger = kind(**known | options)
+            logger = kind(*of_run, **known | options)
             logger.log_hyperparams(choices)
             self._loggers.append(logger)
             if known.keys() & {*_ID_KEYS}:

@@ -16,9 +16,10 @@ import prism_deco
 from prism_deco.api import Model
 from prism_deco.cli import main
 from prism_deco.config import load_config
+from prism_deco.config.choices import CONF_DIR
 from prism_deco.errors import UsageError
 from prism_deco.export import save_transformers
-from prism_deco.export.card import _header, _licence, _parts
+from prism_deco.export.card import _header, _licence, _parts, _scores
 from prism_deco.export.folder import portable
 
 LLMS = ["mini_qwen2", "mini_phi", "mini_llama"]
@@ -255,3 +256,65 @@ def test_the_card_states_licences_and_base_models_of_pretrained_weights_only():
     assert ModelCard(_header("transformers", own, None) + "text").data.base_model == [
         "timm/vit_large_patch14_clip_336.openai"
     ]
+
+
+def test_a_licence_is_stated_of_the_repository_that_the_shipped_yaml_names(tmp_path):
+    own = tmp_path / "qwen3_0_6b.yaml"
+    own.write_text((CONF_DIR / "llm" / own.name).read_text().replace("hub: Qwen/Qwen3-0.6B", "hub: acme/own"))
+    for llm, hub in ((["llm=qwen3_0_6b", "llm.hub=acme/tuned"], "acme/tuned"), ([f"llm={own}"], "acme/own")):
+        config = load_config(["backbone=siglip2_b_512", "backbone.hub=acme/tower", "run_id=a", *llm])
+        lines = [_licence(group, part) for group in ("backbone", "llm") for part in _parts(config, group)]
+        assert lines == [
+            "- vision tower `siglip2_b_512`: see https://huggingface.co/acme/tower",
+            f"- LLM `qwen3_0_6b`: see https://huggingface.co/{hub}",
+        ]
+
+
+def test_the_card_names_the_sets_of_a_mixture(tmp_path):
+    own = tmp_path / "birds.yaml"
+    own.write_text("family: hub\nrepo: acme/birds\nfiles: '*'\nrevision: main\n")
+    sets = f"{{a: {{data: hub, repo: acme/cats, weight: 2}}, b: {{data: llava}}, c: {{data: {own}}}}}"
+    config = load_config(["data=mixture", f"data.mixture={sets}", "run_id=a"])
+    lines = [
+        "- data `a: hub`: see https://huggingface.co/datasets/acme/cats",
+        "- data `b: llava`: see the page of its source",
+        "- data `c: birds`: see https://huggingface.co/datasets/acme/birds",
+    ]
+    assert [_licence("data", part) for part in _parts(config, "data")] == lines
+    own.unlink()
+    lines[2] = "- data `c: birds`: see the page of its source"
+    assert [_licence("data", part) for part in _parts(config, "data")] == lines, "an export does not hold the file"
+
+
+def test_names_of_the_users_own_are_no_markup(random_model, tmp_path):
+    config, vlm, llm = random_model("mini_siglip", "data=hub", "data.repo=acme/x](y)<b>")
+    config.run_id = "a\n\n# Title <img src=x>"
+    Model(vlm, llm, config).save(tmp_path / "export")
+    text = ModelCard.load(tmp_path / "export" / "README.md").text
+    assert "# a # Title &lt;img src=x&gt;\n" in text and "\n# Title" not in text
+    assert "/datasets/acme/x%5D%28y%29%3Cb%3E\n" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"interval95": None}, "interval95 is None, not two numbers"),
+        ({"interval95": [1.0]}, "interval95 is [1.0], not two numbers"),
+        ({"interval95": [1.0, "x"]}, "interval95 is [1.0, 'x'], not two numbers"),
+        ({"metrics": {"accuracy": "high"}}, "it has no value of its primary metric, accuracy"),
+        ({"metrics": {"accuracy": float("nan")}}, "it has no value of its primary metric, accuracy"),
+        ({"metrics": None}, "it has no value of its primary metric, accuracy"),
+        ({"primary": "f1"}, "it has no value of its primary metric, f1"),
+        ({"primary": ["f1"]}, "it has no value of its primary metric, ['f1']"),
+    ],
+)
+def test_damaged_scores_are_named(tmp_path, change, message):
+    sound = {"benchmark": "x", "primary": "accuracy", "metrics": {"accuracy": 5}, "interval95": [1.0, 9.0], "n": 3}
+    path = tmp_path / "eval" / "x" / "metrics.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(sound))
+    assert _scores(tmp_path) == {"x": sound}
+    path.write_text(json.dumps(sound | change))
+    with pytest.raises(UsageError) as refusal:
+        _scores(tmp_path)
+    assert str(path) in str(refusal.value) and message in str(refusal.value)

@@ -192,6 +192,51 @@ assert not [name for name in sys.modules if name.startswith("prism_deco")]
     assert sum(expected[name] != others[name] for name in models) >= 3, "answers hang on the image"
 
 
+@pytest.mark.parametrize("resize", ["letterbox", "pad"])
+def test_the_card_pads_for_a_class_of_videos_as_training_does(random_model, tmp_path, resize):
+    """Sizes of odd and even differences, larger and smaller than the tower's input."""
+    config, vlm, llm = random_model("clip", *AVERAGE, f"backbone.resize={resize}")
+    save_transformers(tmp_path / "hf", config, vlm, llm)
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    code = (tmp_path / "hf" / "README.md").read_text().split('convert("RGB")\n')[1].split("question =")[0]
+    for size in ((50, 40), (50, 41), (9, 14), (31, 60), (640, 427)):
+        seen = {"image": photo(size), "Image": Image}
+        exec(code, seen)
+        found = processor.video_processor(videos=[[seen["image"]]], return_tensors="pt")["pixel_values_videos"][0, 0]
+        expected = vlm.backbone.transform(photo(size))["tiny_clip"]
+        assert (found - expected).abs().max() < 2.01 / 255 / 0.26, size
+
+
+@pytest.mark.parametrize("projector", [[], AVERAGE])
+def test_the_plain_prompt_is_exported(random_model, tmp_path, caplog, projector):
+    """That of the alignment stage: the image alone."""
+    config, vlm, llm = random_model("clip", "llm=mini_qwen2", "recipe.prompt=plain", "backbone.resize=pad", *projector)
+    save_transformers(tmp_path / "hf", config, vlm, llm)
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    kind = "video" if projector else "image"
+    talk = [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": "What is it?"}]}]
+    prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
+    encoded = llm.encode([{"role": "user", "content": "What is it?"}], num_images=1, add_generation_prompt=True)
+    assert prompt == f"{llm.tokenizer.bos_token}<{kind}>" and encoded.input_ids == [llm.tokenizer.bos_token_id]
+    assert "tokens differ" not in caplog.text
+    assert "A prompt is the image alone" in (tmp_path / "hf" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("projector", [[], AVERAGE])
+def test_a_tag_in_a_text_is_dropped_as_in_training(random_model, tmp_path, projector):
+    config, vlm, llm = random_model("clip", "llm=mini_qwen2", "backbone.resize=pad", *projector)
+    save_transformers(tmp_path / "hf", config, vlm, llm)
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    image = {"type": "video", "video": [photo()]} if projector else {"type": "image", "image": photo()}
+
+    def ids(text):
+        talk = [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+        options = {"return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+        return processor.apply_chat_template(talk, tokenize=True, **options)["input_ids"][0].tolist()
+
+    assert ids("<image>\nWhat is it?") == ids("What is it?")
+
+
 def test_answers_in_a_batch_are_the_answers_one_by_one(random_model, tmp_path):
     """In a process that never imports this package; questions of very different lengths."""
     questions = ["What color is it" + " or how many circles are there" * n + "?" for n in range(8)]

@@ -3,12 +3,15 @@
 import importlib.util
 import json
 import math
+import sys
 from statistics import fmean, pstdev
+from types import SimpleNamespace
 
 import pytest
 
 from prism_deco.cli import main
-from prism_deco.integrations.lmms_eval_scores import summarise
+from prism_deco.errors import UsageError
+from prism_deco.integrations.lmms_eval_scores import score_tasks, summarise
 
 RIGHT = [k % 3 > 0 for k in range(300)]
 CATEGORIES = ["count", "text", "text"]
@@ -97,10 +100,42 @@ def test_a_task_without_scores_of_questions_is_left_out(tmp_path, caplog):
         (["--lmms-eval", "ocrbench", "split=val"], "leave out split"),
         (["--lmms-eval", "mmstar,pope"], "would replace the results of prism_deco's own benchmark: use benchmark=pope"),
         (["--lmms-eval", "ocrbench"], "lmms-eval is not installed"),
+        (["--lmms-eval", "mmstar,nofile.yaml"], "--lmms-eval nofile.yaml: there is no such file"),
+        *(
+            (["--lmms-eval", "ocrbench", f"limit={limit}"], f"limit={limit} must be a whole number above 0")
+            for limit in ("abc", "0", "-2", "0.5", "true", "[1]")
+        ),
     ],
 )
 def test_what_the_command_refuses_before_anything_is_loaded(tmp_path, capsys, monkeypatch, arguments, message):
     installed = None if "installed" in message else True
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed)
     assert main(["evaluate", str(tmp_path), *arguments]) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert message.casefold() in " ".join(capsys.readouterr().err.split()).casefold()
+
+
+class _RetryError(Exception):
+    """As tenacity's, whose `last_attempt` is a future."""
+
+    def __init__(self, cause):
+        self.last_attempt = SimpleNamespace(exception=lambda: cause)
+
+
+@pytest.mark.parametrize("cause", [ConnectionError("no network"), TypeError("a bug")])
+def test_data_that_cannot_be_downloaded_is_named(tmp_path, monkeypatch, cause):
+    def fail(**_):
+        raise _RetryError(cause)
+
+    stand_ins = {
+        "lmms_eval": {},
+        "lmms_eval.evaluator": {"simple_evaluate": fail},
+        "lmms_eval.tasks": {"TaskManager": lambda **_: SimpleNamespace(all_tasks=["mmstar"])},
+        "tenacity": {"RetryError": _RetryError},
+        "prism_deco.integrations.lmms_eval": {"PrismDeco": lambda *_: None},
+    }
+    for name, content in stand_ins.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+    is_bug = isinstance(cause, TypeError)
+    with pytest.raises(_RetryError if is_bug else UsageError) as refusal:
+        score_tasks(tmp_path, ["mmstar"], tmp_path, model_id="")
+    assert is_bug or "cannot load the data of mmstar (no network)" in str(refusal.value)

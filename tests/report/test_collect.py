@@ -33,10 +33,13 @@ def test_a_killed_runs_state_is_what_the_sweep_saw(make, tmp_path):
     assert [(cell.state, cell.reason) for cell in collect([tmp_path / "s"])] == [("failed", "killed"), ("running", "")]
 
 
-def test_a_damaged_run_is_shown_not_dropped(make, tmp_path):
+@pytest.mark.parametrize("damage", [("{", ""), ('"interval95": [', '"interval95": null, "x": [')])
+def test_a_damaged_run_is_shown_not_dropped(make, tmp_path, damage):
     make.run(tmp_path / "a")
     make.run(tmp_path / "b", "seed=8")
-    (tmp_path / "b/eval/mini_gqa/metrics.json").write_text("{")
+    metrics = tmp_path / "b/eval/mini_gqa/metrics.json"
+    assert damage[0] in metrics.read_text()
+    metrics.write_text(metrics.read_text().replace(*damage))
     (tmp_path / "c").mkdir()
     (tmp_path / "c/config.yaml").write_text("llm: {name: x}")
     make.run(tmp_path / "d", "seed=9")

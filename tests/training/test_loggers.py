@@ -157,11 +157,23 @@ def test_wandb_offline(train, monkeypatch):
         ("[{csv: {nam: 1}}]", "trainer.loggers: csv got an unexpected keyword argument 'nam'"),
         ("[comet]", "trainer.loggers: comet is not installed: pip install 'comet-ml"),
         ("[3]", "trainer.loggers: 3 is no logger. Write NAME, or {NAME: {OPTION: VALUE}}"),
+        ("[{csv: x}]", "{'csv': 'x'} is no logger. Write NAME, or {NAME: {OPTION: VALUE}}"),
+        ("[{csv: [1, 2]}]", "{'csv': [1, 2]} is no logger. Write NAME, or {NAME: {OPTION: VALUE}}"),
+        ("[{csv: {name: a}},{csv: {name: b}}]", "csv is named twice. A run has one logger of a kind"),
+        ("[{tensorboard: {run: x}}]", "tensorboard got an unexpected keyword argument 'run'"),
+        ("[{tensorboard: {start: 5}}]", "tensorboard got an unexpected keyword argument 'start'"),
+        ("[{csv: {save_dir: null}}]", "csv: save_dir=None must be of the type Union[str, pathlib.Path]"),
+        ("[{csv: {save_dir: 5}}]", "csv: save_dir=5 must be of the type"),
+        ("[{csv: {save_dir: /proc/nope}}]", "Name another folder in trainer.loggers"),
+        ("[{csv: {name: 5}}]", "csv: name=5 must be of the type"),
+        ("[{csv: {flush_logs_every_n_steps: x}}]", "csv: flush_logs_every_n_steps='x' must be of the type int"),
+        ("[{csv: {flush_logs_every_n_steps: 0}}]", "flush_logs_every_n_steps=0 must be a whole number above 0"),
+        ("null", "trainer.loggers=null must be a list of names or mappings such as [a, {b: {key: value}}]"),
     ],
 )
 def test_wrong_ones_are_named_before_anything_is_done(train, capsys, loggers, message):
     run = train(f"trainer.loggers={loggers}")
-    assert train.code == 2 and message in capsys.readouterr().err and not run.exists()
+    assert train.code == 2 and message in " ".join(capsys.readouterr().err.split()) and not run.exists()
 
 
 def test_every_logger_of_lightning_has_a_name():
