@@ -1,6 +1,7 @@
 """Published formats of conversations, and mixtures of them."""
 
 import json
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -174,6 +175,33 @@ def test_each_set_of_a_mixture_is_cut_and_held_out_by_itself(sets, tmp_path):
     assert not images.missing(name for record in parts.val for name in record.images)
 
 
+def test_a_mixture_of_one_set_reads_its_own_images(tmp_path):
+    """An image in a folder with a number for its name is no image of a set with that number."""
+    _image(tmp_path / "images" / "0" / "0.png", 7)
+    _image(tmp_path / "images" / "0.png", 9)
+    turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "That."}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns, "images": ["0/0.png"]}))
+    _texts(tmp_path / "fine.parquet", 3)
+    llava = {"data": "llava", "json": str(tmp_path / "a.jsonl"), "image_root": str(tmp_path / "images")}
+    fine = {"data": "embedded", "path": str(tmp_path / "fine.parquet")}
+    for own, values in ((llava, [7]), (fine, [0, 1, 2])):
+        source = build_source("mixture", mixture={"a": own})
+        train = open_parts(source, tmp_path, val_fraction=0.0, limit=None).train
+        for records in (train, train.select(slice(None)), pickle.loads(pickle.dumps(train))):
+            names = [record.images[0] for record in records]
+            assert [load_image(source.images(records), name).getpixel((0, 0))[0] for name in names] == values
+        twice = build_source("mixture", mixture={"a": own | {"weight": 2}})
+        assert open_parts(twice, tmp_path, val_fraction=0.0, limit=None).train.data_hash != train.data_hash
+
+
+def test_a_weight_that_takes_no_record_is_refused(sets, tmp_path):
+    for small in ("fine", "chat"):
+        mixture = {name: own | {"weight": 0.01 if name == small else 1.0} for name, own in sets.items()}
+        source = build_source("mixture", mixture=mixture)
+        with pytest.raises(ValueError, match=r"nothing to train on: weight 0.01 takes none of the [69] records of .*/"):
+            open_parts(source, tmp_path, val_fraction=0.0, limit=None)
+
+
 def test_weights_repeat_rows_and_draw_the_rest_once():
     rows = np.arange(10, 110)
     assert repeat(rows, 2).tolist() == [*rows, *rows]
@@ -186,10 +214,18 @@ def test_weights_repeat_rows_and_draw_the_rest_once():
     ("mixture", "message"),
     [
         (None, "data=mixture needs data.mixture="),
+        ([{"data": "llava"}], "data=mixture needs data.mixture="),
         ({"a": "llava"}, "data.mixture.a.data=None: name the choice"),
         ({"a": {"data": "mixture"}}, "data.mixture.a.data=mixture: name the choice"),
         ({"a": {"data": "lava"}}, "lava"),
         ({"a": {"data": "llava", "weight": 0}}, "data.mixture.a.weight=0: expected a number above 0"),
+        ({"a": {"data": "llava", "weight": 1e12}}, "data.mixture.a.weight=1.*: expected .* at most 1000"),
+        ({"a": {"data": "llava", "weight": 10**400}}, "data.mixture.a.weight=1.*: expected .* at most 1000"),
+        ({"a": {"data": "embedded", "path": 5}}, "data.mixture.a: data.path=5: there is no"),
+        ({"a": {"data": "embedded", "path": ["x"]}}, r'data.path=\["x"\] must be text or null \(data.mixture.a\)'),
+        ({"a": {"data": "llava", "json": [1]}}, r"data.json=\[1\] must be text or null \(data.mixture.a\)"),
+        ({"a": {"data": "shapes", "train_images": "x"}}, "data.train_images=x must be .* number.*data.mixture.a"),
+        ({"a": {"data": "llava", 5: "x"}}, "Unknown key of data=llava in data.mixture.a '5'"),
         ({"a": {"data": "llava", "jsn": "x"}}, "Unknown key of data=llava in data.mixture.a 'jsn'.*json"),
         (
             {"a": {"data": "llava", "json": "no.json", "image_root": "."}},
