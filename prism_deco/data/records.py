@@ -171,7 +171,13 @@ def hold_out(records: Records, fraction: float) -> tuple[Records, Records]:
     A record is held out if the hash of its image falls below `fraction`, whatever the seed and the order: it never
     changes sides, and no image is on both.
     """
-    held = records.column("position") < fraction
+    positions = records.column("position")
+    if fraction and len(records) > 1 and (positions == positions[0]).all():
+        log.warning(
+            "data.val_fraction=%g cannot divide %d records that all have the same image, or the same id and no image.",
+            *(fraction, len(records)),
+        )
+    held = positions < fraction
     return records.select(~held), records.select(held)
 
 

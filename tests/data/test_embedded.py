@@ -145,7 +145,7 @@ def test_examples_read_embedded_images(tmp_path, tiny):
 
 
 def test_wrong_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.path=.*nowhere: there is no \.parquet or \.arrow file"):
+    with pytest.raises(ValueError, match=r"data\.path=.*nowhere: there is no such file or folder"):
         build_source("embedded", path=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"data=embedded needs data\.path"):
         build_source("embedded")
