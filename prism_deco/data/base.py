@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # reading records needs the LLM libraries; naming a source do
 @dataclass(frozen=True)
 class Record:
     """One conversation: its id, the names of its images, and messages
-    `{"role": "user" | "assistant", "content": str}`."""
+    `{"role": "user" | "assistant", "content": str}`; the first may be of the role "system"."""
 
     id: str
     images: tuple[str, ...]
@@ -29,7 +29,7 @@ class Record:
     @property
     def answered(self) -> list[dict[str, str]]:
         """The messages up to the last answer; a question may follow it (see `recipe.odd_records`)."""
-        return self.messages[: len(self.messages) // 2 * 2]
+        return self.messages[:-1] if self.messages[-1]["role"] == "user" else self.messages
 
 
 class RecordError(ValueError):

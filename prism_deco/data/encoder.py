@@ -90,8 +90,8 @@ class Encoder:
 
 
 def check_records(records: Records, encoder: Encoder) -> None:
-    """Encodes the records that the index marks as suspect, odd ones and those with many images, so that none of them
-    stops a run hours later.
+    """Encodes the records that the index marks as suspect, odd ones, those with many images and the first with a system
+    turn, so that none of them stops a run hours later.
 
     Raises:
         UsageError: names the first that cannot be encoded.
@@ -99,5 +99,6 @@ def check_records(records: Records, encoder: Encoder) -> None:
     counts = np.unique(records.num_images)
     crowded = [count for count in counts.tolist() if encoder.room(count) < 2]
     suspects = records.column("odd") | np.isin(records.num_images, crowded)
-    for row in np.flatnonzero(suspects).tolist():
+    with_system = np.flatnonzero(records.column("system"))[:1]
+    for row in [*with_system.tolist(), *np.flatnonzero(suspects).tolist()]:
         encoder(records[row])

@@ -19,7 +19,7 @@ from prism_deco.data.formats import as_llava
 from prism_deco.data.llava_json import parse_record, read_entries, record_id
 from prism_deco.data.packing import ImagePacker, TableFile, check_space, read_rows
 
-VERSION = 5
+VERSION = 6
 """Of the index; one of another version is built anew."""
 
 ROW = np.dtype(
@@ -29,6 +29,7 @@ ROW = np.dtype(
         ("words", np.int32),  # separated by white space, all turns together: the sampler's length
         ("num_images", np.int32),
         ("odd", np.bool_),  # only `recipe.odd_records=train` trains on it
+        ("system", np.bool_),  # whether it begins with a system turn, which not every chat format has
         ("position", np.float64),  # in [0, 1): hash of its image or else its id; equal if records share an image
         ("entry", np.int64),  # number in the file, unusable entries counted
     ]
@@ -78,7 +79,7 @@ def _write_records(
     ):
         for number, raw in enumerate(entries):
             name = record_id(raw, number)
-            where = f"record {number} (id {name})" if isinstance(raw, dict) and "id" in raw else name
+            where = f"record {number} (id {name})" if name != f"record {number}" else name
             fault = {"entry": number, "id": name}
             try:
                 entry = as_llava(raw)
@@ -94,7 +95,7 @@ def _write_records(
             for kind, detail in oddities.items():
                 fault |= {"kind": kind, "detail": f"{where}: {detail}", "usable": True}
                 refused.write(f"{json.dumps(fault)}\n")
-            if not isinstance(raw.get("id", ""), str):
+            if not isinstance(raw.get("id"), str | None):
                 detail = f"{where}: the id is of Python's type {type(raw['id']).__name__}, not text."
                 noted.write(f"{json.dumps(fault | {'kind': 'id_type', 'detail': detail})}\n")
             content = {"id": record.id, "images": record.images, "messages": record.messages}
@@ -105,7 +106,8 @@ def _write_records(
             end += len(encoded)
             words = sum(len(message["content"].split()) for message in record.messages)
             position = _position(record.images[0] if record.images else record.id)
-            rows.append((start, end, words, len(record.images), bool(oddities), position, number))
+            system = record.messages[0]["role"] == "system"
+            rows.append((start, end, words, len(record.images), bool(oddities), system, position, number))
             if len(record.images) > 1:
                 joined.append(record.images)
     table = np.array(rows, dtype=ROW)

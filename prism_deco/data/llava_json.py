@@ -13,7 +13,7 @@ from prism_deco.data.images import path_below
 from prism_deco.errors import UsageError
 from prism_deco.llms.prompts import IMAGE_TAG
 
-ROLES = {"human": "user", "gpt": "assistant"}
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 _CHUNK = 1 << 20  # characters
 _IMAGE = r"(input[_-]?)?(image|img|pic|picture|photo|video|frame|media|visual|pixel_value|jpe?g|png|webp)s?([_-]?\d+)?"
@@ -43,6 +43,8 @@ def read_entries(path: Path) -> Iterator[Any]:
             for entry in entries:
                 found = True
                 yield entry
+        except UsageError:
+            raise
         # Not JSON, not UTF-8, a number of thousands of digits; brackets nested a thousand deep.
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{path} is not valid JSON ({error}). Is the download complete?") from error
@@ -92,6 +94,11 @@ def _line_entries(file: TextIO) -> Iterator[Any]:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
+            if line.endswith("\n") and not line[error.pos :].strip():  # it goes on in the next line
+                raise UsageError(
+                    f"{file.name}: the object of line {number} has several lines. Write a list of the objects, "
+                    "[{...}, {...}], or each object on a line of its own (JSON Lines)."
+                ) from error
             raise ValueError(f"line {number}, column {error.pos + 1}: {error.msg}") from error
         yield entry
 
@@ -112,14 +119,16 @@ def _skip_spaces(text: str, at: int) -> int:
 
 def record_id(raw: Any, position: int) -> str:
     """The id of an entry; its position in the file where it has none."""
-    name = str(raw["id"]) if isinstance(raw, dict) and "id" in raw else f"record {position}"
+    has_id = isinstance(raw, dict) and raw.get("id") is not None
+    name = str(raw["id"]) if has_id else f"record {position}"
     return name.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair cannot even be logged
 
 
 def parse_record(raw: Any, id: str, image_root: Path | None) -> tuple[Record, dict[str, str]]:
     """Checks one entry.
 
-    A leading gpt turn is skipped, as LLaVA does.
+    A leading gpt turn is skipped, as LLaVA does. A leading system turn is kept; like the text that a chat format writes
+    before the first question, it belongs to the first round (`llms.prompts.Segment`).
 
     Args:
         id: see `record_id`.
@@ -213,19 +222,26 @@ def _messages(turns: list[Any]) -> list[dict[str, str]]:
         # An unhashable `from` cannot be looked up.
         role = turn.get("from") if isinstance(turn, dict) else None
         if not isinstance(role, str) or role not in ROLES or not isinstance(turn.get("value"), str):
+            what = f"is from {role!r}" if isinstance(role, str) and role not in ROLES else "cannot be read"
             raise RecordError(
                 "malformed",
-                'a turn must be {"from": "human" or "gpt", "value": text} or {"role": "user" or "assistant", ...}.',
+                f'turn {number} {what}: a turn must be {{"from": "human" or "gpt", "value": text}} or {{"role": "user" '
+                'or "assistant", "content": text}; the first one may be from "system".',
             )
+        if role == "system" and (number > 1 or IMAGE_TAG in turn["value"]):
+            problem = f"holds {IMAGE_TAG}" if number == 1 else "is not the first"
+            raise RecordError("malformed", f"turn {number} is from 'system' and {problem}: move it, or leave it out.")
         _check_text(turn["value"], f"turn {number}")
         messages.append({"role": ROLES[role], "content": turn["value"]})
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    messages = messages[len(system) :]
     if messages and messages[0]["role"] == "assistant":
         messages = messages[1:]
     roles = [message["role"] for message in messages]
     alternating = ["user", "assistant"] * len(roles)
     if len(roles) < 2 or roles != alternating[: len(roles)]:
         raise RecordError("turn_order", "human and gpt turns must alternate, and at least one question be answered.")
-    return messages
+    return system + messages
 
 
 def _check_text(text: str, place: str) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shutil
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +31,23 @@ SUFFIXES = (".parquet", ".arrow")
 TableFile = Path | HubFile
 TURNS = ("conversations", "messages", "texts")
 IMAGES = ("image", "images")
+_TRAIN = ("train", "training")
+_HELD_OUT = ("val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation")
+_SPLIT = re.compile(f"(?<![a-z])({'|'.join(_TRAIN + _HELD_OUT)})(?![a-z])", re.IGNORECASE)
+"""The words by which `datasets` knows the split of a file, in its name or that of its folder."""
 
 
 def table_files(path: Path) -> list[TableFile]:
-    """The Parquet or Arrow files of a data set, sorted.
+    """The Parquet or Arrow files of a data set, sorted: without those of held-out splits (`test-*.parquet`, a folder
+    `validation`), which are left out with a warning unless there are no others.
 
     Args:
         path: one file, a pattern such as `data/train-*.parquet`, a folder (what `save_to_disk` wrote, or a clone of a
             hub repository), or a list of files on the hub (`hub.list_files`).
     """
     if path.suffix == LISTING:
-        return [*read_listing(path)]
+        listed = read_listing(path)
+        return _without_held_out({file.path: file for file in listed})
     if path.is_file():
         files = [path]
     elif "*" in path.name:
@@ -47,7 +55,31 @@ def table_files(path: Path) -> list[TableFile]:
     else:
         files = sorted(path.rglob("*"))
     # `datasets` keeps intermediate results next to its own files.
-    return [file for file in files if file.suffix in SUFFIXES and not file.name.startswith("cache-")]
+    files = [file for file in files if file.suffix in SUFFIXES and not file.name.startswith("cache-")]
+    root = path if path.is_dir() else path.parent
+    return _without_held_out({str(file.relative_to(root)): file for file in files})
+
+
+def _without_held_out(files: Mapping[str, TableFile]) -> list[TableFile]:
+    """Of files by their names in the data set, those to train on."""
+    # The last word counts: a file's own name more than its folder's.
+    splits = {name: (_SPLIT.findall(name.lower()) or _TRAIN)[-1] for name in files}
+    train = [name for name, split in splits.items() if split not in _HELD_OUT]
+    left_out = [str(files[name]) for name, split in splits.items() if split in _HELD_OUT]
+    if not train:
+        return [*files.values()]
+    if left_out:
+        _warn_of_splits(len(left_out), left_out[0])
+    return [files[name] for name in train]
+
+
+@cache  # the files are listed several times in a run
+def _warn_of_splits(count: int, first: str) -> None:
+    log.warning(
+        "Left out, because their names say that they are not training data: %s%s. To read such files, name them alone: "
+        "in data.val_path, say, or as a set of data=mixture.",
+        *(first, f" and {count - 1} more" if count > 1 else ""),
+    )
 
 
 def read_rows(files: Sequence[TableFile]) -> Iterator[dict[str, Any]]:

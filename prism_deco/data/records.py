@@ -36,18 +36,20 @@ class Records(Sequence[Record]):
     Args:
         folders: of the indexes.
         rows: int[n], which of the files' records these are, counted through all of them; None takes all, in file order.
+        joined: whether they come from `join`, be it of one file only.
 
     Attributes:
         words: int32[n].
         num_images: int32[n].
         has_image: bool[n].
-        data_hash: SHA-256 of the JSON file, or of the entries of Parquet files; hexadecimal. Of several files, that of
+        data_hash: SHA-256 of the JSON file, or of the entries of Parquet files; hexadecimal. Of joined files, that of
             theirs and of how often which record is used.
         embedded: the images that came with the records; None if they are files.
     """
 
-    def __init__(self, folders: tuple[Path, ...], rows: np.ndarray | None = None):
+    def __init__(self, folders: tuple[Path, ...], rows: np.ndarray | None = None, joined: bool = False):
         self._folders = folders
+        self._joined = joined
         self._tables: list[np.ndarray] = [np.load(folder / "rows.npy", mmap_mode="r") for folder in folders]
         self._starts = np.cumsum([0, *map(len, self._tables)])
         self._rows = np.arange(self._starts[-1]) if rows is None else rows
@@ -56,7 +58,7 @@ class Records(Sequence[Record]):
         self.num_images = self.column("num_images")
         self.has_image = self.num_images > 0
         hashes = [json.loads((folder / "index.json").read_text())["sha256"] for folder in folders]
-        self.data_hash = hashes[0] if len(folders) == 1 else _joint_hash(hashes, self._rows)
+        self.data_hash = _joint_hash(hashes, self._rows) if joined else hashes[0]
         self.embedded = PackedImages(folders[0]) if (folders[0] / "images.bin").is_file() else None
 
     def column(self, name: str) -> np.ndarray:
@@ -66,7 +68,7 @@ class Records(Sequence[Record]):
 
     def select(self, rows: np.ndarray | slice) -> Records:
         """Some of these records: bool[n], or a slice."""
-        return Records(self._folders, self._rows[rows])
+        return Records(self._folders, self._rows[rows], self._joined)
 
     def parts(self) -> list[Records]:
         """The records of each file by themselves, all of them."""
@@ -82,7 +84,7 @@ class Records(Sequence[Record]):
             start = sum(len(np.load(folder / "rows.npy", mmap_mode="r")) for folder in folders)
             folders += part._folders
             rows.append(start + repeat(part._rows, weight))
-        return cls(tuple(folders), np.concatenate(rows))
+        return cls(tuple(folders), np.concatenate(rows), joined=True)
 
     def refused(self, odd_records: str) -> list[dict[str, Any]]:
         """What keeps entries of the file out of training: {entry, id, kind, detail, usable}. A usable one is a record.
@@ -106,14 +108,14 @@ class Records(Sequence[Record]):
         part = int(np.searchsorted(self._starts, number, side="right")) - 1
         row = self._tables[part][number - self._starts[part]]
         raw = json.loads(self._lines[part].read(int(row["start"]), int(row["end"])))
-        images = raw["images"] if len(self._folders) == 1 else [f"{part}/{image}" for image in raw["images"]]
+        images = [f"{part}/{image}" for image in raw["images"]] if self._joined else raw["images"]
         return Record(raw["id"], tuple(images), raw["messages"])
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __reduce__(self) -> Any:
-        return Records, (self._folders, self._rows)  # other processes map the same files
+        return Records, (self._folders, self._rows, self._joined)  # other processes map the same files
 
 
 def repeat(rows: np.ndarray, weight: float) -> np.ndarray:
@@ -169,7 +171,13 @@ def hold_out(records: Records, fraction: float) -> tuple[Records, Records]:
     A record is held out if the hash of its image falls below `fraction`, whatever the seed and the order: it never
     changes sides, and no image is on both.
     """
-    held = records.column("position") < fraction
+    positions = records.column("position")
+    if fraction and len(records) > 1 and (positions == positions[0]).all():
+        log.warning(
+            "data.val_fraction=%g cannot divide %d records that all have the same image, or the same id and no image.",
+            *(fraction, len(records)),
+        )
+    held = positions < fraction
     return records.select(~held), records.select(held)
 
 
@@ -214,6 +222,12 @@ def open_parts(
         options |= {"on_bad_record": on_bad_record, "odd_records": odd_records}
         parts = [open_parts(part, cache, **options) for part, _ in source.mixture]
         weights = [weight for _, weight in source.mixture]
+        for (own, weight), part in zip(source.mixture, parts, strict=True):
+            if round(weight * len(part.train)) == 0:
+                raise UsageError(
+                    f"There is nothing to train on: weight {weight:g} takes none of the {len(part.train)} records of "
+                    f"{own.train}. Raise its weight in data.mixture, or leave this set out."
+                )
         once = [1.0] * len(parts)
         train = Records.join([part.train for part in parts], weights)
         val = Records.join([part.val for part in parts], once)

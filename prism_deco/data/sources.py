@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prism_deco.config import load_choice
+from omegaconf import OmegaConf
+
+from prism_deco.config import compose, load_choice
+from prism_deco.config.compose import set_key
 from prism_deco.config.registry import unknown
 from prism_deco.data.base import SOURCES, Source, build_source
 from prism_deco.data.hub import list_files
 from prism_deco.data.packing import table_files
 from prism_deco.errors import UsageError
+
+MOST = 1000
+"""The largest weight in a mixture."""
 
 
 @SOURCES.register("llava")
@@ -40,6 +45,8 @@ def embedded(path: str | None, val_path: str | None = None) -> Source:
             files = table_files(Path(value))
         except OSError as error:
             raise UsageError(f"{key}={value} cannot be read ({error.strerror}).") from error
+        if not files and "*" not in value and not os.path.lexists(value):
+            raise UsageError(f"{key}={value}: there is no such file or folder.")
         if not files:
             raise UsageError(
                 f"{key}={value}: there is no .parquet or .arrow file. JSON is read by data=llava data.json=FILE."
@@ -70,7 +77,7 @@ def hub(repo: str | None, files: str, revision: str) -> Source:
 @SOURCES.register("mixture")
 def mixture(mixture: Mapping[str, Any] | None) -> Source:
     """Other sources, to be trained on together; `UsageError` names the one that is wrong."""
-    if not mixture:
+    if not mixture or not isinstance(mixture, Mapping):
         raise UsageError("data=mixture needs data.mixture={NAME: {data: CHOICE, weight: 1.0, KEY: VALUE ...}, ...}.")
     parts = []
     for name, part in mixture.items():
@@ -81,14 +88,17 @@ def mixture(mixture: Mapping[str, Any] | None) -> Source:
             raise UsageError(
                 f"{key}.data={choice}: name the choice of `data` that reads it, such as llava or embedded."
             )
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise UsageError(f"{key}.weight={weight}: expected a number above 0, such as 1.0.")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= MOST:
+            raise UsageError(f"{key}.weight={weight}: expected a number above 0, such as 1.0, and at most {MOST}.")
         spec = load_choice("data", choice)
-        for option in options:
+        config = compose({"data": spec})
+        for option, value in options.items():
             if option not in spec:
-                raise unknown(f"key of data={choice} in {key}", option, spec)
+                raise unknown(f"key of data={choice} in {key}", str(option), spec)
+            set_key(config, f"data.{option}", value, key)
+        checked: Any = OmegaConf.to_container(config.data, resolve=True)
         try:
-            parts.append((build_source(spec | options), float(weight)))
+            parts.append((build_source(checked), float(weight)))
         except UsageError as error:
             raise UsageError(f"{key}: {error}") from error
     return Source(Path(), None, mixture=tuple(parts))

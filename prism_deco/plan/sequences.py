@@ -92,7 +92,7 @@ def _measure(records: Records, llm: LanguageModel, micro_batch_size: int) -> Seq
         per_word, supervised = _tokens_per_word(records, llm)
         source = "measured"
     except UsageError as error:
-        log.warning("Estimating lengths from word counts, because the tokenizer is not available: %s", error)
+        log.warning("Estimating lengths from word counts, because records cannot be tokenised: %s", error)
         per_word, supervised, source = TOKENS_PER_WORD, SUPERVISED, "words"
     lengths = per_word * records.words
     longest = np.sort(lengths)[-micro_batch_size:]

@@ -128,7 +128,7 @@ class SampleAnswers(Callback):
             pixels = stack_pixels(example.pixels)
             assert pixels is not None
             pixels = {tower: images.to(pl_module.device) for tower, images in pixels.items()}
-            question, reference = record.messages[0]["content"], record.messages[1]["content"]
+            question, reference = [m["content"] for m in record.messages if m["role"] != "system"][:2]
             with trainer.precision_plugin.forward_context():
                 visual = list(vlm.visual_tokens(pixels))
                 [text] = answer(vlm, self._llm, [visual], [question], max_new_tokens=MAX_NEW_TOKENS)

@@ -70,6 +70,8 @@ class Conversations(pl.LightningDataModule):
         for examples in (self.train_examples, self.val_examples):
             if settings.on_bad_record == "fail":
                 check_records(examples.records, examples.encoder)
+            elif len(examples.records) and examples.records.column("system").all():
+                examples.encoder(examples.records[0])  # a format without system turns would leave nothing to train on
             if settings.on_bad_image == "fail":
                 _check_images(examples)
         if recipe.max_steps is not None and recipe.max_steps > self.available_steps:

@@ -89,9 +89,36 @@ def test_shards_patterns_and_lists_of_images(tmp_path):
     _write(tmp_path / "data" / "cache-0123.arrow", _table([4], pa.binary()), "stream")
     train = open_records(build_source("embedded", path=str(tmp_path / "data" / "train-*.parquet")).train, tmp_path)
     assert [r.messages[0]["content"] for r in train] == ["What is 1?", "What is 2?", "What is 3?"]
-    assert len(open_records(tmp_path / "data", tmp_path)) == 4
     _write(tmp_path / "pairs.parquet", _table([[1], []], pa.list_(IMAGE)))
     assert [len(r.images) for r in open_records(tmp_path / "pairs.parquet", tmp_path)] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("kept", "left_out"),
+    [
+        ("data/train-00000-of-00001", "data/test-00000-of-00001 data/Validation_0"),
+        ("train/data-00000", "test/data-00000 dev/data-00000"),
+        ("a/train-0 b/train-0", "a/val-0 b/valid-0 b/test.2"),
+        ("eval/train-0", "train/eval-0"),  # a file's own name counts
+        ("part-0 part-1", "part-eval-0"),
+        ("latest-0 evaluate-0 devices/0 chartest/0", ""),
+        ("test-0 validation-0", ""),  # whoever names such files alone means them
+    ],
+)
+def test_held_out_splits_are_not_trained_on(tmp_path, caplog, kept, left_out):
+    names = [*kept.split(), *left_out.split()]
+    for value, name in enumerate(names):
+        _write(tmp_path / "set" / f"{name}.parquet", _table([value + 1], pa.binary()))
+    source = build_source("embedded", path=str(tmp_path / "set"))
+    found = {r.messages[0]["content"] for r in open_records(source.train, tmp_path)}
+    assert found == {f"What is {value + 1}?" for value in range(len(kept.split()))}
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == bool(left_out)
+    count = len(left_out.split())
+    assert all("not training data" in text and (f"and {count - 1} more" in text) == (count > 1) for text in warned)
+    for name in left_out.split():
+        one = build_source("embedded", path=str(tmp_path / "set" / f"{name[:-1]}*.parquet"))
+        assert len(open_records(one.train, tmp_path)) == 1
 
 
 def test_the_split_follows_the_content_of_the_images(tmp_path):
@@ -118,7 +145,7 @@ def test_examples_read_embedded_images(tmp_path, tiny):
 
 
 def test_wrong_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.path=.*nowhere: there is no \.parquet or \.arrow file"):
+    with pytest.raises(ValueError, match=r"data\.path=.*nowhere: there is no such file or folder"):
         build_source("embedded", path=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"data=embedded needs data\.path"):
         build_source("embedded")

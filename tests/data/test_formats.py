@@ -1,6 +1,7 @@
 """Published formats of conversations, and mixtures of them."""
 
 import json
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -10,9 +11,11 @@ from PIL import Image
 from prism_deco.cli import main
 from prism_deco.config import load_config
 from prism_deco.data import build_source
+from prism_deco.data.encoder import Encoder, check_records
 from prism_deco.data.formats import as_llava
 from prism_deco.data.images import load_image
 from prism_deco.data.records import open_parts, open_records, repeat
+from prism_deco.llms import build_llm
 
 
 def _human(*texts):
@@ -74,7 +77,20 @@ def test_an_entry_becomes_one_of_llava(raw, expected):
             "part of type 'video': only text",
         ),
         ({"messages": [{"role": "user", "content": ["text"]}]}, "part of type None"),
-        ({"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "?"}]}, "a turn must be"),
+        ({"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "?"}]}, "must alternate"),
+        ({"messages": [{"role": "system", "content": "Be kind."}]}, "must alternate"),
+        (
+            {"messages": [{"role": "user", "content": "?"}, {"role": "tool", "content": "!"}]},
+            r"record 0: turn 2 is from 'tool': a turn must be .*; the first one may be from \"system\"",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "?"}, {"role": "system", "content": "Be kind."}]},
+            "record 0: turn 2 is from 'system' and is not the first: move it, or leave it out",
+        ),
+        (
+            {"messages": [{"role": "system", "content": "<image>"}, {"role": "user", "content": "?"}]},
+            "record 0: turn 1 is from 'system' and holds <image>: move it",
+        ),
         ({"messages": [{"role": "user", "content": "?", "image": "1.png"}]}, "key `image` of turn 1 is not read"),
         ({"messages": ["?"]}, "a turn must be"),
         (
@@ -93,6 +109,81 @@ def test_what_cannot_be_read_is_named(tmp_path, raw, message):
     (tmp_path / "a.jsonl").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=message):
         open_records(tmp_path / "a.jsonl", tmp_path)
+
+
+SYSTEM = {
+    "id": "s",
+    "images": ["1.png"],
+    "messages": [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "<image>What is it?"},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "Yes."},
+    ],
+}
+
+
+@pytest.mark.parametrize("rounds", [2, 1])  # the last question without an answer
+def test_a_leading_system_turn_is_shown_as_the_chat_format_shows_it(tmp_path, rounds):
+    llm = build_llm("mini_qwen2", pretrained=False, device="meta")
+    messages = SYSTEM["messages"] if rounds == 2 else SYSTEM["messages"][:-1]
+    (tmp_path / "a.jsonl").write_text(json.dumps(SYSTEM | {"messages": messages}))
+    records = open_records(tmp_path / "a.jsonl", tmp_path, allow_faults=True)
+    record = records[0]
+    assert record.messages == messages and record.answered == messages[: 1 + 2 * rounds]
+    encoder = Encoder(llm, max_text_tokens=300)
+    check_records(records, encoder)
+    encoded, _ = encoder(record)
+    first = "<|im_start|>system\nBe kind.<|im_end|><|im_start|>user\nWhat is it?<|im_end|><|im_start|>assistant\n"
+    second = "<|im_start|>user\nSure?<|im_end|><|im_start|>assistant\n"
+    texts = {1: (first, "A cat.<|im_end|>"), 2: (second, "Yes.<|im_end|>")}
+    bos = llm.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    expected = [(bos, -100, 0)]
+    for number in range(1, 1 + rounds):
+        for text, supervised in zip(texts[number], (False, True), strict=True):
+            ids = llm.tokenizer(text, add_special_tokens=False)["input_ids"]
+            expected += [(id, id if supervised else -100, number) for id in ids]
+    assert [*zip(encoded.input_ids, encoded.labels, encoded.rounds, strict=True)] == expected
+    assert encoded.image_slots == [1]
+
+
+def test_a_chat_format_without_system_turns_refuses_them_before_training(tmp_path):
+    plain = {"messages": SYSTEM["messages"][1:3]}
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [plain, SYSTEM])))
+    records = open_records(tmp_path / "a.jsonl", tmp_path, allow_faults=True)
+    llm = build_llm("mini_phi", pretrained=False, device="meta")
+    with pytest.raises(ValueError, match=r"Record s: .* this format has no system message.*data.on_bad_record=skip"):
+        check_records(records, Encoder(llm, max_text_tokens=300))
+
+
+def test_where_all_records_have_system_turns_leaving_them_out_is_no_way_out(tmp_path, capsys):
+    _image(tmp_path / "1.png", 1)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(SYSTEM | {"id": f"{i}"}) for i in range(4)))
+    settings = ["data=llava", f"data.json={tmp_path / 'a.jsonl'}", f"data.image_root={tmp_path}", "llm=mini_phi"]
+    settings += ["data.on_bad_record=skip", "backbone.pretrained=false", "evaluate.benchmarks=null"]
+    assert main(["train", "--check", *settings, f"runs_dir={tmp_path}"]) != 0
+    assert "this format has no system message" in capsys.readouterr().err
+
+
+def test_records_with_system_turns_are_trained_and_validated_on(tmp_path):
+    entries = []
+    for i in range(8):
+        _image(tmp_path / "images" / f"{i}.png", i)
+        entries.append(SYSTEM | {"id": f"{i}", "images": [f"{i}.png"]})
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    settings = [
+        "data=llava", f"data.json={tmp_path / 'a.jsonl'}", f"data.image_root={tmp_path / 'images'}",
+        f"data.val_json={tmp_path / 'a.jsonl'}", "data.num_workers=0", "recipe.max_steps=2",
+        "recipe.global_batch_size=2", "recipe.micro_batch_size=2", "backbone.pretrained=false", "trainer.threads=1",
+        "evaluate.benchmarks=null", f"runs_dir={tmp_path}", "run_id=a",
+    ]  # fmt: skip
+    assert main(["train", *settings]) == 0
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert (manifest["samples"], manifest["bad_records"]) == (4, 0)
+    # The question that the model is asked as a sample.
+    [events] = (tmp_path / "a").rglob("*tfevents*")
+    assert b"What is it?" in events.read_bytes() and b"Be kind." not in events.read_bytes()
 
 
 def _image(path, value):
@@ -174,6 +265,33 @@ def test_each_set_of_a_mixture_is_cut_and_held_out_by_itself(sets, tmp_path):
     assert not images.missing(name for record in parts.val for name in record.images)
 
 
+def test_a_mixture_of_one_set_reads_its_own_images(tmp_path):
+    """An image in a folder with a number for its name is no image of a set with that number."""
+    _image(tmp_path / "images" / "0" / "0.png", 7)
+    _image(tmp_path / "images" / "0.png", 9)
+    turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "That."}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns, "images": ["0/0.png"]}))
+    _texts(tmp_path / "fine.parquet", 3)
+    llava = {"data": "llava", "json": str(tmp_path / "a.jsonl"), "image_root": str(tmp_path / "images")}
+    fine = {"data": "embedded", "path": str(tmp_path / "fine.parquet")}
+    for own, values in ((llava, [7]), (fine, [0, 1, 2])):
+        source = build_source("mixture", mixture={"a": own})
+        train = open_parts(source, tmp_path, val_fraction=0.0, limit=None).train
+        for records in (train, train.select(slice(None)), pickle.loads(pickle.dumps(train))):
+            names = [record.images[0] for record in records]
+            assert [load_image(source.images(records), name).getpixel((0, 0))[0] for name in names] == values
+        twice = build_source("mixture", mixture={"a": own | {"weight": 2}})
+        assert open_parts(twice, tmp_path, val_fraction=0.0, limit=None).train.data_hash != train.data_hash
+
+
+def test_a_weight_that_takes_no_record_is_refused(sets, tmp_path):
+    for small in ("fine", "chat"):
+        mixture = {name: own | {"weight": 0.01 if name == small else 1.0} for name, own in sets.items()}
+        source = build_source("mixture", mixture=mixture)
+        with pytest.raises(ValueError, match=r"nothing to train on: weight 0.01 takes none of the [69] records of .*/"):
+            open_parts(source, tmp_path, val_fraction=0.0, limit=None)
+
+
 def test_weights_repeat_rows_and_draw_the_rest_once():
     rows = np.arange(10, 110)
     assert repeat(rows, 2).tolist() == [*rows, *rows]
@@ -186,10 +304,18 @@ def test_weights_repeat_rows_and_draw_the_rest_once():
     ("mixture", "message"),
     [
         (None, "data=mixture needs data.mixture="),
+        ([{"data": "llava"}], "data=mixture needs data.mixture="),
         ({"a": "llava"}, "data.mixture.a.data=None: name the choice"),
         ({"a": {"data": "mixture"}}, "data.mixture.a.data=mixture: name the choice"),
         ({"a": {"data": "lava"}}, "lava"),
         ({"a": {"data": "llava", "weight": 0}}, "data.mixture.a.weight=0: expected a number above 0"),
+        ({"a": {"data": "llava", "weight": 1e12}}, "data.mixture.a.weight=1.*: expected .* at most 1000"),
+        ({"a": {"data": "llava", "weight": 10**400}}, "data.mixture.a.weight=1.*: expected .* at most 1000"),
+        ({"a": {"data": "embedded", "path": 5}}, "data.mixture.a: data.path=5: there is no"),
+        ({"a": {"data": "embedded", "path": ["x"]}}, r'data.path=\["x"\] must be text or null \(data.mixture.a\)'),
+        ({"a": {"data": "llava", "json": [1]}}, r"data.json=\[1\] must be text or null \(data.mixture.a\)"),
+        ({"a": {"data": "shapes", "train_images": "x"}}, "data.train_images=x must be .* number.*data.mixture.a"),
+        ({"a": {"data": "llava", 5: "x"}}, "Unknown key of data=llava in data.mixture.a '5'"),
         ({"a": {"data": "llava", "jsn": "x"}}, "Unknown key of data=llava in data.mixture.a 'jsn'.*json"),
         (
             {"a": {"data": "llava", "json": "no.json", "image_root": "."}},

@@ -73,7 +73,8 @@ def _hash(data):
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     server.files = {"README.md": b"# Talk"}
-    for name, numbers in {"data/train-0.parquet": [0, 1], "data/train-1.parquet": [2], "other/x.parquet": [9]}.items():
+    sets = {"data/train-0.parquet": [0, 1], "data/train-1.parquet": [2], "data/test-0.parquet": [3]}
+    for name, numbers in (sets | {"other/x.parquet": [9]}).items():
         rows = [{"texts": [{"user": f"What is {i}?", "assistant": "This."}]} for i in numbers]
         buffer = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows), buffer)

@@ -66,13 +66,15 @@ def test_the_index_is_built_once_and_follows_the_content(tmp_path):
         ("[]", "non-empty JSON list"),
         (" \n[ \n]", "non-empty JSON list"),
         ("{}", r"record 0: expected an object with a list `conversations`"),
-        ('{\n "id": "a"\n}', "not valid JSON.*line 1, column 3"),
+        ('{\n "id": "a"\n}', r"bad.json: the object of line 1 has several lines. Write a list"),
+        ('{"id": "a"}\n{"id":\n"b"}', "the object of line 2 has several lines"),
+        ('{"id": "a",, \n', "not valid JSON.*line 1, column 12"),
         ('{"id": "a"}\n\n{"id": ', "not valid JSON.*line 3, column 8.*download complete"),
         ("not JSON at all", "not valid JSON"),
         ("[" * 100_000, "not valid JSON.*recursion"),
         (f'[{{"id": {"7" * 5000}}}]', "not valid JSON.*digits"),
         ('[{"id": "a"}]', r"record 0 \(id a\): expected an object with a list `conversations`"),
-        ('[{"id": "a", "conversations": [{"from": "user", "value": "x"}]}]', r"record 0 \(id a\): a turn must be"),
+        ('[{"id": "a", "conversations": [{"from": "user", "value": "x"}]}]', r"turn 1 is from 'user': a turn must be"),
         (
             '[{"id": "a", "conversations": [{"from": "human", "value": "x"}]}]',
             "must alternate, and at least one question be answered",
@@ -240,6 +242,22 @@ def test_the_split_holds_out_images_not_records(tmp_path):
     assert np.array_equal(train.words, np.full(len(train), 2))
 
 
+def test_records_whose_id_is_null_are_divided_like_those_without(tmp_path, caplog):
+    sides = []
+    for more in ({}, {"id": None}):
+        entries = [{"conversations": _turns("q", "a"), **more} for _ in range(100)]
+        sides.append(hold_out(open_records(_write(tmp_path / "t.json", entries), tmp_path), 0.5))
+    assert [[r.id for r in side] for side in sides[0]] == [[r.id for r in side] for side in sides[1]]
+    assert min(map(len, sides[1])) > 30 and not caplog.records
+
+
+def test_records_that_share_one_id_cannot_be_divided(tmp_path, caplog):
+    entries = [{"id": "same", "conversations": _turns(f"q{i}", "a")} for i in range(3)]
+    records = open_records(_write(tmp_path / "t.json", entries), tmp_path)
+    assert 0 in map(len, hold_out(records, 0.5))
+    assert "data.val_fraction=0.5 cannot divide 3 records that all have the same image, or the same id" in caplog.text
+
+
 def test_images_that_occur_together_stay_on_one_side(tmp_path):
     def entry(i, *images):
         return {"id": str(i), "image": list(images), "conversations": _turns("<image>" * len(images), "a")}
@@ -280,6 +298,6 @@ def test_an_id_that_is_no_text_is_noted_and_trained_on(tmp_path):
     entries = [{"id": id, "conversations": _turns("q", "a")} for id in (7, "7b", None)]
     (tmp_path / "t.json").write_text(json.dumps([*entries, {"conversations": _turns("q", "a")}]))
     records = open_records(tmp_path / "t.json", tmp_path / "cache")
-    assert [record.id for record in records] == ["7", "7b", "None", "record 3"]
-    assert [(note["entry"], note["kind"]) for note in records.noted()] == [(0, "id_type"), (2, "id_type")]
+    assert [record.id for record in records] == ["7", "7b", "record 2", "record 3"]
+    assert [(note["entry"], note["kind"]) for note in records.noted()] == [(0, "id_type")]
     assert "record 0 (id 7): the id is of Python's type int" in records.noted()[0]["detail"]

@@ -38,6 +38,9 @@ def files(tmp_path, monkeypatch):
         ),
         ("llava", {"image_root": LONG}, r"data.image_root=x+ cannot be read as a folder \(File name too long\)"),
         ("embedded", {"path": "a.json"}, "data.path=a.json: there is no .parquet.*data=llava data.json=FILE"),
+        ("embedded", {"path": "nope"}, r"data.path=nope: there is no such file or folder\."),
+        ("embedded", {"path": "a.json", "val_path": "set/nope"}, "data.path=a.json: there is no .parquet"),
+        ("embedded", {"path": "nope/*.parquet"}, r"data.path=nope/\*.parquet: there is no .parquet"),
         ("embedded", {"path": LONG}, "data.path=x+ cannot be read"),
         (
             "llava_v1_5_mix665k",
