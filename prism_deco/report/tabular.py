@@ -75,12 +75,12 @@ def under_headings(rows: Iterable[tuple[Field, Sequence[Field]]]) -> list[Sequen
 
 def format_number(value: float | None, digits: int = 1, sign: str = "") -> str:
     """A number as all tables print it; a dash for None."""
-    return MISSING if value is None else f"{value:{sign}.{digits}f}"
+    return MISSING if value is None else f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # no "-0.0"
 
 
 def format_interval(bounds: tuple[float, float] | None, sign: str = "") -> str:
     """`low to high`; a dash for None."""
-    return MISSING if bounds is None else " to ".join(f"{bound:{sign}.1f}" for bound in bounds)
+    return MISSING if bounds is None else " to ".join(format_number(bound, sign=sign) for bound in bounds)
 
 
 def paragraph(text: str) -> str:
