@@ -67,3 +67,17 @@ def test_the_readme_quotes_the_twins():
     }
     quoted = text.partition("at the end of the alignment")[2].partition("\n\n")[0]
     assert dict(re.findall(r"`(\w+)`\s(\d\.\d+)", quoted)) == at_the_end and len(at_the_end) == 5
+
+
+def test_the_bench_page_states_the_differences_of_its_scores():
+    means = {}
+    for row in rows(REFERENCE / "mini_bench" / "scores.csv"):
+        tokens = row["row"].rpartition("=")[2]
+        means.setdefault((tokens, row["projector"]), []).append(float(row["score"]))
+    page = (REFERENCE / "mini_bench" / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| `(.+?)`.*?\| .*? \| \**([-+.\d]+)\** .*? \| \**([-+.\d]+)\** ", page, re.MULTILINE)
+    assert {("16", name) for name, _, _ in lines} | {("16", "avgpool")} == {key for key in means if key[0] == "16"}
+    for name, *stated in lines:
+        for tokens, difference in zip(("16", "4"), stated, strict=True):
+            expected = statistics.fmean(means[tokens, name]) - statistics.fmean(means[tokens, "avgpool"])
+            assert float(difference) == pytest.approx(expected, abs=0.051), (name, tokens)
