@@ -245,6 +245,10 @@ SYSTEM_LAST = """\
         (QWEN1_5.replace("<|im_end|>", "<|over|>"), ONE, "ends no answer by <|im_end|> or <|endoftext|>"),
         ("{{- '<|endoftext|>' -}}" + QWEN1_5, ONE, "spells out the BOS token"),
         ("{% if %}", ONE, "cannot render"),
+        ("{% for m in messages %}{{ loop.index + 'x' }}{% endfor %}", ONE, "cannot render .*: TypeError"),
+        ("{{ 1 / 0 }}", ONE, "cannot render .*: ZeroDivisionError"),
+        ("{% include 'x' %}", ONE, "cannot render .*: TypeError"),
+        ("{{ range(1000000) }}", ONE, "cannot render .*: OverflowError"),
         (None, ONE, "The tokenizer of qwen1_5_0_5b_chat has no chat template: set llm.chat_template"),
     ],
 )
@@ -324,6 +328,20 @@ def test_an_export_to_transformers_has_the_same_prompts(tiny, mini, slot):
     assert processor.tokenizer.decode(ids) == llm.tokenizer.decode(ours.input_ids)
     # A second question: the template forgets the thoughts before the first answer, training does not.
     assert "some tokens differ" in token_ids_note(processor, llm)
+
+
+def test_a_template_that_fails_is_refused_before_there_is_a_run(colors, mini, tmp_path, capsys):
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text("{{ 1 / 0 }}")
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump({key: value for key, value in mini.items() if key != "name"}))
+    command = f"""train llm={own} data=llava data.json={colors}/train.json data.image_root={colors}/images
+        data.on_bad_record=skip evaluate.benchmarks=null recipe.max_steps=1 backbone.pretrained=false
+        data.num_workers=0 trainer.samples=0 runs_dir={tmp_path} run_id=run"""
+    assert main(command.split()) == 2
+    assert "chat template cannot render the conversation: ZeroDivisionError" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_trained_and_loaded_with_it(colors, mini, tmp_path):
