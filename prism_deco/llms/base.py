@@ -18,6 +18,8 @@ from prism_deco.llms.own_template import OwnTemplate, own_template
 from prism_deco.llms.prompts import Message, PromptFormat, Segment, ask_segments, build_format
 from prism_deco.llms.spec import LLMSpec, check_ask
 
+_TRIAL = [{"role": "user", "content": "Is it red?"}, {"role": "assistant", "content": "Yes."}]
+
 
 @dataclass
 class LanguageModel:
@@ -90,12 +92,20 @@ class LanguageModel:
 
     @cached_property
     def prompt_format(self) -> PromptFormat:
-        """The chat format, or the plain one."""
+        """The chat format, or the plain one.
+
+        Raises:
+            UsageError: it cannot render an image, a question and an answer.
+        """
         spec = self.spec
         options = (spec.special_tokens, spec.tokenize, spec.image_slot)
+        chosen: PromptFormat
         if not spec.chat_template and spec.prompt == "chat":
-            return OwnTemplate(str(self.tokenizer.chat_template), *options, self.stop_tokens)
-        return build_format(spec.prompt, spec.chat_template or "", *options)
+            chosen = OwnTemplate(str(self.tokenizer.chat_template), *options, self.stop_tokens)
+        else:
+            chosen = build_format(spec.prompt, spec.chat_template or "", *options)
+        chosen.render(_TRIAL, num_images=1)
+        return chosen
 
     def render(self, messages: Sequence[Message], num_images: int = 0) -> list[Segment]:
         """The segments of a conversation; see `PromptFormat.render`. The tokenizer is needed for its own template."""

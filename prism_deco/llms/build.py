@@ -20,7 +20,7 @@ from prism_deco.errors import UsageError
 from prism_deco.files import file_sha256
 from prism_deco.llms.base import LanguageModel
 from prism_deco.llms.hub import ASSET, MODEL_FILES, WEIGHTS, has_weights, snapshot, weight_files
-from prism_deco.llms.spec import LLMSpec, architecture, read_spec
+from prism_deco.llms.spec import LLMSpec, architecture, naming, read_spec
 from prism_deco.llms.tuning import quantization
 from prism_deco.llms.weights import as_safetensors, check_folder, load_lm
 from prism_deco.tensors import open_tensors
@@ -120,13 +120,15 @@ def _options(spec: LLMSpec) -> dict[str, Any]:
 
 
 def _random(spec: LLMSpec, device: torch.device) -> PreTrainedModel:
-    try:
-        with device:
-            return AutoModelForCausalLM.from_config(architecture(spec), trust_remote_code=False, **_options(spec))
-    except (ImportError, ValueError) as error:
-        if named := _attention_error(spec, error):
-            raise named from error
-        raise
+    config = architecture(spec)
+    with naming(spec, type(config)):
+        try:
+            with device:
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **_options(spec))
+        except (ImportError, ValueError) as error:
+            if named := _attention_error(spec, error):
+                raise named from error
+            raise
 
 
 def _attention_error(spec: LLMSpec, error: Exception) -> UsageError | None:
@@ -142,6 +144,8 @@ def _attention_error(spec: LLMSpec, error: Exception) -> UsageError | None:
 def _load(spec: LLMSpec) -> PreTrainedModel:
     config = architecture(spec) if spec.architecture else None
     path = _weights_path(spec)
+    if config is not None and path.is_file():
+        _random(spec, torch.device("meta"))  # names what is wrong with the architecture, apart from the weights
     options = _options(spec) | (quantization(spec.quantize) if spec.quantize else {})
     try:
         model = load_lm(path, config, **options)

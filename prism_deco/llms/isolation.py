@@ -2,7 +2,8 @@
 
 Padding, packed rows and `turn_mask=block` separate positions by the attention mask. Convolutions and recurrent states
 pass information on to later positions regardless of any mask, and the mask of a packed row replaces that of a sliding
-window. Some models look up more than the embeddings of their tokens, which visual tokens do not have.
+window. Rotary embeddings may be chosen by the longest record of a batch. Some models look up more than the embeddings
+of their tokens, which visual tokens do not have.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from prism_deco.errors import UsageError
 from prism_deco.llms.layers import decoder, decoder_layers
@@ -24,6 +25,7 @@ TOLERANCE = 1e-4
 
 _LENGTHS = (24, 9, 15)
 _WINDOW = 8
+_ROPE_KEY, _ROPE_LIMIT = "original_max_position_embeddings", 12  # two of the lengths are above, one is below
 _TOKENS = 16
 _ANSWER = 3
 _CPU = torch.device("cpu")
@@ -39,7 +41,8 @@ def check_isolation(lm: PreTrainedModel, *, packing: bool, turn_mask: str, longe
     Args:
         packing: whether the run packs records (`recipe.packing`); if so, `lm` is switched to packed attention.
         turn_mask: of the run (`recipe.turn_mask`).
-        longest: maximum length of a record; attention windows of at least that length have no effect.
+        longest: maximum length of a record; attention windows of at least that length have no effect, nor have rotary
+            embeddings for longer ones.
 
     Raises:
         UsageError: the results differ.
@@ -47,6 +50,10 @@ def check_isolation(lm: PreTrainedModel, *, packing: bool, turn_mask: str, longe
     if packing:
         use_packed_attention(lm)
     small = _first_layers(lm, longest)
+    limit = min((rope[_ROPE_KEY] for rope in _long_ropes(lm.config)), default=longest)
+    if limit < longest:
+        chosen = "rotates the positions of all records of a batch by the longest of them"
+        _compare(small, _right_padded, chosen, f"Set recipe.max_positions={limit}")
     apart = "does not compute the records or rounds of one row independently"
     if turn_mask == "block":
         _compare(small, _block_masked, apart, "Set recipe.turn_mask=causal")
@@ -68,7 +75,7 @@ def _compare(lm: PreTrainedModel, compute: Any, problem: str, way_out: str = "Ch
     except UsageError:
         raise
     except (RuntimeError, ValueError) as error:
-        raise UsageError(f"{type(lm).__name__} cannot be used with images: {error}. Choose another llm.") from error
+        raise UsageError(f"{type(lm).__name__} cannot be used with images: {error}. {way_out}.") from error
     difference = float((found - wanted).abs().max() / wanted.abs().max())
     if not difference <= TOLERANCE:
         kinds = getattr(lm.config, "layer_types", None) or ["of unknown types"]
@@ -157,19 +164,25 @@ def _hidden(lm: PreTrainedModel, **inputs: Any) -> Tensor:
 def _first_layers(lm: PreTrainedModel, longest: int) -> PreTrainedModel:
     """The same architecture on the CPU with random weights, deep enough to contain every kind of layer.
 
-    Attention windows shorter than `longest` are shortened further, below the length of the records compared here.
+    Attention windows shorter than `longest` are shortened further, below the length of the records compared here, and
+    the limit of rotary embeddings likewise.
     """
     config = copy.deepcopy(lm.config)
-    config._attn_implementation = "sdpa"
+    # Flash attention needs a GPU. Not every architecture has SDPA.
+    is_eager = config._attn_implementation == "eager" or not lm._supports_sdpa
+    config._attn_implementation = "eager" if is_eager else "sdpa"
     config.initializer_range = 0.1  # large enough for a layer's output to matter next to the residual stream
     for name in ("sliding_window", "attention_chunk_size"):
         if (getattr(config, name, None) or longest) < longest:
             setattr(config, name, _WINDOW)
+    for settings in (vars(config), *_long_ropes(config)):  # the first stands above the others where it is set
+        if (settings.get(_ROPE_KEY) or longest) < longest:
+            settings[_ROPE_KEY] = _ROPE_LIMIT
     for name in vars(config).copy():
         if name.startswith("vocab_size"):
             setattr(config, name, _TOKENS)
         elif name.endswith("_token_id"):
-            setattr(config, name, None)
+            vars(config)[name] = None  # past the check of some configurations, which insist on a number
     with torch.device("meta"):
         small = type(lm)(config).eval()
     layers = decoder_layers(small)
@@ -189,6 +202,13 @@ def _first_layers(lm: PreTrainedModel, longest: int) -> PreTrainedModel:
         for parameter in small.parameters():
             parameter += torch.randn_like(parameter) / 10  # a scale that begins at zero would hide what it scales
     return small
+
+
+def _long_ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """The rotary settings, one or by type of layer, that have other frequencies for batches beyond a limit."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    ropes = [rope for rope in (settings, *settings.values()) if isinstance(rope, dict)]
+    return [rope for rope in ropes if rope.get("rope_type") == "longrope"]
 
 
 def _kind(layer: nn.Module) -> tuple[str, ...]:

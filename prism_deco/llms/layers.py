@@ -31,7 +31,7 @@ def decoder_layers(lm: nn.Module) -> nn.ModuleList:
     """The decoder layers of a causal LM, in order; `UsageError` if it has no list of them."""
     depth = cast(Any, lm).config.num_hidden_layers
     for module in lm.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
+        if isinstance(module, nn.ModuleList) and len(module) == depth > 0:
             return module
     raise UsageError(f"{type(lm).__name__} has no list of {depth} decoder layers, so it cannot be sharded or planned.")
 

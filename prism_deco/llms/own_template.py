@@ -61,7 +61,7 @@ class OwnTemplate(PromptFormat):
     """
 
     stop_tokens: Sequence[str] = ()
-    _surroundings: dict[bool, tuple[str, str]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _surroundings: dict[bool, tuple[str, str, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def _marked(
         self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]
@@ -69,14 +69,14 @@ class OwnTemplate(PromptFormat):
         parts = self._parts(messages, variables)
         if parts[1::2] != [_bare(m["content"]) for m in messages if m["role"] == "assistant"]:
             raise UsageError(f"The tokenizer's chat template changes the text of an answer. {_WAY_OUT}")
-        thoughts, space = self._around_answers(messages[0]["role"] == "system")
+        thoughts, space, gap = self._around_answers(messages[0]["role"] == "system")
         text = ""
         spans = []
         rest = parts[0]
         for answer, after in zip(parts[1::2], parts[2::2], strict=True):
             is_last = len(spans) == len(parts) // 2 - 1
             text += rest.removesuffix(space) + ("" if is_last else thoughts)
-            end = self._end(after)
+            end = self._end(after if is_last else after[:gap])  # a question may hold a stop token, or end in one
             spans.append((len(text), len(text) + len(space + answer) + end))
             text += space + answer + after[:end]
             rest = after[end:]
@@ -96,13 +96,13 @@ class OwnTemplate(PromptFormat):
             raise UsageError(f"The tokenizer's chat template does not write every answer once, in order. {_WAY_OUT}")
         return _MARKS.split(text)
 
-    def _around_answers(self, system: bool) -> tuple[str, str]:
-        """The end of a prompt that the template drops once its answer is history, and the space with which it begins an
-        answer.
+    def _around_answers(self, system: bool) -> tuple[str, str, int]:
+        """The end of a prompt that the template drops once its answer is history, the space with which it begins an
+        answer, and the length of what it writes between an answer and the text of the next question.
 
         Raises:
-            UsageError: an answer is not rendered right behind the prompt that asks for it, or what follows an answer
-                changes more than that.
+            UsageError: an answer is not rendered right behind the prompt that asks for it, what follows an answer
+                changes more than that, or the next question is not rendered as it is.
         """
         if system not in self._surroundings:
             talk = [_SYSTEM] * system + _TALK
@@ -122,7 +122,10 @@ class OwnTemplate(PromptFormat):
                 )
             if prompt.startswith(2 * self.special_tokens["bos_token"]):
                 raise UsageError(f"The tokenizer's chat template spells out the BOS token. {_WAY_OUT}")
-            self._surroundings[system] = prompt.removeprefix(opening), space
+            gap = both[2].find(talk[-2]["content"])
+            if gap < 0:
+                raise UsageError(f"The tokenizer's chat template changes the text of a question. {_WAY_OUT}")
+            self._surroundings[system] = prompt.removeprefix(opening), space, gap
         return self._surroundings[system]
 
     def _end(self, after: str) -> int:

@@ -21,6 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from prism_deco.config.registry import unknown
 from prism_deco.config.schema import IMAGE_SLOT, TOKENIZE
 from prism_deco.errors import UsageError
+from prism_deco.exits import as_stop
 
 IMAGE_TAG = "<image>"
 """What marks an image in a user's message (the convention of LLaVA's data)."""
@@ -128,8 +129,11 @@ class PromptFormat:
     def _render(self, messages: Sequence[Message], **variables: Any) -> Any:
         try:
             return render_jinja_template([messages], chat_template=self.template, **variables)  # type: ignore[arg-type]
-        except TemplateError as error:
-            raise UsageError(f"The chat template cannot render the conversation: {error}") from error
+        except Exception as error:  # of any class: a template computes with what it likes
+            if as_stop(error):
+                raise
+            kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+            raise UsageError(f"The chat template cannot render the conversation: {kind}{error}") from error
 
     def _segments(self, text: str, spans: Sequence[tuple[int, int]]) -> Iterator[Segment]:
         bos = self.special_tokens.get("bos_token", "")

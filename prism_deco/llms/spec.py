@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as _CAUSAL_LMS
 
 from prism_deco.config.registry import unknown
 from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
+from prism_deco.exits import as_stop
+
+_TYPO = 0.94
+"""Likeness (`difflib`) from which an unknown key is a misspelt one. Keys of other architectures are less alike."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,36 @@ def architecture(spec: LLMSpec) -> PretrainedConfig:
     """The architecture as a configuration of transformers; nothing is read or downloaded."""
     if spec.architecture is None:
         raise UsageError(f"{spec.name} has no `architecture`, which building it without weights requires.")
-    if "model_type" not in spec.architecture:
+    if not isinstance(spec.architecture, Mapping) or "model_type" not in spec.architecture:
         raise UsageError(f"The architecture of {spec.name} has no model_type; add, for example, `model_type: llama`.")
-    return AutoConfig.for_model(**spec.architecture)
+    kind = str(spec.architecture["model_type"])
+    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise unknown(f"model_type of a causal LM (llm.architecture of {spec.name})", kind, _CAUSAL_LMS)
+    config_class = CONFIG_MAPPING[kind]
+    known = [field.name for field in fields(config_class)] + list(config_class.attribute_map)
+    for key in map(str, spec.architecture):
+        # transformers takes any key, and published configurations have some that their class does not know.
+        near = [] if key in known else difflib.get_close_matches(key, known, n=1, cutoff=_TYPO)
+        if near and not hasattr(config_class(), key):
+            raise UsageError(f"llm.architecture.{key} of {spec.name} has no effect: did you mean {near[0]}?")
+    with naming(spec, config_class):
+        return AutoConfig.for_model(**spec.architecture)
+
+
+@contextmanager
+def naming(spec: LLMSpec, config_class: type[PretrainedConfig]) -> Iterator[None]:
+    """Makes a `UsageError` that names the LLM of what transformers raises while it builds from an `architecture`.
+
+    That is anything: its own classes, failed assertions and look-ups, and what torch raises for such sizes. A want of
+    memory, and errors of a plug-in's architecture, stay what they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_own = not config_class.__module__.startswith("transformers.")
+        if is_own or isinstance(error, UsageError) or as_stop(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(
+            f"transformers cannot build the architecture of {spec.name} (llm.architecture): {reason}"
+        ) from error

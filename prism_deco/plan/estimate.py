@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from omegaconf import DictConfig
@@ -13,11 +14,12 @@ from prism_deco.config.registry import import_plugins
 from prism_deco.config.schema import ACTIVATION_CHECKPOINTING
 from prism_deco.data.samplers import SAMPLERS, Population
 from prism_deco.errors import UsageError
+from prism_deco.llms.isolation import check_isolation
 from prism_deco.plan.devices import GIB, Setup, accelerator, setup_of
 from prism_deco.plan.fake_memory import PassShape
 from prism_deco.plan.flops import training_flops
 from prism_deco.plan.memory import FLOAT32, Memory, step_memory
-from prism_deco.plan.meta_models import NeedsData, backbone_of, count, llm_of, projector_of
+from prism_deco.plan.meta_models import NeedsData, backbone_of, build_shallow, count, llm_key, llm_of, projector_of
 from prism_deco.plan.sequences import Sequences, sequences_of
 
 AUTO = "auto"
@@ -129,7 +131,8 @@ def estimate_run(
     if device:
         needs = replace(needs, hours=needs.flops / (device.flops * mfu) / setup.devices / 3600)
     warnings = (missing,) if missing else ()
-    return RunEstimate(name, kind, needs, tuple(_batch_problems(config, setup)), warnings)
+    found = _batch_problems(config, setup) + _row_problems(config, needs)
+    return RunEstimate(name, kind, needs, tuple(found), warnings)
 
 
 def problems(estimate: RunEstimate, memory_bytes: int | None = None) -> list[str]:
@@ -243,6 +246,29 @@ def _batch_problems(config: DictConfig, setup: Setup) -> list[str]:
     one = Population(np.ones(1, dtype=int), np.ones(1, dtype=bool))
     try:
         SAMPLERS.get(config.recipe.sampler)(one, config.recipe.global_batch_size, 0, setup.devices)
+    except UsageError as error:
+        return [str(error)]
+    return []
+
+
+def _row_problems(config: DictConfig, needs: Needs) -> list[str]:
+    """What training would have against several records or rounds in one row.
+
+    Trying it takes seconds, so that it is left to training where all layers attend to everything.
+    """
+    recipe, lm = config.recipe, llm_of(config).model.config
+    longest = min(recipe.max_text_tokens + needs.visual_out, needs.positions)
+    is_whole = set(getattr(lm, "layer_types", None) or ()) <= {"full_attention"}
+    is_whole &= (getattr(lm, "sliding_window", None) or longest) >= longest and lm._attn_implementation != "eager"
+    if is_whole or not (recipe.packing or recipe.turn_mask == "block"):
+        return []
+    return _isolation_problems(llm_key(config), lm.num_hidden_layers, recipe.packing, recipe.turn_mask, longest)
+
+
+@lru_cache(maxsize=16)
+def _isolation_problems(key: str, depth: int, packing: bool, turn_mask: str, longest: int) -> list[str]:
+    try:
+        check_isolation(build_shallow(key, depth), packing=packing, turn_mask=turn_mask, longest=longest)
     except UsageError as error:
         return [str(error)]
     return []

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
+from transformers.integrations import moe
 
 from prism_deco.backbones import VisionBackbone
 from prism_deco.llms.layers import checkpoint_activations, decoder_layers
@@ -127,7 +128,9 @@ def _walk_language(
     checkpoint_activations(lm, setup.checkpointing)
     # transformers reads from the positions whether a row holds several sequences; fake ones have no values.
     one_sequence = replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
-    with mode, without_data("LLM"), one_sequence:
+    # For fake tensors torch's grouped product accepts half precision only; transformers' own makes the same tensors.
+    any_type = replaced(moe, "_can_use_grouped_mm", lambda *_: False)
+    with mode, without_data("LLM"), one_sequence, any_type:
         batch, visual = _batch(lm, shape)
         with _autocast(setup), TensorMeter(lm) as meter:
             for number, layer in enumerate(decoder_layers(lm)):

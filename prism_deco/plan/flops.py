@@ -64,14 +64,13 @@ def training_flops(config: DictConfig) -> TrainingFlops:
     lm = llm_of(config).model
     settings: Any = lm.config
     layers = decoder_layers(lm)
-    head_width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
     head: Any = lm.get_output_embeddings()  # type: ignore[operator]  # every causal LM has them
     return TrainingFlops(
         tower=_tower_flops(backbone_of(config)),
         projector=_projector_flops(projector_of(config)),
         position=sum(_product(weight) for layer in layers for weight in layer.parameters() if weight.ndim == 2),
         # Scores and weighted sum, forward; and the gradients of both factors of each.
-        pair=3 * 2 * 2 * settings.num_attention_heads * head_width * len(layers),
+        pair=3 * 2 * 2 * sum(_attention_width(layer) for layer in settings.per_layer_config),
         target=_product(head.weight),
     )
 
@@ -125,6 +124,12 @@ def _projector_flops(bare: Projector) -> int:
     height, width = projector.in_grid
     with without_data("projector"):
         return step_flops(projector, torch.empty(1, height * width, projector.in_dim, device=_META))[1]
+
+
+def _attention_width(settings: Any) -> int:
+    """Width of the heads of one layer together; 0 for an architecture without attention."""
+    heads = getattr(settings, "num_attention_heads", None) or 0
+    return heads * (getattr(settings, "head_dim", None) or settings.hidden_size // max(heads, 1))
 
 
 def _product(weight: nn.Parameter) -> int:

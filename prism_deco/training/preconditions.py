@@ -107,7 +107,9 @@ def check_all(
     for key in ("tower_lr", "tower_layers"):
         if recipe.tower == "frozen" and recipe[key] is not None:
             log.warning("recipe.%s=%s has no effect: recipe.tower=frozen.", key, recipe[key])
-    check_isolation(vlm.lm, packing=recipe.packing, turn_mask=recipe.turn_mask, longest=max_positions(config, llm))
+    images = max(int(records.num_images.max(initial=0)) for records in (data.train_records, data.val_records))
+    longest = min(recipe.max_text_tokens + images * vlm.projector.num_tokens, max_positions(config, llm))
+    check_isolation(vlm.lm, packing=recipe.packing, turn_mask=recipe.turn_mask, longest=longest)
     if plans or config.trainer.activation_checkpointing == AUTO:
         config.trainer.activation_checkpointing = _plan_memory(config, force)
     if plans:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from prism_deco.config import choices, load_choice
 from prism_deco.errors import UsageError
@@ -243,3 +243,70 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path, content):
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UsageError, match=rf"^{tmp_path} holds no tokenizer that can be read .*llm\.tokenizer"):
         _ = build_llm("mini_qwen2", tokenizer=str(tmp_path), pretrained=False, device="meta").tokenizer
+
+
+def own(**architecture):
+    """A small Llama, with these settings instead."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"model_type": "llama", "vocab_size": 600, "max_position_embeddings": 64}
+    tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+    return {"name": "mine", "pretrained": False, "tokenizer": "asset:phi", "special_tokens": tokens,
+            "architecture": sizes | architecture}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"model_type": "lama"}, "Unknown model_type of a causal LM .*mine.* 'lama'. Did you mean 'llama'"),
+        ({"model_type": "t5"}, "Unknown model_type of a causal LM .*mine.* 't5'"),
+        ({"model_type": "llava"}, "Unknown model_type of a causal LM .*mine.* 'llava'"),
+        ({"model_type": 5}, "Unknown model_type of a causal LM .*mine.* '5'"),
+        (
+            {"num_hidden_layers": "x"},
+            "cannot build the architecture of mine.*'num_hidden_layers' expected int, got str",
+        ),
+        (
+            {"num_attention_heads": 5},
+            "cannot build the architecture of mine.*not a multiple of the number of attention",
+        ),
+        ({"model_type": "smollm3"}, "cannot build the architecture of mine.*Padding_idx must be within"),
+        ({"hidden_act": "reluu"}, "cannot build the architecture of mine.*KeyError: 'reluu'"),
+        ({"head_dim": 0}, "cannot build the architecture of mine.*ZeroDivisionError"),
+        ({"hidden_size": -64}, "cannot build the architecture of mine.*negative dimension"),
+        ({"num_hiden_layers": 2}, "llm.architecture.num_hiden_layers of mine has no effect: did you mean num_hidden"),
+    ],
+)
+def test_a_wrong_value_in_an_architecture_is_named(setting, reason, tmp_path):
+    with pytest.raises(UsageError, match=reason):
+        build_llm(own(**setting))
+    save_file({"none": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    with pytest.raises(UsageError, match=reason):
+        build_llm(own(**setting), pretrained=True, weights=str(tmp_path / "weights.safetensors"))
+
+
+def test_keys_that_the_class_does_not_know_are_those_of_published_configurations():
+    """Older spellings, and keys of other versions of an architecture."""
+    legacy = {"rope_theta": 5000.0, "torch_dtype": "float32", "eoi_token_id": 7, "use_sliding_window": False}
+    assert build_llm(own(**legacy)).model.config.rope_parameters["rope_theta"] == 5000.0
+    # Written into its configuration after it is built.
+    assert (
+        build_llm(own(model_type="bailing_hybrid", num_experts_per_token=2, pad_token_id=0), device="meta").embed_dim
+        == 64
+    )
+
+
+def test_a_bug_in_an_architecture_of_ones_own_stays_a_bug():
+    class Own(LlamaConfig):
+        model_type = "own_llama"
+
+    class OwnModel(LlamaForCausalLM):
+        config_class = Own
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.depth = 1 / 0
+
+    AutoConfig.register("own_llama", Own)
+    AutoModelForCausalLM.register(Own, OwnModel)
+    with pytest.raises(ZeroDivisionError):
+        build_llm(own(model_type="own_llama"))

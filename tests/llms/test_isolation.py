@@ -171,3 +171,74 @@ def test_a_run_is_refused_when_it_starts(colors, tmp_path, capsys, override):
         assert "Lfm2ForCausalLM" in shown and f"Set {override.split('=')[0]}=" in shown
     assert not (tmp_path / "run").exists()
     assert main([*command.split(), "run_id=padded"]) == 0, "padded and causal, it can be trained"
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "mamba", "mamba2", "gpt_neo"])
+def test_an_architecture_without_sdpa_is_tried_by_its_own_attention(family):
+    own = {
+        "gemma2": {"head_dim": 16},
+        "gpt_oss": {"head_dim": 16, "num_local_experts": 4},
+        "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8},
+        "gpt_neo": {"num_hidden_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    }
+    config = AutoConfig.for_model(family, **(SIZES | own.get(family, {})))
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    check_isolation(lm, packing=False, turn_mask="causal", longest=512)
+    with pytest.raises(UsageError, match="Set recipe.turn_mask=causal"):
+        check_isolation(lm, packing=False, turn_mask="block", longest=512)
+
+
+def test_eager_attention_which_adds_a_mask_is_not_taken_for_one_that_applies_it():
+    """It would add the block mask's True and False to the scores as 1 and 0."""
+    lm = AutoModelForCausalLM.from_config(lm_of("llama").config, attn_implementation="eager")
+    check_isolation(lm, packing=False, turn_mask="causal", longest=512)
+    with pytest.raises(UsageError, match="rounds of one row independently.*Set recipe.turn_mask=causal"):
+        check_isolation(lm, packing=False, turn_mask="block", longest=512)
+
+
+def test_token_ids_that_must_be_numbers():
+    lm = lm_of("modernbert-decoder", pad_token_id=0)
+    check_isolation(lm, packing=False, turn_mask="causal", longest=512)
+    with pytest.raises(UsageError, match="Set recipe.packing=false"):
+        check_isolation(lm, packing=True, turn_mask="causal", longest=512)
+
+
+def test_no_layers_are_refused():
+    lm = lm_of("llama", num_hidden_layers=0)
+    with pytest.raises(UsageError, match="LlamaForCausalLM has no list of 0 decoder layers"):
+        check_isolation(lm, packing=False, turn_mask="causal", longest=512)
+
+
+def longrope(long_factor: float) -> dict:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [long_factor] * 8}
+    return {"original_max_position_embeddings": 64, "rope_parameters": rope, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_frequencies_that_the_longest_record_of_a_batch_chooses_are_refused(packing):
+    lm = lm_of("phi3", **longrope(4.0))
+    lengths = [80, 10]
+    rows = torch.randn(2, max(lengths), 64)
+    with torch.no_grad():
+        together, alone = lm.model(inputs_embeds=rows)[0][1, :10], lm.model(inputs_embeds=rows[1:, :10])[0][0]
+    assert (together - alone).abs().max() > 1e-3
+    with pytest.raises(UsageError, match="Phi3ForCausalLM rotates .*Set recipe.max_positions=64"):
+        check_isolation(lm, packing=packing, turn_mask="causal", longest=65)
+    check_isolation(lm_of("phi3", **longrope(4.0)), packing=packing, turn_mask="block", longest=64)
+    check_isolation(lm_of("phi3", **longrope(1.0)), packing=packing, turn_mask="block", longest=512)
+
+
+def test_frequencies_for_records_longer_than_any_of_the_run_are_no_matter(colors, tmp_path, capsys):
+    """What counts is the longest record that the recipe allows, not the longest sequence that the LLM supports."""
+    content = {key: value for key, value in load_choice("llm", "mini_qwen2").items() if key != "name"}
+    command = f"""train --check llm={tmp_path}/own.yaml data=llava data.json={colors}/train.json
+        data.image_root={colors}/images data.val_fraction=0 data.num_workers=0 evaluate.benchmarks=null
+        recipe.turn_mask=causal recipe.micro_batch_size=4 recipe.global_batch_size=4 backbone.pretrained=false
+        llm.pretrained=false trainer.samples=0 runs_dir={tmp_path} recipe.max_text_tokens=64"""
+    for limit, code in ((32, 2), (1024, 0)):
+        sizes = SIZES | longrope(4.0) | {"max_position_embeddings": 4096, "model_type": "phi3", "vocab_size": 576}
+        sizes["rope_parameters"]["original_max_position_embeddings"] = limit
+        sizes["original_max_position_embeddings"] = limit
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump(content | {"architecture": sizes}))
+        assert main(command.split()) == code, capsys.readouterr().err

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 import prism_deco
 from prism_deco.cli import main
 from prism_deco.config import load_choice
+from prism_deco.errors import UsageError
 from prism_deco.export.processor import make_processor, token_ids_note
 from prism_deco.llms.hub import ASSETS
 from prism_deco.llms.own_template import OwnTemplate, own_template
@@ -217,6 +218,9 @@ def test_images_and_marks_in_texts(llm_of):
 
 
 OPENED = QWEN1_5.replace("'<|im_start|>assistant\\n' -}}", "'<|im_start|>assistant\\n<think>\\n' -}}")
+LOUD = QWEN1_5.replace(
+    "message.content +", "(message.content | upper if message.role == 'user' else message.content) +"
+)
 SYSTEM_LAST = """\
 {%- for message in messages if message.role != 'system' -%}
   {%- if message.role == 'user' -%}
@@ -236,10 +240,15 @@ SYSTEM_LAST = """\
         (SYSTEM_LAST, SYSTEM + ONE, "changes earlier messages when others follow"),
         (QWEN1_5.replace("message.content +", "(message.content | upper) +"), ONE, "changes the text of an answer"),
         (QWEN1_5.replace("message.content", "message.content[:1]"), ONE, "does not write every answer once"),
+        (LOUD, ONE, "changes the text of a question"),
         (QWEN3, talk("Is it?", "<think>No.</think>Yes."), "does not write every answer once"),
         (QWEN1_5.replace("<|im_end|>", "<|over|>"), ONE, "ends no answer by <|im_end|> or <|endoftext|>"),
         ("{{- '<|endoftext|>' -}}" + QWEN1_5, ONE, "spells out the BOS token"),
         ("{% if %}", ONE, "cannot render"),
+        ("{% for m in messages %}{{ loop.index + 'x' }}{% endfor %}", ONE, "cannot render .*: TypeError"),
+        ("{{ 1 / 0 }}", ONE, "cannot render .*: ZeroDivisionError"),
+        ("{% include 'x' %}", ONE, "cannot render .*: TypeError"),
+        ("{{ range(1000000) }}", ONE, "cannot render .*: OverflowError"),
         (None, ONE, "The tokenizer of qwen1_5_0_5b_chat has no chat template: set llm.chat_template"),
     ],
 )
@@ -247,6 +256,36 @@ def test_what_cannot_be_trusted_is_refused(llm_of, template, messages, reason):
     llm = llm_of(template)
     with pytest.raises(ValueError, match=reason.replace("|", r"\|")):
         llm.render(messages, num_images=1)
+
+
+STOP_MID = """\
+{%- for message in messages -%}
+  {{- message.role + '\\n' + message.content -}}
+  {{- '<|im_end|>\\n' if message.role == 'user' or loop.last else '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'assistant\\n' -}}{%- endif -%}"""
+"""Questions end with a token that ends an answer only where it is the last."""
+
+
+def test_the_end_of_a_question_is_not_taken_for_that_of_the_answer_before_it(llm_of):
+    llm = llm_of(STOP_MID, tokenize="whole")
+    assert [s.text for s in llm.render(talk("Is it?", "Yes"), 1) if s.supervised] == ["Yes<|im_end|>"]
+    with pytest.raises(UsageError, match=r"ends no answer by <\|im_end\|> or"):
+        llm.render(talk("Is it?", "Yes", "Why?", "So."), 1)
+
+
+def test_a_question_may_spell_out_what_ends_an_answer(llm_of):
+    without = QWEN1_5.replace(
+        "'<|im_end|>\\n'", "('' if message.role == 'assistant' and not loop.last else '<|im_end|>\\n')"
+    )
+    for template, refused in ((QWEN1_5, False), (without, True)):
+        llm = llm_of(template, tokenize="whole")
+        messages = talk("Is it?", "Yes", "Why <|im_end|> so?", "So.")
+        if refused:
+            with pytest.raises(UsageError, match="ends no answer by"):
+                llm.render(messages, 1)
+        else:
+            assert [s.text for s in llm.render(messages, 1) if s.supervised] == ["Yes<|im_end|>", "So.<|im_end|>"]
 
 
 def test_a_system_message_that_moves_is_no_matter_without_one(llm_of):
@@ -289,6 +328,20 @@ def test_an_export_to_transformers_has_the_same_prompts(tiny, mini, slot):
     assert processor.tokenizer.decode(ids) == llm.tokenizer.decode(ours.input_ids)
     # A second question: the template forgets the thoughts before the first answer, training does not.
     assert "some tokens differ" in token_ids_note(processor, llm)
+
+
+def test_a_template_that_fails_is_refused_before_there_is_a_run(colors, mini, tmp_path, capsys):
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text("{{ 1 / 0 }}")
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump({key: value for key, value in mini.items() if key != "name"}))
+    command = f"""train llm={own} data=llava data.json={colors}/train.json data.image_root={colors}/images
+        data.on_bad_record=skip evaluate.benchmarks=null recipe.max_steps=1 backbone.pretrained=false
+        data.num_workers=0 trainer.samples=0 runs_dir={tmp_path} run_id=run"""
+    assert main(command.split()) == 2
+    assert "chat template cannot render the conversation: ZeroDivisionError" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_trained_and_loaded_with_it(colors, mini, tmp_path):

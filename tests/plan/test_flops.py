@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from prism_deco.build import build_model
-from prism_deco.config import load_config
+from prism_deco.config import load_choice, load_config
 from prism_deco.plan.flops import training_flops
 from prism_deco.sequence import Batch
 
@@ -88,3 +89,17 @@ def test_the_tower_of_clip_by_hand():
     """CLIP ViT-L at 336 px: 23 blocks up to the tap, width 1024, 576 patches of 14 x 14 x 3 and the class token."""
     block = 2 * 577 * (4 * 1024**2 + 2 * 1024 * 4096) + 2 * 2 * 577**2 * 1024
     assert training_flops(load_config(["backbone=clip_vit_l_336"])).tower == 23 * block + 2 * 576 * 588 * 1024
+
+
+def test_attention_whose_heads_differ_by_layer():
+    sizes = {"model_type": "gemma4_text", "num_hidden_layers": 4, "head_dim": 32, "global_head_dim": 48}
+    sizes |= {"hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    config = load_config(["llm=mini_qwen2", "llm.pretrained=false", f"llm.architecture={sizes}".replace("'", "")])
+    assert training_flops(config).pair == 3 * 2 * 2 * 4 * 2 * (32 + 48)
+
+
+def test_an_llm_without_attention_has_no_pairs(tmp_path):
+    content = {key: value for key, value in load_choice("llm", "mini_qwen2").items() if key != "name"}
+    sizes = {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content | {"architecture": sizes, "attention": "eager"}))
+    assert training_flops(load_config([f"llm={tmp_path}/own.yaml"])).pair == 0

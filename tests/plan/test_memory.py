@@ -28,6 +28,17 @@ NARROW = ("projector.hidden_dim=96", "projector.heads=4")
 
 QWEN = ("llm.architecture.vocab_size=151936", "llm.architecture.hidden_size=64", "llm.pad_to_multiple_of=null")
 
+EXPERTS = [
+    f"llm.architecture.{key}"
+    for key in (
+        "model_type=qwen3_moe",
+        "moe_intermediate_size=96",
+        "num_experts=4",
+        "num_experts_per_tok=2",
+        "head_dim=32",
+    )
+]
+
 SETTINGS = {
     "block mask, two passes": ((), PassShape(4, 128, 16, 200, passes=2)),
     "causal, long": ((CAUSAL,), PassShape(4, 384, 16, 800, passes=1)),
@@ -55,6 +66,7 @@ SETTINGS = {
         (CAUSAL, DEEP, "trainer.precision=bf16-mixed", "trainer.activation_checkpointing=full"),
         PassShape(4, 96, 16, 64, 1),
     ),
+    "experts": ((CAUSAL, *EXPERTS), PassShape(4, 128, 16, 64, 1)),
     "frozen LLM": ((CAUSAL, "recipe.lm=frozen"), PassShape(4, 128, 16, 64, 1)),
     "trained tower": ((CAUSAL, "recipe.tower=full"), PassShape(8, 64, 16, 64, 1)),
     "trained towers, recomputed": (
@@ -123,6 +135,7 @@ QUICK = (
     "two towers, linear",
     "deep, recomputed",
     "bfloat16",
+    "experts",
     "trained tower",
 )
 

@@ -71,6 +71,22 @@ def test_what_cannot_run_says_why(overrides, reason):
     assert reason in found
 
 
+def test_rows_that_training_would_not_compute_independently_are_a_problem(tmp_path):
+    content = {key: value for key, value in load_choice("llm", "mini_qwen2").items() if key != "name"}
+    content["architecture"] |= {"model_type": "mistral", "sliding_window": 32}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
+    own = (f"llm={tmp_path / 'own.yaml'}", "llm.pretrained=false")
+    [found] = problems(estimate_run(load_config([*own, "recipe.turn_mask=causal", "recipe.packing=true"])))
+    assert "MistralForCausalLM does not compute" in found and "Set recipe.packing=false" in found
+    [found] = problems(estimate_run(load_config([*own, "recipe.turn_mask=block"])))
+    assert "Set recipe.turn_mask=causal" in found
+    assert problems(estimate_run(load_config([*own, "recipe.turn_mask=causal"]))) == []
+    wide = load_config([*own, "recipe.turn_mask=block", "llm.architecture.sliding_window=2048"])
+    assert problems(estimate_run(wide)) == []
+    [found] = problems(estimate_run(load_config(["llm=mini_qwen2", "llm.attention=eager", "recipe.turn_mask=block"])))
+    assert "Set recipe.turn_mask=causal" in found
+
+
 def test_a_list_with_an_entry_per_layer_goes_with_the_layers(tmp_path):
     """As `config.json` has it since transformers 5."""
     content = load_choice("llm", "mini_qwen2")
