@@ -12,15 +12,23 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from prism_deco.config import load_choice
 from prism_deco.config.choices import with_set
 from prism_deco.errors import UsageError
+from prism_deco.exits import as_stop
 from prism_deco.files import file_sha256
 from prism_deco.llms.base import LanguageModel
 from prism_deco.llms.hub import ASSET, MODEL_FILES, WEIGHTS, has_weights, snapshot, weight_files
-from prism_deco.llms.spec import LLMSpec, architecture, naming, read_spec
+from prism_deco.llms.spec import LLMSpec, architecture, read_spec
 from prism_deco.llms.tuning import quantization
 from prism_deco.llms.weights import as_safetensors, check_folder, load_lm
 from prism_deco.tensors import open_tensors
@@ -120,15 +128,20 @@ def _options(spec: LLMSpec) -> dict[str, Any]:
 
 
 def _random(spec: LLMSpec, device: torch.device) -> PreTrainedModel:
-    config = architecture(spec)
-    with naming(spec, type(config)):
-        try:
-            with device:
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **_options(spec))
-        except (ImportError, ValueError) as error:
-            if named := _attention_error(spec, error):
-                raise named from error
+    try:
+        with device:
+            return AutoModelForCausalLM.from_config(architecture(spec), trust_remote_code=False, **_options(spec))
+    except Exception as error:  # of any class: transformers' own, failed assertions and look-ups, and torch's of sizes
+        if isinstance(error, UsageError) or as_stop(error):
             raise
+        if isinstance(error, ImportError | ValueError) and (named := _attention_error(spec, error)):
+            raise named from error
+        if not CONFIG_MAPPING[(spec.architecture or {})["model_type"]].__module__.startswith("transformers."):
+            raise  # a plug-in's bug
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(
+            f"transformers cannot build the architecture of {spec.name} (llm.architecture): {reason}"
+        ) from error
 
 
 def _attention_error(spec: LLMSpec, error: Exception) -> UsageError | None:
@@ -142,10 +155,10 @@ def _attention_error(spec: LLMSpec, error: Exception) -> UsageError | None:
 
 
 def _load(spec: LLMSpec) -> PreTrainedModel:
+    if spec.architecture:
+        _random(spec, torch.device("meta"))  # says what is wrong with it, apart from the weights
     config = architecture(spec) if spec.architecture else None
     path = _weights_path(spec)
-    if config is not None and path.is_file():
-        _random(spec, torch.device("meta"))  # names what is wrong with the architecture, apart from the weights
     options = _options(spec) | (quantization(spec.quantize) if spec.quantize else {})
     try:
         model = load_lm(path, config, **options)

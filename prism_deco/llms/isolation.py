@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from prism_deco.errors import UsageError
 from prism_deco.llms.layers import decoder, decoder_layers
@@ -49,9 +49,8 @@ def check_isolation(lm: PreTrainedModel, *, packing: bool, turn_mask: str, longe
     """
     if packing:
         use_packed_attention(lm)
-    small = _first_layers(lm, longest)
-    limit = min((rope[_ROPE_KEY] for rope in _long_ropes(lm.config)), default=longest)
-    if limit < longest:
+    small, limit = _first_layers(lm, longest)
+    if limit is not None:
         chosen = "rotates the positions of all records of a batch by the longest of them"
         _compare(small, _right_padded, chosen, f"Set recipe.max_positions={limit}")
     apart = "does not compute the records or rounds of one row independently"
@@ -161,11 +160,11 @@ def _hidden(lm: PreTrainedModel, **inputs: Any) -> Tensor:
     return decoder(lm)(use_cache=False, **inputs).last_hidden_state
 
 
-def _first_layers(lm: PreTrainedModel, longest: int) -> PreTrainedModel:
+def _first_layers(lm: PreTrainedModel, longest: int) -> tuple[PreTrainedModel, int | None]:
     """The same architecture on the CPU with random weights, deep enough to contain every kind of layer.
 
     Attention windows shorter than `longest` are shortened further, below the length of the records compared here, and
-    the limit of rotary embeddings likewise.
+    the limit of rotary embeddings likewise, which is returned if it is shorter than `longest`.
     """
     config = copy.deepcopy(lm.config)
     # Flash attention needs a GPU. Not every architecture has SDPA.
@@ -175,8 +174,13 @@ def _first_layers(lm: PreTrainedModel, longest: int) -> PreTrainedModel:
     for name in ("sliding_window", "attention_chunk_size"):
         if (getattr(config, name, None) or longest) < longest:
             setattr(config, name, _WINDOW)
-    for settings in (vars(config), *_long_ropes(config)):  # the first stands above the others where it is set
+    limits = []
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for settings in (vars(config), ropes, *ropes.values()):  # `rope_parameters` may be one for each type of layer
+        if not isinstance(settings, dict) or settings.get("rope_type", "longrope") != "longrope":
+            continue  # the frequencies of other types do not depend on the batch
         if (settings.get(_ROPE_KEY) or longest) < longest:
+            limits.append(settings[_ROPE_KEY])
             settings[_ROPE_KEY] = _ROPE_LIMIT
     for name in vars(config).copy():
         if name.startswith("vocab_size"):
@@ -201,14 +205,7 @@ def _first_layers(lm: PreTrainedModel, longest: int) -> PreTrainedModel:
         body.apply(body._init_weights)
         for parameter in small.parameters():
             parameter += torch.randn_like(parameter) / 10  # a scale that begins at zero would hide what it scales
-    return small
-
-
-def _long_ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """The rotary settings, one or by type of layer, that have other frequencies for batches beyond a limit."""
-    settings = getattr(config, "rope_parameters", None) or {}
-    ropes = [rope for rope in (settings, *settings.values()) if isinstance(rope, dict)]
-    return [rope for rope in ropes if rope.get("rope_type") == "longrope"]
+    return small, min(limits, default=None)
 
 
 def _kind(layer: nn.Module) -> tuple[str, ...]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,7 +14,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from prism_deco.config.registry import unknown
 from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
-from prism_deco.exits import as_stop
 
 _TYPO = 0.94
 """Likeness (`difflib`) from which an unknown key is a misspelt one. Keys of other architectures are less alike."""
@@ -107,24 +105,4 @@ def architecture(spec: LLMSpec) -> PretrainedConfig:
         near = [] if key in known else difflib.get_close_matches(key, known, n=1, cutoff=_TYPO)
         if near and not hasattr(config_class(), key):
             raise UsageError(f"llm.architecture.{key} of {spec.name} has no effect: did you mean {near[0]}?")
-    with naming(spec, config_class):
-        return AutoConfig.for_model(**spec.architecture)
-
-
-@contextmanager
-def naming(spec: LLMSpec, config_class: type[PretrainedConfig]) -> Iterator[None]:
-    """Makes a `UsageError` that names the LLM of what transformers raises while it builds from an `architecture`.
-
-    That is anything: its own classes, failed assertions and look-ups, and what torch raises for such sizes. A want of
-    memory, and errors of a plug-in's architecture, stay what they are.
-    """
-    try:
-        yield
-    except Exception as error:
-        is_own = not config_class.__module__.startswith("transformers.")
-        if is_own or isinstance(error, UsageError) or as_stop(error):
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UsageError(
-            f"transformers cannot build the architecture of {spec.name} (llm.architecture): {reason}"
-        ) from error
+    return AutoConfig.for_model(**spec.architecture)
