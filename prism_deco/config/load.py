@@ -49,6 +49,7 @@ class _Arguments:
         overrides: key and text of what the command line sets, in order.
         stored: the stored configuration, if one is given.
         stored_set: the prompt set that its LLM is under.
+        plugins: modules that YAMLs of the user's own choices name, once they are known.
     """
 
     choices: dict[str, str] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class _Arguments:
     overrides: list[tuple[str, str]] = field(default_factory=list)
     stored: Path | None = None
     stored_set: str | None = None
+    plugins: list[str] = field(default_factory=list)
 
     def choose(self, group: str, choice: str) -> None:
         """Takes a choice, in place of what a stored configuration says about the group."""
@@ -107,17 +109,13 @@ def _load(arguments: _Arguments) -> DictConfig:
         set_key(config, key, parse_value(key, text, is_text=takes_text(written, key)))
     if arguments.stored and "plugins" not in dict(arguments.overrides):
         require_imported(config.plugins, arguments.stored)
-    config.plugins = list(dict.fromkeys([*config.plugins, *_plugins_of_choices(arguments)]))
+    own = {key: value for key, value, file in arguments.settings if file.name != CONFIG} | dict(arguments.overrides)
+    named = [*arguments.choices.items(), ("benchmark", str(own.get(_BENCHMARKS)))]
+    yamls = [(group, text) for group, text in named if any(suffix in text for suffix in YAML_SUFFIXES)]
+    arguments.plugins = [module for group, text in yamls for module in plugins_of(group, text)]
+    config.plugins = list(dict.fromkeys([*config.plugins, *arguments.plugins]))
     validate(config)
     return config
-
-
-def _plugins_of_choices(arguments: _Arguments) -> list[str]:
-    """The modules that the YAMLs of the user's own choices name."""
-    own = {key: value for key, value, file in arguments.settings if file.name != CONFIG}
-    benchmarks = dict(arguments.overrides).get(_BENCHMARKS) or own.get(_BENCHMARKS) or ""
-    chosen = [*arguments.choices.items(), ("benchmark", str(benchmarks))]
-    return [module for group, choice in chosen for module in plugins_of(group, choice)]
 
 
 def named_choice(group: str, overrides: Iterable[str]) -> str | None:
@@ -151,8 +149,8 @@ def value_origins(overrides: Iterable[str]) -> dict[str, str]:
         origins[key] = str(file)
     for key, _ in arguments.overrides:
         origins |= {name: "command line" for name in origins if f"{name}.".startswith(f"{key}.")}
-    if named := _plugins_of_choices(arguments):
-        origins["plugins"] += f", and {', '.join(named)} by a choice's YAML"
+    if arguments.plugins:
+        origins["plugins"] += f", and {', '.join(arguments.plugins)} by a choice's YAML"
     written: Any = OmegaConf.to_container(config, resolve=False)
     for key, value in flatten(written).items():
         if isinstance(value, str) and "${" in value:
