@@ -115,7 +115,7 @@ def score_run(
         dtype: float32 | bfloat16; None is bfloat16 after training in `bf16-mixed`, else that of the weights.
     """
     manifest = finished_run(folder)
-    if tokens == Tokens(manifest["tokens"]["visual_out"]):
+    if tokens.num_tokens is not None and tokens == Tokens(manifest["tokens"]["visual_out"]):
         tokens = Tokens()
     import torch
 

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -45,10 +45,11 @@ def table_files(path: Path) -> list[TableFile]:
         path: one file, a pattern such as `data/train-*.parquet`, a folder (what `save_to_disk` wrote, or a clone of a
             hub repository), or a list of files on the hub (`hub.list_files`).
     """
+    named: dict[str, TableFile] = {}
+    files: list[Path] = []
     if path.suffix == LISTING:
-        listed = read_listing(path)
-        return _without_held_out({file.path: file for file in listed})
-    if path.is_file():
+        named = {file.path: file for file in read_listing(path)}
+    elif path.is_file():
         files = [path]
     elif "*" in path.name:
         files = sorted(path.parent.glob(path.name))
@@ -57,20 +58,16 @@ def table_files(path: Path) -> list[TableFile]:
     # `datasets` keeps intermediate results next to its own files.
     files = [file for file in files if file.suffix in SUFFIXES and not file.name.startswith("cache-")]
     root = path if path.is_dir() else path.parent
-    return _without_held_out({str(file.relative_to(root)): file for file in files})
-
-
-def _without_held_out(files: Mapping[str, TableFile]) -> list[TableFile]:
-    """Of files by their names in the data set, those to train on."""
+    named |= {str(file.relative_to(root)): file for file in files}
     # The last word counts: a file's own name more than its folder's.
-    splits = {name: (_SPLIT.findall(name.lower()) or _TRAIN)[-1] for name in files}
+    splits = {name: (_SPLIT.findall(name.lower()) or _TRAIN)[-1] for name in named}
     train = [name for name, split in splits.items() if split not in _HELD_OUT]
-    left_out = [str(files[name]) for name, split in splits.items() if split in _HELD_OUT]
+    left_out = [str(named[name]) for name, split in splits.items() if split in _HELD_OUT]
     if not train:
-        return [*files.values()]
+        return [*named.values()]
     if left_out:
         _warn_of_splits(len(left_out), left_out[0])
-    return [files[name] for name in train]
+    return [named[name] for name in train]
 
 
 @cache  # the files are listed several times in a run
