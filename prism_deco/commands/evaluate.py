@@ -77,8 +77,11 @@ def evaluate(args: argparse.Namespace) -> None:
         usual = of_groups.get(name, {}) | stored_keys(run, name)
         usual = {key: value for key, value in usual.items() if key not in asked.options}
         own[name] = usual | asked.own.get(name, {})
+    tokens = _tokens_of(asked.others)
+    if tokens.num_tokens is not None:
+        tokens.check(read_config(run / "model" / "config.yaml"))
     more = {
-        "tokens": _tokens_of(asked.others),
+        "tokens": tokens,
         "batch_size": _batch_size(asked),
         "out": args.out,
         "device": args.device,

@@ -128,10 +128,7 @@ def score_run(
     chosen = requested_device(device) if device else None
     names = resolve_benchmarks(names)
     benchmarks = prepare(names, options, own, root=own_benchmarks(folder))
-    config = read_config(folder / "model" / "config.yaml")
-    if tokens.num_tokens is not None:
-        tokens.check(config)
-    spec = read_spec(group(config, "llm"))
+    spec = read_spec(group(read_config(folder / "model" / "config.yaml"), "llm"))
     results_root = out or folder / "eval" / tokens.folder
     todo: dict[Path, tuple[str, Benchmark]] = {}
     for ask in asks:

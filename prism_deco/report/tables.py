@@ -108,10 +108,11 @@ def _caption(table: ScoreTable) -> str:
     if any(asked.values()):
         parts.append(f"Asked as: {', '.join(f'{name} {way}' for name, way in asked.items() if way)}.")
     used = {cell.compressor for cell in table.cells} & set(COMPRESSORS.names())
-    parts += [note for name in sorted(used) if (note := getattr(COMPRESSORS.get(name), "note", ""))]
+    parts += filter(None, (getattr(COMPRESSORS.get(name), "note", "") for name in sorted(used)))
     if any(group.control for group in table.groups):
         parts.append("control: what a projector must beat to be worth anything.")
-    if any(cell.config is not None and cell.config.trainer.feature_cache for cell in table.cells):
+    # A run of an earlier version may not have the key.
+    if any(cell.config is not None and cell.config.trainer.get("feature_cache") is True for cell in table.cells):
         parts.append("The towers' features were stored before the training, whose time is that of projector and LLM.")
     if table.has_mean:
         parts.append("With one seed the mean's interval assumes independent benchmarks.")
