@@ -163,3 +163,16 @@ def test_the_page_has_them_all(bench, tmp_path):
     cells = {row["cell"]: row for row in csv.DictReader((tmp_path / "cells.csv").read_text().splitlines())}
     assert cells["linear-1/fastv4"]["projector"] == "linear + fastv layer=1"
     assert (cells["linear-1/fastv4"]["visual_tokens"], cells["linear-1"]["visual_tokens"]) == ("4", "64")
+
+
+def test_a_run_of_an_earlier_version_has_no_feature_cache(make, tmp_path):
+    make.run(tmp_path / "run", "projector=avgpool", "evaluate.benchmarks=mini_gqa", benchmarks=("gqa",), skill=0.5)
+    config = tmp_path / "run" / "config.yaml"
+    text = config.read_text()
+    assert "  feature_cache: false\n" in text
+    config.write_text(text.replace("  feature_cache: false\n", ""))
+    write_report([tmp_path / "run"], tmp_path / "out")
+    assert "stored before the training" not in (tmp_path / "out/report.md").read_text()
+    config.write_text(text.replace("feature_cache: false", "feature_cache: true"))
+    write_report([tmp_path / "run"], tmp_path / "out")
+    assert "stored before the training" in (tmp_path / "out/report.md").read_text()
