@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -29,6 +28,7 @@ from prism_deco.bench.records import Group, build_batches, encode
 from prism_deco.bench.train import GROUPED, PLAIN, bench_train, compare_steps, random_model, step_variants
 from prism_deco.build import build_model
 from prism_deco.files import read_json
+from prism_deco.machine import cores
 from prism_deco.plan.devices import GIB, peak_flops, setup_of
 from prism_deco.plan.fake_memory import PassShape
 from prism_deco.plan.flops import training_flops
@@ -217,10 +217,9 @@ def input_pipeline(bench: Bench) -> Finding:
         rows = bench_data(Path(folder), llm, transform, side=side, count=count, repeats=2, micro_batch_size=8).rows
     images = next(row for row in rows if row.name == "prism_deco: images alone")
     per_core = count / min(images.times("cpu_seconds"))
-    cores = len(os.sched_getaffinity(0))
     need = bench.facts("speed_B5").get("prism_deco", {}).get("samples_per_s")
-    text = f"{per_core:.0f} images/s per core, {cores} cores; B5 takes {need or math.nan:.0f}"
-    return Finding(text, None if need is None else cores * per_core >= need, {"per_core": per_core, "need": need})
+    text = f"{per_core:.0f} images/s per core, {cores()} cores; B5 takes {need or math.nan:.0f}"
+    return Finding(text, None if need is None else cores() * per_core >= need, {"per_core": per_core, "need": need})
 
 
 def generation(bench: Bench, cell: str) -> Finding:

@@ -26,6 +26,7 @@ from prism_deco.data.records import open_records
 from prism_deco.data.validators import KINDS, Fault, ImageFindings, TextFindings, TextInspector, inspect_image
 from prism_deco.errors import UsageError
 from prism_deco.files import refusals_named, write_json, write_whole
+from prism_deco.machine import cores
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def check_dataset(
     images = source.images(records)
     out.mkdir(parents=True, exist_ok=True)
     log.info("Checking %d records of %s", len(records), source.train)
-    workers = workers or os.cpu_count() or 1
+    workers = workers or cores()
     entries = records.column("entry").tolist()
     faults = [
         Fault(f["kind"], f["entry"], f["id"], f["detail"]) for f in [*records.refused("refuse"), *records.noted()]

@@ -21,6 +21,7 @@ from prism_deco.data.samplers import Filler, Share, StepSampler
 from prism_deco.errors import UsageError
 from prism_deco.llms import Encoded
 from prism_deco.llms.encoding import IGNORE
+from prism_deco.machine import cores
 from prism_deco.sequence import Batch, build_batch
 
 log = logging.getLogger(__name__)
@@ -225,9 +226,7 @@ def loader_workers(asked: int | None, *, gpu: bool, ranks: int) -> int:
     """
     if asked is not None or not gpu:
         return asked or 0
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return min(MOST_WORKERS, max(1, int(os.environ.get("SLURM_CPUS_PER_TASK", cores // ranks))))
+    return min(MOST_WORKERS, max(1, int(os.environ.get("SLURM_CPUS_PER_TASK", cores() // ranks))))
 
 
 def build_loader(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from prism_deco.errors import UsageError
+from prism_deco.machine import cores
 from prism_deco.sweep import supervisor
 from prism_deco.sweep.expand import SweepCell
 from prism_deco.sweep.ledger import LedgerEntry
@@ -146,7 +147,7 @@ class LocalLauncher:
     def _environment(self, cell: SweepCell, gpus: Sequence[str]) -> dict[str, str]:
         """GPUs and CPU threads of a cell; a smaller OMP_NUM_THREADS of the user's stays."""
         processes = max(1, self._devices(cell), cell.config.trainer.devices)
-        share = max(1, _cores() // (self.jobs * processes))
+        share = max(1, cores() // (self.jobs * processes))
         threads = cell.config.trainer.threads or share
         if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
             threads = min(threads, int(os.environ["OMP_NUM_THREADS"]))
@@ -207,7 +208,3 @@ def visible_gpus() -> list[str]:
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     found = subprocess.run(query, capture_output=True, text=True, check=False)
     return found.stdout.split() if found.returncode == 0 else []
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
