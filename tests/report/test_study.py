@@ -7,7 +7,19 @@ import random
 import pytest
 import study
 from scipy import stats
-from study import COLUMNS, CONTRASTS, SCORES, arm_of, best_rate, claim_records, command_of, read_runs, report, run
+from study import (
+    COLUMNS,
+    CONTRASTS,
+    SCORES,
+    arm_of,
+    best_rate,
+    claim_records,
+    claims_table,
+    command_of,
+    read_runs,
+    report,
+    run,
+)
 
 from prism_deco.config import load_config
 from prism_deco.plan.estimate import estimate_run
@@ -120,6 +132,18 @@ def test_the_tests_by_scipy_and_holm_by_hand(tmp_path):
     assert page.count("\n\n") == 2 and "<svg" in (tmp_path / "claims.svg").read_text()
     assert len((tmp_path / "claims.csv").read_text().splitlines()) == 1 + len(CONTRASTS)
     assert f"{records[0]['effect']:+.1f}" in page.splitlines()[2]
+
+
+def test_an_arm_that_has_not_learnt_to_see_is_named_before_the_verdict():
+    runs = {cell: row | {"val_loss": "0.6"} for cell, row in planted(random.Random(3)).items()}
+    for seed in SEEDS:
+        runs[f"steps-avgpool-blind-seed{seed}"]["val_loss"] = str(0.8 + int(seed) / 100)
+    assert all(not one["unseeing"] for one in claim_records(runs))
+    runs["steps-c_abstractor-seed5"]["val_loss"] = "0.815"  # above the lowest of the blind model's, 0.81
+    runs["steps-qformer-seed5"]["val_loss"] = "0.805"
+    records = claim_records(runs)
+    assert {one["unseeing"] for one in records} == {"", "steps-c_abstractor"}
+    assert "| steps-c_abstractor not having learnt to see, holds |" in claims_table(records)
 
 
 def test_unfinished_arms_and_different_data_are_errors_of_the_user():

@@ -24,10 +24,12 @@ from threading import Lock
 from typing import Any
 
 from matplotlib.figure import Figure as Canvas
+from rich.progress import MofNCompleteColumn, Progress
 from scipy import stats
 
 from prism_deco.errors import UsageError
 from prism_deco.files import write_whole
+from prism_deco.logs import log_console
 from prism_deco.report.cells import VAL_LOSS
 from prism_deco.report.collect import read_cell
 from prism_deco.report.plotting import settings, to_svg
@@ -46,6 +48,9 @@ COLUMNS = (
     *("cpu_seconds", "data_hash", "code_version"),
 )
 """Of runs.csv: scores, relevance and probe in per cent."""
+
+BLIND = "steps-avgpool-blind"
+"""The arm that is trained without its images."""
 
 PROBED = ("steps-avgpool", "steps-qformer", "steps-c_abstractor")
 """The arms whose visual tokens are read without the LLM."""
@@ -144,6 +149,8 @@ def run(name: str, table: Path, jobs: int, only: Sequence[str] = ()) -> None:
     spec = parse([name])
     cells = expand(spec)
     runs, lock, failed = read_runs(table), Lock(), []
+    progress = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=log_console())
+    task = progress.add_task("Cells", total=len(cells), completed=len(runs))
 
     def train(cell: SweepCell, overrides: list[str]) -> None:
         place = [f"runs_dir={spec.folder}", f"run_id={cell.id}"]
@@ -157,7 +164,8 @@ def run(name: str, table: Path, jobs: int, only: Sequence[str] = ()) -> None:
             runs[cell.id] = result_of(cell, overrides, spec.folder / cell.id, seconds)
             order = [runs[one.id] for one in cells if one.id in runs]
             write_whole(table, comma_separated(order))
-            print(f"{len(order)} of {len(cells)} cells: {cell.id}, {seconds:.0f} CPU s", flush=True)
+            progress.console.print(f"{len(order)} of {len(cells)} cells: {cell.id}, {seconds:.0f} CPU s")
+            progress.update(task, completed=len(order))
 
     spec.folder.mkdir(parents=True, exist_ok=True)
     # The ladders come first: the others choose by them.
@@ -168,7 +176,7 @@ def run(name: str, table: Path, jobs: int, only: Sequence[str] = ()) -> None:
             if bool(cell.choose) == part and cell.id not in runs and (not only or arm_of(cell) in only)
             if (overrides := command_of(cell, cells, runs)) is not None
         ]
-        with ThreadPoolExecutor(jobs) as pool:
+        with progress, ThreadPoolExecutor(jobs) as pool:
             list(pool.map(lambda one: train(*one), todo))
     if failed:
         raise UsageError(f"{', '.join(sorted(failed))} failed: see CELL.log in {spec.folder}, then run this again.")
@@ -219,15 +227,23 @@ def by_seed(runs: Mapping[str, Row], arm: str, measure: str) -> dict[str, float]
     return {row["seed"]: value(row, measure) for row in runs.values() if row["arm"] == arm}
 
 
+def unseeing_arms(runs: Mapping[str, Row]) -> set[str]:
+    """The arms one of whose seeds has a validation loss above the lowest of the blind model's."""
+    lowest = min((float(row["val_loss"]) for row in runs.values() if row["arm"] == BLIND), default=float("inf"))
+    return {row["arm"] for row in runs.values() if row["arm"] != BLIND and float(row["val_loss"]) > lowest}
+
+
 def claim_records(runs: Mapping[str, Row], contrasts: Sequence[Contrast] = CONTRASTS) -> list[dict[str, Any]]:
     """A record per contrast: effect, Student's 95 % interval over seeds, p of the t test against `null`, p adjusted by
-    Holm's method, and the verdict: `holds` or `reversed` where the adjusted p is below 0.05.
+    Holm's method, the verdict (`holds` or `reversed` where the adjusted p is below 0.05), and the arms that have not
+    learnt to see (`unseeing_arms`).
 
     Raises:
         UsageError: an arm lacks seeds that another one has, or runs saw different data.
     """
     if len({row["data_hash"] for row in runs.values()}) > 1:
         raise UsageError("The runs saw different data: run the study again from the start.")
+    unseeing = unseeing_arms(runs)
     records = []
     for contrast in contrasts:
         arms = [contrast.first, contrast.second, *(contrast.minus or ())]
@@ -251,6 +267,7 @@ def claim_records(runs: Mapping[str, Row], contrasts: Sequence[Contrast] = CONTR
                 "low95": low,
                 "high95": high,
                 "p": float(result.pvalue),
+                "unseeing": " ".join(arm for arm in arms if arm in unseeing),
             }
         )
     for record, adjusted in zip(records, holm([one["p"] for one in records]), strict=True):
@@ -267,7 +284,8 @@ def claims_table(records: Sequence[Mapping[str, Any]]) -> str:
         null = f" > {one['null']:+g}" if one["null"] else ""
         effect = f"{one['effect']:+.1f} ({one['low95']:+.1f} to {one['high95']:+.1f}){null}"
         name = f"`{one['contrast']}`" + (f", {one['measure']}" if one["measure"] != "mean" else "")
-        lines.append(f"| {one['claim']} | {name} | {effect} | {one['p_holm']:.3f} | {one['verdict']} |")
+        before = f"{one['unseeing']} not having learnt to see, " if one["unseeing"] else ""
+        lines.append(f"| {one['claim']} | {name} | {effect} | {one['p_holm']:.3f} | {before}{one['verdict']} |")
     return "\n".join(lines)
 
 
