@@ -24,9 +24,7 @@ from prism_deco.export import SHARD_SIZE, save_folder
 from prism_deco.files import check_folder
 from prism_deco.inference import answer, answer_losses, first_token_probabilities
 from prism_deco.llms import LanguageModel
-from prism_deco.training.entry import run as run_training
 from prism_deco.training.model_folder import load_model
-from prism_deco.training.run_dir import run_folder
 from prism_deco.vlm import VLM
 
 ImageLike = Image.Image | str | Path | Tensor
@@ -173,7 +171,11 @@ def train(config: DictConfig) -> Path:
         UsageError: wrong input.
         RuntimeError: the run was stopped or failed; what it wrote to stderr says why.
     """
-    if code := run_training(config, None):
+    # They import Lightning, which answering needs none of.
+    from prism_deco.training.entry import run
+    from prism_deco.training.run_dir import run_folder
+
+    if code := run(config, None):
         raise RuntimeError(f"The run in {run_folder(config)} ended with exit code {code}.")
     return run_folder(config)
 

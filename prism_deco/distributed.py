@@ -7,19 +7,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf import DictConfig
 from torch.distributed.distributed_c10d import _abort_process_group as abort_process_group
 
 from prism_deco.errors import UsageError
 from prism_deco.exits import Preempted, Stop
+
+if TYPE_CHECKING:
+    from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 T = TypeVar("T")
 
@@ -40,7 +39,7 @@ class World:
         gpu: the run computes on GPUs.
         grouped: the processes form a process group, which may have a single member (a strategy needs one).
         timeout: longest time that a collective may take.
-        environment: what Lightning asks for the above.
+        environment: what Lightning asks for the above; None where no Trainer does.
     """
 
     rank: int = 0
@@ -90,8 +89,7 @@ class World:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
-        rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-        return cls(rank, size, local_rank, grouped=True, environment=LightningEnvironment())
+        return cls(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")), grouped=True)
 
     @property
     def is_main(self) -> bool:
@@ -106,13 +104,13 @@ class World:
     @property
     def starts_ranks(self) -> bool:
         """Whether this process is the command itself, which has to start the processes of its node."""
-        launched = not isinstance(self.environment, LightningEnvironment) or "LOCAL_RANK" in os.environ
-        return self.devices > 1 and not launched
+        return self.environment is not None and self.devices > 1 and not self.environment.creates_processes_externally
 
     @property
     def variables(self) -> dict[str, str]:
         """The environment variables by which the processes find each other, but for their ranks."""
-        assert self.environment is not None
+        if self.environment is None:
+            return {}  # torchrun has set them
         return {
             "WORLD_SIZE": str(self.size),
             "MASTER_ADDR": self.environment.main_address,
@@ -263,6 +261,11 @@ def _started_here() -> int:
 
 
 def _environment(size: int, devices: int) -> ClusterEnvironment:
+    # Importing Lightning takes seconds, and a command that does not train needs none of it.
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1:

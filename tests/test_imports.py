@@ -15,6 +15,7 @@ RANKS = {
     "config": 1,
     "bootstrap": 0,
     "files": 0,
+    "machine": 0,
     "tensors": 1,
     "exits": 0,
     "logs": 0,
@@ -73,9 +74,14 @@ def test_imports_point_one_way(path):
     assert not wrong, f"{relative} (rank {RANKS[room]}) imports {sorted(wrong)}"
 
 
-@pytest.mark.parametrize("code", ["import prism_deco.cli", "from prism_deco.config import load_config; load_config()"])
-def test_light_paths_do_not_import_torch(code):
-    check = (
-        f"{code}; import sys; heavy = {{'torch', 'transformers', 'timm'}} & set(sys.modules); assert not heavy, heavy"
-    )
+LIGHT = ("import prism_deco.cli", "from prism_deco.config import load_config; load_config()")
+ANSWERING = "import prism_deco.api, prism_deco.evaluation.runner, prism_deco.plan, prism_deco.report.assemble"
+
+
+@pytest.mark.parametrize(
+    ("code", "libraries"),
+    [*((code, ("torch", "transformers", "timm")) for code in LIGHT), (ANSWERING, ("lightning_fabric", "torchmetrics"))],
+)
+def test_what_takes_seconds_to_import_waits_until_it_is_needed(code, libraries):
+    check = f"{code}; import sys; heavy = set({libraries}) & set(sys.modules); assert not heavy, heavy"
     subprocess.run([sys.executable, "-c", check], check=True, cwd=PACKAGE.parent)

@@ -44,7 +44,6 @@ if "RANK" in os.environ:  # as libraries do while they are imported
     logging.getLogger("timm").warning("No pretrained weights loaded")
 import torch
 import torch.distributed as dist
-from prism_deco.config import load_config
 from prism_deco.distributed import World
 from prism_deco.errors import UsageError
 from prism_deco.exits import OutOfMemory
@@ -52,7 +51,7 @@ from prism_deco.exits import Preemption
 
 
 def work(stage):
-    world = World.of(load_config(["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]).trainer)
+    world = World.of_torchrun()
     if stage == "rendezvous":
         here()
         if world.rank == 1:
@@ -78,7 +77,7 @@ def refuse():
 """
 
 
-def _command(folder: Path, stage: str) -> None:
+def _command(folder: Path, stage: str, world: World) -> None:
     """What the command does: starts two ranks; says how they ended."""
     os.dup2(os.open(folder / "stderr", os.O_CREAT | os.O_WRONLY), 2)
     sys.stderr = os.fdopen(2, "w")
@@ -87,7 +86,6 @@ def _command(folder: Path, stage: str) -> None:
     sys.path.insert(0, str(folder))
     from ranks_work import work  # pyright: ignore[reportMissingImports]
 
-    world = World.of(load_config(["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]).trainer)
     logging.getLogger("prism_deco").setLevel(logging.INFO)
     try:
         sys.exit(processes.start_ranks(work, (stage,), world))
@@ -110,7 +108,8 @@ class Command:
         self.mark = f"RANKS_FOLDER={folder}".encode()
         (folder / "sitecustomize.py").write_text(SITE)
         (folder / "ranks_work.py").write_text(WORK)
-        self.process = torch.multiprocessing.get_context("fork").Process(target=_command, args=(folder, stage))
+        world = World.of(load_config(["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]).trainer)
+        self.process = torch.multiprocessing.get_context("fork").Process(target=_command, args=(folder, stage, world))
         self.process.start()
 
     def ready(self) -> list[int]:

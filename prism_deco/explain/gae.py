@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -22,13 +22,15 @@ from prism_deco.explain.attention import Recording, eager_attention, float32_wei
 from prism_deco.explain.geometry import PatchFrame
 from prism_deco.explain.memory import tokens_at_once
 from prism_deco.explain.query_maps import QueryMaps, trace
-from prism_deco.explain.render import overlay
 from prism_deco.explain.text_to_query import attention_rows, propagated_rows
 from prism_deco.explain.words import Word, encode_answer, merge_words, token_texts
 from prism_deco.inference import answer as generate_answer
 from prism_deco.llms import LanguageModel
 from prism_deco.sequence import build_batch
 from prism_deco.vlm import VLM
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_NEW_TOKENS = 128
 
@@ -71,6 +73,10 @@ class Relevance:
 
     def plot(self) -> Figure:
         """A figure of the image under the whole answer's map and under each word's."""
+        from matplotlib.figure import Figure
+
+        from prism_deco.explain.render import overlay
+
         maps = {self.answer: self.sentence_text_to_patch}
         for number, (word, values) in enumerate(zip(self.words, self.by_word(self.text_to_patch), strict=True), 1):
             maps[f"{number}: {word.text}"] = values

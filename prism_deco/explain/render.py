@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
 from prism_deco.explain.geometry import PatchFrame
 
-# Dark is low, bright is high, also in greyscale.
-_COLORS = colormaps["inferno"]
+
+def _colors(values: np.ndarray) -> np.ndarray:
+    """uint8[..., 3] of values 0..1: dark is low, bright is high, also in greyscale."""
+    from matplotlib import colormaps  # takes a while to import
+
+    return np.asarray(colormaps["inferno"](values, bytes=True))[..., :3]
 
 
 def scaled(values: Tensor) -> Tensor:
@@ -22,7 +25,7 @@ def scaled(values: Tensor) -> Tensor:
 
 def color_anchors() -> list[list[int]]:
     """Nine equally spaced colours of the map, 0..255, for the page to interpolate between."""
-    return _COLORS(np.linspace(0, 1, 9), bytes=True)[:, :3].tolist()
+    return _colors(np.linspace(0, 1, 9)).tolist()
 
 
 def overlay(image: Image.Image, values: Tensor, patches: PatchFrame, *, max_side: int = 768) -> Image.Image:
@@ -40,7 +43,7 @@ def overlay(image: Image.Image, values: Tensor, patches: PatchFrame, *, max_side
     heat = patches.upsample(scaled(values), size)
     grey = np.asarray(image.convert("L").resize(size, Image.Resampling.BICUBIC), dtype=np.float64)
     weight = (0.25 + 0.6 * heat.double().numpy())[..., None]
-    mixed = (1 - weight) * grey[..., None] * 0.85 + weight * _COLORS(heat.numpy(), bytes=True)[..., :3]
+    mixed = (1 - weight) * grey[..., None] * 0.85 + weight * _colors(heat.numpy())
     return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
 
 
