@@ -11,6 +11,7 @@ import difflib
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import field, fields, is_dataclass, make_dataclass
+from functools import lru_cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +26,12 @@ from prism_deco.errors import UsageError
 
 _LISTED = 12
 """Keys of a group that a message lists; of more it names the command that explains them."""
+
+_GROUPS: dict[str, Any] = {group: Config.__dataclass_fields__[group].default_factory for group in GROUPS}
+"""Their dataclasses."""
+
+_Options = tuple[tuple[str, Any], ...]
+"""Keys and their types."""
 
 _OTHER_NAMES = {
     "learning_rate": ["recipe.lr", "recipe.projector_lr"],
@@ -46,11 +53,8 @@ def compose(
     Raises:
         UsageError: a value of a wrong type, or a key that the schema does not have.
     """
-    groups = []
-    for group in GROUPS:
-        kind = _extend(group, {} if group in closed else contents.get(group) or {})
-        groups.append((group, kind, field(default_factory=kind)))
-    schema = OmegaConf.structured(make_dataclass("Config", groups, bases=(Config,)))
+    own = {group: {} if group in closed else contents.get(group) or {} for group in GROUPS}
+    schema = _schema(tuple((group, _options(group, content)) for group, content in own.items()))
     try:
         merged = OmegaConf.merge(schema, OmegaConf.create(dict(contents)))
     except OmegaConfBaseException as error:
@@ -142,11 +146,20 @@ def _check_value(key: str, value: Any, rule: Range | tuple[str, ...], plugins: l
         raise UsageError(f"{key}={shown} must be {finite}{rule}.")
 
 
-def _extend(group: str, content: Mapping[str, Any]) -> type:
-    """The schema of a group: its dataclass plus the options that a YAML declares, typed by their values."""
-    base = Config.__dataclass_fields__[group].default_factory
-    assert isinstance(base, type)
-    known = {member.name for member in fields(base)}
+@lru_cache(maxsize=64)  # it takes OmegaConf longer than all the rest, and cells of a sweep share it
+def _schema(options: tuple[tuple[str, _Options], ...]) -> DictConfig:
+    """The dataclasses of all groups plus the options that their YAMLs declare."""
+    groups = []
+    for group, own in options:
+        base = _GROUPS[group]
+        kind = make_dataclass(base.__name__, [(key, kind, field(default=None)) for key, kind in own], bases=(base,))
+        groups.append((group, kind, field(default_factory=kind)))
+    return OmegaConf.structured(make_dataclass("Config", groups, bases=(Config,)))
+
+
+def _options(group: str, content: Mapping[str, Any]) -> _Options:
+    """The options that a group's YAML declares, typed by their values."""
+    known = {member.name for member in fields(_GROUPS[group])}
     options = []
     for key, value in content.items():
         if key in known:
@@ -157,8 +170,8 @@ def _extend(group: str, content: Mapping[str, Any]) -> type:
             kind = Any
         if is_text_key(f"{group}.{key}"):
             kind = str | None
-        options.append((key, kind, field(default=None)))
-    return make_dataclass(base.__name__, options, bases=(base,))
+        options.append((key, kind))
+    return tuple(options)
 
 
 def _refusal(config: DictConfig, key: str, value: Any, error: OmegaConfBaseException, origin: str) -> UsageError:

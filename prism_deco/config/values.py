@@ -71,6 +71,13 @@ def schema_keys() -> dict[str, Field[Any]]:
     return found
 
 
+_TEXT_KEYS = {
+    *GROUPS,
+    *(key for key, member in schema_keys().items() if member.type in ("str", "str | None")),
+    *(f"{group}.{key}" for group, keys in TEXT_OPTIONS.items() for key in keys),
+}
+
+
 def is_text_key(key: str) -> bool:
     """Whether a key's value is text: the name of a choice, a `str` field, or one of `TEXT_OPTIONS`."""
     first, _, rest = key.partition(".")
@@ -80,7 +87,7 @@ def is_text_key(key: str) -> bool:
         key = f"benchmark.{rest.rpartition('.')[2]}"
     elif rest and first not in Config.__dataclass_fields__:  # STAGE.GROUP.KEY
         key = rest
-    return key in _text_keys()
+    return key in _TEXT_KEYS
 
 
 def _is_text_of_sweep(key: str) -> bool:
@@ -90,13 +97,6 @@ def _is_text_of_sweep(key: str) -> bool:
     if is_label:
         return "." not in label and label not in schema_keys()
     return key == "name" or "choose." in key
-
-
-@cache
-def _text_keys() -> frozenset[str]:
-    texts = {key for key, member in schema_keys().items() if member.type in ("str", "str | None")}
-    options = {f"{group}.{key}" for group, keys in TEXT_OPTIONS.items() for key in keys}
-    return frozenset({*GROUPS, *texts, *options})
 
 
 def split_pair(override: str) -> tuple[str, str]:
