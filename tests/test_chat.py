@@ -152,6 +152,7 @@ def test_ctrl_c_leaves(models, capsys):
     assert capsys.readouterr().out.endswith("\n\n")
 
 
+@pytest.mark.slow
 def test_the_command_reads_a_pipe(models, image, tmp_path):
     models["block"].save(tmp_path / "export")
     lines = ["What color is it?", "/image gone.png", f"/image {image}", "/dance", "How many?", "/quit", "never asked"]

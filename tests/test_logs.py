@@ -25,6 +25,7 @@ warnings.warn("deprecated thing")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variable", [{}, {"CI": "1"}, {"RANK": "0"}, {"RANK": "1"}, {"SLURM_PROCID": "3"}])
 def test_libraries_speak_once_and_ranks_too(variable):
     environment = os.environ | {"CI": ""} | variable | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

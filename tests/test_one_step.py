@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from prism_deco.build import group, record_options
 from prism_deco.config import cache_dir, load_config
 from prism_deco.data import build_source
@@ -43,6 +45,7 @@ Path(sys.argv[1]).write_text(json.dumps(sorted(called)))
 """
 
 
+@pytest.mark.slow
 def test_two_steps_of_the_miniature_stay_within_a_few_files(tmp_path):
     config = load_config(WORLD)
     open_parts(build_source(group(config, "data")), cache_dir(), **record_options(config))  # rendered and indexed once

@@ -14,6 +14,7 @@ CPU = torch.device("cpu")
 QUICK = ["agreement_fp32", "pooling_twice", "memory_B5", "speed_B5", "towers_B5", "input_pipeline", "generation_B5"]
 
 
+@pytest.mark.slow
 def test_the_quick_parts_are_rehearsed(tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["bench", "gpu", *QUICK, "--rehearse", "--out", str(out)]) == 0

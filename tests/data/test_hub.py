@@ -93,6 +93,7 @@ def _read(hub, cache, pattern):
     return subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_files_are_read_once_and_not_kept(hub, tmp_path):
     done = _read(hub, tmp_path, "data/*.parquet")
     assert done.returncode == 0, done.stderr

@@ -47,6 +47,7 @@ def logits(model: Model) -> torch.Tensor:
         return model.vlm.logits(model.vlm.hidden_states(batch, tokens))
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gives_bit_equal_logits(random_model, tmp_path):
     expected = {}
     for llm in LLMS:

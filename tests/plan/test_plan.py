@@ -179,6 +179,7 @@ for width in (60, 80, 160):
 """
 
 
+@pytest.mark.slow
 def test_names_verdicts_and_numbers_are_whole_in_terminals_of_any_width():
     screens = _in_terminal([sys.executable, "-c", TERMINALS]).split("\nwidth ")[1:]
     names = [f"M{row}-{projector}" for row in (1, 2, 3) for projector in ("c_abstractor", "avgpool")]

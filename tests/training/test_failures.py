@@ -33,6 +33,7 @@ def _training(folder):
     return (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text().count("\n") >= 2
 
 
+@pytest.mark.slow
 def test_one_process_that_dies_or_stands_still_ends_the_others(start, tmp_path):
     """Rank 1 is stopped (it answers nothing, and closes no connection), in another run killed."""
     stalled = start(*LONG, "trainer.timeout_minutes=0.2", ranks=2, run="stalled")

@@ -48,7 +48,7 @@ def _rates(schedule, optimizer, total):
 def test_each_step_has_the_rate_of_the_reference(ratio, rounding):
     """`down` as prismatic-vlms sets up transformers' schedule, `up` as transformers' Trainer does for LLaVA."""
     settings = TrainingArguments("unused", warmup_steps=ratio)
-    for total in range(1, 201):
+    for total in (*range(1, 41), *range(41, 201, 7)):
         ours, theirs = (torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=2e-5) for _ in range(2))
         schedule = warmup_cosine(ours, total, ratio, rounding)
         warmup = settings.get_warmup_steps(total) if rounding == "up" else int(total * ratio)

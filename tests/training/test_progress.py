@@ -55,6 +55,7 @@ TrainingModule.training_step = step
 """
 
 
+@pytest.mark.slow
 def test_on_a_terminal_the_bar_goes_on_where_the_run_does(arguments, tmp_path):
     """And no line of the log sticks to it."""
     (tmp_path / "stops.py").write_text(STOPS)

@@ -116,6 +116,7 @@ def test_more_or_fewer_processes_go_on_with_it(start, tmp_path):
             assert mine[0] == expected[0] and mine[1:3] == pytest.approx(expected[1:3], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_preempted_run_stops_at_one_step_and_goes_on(start, tmp_path):
     """Signals reach the ranks half a second apart."""
     import time
@@ -150,6 +151,7 @@ TrainingModule.validation_step = slow
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_preempted_run_does_not_finish_its_validation(start, tmp_path, same_model, ranks):
     """It saves at once, and the same command validates that step."""

@@ -133,6 +133,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_bit_equal_logits(runs, tmp_path):
     logits = []
     for i in range(2):

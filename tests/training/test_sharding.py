@@ -51,6 +51,7 @@ def _assert_same_run(read, folder, reference):
 CLIPPED = ["recipe.grad_clip=0.5", "recipe.epochs=1"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(start, tmp_path, assert_same_run):
     jobs = [start(*CLIPPED, run="one"), start(*CLIPPED, "trainer.shard_size=2", ranks=2, run="fsdp")]
     assert [job.wait() for job in jobs] == [[0], [0, 0]], jobs[1].log.read_text()
