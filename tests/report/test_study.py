@@ -167,7 +167,7 @@ parts:
     axes: {recipe.lr: [1.0e-3, 2.0e-3], seed: [11]}
   steps:
     choose: {recipe.lr: ladder}
-    settings: {evaluate.split: test}
+    settings: {evaluate.split: test, evaluate.relevance: mini_refcoco, evaluate.relevance_limit: 4}
     rows: [{labels: {projector: avgpool}, settings: {projector: avgpool}}]
     axes: {seed: [1]}
 """
@@ -187,6 +187,8 @@ def test_a_study_goes_on_with_what_its_table_does_not_have(tmp_path, monkeypatch
     assert last["lr"] == best["lr"] and float(last["cpu_seconds"]) > 0
     metrics = json.loads((tmp_path / "runs/tiny/steps-avgpool-seed1/eval/mini_gqa-test/metrics.json").read_text())
     assert float(last["mini_gqa"]) == pytest.approx(metrics["metrics"][metrics["primary"]])
+    maps = json.loads((tmp_path / "runs/tiny/steps-avgpool-seed1/explain/mini_refcoco-test/metrics.json").read_text())
+    assert float(last["energy_in_box"]) == pytest.approx(100 * maps["methods"]["r-gae"]["energy_in_box"]["mean"])
     # On another machine there is the table alone.
     del runs["steps-avgpool-seed1"]
     write(table, runs)

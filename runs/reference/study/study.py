@@ -207,8 +207,7 @@ def result_of(cell: SweepCell, overrides: Iterable[str], folder: Path, seconds: 
         **{name: score.percent for name, score in scores.items()},
     }
     if measured.relevance:
-        (maps,) = measured.relevance["methods"].values()
-        found["energy_in_box"] = 100 * maps["energy_in_box"]["mean"]
+        found["energy_in_box"] = 100 * measured.relevance["methods"]["r-gae"]["energy_in_box"]["mean"]
     probe = folder / "probe" / "probe.json"
     if probe.is_file():
         read = json.loads(probe.read_text(encoding="utf-8"))["readers"]["tokens"]["mlp"]
@@ -301,7 +300,7 @@ def arms_table(runs: Mapping[str, Row]) -> str:
             continue
         losses = [float(row["val_loss"]) for row in own]
         means = " | ".join(f"{fmean(value(row, name) for row in own):.1f}" for name in ("mean", "boxes", "questions"))
-        cost = fmean(float(row["cpu_seconds"]) for row in own)
+        cost = fmean([float(row["cpu_seconds"]) for row in own if row["cpu_seconds"]] or [0.0])
         span = f"{fmean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
         lines.append(f"| `{arm}` | {own[0]['lr']} | {own[0]['steps']} | {means} | {span} | {cost:.0f} |")
     return "\n".join(lines)
