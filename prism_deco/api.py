@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +23,7 @@ from prism_deco.export import SHARD_SIZE, save_folder
 from prism_deco.files import check_folder
 from prism_deco.inference import answer, answer_losses, first_token_probabilities
 from prism_deco.llms import LanguageModel
+from prism_deco.machine import cores
 from prism_deco.training.model_folder import load_model
 from prism_deco.vlm import VLM
 
@@ -96,7 +96,7 @@ class Model:
         if not images:
             return []
         # Pillow decodes and resizes without the interpreter's lock; one at a time, a GPU would wait for its images.
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(16, cores())) as pool:
             pixels = stack_pixels(list(pool.map(self._pixels, images)))
         assert pixels is not None
         return list(self.vlm.visual_tokens({tower: p.to(self.device) for tower, p in pixels.items()}))

@@ -75,7 +75,10 @@ def test_imports_point_one_way(path):
 
 
 LIGHT = ("import prism_deco.cli", "from prism_deco.config import load_config; load_config()")
-ANSWERING = "import prism_deco.api, prism_deco.evaluation.runner, prism_deco.plan, prism_deco.report.assemble"
+ANSWERING = """import sys
+import prism_deco.api, prism_deco.evaluation.runner
+assert "matplotlib" not in sys.modules
+import prism_deco.plan, prism_deco.report.assemble"""
 
 
 @pytest.mark.parametrize(
@@ -83,5 +86,5 @@ ANSWERING = "import prism_deco.api, prism_deco.evaluation.runner, prism_deco.pla
     [*((code, ("torch", "transformers", "timm")) for code in LIGHT), (ANSWERING, ("lightning_fabric", "torchmetrics"))],
 )
 def test_what_takes_seconds_to_import_waits_until_it_is_needed(code, libraries):
-    check = f"{code}; import sys; heavy = set({libraries}) & set(sys.modules); assert not heavy, heavy"
+    check = f"{code}\nimport sys; heavy = set({libraries}) & set(sys.modules); assert not heavy, heavy"
     subprocess.run([sys.executable, "-c", check], check=True, cwd=PACKAGE.parent)

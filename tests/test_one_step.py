@@ -13,7 +13,7 @@ from prism_deco.data import build_source
 from prism_deco.data.records import open_parts
 
 FUNCTIONS = 365
-FILES = 66
+FILES = 65
 
 WORLD = ["data.train_images=40", "data.val_images=4", "data.test_images=4", "data.val_items=4", "data.test_items=4"]
 STEPS = ["recipe.max_steps=2", "evaluate.benchmarks=null", "trainer.samples=0", "trainer.val_every=2"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,11 +10,12 @@ from pathlib import Path
 from prism_deco.data.images import decode_image
 from prism_deco.errors import UsageError
 from prism_deco.evaluation.items import Item
+from prism_deco.machine import cores
 
 log = logging.getLogger(__name__)
 
 # Pillow decodes without the interpreter's lock; beyond this many, a disk gains nothing.
-_THREADS = min(16, os.cpu_count() or 1)
+_THREADS = min(16, cores())
 
 
 def bad_images(items: Sequence[Item], on_bad_image: str) -> set[str]:

@@ -168,16 +168,16 @@ def run(name: str, table: Path, jobs: int, only: Sequence[str] = ()) -> None:
             progress.update(task, completed=len(order))
 
     spec.folder.mkdir(parents=True, exist_ok=True)
-    # The ladders come first: the others choose by them.
-    for part in (False, True):
-        todo = [
-            (cell, overrides)
-            for cell in cells
-            if bool(cell.choose) == part and cell.id not in runs and (not only or arm_of(cell) in only)
-            if (overrides := command_of(cell, cells, runs)) is not None
-        ]
-        with progress, ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda one: train(*one), todo))
+    with progress:
+        for part in (False, True):  # the ladders come first: the others choose by them
+            todo = [
+                (cell, overrides)
+                for cell in cells
+                if bool(cell.choose) == part and cell.id not in runs and (not only or arm_of(cell) in only)
+                if (overrides := command_of(cell, cells, runs)) is not None
+            ]
+            with ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(lambda one: train(*one), todo))
     if failed:
         raise UsageError(f"{', '.join(sorted(failed))} failed: see CELL.log in {spec.folder}, then run this again.")
 
@@ -300,7 +300,7 @@ def arms_table(runs: Mapping[str, Row]) -> str:
             continue
         losses = [float(row["val_loss"]) for row in own]
         means = " | ".join(f"{fmean(value(row, name) for row in own):.1f}" for name in ("mean", "boxes", "questions"))
-        cost = fmean([float(row["cpu_seconds"]) for row in own if row["cpu_seconds"]] or [0.0])
+        cost = fmean([float(row["cpu_seconds"]) for row in own if row["cpu_seconds"]])
         span = f"{fmean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
         lines.append(f"| `{arm}` | {own[0]['lr']} | {own[0]['steps']} | {means} | {span} | {cost:.0f} |")
     return "\n".join(lines)
