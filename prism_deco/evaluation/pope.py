@@ -10,7 +10,7 @@ from prism_deco.errors import UsageError
 from prism_deco.evaluation.annotations import ID, checked, read_json_lines
 from prism_deco.evaluation.base import BENCHMARKS, SHORT, Benchmark
 from prism_deco.evaluation.items import Prediction, Question, Variant, by_part
-from prism_deco.evaluation.metrics.yesno import count_yes_no, parse_pope, says_yes_or_no
+from prism_deco.evaluation.metrics.yesno import parse_pope, says_yes_or_no, yes_no_rates
 
 
 @BENCHMARKS.register("pope")
@@ -62,13 +62,12 @@ class POPE(Benchmark):
 
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        subsets = by_part(predictions, "subset")
-        counts = {
-            subset: count_yes_no([p.answer for p in part], [p.target["answer"] for p in part])
-            for subset, part in subsets.items()
+        rates = {
+            subset: yes_no_rates([p.answer for p in part], [p.target["answer"] for p in part])
+            for subset, part in by_part(predictions, "subset").items()
         }
         for name in ("accuracy", "f1", "precision", "recall", "yes_ratio"):
-            values = {subset: 100 * getattr(count, name) for subset, count in counts.items()}
+            values = {subset: 100 * own[name] for subset, own in rates.items()}
             metrics[name] = fmean(values.values())
             metrics |= {f"{name}/{subset}": value for subset, value in values.items()}
         return metrics

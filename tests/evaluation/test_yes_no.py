@@ -1,13 +1,12 @@
 import pytest
 
 from prism_deco.evaluation.metrics.yesno import (
-    YesNo,
-    count_yes_no,
     mme_pairs,
     mme_score,
     parse_mme,
     parse_pope,
     says_yes_or_no,
+    yes_no_rates,
 )
 
 
@@ -85,16 +84,11 @@ def test_mme_reading(output, expected):
         ("-y", "yy", 0.5, 1, 0.5, 2 / 3, 0.5),
     ],
 )
-def test_counts(answers, labels, accuracy, precision, recall, f1, yes_ratio):
+def test_rates(answers, labels, accuracy, precision, recall, f1, yes_ratio):
     words = {"y": "yes", "n": "no", "-": None}
-    counts = count_yes_no([words[a] for a in answers], [words[label] for label in labels])
-    measured = (counts.accuracy, counts.precision, counts.recall, counts.f1, counts.yes_ratio)
-    assert measured == pytest.approx((accuracy, precision, recall, f1, yes_ratio))
-
-
-def test_counts_are_those_of_the_confusion_matrix():
-    counts = count_yes_no(["yes", "yes", "yes", "no", "no"], ["yes", "yes", "no", "no", "yes"])
-    assert counts == YesNo(true_positive=2, false_positive=1, true_negative=1, false_negative=1)
+    rates = yes_no_rates([words[a] for a in answers], [words[label] for label in labels])
+    expected = {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1, "yes_ratio": yes_ratio}
+    assert rates == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 
 def parse_pope(output: str) -> str:
@@ -29,52 +28,29 @@ def parse_mme(output: str) -> str | None:
     return next((answer for answer in ("yes", "no") if answer in text[:4]), None)
 
 
-@dataclass(frozen=True)
-class YesNo:
-    """Counts with "yes" as the positive class; undefined ratios are 0 (the scripts would divide by zero)."""
+def yes_no_rates(answers: Iterable[str | None], labels: Iterable[str]) -> dict[str, float]:
+    """Accuracy, F1, precision, recall and the share of "yes", 0..1 each; "yes" is the positive class.
 
-    true_positive: int
-    false_positive: int
-    true_negative: int
-    false_negative: int
-
-    @property
-    def accuracy(self) -> float:
-        return _ratio(self.true_positive + self.true_negative, self.total)
-
-    @property
-    def precision(self) -> float:
-        return _ratio(self.true_positive, self.true_positive + self.false_positive)
-
-    @property
-    def recall(self) -> float:
-        return _ratio(self.true_positive, self.true_positive + self.false_negative)
-
-    @property
-    def f1(self) -> float:
-        return _ratio(2 * self.precision * self.recall, self.precision + self.recall)
-
-    @property
-    def yes_ratio(self) -> float:
-        return _ratio(self.true_positive + self.false_positive, self.total)
-
-    @property
-    def total(self) -> int:
-        return self.true_positive + self.false_positive + self.true_negative + self.false_negative
-
-
-def count_yes_no(answers: Iterable[str | None], labels: Iterable[str]) -> YesNo:
-    """Counts of yes/no answers against yes/no labels; no answer (None) counts as the wrong one."""
+    A missing answer (None) counts as the wrong one. Undefined ratios are 0, where the scripts would divide by zero.
+    """
     pairs = [
         (answer if answer is not None else ("no" if label == "yes" else "yes"), label)
         for answer, label in zip(answers, labels, strict=True)
     ]
-    return YesNo(
-        true_positive=pairs.count(("yes", "yes")),
-        false_positive=pairs.count(("yes", "no")),
-        true_negative=pairs.count(("no", "no")),
-        false_negative=pairs.count(("no", "yes")),
-    )
+    true_positive = pairs.count(("yes", "yes"))
+    false_positive = pairs.count(("yes", "no"))
+    true_negative = pairs.count(("no", "no"))
+    false_negative = pairs.count(("no", "yes"))
+    total = true_positive + false_positive + true_negative + false_negative
+    precision = _ratio(true_positive, true_positive + false_positive)
+    recall = _ratio(true_positive, true_positive + false_negative)
+    return {
+        "accuracy": _ratio(true_positive + true_negative, total),
+        "f1": _ratio(2 * precision * recall, precision + recall),
+        "precision": precision,
+        "recall": recall,
+        "yes_ratio": _ratio(true_positive + false_positive, total),
+    }
 
 
 def mme_pairs(correct: Sequence[bool], images: Sequence[str]) -> list[tuple[int, bool]]:
