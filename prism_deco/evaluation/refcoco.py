@@ -92,10 +92,10 @@ class RefCOCO(Benchmark):
         return list(box) if box is not None else None
 
     def score(self, answer: Any, text: str, target: Mapping[str, Any]) -> float:
-        return float(iou(_box(answer), _box(target["box"])) >= 0.5)
+        return float(iou(answer, target["box"]) >= 0.5)
 
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        strict = [_box(p.answer) if p.answer is not None else None for p in predictions]
+        strict = [p.answer for p in predictions]
         lenient = [parse_lenient(p.text) for p in predictions]
         return {
             "accuracy": mean_score(predictions),
@@ -127,10 +127,5 @@ def _accuracy(
             box = unpad(box, target["width"], target["height"])
         # Predictions of earlier versions have the rounded box only.
         truth = target.get("exact_box", target["box"]) if exact else target["box"]
-        hits += iou(box, _box(truth)) >= 0.5
+        hits += iou(box, truth) >= 0.5
     return 100 * hits / len(predictions)
-
-
-def _box(numbers: Sequence[float]) -> Box:
-    x1, y1, x2, y2 = numbers
-    return (x1, y1, x2, y2)
