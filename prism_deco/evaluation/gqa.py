@@ -9,7 +9,7 @@ from prism_deco.errors import UsageError
 from prism_deco.evaluation.annotations import ID, checked, read_json
 from prism_deco.evaluation.base import BENCHMARKS, SHORT, Benchmark
 from prism_deco.evaluation.items import Prediction, Question, Variant, mean_score
-from prism_deco.evaluation.metrics.exact import exact_match, strip_all_punctuation, strip_trailing_period
+from prism_deco.evaluation.metrics.exact import strip_all_punctuation, strip_trailing_period
 
 
 @BENCHMARKS.register("gqa")
@@ -38,11 +38,7 @@ class GQA(Benchmark):
     def parse(self, text: str, target: Mapping[str, Any]) -> str:
         return strip_all_punctuation(text)
 
-    def score(self, answer: Any, text: str, target: Mapping[str, Any]) -> float:
-        return exact_match(answer, target["answer"])
-
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        llava = [
-            exact_match(strip_trailing_period(p.text), p.target["answer"]) for p in predictions if p.output is not None
-        ]
+        answered = [p for p in predictions if p.output is not None]
+        llava = [strip_trailing_period(p.text) == p.target["answer"] for p in answered]
         return {"accuracy": mean_score(predictions), "accuracy_llava": 100 * sum(llava) / len(predictions)}

@@ -1,7 +1,7 @@
 import pytest
 
 from prism_deco.evaluation.metrics.choice import infer_option, parse_first_letter, parse_letter
-from prism_deco.evaluation.metrics.exact import exact_match, strip_all_punctuation, strip_trailing_period
+from prism_deco.evaluation.metrics.exact import strip_all_punctuation, strip_trailing_period
 
 
 @pytest.mark.parametrize(
@@ -85,5 +85,5 @@ def test_option_inference(output, expected):
     ],
 )
 def test_gqa_conventions(output, answer, prism, llava):
-    assert exact_match(strip_all_punctuation(output), answer) == prism
-    assert exact_match(strip_trailing_period(output), answer) == llava
+    assert (strip_all_punctuation(output) == answer) == prism
+    assert (strip_trailing_period(output) == answer) == llava

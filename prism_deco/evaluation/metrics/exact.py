@@ -1,4 +1,4 @@
-"""Exact match with one short answer (GQA)."""
+"""Normalisation of an output before its exact match with one short answer (GQA)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,10 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def strip_all_punctuation(prediction: str) -> str:
-    """The PRISM harness: ASCII punctuation deleted, lower-cased. Answers with a hyphen cannot be met."""
+    """PRISM harness: deletes ASCII punctuation, lower-cases. An answer with a hyphen can never match."""
     return prediction.translate(_NO_PUNCTUATION).lower()
 
 
 def strip_trailing_period(prediction: str) -> str:
-    """LLaVA: periods at the end removed, lower-cased."""
+    """LLaVA: removes periods at the end, lower-cases."""
     return prediction.rstrip(".").lower()
-
-
-def exact_match(prediction: str, answer: str) -> float:
-    """1 where they are the same string, else 0."""
-    return float(prediction == answer)
