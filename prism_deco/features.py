@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -37,7 +36,8 @@ from prism_deco.backbones import VisionBackbone
 from prism_deco.data.images import load_image
 from prism_deco.data.loader import Examples, blank_pixels
 from prism_deco.errors import UsageError
-from prism_deco.files import check_writable, file_sha256, write_json, write_whole
+from prism_deco.files import check_writable, file_sha256, nearest_existing, write_json, write_whole
+from prism_deco.tensors import write_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +117,7 @@ class FeatureCache:
         check_writable(self.folder, "Point PRISM_DECO_CACHE at another folder, or set trainer.feature_cache=false.")
         missing = [names for shard, names in enumerate(self.shards) if not self._record_path(shard).is_file()]
         needed = sum(map(len, missing)) * self.image_bytes
-        existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
-        free = shutil.disk_usage(existing).free
+        free = shutil.disk_usage(nearest_existing(self.folder)).free
         if needed > free:
             raise UsageError(
                 f"The feature cache {self.folder} needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free: "
@@ -204,10 +203,7 @@ class FeatureCache:
     def _write(self, shard: int, features: Tensor, unreadable: list[str]) -> None:
         path = self.path(shard)
         building = path.with_name(f".{path.name}.tmp")
-        save_file({"features": features}, building)
-        with building.open("rb") as file:
-            os.fsync(file.fileno())
-        sha256 = file_sha256(building)
+        sha256 = write_safetensors(building, {"features": features})
         os.replace(building, path)
         self._write_record(shard, {"sha256": sha256, "stamp": _stamp(path), "unreadable": unreadable})
 
