@@ -23,6 +23,7 @@ from prism_deco.data.download import download
 from prism_deco.data.images import ImageFolder
 from prism_deco.data.records import open_records
 from prism_deco.errors import UsageError
+from prism_deco.files import nearest_existing
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +101,8 @@ def plan_download(dataset: Dataset, root: Path) -> DownloadPlan:
     for archive in archives:
         for file in (root / archive.file_name, root / f"{archive.file_name}.part"):
             needed -= file.stat().st_size / 1e9 if file.is_file() else 0
-    existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
-    return DownloadPlan(root, downloads, needed, shutil.disk_usage(existing).free / 1e9)
+    free = shutil.disk_usage(nearest_existing(root.absolute())).free
+    return DownloadPlan(root, downloads, needed, free / 1e9)
 
 
 def download_dataset(dataset: Dataset, root: Path) -> None:
