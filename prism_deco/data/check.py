@@ -15,7 +15,7 @@ from rich.console import Console, Group
 from rich.progress import track
 from rich.table import Column, Table
 from rich.text import Text
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from prism_deco.config import cache_dir
 from prism_deco.config.registry import unknown
@@ -106,20 +106,6 @@ class CheckReport:
         return table
 
 
-class _Findings(Dataset[Any]):
-    """What a function finds in each of some items."""
-
-    def __init__(self, inspect: Callable[[Any], Any], items: Sequence[Any]):
-        self._inspect = inspect
-        self._items = items
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._inspect(self._items[index])
-
-
 def check_dataset(
     source: Source, encoder: Encoder, out: Path, *, workers: int | None = None, allow: Sequence[str] = ()
 ) -> CheckReport:
@@ -180,11 +166,19 @@ def check_dataset(
 
 
 def _inspect_all(what: str, inspect: Callable[[Any], Any], items: Sequence[Any], workers: int) -> list[Any]:
-    """What is found in each of the items, in their order; shows a progress bar."""
-    findings = _Findings(inspect, items)
-    loader = DataLoader(findings, batch_size=64, num_workers=workers if workers > 1 else 0, collate_fn=list)
+    """Inspects all items, in their order, behind a progress bar."""
+    loader = DataLoader(
+        items,  # type: ignore[arg-type]  # any sequence
+        batch_size=64,
+        num_workers=workers if workers > 1 else 0,
+        collate_fn=partial(_inspect_batch, inspect),  # called in the worker processes
+    )
     found = (finding for batch in loader for finding in batch)
     return list(track(found, what, total=len(items), console=Console(stderr=True)))
+
+
+def _inspect_batch(inspect: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    return [inspect(item) for item in items]
 
 
 def _totals(texts: Sequence[TextFindings], images: Sequence[ImageFindings]) -> dict[str, Any]:
