@@ -40,6 +40,11 @@ def load_predictions(path: str | Path) -> list[Prediction]:
     return predictions
 
 
+def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Writes predictions as JSON Lines, as `write_whole` does."""
+    write_whole(path, "".join(map(_line, predictions)))
+
+
 class PredictionStore:
     """The predictions of one evaluation while it runs, one file per rank.
 
@@ -77,7 +82,7 @@ class PredictionStore:
     def start(self, kept: Container[str]) -> None:
         """Begins this rank's file with the answers of earlier evaluations to the questions `kept`."""
         self.done = {name: prediction for name, prediction in self.done.items() if name in kept}
-        write_whole(self._own, "".join(map(_line, self.done.values())))
+        write_predictions(self._own, self.done.values())
 
     def append(self, predictions: Iterable[Prediction]) -> None:
         """Writes predictions at once, so that a kill loses no finished batch."""
@@ -92,7 +97,7 @@ class PredictionStore:
         for path in self._files:
             found |= {prediction.question_id: prediction for prediction in _read(path, drop_torn=True)}
         ordered = [found[question_id] for question_id in self.items]
-        write_whole(self.folder / FILE, "".join(map(_line, ordered)))
+        write_predictions(self.folder / FILE, ordered)
         for path in self.folder.glob("predictions.rank*.jsonl"):
             path.unlink()
         return ordered

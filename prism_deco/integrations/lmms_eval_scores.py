@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -16,8 +14,9 @@ from prism_deco.bootstrap import bootstrap_interval
 from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
 from prism_deco.evaluation.items import Prediction
+from prism_deco.evaluation.predictions import FILE, write_predictions
 from prism_deco.evaluation.scoring import hash_rows
-from prism_deco.files import write_json, write_whole
+from prism_deco.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +131,7 @@ def summarise(
     ]
     predictions.sort(key=lambda prediction: int(prediction.question_id))
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in predictions]
-    write_whole(folder / "predictions.jsonl", "".join(rows))
+    write_predictions(folder / FILE, predictions)
     empty = fmean(not prediction.text for prediction in predictions)
     return {
         "benchmark": task,
