@@ -23,9 +23,6 @@ from prism_deco.data.index import VERSION, build_index
 from prism_deco.data.packing import PackedImages, PartialReader, TableFile, table_files
 from prism_deco.errors import UsageError
 from prism_deco.files import file_sha256
-from prism_deco.llms.prompts import IMAGE_TAG
-
-__all__ = ["IMAGE_TAG", "Record", "Records", "open_records"]
 
 log = logging.getLogger(__name__)
 
@@ -80,10 +77,11 @@ class Records(Sequence[Record]):
         half of it, drawn once and for all. Images are named `PART/NAME` (`images.JoinedImages`)."""
         folders: list[Path] = []
         rows = []
+        start = 0
         for part, weight in zip(parts, weights, strict=True):
-            start = sum(len(np.load(folder / "rows.npy", mmap_mode="r")) for folder in folders)
             folders += part._folders
             rows.append(start + repeat(part._rows, weight))
+            start += part._starts[-1]
         return cls(tuple(folders), np.concatenate(rows), joined=True)
 
     def refused(self, odd_records: str) -> list[dict[str, Any]]:

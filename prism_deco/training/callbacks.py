@@ -18,9 +18,10 @@ from torch import Tensor
 
 from prism_deco.data.images import load_image
 from prism_deco.data.loader import Step, stack_pixels
-from prism_deco.data.records import IMAGE_TAG, Records
+from prism_deco.data.records import Records
 from prism_deco.inference import answer
 from prism_deco.llms import LanguageModel
+from prism_deco.llms.prompts import IMAGE_TAG
 from prism_deco.logs import log_console
 from prism_deco.plan.devices import GIB, peak_flops
 from prism_deco.plan.flops import TrainingFlops
