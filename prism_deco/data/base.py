@@ -1,4 +1,4 @@
-"""What training data is: records, and the files on disk with the fields of LLaVA's JSON that every source ends in."""
+"""Training data: one conversation is a `Record`; a `Source` says which files the records and images are in."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from prism_deco.config.schema import DataConfig
 from prism_deco.data.images import ImageFolder, ImageSource, JoinedImages
 from prism_deco.errors import UsageError
 
-if TYPE_CHECKING:  # reading records needs the LLM libraries; naming a source does not
+if TYPE_CHECKING:  # `records` imports the LLM libraries, which building a source does not need
     from prism_deco.data.records import Records
 
 
 @dataclass(frozen=True)
 class Record:
     """One conversation: its id, the names of its images, and messages
-    `{"role": "user" | "assistant", "content": str}`; the first may be of the role "system"."""
+    `{"role": "user" | "assistant", "content": str}`; the first message may have the role "system"."""
 
     id: str
     images: tuple[str, ...]
@@ -28,12 +28,12 @@ class Record:
 
     @property
     def answered(self) -> list[dict[str, str]]:
-        """The messages up to the last answer; a question may follow it (see `recipe.odd_records`)."""
+        """The messages without an unanswered last question (see `recipe.odd_records`)."""
         return self.messages[:-1] if self.messages[-1]["role"] == "user" else self.messages
 
 
 class RecordError(ValueError):
-    """An entry that is no usable record; its kind is one of `validators.KINDS`."""
+    """An entry cannot be used as a record; `kind` is one of `validators.KINDS`."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -47,10 +47,9 @@ class Source:
     Attributes:
         train: the training conversations: LLaVA JSON, or Parquet or Arrow files with embedded images.
         image_root: folder that the records' image paths are relative to; None if images are embedded.
-        val: held-out conversations in the same format; None holds out a fraction of `train`.
+        val: validation conversations in the same format; None holds out a fraction of `train`.
         benchmarks: root folder of the benchmarks that come with this source, if any.
-        mixture: sources that are trained on together, each as often as its weight says (`Records.join`); the other
-            fields are not read then.
+        mixture: (source, weight) pairs to train on together (`Records.join`); the other fields are then ignored.
     """
 
     train: Path
@@ -60,7 +59,7 @@ class Source:
     mixture: tuple[tuple[Source, float], ...] = ()
 
     def images(self, records: Records) -> ImageSource:
-        """Where the images of its records are."""
+        """The images that the records of this source name."""
         if self.mixture:
             pairs = zip(self.mixture, records.parts(), strict=True)
             return JoinedImages([part.images(own) for (part, _), own in pairs])
@@ -77,14 +76,14 @@ SOURCES: Registry[Callable[..., Source]] = Registry(
 
 
 def build_source(choice: str | Mapping[str, Any], **options: Any) -> Source:
-    """Finds the files of a data source, or makes them.
+    """Finds the files of a data source, or renders them.
 
     Args:
-        choice: a YAML name under `conf/data`, or the mapping such a YAML holds.
-        options: replace keys of the YAML.
+        choice: name of a YAML under `conf/data`, or the content of one.
+        options: override keys of the YAML.
     """
     spec = (load_choice("data", choice) if isinstance(choice, str) else dict(choice)) | options
-    # The keys that every data choice has say how records are used, not where they come from.
+    # The keys of `DataConfig` say how records are used, not where they come from.
     shared = {field.name for field in fields(DataConfig)}
     own = {key: value for key, value in spec.items() if key not in shared}
     return SOURCES.build(spec["family"], **own)

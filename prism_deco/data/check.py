@@ -1,4 +1,4 @@
-"""Walks a whole data set: renders every conversation, decodes every image, and reports what is wrong."""
+"""Checks a whole data set: renders every conversation, decodes every image, and reports all faults."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class CheckReport:
 
     Attributes:
         data_hash: SHA-256 of the records' file.
-        totals: what `report.json` counts.
+        totals: the counts that `report.json` holds as well.
         faults: in the order of the file.
-        allowed: kinds that are reported but do not count as failure.
-        path: of `bad.jsonl`.
+        allowed: kinds that are reported but do not fail the check.
+        path: the path of `bad.jsonl`.
     """
 
     data_hash: str
@@ -59,12 +59,8 @@ class CheckReport:
         found = Counter(fault.kind for fault in self.faults)
         return {kind: found[kind] for kind in KINDS if found[kind]}
 
-    def to_json(self) -> dict[str, Any]:
-        """The report without the individual faults, which are in `bad.jsonl`."""
-        return {"data_hash": self.data_hash, "faults": self.counts, **self.totals}
-
     def render(self) -> Group:
-        """The report as tables of rich."""
+        """The report as rich tables."""
         tables = [self._overview(), self._histogram()]
         return Group(*tables, self._fault_table()) if self.faults else Group(*tables)
 
@@ -111,13 +107,12 @@ def check_dataset(
 ) -> CheckReport:
     """Checks the training records of a source with all their images.
 
-    Writes `bad.jsonl` (one fault per line and record) and `report.json` into `out`.
+    Writes `bad.jsonl` (one fault of one record per line) and `report.json` into `out`.
 
     Args:
         encoder: tokenizer and length limits of the planned training.
-        out: folder for the results.
-        workers: processes; None takes all cores, 1 works in this one.
-        allow: kinds of faults (`validators.KINDS`) that are reported but do not count as failure.
+        workers: number of processes; None uses all cores, 1 runs in this process.
+        allow: kinds of faults (`validators.KINDS`) that are reported but do not fail the check.
 
     Raises:
         UsageError: an unknown kind in `allow`, or a file that cannot be read at all.
@@ -136,7 +131,7 @@ def check_dataset(
     faults = [
         Fault(f["kind"], f["entry"], f["id"], f["detail"]) for f in [*records.refused("refuse"), *records.noted()]
     ]
-    # Which records show an image: it is inspected once, and its fault listed with each of them.
+    # An image is inspected once, and its fault is listed for every record that shows it.
     ids: list[str] = []
     first: dict[str, int] = {}
     shown_by: dict[str, list[int]] = defaultdict(list)
@@ -161,7 +156,7 @@ def check_dataset(
     report = CheckReport(records.data_hash, totals, faults, tuple(allow), out / "bad.jsonl")
     with refusals_named(out, "Name another folder with --out.", "written"):
         write_whole(report.path, "".join(json.dumps(asdict(fault)) + "\n" for fault in faults))
-        write_json(out / "report.json", report.to_json())
+        write_json(out / "report.json", {"data_hash": report.data_hash, "faults": report.counts, **totals})
     return report
 
 
@@ -193,10 +188,10 @@ def _totals(texts: Sequence[TextFindings], images: Sequence[ImageFindings]) -> d
         "tokens_cut": sum(text.cut for text in texts),
         "supervised_cut": sum(text.supervised_cut for text in texts),
         "longest": max(lengths, default=0),
-        # Records by length class: class k has more than 2^(k-1) and up to 2^k tokens of text.
+        # Number of records by length class k: more than 2^(k-1) and at most 2^k text tokens.
         "lengths": Counter((length - 1).bit_length() for length in lengths if length),
         "formats": Counter(image.format for image in images if image.format is not None),
-        # Does not depend on the order of the images.
+        # A sum, which does not depend on the order of the images.
         "image_hash": f"{sum(digests) % 2**256:064x}",
     }
 

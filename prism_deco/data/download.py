@@ -1,4 +1,4 @@
-"""Downloads of large files that survive broken connections: ranged requests, appended to a partial file."""
+"""Resumable downloads of large files: range requests, appended to a partial file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 _BLOCK = 1 << 20  # bytes
 _TIMEOUT = 60.0  # seconds without a byte
 _BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
-_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that are worth another attempt
+_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses worth a retry
 
 
 def download(
@@ -33,16 +33,16 @@ def download(
 ) -> None:
     """Downloads a file to `target`, resuming from `<target>.part` if an earlier call left one.
 
-    The file appears under its name only when it has the size that the server announced. If the server's file has
-    changed since, the download starts over.
+    `target` appears only when it has the size that the server announced. If the file has changed on the server since
+    the earlier call, the download starts over.
 
     Args:
-        attempts: consecutive connections that may bring nothing new.
-        pause: seconds after the first of these; doubles each time.
-        progress: called with the bytes so far and their final number, None if that is unknown.
+        attempts: consecutive connections without a new byte before giving up.
+        pause: seconds to wait after the first of these; doubles each time.
+        progress: called with the bytes so far and the total, or None if that is unknown.
 
     Raises:
-        UsageError: the server refuses the file, or keeps breaking off.
+        UsageError: the server refuses the file, or keeps closing the connection.
     """
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"{url}: only http and https addresses can be downloaded.")
@@ -71,12 +71,12 @@ def download(
 
 
 def _fetch(url: str, part: Path, progress: Callable[[int, int | None], None]) -> bool:
-    """Appends what one connection brings; returns whether the file is complete."""
+    """Appends the bytes of one connection to `part`; returns whether the file is complete."""
     start = _size(part)
     note = _version_file(part)
     version = json.loads(note.read_text())["version"] if note.is_file() else None
     headers = {"User-Agent": f"prism-deco/{prism_deco.__version__}", "Accept-Encoding": "identity"}
-    if start and version:  # without a version nothing tells whether the rest belongs to the same file
+    if start and version:  # without a version, the rest may belong to another file
         headers |= {"Range": f"bytes={start}-", "If-Range": version}
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
@@ -84,8 +84,8 @@ def _fetch(url: str, part: Path, progress: Callable[[int, int | None], None]) ->
         if error.code != 416:
             raise
         if error.headers.get("Content-Range", "").rpartition("/")[2] == str(start):
-            return True  # nothing is left to fetch
-        part.write_bytes(b"")  # it is longer than the file, so it is no part of it
+            return True  # `part` is already complete
+        part.write_bytes(b"")  # longer than the file, so not a part of it
         return False
     with response:
         if response.status != 206:
@@ -112,7 +112,7 @@ def _version_file(part: Path) -> Path:
 
 
 def _version(headers: Message) -> str | None:
-    """Changes with the content; None if the server does not tell."""
+    """An identifier that changes with the content; None if the server sends none."""
     etag = headers.get("ETag")
-    # If-Range does not accept a weak ETag ("W/..."), which may stand for other bytes.
+    # If-Range does not accept a weak ETag ("W/..."): files with different bytes may share it.
     return headers.get("Last-Modified") if etag is None or etag.startswith("W/") else etag

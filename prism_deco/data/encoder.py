@@ -1,4 +1,4 @@
-"""Conversations -> tokens, within the limits of text and positions."""
+"""Conversations -> tokens, truncated to the limits on text tokens and positions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from prism_deco.llms.encoding import IGNORE, encode_segments
 class Encoder:
     """Turns records into tokens and labels.
 
-    Holds the tokenizer and the chat format but not the model, which loader processes have no use for.
+    Holds the tokenizer and the chat format but not the model, so that it can be sent to loader processes.
 
     Args:
-        max_text_tokens: text is truncated to this many tokens; images never are.
+        max_text_tokens: text is truncated to this many tokens; images are never truncated.
         max_positions: longest sequence of the LLM, visual tokens included; None is no limit.
         tokens_per_image: visual tokens M of one image.
-        shorten: shorten a first question that leaves its answer no room; else nothing is learnt from such a record.
+        shorten: shorten a first question that leaves no room for its answer; otherwise such a record has no labels.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Encoder:
         """The truncated tokens of a record, and the number of tokens cut off.
 
         Raises:
-            UsageError: it cannot be rendered, has too many images, or nothing to learn from; names the record.
+            UsageError: names a record that cannot be rendered, has too many images, or no supervised token.
         """
         try:
             return self.fit(self.encode(record))
@@ -53,8 +53,7 @@ class Encoder:
             raise UsageError(f"Record {record.id}: {error} data.on_bad_record=skip leaves such records out.") from error
 
     def encode(self, record: Record) -> Encoded:
-        """All tokens of a record. A last question without an answer is left out: it has no loss, and nothing follows
-        it."""
+        """All tokens of a record, without an unanswered last question: it has no loss, and nothing attends to it."""
         segments = self._format.render(record.answered, len(record.images))
         return encode_segments(segments, self.tokenizer, self._tokenize, self._format.image_slot)
 
@@ -73,25 +72,25 @@ class Encoder:
         return encoded, cut
 
     def room(self, images: int) -> int:
-        """The most tokens of text that a record with so many images can have."""
+        """The most text tokens that a record with this many images can have."""
         if self._max_positions is None:
             return self._max_text_tokens
         return min(self._max_text_tokens, self._max_positions - self._tokens_per_image * images)
 
     def ignores(self, record: Record) -> bool:
-        """Whether LLaVA ignores the whole record: its label mask does not add up after a last question without an
-        answer."""
+        """Whether LLaVA masks all labels of the record, as its length check fails after an unanswered last
+        question."""
         return len(record.answered) < len(record.messages) and self._format.image_slot == "in_place"
 
     def placeholder(self) -> Encoded:
-        """Stands for a record that cannot be encoded; has no labels."""
+        """Takes the place of a record that cannot be encoded; has no labels."""
         token = cast(int, self.tokenizer.eos_token_id)
         return Encoded(input_ids=[token, token], labels=[IGNORE, IGNORE], rounds=[0, 0], image_slots=[])
 
 
 def check_records(records: Records, encoder: Encoder) -> None:
-    """Encodes the records that the index marks as suspect, odd ones, those with many images and the first with a system
-    turn, so that none of them stops a run hours later.
+    """Encodes the records most likely to fail, so that none of them stops a run hours later: odd ones, those with too
+    many images, and the first with a system turn.
 
     Raises:
         UsageError: names the first that cannot be encoded.

@@ -12,19 +12,18 @@ _SPEAKERS = {"user": "human", "assistant": "gpt"}
 
 
 def as_llava(raw: Any) -> Any:
-    """An entry as LLaVA writes it: {id, image, conversations}.
+    """Rewrites an entry as LLaVA's {id, image, conversations}.
 
-    Read are
+    Supported formats, each with its images under `image` or `images`:
     - `conversations` of {from, value} (LLaVA, ShareGPT);
     - `messages` of {role, content} (transformers' chat templates, TRL, LLaMA-Factory), where a content is text, or a
       list of parts {"type": "text", "text"} and {"type": "image"};
-    - `texts` of {user, assistant} (The Cauldron, FineVision), whose images come before the first question;
+    - `texts` of {user, assistant} (The Cauldron, FineVision), whose images come before the first question.
 
-    each with its images under `image` or `images`. Anything else comes back as it is: the check of the entry says what
-    is wrong with it.
+    Anything else is returned unchanged; `parse_record` then says what is wrong with it.
 
     Raises:
-        RecordError: a part of a message that is neither text nor an image, or images in two places.
+        RecordError: a part of a message is neither text nor an image, or there are images in two places.
     """
     if not isinstance(raw, dict):
         return raw
@@ -45,7 +44,7 @@ def as_llava(raw: Any) -> Any:
 
 
 def _turn(message: Any, shown: list[Any]) -> Any:
-    """A message as a turn; the images that its parts hold are added to `shown`."""
+    """Rewrites a message as a turn, and appends the images of its parts to `shown`."""
     if not isinstance(message, Mapping):
         return message
     others = {key: value for key, value in message.items() if key not in ("role", "content")}
@@ -75,6 +74,7 @@ def _rounds(texts: list[Any], images: Any) -> list[Any]:
         others = {key: value for key, value in text.items() if key not in ("user", "assistant")}
         turns.append(others | {"from": "human", "value": text.get("user")})
         turns.append({"from": "gpt", "value": text.get("assistant")})
+    # A single image goes first even without a tag; several need one each.
     tagged = any(IMAGE_TAG in str(turn["value"]) for turn in turns)
     if turns and isinstance(images, list) and len(images) > 1 and not tagged:
         turns[0]["value"] = f"{IMAGE_TAG * len(images)}\n{turns[0]['value']}"

@@ -1,4 +1,4 @@
-"""Parquet data sets of the Hugging Face hub: their files are listed once, and each is on disk only while it is read."""
+"""Parquet data sets on the Hugging Face hub: files are listed once, and each is on disk only while it is read."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import httpx  # which of its versions the hub uses
+from huggingface_hub.utils import httpx  # the one that the hub's client uses
 
 from prism_deco.config import cache_dir
 from prism_deco.errors import UsageError
 from prism_deco.files import read_json, write_json
 
 LISTING = ".hub"
-"""Suffix of the files that list others."""
+"""Suffix of the listings that `list_files` writes."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class HubFile:
 
     @contextmanager
     def on_disk(self) -> Iterator[Path]:
-        """The file, downloaded for the time being."""
+        """Downloads the file for the duration of the context."""
         with tempfile.TemporaryDirectory(dir=_folder(), prefix=".shard-") as folder:
             try:
                 path = hf_hub_download(
@@ -53,13 +53,14 @@ class HubFile:
 
 
 def list_files(repo: str, pattern: str, revision: str) -> Path:
-    """Lists the files of a repository that match a pattern, and pins them to today's commit.
+    """Lists the Parquet files of a repository that match a pattern, pinned to the current commit.
 
     Returns:
-        The list, made by the first call with these arguments; later runs read the same files, without the hub.
+        The listing's path. The first call with these arguments writes it; later runs read the same files, without the
+        hub.
 
     Raises:
-        UsageError: the hub cannot be asked, or no Parquet file matches.
+        UsageError: the hub cannot be reached, or no Parquet file matches.
     """
     key = hashlib.sha256(json.dumps([repo, pattern, revision]).encode()).hexdigest()[:16]
     listing = _folder() / f"{repo.replace('/', '--')}-{key}{LISTING}"
@@ -85,7 +86,7 @@ def list_files(repo: str, pattern: str, revision: str) -> Path:
 
 
 def read_listing(path: Path) -> list[HubFile]:
-    """What `list_files` has listed."""
+    """The files in a listing of `list_files`."""
     listing = read_json(path, ["files"], way_out="Delete it to list the files again.")
     return [HubFile(**file) for file in listing["files"]]
 

@@ -1,4 +1,4 @@
-"""Images by name: where their bytes are, and how they are decoded."""
+"""Image sources, which read encoded images by name, and decoding."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from PIL import Image, UnidentifiedImageError
 from prism_deco.errors import UsageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""The image formats that are read. Pillow knows many more, and hands some of them to other programs: an EPS file, under
-whatever name, to Ghostscript."""
+"""The image formats that are read. Pillow knows many more, some of which it passes to other programs: an EPS file,
+whatever its suffix, to Ghostscript."""
 
 
 class ImageSource(ABC):
-    """Where images are read from: a folder, or a file that they were packed into (`packing.PackedImages`). `str` names
-    the place. Picklable, for loader processes.
+    """Reads encoded images by name, from a folder or from one packed file (`packing.PackedImages`).
+
+    `str()` gives its path, for messages. Picklable, for loader processes.
 
     Attributes:
         least_side: see `decode_image`; None decodes at full size.
@@ -35,14 +36,14 @@ class ImageSource(ABC):
 
     @abstractmethod
     def missing(self, names: Iterable[str]) -> list[str]:
-        """The names without an image."""
+        """Those of the names that have no image."""
 
     @abstractmethod
     def location(self, name: str) -> str:
-        """Where the image is, for messages."""
+        """The image's path, for messages."""
 
     def contains(self, name: str) -> bool:
-        """Whether the image lies inside the source once links are followed."""
+        """Whether the image is inside the source after symbolic links are resolved."""
         return True
 
 
@@ -79,7 +80,7 @@ class ImageFolder(ImageSource):
 
 
 class JoinedImages(ImageSource):
-    """Images of several sources, named `NUMBER/NAME` by the source's number."""
+    """Images of several sources; `NUMBER/NAME` is the image NAME of source NUMBER."""
 
     def __init__(self, parts: Sequence[ImageSource]):
         self.parts = parts
@@ -112,20 +113,17 @@ class JoinedImages(ImageSource):
 
 
 def resolve_image(root: Path, name: str) -> Path:
-    """The file of an image path under `root`; `UsageError` if it leads out of it (`..`, absolute)."""
+    """The file of an image path under `root`; `UsageError` if the path leaves `root` (see `path_below`)."""
     return root / path_below(root, name)
 
 
 def path_below(root: Path | None, name: str) -> str:
-    """An image path, made relative to `root`.
+    """Makes an image path relative to `root`; `UsageError` if it leaves `root` (by `..`, or as an absolute path).
 
-    Links are not followed: they are the user's own way to bring other folders in.
+    Symbolic links are not resolved: users may link other folders into `root`.
 
     Args:
         root: folder of the images; None refuses absolute paths.
-
-    Raises:
-        UsageError: it leads out of `root`.
     """
     short = os.path.normpath(name)
     if os.path.isabs(name) or name.startswith("\\"):
@@ -148,20 +146,20 @@ def _parts(name: str) -> list[str]:
 
 @lru_cache(maxsize=8)
 def _spellings(root: Path) -> tuple[str, str]:
-    """A path may name the root through a link, or without it."""
+    """The root as given and with symbolic links resolved: absolute image paths may use either."""
     return os.path.abspath(root), os.path.realpath(root)
 
 
 def open_image(path: Path) -> Image.Image:
-    """Decodes an image file that the user names, as RGB.
+    """Decodes an image file given by the user, as RGB.
 
     Raises:
-        UsageError: it is missing, cannot be read, or is no image of one of `FORMATS`.
+        UsageError: the file is missing, cannot be read, or is not an image in one of `FORMATS`.
     """
     try:
         return decode_image(path.read_bytes(), str(path))
     except OSError as error:
-        if error.strerror is None:  # of `decode_image`
+        if error.strerror is None:  # raised by `decode_image`
             raise UsageError(str(error)) from error
         raise UsageError(f"{path} cannot be read ({error.strerror}): name an image, {', '.join(FORMATS)}.") from error
 
@@ -172,7 +170,7 @@ def load_image(source: ImageSource, name: str) -> Image.Image:
 
 
 def open_bytes(data: bytes) -> Image.Image:
-    """Opens an encoded image, of one of `FORMATS` only; everything that reads image files goes through here."""
+    """Opens an encoded image in one of `FORMATS`. All reading of image files goes through this function."""
     return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
@@ -180,11 +178,11 @@ def decode_image(data: bytes, location: str, *, least_side: int | None = None) -
     """Decodes an image as RGB.
 
     Args:
-        least_side: decode a JPEG at a half, a quarter or an eighth of its size, the smallest at which both sides keep
-            that many pixels (libjpeg's scaled decoding): faster, and finds the same damage.
+        least_side: decode a JPEG at a half, a quarter or an eighth of its size (libjpeg's scaled decoding), the
+            smallest at which both sides keep this many pixels. This is faster, and finds the same damage.
 
     Raises:
-        OSError: it is truncated, implausibly large or not an image; the message names the `location`.
+        OSError: the image is truncated, implausibly large or not an image; the message names the `location`.
     """
     try:
         with open_bytes(data) as image:
@@ -196,7 +194,7 @@ def decode_image(data: bytes, location: str, *, least_side: int | None = None) -
 
 
 def decoding_problem(error: Exception) -> str:
-    """What an error of Pillow says about an image that was read from memory."""
+    """The message of a Pillow error for an image opened from memory."""
     if isinstance(error, UnidentifiedImageError):  # its own message names the buffer
         return f"its format is none of {', '.join(FORMATS)}"
     return str(error)

@@ -1,4 +1,4 @@
-"""The index of a file of records: the records as lines, a table of what samplers and splits need, and what is wrong."""
+"""Builds the index of a file of records: the records as lines, a table of what samplers and splits need, the faults."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from prism_deco.data.llava_json import parse_record, read_entries, record_id
 from prism_deco.data.packing import ImagePacker, TableFile, check_space, read_rows
 
 VERSION = 6
-"""Of the index; one of another version is built anew."""
+"""Version of the index format. It is part of an index's folder name, so that a new version builds a new index."""
 
 ROW = np.dtype(
     [
-        ("start", np.int64),  # of its bytes in `records.jsonl`
+        ("start", np.int64),  # byte range in `records.jsonl`
         ("end", np.int64),
-        ("words", np.int32),  # separated by white space, all turns together: the sampler's length
+        ("words", np.int32),  # whitespace-separated words of all turns: the length that samplers use
         ("num_images", np.int32),
         ("odd", np.bool_),  # only `recipe.odd_records=train` trains on it
-        ("system", np.bool_),  # whether it begins with a system turn, which not every chat format has
-        ("position", np.float64),  # in [0, 1): hash of its image or else its id; equal if records share an image
-        ("entry", np.int64),  # number in the file, unusable entries counted
+        ("system", np.bool_),  # begins with a system turn, which not every chat format supports
+        ("position", np.float64),  # in [0, 1): hash of its image, or of its id; equal if records share an image
+        ("entry", np.int64),  # number in the file, counting unusable entries
     ]
 )
-"""What `rows.npy` holds of a record."""
+"""One row of `rows.npy`, the table of records."""
 
 
 def build_index(path: Path, tables: Sequence[TableFile], digest: str, image_root: Path | None, folder: Path) -> None:
-    """Writes the index of a file into `folder`: all of it, or nothing.
+    """Writes the index of a file into `folder`, which appears only when it is complete.
 
     Args:
         path: the JSON file; not read if there are `tables`.
@@ -57,7 +57,7 @@ def build_index(path: Path, tables: Sequence[TableFile], digest: str, image_root
         try:
             os.replace(building, folder)
         except OSError:
-            # Another process finished the same index first; its content is the same.
+            # Another process has finished the same index first, with the same content.
             if not (folder / "index.json").is_file():
                 raise
     finally:
@@ -67,7 +67,7 @@ def build_index(path: Path, tables: Sequence[TableFile], digest: str, image_root
 def _write_records(
     entries: Iterable[Any], image_root: Path | None, folder: Path, packer: ImagePacker | None = None
 ) -> str:
-    """Writes the files of an index, and returns the SHA-256 of its records."""
+    """Writes the files of an index; returns the SHA-256 of its records and refused entries."""
     rows: list[tuple[Any, ...]] = []
     joined: list[tuple[str, ...]] = []
     digest = hashlib.sha256()
@@ -90,7 +90,7 @@ def _write_records(
                 fault |= {"kind": error.kind, "detail": f"{where}: {error}", "usable": False}
                 line = json.dumps(fault)
                 refused.write(f"{line}\n")
-                digest.update(line.encode())  # so that rewording a message changes the hash of a Parquet data set
+                digest.update(line.encode())  # so a reworded `RecordError` changes the hash of a Parquet data set
                 continue
             for kind, detail in oddities.items():
                 fault |= {"kind": kind, "detail": f"{where}: {detail}", "usable": True}
@@ -118,13 +118,15 @@ def _write_records(
 
 
 def _join_positions(folder: Path, positions: np.ndarray, joined: Sequence[tuple[str, ...]]) -> None:
-    """Gives images that occur together one common position, and with them every record that shows one.
+    """Gives all records with a common image the same position, so that a split cannot separate them.
+
+    The images of one record are linked; records whose images are linked, also through other records, share a position.
 
     Args:
         positions: float64[n], changed in place.
-        joined: the images of each record that shows several.
+        joined: the images of each record that has several.
     """
-    parent: dict[str, str] = {}
+    parent: dict[str, str] = {}  # union-find with path halving
 
     def root(name: str) -> str:
         while parent.setdefault(name, name) != name:
@@ -133,7 +135,7 @@ def _join_positions(folder: Path, positions: np.ndarray, joined: Sequence[tuple[
 
     for first, *others in joined:
         for other in others:
-            # The smaller name leads, so that the result does not depend on the order of the records.
+            # The smaller name becomes the root, so that the result does not depend on the order of the records.
             low, high = sorted((root(first), root(other)))
             parent[high] = low
     with (folder / "records.jsonl").open("rb") as file:

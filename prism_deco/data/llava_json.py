@@ -1,4 +1,4 @@
-"""LLaVA's JSON: its entries are read one at a time, and each becomes a `Record`."""
+"""LLaVA's JSON: reads its entries one at a time, and parses each into a `Record`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _CHUNK = 1 << 20  # characters
 _IMAGE = r"(input[_-]?)?(image|img|pic|picture|photo|video|frame|media|visual|pixel_value|jpe?g|png|webp)s?([_-]?\d+)?"
 _DETAIL = r"[_-]?(path|file|file_?name|name|url|uri|list|data|bytes|base_?64|b64)s?([_-]?\d+)?"
 _IMAGE_KEY = re.compile(_IMAGE, re.IGNORECASE)
-"""Keys that other formats have images under."""
+"""Keys under which other formats store images."""
 
 _IMAGE_DETAIL_KEY = re.compile(f"{_IMAGE}({_DETAIL})?", re.IGNORECASE)
-"""The same, and keys such as `image_url`: beside an image they only describe it, alone they stand for it."""
+"""The same, and keys such as `image_url`: next to an image they describe it, alone they refer to one."""
 
 
 def read_entries(path: Path) -> Iterator[Any]:
-    """The entries of a JSON list, or of JSON Lines, without ever holding all of them: parsed at once, the 1 GB of
-    LLaVA's instruction data would take ten times as much memory.
+    """Yields the entries of a JSON list, or of JSON Lines, one at a time: parsed at once, LLaVA's 1 GB of instruction
+    data would take ten times as much memory.
 
     Raises:
         UsageError: the file is neither, or empty.
@@ -45,7 +45,7 @@ def read_entries(path: Path) -> Iterator[Any]:
                 yield entry
         except UsageError:
             raise
-        # Not JSON, not UTF-8, a number of thousands of digits; brackets nested a thousand deep.
+        # ValueError: not JSON, not UTF-8, a number of thousands of digits; RecursionError: deeply nested brackets.
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{path} is not valid JSON ({error}). Is the download complete?") from error
     if not found:
@@ -53,7 +53,7 @@ def read_entries(path: Path) -> Iterator[Any]:
 
 
 def _list_entries(file: TextIO) -> Iterator[Any]:
-    """What follows the opening bracket."""
+    """The entries of a list whose opening bracket has been read."""
     decoder = json.JSONDecoder()
     text = _next_character(file)
     if text == "]":
@@ -67,8 +67,8 @@ def _list_entries(file: TextIO) -> Iterator[Any]:
             if end == len(text):
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
         except json.JSONDecodeError:
-            # The entry may continue in the next chunk. Doubling the chunk keeps the number of attempts small for an
-            # entry that is wrong, or very long.
+            # The entry may continue in the next chunk. Doubling the chunk bounds the number of attempts for an entry
+            # that is invalid, or very long.
             more = file.read(size)
             if not more:
                 raise
@@ -94,7 +94,7 @@ def _line_entries(file: TextIO) -> Iterator[Any]:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
-            if line.endswith("\n") and not line[error.pos :].strip():  # it goes on in the next line
+            if line.endswith("\n") and not line[error.pos :].strip():  # it continues in the next line
                 raise UsageError(
                     f"{file.name}: the object of line {number} has several lines. Write a list of the objects, "
                     "[{...}, {...}], or each object on a line of its own (JSON Lines)."
@@ -104,7 +104,7 @@ def _line_entries(file: TextIO) -> Iterator[Any]:
 
 
 def _next_character(file: TextIO) -> str:
-    """The first one that is not white space; empty at the end of the file."""
+    """The next character that is not whitespace; empty at the end of the file."""
     character = file.read(1)
     while character.isspace():
         character = file.read(1)
@@ -118,16 +118,16 @@ def _skip_spaces(text: str, at: int) -> int:
 
 
 def record_id(raw: Any, position: int) -> str:
-    """The id of an entry; its position in the file where it has none."""
+    """The id of an entry, or `record POSITION` if it has none."""
     has_id = isinstance(raw, dict) and raw.get("id") is not None
     name = str(raw["id"]) if has_id else f"record {position}"
-    return name.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair cannot even be logged
+    return name.encode("utf-8", "backslashreplace").decode()  # a lone surrogate cannot be logged
 
 
 def parse_record(raw: Any, id: str, image_root: Path | None) -> tuple[Record, dict[str, str]]:
     """Checks one entry.
 
-    A leading gpt turn is skipped, as LLaVA does. A leading system turn is kept; like the text that a chat format writes
+    A leading gpt turn is skipped, as LLaVA does. A leading system turn is kept; like the text that a chat format puts
     before the first question, it belongs to the first round (`llms.prompts.Segment`).
 
     Args:
@@ -135,11 +135,11 @@ def parse_record(raw: Any, id: str, image_root: Path | None) -> tuple[Record, di
         image_root: absolute image paths below this folder become relative to it; None refuses them.
 
     Returns:
-        The record, and what is probably a mistake in it but can be trained on (`recipe.odd_records`), by kind:
-        turn_order, image_tags.
+        The record, and its oddities by kind (turn_order, image_tags): probable mistakes that can still be trained on
+        (`recipe.odd_records`).
 
     Raises:
-        RecordError: nothing can be trained on it.
+        RecordError: the entry cannot be trained on.
     """
     if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list):
         raise RecordError("malformed", "expected an object with a list `conversations`, `messages` or `texts`.")
@@ -148,7 +148,7 @@ def parse_record(raw: Any, id: str, image_root: Path | None) -> tuple[Record, di
     oddities = {}
     if messages[-1]["role"] == "user":
         oddities["turn_order"] = "the last human turn has no answer."
-    # A conversation about one image without any tag is common in LLaVA files: the image goes first.
+    # A conversation about one image without a tag is common in LLaVA files: the image goes first.
     tags = sum(m["content"].count(IMAGE_TAG) for m in messages if m["role"] == "user")
     if len(images) > 1 and tags != len(images):
         raise RecordError("image_tags", f"{len(images)} image files but {tags} {IMAGE_TAG} tags: write one per image.")
@@ -160,7 +160,7 @@ def parse_record(raw: Any, id: str, image_root: Path | None) -> tuple[Record, di
 
 def _images(raw: dict[str, Any], image_root: Path | None) -> list[str]:
     images = raw.get("image")
-    if images is None or images == []:
+    if images is None:
         images = []
     elif isinstance(images, str):
         images = [images]
@@ -168,11 +168,11 @@ def _images(raw: dict[str, Any], image_root: Path | None) -> list[str]:
         raise RecordError(
             "malformed", "`image` must be a path, or a list of paths (in Parquet and Arrow files: encoded images)."
         )
-    unread = unread_image_key({key: value for key, value in raw.items() if key != "image"}, images)
+    unread = _unread_image_key({key: value for key, value in raw.items() if key != "image"}, images)
     if unread is not None:
         raise RecordError("unread_image", f"the key `{unread}` is not read: images stand under `image` or `images`.")
     for number, turn in enumerate(raw["conversations"], start=1):
-        unread = unread_image_key(turn, images) if isinstance(turn, dict) else None
+        unread = _unread_image_key(turn, images) if isinstance(turn, dict) else None
         if unread is not None:
             place = "images stand under the record's own `image` or `images`"
             raise RecordError("unread_image", f"the key `{unread}` of turn {number} is not read: {place}.")
@@ -189,16 +189,16 @@ def _images(raw: dict[str, Any], image_root: Path | None) -> list[str]:
 
 
 def is_image_key(key: str) -> bool:
-    """Whether images, or where they are, may stand under a key; `image` is one."""
+    """Whether a key such as `image` or `image_url` may hold images or their paths."""
     return _IMAGE_DETAIL_KEY.fullmatch(key) is not None
 
 
-def unread_image_key(fields: Mapping[str, Any], images: Sequence[str] = ()) -> str | None:
-    """The first key of a record or a turn whose images are not read.
+def _unread_image_key(fields: Mapping[str, Any], images: Sequence[str]) -> str | None:
+    """The first key of a record or a turn that holds images which are not read; None if there is none.
 
     Args:
-        fields: without what is read.
-        images: the images that are read; the same ones may stand under a second key.
+        fields: the record or turn, without the key whose images are read.
+        images: the images that are read; another key may repeat them.
     """
     pattern = _IMAGE_DETAIL_KEY if not images else _IMAGE_KEY
     for key, value in fields.items():
@@ -208,7 +208,7 @@ def unread_image_key(fields: Mapping[str, Any], images: Sequence[str] = ()) -> s
 
 
 def _is_filled(value: Any) -> bool:
-    """Whether a value may be an image: text, bytes, or a list or mapping that holds some."""
+    """Whether a value may be an image: text, bytes, or a list or mapping with some, or a list of numbers."""
     if isinstance(value, dict):
         return any(map(_is_filled, value.values()))
     if isinstance(value, list):
@@ -219,7 +219,7 @@ def _is_filled(value: Any) -> bool:
 def _messages(turns: list[Any]) -> list[dict[str, str]]:
     messages = []
     for number, turn in enumerate(turns, start=1):
-        # An unhashable `from` cannot be looked up.
+        # `from` may be unhashable, for which `in ROLES` would raise.
         role = turn.get("from") if isinstance(turn, dict) else None
         if not isinstance(role, str) or role not in ROLES or not isinstance(turn.get("value"), str):
             what = f"is from {role!r}" if isinstance(role, str) and role not in ROLES else "cannot be read"
@@ -245,7 +245,7 @@ def _messages(turns: list[Any]) -> list[dict[str, str]]:
 
 
 def _check_text(text: str, place: str) -> None:
-    """JSON can write half of a surrogate pair; no tokenizer or file system takes it."""
+    """Refuses lone surrogates, which JSON can escape but no tokenizer or file system accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Records -> examples, the tokens and pixels of one conversation -> the batches of one optimizer step."""
+"""Records -> examples (tokens and pixels of one conversation) -> the batches of one optimizer step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from prism_deco.sequence import Batch, build_batch
 log = logging.getLogger(__name__)
 
 MOST_WORKERS = 8
-"""Each holds two optimizer steps ready."""
+"""The default per rank. Each worker prefetches two optimizer steps."""
 
 Transform = Callable[[Image.Image], dict[str, Tensor]]
 
@@ -39,10 +39,10 @@ class Example:
     Attributes:
         pixels: per image a dict tower -> float[3, S, S].
         tokens_cut: text tokens removed by truncation.
-        bad_images: images that could not be read, and were handled as `on_bad_image` says.
-        bad_record: it was skipped, or LLaVA ignores such records; nothing is learned from it.
-        row: the record's number among the `Examples`.
-        filler: nothing is learned from it, and it is not counted (`samplers.Filler`).
+        bad_images: number of images that could not be read and were handled according to `on_bad_image`.
+        bad_record: it was skipped, or LLaVA ignores such records; it has no labels.
+        row: the record's index in `Examples`.
+        filler: it has no labels and is not counted (`samplers.Filler`).
     """
 
     id: str
@@ -58,10 +58,10 @@ class Example:
 class Examples(Dataset[Example]):
     """Tokenises conversations and decodes their images.
 
-    A skipped record stays in its batch, without labels: all ranks must run the same number of forward passes.
+    A skipped record stays in its batch without labels, since all ranks must run the same number of forward passes.
 
     Args:
-        images: where the records' images are; a path is a folder of files.
+        images: the source of the records' images; a path is a folder of image files.
         on_bad_image: fail | skip (the record) | blank (an image of the towers' mean colour).
         on_bad_record: fail | skip, for a record that cannot be encoded.
 
@@ -112,12 +112,12 @@ class Examples(Dataset[Example]):
         return Example(record.id, encoded, pixels, cut, bad_images, bad_record=ignored, row=item)
 
     def read_image(self, record: str, name: str) -> tuple[dict[str, Tensor], bool]:
-        """What the model is given of an image of a record, and whether the image is bad."""
+        """The model's input for an image of a record, tower -> float[3, S, S], and whether the image is bad."""
         image = self.open_image(record, name)
         return (self.transform(image), False) if image is not None else (blank_pixels(self.transform), True)
 
     def open_image(self, record: str, name: str) -> Image.Image | None:
-        """An image of a record; None if it cannot be read and `on_bad_image` allows that, else `UsageError`."""
+        """An image of a record. If it cannot be read: `UsageError` for `on_bad_image="fail"`, None otherwise."""
         try:
             return load_image(self.images, name)
         except OSError as error:
@@ -130,7 +130,7 @@ class Examples(Dataset[Example]):
 
 
 def blank_pixels(transform: Transform) -> dict[str, Tensor]:
-    """The input for an image that cannot be read: each tower's mean colour, which its normalisation maps to zero."""
+    """The input that replaces an unreadable image: each tower's mean colour, which is zero after normalisation."""
     return {tower: torch.zeros_like(pixels) for tower, pixels in transform(Image.new("RGB", (8, 8))).items()}
 
 
@@ -145,9 +145,9 @@ class Step:
     Attributes:
         batches: the forward passes, at most `micro_batch_size` records each.
         records, tokens_cut, bad_images: totals over the batches.
-        bad_rows: the bad records, by their numbers.
-        targets, num_targets: supervised tokens of each forward pass, and of the step on this rank.
-        lengths: positions of each sequence. All are counted at once: on a GPU one would wait for it.
+        bad_rows: rows of the bad records.
+        targets, num_targets: number of supervised tokens in each forward pass, and in the step on this rank.
+        lengths: number of positions of each sequence. Counted here, on the CPU: counting on a GPU would synchronise.
     """
 
     batches: list[Batch]
@@ -173,13 +173,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Collate:
-    """Makes the batches of one optimizer step out of its examples.
+    """Builds the batches of one optimizer step from its examples.
 
     Attributes:
         tokens_per_image: visual tokens M of the projector.
         micro_batch_size: records per forward pass.
         restart_rounds, pack: see `build_batch`.
-        coarser: further numbers of visual tokens; every forward pass is also made with each of them.
+        coarser: smaller numbers of visual tokens; every forward pass is repeated with each of them.
     """
 
     tokens_per_image: int
@@ -200,7 +200,7 @@ class Collate:
         )
 
     def batch(self, examples: Sequence[Example], tokens_per_image: int | None = None) -> Batch:
-        """The forward pass of some examples; None is the usual number of visual tokens."""
+        """The forward pass of some examples, with `self.tokens_per_image` visual tokens by default."""
         return build_batch(
             [e.encoded for e in examples],
             tokens_per_image or self.tokens_per_image,
@@ -212,17 +212,17 @@ class Collate:
 
 
 def stack_pixels(pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor] | None:
-    """Images as dicts tower -> float[3, S, S] -> one dict tower -> float[I, 3, S, S]; None for no image."""
+    """Stacks I images, tower -> float[3, S, S] each, to tower -> float[I, 3, S, S]; None if there are none."""
     if not pixels:
         return None
     return {tower: torch.stack([p[tower] for p in pixels]) for tower in pixels[0]}
 
 
 def loader_workers(asked: int | None, *, gpu: bool, ranks: int) -> int:
-    """Workers of each rank: as many as asked for, else none on a CPU, and on GPUs one per core that the rank has.
+    """Loader workers per rank: the number asked for; by default none on a CPU, and one per core of the rank on GPUs.
 
     Args:
-        ranks: processes of this node, which share its cores unless SLURM gives each its own.
+        ranks: processes on this node, which share its cores unless SLURM assigns each its own.
     """
     if asked is not None or not gpu:
         return asked or 0
@@ -232,7 +232,7 @@ def loader_workers(asked: int | None, *, gpu: bool, ranks: int) -> int:
 def build_loader(
     examples: Examples, collate: Collate, sampler: StepSampler | Sequence[Share], *, num_workers: int
 ) -> DataLoader[Step]:
-    """A loader whose items are whole optimizer steps of this rank."""
+    """A loader that yields whole optimizer steps of this rank."""
     return DataLoader(
         examples,
         batch_sampler=sampler,  # type: ignore[arg-type]  # any iterable of lists

@@ -1,7 +1,7 @@
 """Parquet and Arrow files with embedded images: their rows are read once, and the images packed into one file.
 
-Parquet is compressed in groups of rows, which the random order of training would decompress again and again. Only
-the packing needs pyarrow.
+Parquet is compressed in groups of rows, which training in random order would decompress again and again. Only packing
+needs pyarrow.
 """
 
 from __future__ import annotations
@@ -34,15 +34,17 @@ IMAGES = ("image", "images")
 _TRAIN = ("train", "training")
 _HELD_OUT = ("val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation")
 _SPLIT = re.compile(f"(?<![a-z])({'|'.join(_TRAIN + _HELD_OUT)})(?![a-z])", re.IGNORECASE)
-"""The words by which `datasets` knows the split of a file, in its name or that of its folder."""
+"""Words in the name of a file or its folder from which `datasets` infers the split."""
 
 
 def table_files(path: Path) -> list[TableFile]:
-    """The Parquet or Arrow files of a data set, sorted: without those of held-out splits (`test-*.parquet`, a folder
-    `validation`), which are left out with a warning unless there are no others.
+    """The Parquet or Arrow files of a data set, sorted.
+
+    Files of held-out splits (`test-*.parquet`, a folder `validation`) are skipped with a warning, unless there are no
+    others.
 
     Args:
-        path: one file, a pattern such as `data/train-*.parquet`, a folder (what `save_to_disk` wrote, or a clone of a
+        path: one file, a pattern such as `data/train-*.parquet`, a folder (written by `save_to_disk`, or a clone of a
             hub repository), or a list of files on the hub (`hub.list_files`).
     """
     named: dict[str, TableFile] = {}
@@ -55,11 +57,11 @@ def table_files(path: Path) -> list[TableFile]:
         files = sorted(path.parent.glob(path.name))
     else:
         files = sorted(path.rglob("*"))
-    # `datasets` keeps intermediate results next to its own files.
+    # `datasets` caches intermediate results as `cache-*.arrow` next to its own files.
     files = [file for file in files if file.suffix in SUFFIXES and not file.name.startswith("cache-")]
     root = path if path.is_dir() else path.parent
     named |= {str(file.relative_to(root)): file for file in files}
-    # The last word counts: a file's own name more than its folder's.
+    # The last word counts, so a file's own name overrides its folder's.
     splits = {name: (_SPLIT.findall(name.lower()) or _TRAIN)[-1] for name in named}
     train = [name for name, split in splits.items() if split not in _HELD_OUT]
     left_out = [str(named[name]) for name, split in splits.items() if split in _HELD_OUT]
@@ -70,7 +72,7 @@ def table_files(path: Path) -> list[TableFile]:
     return [named[name] for name in train]
 
 
-@cache  # the files are listed several times in a run
+@cache  # a run lists the files several times, but warns once
 def _warn_of_splits(count: int, first: str) -> None:
     log.warning(
         "Left out, because their names say that they are not training data: %s%s. To read such files, name them alone: "
@@ -80,7 +82,7 @@ def _warn_of_splits(count: int, first: str) -> None:
 
 
 def read_rows(files: Sequence[TableFile]) -> Iterator[dict[str, Any]]:
-    """The rows as entries (see `formats.as_llava`); images are bytes or `{"bytes", "path"}`, or lists.
+    """Yields the rows as entries (see `formats.as_llava`); images are bytes, `{"bytes", "path"}`, or lists of these.
 
     Raises:
         UsageError: pyarrow is missing, a file is damaged or has other columns.
@@ -103,14 +105,14 @@ def read_rows(files: Sequence[TableFile]) -> Iterator[dict[str, Any]]:
                     batches = (batch.select(names) for batch in reader)
                 for batch in batches:
                     for row in batch.to_pylist():
-                        # A column has a value in every row; in LLaVA's format an absent one is left out.
+                        # Columns mark absent values by null, LLaVA's format by omitting the key.
                         yield {key: value for key, value in row.items() if value is not None}
         except (pa.ArrowInvalid, OSError) as error:
             raise UsageError(f"{file} cannot be read ({error}). Is the download complete?") from error
 
 
 def _open_arrow(pa: Any, source: Any) -> Any:
-    """The record batches of an Arrow file in either of its formats; `datasets` writes streams."""
+    """The record batches of an Arrow file, in the stream format (which `datasets` writes) or the file format."""
     try:
         return pa.ipc.open_stream(source)
     except pa.ArrowInvalid:
@@ -123,13 +125,13 @@ def _open_arrow(pa: Any, source: Any) -> Any:
 def _columns(file: TableFile, names: list[str]) -> list[str]:
     if not set(TURNS) & set(names):
         raise UsageError(
-            f"{file} has the columns {', '.join(names)}; needed is one of {', '.join(TURNS)}, and for images "
+            f"{file} has the columns {', '.join(names)}; it needs one of {', '.join(TURNS)}, and for images "
             f"{' or '.join(IMAGES)}."
         )
     images = [name for name in names if is_image_key(name)]
     if images and not set(IMAGES) & set(images):
         raise UsageError(f"{file}: the column {images[0]} is not read: images stand in the column image or images.")
-    # A row may have its image in another column; `parse_record` refuses that.
+    # Other image columns are read, too, so that `parse_record` can refuse a row with its image in one of them.
     return [name for name in names if name in ("id", *TURNS, *images)]
 
 
@@ -150,7 +152,7 @@ class ImagePacker:
         np.save(self._folder / "image_spans.npy", spans)
 
     def pack(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """The entry with the names of its images in place of their bytes."""
+        """Stores the images of an entry, and returns the entry with their names in place of their bytes."""
         images = entry.get("image", [])
         images = images if isinstance(images, list) else [images]
         return entry | {"image": [self._add(image) for image in images]}
@@ -158,7 +160,7 @@ class ImagePacker:
     def _add(self, image: Any) -> str:
         data = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(data, bytes):
-            return ""  # the record is refused
+            return ""  # `parse_record` refuses the record
         name = hashlib.sha256(data).digest()[:8]
         key = int.from_bytes(name)
         if key not in self._spans:
@@ -168,8 +170,8 @@ class ImagePacker:
 
 
 class PackedImages(ImageSource):
-    """Images in one file. An image is named by the first 16 hexadecimal digits of its SHA-256, so equal images are
-    stored once."""
+    """Images packed into one file. An image's name is the first 16 hexadecimal digits of its SHA-256, so that equal
+    images are stored once."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -200,10 +202,10 @@ class PackedImages(ImageSource):
 
 
 class PartialReader:
-    """Reads byte ranges of a file, in any process it is pickled to.
+    """Reads byte ranges of a file. Can be pickled to other processes.
 
-    Not a memory map: pages count towards each process that touches them, and over an epoch that is the whole file. The
-    system's page cache serves all processes just as well.
+    Not a memory map, whose pages count towards the memory of each process that touches them: over an epoch, that is the
+    whole file. The system's page cache serves all processes just as well.
     """
 
     def __init__(self, path: Path):
@@ -215,7 +217,7 @@ class PartialReader:
         if self._descriptor is None:
             self._descriptor = os.open(self._path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._descriptor)
-        # Not seek and read: forked processes share the file's position.
+        # Not seek and read, since forked processes share the file's position.
         return os.pread(self._descriptor, end - start, start)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Downloads a published data set and lays out its folders as the records expect them."""
+"""Downloads a published data set and arranges its images in the folders that the records name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Archive:
     """A ZIP archive of images."""
 
     url: str
-    into: str  # folder, relative to the image root, that its images belong in; "." for the root itself
+    into: str  # folder of its images, relative to the image root; "." is the root itself
     gigabytes: float
 
     @property
@@ -47,26 +47,26 @@ class Dataset:
     """A data set that can be downloaded (`conf/data`, family `published`)."""
 
     name: str
-    repo: str  # data set repository on the Hugging Face hub that has the records
+    repo: str  # data set repository of the records on the Hugging Face hub
     json: str  # the records' file in the repository
     json_gigabytes: float
     image_root: str  # folder of the images, relative to the data set's
     archives: tuple[Archive, ...]
     revision: str = "main"  # commit, branch or tag of the repository
-    endpoint: str | None = None  # address of a mirror of the hub; None is the hub, or what HF_ENDPOINT says
+    endpoint: str | None = None  # URL of a mirror of the hub; None is HF_ENDPOINT, or the hub itself
 
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """What is left to download, and the disk space it takes, in gigabytes."""
+    """What is left to download, and the disk space it needs, in gigabytes."""
 
     root: Path
     downloads: dict[str, float]  # size of each file
-    needed: float  # on disk at the peak; archives are deleted once their images are extracted
-    free: float  # on that disk
+    needed: float  # peak disk space; archives are deleted once their images are extracted
+    free: float  # disk space
 
     def render(self) -> Table:
-        """The plan as a table of rich."""
+        """The plan as a rich table."""
         table = Table(title=Text(f"To download into {self.root}", "table.title"), show_footer=True)
         table.add_column("file", f"disk space needed: {self.needed:.2f} GB, free: {self.free:.2f} GB")
         table.add_column("size", f"{sum(self.downloads.values()):.2f} GB", justify="right")
@@ -76,7 +76,7 @@ class DownloadPlan:
 
 
 def read_dataset(name: str) -> Dataset:
-    """The data set of a YAML under `conf/data`; `UsageError` if there is nothing to download."""
+    """The data set of a YAML under `conf/data`; `UsageError` if it has nothing to download."""
     content = load_choice("data", name)
     if "archives" not in content:
         raise UsageError(f"data={name} has nothing to download: its files are your own, or rendered.")
@@ -87,7 +87,7 @@ def read_dataset(name: str) -> Dataset:
 
 
 def plan_download(dataset: Dataset, root: Path) -> DownloadPlan:
-    """What `download_dataset` would download now; every archive as long as the records are missing."""
+    """What `download_dataset` would download now: all archives if the records are missing."""
     archives = dataset.archives
     downloads = {}
     if (root / dataset.json).is_file():
@@ -96,7 +96,7 @@ def plan_download(dataset: Dataset, root: Path) -> DownloadPlan:
     else:
         downloads[dataset.json] = dataset.json_gigabytes
     downloads |= {archive.url: archive.gigabytes for archive in archives}
-    # Photographs hardly shrink in an archive: while it is extracted, its images take as much again.
+    # Photographs hardly compress: during extraction, an archive and its images take twice its size.
     needed = sum(downloads.values()) + max((archive.gigabytes for archive in archives), default=0)
     for archive in archives:
         for file in (root / archive.file_name, root / f"{archive.file_name}.part"):
@@ -106,12 +106,12 @@ def plan_download(dataset: Dataset, root: Path) -> DownloadPlan:
 
 
 def download_dataset(dataset: Dataset, root: Path) -> None:
-    """Downloads what is missing of a data set: an archive only if images of its folder are missing.
+    """Downloads the missing parts of a data set: an archive only if images of its folder are missing.
 
     It can be interrupted at any time; the next call resumes.
 
     Raises:
-        UsageError: the disk is too small, a download fails for good, or no archive has an image that the records name.
+        UsageError: the disk is too small, a download keeps failing, or no archive has an image that the records name.
     """
     todo = plan_download(dataset, root)
     log.info("%s needs %.2f GB on disk; %.2f GB are free", dataset.name, todo.needed, todo.free)
@@ -137,7 +137,7 @@ def download_dataset(dataset: Dataset, root: Path) -> None:
 
 
 def _missing_images(dataset: Dataset, root: Path) -> dict[str, list[str]]:
-    """The names of missing images by `Archive.into`; the records must be there."""
+    """The names of missing images by `Archive.into`; the records must have been downloaded."""
     image_root = root / dataset.image_root
     records = open_records(root / dataset.json, cache_dir(), image_root=image_root, allow_faults=True)
     names = dict.fromkeys(name for record in records for name in record.images)
@@ -155,7 +155,7 @@ def _download_json(dataset: Dataset, root: Path) -> None:
     place = {"repo_type": "dataset", "revision": dataset.revision, "endpoint": dataset.endpoint}
     try:
         hf_hub_download(dataset.repo, dataset.json, local_dir=root, **place)
-    except Exception as error:  # the hub's client passes on whatever its HTTP library raises
+    except Exception as error:  # the hub's client lets any exception of its HTTP library through
         raise UsageError(f"Cannot download {hf_hub_url(dataset.repo, dataset.json, **place)} ({error}).") from error
 
 
@@ -174,10 +174,10 @@ def _fetch_images(archive: Archive, root: Path, image_root: Path, names: list[st
 
 
 def extract(archive: Path, folder: Path, wanted: Collection[str]) -> int:
-    """Extracts the wanted files of a ZIP archive; returns how many it had.
+    """Extracts the wanted files of a ZIP archive; returns how many of them it had.
 
-    Archives wrap different folders around the same files, so a member is the wanted file that its path ends with.
-    Nothing else is written. Each file appears once it is complete; ZIP's checksums are verified.
+    Archives put the same files under different folders, so a member is matched to the wanted file that its path ends
+    with. Nothing else is written. A file appears only when it is complete; ZIP's checksums are verified.
 
     Args:
         wanted: paths relative to `folder`.

@@ -1,7 +1,7 @@
-"""Records, checked once and then read from an index on disk; which of them a run trains on and validates on.
+"""Records, read from an index on disk, and their split into training and validation.
 
-The file is read a single time and rewritten as one line per record, with a memory-mapped table of what samplers need:
-665 000 records cost a loader process no memory of its own.
+A file is parsed and checked once, and rewritten as one line per record with a memory-mapped table of what samplers
+need, so that even 665 000 records take no memory in a loader process.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ class Records(Sequence[Record]):
     """Records of one file, or of several, read from their indexes.
 
     Args:
-        folders: of the indexes.
-        rows: int[n], which of the files' records these are, counted through all of them; None takes all, in file order.
-        joined: whether they come from `join`, be it of one file only.
+        folders: the folders of the indexes.
+        rows: int[n], the selected records, numbered through all files; None selects all, in file order.
+        joined: whether they come from `join`, even if of a single file.
 
     Attributes:
         words: int32[n].
         num_images: int32[n].
         has_image: bool[n].
-        data_hash: SHA-256 of the JSON file, or of the entries of Parquet files; hexadecimal. Of joined files, that of
-            theirs and of how often which record is used.
+        data_hash: hexadecimal SHA-256 of the JSON file, or of the entries of Parquet files; for joined files, of their
+            hashes and the selected rows.
         embedded: the images that came with the records; None if they are files.
     """
 
@@ -59,22 +59,22 @@ class Records(Sequence[Record]):
         self.embedded = PackedImages(folders[0]) if (folders[0] / "images.bin").is_file() else None
 
     def column(self, name: str) -> np.ndarray:
-        """A column of `index.ROW`."""
+        """A column of `index.ROW`, one value per record."""
         columns = [table[name] for table in self._tables]
         return (columns[0] if len(columns) == 1 else np.concatenate(columns))[self._rows]
 
     def select(self, rows: np.ndarray | slice) -> Records:
-        """Some of these records: bool[n], or a slice."""
+        """The records of a mask bool[n], or of a slice."""
         return Records(self._folders, self._rows[rows], self._joined)
 
     def parts(self) -> list[Records]:
-        """The records of each file by themselves, all of them."""
+        """All records of each file, as one `Records` per file."""
         return [Records((folder,)) for folder in self._folders]
 
     @classmethod
     def join(cls, parts: Sequence[Records], weights: Sequence[float]) -> Records:
-        """Records of several files one after the other, each part as often as its weight says: 2 is twice; 0.5 is a
-        half of it, drawn once and for all. Images are named `PART/NAME` (`images.JoinedImages`)."""
+        """Concatenates records of several files. A part of weight 2 is repeated twice; of weight 0.5, a fixed random
+        half of it is used. Images are named `PART/NAME` (`images.JoinedImages`)."""
         folders: list[Path] = []
         rows = []
         start = 0
@@ -85,16 +85,15 @@ class Records(Sequence[Record]):
         return cls(tuple(folders), np.concatenate(rows), joined=True)
 
     def refused(self, odd_records: str) -> list[dict[str, Any]]:
-        """What keeps entries of the file out of training: {entry, id, kind, detail, usable}. A usable one is a record.
+        """The faults that keep entries out of training: {entry, id, kind, detail, usable}.
 
-        Args:
-            odd_records: refuse | train, see `recipe.odd_records`.
+        A fault is `usable` if its entry is odd but still a record, which `odd_records="train"` trains on.
         """
         faults = self._faults("refused.jsonl")
         return [fault for fault in faults if odd_records == "refuse" or not fault["usable"]]
 
     def noted(self) -> list[dict[str, Any]]:
-        """What is odd about entries and keeps none out of training: {entry, id, kind, detail}."""
+        """Faults that keep no entry out of training: {entry, id, kind, detail}."""
         return self._faults("noted.jsonl")
 
     def _faults(self, name: str) -> list[dict[str, Any]]:
@@ -117,8 +116,8 @@ class Records(Sequence[Record]):
 
 
 def repeat(rows: np.ndarray, weight: float) -> np.ndarray:
-    """int[n] -> int[about n * weight]: all rows as often as the weight is whole, then a fixed part of them for the
-    rest, in their order."""
+    """int[n] -> int[about n * weight]: all rows repeated floor(weight) times, then a fixed random subset of them, in
+    their order, for the fractional part."""
     drawn = np.random.default_rng(0).permutation(len(rows))[: round(weight % 1 * len(rows))]
     return np.concatenate([np.tile(rows, int(weight)), rows[np.sort(drawn)]])
 
@@ -130,13 +129,13 @@ def _joint_hash(hashes: Sequence[str], rows: np.ndarray) -> str:
 
 
 def open_records(path: Path, cache: Path, *, image_root: Path | None = None, allow_faults: bool = False) -> Records:
-    """Opens the records of a file, through an index in `cache` (built on first use).
+    """Opens the records of a file through an index in `cache`, which is built on first use.
 
     Args:
         path: a LLaVA JSON file (a list, or JSON Lines), or Parquet or Arrow files with the same fields and embedded
             images (see `packing.table_files`).
         image_root: folder of the images; absolute paths below it become relative to it.
-        allow_faults: leave out unusable entries and keep odd ones (`Records.refused` lists both), instead of failing.
+        allow_faults: instead of failing, skip unusable entries and keep odd ones (`Records.refused` lists both).
 
     Raises:
         UsageError: the file cannot be read, or a record is refused; names the file and the record.
@@ -155,7 +154,7 @@ def open_records(path: Path, cache: Path, *, image_root: Path | None = None, all
 
 
 def refusal(path: Path, refused: Sequence[dict[str, Any]]) -> UsageError:
-    """The error for refused records: the first of them, and the ways out."""
+    """The error for refused records: names the first of them, and the options that accept or skip them."""
     first = refused[0]
     others = len({fault["entry"] for fault in refused}) - 1
     more = f"{others} more records are refused; `prism-deco data check` lists them. " if others else ""
@@ -166,13 +165,13 @@ def refusal(path: Path, refused: Sequence[dict[str, Any]]) -> UsageError:
 def hold_out(records: Records, fraction: float) -> tuple[Records, Records]:
     """Splits records into (train, validation).
 
-    A record is held out if the hash of its image falls below `fraction`, whatever the seed and the order: it never
-    changes sides, and no image is on both.
+    A record is held out if the hash of its image is below `fraction`. So the split depends on neither seed nor order,
+    and no image is on both sides.
     """
     positions = records.column("position")
     if fraction and len(records) > 1 and (positions == positions[0]).all():
         log.warning(
-            "data.val_fraction=%g cannot divide %d records that all have the same image, or the same id and no image.",
+            "data.val_fraction=%g cannot split %d records that all have the same image, or the same id and no image.",
             *(fraction, len(records)),
         )
     held = positions < fraction
@@ -185,7 +184,6 @@ class Parts:
 
     Attributes:
         records: all usable records of the training file.
-        train, val: what is trained on, and what is validated on.
         left_out: what is wrong with each refused record of both files.
     """
 
@@ -204,16 +202,16 @@ def open_parts(
     on_bad_record: str = "fail",
     odd_records: str = "refuse",
 ) -> Parts:
-    """The records of a source, divided into those to train on and those to validate on.
+    """The training and validation records of a source.
 
     Args:
         cache: see `open_records`.
         val_fraction: fraction of the images to hold out if the source has no validation records.
-        limit: train on the first records only (of each set of a mixture); None trains on all.
+        limit: train on the first `limit` records only (of each set of a mixture); None trains on all.
 
     Raises:
-        UsageError: a file cannot be read, a record is refused and `on_bad_record` is "fail", or none is left to train
-            on.
+        UsageError: a file cannot be read, a record is refused and `on_bad_record` is "fail", or no training record is
+            left.
     """
     if source.mixture:
         options: dict[str, Any] = {"val_fraction": val_fraction, "limit": limit}
@@ -252,7 +250,7 @@ def open_parts(
 
 
 def _fingerprint(files: Sequence[TableFile]) -> str:
-    """Tells whether files are still the same without reading their hundreds of gigabytes."""
+    """Hash of names, sizes and times: the files may have hundreds of gigabytes, too many to read."""
     stats = []
     for file in files:
         if isinstance(file, HubFile):

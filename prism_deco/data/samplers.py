@@ -1,8 +1,8 @@
 """The order of the records: each epoch's global batches as a pure function of (seed, epoch).
 
-A sampler returns the epoch's global batches. Rank r of W takes every W-th entry of a batch from r on, and a filler if
-it is then one short: all ranks must run the same number of forward passes, or they wait for each other forever. There
-is no state between batches, so a resumed run needs none, and the order does not depend on loader processes.
+Rank r of W takes every W-th entry of a global batch, starting at r, and a filler if it is one short: all ranks must run
+the same number of forward passes, or they deadlock. Samplers have no state, so a resumed run has none to restore, and
+the order does not depend on loader processes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Population:
 
 @dataclass(frozen=True)
 class Filler:
-    """Fills a rank's batch that is one record short: the record `index` without labels."""
+    """Fills up a rank's batch that is one record short, with the record `index` without its labels."""
 
     index: int
 
@@ -54,7 +54,7 @@ def shuffled(population: Population, batch_size: int, seed: int, world_size: int
 def grouped(population: Population, batch_size: int, seed: int, world_size: int) -> list[np.ndarray]:
     """Batches of one modality and of similar length, in random order; each record exactly once.
 
-    Lengths are sorted within windows of 32 batches, which keeps the order random on the whole. Records that do not fill
+    Records are sorted by length within windows of 32 batches only, which preserves randomness. Records that do not fill
     a batch of their modality go into mixed batches at the end.
     """
     rng = np.random.default_rng(seed)
@@ -77,7 +77,7 @@ def llava(population: Population, batch_size: int, seed: int, world_size: int) -
     """The order of LLaVA (`LengthGroupedSampler` with `group_by_modality`); each record exactly once.
 
     Batches are of one modality, drawn and ordered at random; lengths only decide which rank gets which record. The last
-    batches of both modalities are merged and come at the end.
+    batches of both modalities are merged and put at the end.
     """
     rng = np.random.default_rng(seed)
     batches: list[np.ndarray] = []
@@ -93,8 +93,8 @@ def llava(population: Population, batch_size: int, seed: int, world_size: int) -
 
 @SAMPLERS.register("prismatic")
 def prismatic(population: Population, batch_size: int, seed: int, world_size: int) -> list[np.ndarray]:
-    """The split-modality, length-balanced order of prismatic-vlms (`SplitModalitySampler`), quirks included: a last
-    batch is filled up from the modality's first, and the batch with the longest record (an image counts as 24 x 24
+    """The split-modality, length-balanced order of prismatic-vlms (`SplitModalitySampler`), with its quirks: the last
+    batch of a modality is filled up from its first, and the batch with the longest record (an image counts as 24 x 24
     words) is swapped to the front.
 
     Raises:
@@ -111,7 +111,7 @@ def prismatic(population: Population, batch_size: int, seed: int, world_size: in
     for members in permuted.values():
         chunks = _chunks(members, batch_size)
         if chunks and len(chunks[-1]) < batch_size:
-            # Repeats the first batch if the modality is smaller than the gap, where the original fails.
+            # Unlike the original, which fails, this repeats the first batch if the modality is smaller than the gap.
             chunks[-1] = np.concatenate([chunks[-1], np.resize(chunks[0], batch_size - len(chunks[-1]))])
         batches += [_balance(chunk, population.words, world_size) for chunk in chunks]
     batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
@@ -122,8 +122,11 @@ def prismatic(population: Population, batch_size: int, seed: int, world_size: in
 
 
 def _balance(batch: np.ndarray, words: np.ndarray, world_size: int) -> np.ndarray:
-    """Deals a batch, longest record first, to the rank with the fewest words and room left; interleaved, so that rank r
-    has every `world_size`-th entry from r on."""
+    """Assigns the records of a batch, longest first, to the rank with the fewest words among those with room left.
+
+    Returns:
+        int64[len(batch)], interleaved: rank r has every `world_size`-th entry, starting at r.
+    """
     capacity = math.ceil(len(batch) / world_size)
     buckets: list[list[int]] = [[] for _ in range(world_size)]
     totals = [0.0] * world_size
@@ -143,25 +146,25 @@ def _chunks(order: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def rank_share(batch: np.ndarray, rank: int, world_size: int) -> Share:
-    """The part of a global batch that one rank takes: as many entries as any other."""
+    """One rank's part of a global batch; all parts have the same length."""
     share: Share = batch[rank::world_size].tolist()
     missing = math.ceil(len(batch) / world_size) - len(share)
     return share + [Filler(int(batch[0]))] * missing
 
 
 def in_order(count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[Share]:
-    """Validation batches of one rank, `count` records in their order: all ranks have the same number of batches, of the
-    same sizes."""
+    """Validation batches of one rank over `count` records, in order. All ranks have equally many, of the same
+    sizes."""
     share = rank_share(np.arange(count), rank, world_size) if count else []
     return [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
 
 
 @dataclass
 class StepSampler:
-    """Batch sampler of one rank: yields what it loads, one list per optimizer step.
+    """Batch sampler of one rank: yields one list of records and fillers per optimizer step.
 
     Attributes:
-        sampler: registered name of the order.
+        sampler: name of the order in `SAMPLERS`.
         global_batch_size: records per optimizer step, over all ranks.
         start_step: optimizer steps already taken, which the iteration skips.
     """
@@ -177,7 +180,7 @@ class StepSampler:
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps, the same number in every epoch."""
+        """Optimizer steps per epoch; every epoch has the same number."""
         return len(self._batches(0))
 
     def _batches(self, epoch: int) -> list[np.ndarray]:

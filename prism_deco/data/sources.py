@@ -1,4 +1,4 @@
-"""The data families of the package: files of the user's own, and published data sets."""
+"""The built-in data families: the user's own files, published data sets, data sets on the hub, and mixtures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST = 1000
 
 @SOURCES.register("llava")
 def llava(json: str | None, image_root: str | None, val_json: str | None = None) -> Source:
-    """The user's own JSON files and image folder; `UsageError` names one that cannot be read."""
+    """The user's own JSON files and image folder; `UsageError` names the one that cannot be read."""
     if json is None or image_root is None:
         raise UsageError("data=llava needs data.json=FILE and data.image_root=FOLDER.")
     _check_readable("data.json", Path(json), "file")
@@ -35,7 +35,7 @@ def llava(json: str | None, image_root: str | None, val_json: str | None = None)
 
 @SOURCES.register("embedded")
 def embedded(path: str | None, val_path: str | None = None) -> Source:
-    """The user's own Parquet or Arrow files; `UsageError` where there are none."""
+    """The user's own Parquet or Arrow files; `UsageError` if there are none."""
     if path is None:
         raise UsageError("data=embedded needs data.path=FOLDER (or a .parquet or .arrow file, or a pattern of such).")
     for key, value in (("data.path", path), ("data.val_path", val_path)):
@@ -56,7 +56,7 @@ def embedded(path: str | None, val_path: str | None = None) -> Source:
 
 @SOURCES.register("published")
 def published(root: str | None, json: str, image_root: str, **_: Any) -> Source:
-    """The files under the data set's folder; what remains of the YAML tells where they come from."""
+    """The files in the data set's folder. The other keys of the YAML say where to download them."""
     if root is None:
         raise UsageError("Name the data set's folder: data.root=FOLDER (`prism-deco data prepare` fills it).")
     train = Path(root) / json
@@ -68,7 +68,7 @@ def published(root: str | None, json: str, image_root: str, **_: Any) -> Source:
 
 @SOURCES.register("hub")
 def hub(repo: str | None, files: str, revision: str) -> Source:
-    """Parquet files of a repository of the hub; `UsageError` where there are none."""
+    """Parquet files of a repository on the hub; `UsageError` if there are none."""
     if repo is None:
         raise UsageError("data=hub needs data.repo=OWNER/NAME (and data.files='FOLDER/*.parquet').")
     return Source(list_files(repo, files, revision), None)
@@ -76,7 +76,7 @@ def hub(repo: str | None, files: str, revision: str) -> Source:
 
 @SOURCES.register("mixture")
 def mixture(mixture: Mapping[str, Any] | None) -> Source:
-    """Other sources, to be trained on together; `UsageError` names the one that is wrong."""
+    """Several sources to train on together; `UsageError` names the one that is wrong."""
     if not mixture or not isinstance(mixture, Mapping):
         raise UsageError("data=mixture needs data.mixture={NAME: {data: CHOICE, weight: 1.0, KEY: VALUE ...}, ...}.")
     parts = []
@@ -105,7 +105,7 @@ def mixture(mixture: Mapping[str, Any] | None) -> Source:
 
 
 def _check_readable(key: str, path: Path, kind: str) -> None:
-    """`UsageError` names the key of a path that is no file, or no folder, that can be read."""
+    """Raises `UsageError`, naming the key, if a path is not a readable file or folder."""
     wanted = "the folder below which the images lie" if kind == "folder" else "a JSON or JSON Lines file"
     try:
         if kind == "folder":

@@ -1,4 +1,4 @@
-"""What can be wrong with a record or an image, and how it is detected."""
+"""The kinds of faults in records and images, and their detection."""
 
 from __future__ import annotations
 
@@ -26,42 +26,42 @@ KINDS: Mapping[str, str] = {
     "outside_root": "an image path that leads out of the image root",
     "unread_image": "an image under another key than `image` or `images`",
     "broken_text": "half of a surrogate pair, which is not text",
-    "id_type": "an id that is no text; training takes its digits, or whatever it is, for text",
+    "id_type": "an id that is not text; training uses its text form",
     "duplicate_id": "the id of an earlier record",
     "empty_turn": "a turn without text, or with nothing but <image>",
     "control_character": "NUL or another control character in the text",
-    "control_token": "text that the tokenizer takes for one of its special tokens",
+    "control_token": "text that the tokenizer reads as one of its special tokens",
     "unrenderable": "a conversation that the chat format cannot render, or that has nothing to learn from",
     "no_room": "more images than the LLM has positions for",
     "answers_cut": "a question so long that all answers lie beyond the length limit",
     "missing": "no such image file",
-    "outside_link": "a link out of the image root",
-    "unreadable": "an image that cannot be decoded to the end",
+    "outside_link": "a symbolic link out of the image root",
+    "unreadable": "an image that cannot be decoded completely",
     "huge": "so many pixels that Pillow suspects a decompression bomb",
     "single_pixel": "an image of one pixel",
-    "transparent": "an image that is transparent all over; training sees the colours behind",
-    "rotated": "an EXIF orientation; training does not apply it, like PRISM and LLaVA",
-    "clipped": "pixels of 16 bits or floats; training sees them cut to whole numbers from 0 to 255",
+    "transparent": "a fully transparent image; training sees its hidden colours",
+    "rotated": "an EXIF orientation, which training ignores, like PRISM and LLaVA",
+    "clipped": "16-bit or floating-point pixels; training sees them clipped to integers from 0 to 255",
 }
 
-# Tabs and ends of lines are text.
+# Tab, line feed and carriage return are ordinary text.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong."""
+    """One fault of one record."""
 
     kind: str  # one of `KINDS`
     entry: int  # number of the record in the file
     id: str  # of the record
     detail: str
-    image: str | None = None  # its name, if the fault is in an image
+    image: str | None = None  # name of the faulty image, if it is one
 
 
 @dataclass(slots=True)
 class ImageFindings:
-    """What reading an image showed."""
+    """The result of reading an image."""
 
     bytes: int = 0
     format: str | None = None  # of the content, as Pillow names it
@@ -71,12 +71,12 @@ class ImageFindings:
 
 @dataclass(frozen=True, slots=True)
 class TextFindings:
-    """What rendering a conversation showed; lengths in tokens of text."""
+    """The result of rendering a conversation; lengths in text tokens."""
 
     length: int = 0  # before truncation
-    supervised: int = 0  # tokens that the loss covers, before truncation
-    cut: int = 0  # what truncation removes of `length`
-    supervised_cut: int = 0  # what it removes of `supervised`
+    supervised: int = 0  # before truncation
+    cut: int = 0  # how many of `length` are truncated
+    supervised_cut: int = 0  # how many of `supervised` are truncated
     faults: list[tuple[str, str]] = field(default_factory=list)  # kinds and details
 
 
@@ -103,17 +103,17 @@ def inspect_image(images: ImageSource, name: str) -> ImageFindings:
                     found.fault = (kind, f"{where} {detail}")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         found.fault = ("huge", f"{where}: {error}")
-    except Exception as error:  # decoders raise whatever a broken file leads them into
+    except Exception as error:  # decoders raise all kinds of exceptions on broken files
         found.fault = ("unreadable", f"{where} cannot be decoded as an image ({decoding_problem(error)}).")
     return found
 
 
 def _lost_in_rgb(image: Image.Image) -> tuple[str, str] | None:
-    """What the conversion to 8-bit RGB, which PRISM and LLaVA train on, loses of a decoded image: kind and detail."""
+    """What a decoded image loses in the conversion to 8-bit RGB, as PRISM and LLaVA train on it: kind and detail."""
     if image.size == (1, 1):
         return "single_pixel", "has one pixel."
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() == (0, 0):
-        return "transparent", "is transparent all over."
+        return "transparent", "is fully transparent."
     orientation = _orientation(image)
     if orientation in range(2, 9):
         return "rotated", f"has the EXIF orientation {orientation}."
@@ -128,10 +128,10 @@ def _lost_in_rgb(image: Image.Image) -> tuple[str, str] | None:
 
 
 def _orientation(image: Image.Image) -> Any:
-    """The EXIF orientation of a decoded image. TIFF files have none any more: decoding applies it."""
+    """The EXIF orientation of a decoded image. TIFF files have none left: decoding has applied it."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # a damaged EXIF block, which training does not read
+    except Exception:  # damaged EXIF data, which training does not read
         return None
 
 
@@ -160,7 +160,7 @@ class TextInspector:
         return TextFindings(len(full.input_ids), supervised, cut, supervised - remaining, faults)
 
     def _faults(self, record: Record) -> dict[str, str]:
-        """The first of each kind."""
+        """The first fault of each kind, with its detail."""
         found: dict[str, str] = {}
         for number, message in enumerate(record.messages, start=1):
             turn = f"Turn {number} of {len(record.messages)}"

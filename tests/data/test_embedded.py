@@ -151,7 +151,7 @@ def test_wrong_files_are_named(tmp_path):
         build_source("embedded")
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "other.parquet")
     with pytest.raises(
-        ValueError, match=r"other\.parquet has the columns text; needed is one of conversations, messages"
+        ValueError, match=r"other\.parquet has the columns text; it needs one of conversations, messages"
     ):
         open_records(tmp_path / "other.parquet", tmp_path)
     pq.write_table(_table([1]).rename_columns(["id", "source", "photo", "conversations"]), tmp_path / "key.parquet")

@@ -248,14 +248,14 @@ def test_records_whose_id_is_null_are_divided_like_those_without(tmp_path, caplo
         entries = [{"conversations": _turns("q", "a"), **more} for _ in range(100)]
         sides.append(hold_out(open_records(_write(tmp_path / "t.json", entries), tmp_path), 0.5))
     assert [[r.id for r in side] for side in sides[0]] == [[r.id for r in side] for side in sides[1]]
-    assert min(map(len, sides[1])) > 30 and "cannot divide" not in caplog.text
+    assert min(map(len, sides[1])) > 30 and "cannot split" not in caplog.text
 
 
 def test_records_that_share_one_id_cannot_be_divided(tmp_path, caplog):
     entries = [{"id": "same", "conversations": _turns(f"q{i}", "a")} for i in range(3)]
     records = open_records(_write(tmp_path / "t.json", entries), tmp_path)
     assert 0 in map(len, hold_out(records, 0.5))
-    assert "data.val_fraction=0.5 cannot divide 3 records that all have the same image, or the same id" in caplog.text
+    assert "data.val_fraction=0.5 cannot split 3 records that all have the same image, or the same id" in caplog.text
 
 
 def test_images_that_occur_together_stay_on_one_side(tmp_path):
