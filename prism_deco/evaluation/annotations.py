@@ -1,5 +1,7 @@
-"""Reading annotation files, and what benchmarks with ten annotators share. Every error names the file and the first
-offending record."""
+"""Reading and checking annotation files, and the base class of benchmarks with ten annotators.
+
+Every error names the file and the first offending record.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ def read_json(path: Path) -> Any:
 
 def read_json_lines(path: Path) -> list[Any]:
     """The records of a file with one JSON value per line; blank lines are skipped."""
-    # Not splitlines(): it also splits at separators that may stand inside a JSON string.
+    # Not splitlines(), which also splits at separators such as U+2028 that a JSON string may contain.
     lines = enumerate(read_text(path).split("\n"), start=1)
     return [_parse_json(line, f"{path}, line {number}") for number, line in lines if line.strip()]
 
@@ -43,12 +45,12 @@ def read_json_lines(path: Path) -> list[Any]:
 def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: numbers of thousands of digits, too
+    except (ValueError, RecursionError) as error:  # ValueError: also for numbers of thousands of digits
         raise UsageError(f"{where} is not complete JSON ({error}): download the file again.") from error
 
 
 class _DataUnpickler(pickle.Unpickler):
-    """Admits no class and no function: only the built-in containers, strings and numbers can be built."""
+    """Loads no class and no function, only built-in containers, strings and numbers."""
 
     def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
         raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
@@ -58,8 +60,7 @@ def load_data_pickle(path: Path) -> Any:
     """The content of a pickle of plain containers, strings and numbers.
 
     Raises:
-        UsageError: it is missing or damaged, or it names a class or function (unpickling may run those,
-            so nothing of it is executed).
+        UsageError: it is missing or damaged, or it names a class or function, which unpickling could execute.
     """
     try:
         with path.open("rb") as file:
@@ -74,11 +75,11 @@ def load_data_pickle(path: Path) -> Any:
 
 
 def checked(value: Any, fields: Mapping[str, Kind], where: str, what: str) -> dict[str, Any]:
-    """`value` as a record that has these fields with values of these types.
+    """Checks that `value` is a record with these fields and types, and returns it.
 
     Args:
-        where: the file and the record's place in it.
-        what: the benchmark whose record it should be.
+        where: the file and the record's position in it, for errors.
+        what: the benchmark whose record it should be, for errors.
     """
     if not isinstance(value, dict):
         raise UsageError(f"{where} is not a {what} record: it is a {type(value).__name__}, not an object.")
@@ -91,20 +92,20 @@ def checked(value: Any, fields: Mapping[str, Kind], where: str, what: str) -> di
 
 
 def checked_list(value: Any, fields: Mapping[str, Kind], path: Path, what: str) -> list[dict[str, Any]]:
-    """`value` as a non-empty list of such records."""
+    """Checks that `value` is a non-empty list of such records, and returns it."""
     if not isinstance(value, list) or not value:
         raise UsageError(f"{path} is not a {what} file: expected a list of records, found {_short(value)}.")
     return [checked(record, fields, f"{path}, record {k}", what) for k, record in enumerate(value, start=1)]
 
 
 def read_records(path: Path, key: str, fields: Mapping[str, Kind], what: str) -> list[dict[str, Any]]:
-    """The non-empty list of records that a JSON object holds under a key."""
+    """The non-empty list of records under a key of a JSON object."""
     content = checked(read_json(path), {key: list}, str(path), what)
     return checked_list(content[key], fields, path, what)
 
 
 def index_unique(records: Iterable[dict[str, Any]], key: str, path: Path) -> dict[Any, dict[str, Any]]:
-    """Records by the value of `key`; `UsageError` where it occurs twice."""
+    """Records by the value of `key`; `UsageError` if a value occurs twice."""
     index: dict[Any, dict[str, Any]] = {}
     for number, record in enumerate(records, start=1):
         if index.setdefault(record[key], record) is not record:
@@ -131,13 +132,13 @@ def _short(value: Any) -> str:
 
 
 class AnnotatorBenchmark(Benchmark):
-    """Targets hold the `answers` of the annotators and, where there are kinds of questions, their `type`."""
+    """Targets hold the annotators' `answers` and, if questions have types, the `type`."""
 
     target_keys = ("answers",)
     process: ClassVar[Callable[[str], str]]
-    """How the primary convention rewrites a prediction."""
+    """The primary metric's processing of a prediction."""
     conventions: ClassVar[Mapping[str, VQAScore]]
-    """Scores by metric name; that of the primary comes first."""
+    """Scoring functions by metric name, the primary metric's first."""
 
     def parse(self, text: str, target: Mapping[str, Any]) -> str:
         return type(self).process(text)

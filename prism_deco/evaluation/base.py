@@ -1,4 +1,4 @@
-"""What a benchmark promises, what it asks of a model, and the registry of benchmarks."""
+"""The base class of benchmarks, the interface of the models they evaluate, and the registry of benchmarks."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ class Model(Protocol):
     """A model under evaluation."""
 
     def generate(self, images: list[Tensor | list[Tensor]], prompts: list[str], max_new_tokens: int) -> list[str]:
-        """Greedy answers to raw questions about images, whose visual tokens come from `encode_images`: those of a
-        question's image, or a list where it has several or none."""
+        """Greedy answers to raw questions.
+
+        Args:
+            images: per question the output of `encode_images` for its image; a list of them if it has several or none.
+        """
         ...
 
     def encode_images(self, images: list[Path]) -> list[Tensor]:
@@ -42,36 +45,36 @@ class Model(Protocol):
 
 
 class Benchmark(ABC):
-    """Reads a benchmark's official files, asks its questions, reads the answers, scores them.
+    """Reads a benchmark's official files, asks its questions, parses the answers and scores them.
 
     Subclasses implement `read` and `parse`, and override what differs from the mean of exact matches.
-    Item scores lie in 0..1; metrics are in the paper's unit: per cent, or MME's sums.
+    Item scores are in 0..1; metrics are in the paper's unit: per cent, or MME's sums.
 
     Args:
-        name: the choice (its YAML's file name).
+        name: the benchmark's name (the file name of its YAML).
         root: folder that all other paths are relative to.
-        variants: the ways to ask, of those in `VARIANTS`. The first one's metrics are plain ("accuracy"), the
+        variants: the ways to ask, a subset of `VARIANTS`. The first one's metrics have plain names ("accuracy"), the
             others' are prefixed ("generate/accuracy").
-        annotations: the file of the questions; a benchmark of several has a pattern, with their field.
-        image: pattern of an image's path; its fields are those of the annotations, and `{split}`. Empty where
-            the annotation file holds the images.
-        split: what `{split}` stands for in paths.
+        annotations: path of the questions' file; a pattern with a field if there are several.
+        image: pattern of an image's path; its fields are those of the annotations, and `{split}`. Empty if the
+            annotation file contains the images.
+        split: replaces `{split}` in paths.
         max_new_tokens: length limit of an answer in tokens.
-        on_bad_image: a missing or unreadable image: fail | count_wrong.
-        limit: ask only that many questions, spread over subsets; None asks all.
+        on_bad_image: what to do about a missing or unreadable image: fail | count_wrong.
+        limit: ask only this many questions, spread over subsets; None asks all.
     """
 
     VARIANTS: ClassVar[Mapping[str, Variant]]
     primary: ClassVar[str] = "accuracy"
-    """The metric that stands in the paper's column."""
+    """Name of the primary metric, which is the paper's."""
     target_keys: ClassVar[Sequence[str]] = ()
-    """What the target of every question holds: a file of predictions without them is another benchmark's."""
+    """Keys of every question's target. Predictions without them are another benchmark's, and cannot be scored."""
     combine: ClassVar[Combine] = "mean"
-    """How the primary follows from the means of the `strata`."""
+    """How the primary metric combines the means of the `strata`."""
     choices: Sequence[str] = ()
     """The answers that a likelihood variant compares."""
     parts: Sequence[str] = ()
-    """The strata that the primary is made of, where the YAML names them: without questions one would be left out."""
+    """The strata that the YAML names, if any. Each needs questions: the primary metric would silently omit it."""
 
     def __init__(
         self,
@@ -110,19 +113,19 @@ class Benchmark(ABC):
         """All questions, in the files' order.
 
         Raises:
-            UsageError: a file is missing, damaged or of another benchmark; names it and the first bad record.
+            UsageError: a file is missing, damaged or another benchmark's; names it and the first bad record.
         """
 
     @abstractmethod
     def parse(self, text: str, target: Mapping[str, Any]) -> Any:
-        """The answer (JSON) that a stripped output means; None where it cannot be read."""
+        """Parses a stripped output into an answer, as JSON; None if it cannot be parsed."""
 
     def score(self, answer: Any, text: str, target: Mapping[str, Any]) -> float:
-        """Score 0..1 of an answer that could be read; by default whether it is the target's."""
+        """Score 0..1 of a parsed answer; by default, whether it equals the target's."""
         return float(answer == target["answer"])
 
     def is_invalid(self, prediction: Prediction) -> bool:
-        """Whether the output could not be read as an answer, or is empty."""
+        """Whether the output could not be parsed as an answer, or is empty."""
         return prediction.answer is None or prediction.answer == ""
 
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
@@ -130,15 +133,15 @@ class Benchmark(ABC):
         return {"accuracy": mean_score(predictions)}
 
     def strata(self, predictions: Sequence[Prediction]) -> dict[str, list[float]]:
-        """Values, in the primary's unit, of the units that an interval resamples, by stratum."""
+        """By stratum, the values that the bootstrap resamples, in the unit of the primary metric."""
         return {"all": [100 * prediction.score for prediction in predictions]}
 
     def constants(self, targets: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Outputs among which the best image-blind constant answer is sought."""
+        """Candidate outputs for the best constant answer, which needs no image."""
         return most_common(str(target["answer"]) for target in targets)
 
     def grade(self, prediction: Prediction) -> Prediction:
-        """The prediction with `answer` and `score` made from its output; no output scores 0."""
+        """The prediction with `answer` and `score` computed from its output; no output scores 0."""
         if prediction.output is None:
             return replace(prediction, answer=None, score=0.0)
         text = prediction.text
@@ -146,7 +149,7 @@ class Benchmark(ABC):
         if self.VARIANTS[self.variant_of(prediction)].likelihood:
             if probabilities is None:
                 raise self._other_variant(prediction, "text, not probabilities", likelihood=False)
-            text = max(probabilities, key=probabilities.__getitem__)  # the first of equals, like argmax
+            text = max(probabilities, key=probabilities.__getitem__)  # the first of ties, like argmax
         elif probabilities is not None and set(probabilities) == set(self.choices):
             raise self._other_variant(prediction, "probabilities, not text", likelihood=True)
         answer = self.parse(text, prediction.target)
@@ -180,15 +183,15 @@ class Benchmark(ABC):
         return questions
 
     def items(self) -> list[Item]:
-        """What to ask, variant after variant, in canonical order; see `select`."""
+        """The questions of `select` as each variant asks them, variant by variant: the canonical order."""
         questions = self.select()
         return [self._ask(question, name) for name in self.variants for question in questions]
 
     def check_parts(self, counts: Mapping[str, int], where: str) -> None:
-        """Raises `UsageError` where one of the parts has no questions.
+        """Raises `UsageError` if one of the parts has no questions.
 
         Args:
-            counts: questions by stratum.
+            counts: number of questions by stratum.
             where: what was counted, for the message.
         """
         if empty := [part for part in self.parts if not counts.get(part)]:
@@ -196,13 +199,13 @@ class Benchmark(ABC):
             raise UsageError(f"{self.name}: no questions of {' and '.join(empty)} in {where} (questions of {found}).")
 
     def annotation_path(self, **fields: Any) -> Path:
-        """The file of the questions; `fields` are those of its pattern."""
+        """The file of the questions; `fields` fill in its pattern."""
         if not self.annotations:
             raise UsageError(f"The benchmark {self.name} is missing the key annotations.")
         return self.path(self.annotations, **fields)
 
     def path(self, pattern: str, **fields: Any) -> Path:
-        """The file that a pattern means below the root; `UsageError` where that is outside of it."""
+        """Fills in a pattern to a path below the root; `UsageError` if it leaves the root."""
         if self.root is None:
             raise UsageError(f"{self.name} needs a folder with its files: set root=<folder>.")
         try:
@@ -225,14 +228,15 @@ class Benchmark(ABC):
         group: str = "",
         **image: Any,
     ) -> Question:
-        """Builds a question about the image that the fields `image` of the pattern mean; `where` is for errors."""
+        """Builds a question about one image; `image` fills in the pattern, and `where` is as for `image_file`."""
         name, path = self.image_file(where, **image)
         return Question(str(question_id), (name,), (path,), fields, target, stratum=stratum, group=group)
 
     def image_file(self, where: str, **fields: Any) -> tuple[str, Path]:
-        """The image that the pattern means: its path below the root, as predictions record it, and the file.
+        """Fills in the pattern of images: the path below the root, as predictions record it, and the file.
 
-        `where`, the annotation file and the record, stands before errors.
+        Args:
+            where: the annotation file and the record, for errors.
         """
         try:
             path = self.path(self.image, **fields)
@@ -262,7 +266,7 @@ class Benchmark(ABC):
 
 
 def _check_encoding(question: Question, where: str) -> None:
-    """Raises `UsageError` for half a surrogate pair, which JSON can hold but no file and no tokenizer takes."""
+    """Raises `UsageError` for lone surrogates, which JSON can escape but no file and no tokenizer accepts."""
     content = [question.question_id, question.images, *question.fields.values(), question.target]
     try:
         json.dumps(content, ensure_ascii=False).encode()
@@ -274,7 +278,7 @@ def _check_encoding(question: Question, where: str) -> None:
 
 
 def _probabilities(text: str) -> dict[str, float] | None:
-    """The probabilities by choice that the output of a likelihood question is; None for other text."""
+    """The output of a likelihood variant, probabilities by choice; None for other text."""
     if not text.startswith("{"):
         return None
     try:

@@ -1,4 +1,4 @@
-"""From names to benchmarks: single choices, groups of them, and their YAMLs."""
+"""Builds benchmarks from names and YAMLs, and checks them before anything slow begins."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def build_benchmark(choice: str | Mapping[str, Any], **overrides: Any) -> Benchm
     """Builds a benchmark.
 
     Args:
-        choice: a name under `conf/benchmark` (or the path of a YAML), or the mapping of one.
-        overrides: keys to replace, such as `root`, `split` or `limit`. Text, as on a command line, is read by the type
-            of its key.
+        choice: a name under `conf/benchmark`, the path of a YAML, or the content of one.
+        overrides: keys to replace, such as `root`, `split` or `limit`. Text, as from a command line, is parsed
+            according to the type of its key.
 
     Raises:
         UsageError: an unknown choice, family or key, with the nearest valid ones; a value of a wrong type; a group.
@@ -55,13 +55,13 @@ def build_benchmark(choice: str | Mapping[str, Any], **overrides: Any) -> Benchm
 def check_keys(
     names: str | Iterable[str], options: Iterable[str], own: Iterable[str] = (), also: Iterable[str] = ()
 ) -> None:
-    """Checks that keys on a command line belong to the benchmarks that are asked for.
+    """Checks that keys on a command line belong to the requested benchmarks.
 
     Args:
-        names: of benchmarks and groups; where none are named, the keys may be those of any benchmark.
-        options: keys of all of them.
-        own: benchmarks for which keys of their own are given.
-        also: other keys that may be given where `options` are.
+        names: names of benchmarks and groups; if empty, the keys of any benchmark are valid.
+        options: keys given for all of them.
+        own: benchmarks for which individual keys are given.
+        also: further valid keys among `options`.
 
     Raises:
         UsageError: none of the benchmarks has the key, or a benchmark is not among the names.
@@ -86,17 +86,18 @@ def prepare(
     *,
     root: Path | None = None,
 ) -> list[Benchmark]:
-    """Builds benchmarks and reads their annotation files, so that what is wrong with any of them is known before a
-    model is trained or loaded. Of the images only the first is looked for: all of them would take minutes.
+    """Builds benchmarks and reads their annotation files, so that errors appear before a model is trained or loaded.
+
+    Of the images, it only checks that the first exists: checking all would take minutes.
 
     Args:
         names: see `resolve_benchmarks`.
-        options: keys to replace in all of them; None keeps what a YAML says.
-        own: keys to replace in single ones, by their names.
-        root: the folder of those that have none of their own.
+        options: keys to replace in all of them; the value None keeps the YAML's.
+        own: keys to replace in single ones, by name.
+        root: the folder of benchmarks whose YAML names none.
 
     Raises:
-        UsageError: an unknown name or key, a value of a wrong type, a file that is missing or damaged, no questions.
+        UsageError: an unknown name or key, a value of a wrong type, a missing or damaged file, no questions.
     """
     shared = {key: value for key, value in (options or {}).items() if value is not None}
     names = resolve_benchmarks(names)
@@ -129,13 +130,13 @@ def prepare(
 def prepare_one(
     name: str, options: Mapping[str, Any] | None = None, *, root: Path | None = None, boxes: bool = False
 ) -> Benchmark:
-    """Like `prepare`, for what measures one benchmark.
+    """Like `prepare`, for a single benchmark.
 
     Args:
-        boxes: it must ask for boxes.
+        boxes: its targets must have boxes.
 
     Raises:
-        UsageError: several benchmarks, or none with boxes, as well.
+        UsageError: as for `prepare`; a group of several benchmarks; no boxes.
     """
     names = resolve_benchmarks(name)
     if len(names) > 1:
@@ -156,7 +157,7 @@ def _counted(questions: Sequence[Question]) -> str:
 
 
 def _keys_of(family: type[Benchmark]) -> dict[str, inspect.Parameter]:
-    """Keyword arguments of a family, its bases' included, their annotations resolved."""
+    """Keyword arguments of a family and its bases, with their annotations resolved."""
     keys: dict[str, inspect.Parameter] = {}
     for base in family.__mro__:
         if "__init__" in vars(base) and issubclass(base, Benchmark):
@@ -169,12 +170,12 @@ def _keys_of(family: type[Benchmark]) -> dict[str, inspect.Parameter]:
 def _parameters(base: type) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(base.__init__, eval_str=True).parameters
-    except NameError:  # a plug-in may import the names of its annotations for type checkers only
+    except NameError:  # a plug-in may import the types of its annotations under TYPE_CHECKING only
         return inspect.signature(base.__init__).parameters
 
 
 def _typed(key: str, value: Any, parameter: inspect.Parameter) -> Any:
-    """A value as its key's type has it; text is read by that type. Types other than these are taken as they are."""
+    """Checks a value against the type of its key, and parses text; values of other types are returned unchanged."""
     annotation = parameter.annotation
     kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     if NoneType in kinds and value in (None, "null"):
@@ -196,10 +197,10 @@ def _typed(key: str, value: Any, parameter: inspect.Parameter) -> Any:
 
 
 def _texts(text: str) -> Any:
-    """`[Yes, 5]` -> ["Yes", "5"]; anything but a list is its only element."""
+    """`[Yes, 5]` -> ["Yes", "5"]; other text is the only element. None for invalid YAML."""
     if not text.startswith("["):
         return [text]
     try:
-        return yaml.load(text, Loader=yaml.BaseLoader)  # this loader reads all scalars as text
+        return yaml.load(text, Loader=yaml.BaseLoader)  # BaseLoader keeps all scalars as text
     except yaml.YAMLError:
         return None

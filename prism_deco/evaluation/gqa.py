@@ -16,7 +16,7 @@ from prism_deco.evaluation.metrics.exact import strip_all_punctuation, strip_tra
 class GQA(Benchmark):
     """A JSON object of records {imageId, question, answer} by question id (`testdev_balanced_questions.json`).
 
-    `accuracy` deletes all punctuation of the output first (PRISM harness), `accuracy_llava` its last period.
+    `accuracy` first deletes all punctuation of the output (PRISM harness), `accuracy_llava` only periods at its end.
     """
 
     VARIANTS: ClassVar = {"short": Variant(SHORT)}

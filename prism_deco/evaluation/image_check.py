@@ -1,4 +1,4 @@
-"""The images of a benchmark, looked at before the first question is asked."""
+"""Checks the images of a benchmark before the first question is asked."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from prism_deco.machine import cores
 
 log = logging.getLogger(__name__)
 
-# Pillow decodes without the interpreter's lock; beyond this many, a disk gains nothing.
+# Pillow releases the GIL while it decodes. More than 16 threads do not speed up a disk.
 _THREADS = min(16, cores())
 
 
 def bad_images(items: Sequence[Item], on_bad_image: str) -> set[str]:
-    """Images, by their names in `Item.images`, that are missing or cannot be decoded.
+    """The names (of `Item.images`) of images that are missing or cannot be decoded.
 
-    Decodes every image once, in threads and at a reduced size: headers are not enough, since a truncated file
-    looks sound until its last byte.
+    Decodes every image once, in threads and at a reduced size. Reading headers would not find truncated files.
 
     Raises:
-        UsageError: there is one and `on_bad_image` is "fail"; names the first.
+        UsageError: names the first of them, if `on_bad_image` is "fail".
     """
     first_use: dict[str, tuple[Path, str]] = {}
     for item in items:

@@ -1,4 +1,4 @@
-"""What travels through an evaluation: questions as read, items as asked, predictions as written."""
+"""The data of an evaluation: questions as read, items as asked, predictions as written."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Variant:
     """One way to ask a benchmark's questions."""
 
     template: str
-    """The prompt; its fields are those of `Question.fields`."""
+    """The prompt, with `Question.fields` as fields."""
     likelihood: bool = False
-    """Compare the probabilities of the possible answers instead of letting the model write."""
+    """Compare the probabilities of the possible answers instead of generating text."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a benchmark's files."""
+    """One question as read from a benchmark's files."""
 
     question_id: str
     images: tuple[str, ...]
@@ -29,13 +29,13 @@ class Question:
     paths: tuple[Path, ...]
     """The image files."""
     fields: Mapping[str, str]
-    """What the prompt templates are filled with."""
+    """Values for the fields of prompt templates."""
     target: dict[str, Any]
     """What scoring needs, as JSON."""
     stratum: str = ""
-    """Part of the benchmark that a limit must not leave out (a subset, a task)."""
+    """Part of the benchmark (a subset, a task), from which a limit must keep questions."""
     group: str = ""
-    """Questions of one group are scored together: a limit must not tear them apart. Empty is alone."""
+    """Questions of one group are scored together, so a limit must not split them. Empty: a group of its own."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Item:
     prompt: str
     target: dict[str, Any]
     choices: tuple[str, ...] = ()
-    """The answers whose probabilities are compared; empty lets the model write."""
+    """The answers whose probabilities are compared; empty generates text."""
 
     @property
     def image(self) -> str | list[str]:
-        """Its image as predictions record it; a list unless it is one."""
+        """The image as predictions record it; a list unless there is exactly one."""
         return self.images[0] if len(self.images) == 1 else list(self.images)
 
 
@@ -62,24 +62,24 @@ class Prediction:
 
     question_id: str
     image: str | list[str]
-    """Path of the image below the benchmark's root; a list unless it is one."""
+    """Path of the image below the benchmark's root; a list unless there is exactly one."""
     prompt: str
     output: str | None
-    """What the model wrote, or a JSON object of its choice probabilities; None: its image was unreadable."""
+    """The generated text, or a JSON object of choice probabilities; None if the image was unreadable."""
     answer: Any
-    """The output as the benchmark reads it (JSON); None where it cannot be read."""
+    """The output as parsed by the benchmark, as JSON; None if it cannot be parsed."""
     target: dict[str, Any]
     score: float
     """0..1."""
 
     @property
     def text(self) -> str:
-        """The output without spaces at its ends: all reference harnesses strip what they decode."""
+        """The stripped output; all reference harnesses strip what they decode."""
         return (self.output or "").strip()
 
 
 def cut(questions: Sequence[Question], limit: int | None) -> list[Question]:
-    """At least `limit` questions (groups stay whole), taken in turn from the strata, in the given order."""
+    """At least `limit` questions, since groups are kept whole, taken in turn from the strata; in the given order."""
     if limit is None or limit >= len(questions):
         return list(questions)
     strata: dict[str, dict[str, list[int]]] = {}
@@ -101,7 +101,7 @@ def most_common(values: Iterable[str], count: int = 5) -> list[str]:
 
 
 def mean_score(predictions: Sequence[Prediction]) -> float:
-    """Mean item score in per cent."""
+    """Mean score in per cent."""
     return 100 * sum(prediction.score for prediction in predictions) / len(predictions)
 
 

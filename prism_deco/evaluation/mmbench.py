@@ -1,4 +1,4 @@
-"""MMBench: multiple choice with the options rotated; a question counts if every rotation is right."""
+"""MMBench: multiple choice with rotated options; a question is correct if all of its rotations are."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _LARGEST_CELL = 1 << 28  # bytes; an image is one cell, and csv's own limit is 1
 class MMBench(Benchmark):
     """The TSV with images in base64.
 
-    `accuracy` is circular (all rotations right), `accuracy_vanilla` looks at the unrotated questions only.
-    Outputs that neither hold a lone letter nor the text of a single option count as wrong: the official
-    script asks a language model about them, which an offline harness cannot.
+    `accuracy` is circular (all rotations must be correct), `accuracy_vanilla` only scores the unrotated questions.
+    Outputs with neither a lone letter nor the text of a single option count as wrong: the official script asks a
+    language model about them, which an offline harness cannot do.
     """
 
     VARIANTS: ClassVar = {"letter": Variant("{hint}" + LETTER)}
@@ -37,7 +37,7 @@ class MMBench(Benchmark):
 
     def read(self) -> list[Question]:
         path = self.annotation_path()
-        # The model reads images from files; the folder goes with this object.
+        # The model reads images from files; the folder is removed with this object.
         folder = Path(mkdtemp(prefix="mmbench-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return [_question(record, f"{path}, record {k}", folder) for k, record in enumerate(_read_rows(path), start=1)]

@@ -1,4 +1,4 @@
-"""MME: pairs of yes/no questions, one of each to be answered yes and one no."""
+"""MME: pairs of yes/no questions about an image, one with the answer yes and one with no."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _IMAGES = (".jpg", ".jpeg", ".png")
 
 @BENCHMARKS.register("mme")
 class MME(Benchmark):
-    """The release's folder per task (the field `{task}` of `annotations`), with a text file per image of two lines
+    """The release's folder per task (the field `{task}` of `annotations`), with one text file per image: two lines
     `question <tab> Yes|No`.
 
-    Text files lie next to the images, or (in five of the tasks) in `questions_answers_YN/`, the images then in
-    `images/`. A task scores 100 accuracy + 100 accuracy+ (both questions of an image right), the benchmark the
-    sum of its tasks: at most 2000 for the ten perception tasks.
+    Text files are next to the images, or (in five of the tasks) in `questions_answers_YN/`, with the images in
+    `images/`. The score of a task is 100 accuracy + 100 accuracy+ (both questions of an image correct), that of the
+    benchmark the sum over tasks: at most 2000 for the ten perception tasks.
 
     Args:
         tasks: names of the tasks.
@@ -82,7 +82,7 @@ class MME(Benchmark):
         strata = {}
         for task, part in by_part(predictions, "task").items():
             pairs = mme_pairs(*_correct(part))
-            # Scaled so that the mean over images is the accuracy over questions.
+            # Scaled so that the mean over images of `right` is the accuracy over questions.
             share = 100 * len(pairs) / len(part)
             strata[task] = [share * right + 100 * both for right, both in pairs]
         return strata
@@ -96,7 +96,7 @@ def _correct(predictions: Sequence[Prediction]) -> tuple[list[bool], list[str]]:
 
 
 def _image_name(folder: Path, stem: str) -> str:
-    """The image that belongs to a text file; a name that does not exist where there is none."""
+    """The name of a text file's image; if there is none, a name that does not exist."""
     return next((stem + suffix for suffix in _IMAGES if (folder / (stem + suffix)).is_file()), stem + _IMAGES[0])
 
 

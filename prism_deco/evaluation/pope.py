@@ -18,7 +18,7 @@ class POPE(Benchmark):
     """JSON lines {question_id, image, text, label}, one file per subset: `annotations` has the field `{subset}`.
 
     `likelihood` compares the probabilities of Yes and No at the first answer token (PRISM harness, whose accuracy
-    fits the paper's column); `generate` reads the written answer (LLaVA, who report its mean F1). Every metric
+    matches the paper's column); `generate` parses the generated answer (LLaVA, which reports its mean F1). Every metric
     is the mean over the subsets.
 
     Args:
@@ -48,7 +48,7 @@ class POPE(Benchmark):
             if record["label"] not in ("yes", "no"):
                 raise UsageError(f"{where} is not a POPE record: the label is {record['label']!r}, not yes or no.")
             target = {"answer": record["label"], "subset": subset}
-            # Ids start anew in each subset.
+            # Ids restart in each subset.
             question_id = f"{subset}/{record['question_id']}"
             fields = {"question": record["text"]}
             questions.append(self.question(where, question_id, fields, target, stratum=subset, image=record["image"]))

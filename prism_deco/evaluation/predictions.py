@@ -1,4 +1,4 @@
-"""`predictions.jsonl`: written as answers come, resumed after a crash, put in order at the end."""
+"""`predictions.jsonl`: appended to during an evaluation, resumed after a crash, sorted at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prism_deco.files import read_json, refusals_named, write_json, write_whole
 FILE = "predictions.jsonl"
 VARIANTS = "variants"
 ASK = "ask"
-"""Keys of `decoding.json`: how the questions were worded, and in which prompt they were put to the model."""
+"""Keys of `decoding.json`: the variants of the questions, and how the model was prompted (`LanguageModel.ask`)."""
 _FIELDS = frozenset(field.name for field in fields(Prediction))
 
 
@@ -46,17 +46,17 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
 
 
 class PredictionStore:
-    """The predictions of one evaluation while it runs, one file per rank.
+    """The predictions of a running evaluation, one file per rank.
 
     Args:
         folder: where they are written, and where an earlier evaluation may have left some.
-        items: what is asked, in canonical order.
-        decoding: how answers are produced. Kept in `decoding.json`: answers of different settings are not mixed.
-        rank, world: this process among those that share the work; one process writes the final file directly.
+        items: all items, in canonical order.
+        decoding: the decoding settings. Kept in `decoding.json`, so that answers of different settings are not mixed.
+        rank, world: this process's rank and the number of processes; a single one writes the final file directly.
 
     Attributes:
-        done: the answers that are there. Questions that could not be asked, because their image was missing or
-            unreadable, are not among those of an earlier evaluation.
+        done: predictions so far, by question id. Those that an earlier evaluation made without an output, because the
+            image was missing or unreadable, are not included: they are asked again.
     """
 
     def __init__(self, folder: Path, items: Sequence[Item], decoding: Mapping[str, Any], rank: int = 0, world: int = 1):
@@ -76,23 +76,23 @@ class PredictionStore:
                     self.done[prediction.question_id] = prediction
 
     def has_all(self, items: Iterable[Item]) -> bool:
-        """Whether all answers are there."""
+        """Whether all items have been answered."""
         return all(item.question_id in self.done for item in items)
 
     def start(self, kept: Container[str]) -> None:
-        """Begins this rank's file with the answers of earlier evaluations to the questions `kept`."""
+        """Starts this rank's file with the earlier answers to the questions `kept`; drops the others."""
         self.done = {name: prediction for name, prediction in self.done.items() if name in kept}
         write_predictions(self._own, self.done.values())
 
     def append(self, predictions: Iterable[Prediction]) -> None:
-        """Writes predictions at once, so that a kill loses no finished batch."""
+        """Writes predictions immediately, so that a killed process loses no finished batch."""
         with self._own.open("a", encoding="utf-8") as file:
             for prediction in predictions:
                 file.write(_line(prediction))
                 self.done[prediction.question_id] = prediction
 
     def merge(self) -> list[Prediction]:
-        """All predictions in canonical order, written to the final file; the ranks' files are removed."""
+        """Writes all predictions to the final file, in canonical order, and removes the ranks' files."""
         found = {}
         for path in self._files:
             found |= {prediction.question_id: prediction for prediction in _read(path, drop_torn=True)}
@@ -107,7 +107,7 @@ class PredictionStore:
         if any(self.folder.glob("predictions*.jsonl")):
             if not path.is_file():
                 raise UsageError(f"{self.folder} holds answers, but no {path.name} with their settings. {self._ways}")
-            # A setting that the file does not name cannot be compared, but for the way to ask: that is as trained.
+            # A setting that the file lacks cannot be compared, except ASK, which defaults to AS_TRAINED.
             before = {ASK: AS_TRAINED} | read_json(path)
             now = {ASK: AS_TRAINED} | decoding
             changed = [f"{k} was {old} and is {now.get(k)}" for k, old in before.items() if old != now.get(k)]
@@ -143,7 +143,8 @@ def _line(prediction: Prediction) -> str:
 def _read(path: Path, drop_torn: bool) -> list[Prediction]:
     """The predictions of a file.
 
-    A line without its newline was being written when the process died; `drop_torn` leaves it out.
+    Args:
+        drop_torn: ignore a last line without a newline, whose write was interrupted.
     """
     with refusals_named(path, "Name a predictions.jsonl."):
         content = path.read_bytes()

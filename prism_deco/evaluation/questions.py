@@ -1,4 +1,4 @@
-"""Questions of one's own, in one file."""
+"""The user's own questions, in one file."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _FIELDS = {"question": str, "image": (str, list, NoneType), "answer": (str, int,
 class Questions(Benchmark):
     """JSON lines {question, image, answer}.
 
-    `image` is a path, a list of paths, or null for a text-only question; `answer` a text or a list of texts, each of
-    them right. `question_id` may be given; it is the line's number otherwise. An output is right if it is one of the
-    answers but for upper case and a period at the end.
+    `image` is a path, a list of paths, or null for a text-only question. `answer` is a text, or a list of texts, all
+    of them correct. `question_id` is optional and defaults to the number of the line. An output is correct if it equals
+    one of the answers, ignoring case and a period at the end.
 
-    Variants: `short` asks for a single word or phrase, `plain` asks the question as it stands.
+    Variants: `short` asks for a single word or phrase, `plain` asks the question as it is.
     """
 
     VARIANTS: ClassVar = {"short": Variant(SHORT), "plain": Variant("{question}")}
@@ -35,7 +35,7 @@ class Questions(Benchmark):
         return [self._question(record, f"{path}, record {k}", k) for k, record in enumerate(read_json_lines(path), 1)]
 
     def _question(self, record: Any, where: str, number: int) -> Question:
-        # No image must be said: one under another key would be overlooked.
+        # A text-only question needs `"image": null`, so that an image under a misspelt key is not overlooked.
         checked(record, _FIELDS, where, _WHAT)
         images = _listed(record["image"])
         answers = [str(answer) if type(answer) in (int, float) else answer for answer in _listed(record["answer"])]

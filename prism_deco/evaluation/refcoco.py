@@ -22,11 +22,11 @@ _LARGEST = 1_000_000  # pixels
 class RefCOCO(Benchmark):
     """REFER's files: a pickle of expressions (`annotations`) and COCO's `instances.json`. One question per sentence.
 
-    Acc@0.5: the fraction of boxes that overlap the true one with an IoU of at least 0.5. `accuracy` is the PRISM
-    harness's number: the output must be a well-formed list, its frame is taken for the image's (raw), and the true box
-    is rounded to two decimals. A model trained on images padded to squares answers in the padded frame;
-    `accuracy_pad_corrected` undoes that. The `_lenient` pair is lmms-eval's: the first four bracketed numbers of the
-    output against the exact box.
+    Acc@0.5: the fraction of boxes with an IoU of at least 0.5 with the true box. `accuracy` is the PRISM harness's: the
+    output must be a well-formed list, its coordinates are used unchanged, and the true box is rounded to two decimals.
+    A model trained on images padded to squares answers in coordinates of the padded image;
+    `accuracy_pad_corrected` converts them. The two `_lenient` metrics are lmms-eval's: the first four bracketed numbers
+    of the output, compared with the exact box.
 
     Variants: `quoted` is the harness's prompt, `trained` the wording of LLaVA's training conversations.
 
@@ -118,6 +118,12 @@ def _is_box(value: list[Any]) -> bool:
 def _accuracy(
     predictions: Sequence[Prediction], boxes: Sequence[Box | None], *, corrected: bool, exact: bool = False
 ) -> float:
+    """Acc@0.5 in per cent of parsed boxes.
+
+    Args:
+        corrected: convert the boxes from the coordinates of the padded image.
+        exact: compare with the exact true box instead of the rounded one.
+    """
     hits = 0
     for prediction, box in zip(predictions, boxes, strict=True):
         if box is None:
@@ -125,7 +131,7 @@ def _accuracy(
         target = prediction.target
         if corrected:
             box = unpad(box, target["width"], target["height"])
-        # Predictions of earlier versions have the rounded box only.
+        # Predictions written by earlier versions only have the rounded box.
         truth = target.get("exact_box", target["box"]) if exact else target["box"]
         hits += iou(box, truth) >= 0.5
     return 100 * hits / len(predictions)

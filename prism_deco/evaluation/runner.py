@@ -1,4 +1,4 @@
-"""Asks a model a benchmark's questions: each image encoded once, answers kept as they come."""
+"""Asks a model a benchmark's questions. Each image is encoded once, and answers are saved batch by batch."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Answers and scores a benchmark; writes `predictions.jsonl` and `metrics.json` into `out_dir`.
 
-    A killed evaluation ends with the same `predictions.jsonl` as one that was not: batches are formed of all questions,
-    and a batch of which answers are missing is asked again as a whole. The composition of a batch can change an
-    answer in low precision.
+    A resumed evaluation ends with the same `predictions.jsonl` as an uninterrupted one. In low precision, an answer can
+    depend on the other questions of its batch, so batches do not depend on what is done, and a batch with a missing
+    answer is asked again as a whole.
 
     Args:
-        batch_size: questions per generation, images per encoding.
-        image_cache: images whose visual tokens are held at a time.
-        model_id: tells models apart (a hash of the weights, say): answers of two are never mixed in a folder.
-        dtype: what the model computes in; recorded, and not mixed either.
-        ask: how the model asks (`Model.ask`); recorded, and not mixed either.
+        batch_size: questions per generation, and images per encoding.
+        image_cache: number of images whose visual tokens are in memory at a time.
+        model_id: identifies the model (a hash of the weights, say); a folder never mixes answers of two models.
+        dtype: what the model computes in; recorded, and never mixed either.
+        ask: how the model is prompted (`LanguageModel.ask`); recorded, and never mixed either.
         world: the processes that share the images, all of which call this and see `out_dir`; None is this one alone.
 
     Returns:
@@ -64,14 +64,14 @@ def evaluate(
     if ask != AS_TRAINED:
         decoding[ASK] = ask
     store = PredictionStore(out_dir, items, decoding | {VARIANTS: list(benchmark.variants)}, world.rank, world.size)
-    world.barrier()  # nobody writes before all have read what is there
+    world.barrier()  # no rank writes before all have read the existing answers
     if world.is_main:
         _log_questions(benchmark, items, len(store.done))
     mine = _shard(items, world.rank, world.size)
     windows = _windows(mine, batch_size, image_cache)
     unfinished = [window for window in windows if not all(store.has_all(batch) for batch in window)]
     bad = bad_images([item for window in unfinished for batch in window for item in batch], benchmark.on_bad_image)
-    world.barrier()  # nobody generates before all images are known to be sound
+    world.barrier()  # no rank generates before all have checked their images
     unfinished = [[_without(batch, bad) for batch in window] for window in unfinished]
     todo = [batch for window in unfinished for batch in window if not store.has_all(batch)]
     store.start({item.question_id for item in mine} - {item.question_id for batch in todo for item in batch})
@@ -109,13 +109,13 @@ def _warn_of_missing_answers(benchmark: Benchmark, predictions: Sequence[Predict
 
 
 def _shard(items: Sequence[Item], rank: int, world: int) -> list[Item]:
-    """The rank's items, ordered by image: every world-th image, so that one image is encoded on one rank."""
+    """The rank's items, ordered by image: those of every world-th image, so that only one rank encodes it."""
     by_images = _by_images(items)
     return [item for images in list(by_images)[rank::world] for item in by_images[images]]
 
 
 def _by_images(items: Sequence[Item]) -> dict[tuple[str, ...], list[Item]]:
-    """Items that share their images; text-only ones stand alone."""
+    """Groups items by their images; a text-only item is its own group."""
     groups: dict[tuple[str, ...], list[Item]] = {}
     for item in items:
         groups.setdefault(item.images or ("", item.question_id), []).append(item)
@@ -123,7 +123,7 @@ def _by_images(items: Sequence[Item]) -> dict[tuple[str, ...], list[Item]]:
 
 
 def _windows(items: Sequence[Item], batch_size: int, image_cache: int) -> list[list[list[Item]]]:
-    """Batches by window of at most `image_cache` images: prompts of similar length, longest first."""
+    """Splits items into windows of at most `image_cache` images, and each window into batches (see `_batches`)."""
     windows: list[list[Item]] = [[]]
     held: set[str] = set()
     for members in _by_images(items).values():
@@ -137,6 +137,7 @@ def _windows(items: Sequence[Item], batch_size: int, image_cache: int) -> list[l
 
 
 def _batches(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
+    """Batches of items with the same choices and prompts of similar length, longest first."""
     batches = []
     for choices in dict.fromkeys(item.choices for item in items):
         alike = [item for item in items if item.choices == choices]
@@ -152,9 +153,9 @@ def _without(batch: Sequence[Item], bad: set[str]) -> list[Item]:
 def _answer_window(
     model: Model, benchmark: Benchmark, window: Sequence[Sequence[Item]], store: PredictionStore, batch_size: int
 ) -> Iterator[list[Prediction]]:
-    """Graded predictions of the batches that are not done.
+    """Yields the graded predictions of the batches that are not done.
 
-    Images are encoded in the same groups whatever is done: those of which none is needed are left out.
+    Images are always encoded in the same groups, whatever is done; a group is skipped if none of it is needed.
     """
     batches = [batch for batch in window if not store.has_all(batch)]
     needed = {name for batch in batches for item in batch for name in item.images}
@@ -174,9 +175,9 @@ def _answer_window(
 
 
 def _ask(model: Model, tokens: Mapping[str, Tensor], batch: Sequence[Item], max_new_tokens: int) -> list[str]:
-    """Outputs of a batch, or of its halves where it does not fit the GPU's memory.
+    """The outputs of a batch, asked in halves if it does not fit in GPU memory.
 
-    Other batches are not made smaller for it: which of them came before this one differs after a kill.
+    Later batches keep their size: which come later differs in a resumed evaluation.
 
     Args:
         tokens: visual tokens float[M, E] of each image.
@@ -186,7 +187,7 @@ def _ask(model: Model, tokens: Mapping[str, Tensor], batch: Sequence[Item], max_
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise
-    # No longer within the handling: the error holds on to what did not fit.
+    # Outside of `except`, since the exception keeps the tensors of the failed batch alive.
     torch.cuda.empty_cache()
     half = len(batch) // 2
     log.warning("Out of memory with %d questions at a time: continuing with %d", len(batch), half)

@@ -1,4 +1,4 @@
-"""From predictions to `metrics.json`: needs neither a model nor the benchmark's files."""
+"""Scores predictions without a model or the benchmark's files: the content of `metrics.json`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def summarise(
 
     Args:
         predictions: graded, in canonical order.
-        decoding: how the answers were produced; None where that is unknown.
+        decoding: the settings that produced the answers; None if unknown.
 
     Returns:
-        benchmark, variants (how the questions were asked; the first variant's metrics have plain names, those of the
-        others a prefix), metrics{name: value} in the paper's unit (per cent, or MME's sum), primary (the name of the
-        paper's metric), n (questions), invalid_rate (fraction 0..1 of the first variant's answers that could not be
-        read), interval95 of the primary, decoding, prompt_hash, data_hash.
+        benchmark, variants (the first variant's metrics have plain names, those of the others a prefix),
+        metrics{name: value} in the paper's unit (per cent, or MME's sum), primary (the name of the paper's metric),
+        n (questions), invalid_rate (fraction 0..1 of the first variant's answers that could not be parsed), interval95
+        of the primary metric, decoding, prompt_hash, data_hash.
     """
     variants = _by_variant(benchmark, predictions)
     first = next(iter(variants))
@@ -55,13 +55,13 @@ def summarise(
 
 
 def score_file(path: str | Path, benchmark: Benchmark, *, chosen: bool = True) -> dict[str, Any]:
-    """Scores a predictions file anew, from its outputs and targets alone; returns what `summarise` does.
+    """Scores a predictions file again, from its outputs and targets alone; returns what `summarise` does.
 
     Args:
-        chosen: the caller knows that the answers are of the benchmark's variants; otherwise they are only its YAML's.
+        chosen: whether the caller has chosen the benchmark's variants; otherwise they are only its YAML's defaults.
 
     Raises:
-        UsageError: the file is damaged, its targets are those of another benchmark, or nothing says its variant.
+        UsageError: the file is damaged, its targets are another benchmark's, or its variant is unknown.
     """
     path = Path(path)
     predictions = load_predictions(path)
@@ -92,10 +92,9 @@ def score_file(path: str | Path, benchmark: Benchmark, *, chosen: bool = True) -
 
 
 def chance(benchmark: Benchmark, predictions: Sequence[Prediction]) -> float:
-    """The primary metric of the best constant answer, which needs no image, to the questions of some predictions.
+    """The primary metric of the best constant answer, which needs no image, on the questions of some predictions.
 
-    The candidates (both words, all letters, the most frequent answers, the mean and the median box) are scored by
-    the benchmark itself, in the first of the variants that were asked.
+    The benchmark itself scores the candidates (`Benchmark.constants`), in the first variant that was asked.
     """
     first, asked = next(iter(_by_variant(benchmark, predictions).items()))
     scores = []
@@ -108,12 +107,12 @@ def chance(benchmark: Benchmark, predictions: Sequence[Prediction]) -> float:
 
 
 def predict(item: Item, output: str | None) -> Prediction:
-    """The ungraded prediction of an output."""
+    """An ungraded prediction."""
     return Prediction(item.question_id, item.image, item.prompt, output, None, item.target, 0.0)
 
 
 def _by_variant(benchmark: Benchmark, predictions: Iterable[Prediction]) -> dict[str, list[Prediction]]:
-    """Predictions by variant: the benchmark's variants first, without those that have none."""
+    """Predictions by variant, the benchmark's variants first; variants without predictions are omitted."""
     variants: dict[str, list[Prediction]] = {name: [] for name in benchmark.variants}
     for prediction in predictions:
         variants.setdefault(benchmark.variant_of(prediction), []).append(prediction)
@@ -125,7 +124,7 @@ def _invalid_rate(benchmark: Benchmark, predictions: Sequence[Prediction]) -> fl
 
 
 def hash_rows(rows: Iterable[Any]) -> str:
-    """SHA-256 of rows of plain values."""
+    """SHA-256 of JSON rows."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")

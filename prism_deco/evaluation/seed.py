@@ -1,4 +1,4 @@
-"""SEED-Bench, its image part: four options, nine kinds of questions."""
+"""The image questions of SEED-Bench: four options, nine types of questions."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _RECORD = {
 
 @BENCHMARKS.register("seed")
 class SEED(Benchmark):
-    """`SEED-Bench.json`: {questions: [...], question_type: {name: id}}; its video questions are left out.
+    """`SEED-Bench.json`: {questions: [...], question_type: {name: id}}; its video questions are skipped.
 
-    `accuracy` takes nothing but the letter (LLaVA), over all questions; `accuracy_lenient` the first character
-    in either case (lmms-eval).
+    `accuracy` only accepts the bare letter (LLaVA); `accuracy_lenient` takes the first character, in upper or lower
+    case (lmms-eval).
     """
 
     VARIANTS: ClassVar = {"letter": Variant(LETTER)}

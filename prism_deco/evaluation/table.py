@@ -25,7 +25,7 @@ def table(
         chance: score of the best constant answer by benchmark (see `scoring.chance`).
         blind: score of a trained image-blind model by benchmark.
     """
-    # In 80 columns only the metric is folded, between its name and the variant.
+    # In a terminal of 80 columns, only the metric wraps, between its name and the variant.
     grid = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     grid.add_column("benchmark", no_wrap=True)
     grid.add_column("metric (variant)")

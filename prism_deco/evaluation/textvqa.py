@@ -26,14 +26,14 @@ _WITH_OCR = SHORT.replace("{question}", f"{{question}}\n{_OCR_LINE} {{ocr}}")
 class TextVQA(AnnotatorBenchmark):
     """The official JSON {data: [{question_id, image_id, question, answers}]}.
 
-    Variants: `ocr` shows the model the tokens that an OCR system found (LLaVA's protocol), `plain` does not. `prism`
-    is how the PRISM harness shows them (vlm-evaluation's `textvqa.py`): where a question goes it puts the whole text
-    of LLaVA's JSON lines, which ends in the instruction, so that the instruction stands there twice. For its prompt
-    without OCR tokens it cuts that text before them: that is `plain`.
+    Variants: `ocr` adds the tokens found by an OCR system to the prompt (LLaVA's protocol), `plain` does not. `prism`
+    adds them as the PRISM harness does (vlm-evaluation's `textvqa.py`): it uses the whole text of LLaVA's JSON lines,
+    which ends in the instruction, as the question, so that the instruction appears twice. Its prompt without OCR tokens
+    cuts that text before them, which is `plain`.
 
     Args:
-        ocr: OCR tokens: TextVQA's Rosetta JSON {data: [{image_id, ocr_tokens}]}, or the JSON lines of LLaVA's
-            prompts {question_id: the image's id, text}. Needed by the variants `ocr` and `prism` only.
+        ocr: file of the OCR tokens: TextVQA's Rosetta JSON {data: [{image_id, ocr_tokens}]}, or the JSON lines of
+            LLaVA's prompts {question_id: the image's id, text}. Only needed by the variants `ocr` and `prism`.
     """
 
     VARIANTS: ClassVar = {
@@ -62,8 +62,7 @@ class TextVQA(AnnotatorBenchmark):
             if tokens is not None and image_id not in tokens:
                 raise UsageError(f"{where}: {self.ocr} has no OCR tokens of the image {image_id}.")
             target = {"answers": ten_answers(record["answers"], where)}
-            # TextVQA's questions are in small letters; in LLaVA's prompts, which the harness takes over, the first is
-            # a capital.
+            # TextVQA's questions are lower-case; LLaVA's prompts, which the harness uses, capitalise them.
             question = record["question"][:1].upper() + record["question"][1:]
             filled = {"question": question, "ocr": tokens[image_id] if tokens is not None else ""}
             questions.append(self.question(where, record["question_id"], filled, target, image_id=image_id))
@@ -71,7 +70,7 @@ class TextVQA(AnnotatorBenchmark):
 
 
 def read_ocr(path: Path) -> dict[str, str]:
-    """OCR tokens by image id, as the prompt lists them: "t1, t2"."""
+    """OCR tokens by image id, in the prompt's form "t1, t2"."""
     if path.suffix == ".jsonl":
         records = checked_list(read_json_lines(path), {"question_id": str, "text": str}, path, "TextVQA prompt")
         texts = {record["question_id"]: record["text"] for record in records}

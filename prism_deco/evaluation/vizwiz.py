@@ -1,4 +1,4 @@
-"""VizWiz: questions of blind people about their photos; many cannot be answered."""
+"""VizWiz: blind people's questions about their photos; many cannot be answered."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from prism_deco.evaluation.metrics import vqa
 
 @BENCHMARKS.register("vizwiz")
 class VizWiz(AnnotatorBenchmark):
-    """A JSON list {image, question, answers, answerable}; a question's id is its place in the list.
+    """A JSON list of {image, question, answers, answerable}; a question's id is its index in the list.
 
-    `accuracy` is scored as the PRISM harness does, `accuracy_official` as VizWiz's own script does, and
-    `accuracy_llava` as that script does after LLaVA's processing of the prediction.
+    `accuracy` is the PRISM harness's score, `accuracy_official` that of VizWiz's own script, and `accuracy_llava` that
+    of the script after LLaVA's processing of the prediction.
     """
 
     VARIANTS: ClassVar = {

@@ -18,8 +18,8 @@ _ANNOTATION = {"question_id": ID, "image_id": ID, "answer_type": str, "answers":
 class VQAv2(AnnotatorBenchmark):
     """The questions file and the annotations file of a split with public answers.
 
-    `accuracy` is scored as the PRISM harness does, `accuracy_official` as the challenge's script does, and
-    `accuracy_llava` as that script does after LLaVA's processing of the prediction.
+    `accuracy` is the PRISM harness's score, `accuracy_official` that of the challenge's script, and `accuracy_llava`
+    that of the script after LLaVA's processing of the prediction.
 
     Args:
         questions: the questions file.

@@ -1,4 +1,4 @@
-"""Training-free compressors: fewer visual tokens from a model that was trained on all patches. One file each."""
+"""Training-free compressors, which reduce the visual tokens of a model trained on all patches. One file each."""
 
 from prism_deco.evaluation.compressors.base import COMPRESSORS, compress
 

@@ -1,4 +1,4 @@
-"""What a training-free compressor promises, and the base of those that look at the tower.
+"""The interface of training-free compressors, and the base class of those that use the tower's attention.
 
 Shapes: B images, N patches of D channels, L positions of the tower (its class token and registers come first), H heads
 of d channels, M visual tokens.
@@ -23,24 +23,24 @@ from prism_deco.projectors import Projector
 from prism_deco.vlm import VLM
 
 COMPRESSORS: Registry[Callable[..., Any]] = Registry("compressor", package="prism_deco.evaluation.compressors")
-"""Called with `vlm` and `num_tokens`, a compressor changes the model in place: it looks at the tower and replaces the
-projector (`TowerCompressor`), or it looks at the LLM (`fastv`). Tables print its `note`, if it has one."""
+"""Called with `vlm` and `num_tokens`, a compressor changes the model in place: it replaces the projector
+(`TowerCompressor`), or hooks into the LLM (`fastv`). Score tables print its `note`, if it has one."""
 
 
 def compress(vlm: VLM, name: str, num_tokens: int, **options: Any) -> None:
-    """Lets a trained model go on with fewer visual tokens, without training.
+    """Reduces the visual tokens of a trained model without training.
 
     Args:
         vlm: a model whose projector makes one visual token per patch (`linear`); changed in place.
         name: a registered compressor.
-        num_tokens: visual tokens that are left of an image.
+        num_tokens: visual tokens to keep per image.
         options: the compressor's own.
 
     Raises:
         UsageError: an unknown name or option, a projector that compresses, or a number of tokens, a tower or an LLM
-            that the compressor cannot work with.
+            that the compressor does not support.
     """
-    COMPRESSORS.get(name)
+    COMPRESSORS.get(name)  # an unknown name is refused first
     projector = vlm.projector
     if projector.compresses:
         raise UsageError(
@@ -55,14 +55,14 @@ def compress(vlm: VLM, name: str, num_tokens: int, **options: Any) -> None:
 
 
 class TowerCompressor(Projector):
-    """Selects or merges patches by the tower's own attention, and projects them as trained.
+    """Selects or merges patches by the tower's own attention, and projects them with the trained projector.
 
-    It stands in the place of the model's projector. Queries and keys are those of the block whose output the projector
-    reads, the last one that is loaded.
+    It replaces the model's projector. Queries and keys are those of the block whose output the projector reads, the
+    last one that is loaded.
 
     Args:
         vlm: the model, changed in place.
-        num_tokens: visual tokens M of an image, any number.
+        num_tokens: visual tokens M per image, any number.
     """
 
     least: ClassVar[int] = 1
@@ -93,7 +93,7 @@ class TowerCompressor(Projector):
         vlm.projector = self
 
     def project(self, features: Tensor) -> Tensor:
-        """float[B, N, in_dim] -> float[B, M, out_dim]: of the images that the tower has seen last."""
+        """float[B, N, in_dim] -> float[B, M, out_dim], for the images of the tower's last forward pass."""
         assert self._seen is not None
         queries, keys = self._seen
         self._seen = None
@@ -108,19 +108,19 @@ class TowerCompressor(Projector):
         raise NotImplementedError
 
     def attention(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """float32[B, H, N]: the attention that the class token pays to each patch; where there is none, what each patch
-        receives from all positions on average."""
+        """float32[B, H, N]: the attention of the class token to each patch; without a class token, the mean attention
+        of all positions."""
         paid = (queries @ keys.mT * keys.shape[-1] ** -0.5).softmax(dim=-1)
         row = paid[:, :, 0] if self.has_class_token else paid.mean(dim=2)
         return self.patches(row[..., None])[..., 0]
 
     def patches(self, positions: Tensor) -> Tensor:
-        """float[B, H, L, d] -> float[B, H, N, d]."""
+        """Drops the class token and registers: float[B, H, L, d] -> float[B, H, N, d]."""
         height, width = self.in_grid
         return positions[:, :, -height * width :]
 
     def _see(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        """Keeps the queries and keys that a block's attention is about to compute."""
+        """Pre-forward hook that computes and keeps the queries and keys of the block's attention."""
         if isinstance(module, nn.MultiheadAttention):
             both = F.linear(inputs[0], module.in_proj_weight, module.in_proj_bias)
         else:
@@ -132,11 +132,11 @@ class TowerCompressor(Projector):
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """float[B, N, D] -> float[B, K, D]: the rows that int64[B, K] names."""
+    """float[B, N, D] -> float[B, K, D]: the rows at the indices int64[B, K]."""
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def rest_of(index: Tensor, size: int) -> Tensor:
-    """int64[B, K] -> int64[B, size - K]: the numbers below `size` that it leaves out, increasing."""
+    """int64[B, K] -> int64[B, size - K]: the indices below `size` that are not in `index`, in increasing order."""
     free = torch.ones(len(index), size, dtype=torch.bool, device=index.device).scatter(1, index, False)
     return free.nonzero()[:, 1].reshape(len(index), -1)

@@ -1,4 +1,4 @@
-"""FastV (arXiv 2403.06764): the LLM goes on without the visual tokens that an early layer attends to least."""
+"""FastV (arXiv 2403.06764): drops the visual tokens that an early layer of the LLM attends to least."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from prism_deco.vlm import VLM
 
 @COMPRESSORS.register("fastv")
 class FastV:
-    """Ranks visual tokens by the attention that the prompt's last position pays to them in a layer, averaged over
-    heads, and drops all but the first `num_tokens` per image from the layers behind it. Others keep their positions.
+    """Ranks visual tokens by the attention of the prompt's last position in one layer, averaged over heads, and keeps
+    only the top ones in all later layers: `num_tokens` per image, ranked over all images of a prompt together. Tokens
+    that remain keep their position ids.
 
     Reference: pkunlp-icler/FastV `src/transformers/src/transformers/models/llama/modeling_llama.py` (`FASTV_INPLACE`),
-    for one prompt at a time; here rows of a batch are dropped from one by one, and the keys and values that answers are
-    generated with are dropped as well. The layers up to `layer` read all visual tokens.
+    which takes one prompt at a time. Here each row of a batch drops its own tokens, also from the keys and values that
+    the tokens of the answer attend to. The layers up to `layer` read all visual tokens.
 
     Args:
         vlm: changed in place. Prompts end at the last position (they are padded on the left).
-        num_tokens: visual tokens left of an image.
+        num_tokens: visual tokens to keep per image.
         layer: the layer whose attention ranks, counted from 1; the paper's is 2.
     """
 
-    note = "fastv: the layers up to `layer` read all visual tokens, those behind it as many as the table says."
-    """What a table of scores must say of it."""
+    note = "fastv: the layers up to `layer` read all visual tokens, later ones as many as the table says."
+    """Printed under a table of scores."""
 
     def __init__(self, vlm: VLM, num_tokens: int, *, layer: int = 2):
         layers = list(decoder_layers(vlm.lm))
@@ -46,7 +47,8 @@ class FastV:
                 f"compressor=fastv needs an LLM with full attention in every layer, computed by llm.attention=sdpa or "
                 f"eager; {type(vlm.lm).__name__} has {', '.join(sorted(kinds))} by {settings._attn_implementation}."
             )
-        # Only the plain attention of transformers returns probabilities.
+        # Of transformers' implementations, only eager attention returns probabilities. The copy leaves the other
+        # layers, which share the config, as they are.
         attention.config = copy.copy(attention.config)
         attention.config._attn_implementation = "eager"
         self.num_tokens = num_tokens
@@ -61,35 +63,36 @@ class FastV:
             return embed(batch, visual)
 
         vlm.embed = seen
-        layers[layer - 1].register_forward_pre_hook(self._additive, with_kwargs=True)
+        layers[layer - 1].register_forward_pre_hook(self._mask_for_eager, with_kwargs=True)
         attention.register_forward_hook(self._rank)
         for later in layers[layer:]:
             later.register_forward_pre_hook(self._drop, with_kwargs=True)
 
-    def _additive(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Gives the ranking layer its mask in the form that plain attention takes."""
+    def _mask_for_eager(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Converts the ranking layer's mask to the additive one that eager attention takes."""
         mask, hidden = kwargs["attention_mask"], args[0]
         if mask is not None or hidden.shape[1] > 1:
             mask = _additive(_allowed(mask, hidden, hidden.shape[1]), hidden.dtype)
         return args, kwargs | {"attention_mask": mask}
 
     def _rank(self, module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
-        """Chooses what is kept of a prompt: int64[B, K], its positions, and bool[B, K], False where a row has fewer."""
+        """Chooses the positions of a prompt to keep, int64[B, K], and bool[B, K], False where a row has fewer."""
         attention = output[1]
         self._keys = attention.shape[-1]
         if attention.shape[2] == 1:
-            return  # a further token of the answer
+            return  # not the prompt but a token of the answer
         scores = attention[:, :, -1].float().mean(dim=1)
         keep = ~self._visual
         for row, own in enumerate(self._visual):
             places = own.nonzero()[:, 0]
             number = len(places) // self._per_image * self.num_tokens
             keep[row, places[scores[row, places].topk(number).indices]] = True
+        # Rows that keep fewer positions are filled up with dropped ones, which `_valid` masks.
         self._kept = keep.int().argsort(dim=1, stable=True)[:, -int(keep.sum(dim=1).max()) :]
         self._valid = keep.gather(1, self._kept)
 
     def _drop(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Takes what a layer reads of a prompt from the kept positions, and their keys for what follows it."""
+        """Restricts a layer to the kept positions of a prompt, and to their keys for the tokens that follow it."""
         hidden, mask, length = args[0], kwargs["attention_mask"], self._visual.shape[1]
         kept, valid = self._kept, self._valid
         if hidden.shape[1] > 1:
@@ -106,10 +109,10 @@ class FastV:
 
 
 def _allowed(mask: Tensor | None, hidden: Tensor, keys: int) -> Tensor:
-    """bool[B, 1, queries, keys] of a mask as transformers passes it on: bool, additive, or None where it is causal.
+    """bool[B, 1, queries, keys] from a mask of transformers, which is bool, additive, or None if causal.
 
     Args:
-        hidden: float[B, n, E]: as many queries as positions n, or as keys in a prompt.
+        hidden: float[B, n, E]; n is 1 for a token of the answer.
     """
     rows = len(hidden)
     if mask is None:
@@ -119,6 +122,6 @@ def _allowed(mask: Tensor | None, hidden: Tensor, keys: int) -> Tensor:
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where allowed, the least number elsewhere: rows of padding, which may see nothing, must not become NaN."""
-    least = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)  # transformers' softmax is in float32
+    """0 where allowed, the lowest finite number elsewhere: -inf would make rows of padding, all masked, NaN."""
+    least = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)  # eager attention's softmax is in float32
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, least)

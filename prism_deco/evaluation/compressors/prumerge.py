@@ -1,4 +1,4 @@
-"""PruMerge (arXiv 2403.15388): the patches that the class token attends to, with similar ones merged in."""
+"""PruMerge (arXiv 2403.15388): keeps the patches that the class token attends to, and merges similar ones into them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class PruMerge(TowerCompressor):
     their attention; a last token is the weighted sum of all patches that were not kept.
 
     Reference: 42Shawn/LLaVA-PruMerge `llava/model/multimodal_encoder/clip_encoder.py` (`token_prune_merge_advanced`),
-    whose fixed ratio this is: the number of outliers, its other criterion, differs from image to image, and tables
-    compare equal numbers of tokens. As there, attention is taken over all channels as one head, and tokens are in the
-    order of their attention. The reference reads the tower's last block, which is not loaded here; this reads the block
-    whose output is projected. Of a tower without a class token, it takes the attention that a patch receives on
-    average, as VisionZip does; the paper has CLIP only.
+    with its fixed ratio of tokens: its other criterion, the number of outliers, differs between images, and tables
+    compare equal numbers of tokens. As there, attention is computed with all channels as one head, and tokens are in
+    the order of their attention. The reference uses the tower's last block, which is not loaded here; this uses the
+    block whose output is projected. For a tower without a class token, it uses the mean attention that a patch
+    receives, as VisionZip does; the paper only has CLIP.
     """
 
     least = 2

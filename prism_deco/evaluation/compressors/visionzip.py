@@ -1,4 +1,4 @@
-"""VisionZip (arXiv 2412.04467): the patches that the tower attends to, and averages of the others."""
+"""VisionZip (arXiv 2412.04467): keeps the patches that the tower attends to, and merges the others."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from prism_deco.vlm import VLM
 
 @COMPRESSORS.register("visionzip")
 class VisionZip(TowerCompressor):
-    """Dominant tokens are the patches with the most attention, summed over heads. Of the others, evenly spaced ones are
-    targets, and each remaining one is merged into the target with the most similar keys: contextual tokens.
+    """Dominant tokens are the patches with the most attention, summed over heads. Contextual tokens come from the
+    others: evenly spaced ones are targets, and each remaining one is merged into the target with the most similar keys.
 
-    Reference: dvlab-research/VisionZip `visionzip/clip_encoder.py`, for CLIP; of towers without a class token the paper
-    (section 3.2) takes the attention that a patch receives on average. As in the reference, a contextual token is the
-    sum of its target and of the mean of what was merged into it, not their mean. There, the class token is a dominant
-    one; here the projector was trained on patches alone.
+    Reference: dvlab-research/VisionZip `visionzip/clip_encoder.py`, for CLIP; for towers without a class token, the
+    paper (section 3.2) uses the mean attention that a patch receives. As in the reference, a contextual token is the
+    sum of its target and the mean of the patches merged into it, not the mean of all. The reference also keeps the
+    class token as a dominant token; this does not, since the projector was trained on patches alone.
 
     Args:
-        contextual: contextual tokens among `num_tokens`; None is 10 of 64, the paper's share.
+        contextual: number of contextual tokens among `num_tokens`; None is 10 of 64, the paper's share.
     """
 
     least = 2

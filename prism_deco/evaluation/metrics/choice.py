@@ -1,10 +1,10 @@
-"""Multiple choice: which letter an output means (SEED-Bench, MMBench)."""
+"""Multiple choice: parsing the letter of the chosen option (SEED-Bench, MMBench)."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-# What may stand before and after a lone letter, in the order in which OpenCompass's script tries it.
+# What may precede and follow a lone letter, in the order in which OpenCompass's script tries it.
 _FRAMES = (
     ("", "."),
     ("", ","),
@@ -22,12 +22,12 @@ _FRAMES = (
 
 
 def parse_letter(output: str, letters: Collection[str]) -> str | None:
-    """LLaVA on SEED-Bench: the output is the letter and nothing else."""
+    """LLaVA on SEED-Bench: the output must be the bare letter."""
     return output if output in letters else None
 
 
 def parse_first_letter(output: str, letters: Collection[str]) -> str | None:
-    """lmms-eval on SEED-Bench: the first character, in either case."""
+    """lmms-eval on SEED-Bench: the first character, in upper or lower case."""
     letter = output[:1].upper()
     return letter if letter in letters else None
 
@@ -35,11 +35,11 @@ def parse_first_letter(output: str, letters: Collection[str]) -> str | None:
 def infer_option(output: str, options: Mapping[str, str]) -> str | None:
     """OpenCompass's script on MMBench: a lone letter, else the only option whose text the output contains.
 
-    A bare "A" among more than three words is taken for the article. What this leaves open, the script
-    passes to a language model; here it stays None.
+    A bare "A" among more than three words is taken for the article. Outputs that this does not decide, the script
+    passes to a language model; here they are None.
 
     Args:
-        options: text by letter. A letter A..E without an option is an answer too (a wrong one), as in the script.
+        options: text by letter. As in the script, a letter A..E without an option is also an answer, a wrong one.
     """
     words = set(output.split())
     for before, after in (("", ""), *_FRAMES):

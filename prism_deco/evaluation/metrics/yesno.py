@@ -1,4 +1,4 @@
-"""Yes/no questions: reading the answer, and the counts made of it (POPE, MME)."""
+"""Yes/no questions: parsing and scoring answers (POPE, MME)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Iterable, Sequence
 
 
 def parse_pope(output: str) -> str:
-    """LLaVA's reading: "no" where the first sentence has the word No, no or not, else "yes".
+    """LLaVA's parser: "no" if the first sentence contains the word No, no or not, otherwise "yes".
 
-    Words are what single spaces separate, so that "no\\n" is none; whatever is not a no counts as a yes.
+    Words are separated by single spaces, so that "no\\n" does not count as no.
     """
     words = output.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
 def says_yes_or_no(output: str) -> bool:
-    """Whether the output has a yes, no or not at all; `parse_pope` calls all else a yes in silence."""
+    """Whether the output contains yes, no or not at all; `parse_pope` silently treats other outputs as a yes."""
     return re.search(r"\b(yes|no|not)\b", output, re.IGNORECASE) is not None
 
 
 def parse_mme(output: str) -> str | None:
-    """MME's reading: yes or no where that is all, else what the first four characters contain; None is neither."""
+    """MME's parser: the output if it is yes or no, otherwise the one in its first four characters, or None."""
     text = output.lower()
     if text in ("yes", "no"):
         return text
@@ -54,9 +54,9 @@ def yes_no_rates(answers: Iterable[str | None], labels: Iterable[str]) -> dict[s
 
 
 def mme_pairs(correct: Sequence[bool], images: Sequence[str]) -> list[tuple[int, bool]]:
-    """Per image, in order of appearance: how many of its questions are answered right, and whether both are.
+    """Per image, in order of appearance: the number of correct answers, and whether both are correct.
 
-    MME asks two questions about each image; where the twin is missing, both cannot be right.
+    MME asks two questions about each image. If one is missing, the pair does not count as correct.
     """
     by_image: dict[str, list[bool]] = {}
     for right, image in zip(correct, images, strict=True):
@@ -65,7 +65,7 @@ def mme_pairs(correct: Sequence[bool], images: Sequence[str]) -> list[tuple[int,
 
 
 def mme_score(correct: Sequence[bool], images: Sequence[str]) -> tuple[float, float]:
-    """MME's accuracy (of questions) and accuracy+ (of images with both questions right), in 0..1."""
+    """MME's accuracy (over questions) and accuracy+ (over images, both questions correct), in 0..1."""
     pairs = mme_pairs(correct, images)
     return sum(correct) / len(correct), sum(both for _, both in pairs) / len(pairs)
 
