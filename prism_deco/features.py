@@ -1,13 +1,13 @@
 """A cache of the frozen towers' features on disk (`trainer.feature_cache=true`).
 
 The towers are frozen and images are not augmented, so an image has the same features in every epoch, for every seed and
-in every run with the same towers. They are computed once, before the first step; training then reads them in place of
+in every run with the same towers. They are computed once, before the first step; training then reads them instead of
 images (`training.feature_cache`).
 
-A cache is a folder, named by the hash of its `key.json`. The images are in it by name, in shards: `00000.safetensors`
-holds one tensor `features`, dtype[n, N, D], and `00000.json` is its record. Both are written under another name, synced
-and renamed, the record last: a shard without a record does not count, so a killed run leaves nothing half done and the
-next one continues. Images that are replaced under their old names are not noticed: delete the folder then.
+A cache is a folder named by the hash of its `key.json`. Images are sorted by name and stored in shards:
+`00000.safetensors` has one tensor `features`, dtype[n, N, D], and `00000.json` is its record. Both are written under a
+temporary name, synced and renamed, the record last. A shard without a record is incomplete, so after a killed run the
+next one continues. A cache does not notice that an image was replaced under its old name: delete the folder then.
 
 Shapes: N patches, D channels.
 """
@@ -42,30 +42,30 @@ from prism_deco.tensors import write_safetensors
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Raise it with every change of what is stored, so that no old cache is taken for a new one."""
+"""Version of what is stored. Increase it with every change, so that older caches are not used."""
 
 COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.bfloat16}
-"""How towers compute, and the dtype their features are stored in. Under autocast to bfloat16 a tower's residual stream
-is float32; it is stored as the next matrix product would round it. A projector that begins with a matrix product sees
-the same bits, one that begins with a norm sees a rounded input."""
+"""How towers compute, and the dtype in which their features are stored. Under autocast to bfloat16, a tower's residual
+stream is float32, but it is stored in bfloat16, as the next matrix product would round it. A projector that begins with
+a matrix product gets the same bits; one that begins with a norm gets a rounded input."""
 
 BATCH = 32
-"""Images per forward pass. Kernels may round differently for other batch sizes: with a fixed one, and shards of whole
-batches, a feature does not depend on which process computed it."""
+"""Images per forward pass. Kernels may round differently for other batch sizes: with a fixed size, and shards of whole
+batches, features do not depend on which process computes them."""
 
 SHARD_BYTES, SHARD_IMAGES = 2**28, 512
-"""The most that a shard holds, though at least one batch."""
+"""Maximum size of a shard, which holds at least one batch."""
 
 _ORIGIN = ("weights", "pretrained", "hub", "file", "file_gb")
-"""Keys of the `backbone` group that say where weights come from; their hash says what they are."""
+"""Keys of the `backbone` group that say where the weights come from. The cache's key has their hash instead."""
 
 
 class FeatureCache:
-    """The features of the images of a data set.
+    """The cached features of a data set's images.
 
     Args:
         root: folder of all caches.
-        backbone: the towers, whole and on the CPU.
+        backbone: the towers, unsharded and on the CPU.
         settings: the `backbone` group of the configuration.
         weights: `backbone.sha256()`.
         compute: one of `COMPUTE`.
@@ -125,9 +125,9 @@ class FeatureCache:
             )
 
     def build(self, device: torch.device, *, rank: int = 0, ranks: int = 1, num_workers: int = 0) -> None:
-        """Computes those of every `ranks`-th shard, from shard `rank` on, that are missing or damaged.
+        """Computes this rank's missing or damaged shards: every `ranks`-th one, starting at `rank`.
 
-        Another run that uses the same cache waits for the process that computes, and then finds its shards.
+        Another run with the same cache waits until this process has finished, and then uses its shards.
 
         Args:
             device: where the towers compute.
@@ -152,7 +152,7 @@ class FeatureCache:
     def problem(self, shard: int) -> str | None:
         """Why a shard cannot be used; None if it can.
 
-        A file is hashed only if its size or time is not that of the file that was written; a copy is hashed once.
+        A file is hashed only if its size or modification time has changed since it was written; a copy is hashed once.
         """
         record = self._record(shard)
         path = self.path(shard)
@@ -169,7 +169,7 @@ class FeatureCache:
         return None
 
     def unreadable(self) -> set[str]:
-        """The images that could not be read. A complete cache has the features of a blank image for them."""
+        """The images that could not be read, for which a complete cache has the features of a blank image."""
         return {name for shard in range(len(self.shards)) for name in self._record(shard)["unreadable"]}
 
     def _compute(self, shards: Sequence[int], device: torch.device, num_workers: int) -> None:
@@ -178,9 +178,9 @@ class FeatureCache:
         log.info("Feature cache: computing %d images (%.2f GB) in %s", len(names), size, self.folder)
         loader = DataLoader(
             _Pixels(self.examples, names),
-            batch_size=BATCH,  # no batch has images of two shards: all shards but the last are whole batches
+            batch_size=BATCH,  # all shards but the last are whole batches, so no batch spans two shards
             num_workers=num_workers,
-            generator=torch.Generator(),  # leaves the run's random numbers alone
+            generator=torch.Generator(),  # else the seed of workers is drawn from the global one, which the run uses
         )
         batches = iter(loader)
         encode = _encoder(self.backbone, self.compute, device)
@@ -211,7 +211,7 @@ class FeatureCache:
         return self.path(shard).with_suffix(".json")
 
     def _record(self, shard: int) -> dict[str, Any]:
-        """What was written of a shard; empty if there is no whole record."""
+        """The record of a shard; empty if it is missing or damaged."""
         try:
             return json.loads(self._record_path(shard).read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
@@ -222,7 +222,7 @@ class FeatureCache:
 
 
 class _Pixels(Dataset[tuple[dict[str, Tensor], str]]):
-    """Per tower float32[3, S, S] of each named image and ""; a blank image and its name if it cannot be read."""
+    """Per named image: its pixels, tower -> float32[3, S, S], and ""; if it cannot be read, blank ones and its name."""
 
     def __init__(self, examples: Examples, names: Sequence[str]):
         self._images = examples.images
@@ -242,7 +242,7 @@ class _Pixels(Dataset[tuple[dict[str, Tensor], str]]):
 
 
 def _encoder(backbone: VisionBackbone, compute: str, device: torch.device) -> Callable[[dict[str, Tensor]], Tensor]:
-    """Per tower float32[n, 3, S, S] on the CPU -> dtype[n, N, D] on the CPU, computed as in a training step."""
+    """A function tower -> float32[n, 3, S, S] -> dtype[n, N, D], both on the CPU, that computes as a training step."""
     tower = copy.deepcopy(backbone).to(device, torch.bfloat16 if compute == "bfloat16" else None)
 
     @torch.no_grad()
@@ -255,22 +255,22 @@ def _encoder(backbone: VisionBackbone, compute: str, device: torch.device) -> Ca
 
 
 def shard_path(folder: Path, shard: int) -> Path:
-    """The file of a shard of the cache in a folder."""
+    """The file of a shard, in the folder of its cache."""
     return folder / f"{shard:05d}.safetensors"
 
 
 def _stamp(path: Path) -> list[int]:
-    """Changes whenever a file is written or replaced."""
+    """Size and modification time, which change when a file is written or replaced."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Only one process at a time holds the lock; a process that is killed gives it back."""
+    """Holds an exclusive lock between processes, which the system releases if the process is killed."""
     with path.open("a") as file:
         try:
-            # Not flock, which loader processes would inherit.
+            # Not flock, whose lock forked loader processes would inherit.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             log.info("Feature cache: waiting for another process that writes to %s", path.parent)

@@ -1,4 +1,4 @@
-"""Asking a composed model: questions and visual tokens in, text and probabilities out."""
+"""Inference with a model: from questions and visual tokens to text, probabilities and losses."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def answer(
     """Greedy answers to a batch of questions.
 
     Args:
-        visual: per question its images' visual tokens, float[M, E] each; empty for a text-only one.
+        visual: per question, the visual tokens float[M, E] of each of its images; empty for a text-only question.
         prompts: raw questions; the LLM's chat template is applied.
-        ask: how, see `LanguageModel.ask`.
+        ask: how to prompt, see `LanguageModel.ask`.
     """
     if not prompts:
         return []
@@ -54,9 +54,9 @@ def reply(
     """The greedy answer to the last message of a conversation.
 
     Args:
-        visual: the visual tokens of its images, float[M, E] each.
-        messages: all of it, as for `LanguageModel.encode`; the last one is the user's.
-        streamer: is handed the answer's tokens as they come.
+        visual: the visual tokens float[M, E] of each image of the conversation.
+        messages: the whole conversation, as for `LanguageModel.encode`; the last message is the user's.
+        streamer: receives the answer's tokens as they are generated.
     """
     encoded = llm.encode(messages, num_images=len(visual), add_generation_prompt=True)
     return _generate(vlm, llm, [visual], [encoded], max_new_tokens=max_new_tokens, streamer=streamer)[0]
@@ -99,14 +99,13 @@ def first_token_probabilities(
     *,
     ask: str = AS_TRAINED,
 ) -> Tensor:
-    """float[questions, choices]: softmax of the first generated token restricted to the choices.
+    """float[questions, choices]: softmax over the choices at the first generated token.
 
-    The choices' token ids are read off the context they continue: the conversation is encoded with the
-    choice as its answer, so that a leading space or its absence is as in training. They are the same however the
-    question is asked.
+    A choice's token id is taken from the conversation encoded with the choice as its answer, so that it has a leading
+    space, or none, as in training. It does not depend on `ask`.
 
     Args:
-        ask: how, see `LanguageModel.ask`.
+        ask: how to prompt, see `LanguageModel.ask`.
 
     Raises:
         UsageError: two choices begin with the same token.
@@ -125,7 +124,7 @@ def first_token_probabilities(
 def answer_losses(
     vlm: VLM, llm: LanguageModel, visual: Sequence[Sequence[Tensor]], prompts: Sequence[str], answers: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """How unlikely given answers are, the end of the answer not counted.
+    """Losses of given answers, without the token that ends an answer.
 
     Args:
         visual, prompts: as for `answer`.
@@ -133,7 +132,7 @@ def answer_losses(
 
     Returns:
         float[questions], the mean cross-entropy of the answer's tokens in nats, and bool[questions], whether greedy
-        decoding begins with the answer.
+        decoding would begin with the answer.
     """
     if not prompts:
         return torch.empty(0), torch.empty(0, dtype=torch.bool)
@@ -160,8 +159,8 @@ def answer_losses(
 
 
 def answer_ids(llm: LanguageModel, encoded: Encoded) -> list[int]:
-    """Ids of the tokens of a conversation's answer: the supervised ones (see `answers_only`) without the token that
-    ends the answer and whitespace before it.
+    """Token ids of a conversation's answer: the supervised ones (see `answers_only`), without the token that ends the
+    answer and whitespace before it.
 
     Raises:
         UsageError: the answer is empty.

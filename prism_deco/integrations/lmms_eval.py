@@ -24,32 +24,32 @@ DTYPES = ("float32", "bfloat16")
 
 
 class Request(NamedTuple):
-    """One of lmms-eval's requests: what its tuple of arguments holds."""
+    """The arguments of one of lmms-eval's requests."""
 
     context: str
-    """The question; the run's chat template is applied here."""
+    """The question, without a chat template."""
     more: Any
-    """Settings of a generation, or the answer whose loss is asked for (a text, or what makes it of a record)."""
+    """Settings of a generation; or the answer whose loss is requested, as a text or a function of the record."""
     to_images: Any
-    """Makes the images of a record."""
+    """Function from a record to its images."""
     record: int
     task: str
     split: str
 
 
 class PrismDeco(lmms):
-    """Greedy answers of a run, and its losses on given ones.
+    """Greedy answers of a run, and its losses of given answers.
 
-    Where lmms-eval runs in several processes, each loads the run and is given its share of the requests.
+    If lmms-eval runs in several processes, each loads the run and gets a share of the requests.
 
     Args:
         run: the run folder.
         batch_size: requests at a time.
-        device: cpu | cuda; None takes the GPU where there is one.
+        device: cpu | cuda; None uses the GPU if there is one.
         dtype: float32 | bfloat16; None is that of the weights.
-        max_new_tokens: length limit of an answer where the task names none.
-        plugins: modules to import first, separated by `+`; those that the run names are needed.
-        max_batch_size: given by lmms-eval's command line; for batch sizes that are searched for, which is not done.
+        max_new_tokens: length limit of an answer, in tokens, if the task has none.
+        plugins: modules to import first, separated by `+`; needed if the run was trained with plug-ins.
+        max_batch_size: ignored; lmms-eval's command line passes it, for automatic batch sizes.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class PrismDeco(lmms):
         return self.model.llm.tokenizer
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Answers in the requests' order; each ends before the first of its task's stop strings."""
+        """Answers in the order of the requests, each cut before the first of its task's stop strings."""
         asked = [Request(*request.args) for request in requests]
         limits = [self._max_new_tokens(request) for request in asked]
-        # Equal limits together, long questions first: little padding, and too large a batch shows at once.
+        # Grouped by limit and longest first: there is little padding, and running out of memory shows at once.
         order = sorted(range(len(asked)), key=lambda i: (limits[i], len(asked[i].context)), reverse=True)
         answers = [""] * len(asked)
         for _, alike in groupby(order, key=lambda i: limits[i]):
@@ -100,16 +100,16 @@ class PrismDeco(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Per request the answer's mean loss in nats, and whether it is the greedy one.
+        """Per request the mean loss of the answer's tokens in nats, and whether it is the greedy answer.
 
-        A loss, not a likelihood: lmms-eval takes the smallest of a record's choices, since its own models return
-        losses. (Version 0.7.3 turns the pairs of any model into text before it scores them, and then fails.)
+        A loss, not a likelihood: lmms-eval chooses the answer with the smallest value, since its own models return
+        losses. (Version 0.7.3 converts the pairs of any model to text before it scores them, and then fails.)
         """
         asked = [Request(*request.args) for request in requests]
         scores: list[tuple[float, bool]] = []
-        # The choices of a record follow each other: in this order its image is encoded once per batch.
+        # The choices of a record are consecutive, so that a batch encodes its images once.
         for batch in self._batches(asked):
-            # The chat template sets what stands before an answer: the task's own delimiter goes.
+            # The chat template has its own delimiter before an answer, so the task's is stripped.
             answers = [self._answer(request).strip() for request in batch]
             contexts = [request.context for request in batch]
             losses, greedy = self.model.answer_losses(self._images(batch), contexts, answers)
@@ -128,7 +128,7 @@ class PrismDeco(lmms):
         return self.task_dict[request.task][request.split][request.record]
 
     def _images(self, requests: Sequence[Request]) -> list[list[Tensor]]:
-        """Visual tokens float[M, E] of each request's images; every record's images are encoded once."""
+        """Visual tokens float[M, E] of each request's images; the images of a record are encoded once."""
         found: dict[tuple[str, str, int], list[Image.Image]] = {}
         for request in requests:
             key = (request.task, request.split, request.record)

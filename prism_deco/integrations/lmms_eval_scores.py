@@ -1,4 +1,4 @@
-"""Scores of lmms-eval's tasks as results of a run: what `prism-deco evaluate RUN --lmms-eval TASKS` writes."""
+"""Runs tasks of lmms-eval and writes their scores as results of a run (`prism-deco evaluate RUN --lmms-eval TASKS`)."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ NAME = "lmms-eval"
 def score_tasks(
     run: Path, tasks: Sequence[str], out: Path, *, model_id: str, limit: int | None = None, **settings: Any
 ) -> list[dict[str, Any]]:
-    """Asks tasks of lmms-eval and writes `metrics.json` and `predictions.jsonl` of each to a folder of its name.
+    """Runs tasks of lmms-eval, and writes `metrics.json` and `predictions.jsonl` of each to a folder of its name.
 
-    lmms-eval downloads a task's data from the Hugging Face hub.
+    lmms-eval downloads the data of a task from the Hugging Face hub.
 
     Args:
         tasks: names of lmms-eval's tasks or groups, or YAML files of tasks.
-        model_id: hash of the run's weights, recorded.
+        model_id: hash of the run's weights, recorded in the results.
         limit: questions per task; None asks all.
-        settings: of the model, see `PrismDeco`.
+        settings: further arguments of `PrismDeco`.
 
     Returns:
         The contents of the `metrics.json` files.
@@ -62,10 +62,10 @@ def score_tasks(
             task_manager=manager,
             limit=limit,
             bootstrap_iters=0,
-            # Some tasks write files of their own there.
+            # Some tasks write files to this path.
             cli_args=Namespace(output_path=str(out / NAME), process_with_media=False),
         )
-    except RetryError as error:  # of a download, after several attempts
+    except RetryError as error:  # a download failed several times
         cause = error.last_attempt.exception()
         if not isinstance(cause, OSError):
             raise
@@ -91,18 +91,18 @@ def score_tasks(
 def summarise(
     task: str, config: Mapping[str, Any], metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], folder: Path
 ) -> dict[str, Any] | None:
-    """The content of `metrics.json`, but for `variants` and `decoding`; writes `predictions.jsonl`.
+    """Writes `predictions.jsonl`; returns the content of `metrics.json`, except `variants` and `decoding`.
 
-    The primary metric is the task's first one that covers all questions. Its interval is that of the mean over
-    questions, moved to the score where the score is another mean, such as one over categories.
+    The primary metric is the task's first one with a score for each question. Its interval is that of the mean over
+    questions, shifted to the task's score if that is another mean, such as one over categories.
 
     Args:
-        config: the task's, with `metric_list`.
-        metrics: "METRIC,FILTER" -> value, as lmms-eval aggregates it.
-        samples: as lmms-eval logs them.
+        config: the task's configuration, with `metric_list`.
+        metrics: "METRIC,FILTER" -> value, as aggregated by lmms-eval.
+        samples: as logged by lmms-eval.
 
     Returns:
-        None where the task has no such metric with a score of each question: no interval can be given.
+        None if no metric has a score for each question, so that there is no interval.
     """
     values = {key.partition(",")[0]: value for key, value in metrics.items() if isinstance(value, float | int)}
     for primary in [str(metric["metric"]) for metric in config["metric_list"]]:
@@ -146,10 +146,11 @@ def summarise(
 
 
 def _scores(entries: Sequence[Any], value: float | None) -> list[float]:
-    """The score 0..1 of each question; empty where not all have one.
+    """The score 0..1 of each question; empty if a question has none.
 
     Args:
-        entries: what the task recorded: the score, or a record with it (`score`, or what has the metric as its mean).
+        entries: per question the score, or a record with it: under the key whose mean is `value`, or `score`.
+        value: the task's score.
     """
     if value is None or not 0 <= value <= 1:
         return []
