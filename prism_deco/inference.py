@@ -106,9 +106,6 @@ def first_token_probabilities(
 
     Args:
         ask: how to prompt, see `LanguageModel.ask`.
-
-    Raises:
-        UsageError: two choices begin with the same token.
     """
     if not prompts:
         return torch.empty(0, len(choices))
@@ -160,11 +157,7 @@ def answer_losses(
 
 def answer_ids(llm: LanguageModel, encoded: Encoded) -> list[int]:
     """Token ids of a conversation's answer: the supervised ones (see `answers_only`), without the token that ends the
-    answer and whitespace before it.
-
-    Raises:
-        UsageError: the answer is empty.
-    """
+    answer and whitespace before it. `UsageError` if there are none."""
     ids = [label for label in encoded.labels if label != IGNORE]
     end = len(ids)
     while end and (ids[end - 1] in llm.eos_ids or not str(llm.tokenizer.decode([ids[end - 1]])).strip()):

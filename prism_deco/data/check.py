@@ -113,9 +113,6 @@ def check_dataset(
         encoder: tokenizer and length limits of the planned training.
         workers: number of processes; None uses all cores, 1 runs in this process.
         allow: kinds of faults (`validators.KINDS`) that are reported but do not fail the check.
-
-    Raises:
-        UsageError: an unknown kind in `allow`, or a file that cannot be read at all.
     """
     for kind in allow:
         if kind not in KINDS:

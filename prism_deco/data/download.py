@@ -40,9 +40,6 @@ def download(
         attempts: consecutive connections without a new byte before giving up.
         pause: seconds to wait after the first of these; doubles each time.
         progress: called with the bytes so far and the total, or None if that is unknown.
-
-    Raises:
-        UsageError: the server refuses the file, or keeps closing the connection.
     """
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"{url}: only http and https addresses can be downloaded.")

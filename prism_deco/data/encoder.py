@@ -42,11 +42,7 @@ class Encoder:
         self._shorten = shorten
 
     def __call__(self, record: Record) -> tuple[Encoded, int]:
-        """The truncated tokens of a record, and the number of tokens cut off.
-
-        Raises:
-            UsageError: names a record that cannot be rendered, has too many images, or no supervised token.
-        """
+        """Like `fit(encode(record))`, but the `UsageError` names the record."""
         try:
             return self.fit(self.encode(record))
         except UsageError as error:
@@ -58,7 +54,7 @@ class Encoder:
         return encode_segments(segments, self.tokenizer, self._tokenize, self._format.image_slot)
 
     def fit(self, encoded: Encoded) -> tuple[Encoded, int]:
-        """The truncated tokens, and the number of tokens cut off."""
+        """The truncated tokens, and the number of tokens cut off; `UsageError` if no supervised token is left."""
         images = len(encoded.image_slots)
         room = self.room(images)
         if room < 2:
@@ -91,9 +87,6 @@ class Encoder:
 def check_records(records: Records, encoder: Encoder) -> None:
     """Encodes the records most likely to fail, so that none of them stops a run hours later: odd ones, those with too
     many images, and the first with a system turn.
-
-    Raises:
-        UsageError: names the first that cannot be encoded.
     """
     counts = np.unique(records.num_images)
     crowded = [count for count in counts.tolist() if encoder.room(count) < 2]

@@ -58,9 +58,6 @@ def list_files(repo: str, pattern: str, revision: str) -> Path:
     Returns:
         The listing's path. The first call with these arguments writes it; later runs read the same files, without the
         hub.
-
-    Raises:
-        UsageError: the hub cannot be reached, or no Parquet file matches.
     """
     key = hashlib.sha256(json.dumps([repo, pattern, revision]).encode()).hexdigest()[:16]
     listing = _folder() / f"{repo.replace('/', '--')}-{key}{LISTING}"

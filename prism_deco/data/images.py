@@ -151,11 +151,7 @@ def _spellings(root: Path) -> tuple[str, str]:
 
 
 def open_image(path: Path) -> Image.Image:
-    """Decodes an image file given by the user, as RGB.
-
-    Raises:
-        UsageError: the file is missing, cannot be read, or is not an image in one of `FORMATS`.
-    """
+    """Decodes an image file given by the user, as RGB; `UsageError` if that is not possible."""
     try:
         return decode_image(path.read_bytes(), str(path))
     except OSError as error:

@@ -28,9 +28,6 @@ _IMAGE_DETAIL_KEY = re.compile(f"{_IMAGE}({_DETAIL})?", re.IGNORECASE)
 def read_entries(path: Path) -> Iterator[Any]:
     """Yields the entries of a JSON list, or of JSON Lines, one at a time: parsed at once, LLaVA's 1 GB of instruction
     data would take ten times as much memory.
-
-    Raises:
-        UsageError: the file is neither, or empty.
     """
     found = False
     with path.open(encoding="utf-8-sig") as file:
@@ -125,7 +122,7 @@ def record_id(raw: Any, position: int) -> str:
 
 
 def parse_record(raw: Any, id: str, image_root: Path | None) -> tuple[Record, dict[str, str]]:
-    """Checks one entry.
+    """Checks one entry; `RecordError` if it cannot be trained on.
 
     A leading gpt turn is skipped, as LLaVA does. A leading system turn is kept; like the text that a chat format puts
     before the first question, it belongs to the first round (`llms.prompts.Segment`).
@@ -137,9 +134,6 @@ def parse_record(raw: Any, id: str, image_root: Path | None) -> tuple[Record, di
     Returns:
         The record, and its oddities by kind (turn_order, image_tags): probable mistakes that can still be trained on
         (`recipe.odd_records`).
-
-    Raises:
-        RecordError: the entry cannot be trained on.
     """
     if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list):
         raise RecordError("malformed", "expected an object with a list `conversations`, `messages` or `texts`.")

@@ -64,9 +64,6 @@ class Examples(Dataset[Example]):
         images: the source of the records' images; a path is a folder of image files.
         on_bad_image: fail | skip (the record) | blank (an image of the towers' mean colour).
         on_bad_record: fail | skip, for a record that cannot be encoded.
-
-    Raises:
-        UsageError: on access, a record that cannot be encoded, or an image that cannot be read.
     """
 
     def __init__(

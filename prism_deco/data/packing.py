@@ -82,11 +82,7 @@ def _warn_of_splits(count: int, first: str) -> None:
 
 
 def read_rows(files: Sequence[TableFile]) -> Iterator[dict[str, Any]]:
-    """Yields the rows as entries (see `formats.as_llava`); images are bytes, `{"bytes", "path"}`, or lists of these.
-
-    Raises:
-        UsageError: pyarrow is missing, a file is damaged or has other columns.
-    """
+    """Yields the rows as entries (see `formats.as_llava`); images are bytes, `{"bytes", "path"}`, or lists of these."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq

@@ -109,9 +109,6 @@ def download_dataset(dataset: Dataset, root: Path) -> None:
     """Downloads the missing parts of a data set: an archive only if images of its folder are missing.
 
     It can be interrupted at any time; the next call resumes.
-
-    Raises:
-        UsageError: the disk is too small, a download keeps failing, or no archive has an image that the records name.
     """
     todo = plan_download(dataset, root)
     log.info("%s needs %.2f GB on disk; %.2f GB are free", dataset.name, todo.needed, todo.free)
@@ -181,9 +178,6 @@ def extract(archive: Path, folder: Path, wanted: Collection[str]) -> int:
 
     Args:
         wanted: paths relative to `folder`.
-
-    Raises:
-        UsageError: the archive is damaged.
     """
     left = set(wanted)
     try:

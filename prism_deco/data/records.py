@@ -136,9 +136,6 @@ def open_records(path: Path, cache: Path, *, image_root: Path | None = None, all
             images (see `packing.table_files`).
         image_root: folder of the images; absolute paths below it become relative to it.
         allow_faults: instead of failing, skip unusable entries and keep odd ones (`Records.refused` lists both).
-
-    Raises:
-        UsageError: the file cannot be read, or a record is refused; names the file and the record.
     """
     tables = table_files(path)
     digest = _fingerprint(tables) if tables else file_sha256(path)
@@ -208,10 +205,6 @@ def open_parts(
         cache: see `open_records`.
         val_fraction: fraction of the images to hold out if the source has no validation records.
         limit: train on the first `limit` records only (of each set of a mixture); None trains on all.
-
-    Raises:
-        UsageError: a file cannot be read, a record is refused and `on_bad_record` is "fail", or no training record is
-            left.
     """
     if source.mixture:
         options: dict[str, Any] = {"val_fraction": val_fraction, "limit": limit}

@@ -96,9 +96,6 @@ def prismatic(population: Population, batch_size: int, seed: int, world_size: in
     """The split-modality, length-balanced order of prismatic-vlms (`SplitModalitySampler`), with its quirks: the last
     batch of a modality is filled up from its first, and the batch with the longest record (an image counts as 24 x 24
     words) is swapped to the front.
-
-    Raises:
-        UsageError: the batch size is not a multiple of the world size.
     """
     if batch_size % world_size:
         raise UsageError(f"recipe.global_batch_size={batch_size} is not divisible by {world_size} processes.")

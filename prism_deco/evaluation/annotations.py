@@ -57,11 +57,8 @@ class _DataUnpickler(pickle.Unpickler):
 
 
 def load_data_pickle(path: Path) -> Any:
-    """The content of a pickle of plain containers, strings and numbers.
-
-    Raises:
-        UsageError: it is missing or damaged, or it names a class or function, which unpickling could execute.
-    """
+    """The content of a pickle of plain containers, strings and numbers. Classes and functions, which unpickling could
+    execute, are refused."""
     try:
         with path.open("rb") as file:
             return _DataUnpickler(file, encoding="utf-8").load()

@@ -164,11 +164,7 @@ class Benchmark(ABC):
         return name
 
     def select(self) -> list[Question]:
-        """The questions to ask, in the files' order.
-
-        Raises:
-            UsageError: there are none, or none of one of the `parts`; an id occurs twice.
-        """
+        """The questions to ask, in the files' order, at least one of each of the `parts`; ids are unique."""
         questions = self.read()
         if not questions:
             raise UsageError(f"{self.name}: there are no questions of split {self.split!r} in {self.root}.")

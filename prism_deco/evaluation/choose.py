@@ -62,9 +62,6 @@ def check_keys(
         options: keys given for all of them.
         own: benchmarks for which individual keys are given.
         also: further valid keys among `options`.
-
-    Raises:
-        UsageError: none of the benchmarks has the key, or a benchmark is not among the names.
     """
     choices = resolve_benchmarks(names)
     names_of_families = [load_choice("benchmark", choice)["family"] for choice in choices] or BENCHMARKS.names()
@@ -95,9 +92,6 @@ def prepare(
         options: keys to replace in all of them; the value None keeps the YAML's.
         own: keys to replace in single ones, by name.
         root: the folder of benchmarks whose YAML names none.
-
-    Raises:
-        UsageError: an unknown name or key, a value of a wrong type, a missing or damaged file, no questions.
     """
     shared = {key: value for key, value in (options or {}).items() if value is not None}
     names = resolve_benchmarks(names)
@@ -134,9 +128,6 @@ def prepare_one(
 
     Args:
         boxes: its targets must have boxes.
-
-    Raises:
-        UsageError: as for `prepare`; a group of several benchmarks; no boxes.
     """
     names = resolve_benchmarks(name)
     if len(names) > 1:

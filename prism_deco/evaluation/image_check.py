@@ -19,12 +19,10 @@ _THREADS = min(16, cores())
 
 
 def bad_images(items: Sequence[Item], on_bad_image: str) -> set[str]:
-    """The names (of `Item.images`) of images that are missing or cannot be decoded.
+    """The names (of `Item.images`) of images that are missing or cannot be decoded. If `on_bad_image` is "fail", the
+    first is a `UsageError`.
 
     Decodes every image once, in threads and at a reduced size. Reading headers would not find truncated files.
-
-    Raises:
-        UsageError: names the first of them, if `on_bad_image` is "fail".
     """
     first_use: dict[str, tuple[Path, str]] = {}
     for item in items:

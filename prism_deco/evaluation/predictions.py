@@ -22,11 +22,7 @@ _FIELDS = frozenset(field.name for field in fields(Prediction))
 
 
 def load_predictions(path: str | Path) -> list[Prediction]:
-    """The predictions of a file.
-
-    Raises:
-        UsageError: it is missing or empty, a line is damaged, or a question occurs twice.
-    """
+    """The predictions of a file, at least one; question ids are unique."""
     path = Path(path)
     try:
         predictions = _read(path, drop_torn=False)

@@ -59,9 +59,6 @@ def score_file(path: str | Path, benchmark: Benchmark, *, chosen: bool = True) -
 
     Args:
         chosen: whether the caller has chosen the benchmark's variants; otherwise they are only its YAML's defaults.
-
-    Raises:
-        UsageError: the file is damaged, its targets are another benchmark's, or its variant is unknown.
     """
     path = Path(path)
     predictions = load_predictions(path)

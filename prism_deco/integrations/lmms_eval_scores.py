@@ -38,9 +38,6 @@ def score_tasks(
 
     Returns:
         The contents of the `metrics.json` files.
-
-    Raises:
-        UsageError: lmms-eval has no such task, or cannot load its data.
     """
     from lmms_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
     from lmms_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]

@@ -35,10 +35,6 @@ def compress(vlm: VLM, name: str, num_tokens: int, **options: Any) -> None:
         name: a registered compressor.
         num_tokens: visual tokens to keep per image.
         options: the compressor's own.
-
-    Raises:
-        UsageError: an unknown name or option, a projector that compresses, or a number of tokens, a tower or an LLM
-            that the compressor does not support.
     """
     COMPRESSORS.get(name)  # an unknown name is refused first
     projector = vlm.projector
