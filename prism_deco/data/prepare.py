@@ -142,7 +142,7 @@ def _missing_images(dataset: Dataset, root: Path) -> dict[str, list[str]]:
     for name in ImageFolder(image_root).missing(names):
         folder = next((into for into in missing if into == "." or name.startswith(f"{into}/")), None)
         if folder is None:
-            raise UsageError(f"No archive of {dataset.name} is for {name}: its records are of another version.")
+            raise UsageError(f"No archive of {dataset.name} contains {name}: its records are of another version.")
         missing[folder].append(name)
     return missing
 

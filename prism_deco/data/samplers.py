@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, zip_longest
 
 import numpy as np
 import torch
@@ -131,11 +132,8 @@ def _balance(batch: np.ndarray, words: np.ndarray, world_size: int) -> np.ndarra
         rank = totals.index(min(totals))
         buckets[rank].append(index)
         totals[rank] = math.inf if len(buckets[rank]) == capacity else totals[rank] + float(words[index])
-    depth = max(len(bucket) for bucket in buckets)
-    dealt: list[int] = []
-    for place in range(depth):
-        dealt += [bucket[place] for bucket in buckets if place < len(bucket)]
-    return np.array(dealt, dtype=np.int64)
+    interleaved = chain.from_iterable(zip_longest(*buckets))
+    return np.array([index for index in interleaved if index is not None], dtype=np.int64)
 
 
 def _chunks(order: np.ndarray, size: int) -> list[np.ndarray]:

@@ -106,7 +106,7 @@ def mixture(mixture: Mapping[str, Any] | None) -> Source:
 
 def _check_readable(key: str, path: Path, kind: str) -> None:
     """Raises `UsageError`, naming the key, if a path is not a readable file or folder."""
-    wanted = "the folder below which the images lie" if kind == "folder" else "a JSON or JSON Lines file"
+    wanted = "the folder that contains the images" if kind == "folder" else "a JSON or JSON Lines file"
     try:
         if kind == "folder":
             os.scandir(path).close()

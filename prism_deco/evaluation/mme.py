@@ -103,7 +103,7 @@ def _image_name(folder: Path, stem: str) -> str:
 def _read_pair(file: Path) -> list[tuple[str, str]]:
     lines = [line for line in read_text(file).splitlines() if line.strip()]
     if len(lines) != 2:
-        raise UsageError(f"{file} holds {len(lines)} questions; MME pairs two with each image.")
+        raise UsageError(f"{file} holds {len(lines)} questions; MME has two per image.")
     pairs = []
     for line in lines:
         question, _, answer = line.rpartition("\t")

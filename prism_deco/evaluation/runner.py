@@ -86,7 +86,11 @@ def evaluate(
     world.barrier()
     if world.is_main:
         predictions = store.merge()
-        _warn_of_missing_answers(benchmark, predictions)
+        if missing := sum(prediction.output is None for prediction in predictions):
+            log.warning(
+                "%s: %d of %d answers are missing and count as wrong: their image is missing or unreadable",
+                *(benchmark.name, missing, len(predictions)),
+            )
         write_json(out_dir / "metrics.json", summarise(benchmark, predictions, decoding))
     world.barrier()
     return json.loads((out_dir / "metrics.json").read_text(encoding="utf-8"))
@@ -97,15 +101,6 @@ def _log_questions(benchmark: Benchmark, items: Sequence[Item], done: int) -> No
     if len(benchmark.variants) > 1:
         questions += f" in {len(benchmark.variants)} variants ({', '.join(benchmark.variants)})"
     log.info("%s: %s, %d of %d answers already there", benchmark.name, questions, done, len(items))
-
-
-def _warn_of_missing_answers(benchmark: Benchmark, predictions: Sequence[Prediction]) -> None:
-    missing = sum(prediction.output is None for prediction in predictions)
-    if missing:
-        log.warning(
-            "%s: %d of %d answers are missing and count as wrong: their image is missing or unreadable",
-            benchmark.name, missing, len(predictions),
-        )  # fmt: skip
 
 
 def _shard(items: Sequence[Item], rank: int, world: int) -> list[Item]:

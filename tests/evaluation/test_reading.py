@@ -332,7 +332,7 @@ def test_a_box_without_area(files):
 def test_an_mme_question_without_its_twin(files):
     keys = files.mme()
     (files.path / "mme/count/b.txt").write_text("Is there one?\tYes\n")
-    with pytest.raises(ValueError, match=r"b\.txt holds 1 questions; MME pairs two"):
+    with pytest.raises(ValueError, match=r"b\.txt holds 1 questions; MME has two per image"):
         build_benchmark(keys).items()
 
 

@@ -41,6 +41,7 @@ class VisionZip(TowerCompressor):
         others = rest_of(dominant, patches)
         metric = F.normalize(take(self.patches(keys).mean(dim=1), others), dim=-1)
         features_of_others = take(features, others)
+        # Every step-th of the others is a target; the rest are merged into the most similar target.
         step = max(1, others.shape[1] // self.contextual)
         chosen = torch.arange(self.contextual, device=features.device) * step
         merged = rest_of(chosen[None], others.shape[1])[0]
