@@ -128,10 +128,6 @@ class FeatureCache:
         """Computes this rank's missing or damaged shards: every `ranks`-th one, starting at `rank`.
 
         Another run with the same cache waits until this process has finished, and then uses its shards.
-
-        Args:
-            device: where the towers compute.
-            num_workers: processes that decode images.
         """
         if not self.shards:
             return

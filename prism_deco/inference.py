@@ -105,7 +105,7 @@ def first_token_probabilities(
     space, or none, as in training. It does not depend on `ask`.
 
     Args:
-        ask: how to prompt, see `LanguageModel.ask`.
+        visual, prompts, ask: as for `answer`.
     """
     if not prompts:
         return torch.empty(0, len(choices))

@@ -53,11 +53,9 @@ class HubFile:
 
 
 def list_files(repo: str, pattern: str, revision: str) -> Path:
-    """Lists the Parquet files of a repository that match a pattern, pinned to the current commit.
+    """Lists the Parquet files of a repository that match a pattern, pinned to the current commit; returns the listing.
 
-    Returns:
-        The listing's path. The first call with these arguments writes it; later runs read the same files, without the
-        hub.
+    The first call with these arguments writes it; later runs read the same files without asking the hub.
     """
     key = hashlib.sha256(json.dumps([repo, pattern, revision]).encode()).hexdigest()[:16]
     listing = _folder() / f"{repo.replace('/', '--')}-{key}{LISTING}"

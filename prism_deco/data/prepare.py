@@ -174,10 +174,8 @@ def extract(archive: Path, folder: Path, wanted: Collection[str]) -> int:
     """Extracts the wanted files of a ZIP archive; returns how many of them it had.
 
     Archives put the same files under different folders, so a member is matched to the wanted file that its path ends
-    with. Nothing else is written. A file appears only when it is complete; ZIP's checksums are verified.
-
-    Args:
-        wanted: paths relative to `folder`.
+    with. Nothing else is written. A file appears only when it is complete; ZIP's checksums are verified. Wanted paths
+    are relative to `folder`.
     """
     left = set(wanted)
     try:

@@ -184,12 +184,7 @@ class Benchmark(ABC):
         return [self._ask(question, name) for name in self.variants for question in questions]
 
     def check_parts(self, counts: Mapping[str, int], where: str) -> None:
-        """Raises `UsageError` if one of the parts has no questions.
-
-        Args:
-            counts: number of questions by stratum.
-            where: what was counted, for the message.
-        """
+        """Raises `UsageError` if one of the parts has no questions in `counts` (by stratum); `where` says in what."""
         if empty := [part for part in self.parts if not counts.get(part)]:
             found = ", ".join(f"{part}: {counts.get(part, 0)}" for part in self.parts)
             raise UsageError(f"{self.name}: no questions of {' and '.join(empty)} in {where} (questions of {found}).")
@@ -231,8 +226,7 @@ class Benchmark(ABC):
     def image_file(self, where: str, **fields: Any) -> tuple[str, Path]:
         """Fills in the pattern of images: the path below the root, as predictions record it, and the file.
 
-        Args:
-            where: the annotation file and the record, for errors.
+        `where` is the annotation file and the record, for errors.
         """
         try:
             path = self.path(self.image, **fields)

@@ -118,12 +118,7 @@ def _is_box(value: list[Any]) -> bool:
 def _accuracy(
     predictions: Sequence[Prediction], boxes: Sequence[Box | None], *, corrected: bool, exact: bool = False
 ) -> float:
-    """Acc@0.5 in per cent of parsed boxes.
-
-    Args:
-        corrected: convert the boxes from the coordinates of the padded image.
-        exact: compare with the exact true box instead of the rounded one.
-    """
+    """Acc@0.5 in per cent of boxes, if so `corrected` for padding, against the rounded or the `exact` true box."""
     hits = 0
     for prediction, box in zip(predictions, boxes, strict=True):
         if box is None:

@@ -32,9 +32,7 @@ def compress(vlm: VLM, name: str, num_tokens: int, **options: Any) -> None:
 
     Args:
         vlm: a model whose projector makes one visual token per patch (`linear`); changed in place.
-        name: a registered compressor.
         num_tokens: visual tokens to keep per image.
-        options: the compressor's own.
     """
     COMPRESSORS.get(name)  # an unknown name is refused first
     projector = vlm.projector
