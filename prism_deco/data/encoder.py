@@ -54,7 +54,7 @@ class Encoder:
         return encode_segments(segments, self.tokenizer, self._tokenize, self._format.image_slot)
 
     def fit(self, encoded: Encoded) -> tuple[Encoded, int]:
-        """The truncated tokens, and the number of tokens cut off; `UsageError` if no supervised token is left."""
+        """The truncated tokens, and the number of tokens cut off; `UsageError` if nothing can be learnt from them."""
         images = len(encoded.image_slots)
         room = self.room(images)
         if room < 2:
@@ -74,8 +74,7 @@ class Encoder:
         return min(self._max_text_tokens, self._max_positions - self._tokens_per_image * images)
 
     def ignores(self, record: Record) -> bool:
-        """Whether LLaVA masks all labels of the record, as its length check fails after an unanswered last
-        question."""
+        """Whether LLaVA masks all labels of the record: its length check fails after an unanswered last question."""
         return len(record.answered) < len(record.messages) and self._format.image_slot == "in_place"
 
     def placeholder(self) -> Encoded:

@@ -1,4 +1,4 @@
-"""Builds the index of a file of records: the records as lines, a table of what samplers and splits need, the faults."""
+"""Builds the index of a file of records: the records as lines, a table for samplers and splits, and the faults."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from prism_deco.sequence import Batch, build_batch
 log = logging.getLogger(__name__)
 
 MOST_WORKERS = 8
-"""The default per rank. Each worker prefetches two optimizer steps."""
+"""The most workers per rank by default. Each prefetches two optimizer steps."""
 
 Transform = Callable[[Image.Image], dict[str, Tensor]]
 

@@ -30,7 +30,7 @@ class Population:
 
 @dataclass(frozen=True)
 class Filler:
-    """Fills up a rank's batch that is one record short, with the record `index` without its labels."""
+    """Fills up a rank's batch that is one record short: the record `index`, without labels."""
 
     index: int
 

@@ -118,7 +118,7 @@ def _is_box(value: list[Any]) -> bool:
 def _accuracy(
     predictions: Sequence[Prediction], boxes: Sequence[Box | None], *, corrected: bool, exact: bool = False
 ) -> float:
-    """Acc@0.5 in per cent of boxes, if so `corrected` for padding, against the rounded or the `exact` true box."""
+    """Acc@0.5 in per cent: of raw boxes or those `corrected` for padding, with the rounded or the `exact` true box."""
     hits = 0
     for prediction, box in zip(predictions, boxes, strict=True):
         if box is None:

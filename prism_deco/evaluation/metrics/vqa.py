@@ -149,7 +149,7 @@ def llava(prediction: str, answers: Sequence[str]) -> float:
 
 
 def prism_vqav2(prediction: str, answers: Sequence[str]) -> float:
-    """The PRISM harness on VQAv2: of the annotators' answers, only punctuation is processed, but always."""
+    """The PRISM harness on VQAv2: always strips punctuation from the annotators' answers, but changes nothing else."""
     return agreement(process(prediction), [strip_punctuation(answer) for answer in answers])
 
 
