@@ -22,7 +22,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -179,7 +179,7 @@ class FeatureCache:
             generator=torch.Generator(),  # else the seed of workers is drawn from the global one, which the run uses
         )
         batches = iter(loader)
-        encode = _encoder(self.backbone, self.compute, device)
+        towers = copy.deepcopy(self.backbone).to(device, torch.bfloat16 if self.compute == "bfloat16" else None)
         start = reported = time.monotonic()
         done = 0
         for shard in shards:
@@ -187,7 +187,7 @@ class FeatureCache:
             unreadable: list[str] = []
             for _ in range(0, len(self.shards[shard]), BATCH):
                 pixels, failed = next(batches)
-                features.append(encode(pixels))
+                features.append(self._encode(towers, pixels, device))
                 unreadable += [name for name in failed if name]
             self._write(shard, torch.cat(features), unreadable)
             done += len(self.shards[shard])
@@ -195,6 +195,13 @@ class FeatureCache:
                 reported = time.monotonic()
                 log.info("Feature cache: %d of %d images, %.1f images/s", done, len(names), done / (reported - start))
         log.info("Feature cache: %d images computed in %.1f s", len(names), time.monotonic() - start)
+
+    @torch.no_grad()
+    def _encode(self, towers: VisionBackbone, pixels: Mapping[str, Tensor], device: torch.device) -> Tensor:
+        """Per tower float32[n, 3, S, S] on the CPU -> dtype[n, N, D] on the CPU, computed as in a training step."""
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.compute == "autocast"):
+            features = towers({name: images.to(device) for name, images in pixels.items()})
+        return features.to("cpu", self.dtype)
 
     def _write(self, shard: int, features: Tensor, unreadable: list[str]) -> None:
         path = self.path(shard)
@@ -235,19 +242,6 @@ class _Pixels(Dataset[tuple[dict[str, Tensor], str]]):
         except OSError as error:
             log.warning("%s", error)
             return blank_pixels(self._transform), name
-
-
-def _encoder(backbone: VisionBackbone, compute: str, device: torch.device) -> Callable[[dict[str, Tensor]], Tensor]:
-    """A function tower -> float32[n, 3, S, S] -> dtype[n, N, D], both on the CPU, that computes as a training step."""
-    tower = copy.deepcopy(backbone).to(device, torch.bfloat16 if compute == "bfloat16" else None)
-
-    @torch.no_grad()
-    def encode(pixels: dict[str, Tensor]) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=compute == "autocast"):
-            features = tower({name: images.to(device) for name, images in pixels.items()})
-        return features.to("cpu", COMPUTE[compute])
-
-    return encode
 
 
 def shard_path(folder: Path, shard: int) -> Path:
