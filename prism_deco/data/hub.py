@@ -70,10 +70,11 @@ def list_files(repo: str, pattern: str, revision: str) -> Path:
             f"data.repo={repo} (revision {revision}) cannot be listed on the hub ({error}). Check its name and the "
             "network, or download it elsewhere and read the folder with data=embedded."
         ) from error
-    found = [entry for entry in entries if isinstance(entry, RepoFile) and fnmatch(entry.path, pattern)]
-    files = sorted((HubFile(repo, commit, e.path, e.size) for e in found if e.path.endswith(".parquet")), key=str)
+    tables = [entry for entry in entries if isinstance(entry, RepoFile) and entry.path.endswith(".parquet")]
+    files = [HubFile(repo, commit, table.path, table.size) for table in tables if fnmatch(table.path, pattern)]
+    files.sort(key=str)
     if not files:
-        folders = sorted({str(Path(e.path).parent) for e in entries if e.path.endswith(".parquet")})
+        folders = sorted({str(Path(table.path).parent) for table in tables})
         there = f"There are some in {', '.join(folders[:20])}." if folders else "It has none at all."
         raise UsageError(f"data.files={pattern} matches no Parquet file of {repo}. {there}")
     write_json(listing, {"files": [asdict(file) for file in files]})

@@ -147,7 +147,7 @@ def rank_share(batch: np.ndarray, rank: int, world_size: int) -> Share:
     return share + [Filler(int(batch[0]))] * missing
 
 
-def in_order(count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[Share]:
+def in_order(count: int, batch_size: int, rank: int, world_size: int) -> list[Share]:
     """Validation batches of one rank over `count` records, in order. All ranks have equally many, of the same
     sizes."""
     share = rank_share(np.arange(count), rank, world_size) if count else []

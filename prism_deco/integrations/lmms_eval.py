@@ -92,9 +92,8 @@ class PrismDeco(lmms):
             for batch in self._batches(list(alike)):
                 images = self._images([asked[i] for i in batch])
                 prompts = [asked[i].context for i in batch]
-                for i, text in zip(
-                    batch, self.model.generate(images, prompts, max_new_tokens=limits[batch[0]]), strict=True
-                ):
+                texts = self.model.generate(images, prompts, max_new_tokens=limits[batch[0]])
+                for i, text in zip(batch, texts, strict=True):
                     answers[i] = _until(text, asked[i].more.get("until"))
                     self.cache_hook.add_partial("generate_until", (asked[i].context, asked[i].more), answers[i])
         return answers
