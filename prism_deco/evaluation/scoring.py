@@ -65,7 +65,7 @@ def score_file(path: str | Path, benchmark: Benchmark, *, chosen: bool = True) -
     recorded = path.with_name("decoding.json")
     decoding = read_json(recorded) if recorded.is_file() else {}
     asked = decoding.pop(VARIANTS, None)
-    # Predictions of several variants name theirs.
+    # Predictions of several variants name theirs in their targets; those of a single one do not.
     if asked is not None and len(asked) == 1 and asked[0] != benchmark.variants[0]:
         raise UsageError(
             f"{path} holds answers of the variant {asked[0]}, not {benchmark.variants[0]}: score it with "
