@@ -1,7 +1,8 @@
-"""From the configuration to the model."""
+"""Builds the model and its parts from a configuration."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,25 +28,21 @@ def group(config: DictConfig, name: str) -> dict[str, Any]:
 
 
 def prompt_options(config: DictConfig) -> dict[str, Any]:
-    """What the recipe says about tokens and the text around images, as options of `build_llm`."""
+    """The recipe's keys about tokens and prompts, as options of `build_llm`."""
     recipe = config.recipe
-    tokenize = {} if recipe.tokenize is None else {"tokenize": recipe.tokenize}
-    return {
-        "image_slot": recipe.image_slot,
-        "prompt": recipe.prompt,
-        "added_tokens": recipe.added_tokens,
-        **tokenize,
-    }
+    options = {key: recipe[key] for key in ("image_slot", "prompt", "added_tokens")}
+    # Without a value, the LLM's own YAML decides.
+    return options if recipe.tokenize is None else options | {"tokenize": recipe.tokenize}
 
 
 def record_options(config: DictConfig) -> dict[str, Any]:
-    """Which records are trained on, as options of `data.records.open_parts`."""
+    """The keys that select records, as options of `data.records.open_parts`."""
     names = ("val_fraction", "limit", "on_bad_record")
     return {name: config.data[name] for name in names} | {"odd_records": config.recipe.odd_records}
 
 
 def build_encoder(config: DictConfig, llm: LanguageModel, tokens_per_image: int) -> Encoder:
-    """What turns records into tokens, with the length limits of the configuration."""
+    """The encoder of records, with the configured length limits."""
     return Encoder(
         llm,
         max_text_tokens=config.recipe.max_text_tokens,
@@ -56,21 +53,21 @@ def build_encoder(config: DictConfig, llm: LanguageModel, tokens_per_image: int)
 
 
 def max_positions(config: DictConfig, llm: LanguageModel) -> int:
-    """Longest sequence, visual tokens included: the LLM's own, or less where the recipe says so."""
+    """Longest sequence, visual tokens included: the LLM's limit, or the recipe's if that is lower."""
     return min(llm.max_positions, config.recipe.max_positions or llm.max_positions)
 
 
 def build_model(
-    config: DictConfig, *, device: str | torch.device | None = None, defer_llm: bool = False
+    config: DictConfig, *, device: str | torch.device = "cpu", defer_llm: bool = False
 ) -> tuple[VLM, LanguageModel]:
-    """Composes backbone, projector and LLM as configured; random parts follow torch's global seed.
+    """Builds the configured backbone, projector and LLM. Random weights come from torch's global generator.
 
     Args:
-        device: where the model lives; on "meta" it is the bare architecture, and no weights are read.
-        defer_llm: leave the LLM on the meta device, for a caller that reads its weights in pieces.
+        device: the model's device; "meta" builds the architecture without reading weights.
+        defer_llm: leave the LLM on the meta device, for a caller that loads its weights itself.
 
     Raises:
-        UsageError: the parts do not fit together (grid, tokens, positions), or the recipe is no single run.
+        UsageError: the parts do not fit together (grid, tokens, positions), or the recipe has several stages.
     """
     import_plugins(config.plugins)
     recipe = config.recipe
@@ -89,7 +86,7 @@ def build_model(
             "recipe.turn_mask=block needs recipe.image_slot=after_bos: in place, the image belongs to the round that "
             "shows it, and later rounds would not see it."
         )
-    device = torch.device(device or "cpu")
+    device = torch.device(device)
     bare = device.type == "meta"
     backbone = build_backbone(group(config, "backbone"), pretrained=not bare, device=device)
     if recipe.tower != "frozen":
@@ -102,16 +99,11 @@ def build_model(
     place = "meta" if defer_llm else device
     llm = build_llm(group(config, "llm"), quantize=way.quantize, device=place, **prompt_options(config))
     own_seed = recipe.projector_seed == "tower_width" and not bare
-    # The run's own stream goes on behind it as if nothing had been drawn. (Other devices have streams of their own.)
+    # Forking leaves the run's generator as it was. devices=[]: only the CPU's generator is seeded here.
     with device, torch.random.fork_rng(devices=[], enabled=own_seed):
         if own_seed:
             torch.default_generator.manual_seed(backbone.embed_dim)
         projector = compose_projector(config, backbone, llm, bare=bare)
-    if projector.num_tokens >= max_positions(config, llm):
-        raise UsageError(
-            f"{projector.num_tokens} visual tokens leave no room for text in {max_positions(config, llm)} positions of "
-            f"{config.llm.name}: choose fewer (projector.num_tokens=...) or another LLM."
-        )
     source = llm.spec.weights or llm.spec.hub
     way.apply(llm.model, r=recipe.lora_r, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout, source=source)
     vlm = VLM(
@@ -128,10 +120,10 @@ def build_model(
 
 
 def tune_tower(backbone: VisionBackbone, recipe: DictConfig) -> None:
-    """Marks what `recipe.tower`, unless it is frozen, trains of a backbone, which comes frozen; adapters are added.
+    """Unfreezes the last blocks of a frozen backbone, or adds LoRA adapters to them, as `recipe.tower` says.
 
-    Adapters are on the linear layers that a forward pass calls. Some attention reads the weights of its layers instead
-    of calling them (torch's, in CLIP, and timm's Eva): an adapter there would have neither effect nor gradient.
+    Only linear layers that the forward pass calls get adapters. torch's attention (in CLIP) and timm's Eva read the
+    weights of some layers without calling them: an adapter there would have neither effect nor gradient.
 
     Raises:
         UsageError: a tower has fewer blocks than `recipe.tower_layers`, or peft is not installed.
@@ -155,15 +147,33 @@ def tune_tower(backbone: VisionBackbone, recipe: DictConfig) -> None:
             module.trained = True
 
 
-def compose_projector(config: DictConfig, backbone: VisionBackbone, llm: LanguageModel, *, bare: bool) -> Projector:
+def compose_projector(
+    config: DictConfig,
+    backbone: VisionBackbone,
+    llm: LanguageModel,
+    *,
+    bare: bool,
+    build: Callable[..., Projector] = build_projector,
+) -> Projector:
     """The configured projector between these two, on torch's default device.
 
     Args:
-        bare: without the weights that the configuration may name for it.
+        bare: do not load the weights that the configuration may name.
+        build: replaces `build_projector`.
+
+    Raises:
+        UsageError: it does not fit the grid, or its visual tokens fill the LLM's positions.
     """
     options = group(config, "projector")
     if bare and "weights" in options:
         options["weights"] = None
-    return build_projector(
+    projector = build(
         options.pop("name"), in_dim=backbone.embed_dim, out_dim=llm.embed_dim, in_grid=backbone.grid, **options
     )
+    room = max_positions(config, llm)
+    if projector.num_tokens >= room:
+        raise UsageError(
+            f"{projector.num_tokens} visual tokens leave no room for text in the {room} positions of "
+            f"{config.llm.name}: choose fewer (projector.num_tokens=...) or another LLM."
+        )
+    return projector

@@ -25,8 +25,7 @@ from torch._subclasses.fake_tensor import (
 from transformers import PreTrainedModel
 
 from prism_deco.backbones import VisionBackbone, build_backbone
-from prism_deco.build import group, max_positions, prompt_options, tune_tower
-from prism_deco.errors import UsageError
+from prism_deco.build import compose_projector, group, prompt_options, tune_tower
 from prism_deco.llms import LanguageModel, build_llm
 from prism_deco.llms.spec import architecture
 from prism_deco.llms.tuning import tuning
@@ -131,18 +130,11 @@ def projector_of(config: DictConfig) -> Projector:
     Raises:
         UsageError: it does not fit the grid, or its tokens do not fit the LLM's positions.
     """
-    backbone, llm = backbone_of(config), llm_of(config)
-    options = group(config, "projector") | {"in_dim": backbone.embed_dim, "out_dim": llm.embed_dim}
-    if "weights" in options:
-        options["weights"] = None
-    projector = _projector(json.dumps(options | {"in_grid": backbone.grid}))
-    room = max_positions(config, llm)
-    if projector.num_tokens >= room:
-        raise UsageError(
-            f"{projector.num_tokens} visual tokens leave no room for text in the {room} positions of "
-            f"{config.llm.name}: choose fewer (projector.num_tokens=...) or another LLM."
-        )
-    return projector
+
+    def build(name: str, **options: Any) -> Projector:
+        return _projector(json.dumps({"name": name} | options))
+
+    return compose_projector(config, backbone_of(config), llm_of(config), bare=True, build=build)
 
 
 def count(*modules: nn.Module, trained: bool | None = None) -> int:
