@@ -1,4 +1,4 @@
-"""Training and asking models from Python: `prism_deco.train(config)` and `prism_deco.load(run)`."""
+"""The Python interface: `prism_deco.train(config)` trains a model, `prism_deco.load(run)` loads one to ask it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from prism_deco.vlm import VLM
 ImageLike = Image.Image | str | Path | Tensor
 """A PIL image, a path, or visual tokens float[M, E] (see `Model.encode_images`)."""
 Images = ImageLike | Sequence[ImageLike] | None
-"""What a question is about: an image, several, or none."""
+"""The images of one question: one, several, or none."""
 
 
 class Model:
@@ -40,7 +40,7 @@ class Model:
         vlm: the `nn.Module`.
         llm: the language model's tokenizer and chat format.
         config: the configuration it was trained with.
-        ask: how `generate` and `choice_probabilities` ask, see `LanguageModel.ask`.
+        ask: how `generate` and `choice_probabilities` phrase the prompt, see `LanguageModel.ask`.
     """
 
     def __init__(self, vlm: VLM, llm: LanguageModel, config: DictConfig):
@@ -55,7 +55,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's weights lie."""
+        """The device of the model's weights."""
         return next(self.vlm.lm.parameters()).device
 
     def generate(
@@ -64,13 +64,10 @@ class Model:
         """Answers a batch of questions greedily.
 
         Args:
-            images: one entry per question: its image, a list where it has several, None where it has none. Visual
-                tokens float[M, E] are used as they are.
-            prompts: raw questions; the chat template is applied here. A single question may be given as text, with
-                its image or its images.
-
-        Returns:
-            One answer per question.
+            images: one entry per question: an image, a list of images, or None. Visual tokens float[M, E] are used as
+                they are.
+            prompts: raw questions; the chat template is applied here. A single question may be a string, with its
+                image or images.
         """
         visual, prompts = self._questions(images, prompts)
         return answer(self.vlm, self.llm, visual, prompts, max_new_tokens=max_new_tokens, ask=self.ask)
@@ -92,28 +89,28 @@ class Model:
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image | str | Path]) -> list[Tensor]:
-        """The visual tokens float[M, E] of each image, to be used for several questions."""
+        """The visual tokens float[M, E] of each image, to reuse in several questions."""
         if not images:
             return []
-        # Pillow decodes and resizes without the interpreter's lock; one at a time, a GPU would wait for its images.
+        # Pillow releases the GIL while it decodes and resizes; in a single thread a GPU would wait for its images.
         with ThreadPoolExecutor(min(16, cores())) as pool:
             pixels = stack_pixels(list(pool.map(self._pixels, images)))
         assert pixels is not None
         return list(self.vlm.visual_tokens({tower: p.to(self.device) for tower, p in pixels.items()}))
 
     def _pixels(self, image: Image.Image | str | Path) -> dict[str, Tensor]:
-        """Per tower float[3, S, S]."""
+        """The input of each tower: float[3, S, S]."""
         opened = image if isinstance(image, Image.Image) else open_image(Path(image))
         return self.vlm.backbone.transform(opened.convert("RGB"))
 
     def relevance(
         self, image: Image.Image | str | Path, prompt: str, answer: str | None = None, **options: Any
     ) -> Relevance:
-        """R-GAE: where in the image the model looked for each token of an answer (DeCo, section 3.1).
+        """R-GAE relevance maps: which image regions each token of an answer depends on (DeCo, section 3.1).
 
         Args:
             prompt: the raw question.
-            answer: the text to explain; None takes the model's own answer.
+            answer: the text to explain; None generates one.
             options: see `prism_deco.explain.relevance` (method, max_new_tokens).
         """
         return relevance(self.vlm, self.llm, image, prompt, answer, **options)
@@ -121,21 +118,21 @@ class Model:
     def save(self, folder: str | Path, max_shard_size: str = SHARD_SIZE, dtype: torch.dtype | None = None) -> None:
         """Writes the whole model, its frozen tower included, to a new folder that `load` reads anywhere.
 
+        Changes the model in place: LoRA adapters are merged, then `dtype` is applied.
+
         Args:
-            max_shard_size: weights above it are split into several files, for example "500MB".
-            dtype: type of the written weights, and of the model's own from then on; None keeps theirs. LoRA adapters
-                are merged before that.
+            max_shard_size: larger weights are split into several files, for example "500MB".
+            dtype: of the weights; None keeps it.
 
         Raises:
-            UsageError: there is something in the folder already.
+            UsageError: the folder is not empty.
         """
         save_folder(Path(folder), self.config, self.vlm, self.llm, dtype=dtype, max_shard_size=max_shard_size)
 
     def _questions(
         self, images: Images | Sequence[Images], prompts: str | Sequence[str]
     ) -> tuple[list[list[Tensor]], list[str]]:
-        """Visual tokens float[M, E] of each question's images, and the questions. Images that are no tensors yet are
-        encoded in one batch."""
+        """Visual tokens float[M, E] of each question's images, and the questions. Encodes all images in one batch."""
         if isinstance(prompts, str):
             images, prompts = [images], [prompts]  # type: ignore[list-item]
         if images is None or isinstance(images, Image.Image | str | Path | Tensor):
@@ -162,16 +159,16 @@ def _listed(images: Images) -> list[ImageLike]:
 
 
 def train(config: DictConfig) -> Path:
-    """Trains what `load_config` composed, without scoring it; a run that was stopped continues.
+    """Trains the configured run, without evaluating it; an interrupted run resumes.
 
     Returns:
         The run folder, for `load`.
 
     Raises:
         UsageError: wrong input.
-        RuntimeError: the run was stopped or failed; what it wrote to stderr says why.
+        RuntimeError: the run was stopped or failed; its output on stderr says why.
     """
-    # They import Lightning, which answering needs none of.
+    # Imported here, since they import Lightning, which `load` does not need.
     from prism_deco.training.entry import run
     from prism_deco.training.run_dir import run_folder
 
@@ -190,17 +187,17 @@ def load(
     """Loads a finished run or an export.
 
     Args:
-        run: a run folder, its `model/` folder, or what `Model.save` wrote.
-        device: where the model computes: cpu, cuda (or gpu), cuda:N, or auto, which takes a GPU where there is one.
+        run: a run folder, its `model/` folder, or a folder that `Model.save` wrote.
+        device: cpu, cuda (or gpu), cuda:N, or auto (a GPU if there is one).
         dtype: casts the weights; None keeps them as they were saved (float32 master weights).
-        plugins: modules to import first. Those that the run names are needed, but not imported unless they are named
-            here (or imported already): the folder may be somebody else's.
-        num_tokens: visual tokens of an image, if others than in training: for `matryoshka`, and other projectors whose
+        plugins: modules to import first. The plug-ins that a run names are not imported on their own: the folder may
+            come from somebody else, and importing runs their code.
+        num_tokens: visual tokens per image, if not as in training: for `matryoshka`, and other projectors whose
             weights do not depend on it.
 
     Raises:
-        UsageError: the folder holds no finished model, its files do not fit together, it needs a plug-in that is not
-            named, or there is no such device.
+        UsageError: the folder holds no finished model, its files do not fit together, it needs a plug-in that is
+            neither imported nor named, or there is no such device.
     """
     target = requested_device(str(device))
     folder = Path(run)
