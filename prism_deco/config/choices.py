@@ -1,4 +1,4 @@
-"""The shipped YAMLs, one per choice, and what names of benchmarks stand for."""
+"""Finds and reads the YAML of a choice, and expands groups of benchmarks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prism_deco.config.values import read_yaml
 from prism_deco.errors import UsageError
 from prism_deco.files import refusals_named
 
-# In a wheel conf/ lies inside the package, in a checkout next to it.
+# A wheel has conf/ inside the package, a checkout next to it.
 _PACKAGE = Path(__file__).parents[1]
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
@@ -31,13 +31,13 @@ def choices(group: str) -> list[str]:
 
 
 def choice_path(group: str, choice: str) -> Path:
-    """The YAML of a choice: a shipped name, or the path of a user's own file, which ends in `.yaml` or `.yml`."""
+    """The YAML of a choice, which is a shipped name or the path of a user's own `.yaml` or `.yml` file."""
     return Path(choice) if choice.endswith(YAML_SUFFIXES) else CONF_DIR / group / f"{choice}.yaml"
 
 
 def load_choice(group: str, choice: str) -> dict[str, Any]:
     """The content of a choice's YAML, plus its `name` and without its `plugins`. References such as
-    `${recipe.num_tokens}` are left as they are.
+    `${recipe.num_tokens}` stay unresolved.
 
     Args:
         choice: a name under `conf/<group>`, or the path of a YAML.
@@ -58,10 +58,10 @@ def load_choice(group: str, choice: str) -> dict[str, Any]:
 
 
 def plugins_of(group: str, chosen: str) -> list[str]:
-    """The modules that YAMLs of a user's own name under `plugins`: they register the component that the YAML is for.
+    """The plug-in modules that the YAMLs of choices list under `plugins`, to register their components.
 
     Args:
-        chosen: a choice, or several with commas. It must come from the user: these modules are imported.
+        chosen: one or more choices, separated by commas. They must come from the user: these modules are imported.
 
     Raises:
         UsageError: `plugins` is not a list of names.
@@ -77,10 +77,10 @@ def plugins_of(group: str, chosen: str) -> list[str]:
 
 
 def default_contents(chosen: Mapping[str, str]) -> dict[str, Any]:
-    """What `conf/config.yaml` composes: the content of each group's choice, and the values of other keys.
+    """The defaults of `conf/config.yaml`: the content of each group's choice, and the values of other keys.
 
     Args:
-        chosen: choices by group that replace its own.
+        chosen: replaces default choices, by group.
     """
     content = read_yaml(CONF_DIR / "config.yaml")
     names = content.pop("defaults") | chosen
@@ -88,20 +88,20 @@ def default_contents(chosen: Mapping[str, str]) -> dict[str, Any]:
 
 
 def with_set(contents: Mapping[str, Any], name: str | None) -> dict[str, Any]:
-    """The contents of groups with one of the LLM's prompt sets in place.
+    """The contents of groups with one of the LLM's prompt sets applied.
 
-    Prompt sets are the ways to talk to a language model that its YAML offers besides the format it begins with:
+    Prompt sets are alternatives to the prompt format of an LLM's YAML:
 
         prompt_sets:
           deco:                     # chosen by recipe.prompt_set=deco
-            chat_template: ...      # replaces this key of the LLM, as any other here does
+            chat_template: ...      # replaces a key of the LLM, as do all others except `recipe`
             recipe:                 # replaces keys of the recipe
               max_text_tokens: 2048
 
-    They are resolved below what files and the command line set, and a composed configuration has the values alone.
+    YAML files and the command line override these values.
 
     Args:
-        name: of the set; None leaves the LLM's own format.
+        name: of the set; None keeps the LLM's default format.
 
     Raises:
         UsageError: the LLM does not offer the set.
@@ -121,11 +121,11 @@ def with_set(contents: Mapping[str, Any], name: str | None) -> dict[str, Any]:
 
 
 def resolve_benchmarks(names: str | Iterable[str], parents: tuple[str, ...] = ()) -> list[str]:
-    """Benchmark names with their groups (YAMLs with `members`) expanded; each once, in order.
+    """Expands benchmark groups (YAMLs with `members`) into names; each once, in order.
 
     Args:
-        names: a list, or a string with commas, in brackets or not.
-        parents: the groups that the names are members of.
+        names: a list, or a comma-separated string with or without brackets.
+        parents: the groups that contain these names.
 
     Raises:
         UsageError: an unknown name, or groups that contain each other.
@@ -140,11 +140,11 @@ def resolve_benchmarks(names: str | Iterable[str], parents: tuple[str, ...] = ()
 
 
 def group_keys(names: str | Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Keys of single benchmarks, by their names, that the named groups set for their members (`keys` in their YAMLs):
-    how a table of the paper asks them, for example. A group counts more than those that are its members.
+    """The keys that benchmark groups set for their members (`keys` in a group's YAML), by benchmark: how a table of the
+    paper asks them, for example. A group overrides the groups that it contains.
 
     Raises:
-        UsageError: two groups ask one benchmark in different ways.
+        UsageError: two groups set different keys for one benchmark.
     """
     found: dict[str, dict[str, Any]] = {}
     origins: dict[str, str] = {}
@@ -171,18 +171,17 @@ def _split(names: str | Iterable[str]) -> list[str]:
 
 
 def choice_name(choice: str) -> str:
-    """The name of what is chosen by its name, or by the path of its YAML."""
+    """The name of a choice that is given by name or by the path of its YAML."""
     return Path(choice).stem if choice.endswith(YAML_SUFFIXES) else choice
 
 
 TOKENS = "tokens.json"
-"""The file beside a run's results that says how many visual tokens they were made with, and how long a first one of
-the answer takes."""
+"""File next to a run's results with the number of visual tokens and the time to the first token."""
 
 
 def results_name(choice: str, split: str | None = None, ask: str = AS_TRAINED) -> str:
-    """The name of a benchmark's results folder: the benchmark's, followed by the split unless it is the YAML's own, and
-    by how it is asked unless that is as trained."""
+    """The name of a benchmark's results folder: the benchmark, its split unless it is the YAML's, and the way to ask
+    unless it is `as_trained`."""
     own = load_choice("benchmark", choice).get("split") or ""
     parts = [choice_name(choice)]
     if split not in (None, own):
@@ -193,5 +192,5 @@ def results_name(choice: str, split: str | None = None, ask: str = AS_TRAINED) -
 
 
 def resolve_asks(names: str) -> list[str]:
-    """The ways to ask of `evaluate.ask`, each once, in order."""
+    """The ways to ask that `evaluate.ask` lists, each once, in order."""
     return list(dict.fromkeys(_split(names))) or [AS_TRAINED]

@@ -1,8 +1,8 @@
 """Composes a configuration from the schema, one mapping per group, and single settings.
 
-The dataclasses of `schema.py` say what is valid: unknown keys, wrong types and values out of range are errors. The
-options that only one component has (the depth of one projector, say) are declared by that component's YAML: the value
-there is the default and gives the type.
+The dataclasses of `schema.py` define what is valid: unknown keys, wrong types and values out of range are errors.
+Options of a single component (the depth of one projector, for example) are declared by its YAML, whose value is the
+default and sets the type.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from prism_deco.config.values import RETIRED, flatten, is_text_key, schema_keys,
 from prism_deco.errors import UsageError
 
 _LISTED = 12
-"""Keys of a group that a message lists; of more it names the command that explains them."""
+"""Most keys of a group that a message lists; for larger groups it names the command that lists them."""
 
 _GROUPS: dict[str, Any] = {group: Config.__dataclass_fields__[group].default_factory for group in GROUPS}
-"""Their dataclasses."""
+"""The dataclass of each group."""
 
 _Options = tuple[tuple[str, Any], ...]
 """Keys and their types."""
@@ -38,7 +38,7 @@ _OTHER_NAMES = {
     "max_grad_norm": ["recipe.grad_clip"],
     "gradient_checkpointing": ["trainer.activation_checkpointing"],
 }
-"""What other trainers call a key that is spelled too differently here to be found by its letters."""
+"""Names of keys in other trainers that are too different for `difflib` to match."""
 
 
 def compose(
@@ -48,10 +48,10 @@ def compose(
 
     Args:
         origins: where the content of a group comes from, for messages: {"recipe": "recipe=mine.yaml"}.
-        closed: groups whose content cannot declare options of its own.
+        closed: groups whose content cannot declare new options.
 
     Raises:
-        UsageError: a value of a wrong type, or a key that the schema does not have.
+        UsageError: a value of a wrong type, or an unknown key.
     """
     own = {group: {} if group in closed else contents.get(group) or {} for group in GROUPS}
     schema = _schema(tuple((group, _options(group, content)) for group, content in own.items()))
@@ -73,7 +73,7 @@ def set_key(config: DictConfig, key: str, value: Any, origin: str = "") -> None:
         origin: the file that the value comes from, for messages.
 
     Raises:
-        UsageError: an unknown key (with the nearest ones), a value of a wrong type, or a malformed reference (`${`).
+        UsageError: an unknown key (suggests similar ones), a value of a wrong type, or a malformed reference (`${`).
     """
     if key in NAME_LISTS and isinstance(value, list):
         value = ",".join(map(str, value))
@@ -84,10 +84,10 @@ def set_key(config: DictConfig, key: str, value: Any, origin: str = "") -> None:
 
 
 def takes_text(content: Mapping[str, Any], key: str) -> bool:
-    """Whether a key takes text: by the schema, or because its value is text now.
+    """Whether a key takes text: by the schema, or because its current value is text.
 
     Args:
-        content: the configuration with its references unresolved.
+        content: the configuration with unresolved references.
     """
     if is_text_key(key):
         return True
@@ -100,10 +100,10 @@ def takes_text(content: Mapping[str, Any], key: str) -> bool:
 def validate(config: DictConfig) -> None:
     """Checks a composed configuration against the schema's ranges and choices.
 
-    A configuration that was saved with a run is not checked: it was accepted then, perhaps by another version.
+    Saved configurations are not checked again: they were valid when they were written, perhaps by another version.
 
     Raises:
-        UsageError: the first key whose value is not allowed, and what is; or a reference (`${...}`) to nothing.
+        UsageError: the first value that is not allowed, or a reference (`${...}`) to a missing key.
     """
     try:
         content: Any = OmegaConf.to_container(config, resolve=True)
@@ -113,7 +113,7 @@ def validate(config: DictConfig) -> None:
     values = flatten(content)
     written: Any = flatten(OmegaConf.to_container(config, resolve=False))  # type: ignore[arg-type]
     rules = {key: member.metadata["allowed"] for key, member in schema_keys().items() if "allowed" in member.metadata}
-    # References come last: a wrong value is reported at the key that holds it.
+    # References last: the message names the key that holds a wrong value, not one that refers to it.
     for key in sorted(rules, key=lambda key: "${" in str(written[key])):
         _check_value(key, values[key], rules[key], content["plugins"])
     for key in content["data"]["statistics"] or {}:
@@ -131,10 +131,10 @@ def default_run_id(config: DictConfig) -> str:
 
 
 def _check_value(key: str, value: Any, rule: Range | tuple[str, ...], plugins: list[str]) -> None:
-    if value is None:  # the schema's types say where that may be
+    if value is None:  # allowed or not by the schema's types, which OmegaConf has checked
         return
     if not isinstance(rule, Range):
-        if value not in rule and not (rule is SAMPLER and plugins):  # a plug-in may register another sampler
+        if value not in rule and not (rule is SAMPLER and plugins):  # plug-ins can register samplers
             raise unknown(key, value, rule)
         return
     numbers = value if isinstance(value, list | tuple) else [value]
@@ -146,9 +146,9 @@ def _check_value(key: str, value: Any, rule: Range | tuple[str, ...], plugins: l
         raise UsageError(f"{key}={shown} must be {finite}{rule}.")
 
 
-@lru_cache(maxsize=64)  # it takes OmegaConf longer than all the rest, and cells of a sweep share it
+@lru_cache(maxsize=64)  # the slowest part of composing, and the same for many cells of a sweep
 def _schema(options: tuple[tuple[str, _Options], ...]) -> DictConfig:
-    """The dataclasses of all groups plus the options that their YAMLs declare."""
+    """The dataclasses of all groups, extended by the options that YAMLs declare."""
     groups = []
     for group, own in options:
         base = _GROUPS[group]
@@ -165,7 +165,7 @@ def _options(group: str, content: Mapping[str, Any]) -> _Options:
         if key in known:
             continue
         kind: Any = type(value) | None
-        # None, containers and references say nothing about the type of other values.
+        # None, containers and references do not tell the type.
         if value is None or isinstance(value, dict | list) or (isinstance(value, str) and "${" in value):
             kind = Any
         if is_text_key(f"{group}.{key}"):
@@ -175,21 +175,21 @@ def _options(group: str, content: Mapping[str, Any]) -> _Options:
 
 
 def _refusal(config: DictConfig, key: str, value: Any, error: OmegaConfBaseException, origin: str) -> UsageError:
-    """The message for a value that OmegaConf does not take."""
+    """The error for a value that OmegaConf rejects."""
     for retired in (key, f"{key}={value}"):
         if retired in RETIRED:
             return UsageError(f"{retired}{origin}: {RETIRED[retired]}.")
     text = value_text(key, value)
     if isinstance(error, GrammarParseError):
         return UsageError(f"{key}={text} is not a valid reference{origin}: {str(error).splitlines()[0]}.")
-    # The error is about another key where this one is below a plain value: `recipe.lr.x`.
+    # For a key below a plain value, such as `recipe.lr.x`, OmegaConf's error names the parent.
     if isinstance(error, ConfigKeyError | ConfigAttributeError) or error.full_key != key:
         return _unknown_key(config, key, origin)
     return UsageError(f"{key}={text} must be {_expected(config, key)}{origin}.")
 
 
 def _expected(config: DictConfig, key: str) -> str:
-    """What a key takes, in words."""
+    """The type of a key, in words."""
     group, _, leaf = key.rpartition(".")
     node: Any = OmegaConf.select(config, group) if group else config
     kind = OmegaConf.get_type(node)
@@ -202,7 +202,7 @@ def _expected(config: DictConfig, key: str) -> str:
 
 
 def _unknown_key(config: DictConfig, key: str, origin: str) -> UsageError:
-    """The error for a key that a configuration does not have, with the nearest ones."""
+    """The error for an unknown key, with suggestions."""
     content: Any = OmegaConf.to_container(config, resolve=False)
     names = sorted({*content, *flatten(content)})
     parent = key.rpartition(".")[0]
@@ -214,7 +214,7 @@ def _unknown_key(config: DictConfig, key: str, origin: str) -> UsageError:
 
 
 def _hint(key: str, names: list[str]) -> str:
-    """What a user may have meant: a key of that name elsewhere, one of another choice, or one with similar letters."""
+    """Suggests a key of the same name in another group or choice, or a key of similar spelling."""
     group, _, leaf = key.rpartition(".")
     longer = [name for name in names if name.startswith(f"{group}.") and name.endswith(f"_{leaf}")]
     same = longer + [name for name in names if name.rpartition(".")[2] == leaf]

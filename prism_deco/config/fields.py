@@ -1,4 +1,4 @@
-"""Fields of the schema that state which values they take."""
+"""Dataclass fields with the values that they allow."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Range:
 
 
 def number(default: Any, **bounds: float) -> Any:
-    """A field whose value, or each of whose values, is within the bounds of a `Range`."""
+    """A field for a number, or a list of numbers, within the bounds of a `Range`."""
     return field(default=default, metadata={"allowed": Range(**bounds)})
 
 
 def one_of(names: tuple[str, ...], default: Any) -> Any:
-    """A field whose value is one of these names."""
+    """A field for one of these names."""
     return field(default=default, metadata={"allowed": names})

@@ -1,5 +1,8 @@
-"""Loads configurations: of a command line (YAML files, choices, and `key=value` settings on top of the defaults), and
-the `config.yaml` of a run or an export, whose plain values nothing resolves and whose plug-ins nobody imports."""
+"""Loads the configuration of a command line (YAML files, choices, and `key=value` settings on top of the defaults), and
+the stored `config.yaml` of a run or an export.
+
+Stored files may come from somebody else: they hold plain values only, and their plug-ins are not imported.
+"""
 
 from __future__ import annotations
 
@@ -35,21 +38,21 @@ _PROMPT_SET = "recipe.prompt_set"
 _BENCHMARKS = "evaluate.benchmarks"
 
 _CLOSED = ("recipe", "trainer")
-"""Groups whose YAMLs cannot declare options of their own: nothing would read them."""
+"""Groups whose YAMLs cannot declare new options, since no component would read them."""
 
 
 @dataclass
 class _Arguments:
-    """The arguments of a command line, taken apart.
+    """The parsed arguments of a command line.
 
     Attributes:
-        choices: the choice of each group that is named.
-        contents: groups of a stored configuration that no shipped choice fills.
-        settings: what YAML files set, in order: key, value, and the file.
-        overrides: key and text of what the command line sets, in order.
+        choices: the named choices, by group.
+        contents: groups of a stored configuration that come from the user's own YAML, not from a shipped choice.
+        settings: key, value and file of each setting in YAML files, in order.
+        overrides: key and text of each `key=value` argument, in order.
         stored: the stored configuration, if one is given.
-        stored_set: the prompt set that its LLM is under.
-        plugins: modules that YAMLs of the user's own choices name, once they are known.
+        stored_set: its prompt set.
+        plugins: modules that the YAMLs of the user's own choices list; `_load` fills it in.
     """
 
     choices: dict[str, str] = field(default_factory=dict)
@@ -61,7 +64,7 @@ class _Arguments:
     plugins: list[str] = field(default_factory=list)
 
     def choose(self, group: str, choice: str) -> None:
-        """Takes a choice, in place of what a stored configuration says about the group."""
+        """Takes a choice, which replaces a stored configuration's content of the group."""
         self.choices[group] = choice
         self.contents.pop(group, None)
         self.settings = [setting for setting in self.settings if not self.is_stored(setting, group)]
@@ -76,10 +79,10 @@ def load_config(overrides: Iterable[str] = ()) -> DictConfig:
 
     Args:
         overrides: as on the command line: `group=choice` and `key=value` pairs, and paths of YAML files with the same
-            content, such as a run's `config.yaml`. Pairs win over files.
+            content, such as a run's `config.yaml`. Pairs override files.
 
     Raises:
-        UsageError: an unknown choice or key (with the nearest valid ones), a value of a wrong type or out of range.
+        UsageError: an unknown choice or key (suggests similar ones), a value of a wrong type or out of range.
     """
     return _load(_read(overrides))
 
@@ -91,7 +94,7 @@ def _load(arguments: _Arguments) -> DictConfig:
         prompt_set = value if key == _PROMPT_SET else prompt_set
     for key, text in arguments.overrides:
         prompt_set = parse_value(key, text) if key == _PROMPT_SET else prompt_set
-    if "llm" in arguments.contents:  # with the values of its set
+    if "llm" in arguments.contents:  # its prompt set is already applied
         if prompt_set != arguments.stored_set:
             raise UsageError(
                 f"{arguments.stored} holds an LLM of your own as it is under {_PROMPT_SET}={arguments.stored_set}: "
@@ -119,7 +122,7 @@ def _load(arguments: _Arguments) -> DictConfig:
 
 
 def named_choice(group: str, overrides: Iterable[str]) -> str | None:
-    """The choice of a group that a command line names; None where it leaves the default or a stored configuration."""
+    """The choice of a group that a command line names; None if the default or a stored configuration applies."""
     arguments = _read(overrides)
     is_stored = any(arguments.is_stored(setting, group) for setting in arguments.settings)
     return None if is_stored else arguments.choices.get(group)
@@ -127,7 +130,7 @@ def named_choice(group: str, overrides: Iterable[str]) -> str | None:
 
 def value_origins(overrides: Iterable[str]) -> dict[str, str]:
     """Where each value of `load_config(overrides)` comes from, by dotted key: `command line`, the path of a YAML file,
-    or `default`, the schema's; and the reference that stands there, if any."""
+    or `default` (the schema); followed by the reference (`${...}`) that gave the value, if any."""
     arguments = _read(overrides)
     config = _load(arguments)
     origins = dict.fromkeys(flat(config), "default")
@@ -187,7 +190,7 @@ def _read(overrides: Iterable[str]) -> _Arguments:
 
 
 def _add_file(arguments: _Arguments, file: Path) -> None:
-    """Adds a YAML of the user's own. A group is the name of a choice, or settings, among which `name` is the choice."""
+    """Adds a user's YAML file. Under a group it has the name of a choice, or settings with the choice as `name`."""
     content = read_yaml(file)
     if {"axes", "rows", "parts"} & content.keys():
         raise UsageError(f"{file} is a sweep's: `prism-deco sweep {file}` trains its cells.")
@@ -204,12 +207,12 @@ def _add_file(arguments: _Arguments, file: Path) -> None:
 
 
 def _add_stored(arguments: _Arguments, file: Path) -> None:
-    """Adds a run's configuration as its choices and what it changed of them: references of the choices keep working,
-    so that `recipe.num_tokens=9` reaches the projector."""
+    """Adds a run's configuration as choices plus changed values. The choices' references keep working this way:
+    `recipe.num_tokens=9` still reaches the projector."""
     config = read_config(file)
     changed = changed_from_defaults(config)
     if config.run_id == default_run_id(config):
-        changed.pop("run_id", None)  # the name follows from the choices, also from those that replace them
+        changed.pop("run_id", None)  # derived from the choices, which the command line may replace
     chosen = shipped_choices(config)
     arguments.stored = file
     arguments.stored_set = config.recipe.prompt_set
@@ -219,31 +222,31 @@ def _add_stored(arguments: _Arguments, file: Path) -> None:
 
 
 def is_free(key: str) -> bool:
-    """Whether an unfinished run may continue under another value of a key, or group: it says where and how the run is
-    computed, not what is learned (except for rounding; see `training.run_dir`)."""
+    """Whether an unfinished run may resume under another value of a key or group: one that changes where and how the
+    run is computed but, up to rounding, not what is learned (see `training.run_dir`)."""
     free = ("trainer", "benchmark", "recipe.micro_batch_size", "data.num_workers", "runs_dir")
     return key in free or key.startswith(("trainer.", "evaluate.", "benchmark."))
 
 
 def save_config(config: DictConfig, path: Path) -> None:
-    """Writes the composed configuration, references resolved."""
+    """Writes the composed configuration with resolved references."""
     write_whole(path, OmegaConf.to_yaml(config, resolve=True))
 
 
 def read_config(path: Path) -> DictConfig:
-    """Reads what `save_config` wrote; keys that it does not hold are at their defaults. Ranges are not checked again.
+    """Reads what `save_config` wrote; missing keys take their defaults. Ranges are not checked again.
 
     Raises:
-        UsageError: as for `read_stored`, or the schema does not take it.
+        UsageError: as for `read_stored`, or the schema rejects it.
     """
     return compose(read_stored(path))
 
 
 def read_stored(path: Path) -> dict[str, Any]:
-    """What `save_config` wrote, as it stands in the file; retired keys are left out.
+    """The content of what `save_config` wrote, without retired keys.
 
     Raises:
-        UsageError: there is no such file, or it is not a stored configuration of plain values.
+        UsageError: there is no such file, or its values are not plain ones.
     """
     if not path.is_file():
         raise UsageError(f"{path} does not exist: {path.parent} is not a run folder.")
@@ -258,7 +261,7 @@ def read_stored(path: Path) -> dict[str, Any]:
 
 
 def _refuse_references(content: Any, path: Path, key: str = "") -> None:
-    """The folder may be somebody else's: `${oc.env:NAME}` would put a secret of this machine into the model's card."""
+    """Resolving a stranger's `${oc.env:NAME}` would put a secret of this machine into the model's card."""
     if isinstance(content, dict):
         for name, value in content.items():
             _refuse_references(value, path, f"{key}.{name}" if key else str(name))
@@ -273,31 +276,31 @@ def _refuse_references(content: Any, path: Path, key: str = "") -> None:
 
 
 def flat(config: DictConfig) -> dict[str, Any]:
-    """The configuration as `group.key` -> value, references resolved; lists stay whole."""
+    """The configuration as `group.key` -> value with resolved references; lists stay whole."""
     return flatten(json.loads(json.dumps(OmegaConf.to_container(config, resolve=True))))
 
 
 def shipped_choices(config: DictConfig) -> dict[str, str]:
-    """The shipped choices of a configuration by group, without the groups that a user's own YAML fills."""
+    """The shipped choices of a configuration, by group; groups from a user's own YAML are left out."""
     named = {group: str(config[group].name) for group in GROUPS if config[group].name in choices(group)}
     composed = compose(_default_contents(named, config))
     return {group: name for group, name in named.items() if set(config[group]) <= set(composed[group])}
 
 
 def _default_contents(chosen: Mapping[str, str], config: DictConfig) -> dict[str, Any]:
-    """What choices compose to under the configuration's prompt set."""
+    """The contents of choices with the configuration's prompt set applied."""
     contents = default_contents(chosen)
     name = config.recipe.get("prompt_set")
-    # An LLM of the user's own has its values already, and another version may offer other sets.
+    # A user's own LLM holds its values already, and another version may offer other sets.
     known = "llm" in chosen and name in (contents["llm"].get(PROMPT_SETS) or {})
     return with_set(contents, name if known else None)
 
 
 def changed_from_defaults(config: DictConfig) -> dict[str, Any]:
-    """The values that differ from what the configuration's shipped choices compose to, by dotted key.
+    """The values that differ from those of the configuration's shipped choices, by dotted key.
 
-    Groups that a user's own YAML fills are left out. A value that follows from a reference (`${recipe.num_tokens}`) is
-    no difference as long as it is what the reference gives.
+    Groups from a user's own YAML are left out. A value that a reference (`${recipe.num_tokens}`) sets counts as changed
+    only if it differs from what the reference resolves to.
     """
     chosen = shipped_choices(config)
     default = compose(_default_contents(chosen, config))

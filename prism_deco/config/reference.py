@@ -1,5 +1,4 @@
-"""The keys of the configuration with their types, defaults and meanings, and the page that shows them:
-`conf/README.md`."""
+"""The keys of the configuration with their types, defaults and meanings, and the page `conf/README.md` about them."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from prism_deco.config.values import schema_keys, type_text, value_text
 
 @dataclass(frozen=True)
 class Key:
-    """A key of the configuration: `recipe.lr`, what it takes, its default, and what it means."""
+    """A key of the configuration (`recipe.lr`), the values it takes, its default, and its meaning."""
 
     name: str
     takes: str
@@ -42,7 +41,7 @@ def reference() -> dict[str, Key]:
 
 
 def _takes(member: Field) -> str:
-    """What a field takes: its choices, or its type and range."""
+    """The choices of a field, or its type and range, in words."""
     rule = member.metadata.get("allowed")
     kind = str(member.type)
     is_optional = kind.endswith(" | None")
@@ -54,7 +53,7 @@ def _takes(member: Field) -> str:
 
 
 def _docstrings() -> dict[str, str]:
-    """The string below each field of the schema's classes, in one line."""
+    """The docstring below each field of the schema's classes, on one line."""
     groups = {type(member).__name__: f"{name}." for name, member in vars(schema.Config()).items()}
     texts = {}
     for node in ast.parse(inspect.getsource(schema)).body:
@@ -79,17 +78,17 @@ prism-deco train projector=c_abstractor projector.depth=2 recipe=mine.yaml seed=
 
 `config.yaml` names the default choices. `GROUP=NAME` takes another one, `GROUP=FILE.yaml` a file of your own,
 `GROUP.KEY=VALUE` sets a key. A YAML file without `GROUP=`, such as a run's `config.yaml`, sets several at once; the
-command line wins over it. `prism-deco train --print` shows the result and where each value comes from.
+command line overrides it. `prism-deco train --print` shows the result and where each value comes from.
 
-The tables list the keys that all choices of a group share, their types, and the defaults of the schema, which a
-choice's YAML replaces. Keys that only some choices have are explained in their YAML files. A value such as
+The tables list the keys that all choices of a group share, their types, and the schema's defaults, which a choice's
+YAML overrides. Keys of single choices are explained in their YAML files. A value such as
 `${recipe.num_tokens}` is a reference to another key. This page is generated: `prism-deco keys --markdown`.
 """
 
 OTHER_FOLDERS = {
-    "benchmark": "What `evaluate.benchmarks` and `prism-deco evaluate` take: names, separated by commas, or groups of "
-    "them. `benchmark.NAME.KEY=VALUE` sets a key of one.",
-    "sweep": "What `prism-deco sweep` and `plan` take: a grid of runs.",
+    "benchmark": "Names for `evaluate.benchmarks` and `prism-deco evaluate`, separated by commas: benchmarks, or "
+    "groups of them. `benchmark.NAME.KEY=VALUE` sets a key of one.",
+    "sweep": "Grids of runs for `prism-deco sweep` and `prism-deco plan`.",
 }
 
 
@@ -122,7 +121,7 @@ def _choice_table(group: str) -> str:
 
 
 def _first_sentence(path: Path) -> str:
-    """The lines of a YAML's first comment, up to one that ends a sentence."""
+    """The lines of a YAML's first comment, up to the first that ends in a period."""
     words = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("# "):

@@ -1,4 +1,4 @@
-"""Exact-name registries: a component adds itself by its own file, nobody keeps a list."""
+"""Registries of components by exact name. Components register themselves: there is no central list."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from prism_deco.errors import UsageError
 
 T = TypeVar("T")
 Own = TypeVar("Own")
-"""A component's own type: decorating a class must not make it its base class to type checkers."""
+"""The type of the decorated component, which `register` preserves for type checkers."""
 
 _LISTED = 40
-"""Choices that a message lists."""
+"""Most choices that a message lists."""
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
-    """The error for a name that is not among the choices: nearest names first, then all of them if they are few."""
+    """The error for a name that is not among the choices: suggests similar ones and lists the first `_LISTED`."""
     choices = sorted(choices)
     near = difflib.get_close_matches(name, choices, n=3)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -37,10 +37,9 @@ class Registry(Generic[T]):
 
     Args:
         kind: what the components are, for error messages ("projector").
-        package: the package whose modules are imported on the first look-up, so that dropping a
-            file into it is all a new component needs. Components from outside register themselves
-            when their module is imported (the `plugins` list of the configuration).
-        also: modules elsewhere that are imported with them.
+        package: its modules are imported when a name is looked up, so a new component only needs a file there.
+            Components outside the package register when their module is imported (`plugins` in the configuration).
+        also: further modules to import.
     """
 
     def __init__(self, kind: str, package: str | None = None, also: Iterable[str] = ()):
@@ -50,7 +49,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[Own], Own]:
-        """Decorator that registers its target under `name`; a name can be taken once."""
+        """Decorator that registers its target under `name`, which must be new."""
 
         def add(entry: Own) -> Own:
             if name in self._entries:
@@ -61,9 +60,9 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """The component of that exact name; `UsageError` lists the choices otherwise."""
+        """The component of that exact name; raises `UsageError` with the choices if there is none."""
         module = f"{self._package}.{name}"
-        # Most components have a module of their name, and need no other.
+        # Most components are in a module of their name: try it before importing the whole package.
         if name not in self._entries and name.isidentifier() and self._package and importlib.util.find_spec(module):
             importlib.import_module(module)
         if name not in self._entries:
@@ -73,10 +72,10 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def build(self, name: str, /, **options: Any) -> Any:
-        """What the component of that name, a class or a function, makes of options.
+        """Calls the component of that name, a class or a function, with these options.
 
         Raises:
-            UsageError: an unknown name, an option that the component does not take, or one that it needs is missing.
+            UsageError: an unknown name or option, or a missing one.
         """
         component = self.get(name)
         parameters = inspect.signature(component).parameters  # type: ignore[arg-type]
@@ -105,8 +104,8 @@ class Registry(Generic[T]):
 
 
 def require_imported(modules: Iterable[str], origin: Path) -> None:
-    """`UsageError` where a stored configuration names plug-ins that nobody has imported: opening a folder must not run
-    the code that its author chose."""
+    """Raises `UsageError` if a stored configuration names plug-ins that are not imported yet: opening a folder must not
+    run code of its author's choice."""
     missing = [module for module in modules if module not in sys.modules]
     if missing:
         names = ",".join(missing)
@@ -117,7 +116,7 @@ def require_imported(modules: Iterable[str], origin: Path) -> None:
 
 
 def import_plugins(modules: Iterable[str]) -> None:
-    """Imports the modules by which components from outside the package register themselves."""
+    """Imports plug-in modules, which register their components."""
     for module in modules:
         try:
             importlib.import_module(module)

@@ -1,5 +1,5 @@
-"""Keys and values: what the schema says of each dotted key, and how values of the command line and of YAML files are
-read and written. Text stays as it is where the schema says text."""
+"""Reads and writes values of the command line and of YAML files. Where the schema says text, text is kept as written:
+`llm.revision=1e5` is not a number."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXT_OPTIONS = {
         "variants", "choices", "subsets",
     ),
 }  # fmt: skip
-"""Options of single components that are text or lists of text. Where a YAML's default is null, its type says nothing.
+"""Options of single components that take text or lists of text. The default in a YAML is often null and tells no type.
 """
 
 TYPES = {
@@ -41,14 +41,14 @@ TYPES = {
     "list[int]": "a list of whole numbers such as [11, 15]",
     "list[Any]": "a list of names or mappings such as [a, {b: {key: value}}]",
 }
-"""What messages and pages call the types of the schema; the others are mappings."""
+"""The schema's types in words, for messages and pages; all others are mappings."""
 
 RETIRED = {
     "trainer.feature_cache=auto": "auto is no longer a choice, since it needed a plan of every run: use true where an "
     "image is seen several times, by epochs or by runs of a sweep, and the towers are much of the work, else false",
     "trainer.feature_cache_runs": "only trainer.feature_cache=auto used it, which is no longer a choice",
 }
-"""Keys and values of earlier versions: stored configurations may hold them, new ones may not."""
+"""Keys and values of earlier versions: allowed in stored configurations, refused in new ones."""
 
 
 def type_text(annotation: object) -> str:
@@ -60,7 +60,7 @@ def type_text(annotation: object) -> str:
 
 @cache
 def schema_keys() -> dict[str, Field[Any]]:
-    """The field of every key: `recipe.lr`, `seed`, ..."""
+    """The schema's field of every dotted key: `recipe.lr`, `seed`, ..."""
     found: dict[str, Field[Any]] = {}
     for member in fields(Config):
         kind = member.default_factory
@@ -91,8 +91,8 @@ def is_text_key(key: str) -> bool:
 
 
 def _is_text_of_sweep(key: str) -> bool:
-    """Its name, the parts that `choose` names, and labels of the user's own; a label such as `seed` or
-    `projector.heads` is a key's value."""
+    """Text are a sweep's name, the parts under `choose`, and free labels; a label named like a key (`seed`,
+    `projector.heads`) has a value of that key."""
     _, is_label, label = key.rpartition("labels.")
     if is_label:
         return "." not in label and label not in schema_keys()
@@ -100,7 +100,7 @@ def _is_text_of_sweep(key: str) -> bool:
 
 
 def split_pair(override: str) -> tuple[str, str]:
-    """The key and the text of `key=value`; `UsageError` if it is no such pair."""
+    """Splits `key=value`; raises `UsageError` for anything else."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UsageError(f"{override!r} is not an override: write key=value, for example projector=avgpool.")
@@ -108,14 +108,14 @@ def split_pair(override: str) -> tuple[str, str]:
 
 
 def parse_value(key: str, text: str, *, is_text: bool | None = None) -> Any:
-    """A value of the command line. As text it stays as it is, without its quotes, and `null` or nothing is None;
-    otherwise YAML reads it: `7` -> 7, `[1, 2]` -> [1, 2].
+    """Parses a value of the command line. Text loses its quotes, and `null` or an empty text is None; other values are
+    YAML: `7` -> 7, `[1, 2]` -> [1, 2].
 
     Args:
         is_text: whether the key takes text; None asks the schema.
 
     Raises:
-        UsageError: it is not valid YAML; names the key.
+        UsageError: it is not valid YAML.
     """
     if is_text_key(key) if is_text is None else is_text:
         return _parse_text(text)
@@ -131,17 +131,17 @@ def _parse_text(text: str) -> str | None:
     if text[0] in "'\"" and text[0] == text[-1]:
         try:
             value = _from_yaml(text)
-        except _NOT_YAML:  # quotes of several words: 'a' or 'b'
+        except _NOT_YAML:  # several quoted words: 'a' or 'b'
             return text
         return value if isinstance(value, str) else text
     return text
 
 
 def value_text(key: str, value: Any, *, is_text: bool | None = None) -> str:
-    """A value as the command line takes it, small numbers as `2e-5`. `parse_value` reads it back.
+    """The inverse of `parse_value`; small numbers become `2e-5`.
 
     Args:
-        is_text: whether the key takes text; None asks the schema. With False the result also fits into a YAML file.
+        is_text: whether the key takes text; None asks the schema. With False the result is also valid in a YAML file.
     """
     if isinstance(value, str):
         try:
@@ -157,7 +157,7 @@ def value_text(key: str, value: Any, *, is_text: bool | None = None) -> str:
 
 
 def flatten(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as `group.key` -> value; lists and empty mappings stay whole."""
+    """Flattens nested mappings to `group.key` -> value; lists and empty mappings stay whole."""
     flattened: dict[str, Any] = {}
     for name, value in content.items():
         if isinstance(value, Mapping) and value:
@@ -168,13 +168,13 @@ def flatten(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_yaml(path: Path, group: str = "") -> dict[str, Any]:
-    """The content of a YAML file, references (`${...}`) left as they are.
+    """The content of a YAML file with unresolved references (`${...}`).
 
     Args:
-        group: the group that the file is a choice of; empty where its keys name their groups.
+        group: the group that the file is a choice of; empty if its keys name their groups.
 
     Raises:
-        UsageError: it cannot be read, is not valid YAML (with the line), or is something else than `key: value` lines.
+        UsageError: it cannot be read, is not valid YAML (names the line), or is not a mapping.
     """
     try:
         content = _read_source(path.read_text(encoding="utf-8"), group)
@@ -195,24 +195,25 @@ def read_yaml(path: Path, group: str = "") -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _read_source(source: str, group: str) -> Any:
-    """What the text of a file holds; shared, as the cells of a sweep are made of the same few files."""
+    """Parses a file's text; cached for sweeps, whose cells read the same few files. Callers must copy the result."""
     content = _from_yaml(source)
     return _keep_text(content, yaml.load(source, Loader=yaml.BaseLoader), group) if content else content
 
 
 def _keep_text(value: Any, written: Any, key: str) -> Any:
-    """What YAML made of a file's text, with the written text back where the schema says text.
+    """Replaces parsed scalars by their written text where the schema says text.
 
     Args:
-        written: the same content, every scalar as text.
-        key: the key that it is the value of.
+        value: the parsed content.
+        written: the same content with every scalar as text.
+        key: the key that holds the value.
     """
     if isinstance(value, dict) and isinstance(written, dict):
         kept = {}
-        # Names, too, stand as they are written, unless YAML merged mappings (`<<`) or took two of them for one.
+        # Names are kept as written, too, unless YAML merged mappings (`<<`) or two names into one.
         names = written if "<<" not in written and len(written) == len(value) else map(str, value)
         for name, entry in zip(names, value.values(), strict=True):
-            # Keys of a sweep's settings name their group themselves.
+            # Keys in a sweep's settings include their group.
             full = f"{key}.{name}" if key and not is_text_key(name) else name
             kept[name] = _keep_text(entry, written.get(name), full)
         return kept
@@ -227,7 +228,7 @@ _NOT_YAML = (yaml.YAMLError, OmegaConfBaseException, ValueError)
 
 
 def _from_yaml(text: str) -> Any:
-    # Not by OmegaConf.create or OmegaConf.load: those take a word for a mapping.
+    # OmegaConf.create and OmegaConf.load would turn a single word into a mapping.
     content: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"text={text}"]))
     return content["text"]
 
