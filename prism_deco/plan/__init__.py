@@ -1,4 +1,4 @@
-"""What a run will take before it is started: memory, time, disk. No weights, no data and no GPU are needed."""
+"""Estimates a run's memory, time and disk space before it starts, without weights, data or a GPU."""
 
 from prism_deco.plan.estimate import AUTO, DEFAULT_MFU, RunEstimate, estimate_run, problems
 from prism_deco.plan.table import PlanTable, as_json

@@ -1,4 +1,4 @@
-"""The devices of a run: how they share the model, what they compute in, and what each can do."""
+"""The devices of a run: sharding, precision, speed and memory."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from prism_deco.config.registry import unknown
 GIB = 2**30
 
 NODE = 8
-"""GPUs of a node, if the configuration says "all" and this machine has none."""
+"""GPUs per node to assume if the configuration says "all" and this machine has none."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """The devices of a run and the types they compute in.
+    """The devices of a run and their precision.
 
     Attributes:
         devices: on all nodes.
-        shards: devices that share the weights of one copy of the model; 1 keeps a whole copy on each.
+        shards: devices that share one copy of the weights; 1 keeps a whole copy on each.
         autocast: bfloat16 compute by autocast over float32 weights.
-        half: bfloat16 copies of the weights are gathered from float32 shards (`fully_shard`).
-        cuda: runs on GPUs (optimizer and autocast differ a little from the CPU's).
-        reduce: bytes per element of the gradients that shards exchange.
+        half: `fully_shard` gathers float32 shards as bfloat16 weights.
+        cuda: runs on GPUs, whose autocast differs a little from the CPU's.
+        reduce: bytes per element of reduced gradients.
         checkpointing: `trainer.activation_checkpointing`.
     """
 
@@ -45,7 +45,7 @@ class Setup:
 
 
 def setup_of(config: DictConfig) -> Setup:
-    """What the `trainer` group of a configuration asks for."""
+    """The devices that the `trainer` group asks for."""
     trainer = config.trainer
     cuda = trainer.accelerator != "cpu" and (trainer.accelerator != "auto" or torch.cuda.is_available())
     per_node = trainer.devices if trainer.devices > 0 else torch.cuda.device_count() or NODE
@@ -68,9 +68,9 @@ class Accelerator:
     """A kind of accelerator.
 
     Attributes:
-        flops: peak of dense bfloat16 matrix products with float32 accumulation, per second.
+        flops: peak FLOP/s of dense bfloat16 matrix products with float32 accumulation.
         memory: usable bytes, as the driver reports them.
-        mark: part of the name by which CUDA knows it, in lower case.
+        mark: substring of CUDA's device name, in lower case.
     """
 
     flops: float
@@ -78,13 +78,13 @@ class Accelerator:
     mark: str
 
 
-# Dense figures of NVIDIA's data sheets, which print the double for sparse matrices. Lightning's table
-# (`lightning_fabric.utilities.throughput`) has the sparse figures for H200 and H100 NVL and half for GeForce.
+# Dense figures from NVIDIA's data sheets, which print twice as much for sparse matrices. Lightning's table
+# (`lightning_fabric.utilities.throughput`) has the sparse figures for H200 and H100 NVL, and half of GeForce's.
 ACCELERATORS = {
     "a100": Accelerator(312e12, 79 * GIB, "a100"),  # A100 80GB datasheet, 2021
     "a100_40gb": Accelerator(312e12, 39 * GIB, "a100-sxm4-40gb"),  # A100 40GB datasheet, 2020
     "h100": Accelerator(989.4e12, 79 * GIB, "h100 80gb hbm3"),  # H100 SXM: H100 architecture white paper, table 2
-    "h100_pcie": Accelerator(756e12, 79 * GIB, "h100 pcie"),  # same place, PCIe
+    "h100_pcie": Accelerator(756e12, 79 * GIB, "h100 pcie"),  # same white paper, PCIe
     "h200": Accelerator(989.4e12, 139 * GIB, "h200"),  # H200 SXM datasheet, 2024 (1,979 with sparsity)
     "l40s": Accelerator(362e12, 44 * GIB, "l40s"),  # L40S datasheet, 2023
     "l4": Accelerator(121e12, 22 * GIB, "nvidia l4"),  # L4 datasheet, 2023 (242 with sparsity)
@@ -94,14 +94,14 @@ ACCELERATORS = {
 
 
 def accelerator(name: str) -> Accelerator:
-    """The accelerator of that name; `UsageError` with the choices if there is none."""
+    """The accelerator of that name; raises `UsageError` with the choices if there is none."""
     if name not in ACCELERATORS:
         raise unknown("accelerator", name, ACCELERATORS)
     return ACCELERATORS[name]
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak of a device of this machine, operations per second; None if it is not known, as for every CPU."""
+    """Peak FLOP/s of a device of this machine; None if it is unknown, as for every CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower()
@@ -110,7 +110,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def device_memory() -> int:
-    """Bytes of this machine's first GPU, or of its main memory if it has none."""
+    """Bytes of this machine's first GPU, or of its main memory without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""What one run will take, before it is started."""
+"""Estimates what one run needs before it starts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from prism_deco.plan.sequences import Sequences, sequences_of
 AUTO = "auto"
 
 ROOM = 0.9
-"""Fraction of a device's memory that `auto` plans to use: the allocator needs some for itself."""
+"""Fraction of a device's memory that `auto` may use; the rest is for the allocator."""
 
 DEFAULT_ACCELERATOR = "h100"
 DEFAULT_MFU = 0.4
@@ -33,21 +33,22 @@ DEFAULT_MFU = 0.4
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run needs; bytes, tokens and floating-point operations.
+    """What a run needs, in bytes, tokens and floating-point operations.
 
     Attributes:
-        parameters, trained: of the whole model.
-        visual_in, visual_out: patches and visual tokens of an image.
-        sequence: positions of a record on average, visual tokens included, after cutting.
+        parameters, trained: parameters of the whole model, and the trained ones.
+        visual_in, visual_out: patches and visual tokens per image.
+        sequence: mean positions of a record after truncation, visual tokens included.
         longest: positions of the longest forward pass.
-        positions: the most that the LLM, or the recipe, allows.
-        cut: fraction of the records whose text is cut; None if lengths are only estimated.
-        records, steps: of the whole training.
+        positions: limit of the LLM or of the recipe.
+        cut: fraction of the records whose text is truncated; None if lengths are only estimated.
+        records: training records.
+        steps: optimizer steps.
         source: where the lengths come from (`Sequences.source`).
         memory: of one device.
-        flops: of the whole training; validation and scoring are not part of it.
-        hours: None if the accelerator's speed is not known.
-        checkpoint: one checkpoint: trained weights in float32 and AdamW's moments.
+        flops: of the whole training, without validation and evaluation.
+        hours: None if the accelerator's speed is unknown.
+        checkpoint: size of one checkpoint: trained weights in float32 and AdamW's moments.
         checkpoints_kept: the newest ones and the best.
     """
 
@@ -72,14 +73,14 @@ class Needs:
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """What one run will take.
+    """The estimate of one run.
 
     Attributes:
         name: the sweep's cell, or the choices.
         accelerator: kind of GPU; None is this machine's CPU.
         needs: None if the parts do not fit together, or cannot run without data.
-        problems: why it would fail, memory aside (see `problems`).
-        warnings: what to fix before it starts.
+        problems: reasons why it would fail, except memory (see `problems`).
+        warnings: what to fix before the start.
     """
 
     name: str
@@ -100,11 +101,11 @@ def estimate_run(
     """Estimates a run without weights, data or a GPU.
 
     Args:
-        name: what to call it; empty: the choices of backbone, projector and LLM.
+        name: of the estimate; empty takes the choices of backbone, projector and LLM.
         accelerator_name: one of `ACCELERATORS`; None is an H100, or no accelerator for a run on a CPU.
-        mfu: fraction of the accelerator's peak that the arithmetic reaches (model FLOPs utilisation).
-        memory_bytes: of one device, by which `trainer.activation_checkpointing=auto` decides; None takes that of the
-            accelerator, if there is one.
+        mfu: model FLOPs utilisation, the fraction of the accelerator's peak.
+        memory_bytes: of one device, for `trainer.activation_checkpointing=auto`; None takes the accelerator's, if there
+            is one.
 
     Raises:
         UsageError: an unknown accelerator, or a fraction outside (0, 1].
@@ -136,10 +137,10 @@ def estimate_run(
 
 
 def problems(estimate: RunEstimate, memory_bytes: int | None = None) -> list[str]:
-    """Why a run would fail; empty if nothing is known against it.
+    """Reasons why a run would fail.
 
     Args:
-        memory_bytes: of one device; None takes that of the accelerator, if there is one.
+        memory_bytes: of one device; None takes the accelerator's, if there is one.
     """
     found = list(estimate.problems)
     if memory_bytes is None and estimate.accelerator:
@@ -160,7 +161,7 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, memory_bytes:
     visual, positions = projector.num_tokens, max_positions(config, llm)
     room = min(recipe.max_text_tokens, positions - visual)
     text = np.array([sequences.text]) if sequences.lengths is None else sequences.lengths
-    # float64[records], or [1] for the mean alone: positions after cutting, visual tokens included.
+    # float64[records] (or [1] with the mean only): positions after truncation, visual tokens included.
     images = sequences.images / sequences.records
     lengths = np.minimum(text, room) + visual * images
     shape = _largest_pass(config, setup, sequences, room, visual)
@@ -196,11 +197,11 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, memory_bytes:
 
 
 def _largest_pass(config: DictConfig, setup: Setup, sequences: Sequences, room: int, visual: int) -> PassShape:
-    """The forward pass that holds the longest record.
+    """The forward pass with the longest record.
 
     Args:
-        room: tokens of text that a sequence has room for.
-        visual: tokens of an image.
+        room: most text tokens of a sequence.
+        visual: visual tokens per image.
     """
     per_device = math.ceil(config.recipe.global_batch_size / setup.devices)
     records = min(config.recipe.micro_batch_size, per_device)
@@ -219,8 +220,8 @@ def _largest_pass(config: DictConfig, setup: Setup, sequences: Sequences, room: 
 def _least_recomputation(
     config: DictConfig, setup: Setup, shape: PassShape, memory_bytes: int | None
 ) -> tuple[Setup, Memory]:
-    """The setup with as many activations recomputed as asked for, and its memory; `auto` is the least that fits, or
-    all."""
+    """The setup with the configured activation checkpointing, and its memory. `auto` becomes the policy with the least
+    recomputation that fits, or else `full`."""
     policies = ACTIVATION_CHECKPOINTING if setup.checkpointing == AUTO else (setup.checkpointing,)
     for policy in policies:
         chosen = replace(setup, checkpointing=policy)
@@ -242,7 +243,7 @@ def _flops_per_record(config: DictConfig, sequences: Sequences, lengths: np.ndar
 
 
 def _batch_problems(config: DictConfig, setup: Setup) -> list[str]:
-    """What the sampler has against that many devices."""
+    """Why the sampler refuses this batch size or number of devices."""
     one = Population(np.ones(1, dtype=int), np.ones(1, dtype=bool))
     try:
         SAMPLERS.get(config.recipe.sampler)(one, config.recipe.global_batch_size, 0, setup.devices)
@@ -252,9 +253,9 @@ def _batch_problems(config: DictConfig, setup: Setup) -> list[str]:
 
 
 def _row_problems(config: DictConfig, needs: Needs) -> list[str]:
-    """What training would have against several records or rounds in one row.
+    """Why training would refuse to isolate records or turns within one sequence (packing, block mask).
 
-    Trying it takes seconds, so that it is left to training where all layers attend to everything.
+    The check takes seconds, so it is skipped if all layers have full attention; training repeats it anyway.
     """
     recipe, lm = config.recipe, llm_of(config).model.config
     longest = min(recipe.max_text_tokens + needs.visual_out, needs.positions)

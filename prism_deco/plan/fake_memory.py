@@ -1,8 +1,8 @@
-"""Memory of the parts of a training step, by running the real modules on fake tensors.
+"""Measures the memory of the parts of a training step by running the real modules on fake tensors.
 
 Fake tensors (`torch._subclasses.fake_tensor`) have shapes and lifetimes but no data: a step of a 7B model takes a
-second on a laptop. What autograd keeps, what a kernel's backward pass needs and when each tensor dies is measured on
-the code that will run, for any architecture, rather than written down per architecture.
+second on a laptop. Saved tensors, workspaces and lifetimes come from the code that training runs, so no architecture
+needs formulas of its own.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class PassShape:
 
     Attributes:
         records: sequences, with one image each.
-        length: positions they are padded to, visual tokens included.
+        length: positions of each after padding, visual tokens included.
         visual: visual tokens per image.
-        supervised: supervised positions in all.
+        supervised: supervised positions of all sequences.
         passes: forward passes per optimizer step.
-        packed: the sequences share one row.
+        packed: all sequences are packed into one row.
     """
 
     records: int
@@ -52,10 +52,10 @@ class PassShape:
 
 @lru_cache(maxsize=32)
 def walk_tower(tower: VisionBackbone, images: int, setup: Setup) -> tuple[Phases, torch.Size, torch.dtype]:
-    """Phase `forward` of the tower, and where it is trained `kept` (by autograd, without the features) and `backward`;
-    and shape and dtype of its features."""
+    """Memory of the tower's phase `forward` and, for a trained tower, `kept` (by autograd, without the features) and
+    `backward`; shape and dtype of its features."""
     mode = FakeTensorMode()
-    # Frozen, equal blocks need the same memory one after the other.
+    # Equal frozen blocks reach the same peak one after the other, so one of them is enough.
     backbone = copy.deepcopy(tower).train() if tower.trained else short_backbone(tower)[0]
     half = setup.half or (setup.autocast and not tower.trained)  # see `training.trainer.half_precision_tower`
     to_fake(backbone, mode, torch.bfloat16 if half else None)
@@ -76,16 +76,14 @@ def walk_tower(tower: VisionBackbone, images: int, setup: Setup) -> tuple[Phases
 
 
 @lru_cache(maxsize=64)
-def walk_projector(
-    bare: Projector, shape: torch.Size, dtype: torch.dtype, setup: Setup, tower_trained: bool = False
-) -> Phases:
-    """Phases `forward`, `kept` (by autograd, after the forward pass) and `backward` on features of that shape."""
+def walk_projector(bare: Projector, shape: torch.Size, dtype: torch.dtype, setup: Setup, tower_trained: bool) -> Phases:
+    """Memory of the phases `forward`, `kept` (by autograd, after the forward pass) and `backward`."""
     mode = FakeTensorMode()
     projector = copy.deepcopy(bare).train()
     to_fake(projector, mode, _weights_type(setup))
     with mode, without_data("projector"), _autocast(setup), TensorMeter(projector) as meter:
         meter.phase("forward")
-        # No name holds the features: unless autograd keeps them they die with the call, as in `VLM.visual_tokens`.
+        # The features are not bound to a name: as in `VLM.visual_tokens`, only autograd can keep them alive.
         own = _weights_type(setup) or dtype
         tokens = projector(torch.empty(shape, dtype=own, device="cpu", requires_grad=tower_trained))
         meter.phase("kept")
@@ -97,14 +95,15 @@ def walk_projector(
 def walk_language(
     key: str, depth: int, shape: PassShape, turn_mask: str, max_logits: int | None, setup: Setup
 ) -> Phases:
-    """Phases `layers` (forward), `kept` (by autograd then), `loss`, backward of the `last` and of the `first` layer.
+    """Memory of the phases `layers` (forward), `kept` (by autograd, after it), `loss`, and the backward passes of the
+    `last` and of the `first` layer.
 
-    Layers are alike: the memory of one and of two layers tells that of any number, phase by phase.
+    All layers are alike, so each phase is extrapolated from one and two layers.
 
     Args:
-        key: names the LLM, see `meta_models.llm_key`.
-        depth: its layers.
-        turn_mask, max_logits: what the recipe says about attention and loss.
+        key: of the LLM, see `meta_models.llm_key`.
+        depth: number of layers.
+        turn_mask, max_logits: as in the recipe.
     """
     if depth <= 2:
         return _walk_language(key, depth, shape, turn_mask, max_logits, setup)
@@ -126,9 +125,9 @@ def _walk_language(
     vlm = _without_tower(lm, turn_mask, max_logits)
     vlm.train()
     checkpoint_activations(lm, setup.checkpointing)
-    # transformers reads from the positions whether a row holds several sequences; fake ones have no values.
+    # transformers looks at the values of position_ids to detect packed sequences; fake tensors have none.
     one_sequence = replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
-    # For fake tensors torch's grouped product accepts half precision only; transformers' own makes the same tensors.
+    # torch's grouped product accepts only half precision on fake tensors; transformers' own makes the same tensors.
     any_type = replaced(moe, "_can_use_grouped_mm", lambda *_: False)
     with mode, without_data("LLM"), one_sequence, any_type:
         batch, visual = _batch(lm, shape)
@@ -147,12 +146,12 @@ def _weights_type(setup: Setup) -> torch.dtype | None:
 
 
 def _autocast(setup: Setup) -> torch.autocast:
-    # Lightning keeps no copies of the weights beyond the operation that needs them.
+    # As Lightning does: bfloat16 copies of the weights are not cached beyond an operation.
     return torch.autocast("cpu", torch.bfloat16, enabled=setup.autocast, cache_enabled=False)
 
 
 def _starts(meter: TensorMeter, phase: str) -> Any:
-    """A forward hook: the phase starts when the gradient of the layer's output is there."""
+    """A forward hook that starts the phase when the gradient of the layer's output arrives."""
 
     def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]
@@ -162,7 +161,7 @@ def _starts(meter: TensorMeter, phase: str) -> Any:
 
 
 def _without_tower(lm: Any, turn_mask: str, max_logits: int | None) -> VLM:
-    """A VLM that is only given ready-made visual tokens."""
+    """A VLM for precomputed visual tokens."""
     backbone = VisionBackbone()
     backbone.grid, backbone.embed_dim = (1, 1), 1
     projector = build_projector("linear", 1, lm.get_input_embeddings().embedding_dim, (1, 1))
@@ -182,7 +181,7 @@ def _batch(lm: Any, shape: PassShape) -> tuple[Batch, Tensor]:
 
 
 def _summed_loss(vlm: VLM, batch: Batch, visual: Tensor, meter: TensorMeter) -> Tensor:
-    """`VLM.forward`, with its phases told to the meter."""
+    """`VLM.forward`, reporting its phases to the meter."""
     hidden = vlm.hidden_states(batch, visual).flatten(0, 1)
     meter.phase("kept")
     meter.phase("loss")

@@ -1,8 +1,8 @@
-"""Floating-point operations of training, in closed form: cheap enough to be computed at every step.
+"""Floating-point operations of training in closed form, cheap enough to compute at every step.
 
-Counted are matrix products and convolutions, two operations per multiplication and addition, without what activation
-checkpointing computes again and without padding. Attention counts all pairs of positions, masked ones too, as is usual
-for model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B).
+Counts matrix products and convolutions, two operations per multiply-add, without padding and without recomputation by
+activation checkpointing. Attention counts all pairs of positions, masked ones too, as usual for model FLOPs utilisation
+(PaLM, arXiv 2204.02311, appendix B).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _META = torch.device("meta")
 
 @dataclass(frozen=True)
 class TrainingFlops:
-    """The costs of one of each, forward and backward pass together; a frozen tower has no backward pass."""
+    """Operations of forward and backward pass per unit; a frozen tower has no backward pass."""
 
     tower: int
     """Per image."""
@@ -42,7 +42,7 @@ class TrainingFlops:
     """Of the output head, per supervised position."""
 
     def step(self, *, images: float, positions: float, pairs: float, targets: float) -> float:
-        """Cost of an optimizer step over all devices, or of any other number of records.
+        """Operations for a set of records, for example those of an optimizer step on all devices.
 
         Args:
             images: images shown.
@@ -55,11 +55,11 @@ class TrainingFlops:
 
 
 def training_flops(config: DictConfig) -> TrainingFlops:
-    """The costs of a configured model, from its bare architecture.
+    """Operations of the configured model, counted on the meta device.
 
     Raises:
         UsageError: its parts do not fit together.
-        NeedsData: a part cannot be run without data.
+        NeedsData: a part cannot run without data.
     """
     lm = llm_of(config).model
     settings: Any = lm.config
@@ -69,14 +69,14 @@ def training_flops(config: DictConfig) -> TrainingFlops:
         tower=_tower_flops(backbone_of(config)),
         projector=_projector_flops(projector_of(config)),
         position=sum(_product(weight) for layer in layers for weight in layer.parameters() if weight.ndim == 2),
-        # Scores and weighted sum, forward; and the gradients of both factors of each.
+        # Scores and weighted sum, each with a forward product and two products for the gradients of its factors.
         pair=3 * 2 * 2 * sum(_attention_width(layer) for layer in settings.per_layer_config),
         target=_product(head.weight),
     )
 
 
 def step_flops(module: nn.Module, features: Tensor | dict[str, Tensor]) -> tuple[int, int]:
-    """Operations of a module's forward pass, and of its forward and backward pass together."""
+    """Operations of a module's forward pass, and of both passes together."""
     with FlopCounterMode(display=False, custom_mapping={_CONVOLUTION: _convolution_backward_flops}) as counter:
         total = module(features).sum()
         forward = counter.get_total_flops()
@@ -90,21 +90,21 @@ _CONVOLUTION = torch.ops.aten.convolution_backward
 def _convolution_backward_flops(
     grad: Sequence[int], features: Sequence[int], weight: Sequence[int], *args: Any, **_: Any
 ) -> int:
-    """Either gradient of a convolution takes as many operations as the convolution did.
+    """Each gradient of a convolution takes as many operations as the convolution itself.
 
-    Torch's own formula forgets the groups in the weight's gradient: a depthwise convolution would cost as much as a
-    dense one.
+    torch's formula ignores groups in the weight's gradient, so a depthwise convolution would cost as much as a dense
+    one.
     """
-    wanted: Sequence[bool] = args[-1]  # gradients of input, weight, bias; the bias' is not counted
+    wanted: Sequence[bool] = args[-1]  # gradients of input, weight, bias; the last is not counted
     return (wanted[0] + wanted[1]) * conv_flop_count(list(features), list(weight), list(grad))
 
 
-# On the meta device attention is a sequence of matrix products. The fused kernels of other devices have no formula in
-# torch and would count nothing.
+# On the meta device attention runs as matrix products. Fused kernels of other devices would count as zero, since torch
+# has no formula for them.
 @lru_cache(maxsize=32)
 def _tower_flops(tower: VisionBackbone) -> int:
     if tower.trained:
-        # Whole: how far the backward pass goes depends on which blocks are trained.
+        # The whole tower: the backward pass only reaches down to the first trained block.
         with without_data("backbone"):
             return step_flops(copy.deepcopy(tower), tower.blank(_META))[1]
     backbone, runs = short_backbone(tower)
@@ -127,11 +127,11 @@ def _projector_flops(bare: Projector) -> int:
 
 
 def _attention_width(settings: Any) -> int:
-    """Width of the heads of one layer together; 0 for an architecture without attention."""
+    """Total width of the heads of one layer; 0 for an architecture without attention."""
     heads = getattr(settings, "num_attention_heads", None) or 0
     return heads * (getattr(settings, "head_dim", None) or settings.hidden_size // max(heads, 1))
 
 
 def _product(weight: nn.Parameter) -> int:
-    """A vector times a matrix: the product, its gradient and, if the matrix is trained, the matrix' gradient."""
+    """Operations per input row: the product, the input's gradient and, if it is trained, the weight's gradient."""
     return 2 * weight.numel() * (3 if weight.requires_grad else 2)

@@ -1,4 +1,4 @@
-"""Memory of one device at its fullest moment of a training step."""
+"""Peak memory of one device during a training step."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from prism_deco.plan.meta_models import backbone_of, count, llm_key, llm_of, pro
 
 FLOAT32 = 4
 NF4 = 4.127 / 8
-"""Bytes of a weight in four bits, its share of the doubly quantised scales included (arXiv 2305.14314, section 3)."""
+"""Bytes of a 4-bit weight with its share of the doubly quantised scales (arXiv 2305.14314, section 3)."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. The parts below are those of the fullest moment; they add up to `peak`."""
+    """Bytes on one device at the peak; the parts add up to `peak`."""
 
     weights: int
-    """Projector and LLM, in float32 where they are trained; this device's share of them."""
+    """This device's share of projector and LLM, in float32 where they are trained."""
     tower: int
     """The backbone's weights."""
     gradients: int
-    """Of the trained parameters, as many as there are at that moment, and copies for their exchange."""
+    """Gradients that exist at that moment, and copies for their reduction."""
     optimizer: int
     """AdamW's two moments."""
     inputs: int
     """Pixels of the whole optimizer step."""
     activations: int
-    """What the backward pass needs and what is computed just then; bfloat16 copies of the weights are part of it."""
+    """Saved tensors and temporary ones, bfloat16 copies of the weights included."""
     logits: int
-    """Logits of the supervised positions and what their loss needs."""
+    """Logits of the supervised positions, and the tensors of their loss."""
     gathered: int
-    """Parameters (and gradients) of neighbouring blocks that sharding has gathered for the moment."""
+    """Parameters and gradients of neighbouring blocks that sharding has gathered."""
     when: str
-    """The fullest moment."""
+    """The moment of the peak."""
 
     @property
     def peak(self) -> int:
@@ -49,7 +49,7 @@ class Memory:
 
 
 class Moment(NamedTuple):
-    """What varies in a step, bytes."""
+    """The bytes that vary during a step."""
 
     activations: int
     logits: int
@@ -58,11 +58,11 @@ class Moment(NamedTuple):
 
 
 def step_memory(config: DictConfig, setup: Setup, shape: PassShape) -> Memory:
-    """Memory of a training step: that of the fullest of its moments."""
+    """Memory of a training step at its peak."""
     backbone, lm, projector = backbone_of(config), llm_of(config).model, projector_of(config)
     trained = count(backbone, projector, lm, trained=True)
     all_gradients = FLOAT32 * trained // setup.shards
-    # Gradients of earlier passes are there from the start. Shards of them are small: they are counted throughout.
+    # Gradients of earlier passes exist throughout. Sharded ones are small: they are counted throughout as well.
     earlier = all_gradients if shape.passes > 1 or setup.shards > 1 else None
     neighbours, last_exchange = _gathered(projector, lm, setup)
     moments: dict[str, Moment] = {}
@@ -92,14 +92,14 @@ def step_memory(config: DictConfig, setup: Setup, shape: PassShape) -> Memory:
     add("projector backward", projected["backward"], kept=below, made=FLOAT32 * count(lm, trained=True))
     if backbone.trained:
         add("tower backward", tower["backward"], made=FLOAT32 * count(projector, lm, trained=True))
-    # AdamW is fused: it makes no tensors of its own.
+    # Fused AdamW allocates nothing beyond its moments.
     moments["optimizer"] = Moment(0, 0, all_gradients, last_exchange)
     when = max(moments, key=lambda name: sum(moments[name]))
     fullest = moments[when]
     return Memory(
         weights=_weights(config, projector, lm) // setup.shards,
         tower=_tower(backbone, setup),
-        # DDP exchanges gradients through buckets that hold all of them once more.
+        # DDP's buckets hold a second copy of all gradients.
         gradients=fullest.gradients + (FLOAT32 * trained if setup.replicas > 1 and setup.shards == 1 else 0),
         optimizer=2 * FLOAT32 * trained // setup.shards,
         inputs=shape.records * shape.passes * _pixel_bytes(backbone),
@@ -112,7 +112,7 @@ def step_memory(config: DictConfig, setup: Setup, shape: PassShape) -> Memory:
 
 def _tower(backbone: VisionBackbone, setup: Setup) -> int:
     total = sum(p.numel() * p.element_size() for p in backbone.parameters())
-    # Frozen weights are in half precision, except for shards, which are so where they are gathered.
+    # A frozen tower is stored in half precision, except for shards, which become so when they are gathered.
     return total // (2 if setup.autocast and not backbone.trained else setup.shards)
 
 
@@ -121,7 +121,7 @@ def _weights(config: DictConfig, projector: nn.Module, lm: nn.Module) -> int:
     if llm_of(config).spec.quantize is None:
         return total
     frozen = [m.weight for m in lm.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
-    head: Any = lm.get_output_embeddings()  # type: ignore[operator]  # it stays as it is
+    head: Any = lm.get_output_embeddings()  # type: ignore[operator]  # not quantised
     linear = [weight for weight in frozen if weight is not head.weight]
     return total - round(sum(weight.numel() * (weight.element_size() - NF4) for weight in linear))
 
@@ -131,10 +131,10 @@ def _pixel_bytes(backbone: VisionBackbone) -> int:
 
 
 def _gathered(projector: nn.Module, lm: nn.Module, setup: Setup) -> tuple[int, int]:
-    """Bytes that sharding gathers during forward and backward, and when gradients of the rest are exchanged at the end.
+    """Bytes that sharding gathers during forward and backward, and in the root group's reduction at the end.
 
-    `fully_shard` keeps the root group (embeddings, head, projector) gathered; of the blocks there are the one in use
-    and the next, on its way in a buffer and out of it, and one block's gradients on their way.
+    `fully_shard` keeps the root group (embeddings, head, projector) gathered. Of the blocks it holds the current one,
+    the prefetched one (in its buffer and unpacked), and one block's gradients in reduction.
     """
     if setup.shards == 1:
         return 0, 0

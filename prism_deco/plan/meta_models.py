@@ -1,6 +1,6 @@
-"""The parts of a model as bare architectures on the meta device.
+"""The parts of a model on the meta device, without weights.
 
-Runs of a grid share towers and LLMs: equal options give one and the same module, by which other functions cache.
+Runs of a grid share them: equal options return the same module, and other functions use the module as a cache key.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from prism_deco.projectors import Projector, build_projector
 
 
 class NeedsData(Exception):
-    """Code of a part cannot be run without data, so that the run cannot be planned."""
+    """A part cannot run on tensors without data, so the run cannot be planned."""
 
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Gives an attribute of a library another value for the time being, if there is one of that name."""
+    """Temporarily replaces an attribute of a library, which may be missing in some versions."""
     own = getattr(owner, name, value)
     setattr(owner, name, value)
     try:
@@ -52,7 +52,7 @@ def without_data(part: str) -> Iterator[None]:
     """Runs a part on tensors without data.
 
     Raises:
-        NeedsData: the part asks for values. Any other error is the part's own, and stays what it is.
+        NeedsData: the part asks for values. Any other error passes through.
     """
     try:
         yield
@@ -65,18 +65,18 @@ def without_data(part: str) -> Iterator[None]:
 
 _NO_DATA = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 _SPEAKS_OF_IT = re.compile(r"\bmeta\b|_meta\b|FakeTensor|tensor subclasses")
-"""Torch says it in errors of general classes, too."""
+"""torch also reports missing data in errors of general classes: their messages match this."""
 
 
 def backbone_of(config: DictConfig) -> VisionBackbone:
-    """The configured backbone on the meta device, its trained parameters marked; shared, so not to be changed."""
+    """The configured backbone on the meta device with its trained parameters marked. Shared: do not change it."""
     keys = ("tower", "tower_layers", "lora_r", "lora_alpha", "lora_dropout")
     recipe = {key: config.recipe[key] for key in keys} if config.recipe.tower != "frozen" else None
     return _backbone(json.dumps({"backbone": group(config, "backbone"), "recipe": recipe}))
 
 
 def short_backbone(backbone: VisionBackbone) -> tuple[VisionBackbone, list[tuple[nn.Module, int]]]:
-    """A copy with one block for each run of equal blocks, and each of these blocks with the number it stands for."""
+    """A copy with one block for each run of equal blocks, and these blocks, each with the length of its run."""
     left_out: dict[int, Any] = {}
     counts: list[int] = []
     before = None
@@ -88,7 +88,7 @@ def short_backbone(backbone: VisionBackbone) -> tuple[VisionBackbone, list[tuple
         else:
             counts.append(1)
         before = shapes
-    short = copy.deepcopy(backbone, left_out)  # what is in there counts as copied
+    short = copy.deepcopy(backbone, left_out)  # deepcopy takes an object in its memo for already copied
     blocks = [block for block in short.blocks if not isinstance(block, _PassThrough)]
     return short, list(zip(blocks, counts, strict=True))
 
@@ -99,7 +99,7 @@ class _PassThrough(nn.Module):
 
 
 def llm_key(config: DictConfig) -> str:
-    """Tells LLMs apart, and how they are trained."""
+    """A key for the LLM and the way it is trained."""
     recipe = config.recipe
     adapters = {"r": recipe.lora_r, "alpha": recipe.lora_alpha, "dropout": recipe.lora_dropout}
     return json.dumps(
@@ -108,12 +108,12 @@ def llm_key(config: DictConfig) -> str:
 
 
 def llm_of(config: DictConfig) -> LanguageModel:
-    """The configured LLM on the meta device, its trained parameters marked; shared, so not to be changed."""
+    """The configured LLM on the meta device with its trained parameters marked. Shared: do not change it."""
     return _llm(llm_key(config))
 
 
 def build_shallow(key: str, depth: int) -> PreTrainedModel:
-    """The LLM of that `llm_key` with `depth` decoder layers, the caller's own."""
+    """A new LLM of that `llm_key` with `depth` decoder layers."""
     content = json.loads(key)
     name = architecture(_llm(key).spec).attribute_map.get("num_hidden_layers", "num_hidden_layers")
     settings = content["llm"]["architecture"]
@@ -125,11 +125,7 @@ def build_shallow(key: str, depth: int) -> PreTrainedModel:
 
 
 def projector_of(config: DictConfig) -> Projector:
-    """The configured projector on the meta device; shared, so not to be changed.
-
-    Raises:
-        UsageError: it does not fit the grid, or its tokens do not fit the LLM's positions.
-    """
+    """The configured projector on the meta device. Shared: do not change it."""
 
     def build(name: str, **options: Any) -> Projector:
         return _projector(json.dumps({"name": name} | options))
@@ -137,15 +133,15 @@ def projector_of(config: DictConfig) -> Projector:
     return compose_projector(config, backbone_of(config), llm_of(config), bare=True, build=build)
 
 
-def count(*modules: nn.Module, trained: bool | None = None) -> int:
-    """Parameters of modules, shared ones once; only the trained (True) or the frozen (False) ones."""
-    unique = {id(p): p for module in modules for p in module.parameters()}.values()
-    return sum(p.numel() for p in unique if trained is None or p.requires_grad == trained)
+def count(*modules: nn.Module, trained: bool = False) -> int:
+    """Number of parameters, or of the trained ones only; shared parameters count once."""
+    unique = {p for module in modules for p in module.parameters()}
+    return sum(p.numel() for p in unique if p.requires_grad or not trained)
 
 
 @lru_cache(maxsize=16)
 def _backbone(options: str) -> VisionBackbone:
-    # Weights on the meta device have no values: what timm draws for them takes a second in a grid, for nothing.
+    # Skips timm's random initialisation, which is slow and has no effect on the meta device.
     with replaced(weight_init, "_trunc_normal_", lambda *_: None):
         content = json.loads(options)
         backbone = build_backbone(content["backbone"], pretrained=False, device="meta")

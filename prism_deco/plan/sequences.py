@@ -1,4 +1,4 @@
-"""How long a data set's sequences are: from its files where they are on disk, else from what its YAML says of them."""
+"""Lengths of a data set's sequences, from its files if they are on disk, else from the statistics in its YAML."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from prism_deco.plan.meta_models import llm_of
 log = logging.getLogger(__name__)
 
 SAMPLE = 200
-"""Records that are tokenised to learn how many tokens a word makes."""
+"""Records to tokenise for the number of tokens per word."""
 
 TOKENS_PER_WORD, SUPERVISED = 1.4, 0.5
-"""Assumed where the LLM's tokenizer is not available."""
+"""Assumed if the LLM's tokenizer is not available."""
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """The text of a data set, in tokens of the LLM, its chat format included and before anything is cut.
+    """Lengths of a data set's text in tokens of the LLM, with its chat format and before truncation.
 
     Attributes:
         records: records to train on.
-        images: how many of them show an image.
-        text: tokens of a record, on average.
-        supervised: of these, the supervised ones.
+        images: records with an image.
+        text: mean tokens per record.
+        supervised: mean supervised tokens per record.
         longest_text: tokens of the longest record.
-        longest_supervised: supervised tokens of a record in the forward pass of the longest, on average.
-        lengths: int[records], tokens of each; None where the files are not on disk.
-        source: where these numbers come from: measured | words (counted, not tokenised) | estimate (the YAML's).
+        longest_supervised: mean supervised tokens per record in the forward pass with the longest record.
+        lengths: float[records], tokens of each; None if the files are not on disk.
+        source: of these numbers: measured | words (counted, not tokenised) | estimate (from the YAML).
     """
 
     records: int
@@ -51,21 +51,21 @@ class Sequences:
 
 
 def sequences_of(config: DictConfig) -> tuple[Sequences, str | None]:
-    """The sequences of a configured data set, and what is wrong with its files, if anything.
+    """The configured data set's lengths, and the problem with its files, if any.
 
     Raises:
         UsageError: there are neither files nor statistics, or training would refuse the records.
     """
     statistics = config.data.statistics
     if statistics is not None and "root" not in config.data:
-        return _estimate(config), None  # generated on first use
+        return _estimate(config), None  # the data is generated on first use
     try:
         source = build_source(group(config, "data"))
     except UsageError as error:
         if statistics is None:
             raise
         return _estimate(config), str(error)
-    # Opened as training opens them: a run that training would refuse cannot be planned.
+    # Opened as in training, which raises what training would raise.
     parts = open_parts(source, cache_dir(), **record_options(config))
     records = parts.records.select(slice(config.data.limit))
     return _measure(records, llm_of(config), config.recipe.micro_batch_size), None
@@ -109,7 +109,7 @@ def _measure(records: Records, llm: LanguageModel, micro_batch_size: int) -> Seq
 
 
 def _tokens_per_word(records: Records, llm: LanguageModel) -> tuple[float, float]:
-    """Tokens that a word makes, chat format included, and the fraction of them that is supervised."""
+    """Tokens per word, chat format included, and the supervised fraction of them."""
     words, tokens, supervised = 0, 0, 0
     for index in np.linspace(0, len(records) - 1, min(SAMPLE, len(records))).astype(int).tolist():
         record = records[index]

@@ -1,4 +1,4 @@
-"""Plans as a table for terminals, and as JSON."""
+"""Plans as a terminal table and as JSON."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ COLUMNS = {
     "PFLOP": "PFLOP",
     "text cut": "text\ncut",
 }
-"""Headings of the columns between a run's name and its verdict, the most important first."""
+"""Columns between a run's name and its verdict, the most important ones first."""
 
 
 class PlanTable:
     """One row per run; notes, problems and warnings below.
 
-    A terminal that is too narrow for all columns gets the most important ones. Names, verdicts and numbers are whole
-    at any width (a name that is wider than the terminal is folded).
+    A narrow terminal gets the most important columns only. Nothing is truncated; names wider than the terminal fold.
     """
 
     def __init__(self, plans: Sequence[RunEstimate], mfu: float):
@@ -52,7 +51,7 @@ class PlanTable:
         yield self._table(columns)
         left_out = [column for column in COLUMNS if column not in columns]
         notes = [f"Terminal too narrow for {', '.join(left_out)}: --json has all columns."] if left_out else []
-        # Not as markup: brackets may be those of a path.
+        # Text, not markup: paths may contain brackets.
         yield Text("\n".join([*notes, *_notes(self._plans)]), "table.caption")
 
     def _table(self, columns: Sequence[str]) -> Table:
@@ -112,7 +111,7 @@ def _listed(names: Sequence[str], plans: Sequence[RunEstimate]) -> str:
 
 
 def as_json(plans: Sequence[RunEstimate]) -> list[dict[str, Any]]:
-    """The plans with all their parts, bytes and operations as plain numbers."""
+    """The plans with all details; bytes and operations are plain numbers."""
     result = []
     for plan in plans:
         content: dict[str, Any] = asdict(plan) | {"problems": problems(plan)}

@@ -1,4 +1,4 @@
-"""A meter of the bytes that tensors take while a computation runs, and fake tensors for it to run on."""
+"""Measures the bytes of tensors during a computation, and replaces a module's weights by fake tensors."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 Phases = dict[str, tuple[int, int]]
-"""Per phase of a computation its peak in bytes: without gradients of parameters, and with those made so far."""
+"""Peak bytes per phase of a computation: without gradients of parameters, and with those computed so far."""
 
 
 class TensorMeter(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside it until they die; views count once.
+    """Counts the bytes of all tensors that are created inside it while they live; views count once.
 
-    Gradients of parameters are counted separately and dropped at once (`book`): how long they stay, and how much of
-    them a device keeps, is up to the training strategy.
+    Gradients of parameters are counted separately and freed at once (`book`): their lifetime and sharding depend on the
+    training strategy.
 
     Attributes:
         live: bytes alive now, without gradients of parameters.
-        gradients: bytes of the gradients counted so far.
+        gradients: bytes of all gradients of parameters so far.
         peaks: per phase (see `phase`) the largest `live`, and the largest `live + gradients`.
     """
 
@@ -34,7 +34,7 @@ class TensorMeter(TorchDispatchMode):
         self.gradients = 0
         self.peaks: Phases = {}
         self._phase = "start"
-        # The storages of the weights were there before; views of them must not count.
+        # Weights are not counted, nor are views of them.
         self._known: dict[int, weakref.ref[Any]] = {}
         for tensor in (*module.parameters(), *module.buffers()):
             storage = tensor.untyped_storage()
@@ -44,12 +44,12 @@ class TensorMeter(TorchDispatchMode):
                 parameter.register_post_accumulate_grad_hook(self.book)
 
     def phase(self, name: str) -> None:
-        """Starts a phase of the computation; a name that comes again continues its phase."""
+        """Starts a phase of the computation, or continues the phase of that name."""
         self._phase = name
         self._note()
 
     def book(self, parameter: Tensor) -> None:
-        """Counts and drops the gradient that a parameter has just received."""
+        """Counts and frees the gradient that a parameter has just received."""
         assert parameter.grad is not None
         size = parameter.grad.untyped_storage().nbytes()
         parameter.grad = None
@@ -65,6 +65,7 @@ class TensorMeter(TorchDispatchMode):
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
+        # The weak reference tells whether the id still belongs to the storage that was counted.
         known = self._known.get(id(storage))
         if known is not None and known() is storage:
             return
@@ -82,13 +83,13 @@ class TensorMeter(TorchDispatchMode):
 
 
 def to_fake(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> None:
-    """Replaces, in place, the tensors of a module on the meta device by fake ones on a fake CPU; ties stay.
+    """Replaces the tensors of a module on the meta device by fake CPU tensors, in place; tied weights stay tied.
 
     Args:
         dtype: of the parameters; None keeps theirs.
     """
     made: dict[int, Tensor] = {}
-    originals = []  # kept alive, so that no id is used twice
+    originals = []  # keeps the parameters alive, since a freed one's id could be reused
     with mode:
         for part in module.modules():
             for name, old in part._buffers.items():
@@ -104,9 +105,9 @@ def to_fake(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None =
 
 
 class CudaTypes(TorchFunctionMode):
-    """Computes in float32 what autocast computes in float32 on CUDA but not on the CPU (torch.amp's op reference).
+    """Runs in float32 what autocast runs in float32 on CUDA but not on the CPU (torch.amp's op reference).
 
-    The one that matters is `pow`: it makes the GELU of Phi-2 keep float32 tensors of the width of its MLP.
+    The one that matters is `pow`: it makes Phi-2's GELU save float32 tensors of the MLP's width.
     """
 
     FLOAT32 = frozenset({"pow", "__pow__", "rsqrt", "layer_norm", "rms_norm", "group_norm", "softmax", "log_softmax"})
@@ -118,7 +119,8 @@ class CudaTypes(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def within(self, module: nn.Module) -> None:
-        """Is on whenever the module's forward pass runs, also when a backward pass runs it again."""
+        """Activates the mode in the module's forward pass, also when checkpointing repeats it in the backward pass."""
+        # `and None`: what a pre-hook returns would replace the inputs.
         module.register_forward_pre_hook(lambda *_: self.__enter__() and None)
         module.register_forward_hook(lambda *_: self.__exit__(None, None, None), always_call=True)
 
