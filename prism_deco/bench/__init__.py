@@ -1,1 +1,1 @@
-"""Measurements of single components: time, memory and arithmetic."""
+"""Benchmarks of single components: time, memory and arithmetic."""

@@ -1,4 +1,4 @@
-"""Compares the input pipeline with a plain PIL and torchvision loader on the same images, in one process."""
+"""Compares the input pipeline with a plain PIL and torchvision loader on the same images."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def bench_data(
     micro_batch_size: int = 16,
     repeats: int = 5,
 ) -> BenchResult:
-    """Measures images per second on one core (torch limited to one thread) in steps of one micro-batch.
+    """Measures images per second on one core (torch limited to one thread), one micro-batch at a time.
 
-    All files are read once before, so that what counts is the work and not the disk.
+    A warm-up round reads all files first, so the disk is not measured.
 
     Args:
-        folder: where images are written first.
-        transform: the backbone's, one or more towers.
+        folder: new folder for the images.
+        transform: the backbone's.
         side: side in pixels that the plain loader resizes to.
         size: (width, height) of the images in pixels.
         count: number of images.
@@ -91,17 +91,17 @@ def bench_data(
 
 
 def _speeds(row: BenchRow) -> list[float]:
-    """Images per second of processor time, of each repeat."""
+    """Images per second of CPU time, for each repeat."""
     return [row.facts["images"] / seconds for seconds in row.times("cpu_seconds")]
 
 
 def photographs(folder: Path, count: int, size: tuple[int, int]) -> Source:
-    """Writes JPEG files with as much detail as photographs, and conversations about them."""
+    """Writes JPEG files with about as much detail as photographs, and conversations about them."""
     (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
     records = []
     for i in range(count):
-        # Detail that fades with its frequency, as in photographs: noise of many sizes, summed.
+        # A sum of noise at many scales: as in photographs, amplitude falls with frequency.
         pixels = np.zeros((size[1], size[0], 3))
         for scale in (1, 2, 4, 8, 16, 32, 64):
             noise = rng.normal(size=(-(-size[1] // scale), -(-size[0] // scale), 3)) * scale**0.8

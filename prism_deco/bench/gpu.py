@@ -1,4 +1,4 @@
-"""All that a new GPU has to prove, part by part: that it computes the same, fits the plan, and is fast."""
+"""Checks a new GPU, part by part: equal results, memory as planned, and speed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CELLS: dict[str, tuple[str, ...]] = {
         "llm.dtype=bfloat16",
     ),
 }  # fmt: skip
-"""Cells of the paper's grid, and LLaVA-1.5 with adapters: training on one GPU with random weights."""
+"""Cells of the paper's grid, and LLaVA-1.5 with adapters, for training on one GPU with random weights."""
 
 _MINI = ("recipe=prism", "projector=avgpool", "recipe.num_tokens=16", "recipe.packing=true",
          "recipe.max_text_tokens=40", "trainer=cpu", "backbone.image_size=32")  # fmt: skip
@@ -46,16 +46,16 @@ MINIATURES: dict[str, tuple[str, ...]] = {
     "B6_lora": (*_MINI, "backbone=mini_dinov2_siglip", "llm=mini_llama", "recipe.lm=lora", "recipe.lora_r=4"),
     "vicuna_lora": (*_MINI, "backbone=mini_clip", "llm=mini_llama", "recipe.lm=lora", "recipe.lora_r=4"),
 }
-"""The same in miniature, for the rehearsal."""
+"""The same cells in miniature, for `--rehearse`."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a part found.
+    """The result of a part.
 
     Attributes:
         text: for the table.
-        passed: whether it is as it should be; None where nothing is asked of it.
+        passed: whether it meets the part's requirement; None if there is none.
         facts: numbers for the JSON file.
     """
 
@@ -66,11 +66,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Bench:
-    """What the parts share.
+    """The settings that all parts share.
 
     Attributes:
-        folder: of the results, and of the runs that parts train.
-        rehearse: miniatures instead of the real sizes.
+        folder: of the results and of trained runs.
+        rehearse: use miniatures instead of the real sizes.
     """
 
     folder: Path
@@ -82,19 +82,18 @@ class Bench:
         return load_config([*(MINIATURES if self.rehearse else CELLS)[name], *settings])
 
     def facts(self, part: str) -> dict[str, Any]:
-        """What an earlier part has found; empty where it has not."""
+        """The facts of an earlier part; empty if it has no result."""
         path = self.folder / f"{part}.json"
         return read_json(path, ["facts"])["facts"] if path.is_file() else {}
 
 
 @dataclass(frozen=True)
 class Part:
-    """One thing to find out.
+    """One check or measurement.
 
     Attributes:
         name: of its result's file.
-        minutes: what it may take on an H200, by estimate.
-        run: finds it out.
+        minutes: estimated time on an H200.
         cuda: it needs a GPU.
     """
 
@@ -107,11 +106,11 @@ class Part:
 def run_parts(
     bench: Bench, parts: Sequence[Part], *, minutes: float, redo: bool = False, names: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Runs what has no result yet, in order, while the time lasts; a part that fails does not stop the others.
+    """Runs the parts that have no result yet, in order, while there is time. Failures do not stop the others.
 
     Args:
-        minutes: for all parts; one that would take longer by its estimate is left for the next call.
-        redo: run what has a result as well.
+        minutes: for all parts; a part whose estimate exceeds the rest is left for the next call.
+        redo: also run parts that have a result.
         names: of the parts; empty is all.
 
     Returns:
@@ -127,7 +126,7 @@ def run_parts(
     for number, part in enumerate(chosen, start=1):
         path = bench.folder / f"{part.name}.json"
         known = read_json(path, ["name", "state", "text", "seconds", "facts", "about"]) if path.is_file() else None
-        # What was found on another device, or in the rehearsal, is no result here.
+        # Results of another device, torch version or rehearsal do not count.
         if known is not None and known["about"] == about and not redo:
             results.append(known)
             continue
@@ -147,7 +146,7 @@ def run_parts(
             log.info("%s: %s, %s", part.name, results[-1]["state"], results[-1]["text"])
             gc.collect()
             if bench.device.type == "cuda":
-                # Raises after an illegal access, when nothing runs any more: the next call begins behind this part.
+                # Raises after an illegal access, which breaks the CUDA context: the next call starts after this part.
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
     write_json(bench.folder / "results.json", {"about": about, "parts": results})
@@ -170,7 +169,7 @@ def _not_run(part: Part, why: str) -> dict[str, Any]:
 
 
 def table(results: Sequence[dict[str, Any]], device: torch.device) -> Table:
-    """The results, a line each."""
+    """A table with one row per result."""
     found = Table(title=f"First contact: {hardware(device)}")
     for header in ("part", "result", "s", "found"):
         found.add_column(header, justify="right" if header == "s" else "left", overflow="fold")

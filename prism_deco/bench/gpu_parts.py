@@ -1,4 +1,4 @@
-"""The parts of `prism-deco bench gpu`, the most important ones first."""
+"""The parts of `prism-deco bench gpu`, most important first."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ from prism_deco.training.optim import adamw
 from prism_deco.training.progress import read_metrics
 
 BATCH = {"B1": 16, "B4": 16, "B5": 32, "B6_lora": 8, "vicuna_lora": 8}
-"""Records per step, one forward pass."""
+"""Records per step, in one forward pass."""
 MFU_GOALS = {"B1": 0.5, "B4": 0.5, "B5": 0.4}
 
 
 def agreement(bench: Bench, precision: str) -> Finding:
-    """Our losses and gradients beside those of transformers' LLaVA, and packed beside padded ones."""
+    """Compares our losses and gradients with transformers' LLaVA, and packed with padded batches."""
     config = bench.cell("B5", f"trainer.precision={precision}")
     vlm = random_model(config, bench.device)
     autocast = precision.startswith("bf16")
-    ours, padded, _ = step_variants(config, vlm, 4, 1, 0)
+    ours, padded, _ = step_variants(config, vlm, batch_size=4, steps=1)
     found = {
         "transformers": compare_steps(vlm, ours, padded, autocast),
         "padded": compare_steps(vlm, ours, replace(padded, loss=ours.loss), autocast),
@@ -58,7 +58,7 @@ def agreement(bench: Bench, precision: str) -> Finding:
 
 
 def pooling(bench: Bench) -> Finding:
-    """Average pooling over windows that overlap, backward twice: the same bits."""
+    """Checks that the gradient of average pooling with overlapping windows is deterministic."""
     torch.manual_seed(0)
     projector = build_projector("avgpool", 1024, 1024, (27, 27), 144).to(bench.device)
     gradients = []
@@ -70,7 +70,7 @@ def pooling(bench: Bench) -> Finding:
 
 
 def _train(bench: Bench, name: str, *settings: str, kill: bool = False) -> Path:
-    """Trains the miniature by the command line, kills it after its first checkpoint if asked to, and goes on."""
+    """Trains the miniature by the command line; with `kill`, kills it after its first checkpoint and resumes."""
     steps, every = (6, 2) if bench.rehearse else (200, 50)
     small = ("data.train_images=40", "data.val_images=20", "data.test_images=20") if bench.rehearse else ()
     kind = "gpu" if bench.device.type == "cuda" else "cpu"
@@ -94,7 +94,7 @@ def _train(bench: Bench, name: str, *settings: str, kill: bool = False) -> Path:
 
 
 def same_losses(bench: Bench, name: str, *settings: str, kill: bool = False) -> Finding:
-    """A run beside another one whose losses should be the same."""
+    """Checks that another run has the losses of the plain one."""
     runs = [_train(bench, "plain"), _train(bench, name, *settings, kill=kill)]
     plain, other = (_losses(run) for run in runs)
     difference = max(abs(a / b - 1) for a, b in zip(plain, other, strict=True))
@@ -107,7 +107,7 @@ def _losses(run: Path) -> list[float]:
 
 
 def scores(bench: Bench) -> Finding:
-    """The scores of one run on this device and on the CPU, by the command line; questions per second of the former."""
+    """Compares the scores of one run on this device and on the CPU, by the command line."""
     run, limit = _train(bench, "plain"), 20 if bench.rehearse else 500
     found: dict[str, dict[str, float]] = {}
     seconds = {}
@@ -127,7 +127,7 @@ def scores(bench: Bench) -> Finding:
 
 
 def memory(bench: Bench, cell: str) -> Finding:
-    """The planned peak of a step beside the measured one."""
+    """Compares the planned peak memory of a step with the measured one."""
     config = bench.cell(cell)
     torch.cuda.reset_peak_memory_stats(bench.device)
     held = torch.cuda.memory_allocated(bench.device)
@@ -156,7 +156,7 @@ def memory(bench: Bench, cell: str) -> Finding:
 
 
 def speed(bench: Bench, cell: str, *settings: str, alone: bool = False) -> Finding:
-    """Our step, and transformers' unless `alone`: samples and tokens per second, utilisation, memory."""
+    """Measures our step, and transformers' unless `alone`: samples and tokens per second, MFU, memory."""
     config = bench.cell(cell, *settings)
     batch, steps = (3, 2) if bench.rehearse else (BATCH[cell], 4)
     result = bench_train(config, device=bench.device, batch_size=batch, steps=steps, rounds=2, alone=alone)
@@ -179,7 +179,7 @@ def speed(bench: Bench, cell: str, *settings: str, alone: bool = False) -> Findi
 
 
 def towers(bench: Bench, cell: str) -> Finding:
-    """The frozen towers alone."""
+    """Measures the frozen towers alone."""
     config, images = bench.cell(cell), 2 if bench.rehearse else 64
     backbone = random_model(config, bench.device).backbone
     pixels = {t: torch.randn(images, *p.shape[1:]).to(bench.device) for t, p in backbone.blank(bench.device).items()}
@@ -197,7 +197,7 @@ def towers(bench: Bench, cell: str) -> Finding:
 
 
 def _seconds(bench: Bench, run: Callable[[], Any], repeats: int = 3) -> float:
-    """The least time of several runs, after one to warm up."""
+    """The shortest of several runs after a warm-up."""
     run()
     taken = []
     for _ in range(repeats):
@@ -208,7 +208,7 @@ def _seconds(bench: Bench, run: Callable[[], Any], repeats: int = 3) -> float:
 
 
 def input_pipeline(bench: Bench) -> Finding:
-    """Images per second that this machine's cores prepare, beside what cell B5's step consumes."""
+    """Compares the images per second that this machine's cores prepare with those that cell B5's step consumes."""
     config = bench.cell("B5")
     vlm, llm = build_model(config, device="meta")
     count = 8 if bench.rehearse else 64
@@ -223,7 +223,7 @@ def input_pipeline(bench: Bench) -> Finding:
 
 
 def generation(bench: Bench, cell: str) -> Finding:
-    """Short answers of a cell with random weights: what an evaluation of real size takes."""
+    """Measures short answers of a cell with random weights, as in a full-size evaluation."""
     config = bench.cell(cell)
     vlm = random_model(config, bench.device).eval()
     count, rng = 4 if bench.rehearse else 64, np.random.default_rng(0)
@@ -239,7 +239,7 @@ def generation(bench: Bench, cell: str) -> Finding:
 
 
 def relevance(bench: Bench) -> Finding:
-    """R-GAE of the trained miniature: the same maps as on the CPU, and answers per second."""
+    """Compares R-GAE maps of the trained miniature with the CPU's, and measures answers per second."""
     run = _train(bench, "plain")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     here, cpu = (
@@ -268,4 +268,4 @@ PARTS = (
     Part("generation_B5", 0.5, partial(generation, cell="B5")),
     Part("relevance", 0.5, relevance),
 )
-"""About 25 minutes on an H200, by estimate."""
+"""About 25 minutes on an H200, estimated."""

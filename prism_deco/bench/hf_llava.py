@@ -1,4 +1,4 @@
-"""transformers' own LLaVA around the weights of a `VLM`: the step that a user of its Trainer would take."""
+"""transformers' own LLaVA with the weights of a `VLM`, to compare training steps."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class _VisionTower(nn.Module):
 
 
 def build_peer(vlm: VLM) -> LlavaForConditionalGeneration:
-    """transformers' model around the very backbone, projector and LLM of `vlm`.
+    """transformers' model sharing the backbone, projector and LLM of `vlm`.
 
-    Its output layer is the LLM's own: transformers' has no bias, which Phi-2 needs. So is a projector that is not
-    `linear` with two layers, the only one that transformers has.
+    It takes over the LLM's output layer, since transformers' own lacks the bias that Phi-2 needs, and every projector
+    other than a `linear` one with two layers.
 
     Raises:
-        UsageError: features, tokens or attention are changed by an option of the recipe.
+        UsageError: the recipe changes features, tokens or attention.
     """
     if vlm.feature_mean is not None or vlm.token_scale is not None or vlm.turn_mask != "causal":
         raise UsageError("transformers' LLaVA has none of the recipe's options on features and attention: recipe=prism")
@@ -42,7 +42,7 @@ def build_peer(vlm: VLM) -> LlavaForConditionalGeneration:
     layers = [m for m in projector.modules() if isinstance(m, nn.Linear)] if isinstance(projector, Linear) else []
     language = cast(Any, vlm.lm)
     config = LlavaConfig(
-        # A placeholder that is never run; one head divides every width.
+        # A placeholder that never runs; one head divides every width.
         vision_config=CLIPVisionConfig(hidden_size=projector.in_dim, num_hidden_layers=1, num_attention_heads=1),
         text_config=copy.deepcopy(language.config),
         image_token_index=image_token(vlm),
@@ -63,12 +63,12 @@ def build_peer(vlm: VLM) -> LlavaForConditionalGeneration:
 
 
 def image_token(vlm: VLM) -> int:
-    """The last row of the vocabulary stands for an image's place in the peer's input."""
+    """The id of the image placeholder in the peer's input: the last row of the vocabulary."""
     return cast(nn.Embedding, vlm.lm.get_input_embeddings()).num_embeddings - 1
 
 
 def peer_loss(peer: LlavaForConditionalGeneration, batch: Batch, num_targets: int) -> Tensor:
-    """float[]: the mean loss of a padded batch, as transformers' Trainer asks for it."""
+    """float[]: the mean loss of a padded batch, called as transformers' Trainer does."""
     output = peer(
         input_ids=batch.input_ids.masked_fill(batch.visual, peer.config.image_token_id),
         pixel_values=batch.pixels,

@@ -1,4 +1,4 @@
-"""Time, arithmetic and memory of a stretch of code."""
+"""Measures the time and memory of a block of code."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 @dataclass
 class Usage:
-    """What a stretch of code took.
+    """The time and memory of a block of code.
 
     Attributes:
         seconds: wall-clock time; on CUDA until the device is done.
-        cpu_seconds: processor time of this process, all threads.
-        peak: bytes above those held at the start, at most: of the CUDA allocator, or of the process' resident memory;
-            None where it was not measured, or the system does not say (other than Linux).
+        cpu_seconds: CPU time of this process, all threads.
+        peak: peak bytes above those held at the start, in CUDA's allocator or in the process' resident memory; None if
+            it was not measured, or the system is not Linux.
     """
 
     seconds: float = 0.0
@@ -31,7 +31,7 @@ class Usage:
 
     @classmethod
     def total(cls, usages: Sequence[Usage]) -> Usage:
-        """What several stretches took, one after the other."""
+        """Of several blocks in sequence: summed times and the highest peak."""
         peaks = [usage.peak for usage in usages if usage.peak is not None]
         seconds = sum(usage.seconds for usage in usages)
         return cls(seconds, sum(usage.cpu_seconds for usage in usages), max(peaks, default=None))
@@ -39,7 +39,7 @@ class Usage:
 
 @contextmanager
 def usage(device: torch.device, *, memory: bool = False) -> Iterator[Usage]:
-    """Measures what happens inside it."""
+    """Measures the block inside it; the result is complete when the block ends."""
     result = Usage()
     _wait(device)
     before = _start_peak(device) if memory else None
@@ -52,13 +52,13 @@ def usage(device: torch.device, *, memory: bool = False) -> Iterator[Usage]:
 
 
 def activation_bytes(module: nn.Module, features: Tensor) -> int:
-    """Bytes that a forward pass keeps for the backward pass, without the weights and the module's own input."""
+    """Bytes that autograd saves in a forward pass, without the weights and the module's input."""
     owned = {tensor.untyped_storage().data_ptr() for tensor in (features, *module.parameters())}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        # Several saved tensors can be views of one storage: the graph keeps it alive once.
+        # Saved tensors can be views of one storage, which counts once.
         if storage.data_ptr() not in owned:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -76,7 +76,7 @@ def _start_peak(device: torch.device) -> int | None:
     if sys.platform != "linux":
         return None
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # glibc keeps small freed blocks, which the next stretch would use for nothing
+    if trim is not None:  # glibc keeps small freed blocks, whose reuse would not show as growth
         trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     return _status("VmRSS")

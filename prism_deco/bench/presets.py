@@ -1,4 +1,4 @@
-"""Models for `bench train`: overrides to begin with, the user's follow."""
+"""Models for `bench train`: overrides that the user's arguments follow."""
 
 _SMALL = (
     "recipe=prism",
@@ -9,7 +9,7 @@ _SMALL = (
     "recipe.packing=true",
 )
 PRESETS: dict[str, tuple[str, ...]] = {
-    # Qwen1.5's whole vocabulary on a body that a CPU can carry.
+    # Qwen1.5's full vocabulary with decoder layers small enough for a CPU.
     "qwen_small": (
         *_SMALL,
         "llm=qwen1_5_0_5b_chat",
@@ -19,8 +19,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "llm.architecture.num_attention_heads=4",
         "llm.architecture.num_key_value_heads=4",
     ),
-    # Phi-2's block cost is to its output layer's as 12 x width x depth to the vocabulary. Width x depth shrinks from
-    # 2560 x 32 to a 32nd, 320 x 8; the vocabulary with it, from 51,200 to 1,600.
+    # Phi-2's blocks cost 12 x width x depth where its output layer costs the vocabulary. To keep that ratio, both
+    # shrink to a 32nd: width x depth from 2560 x 32 to 320 x 8, the vocabulary from 51,200 to 1,600.
     "phi2_small": (
         *_SMALL,
         "llm=phi2",

@@ -27,7 +27,7 @@ COLUMNS: dict[str, Callable[[BenchRow], str]] = {
 }
 CAPTION = (
     "GFLOP: matrix products and convolutions. Time: forward and backward, median ± interquartile range. Activations: "
-    "what is kept for the backward pass."
+    "tensors saved for the backward pass."
 )
 
 
@@ -43,8 +43,8 @@ def bench_projectors(
     device: torch.device,
     repeats: int,
 ) -> BenchResult:
-    """Measures projectors in training mode with their default options. The features need no gradient, as the tower is
-    frozen.
+    """Measures projectors in training mode with their default options. As with a frozen tower, the features need no
+    gradient.
 
     Args:
         names: registered names; empty takes all.
@@ -57,7 +57,7 @@ def bench_projectors(
         repeats: timed passes of each projector, at least 2.
 
     Raises:
-        UsageError: unknown names, too few repeats, or sizes a projector refuses.
+        UsageError: unknown names, too few repeats, or sizes that a projector refuses.
     """
 
     def build(name: str) -> Projector:
@@ -74,7 +74,7 @@ def bench_projectors(
         steps = {name: partial(_timed_step, module, features) for name, module in modules.items()}
         taken = interleaved(steps, repeats=repeats, warmup=2)
         for name, module in modules.items():
-            # On the meta device nothing is computed, and the kernels a device happens to choose do not matter.
+            # On the meta device nothing is computed, and the choice of kernels does not affect the count.
             with torch.device("meta"):
                 forward_flops, flops = step_flops(build(name), torch.empty(batch_size, patches, in_dim))
             facts = {
@@ -93,7 +93,7 @@ def bench_projectors(
 
 
 def _timed_step(module: nn.Module, features: Tensor) -> Usage:
-    """A forward pass, and a backward pass from the sum of its output; old gradients are dropped first."""
+    """Times a forward pass, and a backward pass from the sum of its output."""
     with usage(features.device) as taken:
         module.zero_grad(set_to_none=True)
         module(features).sum().backward()

@@ -1,8 +1,8 @@
-"""The records that `bench train` trains on: random tokens and pixels with the lengths of LLaVA's 665K mixture.
+"""Records for `bench train`: random tokens and pixels with the lengths of LLaVA's 665K mixture.
 
-The composition is published (arXiv 2310.03744, Table 7); the rounds follow from it and from the data sets' own sizes
-(VQAv2: 443,757 questions on 82,783 images; GQA: 943,000 on 72,140; region questions come in tens). The words per
-turn are estimates; in the JSON file that holds all records they would take within a tenth of its 1,548 bytes a record.
+The composition is published (arXiv 2310.03744, Table 7). Rounds follow from it and from the sizes of the data sets
+(VQAv2: 443,757 questions on 82,783 images; GQA: 943,000 on 72,140; region questions come in tens). Words per turn are
+estimates that agree within a tenth with the 1,548 bytes per record of the JSON file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOKENS_PER_WORD = 1.3
 TOKENS_PER_BOX = 20
 """`[0.12, 0.34, 0.56, 0.78]`, digit by digit."""
 TEMPLATE_TOKENS = 8
-"""What a chat format adds to a round; the last of them ends the answer and is supervised."""
+"""Tokens that a chat format adds to a round; the last one ends the answer and is supervised."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class MixturePart:
     """One data set of the mixture.
 
     Attributes:
-        records: how many there are.
-        rounds: mean number of questions in a conversation; beyond the first they follow a Poisson law.
-        question, answer: mean words of a question and of an answer; they follow a log-normal law.
-        boxes: share of the rounds whose answer is a box; as many questions contain one.
+        records: number of records.
+        rounds: mean number of questions in a conversation; those after the first are Poisson-distributed.
+        question, answer: mean words of a question and of an answer, which are log-normal.
+        boxes: fraction of rounds whose answer is a box; the same fraction of questions contains one.
         image: whether its records have an image.
         spread: standard deviation of the logarithm of the words.
     """
@@ -73,7 +73,7 @@ Rounds = list[tuple[int, int]]
 
 
 def draw_rounds(count: int, seed: int = 0) -> list[tuple[str, Rounds]]:
-    """The lengths of records drawn from the mixture, each with the name of its part."""
+    """Lengths of records drawn from the mixture, each with the name of its part."""
     rng = np.random.default_rng(seed)
     weights = np.array([part.records for part in MIXTURE.values()], dtype=float)
     names = rng.choice(list(MIXTURE), size=count, p=weights / weights.sum())
@@ -97,7 +97,7 @@ def _rounds(part: MixturePart, rng: np.random.Generator) -> Rounds:
 
 
 def encode(rounds: Rounds, image: bool, vocabulary: int, rng: np.random.Generator, *, max_text_tokens: int) -> Encoded:
-    """A conversation of random tokens below `vocabulary`; its image stands behind the first token."""
+    """A conversation of random tokens below `vocabulary`, with its image after the first token."""
 
     def tokens(count: int) -> list[int]:
         return [int(rng.integers(vocabulary)) for _ in range(count)]
@@ -113,7 +113,7 @@ def encode(rounds: Rounds, image: bool, vocabulary: int, rng: np.random.Generato
 
 
 def draw_pool(vlm: VLM, *, batch_size: int, steps: int, max_text_tokens: int, seed: int) -> list[Group]:
-    """Global batches of records with the lengths of the real mixture, in random order."""
+    """Global batches of records with the lengths of the mixture, in random order."""
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     records: Group = []
@@ -127,7 +127,7 @@ def draw_pool(vlm: VLM, *, batch_size: int, steps: int, max_text_tokens: int, se
 
 
 def build_batches(vlm: VLM, groups: Sequence[Group], device: torch.device, *, pack: bool) -> list[Batch]:
-    """A forward pass for each group, padded or packed, on the device."""
+    """One batch per group, padded or packed, on the device."""
     batches = []
     for members in groups:
         images = [pixels for _, pixels in members if pixels is not None]
@@ -140,7 +140,7 @@ def build_batches(vlm: VLM, groups: Sequence[Group], device: torch.device, *, pa
 
 
 def by_length(groups: Sequence[Group], tokens_per_image: int) -> list[Group]:
-    """The same records regrouped by length, images included: padding at its least."""
+    """Regroups the records by length, images included, which minimises padding."""
     size = len(groups[0])
     ordered = sorted(
         (record for group in groups for record in group), key=lambda r: -sequence_length(r[0], tokens_per_image)

@@ -1,4 +1,4 @@
-"""What a measurement found: a record for each of the things that it compares, and a table of them."""
+"""The result of a benchmark: one row per compared implementation, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from prism_deco.files import write_json
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One of the things that are compared.
+    """One of the compared implementations.
 
     Attributes:
-        name: what it is.
-        taken: what it took, each time that it ran.
-        facts: what else is known about it.
+        name: for the table.
+        taken: the usage of each run.
+        facts: other results.
     """
 
     name: str
@@ -37,11 +37,11 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """All that was compared.
+    """All compared implementations.
 
     Attributes:
-        columns: header -> what it says of a row; the first column is the rows' names.
-        about: what was measured, and on what.
+        columns: header -> function from a row to its cell; the rows' names come first.
+        about: settings and hardware.
     """
 
     rows: list[BenchRow]
@@ -51,7 +51,7 @@ class BenchResult:
     about: dict[str, Any] = field(default_factory=dict)
 
     def table(self) -> Table:
-        """The rows as a table."""
+        """One line per row."""
         table = Table(title=Text(self.title, "table.title"), caption=self.caption)
         table.add_column("")
         for header in self.columns:
@@ -71,11 +71,11 @@ class BenchResult:
 
 
 def interleaved(runs: Mapping[str, Callable[[], Usage]], *, repeats: int, warmup: int = 1) -> dict[str, list[Usage]]:
-    """Runs everything in turn, so that a machine that slows down meanwhile slows all of it.
+    """Alternates between the runs, so that a change in the machine's speed affects all of them.
 
     Args:
-        repeats: how often, at least twice.
-        warmup: rounds before, which do not count.
+        repeats: timed rounds, at least 2.
+        warmup: rounds before them.
     """
     if repeats < 2:
         raise UsageError(f"repeats={repeats} shows no spread: use 2 or more.")

@@ -1,4 +1,4 @@
-"""Our training step beside that of transformers' own LLaVA, with the same weights and records, in one process."""
+"""Compares our training step with that of transformers' own LLaVA, on the same weights and records."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ log = logging.getLogger(__name__)
 OURS, PLAIN, GROUPED = "prism_deco", "transformers, padded", "transformers, grouped by length"
 
 TOLERANCE = {False: 1e-4, True: 3e-2}
-"""Relative difference of losses and of gradients that is float error, by whether bfloat16 computes."""
+"""Largest relative difference of losses and gradients that counts as rounding, without and with bfloat16 autocast."""
 
 
 @dataclass(frozen=True)
 class StepVariant:
-    """One way to take the steps of a pool of records.
+    """One implementation of the training step.
 
     Attributes:
         name: for tables.
-        batches: one forward pass each, which together hold every record of the pool once.
-        loss: a batch and its number of supervised tokens -> float[], their mean loss.
+        batches: one forward pass each; together they hold every record of the pool once.
+        loss: maps a batch and its number of supervised tokens to their mean loss, float[].
     """
 
     name: str
@@ -59,20 +59,20 @@ def bench_train(
     batch_size: int = 8,
     steps: int = 4,
     rounds: int = 3,
-    seed: int = 0,
     alone: bool = False,
 ) -> BenchResult:
-    """Measures our step and transformers', first making sure that they compute the same.
+    """Measures our step and transformers', after checking that both compute the same.
 
     Both run the same towers, and the same optimizer on the same parameters.
 
     Args:
-        config: the model (random weights are drawn, whatever it says); `recipe.packing`, `recipe.max_text_tokens`,
-            `recipe.max_logits`, `trainer.precision` and `trainer.compile` are heeded, the last one with `alone`.
-        batch_size: records per optimizer step, all in one forward pass.
-        steps: optimizer steps of a round.
-        rounds: how often they are taken, at least twice.
-        alone: compare the results, but time our step only.
+        config: the model, always with random weights. Of the other keys only `recipe.packing`,
+            `recipe.max_text_tokens`, `recipe.max_logits`, `trainer.precision` and, with `alone`, `trainer.compile`
+            matter.
+        batch_size: records per optimizer step, in one forward pass.
+        steps: optimizer steps per round.
+        rounds: timed rounds, at least 2.
+        alone: compare both steps, but time ours only.
 
     Raises:
         UsageError: losses or gradients differ, too few rounds, or a model that transformers' class cannot hold.
@@ -80,8 +80,8 @@ def bench_train(
     if rounds < 2:
         raise UsageError(f"rounds={rounds} shows no spread: use 2 or more.")
     autocast = config.trainer.precision.startswith("bf16")
-    vlm = random_model(config, device, seed)
-    variants = step_variants(config, vlm, batch_size, steps, seed)
+    vlm = random_model(config, device)
+    variants = step_variants(config, vlm, batch_size=batch_size, steps=steps)
     agreement = compare_steps(vlm, variants[0], variants[1], autocast)
     vlm.train()
     if alone:
@@ -92,8 +92,8 @@ def bench_train(
     optimizer = AdamW(parameters, lr=1e-5, fused=True)
 
     def take_step(variant: StepVariant, batches: Iterator[Batch]) -> Usage:
-        """The peak is above weights, gradients and the optimizer's moments. Gradients are made within the step, so
-        their size is taken off."""
+        """The peak excludes weights, gradients and the optimizer's moments. Gradients are allocated within the step, so
+        their size is subtracted."""
         with usage(device, memory=True) as taken:
             _loss(variant, next(batches), autocast).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -105,7 +105,7 @@ def bench_train(
 
     log.info("Taking %d steps of %d records in %d ways on %s", rounds * steps, batch_size, len(variants), device)
     takes = {variant.name: partial(take_step, variant, cycle(variant.batches)) for variant in variants}
-    # Every batch once where each may be compiled.
+    # torch.compile may compile for every batch's shape: the warm-up sees all of them.
     taken = interleaved(takes, repeats=rounds * steps, warmup=steps if alone else 1)
     rows = []
     for variant in variants:
@@ -116,20 +116,19 @@ def bench_train(
     return train_result(rows, about, agreement)
 
 
-def random_model(config: DictConfig, device: torch.device, seed: int = 0) -> VLM:
-    """The configured model with random weights, whatever it says about them."""
-    torch.manual_seed(seed)
+def random_model(config: DictConfig, device: torch.device) -> VLM:
+    """The configured model with random weights."""
+    torch.manual_seed(0)
     config = config.copy()
     config.backbone.pretrained = config.llm.pretrained = False
-    # The tokenizer is not needed; its size is where the YAML names it, or that of the tables.
     return build_model(config, device=device)[0]
 
 
-def step_variants(config: DictConfig, vlm: VLM, batch_size: int, steps: int, seed: int) -> list[StepVariant]:
-    """Our step, then transformers' with the same batches padded, and with batches of records of similar length."""
+def step_variants(config: DictConfig, vlm: VLM, *, batch_size: int, steps: int) -> list[StepVariant]:
+    """Our step, transformers' with the same batches padded, and transformers' with batches grouped by length."""
     recipe = config.recipe
     device = _trained(vlm)[0].device
-    groups = draw_pool(vlm, batch_size=batch_size, steps=steps, max_text_tokens=recipe.max_text_tokens, seed=seed)
+    groups = draw_pool(vlm, batch_size=batch_size, steps=steps, max_text_tokens=recipe.max_text_tokens, seed=0)
     vlm.max_logits = recipe.max_logits
     peer = build_peer(vlm)
 
@@ -148,8 +147,11 @@ def step_variants(config: DictConfig, vlm: VLM, batch_size: int, steps: int, see
 
 
 def compare_steps(vlm: VLM, ours: StepVariant, peer: StepVariant, autocast: bool) -> dict[str, float]:
-    """Relative differences of the two steps' losses and gradients on the first batch, without dropout; leaves no
-    gradients."""
+    """Relative differences of the two steps' losses and gradients on the first batch, without dropout.
+
+    Raises:
+        UsageError: they exceed `TOLERANCE`.
+    """
     vlm.eval()
     losses, gradients = [], []
     for variant in (ours, peer):
@@ -177,7 +179,7 @@ def _trained(vlm: VLM) -> list[nn.Parameter]:
 
 
 def _facts(variant: StepVariant, rounds: Sequence[Usage]) -> dict[str, Any]:
-    """What a variant's row says about it."""
+    """The results of a variant, for its row."""
     median = statistics.median(taken.seconds for taken in rounds)
     positions = sum(batch.attention_mask.numel() for batch in variant.batches)
     return {
@@ -189,7 +191,7 @@ def _facts(variant: StepVariant, rounds: Sequence[Usage]) -> dict[str, Any]:
 
 
 def _about(config: DictConfig, vlm: VLM, ours: StepVariant, batch_size: int, steps: int) -> dict[str, Any]:
-    """What was measured, and on what."""
+    """Settings, versions and hardware of the measurement."""
     return {
         "hardware": hardware(ours.batches[0].input_ids.device),
         "threads": torch.get_num_threads(),
@@ -211,7 +213,7 @@ def _about(config: DictConfig, vlm: VLM, ours: StepVariant, batch_size: int, ste
 
 
 def _flops(config: DictConfig, vlm: VLM, batches: Sequence[Batch]) -> float:
-    """Floating-point operations of a step over each batch, without padding."""
+    """Floating-point operations of a step for each batch, without padding."""
     tokens = vlm.projector.num_tokens
     lengths = [n for batch in batches for n in batch.lengths or batch.attention_mask.sum(1).tolist()]
     return training_flops(config).step(
@@ -223,7 +225,7 @@ def _flops(config: DictConfig, vlm: VLM, batches: Sequence[Batch]) -> float:
 
 
 def hardware(device: torch.device) -> str:
-    """The name of the processor that computes."""
+    """The name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu = Path("/proc/cpuinfo")
@@ -232,7 +234,7 @@ def hardware(device: torch.device) -> str:
 
 
 def train_result(rows: list[BenchRow], about: dict[str, Any], agreement: dict[str, float]) -> BenchResult:
-    """Compares the rows, the first of which is ours, and says what is shown of them."""
+    """Adds comparisons with transformers' rows to all rows, the first of which is ours, and lays out the table."""
     for row in rows:
         for peer in rows[1:]:
             row.facts[f"times {peer.name}"] = _times_faster(row, peer, "seconds")
@@ -263,7 +265,7 @@ def train_result(rows: list[BenchRow], about: dict[str, Any], agreement: dict[st
 
 
 def _times_faster(row: BenchRow, peer: BenchRow, clock: str) -> tuple[float, float, float]:
-    """The median, least and largest ratio of rounds timed side by side."""
+    """Median, smallest and largest ratio over rounds timed side by side."""
     ratios = [theirs / ours for ours, theirs in zip(row.times(clock), peer.times(clock), strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 
