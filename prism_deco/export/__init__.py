@@ -1,4 +1,4 @@
-"""Trained models for use elsewhere: one self-describing folder, or a folder that plain transformers loads."""
+"""Exports trained models: to one self-contained folder, or to a folder that plain transformers loads."""
 
 from prism_deco.export.folder import SHARD_SIZE, check_empty, save_folder, whole_folder
 from prism_deco.export.transformers_model import save_transformers

@@ -1,4 +1,4 @@
-"""The README of an exported folder, in Markdown with the hub's header."""
+"""The README of an exported folder: Markdown with the hub's metadata header."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _FILES = """\
 | `SHA256SUMS` | checksums, compared when the folder is loaded |
 """
 _SLOTS = {
-    "after_bos": "The image stands right after the beginning-of-sequence token, before all text. In a prompt of your "
+    "after_bos": "The image comes right after the beginning-of-sequence token, before all text. In a prompt of your "
     "own, write `<image>` there.",
-    "after_first_token": "The image stands behind the first token of the text. In a prompt of your own, write "
+    "after_first_token": "The image comes right after the first token of the text. In a prompt of your own, write "
     "`<image>` there.",
-    "in_place": "The image stands at the start of the message that shows it. In a prompt of your own, write `<image>` "
-    "and a newline there.",
+    "in_place": "The image comes at the start of its message. In a prompt of your own, write `<image>` and a newline "
+    "there.",
 }
 _PAD = """\
 # As in training: padded to a square{almost}.
@@ -52,11 +52,11 @@ _CANVAS = {
     "pad": {"almost": "", "canvas": "(longest, longest)"},
     "letterbox": {"almost": ", or one pixel less", "canvas": "(image.width + 2 * left, image.height + 2 * top)"},
 }
-"""The size that the strategies of `backbones.transforms` pad to."""
+"""Canvas sizes of the padding strategies in `backbones.transforms`."""
 
 
 def card(config: DictConfig, vlm: VLM, llm: LanguageModel, run: Path | None) -> str:
-    """What a folder for `prism_deco.load` holds, how it was trained and how to use it.
+    """The README of a folder for `prism_deco.load`: its content, training and use.
 
     Args:
         run: the run folder, for the data's hash and the scores.
@@ -74,7 +74,7 @@ model = prism_deco.load("THIS_FOLDER")
 model.generate(["image.jpg"], ["What is in the image?"], max_new_tokens=64)
 ```
 
-Give raw questions: the chat template is applied. Nothing else is downloaded or read.
+Pass raw questions: the chat template is applied. Nothing else is downloaded or read.
 Written by prism_deco {prism_deco.__version__}.
 {needs}
 ## Files
@@ -91,18 +91,18 @@ def transformers_card(
     visual_token: str,
     run: Path | None,
 ) -> str:
-    """What a folder for plain transformers holds, how to prompt it, and how it differs from the trained model.
+    """The README of a folder for plain transformers: its content, prompts, and differences from the trained model.
 
     Args:
-        difference: largest difference of the logits that was found when the folder was written.
-        notes: further differences, one sentence or more each.
-        visual_token: `<image>`, or `<video>` where images are videos of one frame.
+        difference: largest difference of the logits, measured during the export.
+        notes: further differences, one or more sentences each.
+        visual_token: `<image>`, or `<video>` if images are passed as videos of one frame.
         run: as for `card`.
     """
     differences = "".join(f"- {note}\n" for note in notes)
     slot = _SLOTS[llm.prompt_format.image_slot].replace("<image>", visual_token)
     if config.recipe.prompt == "plain":
-        slot += " A prompt is the image alone, as in training (recipe.prompt=plain): the question is left out."
+        slot += " A prompt is the image alone, as in training (recipe.prompt=plain): the question is dropped."
     part, pad, about = '"type": "image", "image": image', "", ""
     if visual_token != "<image>":
         part = '"type": "video", "video": [image]'
@@ -131,8 +131,8 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 ```
 
 {about}The chat template writes every special token and puts the image where it was in training. {slot}
-The prompt already begins with its first special token: tokenise it with `add_special_tokens=False`. Several questions
-at once need `padding=True`; the tokenizer pads on the left, as generation requires.
+The prompt already begins with its first special token: tokenise it with `add_special_tokens=False`. Batches of
+questions need `padding=True`; the tokenizer pads on the left, as generation requires.
 
 ## How it differs from the trained model
 
@@ -147,7 +147,7 @@ at once need `padding=True`; the tokenizer pads on the left, as generation requi
 
 
 def _header(library: str, config: DictConfig, run: Path | None) -> str:
-    """The metadata that the hub reads."""
+    """The hub's metadata."""
     results = []
     for name, content in _scores(run).items():
         value = content["metrics"][content["primary"]]
@@ -158,16 +158,14 @@ def _header(library: str, config: DictConfig, run: Path | None) -> str:
         library_name=library,
         pipeline_tag="image-text-to-text",
         base_model=bases or None,
-        model_name=config.run_id or "A vision-language model",
+        model_name=(config.run_id or "A vision-language model") if results else None,
         eval_results=results or None,
     )
-    if not results:
-        data.model_name = None
     return f"---\n{data.to_yaml()}\n---\n"
 
 
 def _parts(config: DictConfig, group: str) -> list[dict[str, Any]]:
-    """The content of a choice; of an ensemble, that of its towers, and of a mixture, that of its sets."""
+    """The content of a choice; for an ensemble, of its towers, and for a mixture, of its sets."""
     content: Any = OmegaConf.to_container(config[group], resolve=True)
     if sets := content.get("mixture"):
         return [_set(name, part) for name, part in sets.items()]
@@ -176,7 +174,7 @@ def _parts(config: DictConfig, group: str) -> list[dict[str, Any]]:
 
 
 def _set(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
-    """A set of a mixture with the keys of its choice, whose file an export does not hold."""
+    """A set of a mixture, completed by the keys of its choice if that YAML is at hand."""
     choice = str(part["data"])
     known = load_choice("data", choice) if choice_path("data", choice).is_file() else {}
     return {**known, **part, "name": f"{name}: {Path(choice).stem}"}
@@ -187,14 +185,14 @@ def _is_of_hub(part: Mapping[str, Any]) -> bool:
 
 
 def _licence(group: str, part: Mapping[str, Any]) -> str:
-    """What is known of the licence of a part's weights, or of the training data."""
+    """The known licence of a part's weights or of the training data."""
     name, is_of_hub = str(part["name"]), _is_of_hub(part)
     if group == "data":
         repo = part.get("repo")
         page = f"https://huggingface.co/datasets/{quote(repo)}" if repo else "the page of its source"
         return f"- data `{_plain(name)}`: see {page}"
     stated = f"see https://huggingface.co/{quote(part['hub'])}" if is_of_hub else "see the page of its source"
-    # What a shipped YAML states is true of the repository that it names, not of others that a run may set instead.
+    # A shipped YAML states the licence of the repository that it names; a run may have used another one.
     if is_of_hub and name in choices(group) and load_choice(group, name).get("hub") == part["hub"]:
         text = choice_path(group, name).read_text(encoding="utf-8")
         known = re.search(r"License of the weights: (.+?)\.$", text, re.MULTILINE)
@@ -203,16 +201,12 @@ def _licence(group: str, part: Mapping[str, Any]) -> str:
 
 
 def _plain(text: object) -> str:
-    """Text of the user's own as one line of Markdown, without tags and code marks."""
+    """Escapes a user's text for one line of Markdown: no tags, backticks or newlines."""
     return html.escape(" ".join(str(text).replace("`", "'").split()))
 
 
 def _scores(run: Path | None) -> dict[str, dict[str, Any]]:
-    """The content of a run's `metrics.json` files by the name of their folder.
-
-    Raises:
-        UsageError: a file is damaged, or its score is no number.
-    """
+    """The content of a run's `metrics.json` files, by the name of their folder."""
     paths = sorted((run / "eval").glob("*/metrics.json")) if run else []
     return {path.parent.name: read_result(path, ("benchmark", "n")) for path in paths}
 

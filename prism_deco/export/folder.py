@@ -1,4 +1,4 @@
-"""A model in one self-contained folder that `prism_deco.load` reads."""
+"""Writes a model to one self-contained folder that `prism_deco.load` reads."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from prism_deco.config import compose, load_choice, save_config
+from prism_deco.config.choices import YAML_SUFFIXES
 from prism_deco.errors import UsageError
 from prism_deco.exits import is_disk_full
 from prism_deco.export.card import card
@@ -28,7 +29,7 @@ from prism_deco.vlm import VLM
 log = logging.getLogger(__name__)
 
 SHARD_SIZE = "4GB"
-"""Largest weights file. Saving copies the tensors of one file at a time, so this also bounds its memory."""
+"""Largest weights file. Saving copies one file's tensors at a time, so this also bounds the memory it takes."""
 
 _BUILDING = ".building"
 
@@ -47,10 +48,10 @@ def save_folder(
 
     Args:
         folder: new, or empty.
-        vlm: changed in place: LoRA adapters are merged into the weights, and `dtype` is applied.
-        dtype: of the written weights; None keeps theirs.
+        vlm: changed in place: LoRA adapters are merged, and `dtype` is applied.
+        dtype: of the weights; None keeps it.
         max_shard_size: larger weights are split into several files with an index.
-        run: the run folder, whose scores the README shows.
+        run: the run folder, for the scores in the README.
 
     Raises:
         UsageError: the folder is not empty, or the disk is full.
@@ -58,7 +59,7 @@ def save_folder(
     check_empty(folder)
     merge_adapters(vlm)
     if dtype is not None:
-        vlm.cast(dtype)  # after merging, whose sums would otherwise be rounded
+        vlm.cast(dtype)  # after merging, which should happen in full precision
     state = vlm.state_dict()
     parts = {
         WEIGHTS: {name: tensor for name, tensor in state.items() if not name.startswith("backbone.")},
@@ -75,18 +76,18 @@ def save_folder(
 
 
 def check_empty(folder: Path) -> None:
-    """`UsageError` if the folder exists and anything is in it."""
+    """Raises `UsageError` if the folder exists and is not empty."""
     if folder.exists() and any(path.name != _BUILDING for path in folder.iterdir()):
         raise UsageError(f"{folder} is not empty. Export to a new folder.")
 
 
 @contextmanager
 def whole_folder(folder: Path, need: int | None = None) -> Iterator[Path]:
-    """A folder to write to, whose files move to `folder` at the end; after an error none of them is left.
+    """A temporary folder to write to, whose files move to `folder` at the end, or are removed after an error.
 
     Args:
         folder: new, or empty (`check_empty`).
-        need: approximate number of bytes that will be written; None if unknown.
+        need: approximate bytes to write; None if unknown.
 
     Raises:
         UsageError: the disk is full.
@@ -94,7 +95,7 @@ def whole_folder(folder: Path, need: int | None = None) -> Iterator[Path]:
     log.info("Writing the model to %s", folder)
     exists = folder.exists()
     building = folder / _BUILDING
-    shutil.rmtree(building, ignore_errors=True)  # of an export that was killed
+    shutil.rmtree(building, ignore_errors=True)  # left by an export that was killed
     building.mkdir(parents=True)
     try:
         if need is not None and shutil.disk_usage(building).free < need:
@@ -118,12 +119,12 @@ def whole_folder(folder: Path, need: int | None = None) -> Iterator[Path]:
 
 
 def stored_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Size of tensors in a file, where tensors that share memory are stored once."""
+    """Size of tensors in a file, which stores tensors with shared memory once."""
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}.values())
 
 
 def finish_folder(folder: Path, card: str) -> None:
-    """Writes `README.md` and checksums; lets others read the weights, which safetensors does not."""
+    """Writes `README.md` and checksums. Gives the weights its permissions: safetensors writes for the owner only."""
     readme = folder / "README.md"
     readme.write_text(card, encoding="utf-8")
     for file in folder.glob("*.safetensors"):
@@ -140,9 +141,9 @@ def merge_adapters(vlm: VLM) -> None:
 
 
 def portable(config: DictConfig) -> DictConfig:
-    """The configuration without this machine's paths: only the names of local files and folders remain.
+    """The configuration with local paths reduced to the names of their files and folders.
 
-    Towers of an ensemble that are the user's own YAML files are written out.
+    The user's own YAML files of an ensemble's towers are replaced by their content.
     """
     content = OmegaConf.to_container(config, resolve=True)
     assert isinstance(content, dict)
@@ -156,7 +157,7 @@ def portable(config: DictConfig) -> DictConfig:
 
 
 def _choice(tower: Any) -> Any:
-    return load_choice("backbone", tower) if str(tower).endswith((".yaml", ".yml")) else tower
+    return load_choice("backbone", tower) if str(tower).endswith(YAML_SUFFIXES) else tower
 
 
 def _without_paths(value: Any) -> Any:
@@ -168,7 +169,7 @@ def _without_paths(value: Any) -> Any:
 
 
 def _is_path(text: str) -> bool:
-    # Names of hub repositories contain a slash as well; templates have several lines.
+    # Other values with a slash are names of hub repositories, URLs, and chat templates (several lines).
     if "\n" in text or "/" not in text or "://" in text:
         return False
     return text.startswith(("/", "~", "./", "../")) or Path(text).exists()

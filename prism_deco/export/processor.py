@@ -1,4 +1,4 @@
-"""Images, prompts and tokens for the exported model, as transformers' own processors make them."""
+"""Configures transformers' processors so that images and prompts are those of training."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from prism_deco.vlm import VLM
 IMAGE_TOKEN = IMAGE_TAG
 VIDEO_TOKEN = "<video>"
 
-# Goes before the LLM's own template. It turns messages of text and image parts, as transformers passes them, into
-# what that template expects. PLACE is one of `_PLACES`, which put `<image>` where it belongs. A text's own TAG would be
-# counted as an image, also where images are videos.
+# Precedes the LLM's own template and converts transformers' messages of text and image parts to the messages that it
+# expects. PLACE becomes one of `_PLACES`, which put `<image>` at its position. TAG becomes `<image>`, also for videos:
+# the processor would count one in a text as an image.
 _PRELUDE = """\
 {%- set tokenize = 'whole' -%}
 {%- set talk = namespace(images='', messages=[]) -%}
@@ -71,15 +71,15 @@ _INEXACT = {
     "pixel short of a square if the sides of an image differ by an odd number of pixels. transformers cannot express "
     "that and shifts such images by half a pixel.",
 }
-"""Resize strategies that transformers does not have, with the consequence."""
+"""Notes on resize strategies that transformers lacks."""
 
 
 def chat_template(llm: LanguageModel, kind: str = "image", gap: str = "") -> str:
-    """The template of training's prompts for messages with images, whose spaces suit tokenising them as a whole.
+    """The chat template of training for messages with image parts and for tokenising prompts as a whole.
 
     Args:
-        kind: image, or video where images are videos of one frame.
-        gap: stands between the images and the text behind them.
+        kind: image, or video if images are passed as videos of one frame.
+        gap: text between the images and the text after them.
     """
     prelude = _PRELUDE.replace("PLACE", _PLACES[llm.prompt_format.image_slot]).replace("GAP", gap)
     prelude = re.sub(r"(?<=<)image(?=>)|(?<=')image(?=')|(?<=and )image", kind, prelude).replace("TAG", IMAGE_TAG)
@@ -88,25 +88,24 @@ def chat_template(llm: LanguageModel, kind: str = "image", gap: str = "") -> str
     template = llm.prompt_format.template
     if llm.prompt_format.image_slot != "after_first_token":
         return prelude + template
-    # The images are put behind the text of the first token, which is the same in all prompts.
+    # The images go after the first token, whose text is the same in all prompts.
     first = llm.encode([{"role": "user", "content": "What is it?"}], add_generation_prompt=True).input_ids[:1]
     end = len(str(llm.tokenizer.decode(first)))
-    around = "{%- set image = '' -%}{%- set prompt -%}", "{%- endset -%}"
     place = f"{{{{- prompt[:{end}] ~ talk.images ~ prompt[{end}:] -}}}}"
-    return prelude + around[0] + template + around[1] + place
+    return f"{prelude}{{%- set image = '' -%}}{{%- set prompt -%}}{template}{{%- endset -%}}{place}"
 
 
 def make_processor(
     vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizerBase, *, as_video: bool = False
 ) -> ProcessorMixin:
-    """The processor for a model whose `tokenizer` has the token `<image>`, or `<video>` beside it.
+    """The processor for a model whose `tokenizer` has the token `<image>`, and `<video>` if `as_video`.
 
-    `pad` and `letterbox` pad to a square, `resize-naive` stretches, `resize-crop` crops. Videos cannot be padded:
-    the README's code does it. Its squares are resized, and of those that are one pixel short (`letterbox`) the rest is
-    cropped, as in training.
+    `pad` and `letterbox` pad to a square, `resize-naive` stretches, `resize-crop` crops. Video processors cannot pad;
+    the code in the README does. They resize its squares (`pad`), and crop canvases that are one pixel short of a square
+    as in training (`letterbox`).
 
     Args:
-        as_video: images are videos of one frame.
+        as_video: images are passed as videos of one frame.
     """
     transform = _transform(vlm)
     side = transform.image_size
@@ -119,15 +118,15 @@ def make_processor(
         "image_mean": list(transform.mean),
         "image_std": list(transform.std),
     }
-    # Prompts in a batch must all end where their answers begin.
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what is saved
+    # Generation needs left padding.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # `init_kwargs` is what is saved
     shared = {"tokenizer": tokenizer, "vision_feature_select_strategy": "default"}
     if as_video:
         videos = LlavaNextVideoVideoProcessor(**pixels)
         unused = LlavaNextImageProcessor()
         processor = LlavaNextVideoProcessor(videos, unused, patch_size=video_patch(vlm), **shared)
     else:
-        # The processor counts patches and subtracts one for the class token, so one is added here for all towers.
+        # With `vision_feature_select_strategy="default"` the processor subtracts one for the class token.
         processor = LlavaProcessor(
             image_processor=LlavaImageProcessor(do_pad=pads, **pixels),
             patch_size=vlm.backbone.patch_size * (vlm.projector.in_grid[0] // vlm.projector.out_grid[0]),
@@ -135,8 +134,8 @@ def make_processor(
             image_token=IMAGE_TOKEN,
             **shared,
         )
-    # Llama's tokenizer marks a word by the space before it, which the text behind an image has in training only. Where
-    # neither way gives the same tokens, the prompt has no space.
+    # In Llama's tokenizer a space belongs to the token of the next word, and only training has one after the image.
+    # Take the gap that gives the tokens of training, and none if neither does.
     for gap in ("", " ", ""):
         processor.chat_template = tokenizer.chat_template = chat_template(llm, "video" if as_video else "image", gap)
         if _same_tokens(processor, llm, _TALK[:1]):
@@ -145,28 +144,28 @@ def make_processor(
 
 
 def video_patch(vlm: VLM) -> int | None:
-    """The side of a patch with which LlavaNextVideoProcessor counts the model's visual tokens; None if there is none.
+    """The patch size for which LlavaNextVideoProcessor counts the model's visual tokens; None if there is none.
 
-    It takes a fourth of a frame's patches (`replace_video_token`), whatever the model's stride is.
+    It counts a fourth of a frame's patches (`replace_video_token`), whatever the model's stride.
     """
     side = _transform(vlm).image_size
     return next((p for p in range(side, 0, -1) if (side // p) ** 2 // 4 == vlm.projector.num_tokens), None)
 
 
 def preprocessing_note(vlm: VLM, as_video: bool) -> str | None:
-    """How the exported image processor differs from training beyond rounding of pixels."""
+    """How the exported image processor differs from training, beyond rounding."""
     resize = _transform(vlm).resize
     if as_video and resize in ("pad", "letterbox"):
         return (
             f"The video processor cannot pad, as training did (resize={resize}): it "
-            f"{'stretches' if resize == 'pad' else 'crops'} images that are no square. Pad them first, as the README "
+            f"{'stretches' if resize == 'pad' else 'crops'} images that are not square. Pad them first, as the README "
             "does."
         )
     return _INEXACT.get(resize)
 
 
 def token_ids_note(processor: ProcessorMixin, llm: LanguageModel) -> str | None:
-    """Whether prompts become other tokens than in training."""
+    """How tokens of prompts differ from training; None if they do not."""
     first, all_turns = (_same_tokens(processor, llm, messages) for messages in (_TALK[:1], _TALK))
     if first and all_turns:
         return None
@@ -179,7 +178,7 @@ def token_ids_note(processor: ProcessorMixin, llm: LanguageModel) -> str | None:
 
 
 def _same_tokens(processor: Any, llm: LanguageModel, messages: Sequence[Mapping[str, str]]) -> bool:
-    """Whether a conversation about an image becomes the same tokens as in training."""
+    """Whether the processor gives a conversation about an image the same tokens as training."""
     as_video = isinstance(processor, LlavaNextVideoProcessor)
     image, tag = (processor.video_token_id, VIDEO_TOKEN) if as_video else (processor.image_token_id, IMAGE_TOKEN)
     encoded = llm.encode(messages, num_images=1, add_generation_prompt=True)
@@ -189,7 +188,7 @@ def _same_tokens(processor: Any, llm: LanguageModel, messages: Sequence[Mapping[
     ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     theirs = []
     for token, repeated in groupby(ids):
-        # One image token for each visual token: the slot counts once.
+        # The processor repeats the image token for every visual token; training has one slot.
         theirs += [token] if token == image else repeated
     return theirs == [*encoded.input_ids[:slot], image, *encoded.input_ids[slot:]]
 

@@ -1,4 +1,4 @@
-"""A folder that plain transformers loads, as the class of it that has the projector."""
+"""Exports a model to a folder that plain transformers loads, in the class with the same projector."""
 
 from __future__ import annotations
 
@@ -48,15 +48,16 @@ from prism_deco.vlm import VLM
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
-"""Largest difference of the logits relative to their maximum: float32 sums in another order."""
+"""Largest difference of the logits relative to their maximum, for float32 sums in another order."""
 
 
 class Holder(NamedTuple):
-    """A configuration of transformers whose class has some projector.
+    """A class of transformers for a projector.
 
     Attributes:
-        settings: of the configuration, by the side of a window in patches.
-        of_video: the class compresses videos only, so an image is a video of one frame.
+        config: the class of its configuration.
+        settings: maps the side of a window in patches to keys of the configuration.
+        of_video: the class compresses videos only, so an image is passed as a video of one frame.
     """
 
     config: type[Any]
@@ -89,25 +90,25 @@ def save_transformers(
     dtype: torch.dtype | None = None,
     run: Path | None = None,
 ) -> None:
-    """Writes model, processor and README, after checking that the logits of both models are equal.
+    """Writes model, processor and README, after checking that both models have the same logits.
 
     Standardisation of features is folded into the projector's first layer, `token_scale` into its last one.
 
     Args:
-        vlm: on the CPU, in the precision of its training. LoRA adapters are merged into the LLM's weights.
         folder: new, or empty.
-        dtype: type of the written weights; None keeps theirs.
-        run: the run folder, whose scores the README shows.
+        vlm: on the CPU, in the precision of its training. LoRA adapters are merged in place.
+        dtype: of the written weights; None keeps it.
+        run: the run folder, for the scores in the README.
 
     Raises:
-        UsageError: no class can hold this model (with all reasons), `folder` is not empty, or the disk is full.
+        UsageError: no class can hold this model (lists every reason), `folder` is not empty, or the disk is full.
     """
     check_empty(folder)
     merge_adapters(vlm)
     holder = HOLDERS.get(type(vlm.projector))
     as_video = holder is not None and holder.of_video
     tokenizer = copy.deepcopy(llm.tokenizer)
-    # LlavaNextVideo needs the token of an image, too.
+    # LlavaNextVideo needs both tokens.
     tokenizer.add_tokens([IMAGE_TOKEN, VIDEO_TOKEN] if as_video else [IMAGE_TOKEN], special_tokens=True)
     visual_token = VIDEO_TOKEN if as_video else IMAGE_TOKEN
     model = to_transformers(vlm, llm, tokenizer)
@@ -127,13 +128,13 @@ def save_transformers(
 
 
 def to_transformers(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The same model in a class of transformers; it shares the weights that need no folding.
+    """The same model in a class of transformers, sharing all weights that need no folding.
 
     Args:
-        tokenizer: with the tokens that stand for visual tokens; the embedding tables grow to cover them.
+        tokenizer: with the placeholders of visual tokens; the embedding tables grow to cover them.
 
     Raises:
-        UsageError: no class can hold it; lists every reason.
+        UsageError: no class can hold it (lists every reason).
     """
     holder = HOLDERS.get(type(vlm.projector))
     reasons = _reasons(vlm, holder)
@@ -144,7 +145,7 @@ def to_transformers(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizer
         reasons.append(str(reason))
     is_internvl = isinstance(tower, InternVLVisionModel)
     if is_internvl and holder is not None and holder.of_video:
-        reasons.append("its tower is a InternVLVisionModel, whose image size that class does not read")
+        reasons.append("its tower is an InternVLVisionModel, whose image size that class does not read")
     if tower is not None and isinstance(vlm.projector, PixelShuffle) and not is_internvl:
         reasons.append(
             f"its tower is a {type(tower).__name__}, and InternVL's has a class token and no norm before its blocks"
@@ -167,7 +168,7 @@ def to_transformers(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizer
         vision_config=tower.config,
         text_config=text,
         projector_hidden_act="gelu",
-        # The tower ends with the block whose output is used.
+        # The exported tower ends with the block whose output is used.
         vision_feature_layer=-1,
         vision_feature_select_strategy="default" if cast(Tower, vlm.backbone).trunk.prefix_positions else "full",
         tie_word_embeddings=text.tie_word_embeddings,
@@ -182,12 +183,12 @@ def to_transformers(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizer
     state = {f"model.vision_tower.{k}": v for k, v in tower.state_dict().items()}
     state |= {f"model.multi_modal_projector.{k}": v for k, v in _projector(vlm).items()}
     state |= _language(vlm.lm, rows)
-    if holder.of_video:  # of images only, which have no use here
+    if holder.of_video:  # required, but used for images only
         state["model.image_newline"] = torch.zeros(projector.out_dim, dtype=vlm.lm.dtype)
     _, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     fill_buffers(model)
-    # A bias of the output layer is zero here (`_reasons`).
+    # `_reasons` has checked that a bias of the output layer is zero.
     different = [name for name in unexpected if name != "lm_head.bias"]
     different += [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if different:
@@ -196,7 +197,7 @@ def to_transformers(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizer
         bos_token_id=llm.tokenizer.bos_token_id,
         eos_token_id=list(llm.eos_ids),
         pad_token_id=llm.tokenizer.pad_token_id,
-        # Neither the tokens of images nor the rows added for them are words.
+        # Never generate placeholders or padding rows.
         suppress_tokens=sorted({*visual_ids, *range(llm.embedding_rows, rows)}),
     )
     return model.eval()
@@ -204,13 +205,13 @@ def to_transformers(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizer
 
 @torch.no_grad()
 def compare(model: PreTrainedModel, vlm: VLM, llm: LanguageModel, visual_id: int) -> float:
-    """Largest difference of the logits for one random image and a question.
+    """Largest difference of the logits for a random image and a question.
 
     Args:
-        visual_id: the token that stands for a visual token.
+        visual_id: the placeholder of a visual token.
 
     Raises:
-        UsageError: it exceeds rounding, so the class computes something else.
+        UsageError: it exceeds rounding.
     """
     [(tower, side)] = [(name, t.image_size) for name, t in vlm.backbone.transform.towers.items()]
     weight = next(vlm.backbone.parameters())
@@ -235,7 +236,7 @@ def compare(model: PreTrainedModel, vlm: VLM, llm: LanguageModel, visual_id: int
 
 
 def _reasons(vlm: VLM, holder: Holder | None) -> list[str]:
-    """Why the class cannot hold the projector, the LLM, or how they are used."""
+    """Why the class cannot hold the projector, the LLM, or the recipe's changes to them."""
     reasons = []
     if holder is None:
         reasons.append(f"no class of transformers has the projector {type(vlm.projector).__name__}")
@@ -283,7 +284,7 @@ def _layers(projector: Projector) -> list[nn.Linear]:
 
 
 def _projector(vlm: VLM) -> dict[str, Tensor]:
-    """The two layers of the MLP with standardisation and scale folded in, computed in float64; InternVL's norm."""
+    """The MLP's two layers with standardisation and scale folded in (in float64), and InternVL's norm."""
     first, last = _layers(vlm.projector)
     weights = []
     for layer in (first, last):
@@ -303,7 +304,7 @@ def _projector(vlm: VLM) -> dict[str, Tensor]:
 
 
 def _language(lm: PreTrainedModel, rows: int) -> dict[str, Tensor]:
-    """Decoder and output layer, embedding tables padded with zeros to `rows` rows."""
+    """Decoder and output layer, with embedding tables zero-padded to `rows` rows."""
     tables = {id(lm.get_input_embeddings().weight), id(lm.get_output_embeddings().weight)}  # type: ignore[union-attr]
     decoder = f"{lm.base_model_prefix}."
     state = {}

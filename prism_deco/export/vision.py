@@ -1,4 +1,4 @@
-"""A tower as one of transformers' classes: CLIP's, SigLIP's or InternVL's."""
+"""Converts a tower to one of transformers' classes: CLIP's, SigLIP's or InternVL's."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ _ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pyt
 
 
 def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
-    """The tower's own weights in transformers' class, up to the block whose output is used.
+    """The tower's weights in transformers' class, up to the block whose output is used.
 
     Its `hidden_states[-1]` is the tower's output, in CLIP and InternVL with the class token before it. InternVL's class
-    holds plain ViTs with a class token, with or without LayerScale: InternViT, DINOv2 without registers.
+    fits plain ViTs with a class token, with or without LayerScale: InternViT, DINOv2 without registers.
 
     Raises:
         UsageError: no class fits the tower.
@@ -99,7 +99,7 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
 
 
 def _to_internvl(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """CLIPVisionModel's names -> InternVLVisionModel's, which scales what each block adds (LayerScale)."""
+    """CLIPVisionModel's names -> InternVLVisionModel's, which has LayerScale (ones, where the tower has none)."""
     renamed = {}
     for name, tensor in state.items():
         for old, new in _INTERNVL.items():

@@ -324,7 +324,7 @@ def test_behind_the_first_token_of_a_prompt_set(random_model, tmp_path, caplog, 
     assert processor.apply_chat_template(text_only, add_generation_prompt=True) == prompt.replace(
         "<image> ", ""
     ).replace("<image>", "")
-    assert "behind the first token" in (tmp_path / "hf" / "README.md").read_text()
+    assert "right after the first token" in (tmp_path / "hf" / "README.md").read_text()
     assert ("some tokens differ" in caplog.text) == (llm == "mini_llama"), "whose answers follow a turn of their own"
 
 
