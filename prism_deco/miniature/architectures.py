@@ -1,7 +1,7 @@
 """Tiny vision transformers for the miniature study, registered with timm and (in CLIP models) with open_clip.
 
-They are timm's VisionTransformer with timm's convolutional stem, which brings the notion of neighbouring
-pixels that plain patches would have to learn first, in the few minutes that training may take.
+They are timm's VisionTransformer with timm's convolutional stem: plain patches would have to learn the locality of
+pixels first, and training takes a few minutes only.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ default_cfgs = generate_default_cfgs({"vit_tiny_stem_patch8_64": _CONFIG, "vit_t
 
 
 def _build(variant: str, pretrained: bool, **options: Any) -> VisionTransformer:
-    # Even kernels where the stride is 2: sizes are floored, as by the patches of a plain ViT, and every
-    # feature is centred on its patch. Layer norm keeps no running statistics, so no buffers.
+    # Even kernels with stride 2 floor the size, as the patches of a plain ViT do, and centre every feature on its
+    # patch. Layer norm has no running statistics and thus no buffers.
     stem = ConvStem(
         depth=4,
         channels=(_WIDTH // 4, _WIDTH // 2, _WIDTH, _WIDTH),
@@ -53,12 +53,12 @@ def _build(variant: str, pretrained: bool, **options: Any) -> VisionTransformer:
 
 @register_model
 def vit_tiny_stem_patch8_64(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """CLIP's and SigLIP's stand-in: no prefix tokens, attention pooling."""
+    """Stands in for CLIP's and SigLIP's tower: no prefix tokens, attention pooling."""
     return _build("vit_tiny_stem_patch8_64", pretrained, **({"class_token": False, "global_pool": "map"} | options))
 
 
 @register_model
 def vit_tiny_stem_patch8_reg4_64(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """DINOv2's stand-in: class token, 4 registers without positions, LayerScale."""
+    """Stands in for DINOv2: class token, 4 registers without positions, LayerScale."""
     layout = {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.1}
     return _build("vit_tiny_stem_patch8_reg4_64", pretrained, **(layout | options))

@@ -1,4 +1,4 @@
-"""Chooses the questions that the benchmarks ask about the images of one split."""
+"""Selects the questions of the benchmarks about the images of a split."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from prism_deco.miniature.templates import TEMPLATES, category_exists, confusabl
 
 @dataclass(frozen=True)
 class Split:
-    """Images to ask about: image i shows `pools[i].scene`."""
+    """The images of a split and the size of its benchmarks: image i shows `pools[i].scene`."""
 
     seed: int
     name: str
     pools: list[Pool]
     items: int
-    """Questions per benchmark; images run out first where there are few."""
+    """Most questions per benchmark; fewer if images run out."""
 
     def dice(self, *key: object) -> Dice:
-        """A stream of its own for each use."""
+        """An independent random stream per key."""
         return Dice(self.seed, self.name, "benchmark", *key)
 
     def shuffled(self, dice: Dice) -> list[int]:
-        """The images in the order in which a benchmark asks about them."""
+        """The indices of all images in random order."""
         order = list(range(len(self.pools)))
         dice.shuffle(order)
         return order
 
 
 def one_per_image(split: Split, task: str) -> Iterator[tuple[int, Question]]:
-    """Questions of a task, with their images; images that allow none are passed over."""
+    """Questions of a task with the index of their image; skips images that allow none."""
     templates = [template for template in TEMPLATES if template.task == task]
     dice, balance = split.dice(task), Balance()
     left = split.items
@@ -64,8 +64,8 @@ def expressions_per_thing(split: Split, task: str) -> Iterator[tuple[int, list[Q
 def pope_subsets(split: Split) -> dict[str, list[tuple[int, Question]]]:
     """As many yes as no questions per subset, one of each per image.
 
-    The absent things are (as in POPE) random ones, frequent ones (of the more frequent half of the categories),
-    or ones that the image suggests: there they share a colour and a shape with what is seen.
+    As in POPE, absent things are random ones, popular ones (from the more frequent half of the categories), or
+    adversarial ones, whose colour and shape are both in the image.
     """
     counts = Counter(thing.category for pool in split.pools for thing in pool.scene.things)
     popular = set(sorted(CATEGORIES, key=lambda category: -counts[category])[: len(CATEGORIES) // 2])
@@ -80,7 +80,7 @@ def pope_subsets(split: Split) -> dict[str, list[tuple[int, Question]]]:
 def _yes_and_no(split: Split, subset: str, absent: Callable[[Scene], Collection[str]]) -> list[tuple[int, Question]]:
     (base,) = (template for template in TEMPLATES if template.name == "exists")
     dice, balance = split.dice("pope", subset), Balance()
-    # Families of one answer each that share the counts by question: the word asked for tells nothing.
+    # One family per answer. They share the counts per question, so the asked category does not predict the answer.
     yes, no = (
         replace(base, make=partial(_only, answer=answer, absent=absent), contrast=False) for answer in ("Yes", "No")
     )
@@ -88,7 +88,7 @@ def _yes_and_no(split: Split, subset: str, absent: Callable[[Scene], Collection[
     for index in split.shuffled(dice)[: split.items // 6]:
         scene = split.pools[index].scene
         for template in (yes, no):
-            # The pool keeps one list per family's name, hence a fresh one.
+            # A fresh pool, since pools cache questions by the family's name and both families have the same.
             question = balance.ask(template, Pool(scene), dice)
             if question is not None:
                 chosen.append((index, question))

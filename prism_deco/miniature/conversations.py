@@ -1,4 +1,4 @@
-"""Chooses questions so that answers are balanced, and joins them to conversations that do not give themselves away."""
+"""Selects questions with balanced answers, and joins them to conversations in which no turn gives away a later one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TRIES = 20
 _CAPTION_PERCENT = 10
 _TEXT_PERCENT = 5
 _SLACK = 4
-"""How many questions a class of answers may be ahead of its share."""
+"""How many questions a class of answers may exceed its share by."""
 
 CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."
 _BY_NAME = {template.name: template for template in TEMPLATES}
@@ -25,7 +25,7 @@ _DRAWS = [template for template in TEMPLATES for _ in range(template.weight)]
 
 
 class Pool:
-    """Every question about a scene, by family; each family is asked for its questions once."""
+    """All questions about a scene, by family; each family is generated once."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
@@ -39,16 +39,16 @@ class Pool:
 
 
 class Balance:
-    """Asks about one scene after the other, and keeps the answers to each question equally frequent.
+    """Selects questions about successive scenes and keeps the answers to each question equally frequent.
 
-    Whoever knows the question but not the image should be able to do no better than guess.
+    A model that sees the question but not the image should do no better than chance.
     """
 
     def __init__(self) -> None:
         self._counts: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
 
     def ask(self, template: Template, pool: Pool, dice: Dice, revealed: Set[Fact] = frozenset()) -> Question | None:
-        """A question of that family, or None where the scene, the balance or what is `revealed` allows none."""
+        """A question of that family, or None if the scene, the balance or the `revealed` facts allow none."""
         candidates = [question for question in pool.of(template) if revealed.isdisjoint(question.asks)]
         if template.contrast:
             if len({question.side for question in candidates}) < 2:
@@ -72,7 +72,7 @@ class Balance:
         return chosen
 
     def ask_any(self, templates: Sequence[Template], pool: Pool, dice: Dice) -> Question | None:
-        """A question of one of these families, those of more weight preferred; None where all fail."""
+        """A question of one of these families, drawn by weight; None if all fail."""
         draws = [template for template in templates for _ in range(template.weight)]
         dice.shuffle(draws)
         order = {template.name: template for template in draws}.values()
@@ -83,13 +83,16 @@ class Balance:
         return None
 
     def _excess(self, template: Template, text: str, side: str) -> int:
-        """How far a class is above its share among the answers to a text ("": to the family), in whole numbers."""
+        """By how much a class exceeds its share of the answers to a text (to the family, if it is empty).
+
+        Scaled by the sum of shares, to stay with integers.
+        """
         counts = self._counts[template.name, text]
         return counts[side] * sum(template.sides.values()) - counts.total() * template.sides[side]
 
 
 def caption(scene: Scene) -> str:
-    """Names everything in the scene, for example "a small red circle at the top left and a plate with 47"."""
+    """Names everything in the scene: "a small red circle at the top left and a plate in the middle that says 47"."""
     parts = [f"a {thing.size_word} {thing.category} {_place(thing.box)}" for thing in scene.things]
     if scene.plate is not None:
         parts.append(f"a plate {_place(scene.plate.box)} that says {scene.plate.number}")
@@ -97,7 +100,7 @@ def caption(scene: Scene) -> str:
 
 
 def _place(box: Box) -> str:
-    """Where the middle of a box lies in a 3x3 grid over the image, for example "at the top left"."""
+    """The cell of a 3x3 grid over the image that holds the middle of a box, for example "at the top left"."""
     x1, y1, x2, y2 = box
     row = ("top", "", "bottom")[(y1 + y2) * 3 // (2 * IMAGE_SIZE)]
     column = ("left", "", "right")[(x1 + x2) * 3 // (2 * IMAGE_SIZE)]
@@ -106,7 +109,7 @@ def _place(box: Box) -> str:
 
 
 def converse(pool: Pool, dice: Dice, balance: Balance) -> list[Question]:
-    """Up to five questions about a scene, none of which earlier ones answer; a caption tells all and stands alone."""
+    """Up to five questions about a scene, none answered by earlier turns; or a caption, which would answer them all."""
     if dice.chance(_CAPTION_PERCENT):
         return [Question("caption", "caption", CAPTION_REQUEST, caption(pool.scene))]
     draws = [dice.pick(_DRAWS) for _ in range(_TRIES)]
@@ -124,10 +127,10 @@ def converse(pool: Pool, dice: Dice, balance: Balance) -> list[Question]:
 
 
 def records(seed: int, split: str, scenes: Sequence[tuple[str, Scene]], per_image: int) -> Iterator[dict[str, Any]]:
-    """LLaVA records about images, with some text-only ones in between.
+    """LLaVA records about images, interspersed with text-only ones.
 
     Args:
-        scenes: the path of each image (relative to the image root) and what it shows.
+        scenes: the path of each image (relative to the image root) and its scene.
         per_image: conversations about each image.
     """
     balance, text_balance = Balance(), Balance()
@@ -144,13 +147,13 @@ def records(seed: int, split: str, scenes: Sequence[tuple[str, Scene]], per_imag
 
 
 def caption_records(split: str, scenes: Sequence[tuple[str, Scene]]) -> Iterator[dict[str, Any]]:
-    """LLaVA records of one caption per image (`scenes` as in `records`)."""
+    """LLaVA records with one caption per image (`scenes` as in `records`)."""
     for index, (path, scene) in enumerate(scenes):
         yield _record(f"{split}-caption-{index:06d}", [(CAPTION_REQUEST, caption(scene))], path)
 
 
 def _read(seed: int, split: str, index: int, balance: Balance) -> list[tuple[str, str]]:
-    """Turns that are answered by the text before each question; every turn brings its own text."""
+    """Text-only turns; each describes a scene of its own and asks about the description."""
     dice = Dice(seed, split, index, "text questions")
     turns = []
     for turn in range(3):

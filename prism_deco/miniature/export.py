@@ -1,4 +1,4 @@
-"""Writes the benchmarks in the files and fields of the official ones."""
+"""Writes the benchmarks in the file formats of the official ones."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _textvqa(folder: Path, split: Split) -> None:
 
 
 def _refcoco(folder: Path, split: Split, owner: str) -> None:
-    """REFER's pickle of plain containers, and COCO's `instances.json` with every thing of the split."""
+    """REFER's pickle of plain containers, and COCO's `instances.json` with all things of the split."""
     annotations, places = _annotations(split)
     refs, sent_id = [], 0
     for index, questions in benchmarks.expressions_per_thing(split, folder.name):
@@ -151,7 +151,7 @@ def _refcoco(folder: Path, split: Split, owner: str) -> None:
 
 
 def _annotations(split: Split) -> tuple[list[dict[str, Any]], dict[tuple[int, Box], int]]:
-    """COCO's annotations, and the place of the thing that has a box in an image."""
+    """COCO's annotations, and their index by image and box."""
     annotations: list[dict[str, Any]] = []
     places: dict[tuple[int, Box], int] = {}
     for index, pool in enumerate(split.pools):
@@ -171,7 +171,7 @@ def _annotations(split: Split) -> tuple[list[dict[str, Any]], dict[tuple[int, Bo
 
 
 def objects(paths: Sequence[str], scenes: Sequence[Scene]) -> dict[str, Any]:
-    """Everything in these images, with what is to be known about it: COCO's format, attributes as in CVAT's exports."""
+    """All things and plates of these images in COCO's format, with attributes as in CVAT's exports."""
     annotations = []
     for index, scene in enumerate(scenes):
         labels = [(thing.box, {"color": thing.color, "shape": thing.shape}) for thing in scene.things]
@@ -186,7 +186,7 @@ def objects(paths: Sequence[str], scenes: Sequence[Scene]) -> dict[str, Any]:
 
 
 def _ten(answer: str) -> list[str]:
-    """What ten annotators wrote. One adds a period: the official scorer normalises spelling only where they differ."""
+    """Answers of ten annotators. One adds a period: the official scorer normalises answers only if they differ."""
     return [answer] * 9 + [f"{answer}."]
 
 

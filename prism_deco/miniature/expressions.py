@@ -1,7 +1,7 @@
 """Boxes as text, spatial relations, and the three flavours of referring expressions.
 
 The flavours follow RefCOCO (location words allowed), RefCOCO+ (appearance only) and RefCOCOg (whole sentences).
-Every expression fits exactly one thing of the scene, with a margin.
+Every expression fits exactly one thing of the scene, with a safety margin.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import NamedTuple
 from prism_deco.miniature.scene import BINS, IMAGE_SIZE, STEP, Box, Thing
 
 CLEAR = 8
-"""Distance in pixels from which one middle counts as further left (or higher) than another."""
+"""Smallest distance in pixels at which one centre counts as further left (or higher) than another."""
 
-# Where the first box lies, seen from the second: the axis, and whether it comes first along that axis.
+# Relation of a first box to a second one: the axis, and whether the first box comes first along it.
 RELATIONS = {"to the left of": (0, True), "to the right of": (0, False), "above": (1, True), "below": (1, False)}
 _EXTREMES = {"left": (0, True), "right": (0, False), "top": (1, True), "bottom": (1, False)}
 
 
 class Description(NamedTuple):
-    """What is said of a thing; None says nothing."""
+    """A description of a thing; None leaves an attribute out."""
 
     size: str | None = None
     color: str | None = None
@@ -30,7 +30,7 @@ class Description(NamedTuple):
         return " ".join(filter(None, (self.size, self.color, self.shape or "shape")))
 
     def fits(self, thing: Thing) -> bool:
-        """Whether all that is said is true of the thing."""
+        """Whether the description is true of the thing."""
         return (
             self.size in (None, thing.size_word)
             and self.color in (None, thing.color)
@@ -38,14 +38,14 @@ class Description(NamedTuple):
         )
 
     def matches(self, things: Sequence[Thing]) -> list[Thing]:
-        """The things that it fits."""
+        """The things that the description fits."""
         return [thing for thing in things if self.fits(thing)]
 
 
 def box_text(box: Box) -> str:
     """The box as fractions of the image's side, for example "[0.25, 0.50, 0.69, 0.94]".
 
-    Edges are multiples of 1/32, whose 33 values all differ in two decimals: a tokenizer may hold one token for each.
+    Edges are multiples of 1/32, whose 33 values differ in two decimals, so a tokenizer can have one token for each.
     """
     return "[" + ", ".join(f"{edge // STEP / BINS:.2f}" for edge in box) + "]"
 
@@ -57,21 +57,21 @@ def clearly(relation: str, box: Box, other: Box) -> bool:
 
 
 def roughly(relation: str, box: Box, other: Box) -> bool:
-    """Whether the middle of `box` lies to that side of the middle of `other`."""
+    """Whether the centre of `box` lies to that side of the centre of `other`."""
     axis, first = RELATIONS[relation]
     ahead = _middle(other, axis) - _middle(box, axis)
     return ahead > 0 if first else ahead < 0
 
 
 def is_only_one(relation: str, thing: Thing, anchor: Thing, rivals: Sequence[Thing]) -> bool:
-    """Whether `thing` clearly stands in that relation to the anchor and no rival does, not even roughly."""
+    """Whether `thing` clearly has that relation to the anchor and no rival has it even roughly."""
     return clearly(relation, thing.box, anchor.box) and not any(
         rival is not thing and rival is not anchor and roughly(relation, rival.box, anchor.box) for rival in rivals
     )
 
 
 def refcoco(things: Sequence[Thing], target: Thing) -> Iterator[str]:
-    """Short expressions, with location words where they tell something: "the left red circle"."""
+    """Short expressions, with location words if they distinguish the target: "the left red circle"."""
     for description in _descriptions(target, sizes=False):
         matches = description.matches(things)
         if len(matches) == 1 and description != Description():
@@ -92,7 +92,7 @@ def refcoco_plus(things: Sequence[Thing], target: Thing) -> Iterator[str]:
 
 
 def refcocog(things: Sequence[Thing], target: Thing) -> Iterator[str]:
-    """Sentences that lean on another thing: "the red circle that is to the left of the blue square"."""
+    """Sentences that refer to another thing: "the red circle that is to the left of the blue square"."""
     for anchor in things:
         if anchor is target:
             continue
@@ -109,7 +109,7 @@ def refcocog(things: Sequence[Thing], target: Thing) -> Iterator[str]:
 
 
 def halves(box: Box) -> Iterator[tuple[str, str]]:
-    """The side of the image on which a box clearly lies, per axis: a question's words and their answer."""
+    """The side of the image on which a box clearly lies, per axis, as ("left or right", "left")."""
     for axis, words in enumerate((("left", "right"), ("top", "bottom"))):
         offset = _middle(box, axis) - IMAGE_SIZE
         if abs(offset) >= CLEAR:
@@ -117,7 +117,7 @@ def halves(box: Box) -> Iterator[tuple[str, str]]:
 
 
 def _middle(box: Box, axis: int) -> int:
-    """Twice the middle of a box along an axis, in pixels, to stay with integers."""
+    """Twice the centre of a box along an axis, in pixels: an integer."""
     return box[axis] + box[axis + 2]
 
 

@@ -1,4 +1,4 @@
-"""What a question is: its text, its answer, what both give away, and how LLaVA's data words its prompt."""
+"""Questions: text, answer, the facts that both reveal, and the prompt in the words of LLaVA's data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROMPTS = {
     "region": "Please provide a short description for this region: {}.",
     "caption": "{}",
 }
-"""The prompt of each task around the bare question, worded as in LLaVA's training data."""
+"""The prompt template of each task, worded as in LLaVA's training data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +36,17 @@ class Question:
     """The bare question, expression or box."""
     answer: str
     side: str = ""
-    """The class of the answer whose frequency is balanced; empty where answers are free."""
+    """The class of the answer for balancing; empty if answers are not balanced."""
     asks: frozenset[Fact] = frozenset()
-    """Facts that give the answer: no earlier turn may reveal one of them."""
+    """Facts that give away the answer: no earlier turn may reveal one of them."""
     reveals: frozenset[Fact] = frozenset()
-    """Facts that can be read from the question and its answer."""
+    """Facts that question and answer reveal."""
     target: Thing | None = None
-    """The thing whose box or description is asked."""
+    """The thing whose box or description is asked for."""
 
     @property
     def prompt(self) -> str:
-        """The text as it stands in a conversation."""
+        """The question as worded in a conversation."""
         return PROMPTS[self.task].format(self.text)
 
 
@@ -57,15 +57,15 @@ class Template:
     name: str
     task: str
     make: Callable[[Template, Scene], Iterator[Question]]
-    """Every question of the family about a scene."""
+    """Yields all questions of the family about a scene."""
     sides: Mapping[str, int] = field(default_factory=dict)
-    """Relative shares of the classes of answers; empty where answers are free."""
+    """Relative shares of the classes of answers; empty if answers are not balanced."""
     contrast: bool = False
-    """Draw one of two sides, and ask only where both are possible: what was said before must not hint at the answer."""
+    """Draw one of two sides, and ask only if both are possible, so that earlier turns do not hint at the answer."""
     weight: int = 10
-    """How often it is drawn for a conversation, relative to the others."""
+    """Relative frequency in conversations."""
     stage: int = 1
-    """Conversations ask lower stages first, as later ones give much away."""
+    """Conversations ask lower stages first, since higher ones reveal more."""
 
     def question(
         self,
@@ -76,7 +76,7 @@ class Template:
         side: str | None = None,
         target: Thing | None = None,
     ) -> Question:
-        """A question of this family; it reveals what it asks unless told otherwise, and its answer is its side."""
+        """A question of this family. By default it reveals the facts that it asks, and its answer is its side."""
         side = (answer if self.sides else "") if side is None else side
         asks = frozenset(asks)
         reveals = asks if reveals is None else frozenset(reveals)

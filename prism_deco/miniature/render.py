@@ -1,4 +1,4 @@
-"""Scenes to pixels, in integers only: the same bytes on every machine."""
+"""Renders scenes in integer arithmetic: the same bytes on every machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DIGITS: tuple[tuple[int, ...], ...] = (
 _DIGIT_WIDTH = 5
 _DIGIT_HEIGHT = 7
 _NOISE_CELL = 4
-"""Side of a patch of constant noise, in pixels; noise of single pixels would only swell the files."""
+"""Side of a patch of constant noise in pixels; noise per pixel would only make larger files."""
 
 
 def render(scene: Scene) -> NDArray[np.uint8]:
@@ -49,7 +49,7 @@ def render(scene: Scene) -> NDArray[np.uint8]:
 def mask(shape: str, size: int) -> NDArray[np.bool_]:
     """The pixels of a shape in its box: bool[size, size]. It touches all four sides."""
     row, column = np.arange(size)[:, None], np.arange(size)[None, :]
-    # Twice the distance from the middle, so that even sizes need no halves.
+    # Twice the distance from the centre, which is an integer for even sizes, too.
     down, right = np.abs(2 * row - (size - 1)), np.abs(2 * column - (size - 1))
     inside = {
         "circle": down**2 + right**2 <= size**2,
@@ -61,9 +61,9 @@ def mask(shape: str, size: int) -> NDArray[np.bool_]:
 
 
 def _background(scene: Scene) -> NDArray[np.uint8]:
-    """uint8[64, 64]: the grey level with patches of noise, at most 12 levels off."""
+    """uint8[64, 64]: the grey level plus noise of at most 12 levels."""
     cells = IMAGE_SIZE // _NOISE_CELL
-    # An extendable hash is a noise source that no library version changes.
+    # SHAKE (an extendable hash) gives the same noise in every version of every library.
     noise = np.frombuffer(hashlib.shake_128(scene.noise.encode()).digest(cells * cells), np.uint8) % 25
     levels = (scene.background - 12 + noise.astype(np.int16)).astype(np.uint8).reshape(cells, cells)
     return levels.repeat(_NOISE_CELL, axis=0).repeat(_NOISE_CELL, axis=1)

@@ -1,4 +1,4 @@
-"""Integer random numbers that are the same on every machine and in every version of Python."""
+"""Random integers that are the same on every machine and in every version of Python."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Dice:
     (`randrange`, `choice` and `shuffle` may change between versions, and so may numpy's generators.)
 
     Args:
-        key: what the stream belongs to, for example `(seed, "train", index)`. Different keys give independent streams.
+        key: of the stream, for example `(seed, "train", index)`. Different keys give independent streams.
     """
 
     def __init__(self, *key: object):
@@ -26,11 +26,11 @@ class Dice:
         return int(self._random() * n)
 
     def chance(self, percent: int) -> bool:
-        """True in `percent` of a hundred cases."""
+        """True with a probability of `percent` / 100."""
         return self.below(100) < percent
 
     def pick(self, items: Sequence[T]) -> T:
-        """A uniform item."""
+        """A random item."""
         return items[self.below(len(items))]
 
     def shuffle(self, items: MutableSequence[T]) -> None:

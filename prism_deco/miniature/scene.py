@@ -1,4 +1,4 @@
-"""What an image shows, as integers: coloured shapes and sometimes a plate with a number."""
+"""The content of an image in integers: coloured shapes and sometimes a plate with a number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ IMAGE_SIZE = 64
 """Side of the square image in pixels."""
 
 BINS = 32
-"""Boxes lie on a grid of that many bins per side, so that two decimals name every edge exactly."""
+"""Boxes lie on a grid with this many bins per side, so two decimals distinguish all edges."""
 
 STEP = IMAGE_SIZE // BINS
 """Pixels per bin: every position and size is a multiple of it."""
@@ -27,8 +27,8 @@ COLORS = tuple(PALETTE)
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
 CATEGORIES = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
 
-# A pooled cell of the miniature towers is 16 px: smaller things would vanish in the average.
-# The gap between the two groups makes "small" and "large" unmistakable.
+# A pooled cell of the miniature towers is 16 px: much smaller things would vanish in the average.
+# The gap between the groups separates "small" from "large".
 SMALL_SIZES = (14, 16, 18)
 LARGE_SIZES = (22, 24, 26)
 
@@ -50,7 +50,7 @@ class Thing:
     x: int
     y: int
     tint: tuple[int, int, int]
-    """Added to the colour of the palette, so that no two reds are quite the same."""
+    """Added to the palette's colour, for variation."""
 
     @property
     def box(self) -> Box:
@@ -91,11 +91,11 @@ class Scene:
     background: int
     """Grey level."""
     noise: str
-    """Names the pattern of the background's noise."""
+    """Seed of the background's noise."""
 
 
 def draw_scene(seed: int, split: str, index: int) -> Scene:
-    """The scene of that number; scenes of different splits come from independent random streams."""
+    """The scene of that index; splits have independent random streams."""
     dice = Dice(seed, split, index)
     kinds = _draw_kinds(dice)
     number = 10 + dice.below(90) if dice.chance(PLATE_PERCENT) else None
@@ -114,11 +114,11 @@ def draw_scene(seed: int, split: str, index: int) -> Scene:
 
 
 def _draw_kinds(dice: Dice) -> list[tuple[str, str]]:
-    """Colours and shapes; often repeated, or there would be nothing to count and nothing to tell apart."""
+    """Colours and shapes. They often repeat, for things to count and to distinguish."""
     kinds = [(dice.pick(COLORS), dice.pick(SHAPES))]
     for _ in range(dice.pick((0, 1, 1, 1, 2, 2, 2, 2))):
         color, shape = dice.pick(kinds)
-        # Drawn before the choice, so that every branch uses up as many numbers of the stream.
+        # Drawn before the choice, so that every branch takes the same number of draws from the stream.
         other_color, other_shape = dice.pick(COLORS), dice.pick(SHAPES)
         repeat = dice.below(10)
         keep_color, keep_shape = repeat in (0, 1, 2, 3), repeat in (2, 3, 4, 5, 6)
@@ -127,7 +127,7 @@ def _draw_kinds(dice: Dice) -> list[tuple[str, str]]:
 
 
 def _place(sizes: list[tuple[int, int]], dice: Dice) -> list[tuple[int, int]]:
-    """Corners at which boxes of these sizes leave one bin between them; empty when luck runs out."""
+    """Corners at which boxes of these sizes are one bin apart; empty if random placement fails."""
     placed: list[Box] = []
     for width, height in sizes:
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""Every family of questions: each yields all that can be asked about a scene, and nothing here chooses."""
+"""All families of questions. Each yields every question that it has about a scene, without selection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "
 
 
 def confusable(scene: Scene) -> set[str]:
-    """Absent categories whose colour and shape are both seen, but on different things; else those that share one."""
+    """Absent categories whose colour and shape are both in the scene, or else those with exactly one."""
     seen = {thing.category for thing in scene.things}
     colors, shapes = {thing.color for thing in scene.things}, {thing.shape for thing in scene.things}
     crossed = {f"{color} {shape}" for color in colors for shape in shapes} - seen
@@ -24,7 +24,7 @@ def confusable(scene: Scene) -> set[str]:
 
 
 def category_exists(template: Template, scene: Scene, absent: Callable[[Scene], Collection[str]]) -> Iterator[Question]:
-    """ "Is there a red circle?": of every category in the scene and of those that `absent` proposes."""
+    """ "Is there a red circle?" for every category in the scene and those that `absent` proposes."""
     seen = {thing.category for thing in scene.things}
     for category in sorted(seen.union(absent(scene))):
         color, shape = category.split()
@@ -41,7 +41,7 @@ def _shape_exists(template: Template, scene: Scene) -> Iterator[Question]:
 
 
 def _count(template: Template, scene: Scene) -> Iterator[Question]:
-    # A thing that was named narrows a count down, and one count another.
+    # A named thing narrows down a count, and one count narrows down others.
     asks = [("counts",), *_what(scene.things)]
     for kind in SHAPES + COLORS:
         count = sum(kind in (thing.shape, thing.color) for thing in scene.things)
@@ -55,7 +55,7 @@ def _count_all(template: Template, scene: Scene) -> Iterator[Question]:
 
 
 def _attribute(template: Template, scene: Scene, of: str) -> Iterator[Question]:
-    """The colour of the only circle, or the shape of the only red thing; where there is none: unanswerable."""
+    """The colour of the only circle, or the shape of the only red thing; unanswerable if there is none."""
     for name in SHAPES if of == "color" else COLORS:
         found = [thing for thing in scene.things if name in (thing.shape, thing.color)]
         facts = [("count", name), *_what(found)]
@@ -110,7 +110,7 @@ def _side_of_image(template: Template, scene: Scene) -> Iterator[Question]:
 
 def _neighbour_color(template: Template, scene: Scene) -> Iterator[Question]:
     for target, anchor in _pairs(scene, unique_first=False):
-        # Scenes repeat colours: with the anchor's own colour allowed, it would be the best blind guess.
+        # Scenes repeat colours: the anchor's colour would be the best blind guess.
         if target.color == anchor.color:
             continue
         for relation in expressions.RELATIONS:
@@ -126,7 +126,7 @@ def _referring(
     for thing in scene.things:
         facts: list[Fact] = [("box", thing.box)]
         for text in describe(scene.things, thing):
-            # A sentence that leans on another thing places that too.
+            # A sentence that refers to another thing also locates it.
             named = [other for other in scene.things if other is thing or text.endswith(other.category)]
             reveals = facts + [("box", other.box) for other in named] + _what(named)
             yield template.question(text, expressions.box_text(thing.box), facts, reveals=reveals, target=thing)
@@ -140,18 +140,18 @@ def _region(template: Template, scene: Scene) -> Iterator[Question]:
 
 
 def _what(things: Iterable[Thing]) -> list[Fact]:
-    """That these things are there, with their colours and shapes; boxes serve as names, as no two are equal."""
+    """The facts that these things exist, with colour and shape. Their boxes, which are unique, identify them."""
     return [("what", thing.box) for thing in things]
 
 
 def _unique(scene: Scene) -> list[Thing]:
-    """The things that colour and shape name unambiguously."""
+    """The things whose category is unique in the scene."""
     categories = [thing.category for thing in scene.things]
     return [thing for thing in scene.things if categories.count(thing.category) == 1]
 
 
 def _pairs(scene: Scene, unique_first: bool = True) -> Iterator[tuple[Thing, Thing]]:
-    """Ordered pairs of things; the second (and by default the first) has an unambiguous category."""
+    """Ordered pairs of things; the second (and by default the first) has a unique category."""
     unique = _unique(scene)
     for first in unique if unique_first else scene.things:
         yield from ((first, second) for second in unique if second is not first)

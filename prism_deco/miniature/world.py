@@ -1,4 +1,4 @@
-"""The miniature world as a data source: images, conversations and benchmarks, built into the cache on first use."""
+"""The miniature world as a data source: images, conversations and benchmarks, built in the cache on first use."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ log = logging.getLogger(__name__)
 _RECORD = "world.json"
 
 VERSION = 2
-"""Goes up with every change of what is built, so that no old world passes for a new one."""
+"""Increases with every change of the content, which invalidates cached worlds."""
 
 
 @SOURCES.register("shapes")
 def shapes(**options: Any) -> Source:
-    """The files of the world with these options (`build_world`), one cached folder for each set of them."""
+    """The files of the world with these options (`build_world`), cached in a folder per set of options."""
     world = cache_dir() / f"shapes-{_key(options)}"
     build_world(world, **options)
     return Source(world / "train.json", world / "images", val=world / "val.json", benchmarks=world)
@@ -44,7 +44,7 @@ def shapes(**options: Any) -> Source:
 
 @SOURCES.register("shapes_captions")
 def shapes_captions(**options: Any) -> Source:
-    """The same world, but of each image its caption only: pairs to align a projector on."""
+    """The same world with one caption per image, for alignment."""
     source = shapes(**options)
     arguments = json.loads((source.train.parent / _RECORD).read_text(encoding="utf-8"))["arguments"]
     folder = cache_dir() / f"shapes-captions-{_key(options)}"
@@ -73,22 +73,21 @@ def build_world(
     val_items: int = 250,
     test_items: int = 500,
 ) -> Path:
-    """Builds the world into the folder `root`, or finds it there.
+    """Builds the world in the folder `root` and returns it, or returns an existing one.
+
+    The folder appears when it is complete; its `world.json` holds the arguments and hashes of the content.
 
     Args:
-        seed: of the scenes and the questions; every number gives another world.
-        train_images: images to converse about in `train.json`.
+        seed: of the scenes and the questions.
+        train_images: images of `train.json`.
         val_images: images of `val.json` and of `benchmarks/val`.
         test_images: images of `benchmarks/test`.
         records_per_image: conversations about each image.
-        val_items: questions per benchmark in `benchmarks/val` (fewer where images run out).
+        val_items: questions per benchmark in `benchmarks/val` (fewer if images run out).
         test_items: the same in `benchmarks/test`.
 
-    Returns:
-        `root`. It appears only when it is complete; `world.json` in it holds the arguments and hashes of the content.
-
     Raises:
-        UsageError: something else is there.
+        UsageError: the folder holds something else.
     """
     if (root / _RECORD).is_file():
         return root
@@ -106,7 +105,7 @@ def build_world(
         try:
             building.rename(root)
         except OSError as error:
-            if not (root / _RECORD).is_file():  # or else another process was faster
+            if not (root / _RECORD).is_file():  # otherwise another process was faster
                 raise UsageError(f"{root} is not a miniature world: remove what is there.") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -153,6 +152,6 @@ def _save(scene: Scene, path: Path) -> bytes:
 def _content_hash(path: Path) -> str:
     content = path.read_bytes()
     if path.suffix == ".p":
-        # How a pickle shares equal strings is up to the Python version; this one was just written here.
+        # Python versions pickle equal strings differently. Unpickling is safe here: the file was just written.
         content = json.dumps(pickle.loads(content)).encode()
     return hashlib.sha256(content).hexdigest()
