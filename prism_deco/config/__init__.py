@@ -1,7 +1,7 @@
 """The configuration: its schema, and the loader that composes YAML files, choices and `key=value` settings."""
 
 from prism_deco.config.choices import CONF_DIR, choices, load_choice
-from prism_deco.config.compose import compose, default_run_id, validate
+from prism_deco.config.compose import compose, default_run_id
 from prism_deco.config.load import (
     changed_from_defaults,
     flat,
@@ -38,7 +38,6 @@ __all__ = [
     "read_yaml",
     "save_config",
     "shipped_choices",
-    "validate",
     "value_origins",
     "value_text",
 ]

@@ -22,13 +22,10 @@ from prism_deco.plan.memory import FLOAT32, Memory, step_memory
 from prism_deco.plan.meta_models import NeedsData, backbone_of, build_shallow, count, llm_key, llm_of, projector_of
 from prism_deco.plan.sequences import Sequences, sequences_of
 
-AUTO = "auto"
-
 ROOM = 0.9
 """Fraction of a device's memory that `auto` may use; the rest is for the allocator."""
 
 DEFAULT_ACCELERATOR = "h100"
-DEFAULT_MFU = 0.4
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def estimate_run(
     name: str = "",
     *,
     accelerator_name: str | None = None,
-    mfu: float = DEFAULT_MFU,
+    mfu: float = 0.4,
     memory_bytes: int | None = None,
 ) -> RunEstimate:
     """Estimates a run without weights, data or a GPU.
@@ -222,7 +219,7 @@ def _least_recomputation(
 ) -> tuple[Setup, Memory]:
     """The setup with the configured activation checkpointing, and its memory. `auto` becomes the policy with the least
     recomputation that fits, or else `full`."""
-    policies = ACTIVATION_CHECKPOINTING if setup.checkpointing == AUTO else (setup.checkpointing,)
+    policies = ACTIVATION_CHECKPOINTING if setup.checkpointing == "auto" else (setup.checkpointing,)
     for policy in policies:
         chosen = replace(setup, checkpointing=policy)
         memory = step_memory(config, chosen, shape)

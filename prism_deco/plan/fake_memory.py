@@ -11,6 +11,7 @@ import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from prism_deco.backbones import VisionBackbone
 from prism_deco.llms.layers import checkpoint_activations, decoder_layers
 from prism_deco.loss import summed_cross_entropy
 from prism_deco.plan.devices import Setup
-from prism_deco.plan.meta_models import build_shallow, replaced, short_backbone, without_data
+from prism_deco.plan.meta_models import build_shallow, short_backbone, without_data
 from prism_deco.plan.tensor_meter import CudaTypes, Phases, TensorMeter, to_fake
 from prism_deco.projectors import Projector, build_projector
 from prism_deco.sequence import Batch
@@ -125,10 +126,13 @@ def _walk_language(
     vlm = _without_tower(lm, turn_mask, max_logits)
     vlm.train()
     checkpoint_activations(lm, setup.checkpointing)
+    # Not every version of transformers has these two functions: `create` allows for that.
     # transformers looks at the values of position_ids to detect packed sequences; fake tensors have none.
-    one_sequence = replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    one_sequence = mock.patch.object(
+        masking_utils, "find_packed_sequence_indices", lambda position_ids: None, create=True
+    )
     # torch's grouped product accepts only half precision on fake tensors; transformers' own makes the same tensors.
-    any_type = replaced(moe, "_can_use_grouped_mm", lambda *_: False)
+    any_type = mock.patch.object(moe, "_can_use_grouped_mm", lambda *_: False, create=True)
     with mode, without_data("LLM"), one_sequence, any_type:
         batch, visual = _batch(lm, shape)
         with _autocast(setup), TensorMeter(lm) as meter:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
+from unittest import mock
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -34,17 +35,6 @@ from prism_deco.projectors import Projector, build_projector
 
 class NeedsData(Exception):
     """A part cannot run on tensors without data, so the run cannot be planned."""
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Temporarily replaces an attribute of a library, which may be missing in some versions."""
-    own = getattr(owner, name, value)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, own)
 
 
 @contextmanager
@@ -142,7 +132,7 @@ def count(*modules: nn.Module, trained: bool = False) -> int:
 @lru_cache(maxsize=16)
 def _backbone(options: str) -> VisionBackbone:
     # Skips timm's random initialisation, which is slow and has no effect on the meta device.
-    with replaced(weight_init, "_trunc_normal_", lambda *_: None):
+    with mock.patch.object(weight_init, "_trunc_normal_", lambda *_: None, create=True):
         content = json.loads(options)
         backbone = build_backbone(content["backbone"], pretrained=False, device="meta")
         if content["recipe"]:
