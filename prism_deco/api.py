@@ -139,8 +139,8 @@ class Model:
             raise UsageError("Give a list of images for a list of prompts, one entry per prompt (None: no image).")
         if len(images) != len(prompts):
             raise UsageError(
-                f"{len(images)} images for {len(prompts)} prompts: give one entry per prompt, a list where a prompt "
-                "has several images, None where it has none."
+                f"{len(images)} images for {len(prompts)} prompts: give one entry per prompt, a list if it has several "
+                "images, None if it has none."
             )
         by_question = [_listed(entry) for entry in images]
         pending = [image for own in by_question for image in own if not isinstance(image, Tensor)]

@@ -87,6 +87,7 @@ def _rounds(part: MixturePart, rng: np.random.Generator) -> Rounds:
 
     rounds = []
     for _ in range(1 + rng.poisson(part.rounds - 1)):
+        # One draw decides whether the answer is a box, the question contains one, or neither.
         box = part.boxes and rng.random()
         asks_for_box = 0 < box < part.boxes
         shows_box = part.boxes <= box < 2 * part.boxes

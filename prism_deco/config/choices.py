@@ -113,7 +113,7 @@ def with_set(contents: Mapping[str, Any], name: str | None) -> dict[str, Any]:
     if name not in sets:
         raise UsageError(
             f"llm={llm.get('name')} has no prompt set {name!r} (its YAML offers {', '.join(sets) or 'none'}): set "
-            "recipe.prompt_set=null for the format of its own, or choose another LLM."
+            "recipe.prompt_set=null for its own format, or choose another LLM."
         )
     own = dict(sets[name])
     recipe = {**contents.get("recipe", {}), **(own.pop("recipe", None) or {})}

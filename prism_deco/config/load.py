@@ -35,7 +35,6 @@ from prism_deco.files import refusals_named, write_whole
 CONFIG = "config.yaml"
 
 _PROMPT_SET = "recipe.prompt_set"
-_BENCHMARKS = "evaluate.benchmarks"
 
 _CLOSED = ("recipe", "trainer")
 """Groups whose YAMLs cannot declare new options, since no component would read them."""
@@ -89,15 +88,15 @@ def load_config(overrides: Iterable[str] = ()) -> DictConfig:
 
 def _load(arguments: _Arguments) -> DictConfig:
     contents = default_contents(arguments.choices)
-    prompt_set = (arguments.contents.get("recipe") or contents["recipe"]).get("prompt_set")
-    for key, value, _ in arguments.settings:
-        prompt_set = value if key == _PROMPT_SET else prompt_set
-    for key, text in arguments.overrides:
-        prompt_set = parse_value(key, text) if key == _PROMPT_SET else prompt_set
+    # The prompt set comes first: its values are defaults that files and the command line override.
+    given = {key: value for key, value, _ in arguments.settings}
+    given |= {key: parse_value(key, text) for key, text in arguments.overrides if key == _PROMPT_SET}
+    recipe = arguments.contents.get("recipe") or contents["recipe"]
+    prompt_set = given.get(_PROMPT_SET, recipe.get("prompt_set"))
     if "llm" in arguments.contents:  # its prompt set is already applied
         if prompt_set != arguments.stored_set:
             raise UsageError(
-                f"{arguments.stored} holds an LLM of your own as it is under {_PROMPT_SET}={arguments.stored_set}: "
+                f"{arguments.stored} holds an LLM of your own with {_PROMPT_SET}={arguments.stored_set} applied: "
                 f"name its YAML, llm=FILE.yaml, to use {prompt_set or 'null'}."
             )
         prompt_set = None
@@ -112,8 +111,9 @@ def _load(arguments: _Arguments) -> DictConfig:
         set_key(config, key, parse_value(key, text, is_text=takes_text(written, key)))
     if arguments.stored and "plugins" not in dict(arguments.overrides):
         require_imported(config.plugins, arguments.stored)
+    # YAMLs that the user names may list plug-ins; benchmarks that only a stored configuration names do not count.
     own = {key: value for key, value, file in arguments.settings if file.name != CONFIG} | dict(arguments.overrides)
-    named = [*arguments.choices.items(), ("benchmark", str(own.get(_BENCHMARKS)))]
+    named = [*arguments.choices.items(), ("benchmark", str(own.get("evaluate.benchmarks")))]
     yamls = [(group, text) for group, text in named if any(suffix in text for suffix in YAML_SUFFIXES)]
     arguments.plugins = [module for group, text in yamls for module in plugins_of(group, text)]
     config.plugins = list(dict.fromkeys([*config.plugins, *arguments.plugins]))
@@ -193,7 +193,7 @@ def _add_file(arguments: _Arguments, file: Path) -> None:
     """Adds a user's YAML file. Under a group it has the name of a choice, or settings with the choice as `name`."""
     content = read_yaml(file)
     if {"axes", "rows", "parts"} & content.keys():
-        raise UsageError(f"{file} is a sweep's: `prism-deco sweep {file}` trains its cells.")
+        raise UsageError(f"{file} is a sweep: `prism-deco sweep {file}` trains its cells.")
     for key, value in content.items():
         settings = {key: value}
         if key in GROUPS:

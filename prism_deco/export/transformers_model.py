@@ -160,6 +160,7 @@ def to_transformers(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizer
     image_id, video_id = ids
     visual_ids = [image_id, video_id] if holder.of_video else [image_id]
     grows = max(visual_ids) >= llm.embedding_rows
+    # Rows are rounded up to a multiple of 64.
     rows = -(-(max(visual_ids) + 1) // 64) * 64 if grows else llm.embedding_rows
     text = copy.deepcopy(vlm.lm.config)
     text.vocab_size = rows

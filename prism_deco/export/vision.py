@@ -52,7 +52,7 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
         raise UsageError("it has several vision towers, and that class has one")
     trunk = backbone.trunk
     if len(trunk.taps) > 1:
-        raise UsageError("its features are of several layers of the tower (backbone.extra_layers)")
+        raise UsageError("its features come from several layers of the tower (backbone.extra_layers)")
     if isinstance(trunk, OpenClipTrunk):
         block = cast(Any, trunk.blocks[0])
         sizes = _sizes(trunk, backbone.image_size, block.attn.num_heads, block.mlp.c_fc, block.mlp.gelu, block.ln_1)
@@ -94,7 +94,7 @@ def vision_model(backbone: VisionBackbone) -> PreTrainedModel:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         difference = " ".join(str(error).split())[:200]
-        raise UsageError(f"its tower is no {model_class.__name__} of transformers ({difference}…)") from error
+        raise UsageError(f"its tower does not fit transformers' {model_class.__name__} ({difference}…)") from error
     return model
 
 
@@ -117,7 +117,7 @@ def _sizes(
 ) -> dict[str, Any]:
     kind = type(activation).__name__
     if kind not in _ACTIVATIONS:
-        raise UsageError(f"its tower's activation {kind} has no name in transformers")
+        raise UsageError(f"transformers has no name for its tower's activation {kind}")
     return {
         "hidden_size": trunk.embed_dim,
         "intermediate_size": hidden.out_features,

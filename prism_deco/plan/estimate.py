@@ -145,7 +145,7 @@ def problems(estimate: RunEstimate, memory_bytes: int | None = None) -> list[str
     if estimate.needs is not None and memory_bytes is not None and estimate.needs.memory.peak > memory_bytes:
         memory = estimate.needs.memory
         found.append(
-            f"a step needs {memory.peak / GIB:.1f} GiB per device ({memory.when}), and there are "
+            f"a step needs {memory.peak / GIB:.1f} GiB per device ({memory.when}), which has "
             f"{memory_bytes / GIB:.1f}: lower recipe.micro_batch_size, recompute activations "
             "(trainer.activation_checkpointing=auto) or shard the model (trainer=fsdp)"
         )
@@ -182,6 +182,7 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, memory_bytes:
         source=sequences.source,
         setup=setup,
         memory=memory,
+        # Matryoshka runs a pass per scale: `lengths` holds the largest one's visual tokens.
         flops=seen
         * sum(
             _flops_per_record(config, sequences, lengths - (visual - scale) * images, scale)

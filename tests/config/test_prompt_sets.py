@@ -113,7 +113,7 @@ def test_an_llm_of_ones_own_offers_sets(tmp_path):
     path, content = stored(tmp_path / "x", f"llm={own}", "recipe.prompt_set=short")
     own.unlink()
     assert plain(load_config([str(path)])) == content, "the stored values need no YAML"
-    with pytest.raises(UsageError, match=r"own as it is under recipe.prompt_set=short: name its YAML.* to use null"):
+    with pytest.raises(UsageError, match=r"own with recipe.prompt_set=short applied: name its YAML.* to use null"):
         load_config([str(path), "recipe.prompt_set=null"])
 
 

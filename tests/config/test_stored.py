@@ -148,7 +148,7 @@ def test_the_way_to_write_names_is_said(tmp_path):
         ("recipe: 3\n", "Unknown recipe '3'"),
         ("recipe: [a]\n", r"mine\.yaml: recipe must be the name of a choice, or settings"),
         ("seed: -1\n", "seed=-1 must be at least 0"),
-        ("axes: {seed: [1, 2]}\n", r"mine\.yaml is a sweep's: `prism-deco sweep .*mine\.yaml` trains its cells"),
+        ("axes: {seed: [1, 2]}\n", r"mine\.yaml is a sweep: `prism-deco sweep .*mine\.yaml` trains its cells"),
     ],
 )
 def test_mistakes_in_a_yaml_of_ones_own_are_named(content, message, tmp_path):
