@@ -21,6 +21,7 @@ from prism_deco.plan.flops import training_flops
 from prism_deco.plan.memory import FLOAT32, Memory, step_memory
 from prism_deco.plan.meta_models import NeedsData, backbone_of, build_shallow, count, llm_key, llm_of, projector_of
 from prism_deco.plan.sequences import Sequences, sequences_of
+from prism_deco.projectors import Projector
 
 ROOM = 0.9
 """Fraction of a device's memory that `auto` may use; the rest is for the allocator."""
@@ -161,13 +162,16 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, memory_bytes:
     # float64[records] (or [1] with the mean only): positions after truncation, visual tokens included.
     images = sequences.images / sequences.records
     lengths = np.minimum(text, room) + visual * images
-    shape = _largest_pass(config, setup, sequences, room, visual)
-    shape = replace(shape, passes=shape.passes * len(projector.scales))
+    shape = _largest_pass(config, setup, sequences, room, projector)
     setup, memory = _least_recomputation(config, setup, shape, memory_bytes)
     trained = count(backbone, projector, llm.model, trained=True)
     steps = math.ceil(sequences.records / recipe.global_batch_size) * recipe.epochs
     steps = min(steps, recipe.max_steps or steps)
     seen = min(steps * recipe.global_batch_size, sequences.records * recipe.epochs)
+    # A record passes once per scale; `lengths` has the visual tokens of the largest.
+    flops = sum(
+        _flops_per_record(config, sequences, lengths - (visual - scale) * images, scale) for scale in projector.scales
+    )
     return Needs(
         parameters=count(backbone, projector, llm.model),
         trained=trained,
@@ -182,24 +186,18 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, memory_bytes:
         source=sequences.source,
         setup=setup,
         memory=memory,
-        # Matryoshka runs a pass per scale: `lengths` holds the largest one's visual tokens.
-        flops=seen
-        * sum(
-            _flops_per_record(config, sequences, lengths - (visual - scale) * images, scale)
-            for scale in projector.scales
-        ),
+        flops=seen * flops,
         hours=None,
         checkpoint=3 * FLOAT32 * trained,
         checkpoints_kept=config.trainer.keep_checkpoints + 1,
     )
 
 
-def _largest_pass(config: DictConfig, setup: Setup, sequences: Sequences, room: int, visual: int) -> PassShape:
+def _largest_pass(config: DictConfig, setup: Setup, sequences: Sequences, room: int, projector: Projector) -> PassShape:
     """The forward pass with the longest record.
 
     Args:
         room: most text tokens of a sequence.
-        visual: visual tokens per image.
     """
     per_device = math.ceil(config.recipe.global_batch_size / setup.devices)
     records = min(config.recipe.micro_batch_size, per_device)
@@ -207,10 +205,10 @@ def _largest_pass(config: DictConfig, setup: Setup, sequences: Sequences, room: 
     supervised = sequences.longest_supervised * text / sequences.longest_text
     return PassShape(
         records=records,
-        length=math.ceil(text) + visual,
-        visual=visual,
+        length=math.ceil(text) + projector.num_tokens,
+        visual=projector.num_tokens,
         supervised=math.ceil(records * supervised),
-        passes=math.ceil(per_device / records),
+        passes=math.ceil(per_device / records) * len(projector.scales),
         packed=config.recipe.packing,
     )
 

@@ -89,8 +89,8 @@ def _cells(needs: Needs) -> dict[str, str]:
 
 def _notes(plans: Sequence[RunEstimate]) -> list[str]:
     notes = [
-        "Memory is that of tensors in the forward pass of the longest record; --json has its parts. Hours are without "
-        "validation and scoring. On disk: the checkpoints kept."
+        "Memory is the peak of tensors in a step with the longest record; --json has its parts. Hours are without "
+        "validation and scoring. Checkpoints are all that are kept."
     ]
     names: dict[str, list[str]] = {}
     for plan in plans:
