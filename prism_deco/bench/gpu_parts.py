@@ -196,11 +196,11 @@ def towers(bench: Bench, cell: str) -> Finding:
     return Finding(text, None, {"images_per_s": per_s, "mfu": mfu})
 
 
-def _seconds(bench: Bench, run: Callable[[], Any], repeats: int = 3) -> float:
-    """The shortest of several runs after a warm-up."""
+def _seconds(bench: Bench, run: Callable[[], Any]) -> float:
+    """The shortest of three runs after a warm-up."""
     run()
     taken = []
-    for _ in range(repeats):
+    for _ in range(3):
         with usage(bench.device) as one:
             run()
         taken.append(one.seconds)

@@ -179,7 +179,7 @@ TOKENS = "tokens.json"
 """File next to a run's results with the number of visual tokens and the time to the first token."""
 
 
-def results_name(choice: str, split: str | None = None, ask: str = AS_TRAINED) -> str:
+def results_name(choice: str, split: str | None, ask: str = AS_TRAINED) -> str:
     """The name of a benchmark's results folder: the benchmark, its split unless it is the YAML's, and the way to ask
     unless it is `as_trained`."""
     own = load_choice("benchmark", choice).get("split") or ""

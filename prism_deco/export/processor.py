@@ -74,7 +74,7 @@ _INEXACT = {
 """Notes on resize strategies that transformers lacks."""
 
 
-def chat_template(llm: LanguageModel, kind: str = "image", gap: str = "") -> str:
+def chat_template(llm: LanguageModel, kind: str, gap: str) -> str:
     """The chat template of training for messages with image parts and for tokenising prompts as a whole.
 
     Args:

@@ -38,11 +38,6 @@ class Setup:
     reduce: int = 4
     checkpointing: str = "none"
 
-    @property
-    def replicas(self) -> int:
-        """Copies of the model."""
-        return self.devices // self.shards
-
 
 def setup_of(config: DictConfig) -> Setup:
     """The devices that the `trainer` group asks for."""

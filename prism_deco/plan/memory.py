@@ -100,7 +100,7 @@ def step_memory(config: DictConfig, setup: Setup, shape: PassShape) -> Memory:
         weights=_weights(config, projector, lm) // setup.shards,
         tower=_tower(backbone, setup),
         # DDP's buckets hold a second copy of all gradients.
-        gradients=fullest.gradients + (FLOAT32 * trained if setup.replicas > 1 and setup.shards == 1 else 0),
+        gradients=fullest.gradients + (FLOAT32 * trained if setup.devices > 1 and setup.shards == 1 else 0),
         optimizer=2 * FLOAT32 * trained // setup.shards,
         inputs=shape.records * shape.passes * _pixel_bytes(backbone),
         activations=fullest.activations,

@@ -82,7 +82,7 @@ class TensorMeter(TorchDispatchMode):
         self.peaks[self._phase] = max(alone, self.live), max(both, self.live + self.gradients)
 
 
-def to_fake(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> None:
+def to_fake(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> None:
     """Replaces the tensors of a module on the meta device by fake CPU tensors, in place; tied weights stay tied.
 
     Args:

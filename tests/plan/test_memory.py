@@ -156,5 +156,4 @@ def test_setups_of_trainers():
     assert ddp == Setup(devices=4, shards=1, autocast=True, cuda=True)
     fsdp = setup_of(load_config(["trainer=fsdp", "trainer.devices=8", "trainer.num_nodes=2", "trainer.shard_size=8"]))
     assert fsdp == Setup(devices=16, shards=8, half=True, cuda=True, checkpointing="auto")
-    assert fsdp.replicas == 2
     assert setup_of(load_config([])) == Setup()
