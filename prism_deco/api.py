@@ -123,9 +123,6 @@ class Model:
         Args:
             max_shard_size: larger weights are split into several files, for example "500MB".
             dtype: of the weights; None keeps it.
-
-        Raises:
-            UsageError: the folder is not empty.
         """
         save_folder(Path(folder), self.config, self.vlm, self.llm, dtype=dtype, max_shard_size=max_shard_size)
 
@@ -165,7 +162,6 @@ def train(config: DictConfig) -> Path:
         The run folder, for `load`.
 
     Raises:
-        UsageError: wrong input.
         RuntimeError: the run was stopped or failed; its output on stderr says why.
     """
     # Imported here, since they import Lightning, which `load` does not need.

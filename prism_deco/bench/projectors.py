@@ -55,9 +55,6 @@ def bench_projectors(
         batch_size: images per pass.
         dtypes: of weights and features: `float32` and/or `bfloat16`.
         repeats: timed passes of each projector, at least 2.
-
-    Raises:
-        UsageError: unknown names, too few repeats, or sizes that a projector refuses.
     """
 
     def build(name: str) -> Projector:

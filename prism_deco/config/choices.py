@@ -41,9 +41,6 @@ def load_choice(group: str, choice: str) -> dict[str, Any]:
 
     Args:
         choice: a name under `conf/<group>`, or the path of a YAML.
-
-    Raises:
-        UsageError: there is no such choice or file, or it is not valid YAML.
     """
     path = choice_path(group, choice)
     with refusals_named(path, f"Name a choice of {group}."):
@@ -62,9 +59,6 @@ def plugins_of(group: str, chosen: str) -> list[str]:
 
     Args:
         chosen: one or more choices, separated by commas. They must come from the user: these modules are imported.
-
-    Raises:
-        UsageError: `plugins` is not a list of names.
     """
     modules: list[str] = []
     for choice in _split(chosen):
@@ -102,9 +96,6 @@ def with_set(contents: Mapping[str, Any], name: str | None) -> dict[str, Any]:
 
     Args:
         name: of the set; None keeps the LLM's default format.
-
-    Raises:
-        UsageError: the LLM does not offer the set.
     """
     llm = dict(contents["llm"])
     sets = llm.pop(PROMPT_SETS, None) or {}

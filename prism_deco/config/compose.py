@@ -49,9 +49,6 @@ def compose(
     Args:
         origins: where the content of a group comes from, for messages: {"recipe": "recipe=mine.yaml"}.
         closed: groups whose content cannot declare new options.
-
-    Raises:
-        UsageError: a value of a wrong type, or an unknown key.
     """
     own = {group: {} if group in closed else contents.get(group) or {} for group in GROUPS}
     schema = _schema(tuple((group, _options(group, content)) for group, content in own.items()))
@@ -71,9 +68,6 @@ def set_key(config: DictConfig, key: str, value: Any, origin: str = "") -> None:
 
     Args:
         origin: the file that the value comes from, for messages.
-
-    Raises:
-        UsageError: an unknown key (suggests similar ones), a value of a wrong type, or a malformed reference (`${`).
     """
     if key in NAME_LISTS and isinstance(value, list):
         value = ",".join(map(str, value))

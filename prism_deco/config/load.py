@@ -234,11 +234,7 @@ def save_config(config: DictConfig, path: Path) -> None:
 
 
 def read_config(path: Path) -> DictConfig:
-    """Reads what `save_config` wrote; missing keys take their defaults. Ranges are not checked again.
-
-    Raises:
-        UsageError: as for `read_stored`, or the schema rejects it.
-    """
+    """Reads what `save_config` wrote; missing keys take their defaults. Ranges are not checked again."""
     return compose(read_stored(path))
 
 

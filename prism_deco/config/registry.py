@@ -72,11 +72,7 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def build(self, name: str, /, **options: Any) -> Any:
-        """Calls the component of that name, a class or a function, with these options.
-
-        Raises:
-            UsageError: an unknown name or option, or a missing one.
-        """
+        """Calls the component of that name, a class or a function, with these options."""
         component = self.get(name)
         parameters = inspect.signature(component).parameters  # type: ignore[arg-type]
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -113,9 +113,6 @@ def parse_value(key: str, text: str, *, is_text: bool | None = None) -> Any:
 
     Args:
         is_text: whether the key takes text; None asks the schema.
-
-    Raises:
-        UsageError: it is not valid YAML.
     """
     if is_text_key(key) if is_text is None else is_text:
         return _parse_text(text)

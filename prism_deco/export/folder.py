@@ -88,9 +88,6 @@ def whole_folder(folder: Path, need: int | None = None) -> Iterator[Path]:
     Args:
         folder: new, or empty (`check_empty`).
         need: approximate bytes to write; None if unknown.
-
-    Raises:
-        UsageError: the disk is full.
     """
     log.info("Writing the model to %s", folder)
     exists = folder.exists()

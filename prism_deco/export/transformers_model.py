@@ -132,9 +132,6 @@ def to_transformers(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizer
 
     Args:
         tokenizer: with the placeholders of visual tokens; the embedding tables grow to cover them.
-
-    Raises:
-        UsageError: no class can hold it (lists every reason).
     """
     holder = HOLDERS.get(type(vlm.projector))
     reasons = _reasons(vlm, holder)

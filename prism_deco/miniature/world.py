@@ -85,9 +85,6 @@ def build_world(
         records_per_image: conversations about each image.
         val_items: questions per benchmark in `benchmarks/val` (fewer if images run out).
         test_items: the same in `benchmarks/test`.
-
-    Raises:
-        UsageError: the folder holds something else.
     """
     if (root / _RECORD).is_file():
         return root

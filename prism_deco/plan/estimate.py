@@ -104,9 +104,6 @@ def estimate_run(
         mfu: model FLOPs utilisation, the fraction of the accelerator's peak.
         memory_bytes: of one device, for `trainer.activation_checkpointing=auto`; None takes the accelerator's, if there
             is one.
-
-    Raises:
-        UsageError: an unknown accelerator, or a fraction outside (0, 1].
     """
     if not 0 < mfu <= 1:
         raise UsageError(f"mfu={mfu} must be above 0 and at most 1.")

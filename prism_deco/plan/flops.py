@@ -58,7 +58,6 @@ def training_flops(config: DictConfig) -> TrainingFlops:
     """Operations of the configured model, counted on the meta device.
 
     Raises:
-        UsageError: its parts do not fit together.
         NeedsData: a part cannot run without data.
     """
     lm = llm_of(config).model
