@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -33,15 +33,15 @@ COLUMNS = {
 """Columns between a run's name and its verdict, the most important ones first."""
 
 
+@dataclass(frozen=True)
 class PlanTable:
     """One row per run; notes, problems and warnings below.
 
     A narrow terminal gets the most important columns only. Nothing is truncated; names wider than the terminal fold.
     """
 
-    def __init__(self, plans: Sequence[RunEstimate], mfu: float):
-        self._plans = plans
-        self._mfu = mfu
+    plans: Sequence[RunEstimate]
+    mfu: float
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
         columns = list(COLUMNS)
@@ -52,25 +52,25 @@ class PlanTable:
         left_out = [column for column in COLUMNS if column not in columns]
         notes = [f"Terminal too narrow for {', '.join(left_out)}: --json has all columns."] if left_out else []
         # Text, not markup: paths may contain brackets.
-        yield Text("\n".join([*notes, *_notes(self._plans)]), "table.caption")
+        yield Text("\n".join([*notes, *_notes(self.plans)]), "table.caption")
 
     def _table(self, columns: Sequence[str]) -> Table:
         result = Table(title=self._title(), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         result.add_column("run", overflow="fold")
         for heading in (*(COLUMNS[column] for column in columns), ""):
             result.add_column(heading, justify="right", no_wrap=True)
-        for plan in self._plans:
+        for plan in self.plans:
             cells = {} if plan.needs is None else _cells(plan.needs)
             verdict = "[red]no[/]" if problems(plan) else "[green]ok[/]"
             result.add_row(Text(plan.name), *(cells.get(column, "") for column in columns), verdict)
         return result
 
     def _title(self) -> str:
-        kind = self._plans[0].accelerator
+        kind = self.plans[0].accelerator
         if kind is None:
             return "Plan: on this machine's CPU"
-        devices = next((plan.needs.setup.devices for plan in self._plans if plan.needs is not None), 1)
-        return f"Plan: {devices} x {kind} at {self._mfu:.0%} of its peak"
+        devices = next((plan.needs.setup.devices for plan in self.plans if plan.needs is not None), 1)
+        return f"Plan: {devices} x {kind} at {self.mfu:.0%} of its peak"
 
 
 def _cells(needs: Needs) -> dict[str, str]:
