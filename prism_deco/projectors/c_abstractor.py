@@ -67,6 +67,6 @@ class CAbstractor(Projector):
         if self.position is not None:
             features = features + self.position
         x = self.stage1(rearrange(features, "b (h w) d -> b d h w", h=self.in_grid[0]))
-        x = average_pool(rearrange(x, "b d h w -> b h w d"), self.out_grid)
-        x = self.stage2(rearrange(x, "b i j d -> b d i j"))
+        x = average_pool(rearrange(x, "b d h w -> b (h w) d"), self.in_grid, self.out_grid)
+        x = self.stage2(rearrange(x, "b (i j) d -> b d i j", i=self.out_grid[0]))
         return self.readout(rearrange(x, "b d i j -> b (i j) d"))

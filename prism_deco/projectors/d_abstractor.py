@@ -128,8 +128,7 @@ class DAbstractor(Projector):
         """float[B, N, in_dim] -> float[B, M, out_dim]."""
         with without_autocast(features.device):
             memory = self.input(features.to(self.position.dtype)) + self.position
-            pooled = average_pool(rearrange(memory, "b (h w) d -> b h w d", h=self.in_grid[0]), self.out_grid)
-            pooled = rearrange(pooled, "b i j d -> b (i j) d")
+            pooled = average_pool(memory, self.in_grid, self.out_grid)
             learned = self.queries.weight.expand_as(pooled)
             x, position = (pooled, learned) if self.pooled_is_content else (learned, pooled)
             for layer in self.layers:

@@ -30,6 +30,6 @@ class LDPv2(Projector):
 
     def project(self, features: Tensor) -> Tensor:
         """float[B, N, in_dim] -> float[B, M, out_dim]."""
-        patches = rearrange(self.mlp(features), "b (h w) e -> b h w e", h=self.in_grid[0])
-        pooled = rearrange(average_pool(patches, self.out_grid), "b i j e -> b e i j")
+        pooled = average_pool(self.mlp(features), self.in_grid, self.out_grid)
+        pooled = rearrange(pooled, "b (i j) e -> b e i j", i=self.out_grid[0])
         return rearrange(self.position(pooled) + pooled, "b e i j -> b (i j) e")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from einops import rearrange
 from torch import Tensor
 
 from prism_deco.projectors.base import PROJECTORS, square_grid
@@ -56,6 +55,5 @@ class Matryoshka(Pooling):
         side = math.isqrt(num_tokens)
         if self.after_mlp:
             features = self.mlp(features)
-        grid = rearrange(features, "b (h w) d -> b h w d", h=self.in_grid[0])
-        pooled = rearrange(average_pool(grid, (side, side)), "b i j d -> b (i j) d")
+        pooled = average_pool(features, self.in_grid, (side, side))
         return pooled if self.after_mlp else self.mlp(pooled)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from prism_deco.projectors.base import PROJECTORS, Projector, square_grid
@@ -47,8 +46,7 @@ class Pooling(Projector):
 
     def pool_patches(self, features: Tensor) -> Tensor:
         """float[B, N, D] -> float[B, M, D]."""
-        grid = rearrange(features, "b (h w) d -> b h w d", h=self.in_grid[0])
-        return rearrange(average_pool(grid, self.out_grid, self.matrix), "b i j d -> b (i j) d")
+        return average_pool(features, self.in_grid, self.out_grid, self.matrix)
 
     def project(self, features: Tensor) -> Tensor:
         """float[B, N, in_dim] -> float[B, M, out_dim]."""

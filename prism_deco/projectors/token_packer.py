@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from einops import rearrange
 from torch import Tensor, nn
 
 from prism_deco.errors import UsageError
@@ -60,9 +59,8 @@ class TokenPacker(Projector):
 
     def project(self, features: Tensor) -> Tensor:
         """float[B, N, in_dim] -> float[B, M, out_dim]."""
-        last = rearrange(features[..., -self.last :], "b (h w) d -> b h w d", h=self.in_grid[0])
-        coarse = rearrange(average_pool(last, self.out_grid, bilinear_matrix), "b i j d -> b (i j) d")
         grids = (self.in_grid, self.out_grid)
+        coarse = average_pool(features[..., -self.last :], *grids, bilinear_matrix)
         attended, _ = self.attention(self.query(coarse), self.key(features), self.value(features), grids)
         return self.readout(attended)
 

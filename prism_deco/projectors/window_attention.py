@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from einops import rearrange
 from torch import Tensor
 
 from prism_deco.projectors.attention import WindowAttention
@@ -43,7 +42,6 @@ class MeanQueryPooling(Projector):
 
     def project(self, features: Tensor) -> Tensor:
         """float[B, N, in_dim] -> float[B, M, out_dim]."""
-        pooled = average_pool(rearrange(features, "b (h w) d -> b h w d", h=self.in_grid[0]), self.out_grid)
-        queries = rearrange(pooled, "b i j d -> b (i j) d")
-        attended, _ = self.attention(queries, features, features, (self.in_grid, self.out_grid))
+        grids = (self.in_grid, self.out_grid)
+        attended, _ = self.attention(average_pool(features, *grids), features, features, grids)
         return self.readout(attended)

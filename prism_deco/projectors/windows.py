@@ -60,17 +60,20 @@ Mixing = Callable[..., Tensor]
 """How a side of `size` patches becomes one of `out`: `average_matrix` and those of its signature."""
 
 
-def average_pool(features: Tensor, out_grid: tuple[int, int], matrix: Mixing = average_matrix) -> Tensor:
-    """float[B, h, w, D] -> float[B, i, j, D]: the mean over each window, or what another matrix makes of each side.
+def average_pool(
+    features: Tensor, in_grid: tuple[int, int], out_grid: tuple[int, int], matrix: Mixing = average_matrix
+) -> Tensor:
+    """float[B, N, D] -> float[B, M, D]: the mean over each window, or another `matrix` along both sides.
 
-    Sums are taken in float32 at least, and rounded to the input's dtype once, at the end.
+    Sums are taken in float32 or wider and rounded to the input's dtype once, at the end.
     """
-    (_, h, w, _), (i, j), device = features.shape, out_grid, features.device
+    (h, w), (i, j), device = in_grid, out_grid, features.device
     dtype = torch.promote_types(features.dtype, torch.float32)
+    grid = rearrange(features, "b (h w) d -> b h w d", h=h)
     with without_autocast(device):
-        pooled = matrix(w, j, device, dtype) @ features.to(dtype)
+        pooled = matrix(w, j, device, dtype) @ grid.to(dtype)
         pooled = matrix(h, i, device, dtype) @ rearrange(pooled, "b h j d -> b h (j d)")
-    return rearrange(pooled, "b i (j d) -> b i j d", j=j).to(features.dtype)
+    return rearrange(pooled, "b i (j d) -> b (i j) d", j=j).to(features.dtype)
 
 
 def shares(in_grid: tuple[int, int], out_grid: tuple[int, int], matrix: Mixing = average_matrix) -> Tensor:
@@ -106,26 +109,8 @@ def cut_windows(features: Tensor, in_grid: tuple[int, int], out_grid: tuple[int,
     return cut * inside[..., None], inside
 
 
-def max_pool(features: Tensor, out_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """float[B, h, w, D] -> the maxima float[B, i, j, D] and the patches that hold them int64[B, i, j, D].
-
-    Patches count row-major. The first of several equal maxima wins, and it alone receives the gradient
-    (the rule of `AdaptiveMaxPool2d`).
-    """
-    (_, h, w, _), (i, j) = features.shape, out_grid
-    rows, columns = window_patches(h, i, features.device), window_patches(w, j, features.device)
-    # Along one side at a time: the first row with the maximum, and in it the first column, is also
-    # the first maximum in row-major order. A patch lies in two windows of a side at most, and the sum
-    # of two numbers does not depend on their order: the gradient is deterministic.
-    values, offset = features[:, :, columns].max(dim=3)  # [b, h, j, K, d] over K
-    column = columns[:, 0, None] + offset
-    values, offset = values[:, rows].max(dim=2)  # [b, i, K, j, d] over K
-    row = rows[:, 0, None, None] + offset
-    return values, row * w + column.gather(1, row)
-
-
 class GridMaxPool(nn.Module):
-    """`max_pool` as a module, so that a forward hook can read which patches won."""
+    """Max pooling over windows; a module, so that a forward hook can read which patches won."""
 
     def __init__(self, in_grid: tuple[int, int], out_grid: tuple[int, int]):
         super().__init__()
@@ -133,7 +118,19 @@ class GridMaxPool(nn.Module):
         self.out_grid = out_grid
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """float[B, N, D] -> maxima float[B, M, D], their patches int64[B, M, D] in 0 .. N-1."""
-        grid = rearrange(features, "b (h w) d -> b h w d", h=self.in_grid[0])
-        values, winners = max_pool(grid, self.out_grid)
+        """float[B, N, D] -> maxima float[B, M, D], their patches int64[B, M, D] in 0 .. N-1.
+
+        The first of several equal maxima wins, and it alone receives the gradient (as in `AdaptiveMaxPool2d`).
+        """
+        (h, w), (i, j), device = self.in_grid, self.out_grid, features.device
+        rows, columns = window_patches(h, i, device), window_patches(w, j, device)
+        grid = rearrange(features, "b (h w) d -> b h w d", h=h)
+        # One side at a time: the first row with the maximum, and in it the first column, is also the first maximum in
+        # row-major order. A patch lies in at most two windows of a side, and the sum of two numbers does not depend on
+        # their order, so the gradient is deterministic.
+        values, offset = grid[:, :, columns].max(dim=3)  # [b, h, j, K, d] over K
+        column = columns[:, 0, None] + offset
+        values, offset = values[:, rows].max(dim=2)  # [b, i, K, j, d] over K
+        row = rows[:, 0, None, None] + offset
+        winners = row * w + column.gather(1, row)
         return rearrange(values, "b i j d -> b (i j) d"), rearrange(winners, "b i j d -> b (i j) d")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from prism_deco.projectors import build_projector
-from prism_deco.projectors.windows import GridMaxPool, average_matrix, average_pool, max_pool, window_bounds
+from prism_deco.projectors.windows import GridMaxPool, average_matrix, average_pool, window_bounds
 
 # (patch grid, token grid): disjoint windows, overlapping and uneven ones, rectangles, one patch per token, one token.
 CASES = [
@@ -57,6 +57,12 @@ def inputs(in_grid, out_grid) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, *in_grid, 3, generator=generator), torch.randn(2, *out_grid, 3, generator=generator)
 
 
+def averaged(grid: torch.Tensor, out_grid: tuple[int, int]) -> torch.Tensor:
+    """float[B, h, w, D] -> float[B, i, j, D]."""
+    height, width = grid.shape[1:3]
+    return average_pool(grid.flatten(1, 2), (height, width), out_grid).unflatten(1, out_grid)
+
+
 def test_windows_of_the_paper():
     start, end = window_bounds(27, 12)
     assert start.tolist() == [0, 2, 4, 6, 9, 11, 13, 15, 18, 20, 22, 24]
@@ -80,7 +86,7 @@ def test_windows_equal_the_formula(size):
 @by_case
 def test_average(in_grid, out_grid):
     grid, cotangent = inputs(in_grid, out_grid)
-    ours = value_and_gradient(lambda x: average_pool(x, out_grid), grid, cotangent)
+    ours = value_and_gradient(lambda x: averaged(x, out_grid), grid, cotangent)
     loop = value_and_gradient(lambda x: slow_pool(x, out_grid, lambda w: w.mean(dim=1)), grid, cotangent)
     library = value_and_gradient(lambda x: torch_pool(nn.AdaptiveAvgPool2d, x, out_grid), grid, cotangent)
     for other in (loop, library):
@@ -93,7 +99,11 @@ def test_maximum(in_grid, out_grid, tied):
     grid, cotangent = inputs(in_grid, out_grid)
     if tied:  # few distinct values: which of several maxima gets the gradient matters
         grid = grid.round()
-    ours = value_and_gradient(lambda x: max_pool(x, out_grid)[0], grid, cotangent)
+
+    def maxima(x: torch.Tensor) -> torch.Tensor:
+        return GridMaxPool(in_grid, out_grid)(x.flatten(1, 2))[0].unflatten(1, out_grid)
+
+    ours = value_and_gradient(maxima, grid, cotangent)
     loop = value_and_gradient(lambda x: slow_pool(x, out_grid, lambda w: w.max(dim=1).values), grid, cotangent)
     library = value_and_gradient(lambda x: torch_pool(nn.AdaptiveMaxPool2d, x, out_grid), grid, cotangent)
     for other in (loop, library):
@@ -113,7 +123,7 @@ def test_average_of_bfloat16_is_rounded_once():
     grid = inputs((27, 27), (12, 12))[0].to(torch.bfloat16)
     exact = torch_pool(nn.AdaptiveAvgPool2d, grid.double(), (12, 12))
     with torch.autocast("cpu", torch.bfloat16):  # must not lower the precision of the sums
-        pooled = average_pool(grid, (12, 12))
+        pooled = averaged(grid, (12, 12))
     # bfloat16 has 8 significant bits: one rounding is off by 2^-8 of the value at most, two by more.
     assert pooled.dtype == torch.bfloat16
     torch.testing.assert_close(pooled.double(), exact, rtol=2**-8, atol=1e-7)
@@ -122,7 +132,7 @@ def test_average_of_bfloat16_is_rounded_once():
 def test_average_keeps_float64():
     grid = inputs((5, 4), (3, 3))[0].double()
     torch.testing.assert_close(
-        average_pool(grid, (3, 3)), torch_pool(nn.AdaptiveAvgPool2d, grid, (3, 3)), rtol=0, atol=1e-15
+        averaged(grid, (3, 3)), torch_pool(nn.AdaptiveAvgPool2d, grid, (3, 3)), rtol=0, atol=1e-15
     )
 
 
