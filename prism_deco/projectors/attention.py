@@ -1,7 +1,7 @@
-"""Attention layers: in a window; and those of the D-Abstractor, self-attention and deformable attention (arXiv
-2010.04159, section 4.1).
+"""Attention layers: within windows, and the D-Abstractor's self-attention and deformable attention (arXiv 2010.04159,
+section 4.1).
 
-They return, beside their result, the quantities a relevance map needs, as parts of the autograd graph.
+Besides their result, they return what relevance maps are computed from, as nodes of the autograd graph.
 
 Shapes: B images, M queries, N = h·w patches, K patches of a window, H heads, E channels per head, P points, D = H·E.
 """
@@ -27,17 +27,24 @@ def _head_dim(dim: int, heads: int) -> int:
     return dim // heads
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention whose position embedding enters queries and keys, and not values (DETR)."""
+class _MultiHead(nn.Module):
+    """The projections of multi-head attention from `in_dim` channels to `dim` channels of all heads together."""
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, in_dim: int, dim: int, heads: int):
         super().__init__()
         self.heads = heads
         self.scale = _head_dim(dim, heads) ** -0.5
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
+        self.query = nn.Linear(in_dim, dim)
+        self.key = nn.Linear(in_dim, dim)
+        self.value = nn.Linear(in_dim, dim)
         self.out = nn.Linear(dim, dim)
+
+
+class SelfAttention(_MultiHead):
+    """Multi-head self-attention that adds the position embedding to queries and keys, but not to values (DETR)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__(dim, dim, heads)
 
     def forward(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """float[B, M, D], position float[B, M, D] -> float[B, M, D], probabilities float[B, H, M, M]."""
@@ -51,23 +58,8 @@ class SelfAttention(nn.Module):
         return self.out(rearrange(mixed, "b heads m e -> b m (heads e)")), probabilities
 
 
-class WindowAttention(nn.Module):
-    """Multi-head attention of one query to the patches of its window.
-
-    Args:
-        in_dim: channels of queries and patches.
-        dim: channels D of all heads together.
-        heads: number H of heads.
-    """
-
-    def __init__(self, in_dim: int, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.scale = _head_dim(dim, heads) ** -0.5
-        self.query = nn.Linear(in_dim, dim)
-        self.key = nn.Linear(in_dim, dim)
-        self.value = nn.Linear(in_dim, dim)
-        self.out = nn.Linear(dim, dim)
+class WindowAttention(_MultiHead):
+    """Multi-head attention of each query to the patches of its window."""
 
     def forward(
         self, queries: Tensor, keys: Tensor, values: Tensor, grids: tuple[tuple[int, int], tuple[int, int]]
@@ -76,8 +68,8 @@ class WindowAttention(nn.Module):
 
         Args:
             queries: float[B, M, in_dim].
-            keys, values: float[B, N, in_dim], what patches are found by and what they give.
-            grids: of the patches and of the queries, as `windows.cut_windows` takes them.
+            keys, values: float[B, N, in_dim], of the patches.
+            grids: (h, w) of the patches, (i, j) of the queries.
 
         Returns:
             float[B, M, D], probabilities float[B, H, M, K].
@@ -95,14 +87,14 @@ class WindowAttention(nn.Module):
 
 
 class Sampling(NamedTuple):
-    """What one deformable attention looked at."""
+    """Where one deformable attention sampled, and what it found there."""
 
     locations: Tensor
-    """float[B, M, H, P, 2]: sampled (x, y); (0, 0) and (1, 1) are outer corners of the patch grid."""
+    """float[B, M, H, P, 2]: sampled (x, y); (0, 0) and (1, 1) are the outer corners of the patch grid."""
     weights: Tensor
-    """float[B, M, H, P]: share of each point; sums to 1 over P."""
+    """float[B, M, H, P]: weight of each point; sums to 1 over P."""
     values: Tensor
-    """float[B, N, H, E]: what the patches offer to each head."""
+    """float[B, N, H, E]: the patches' values for each head."""
     sampled: Tensor
     """float[B, M, H, E]: weighted values at the locations, before the output projection."""
 
@@ -117,7 +109,7 @@ def sample(values: Tensor, locations: Tensor, weights: Tensor, grid: tuple[int, 
         grid: (h, w) of the patches.
 
     Returns:
-        float[B, M, H, E] in the dtype of `values`; computed in float32 at least.
+        float[B, M, H, E] in the dtype of `values`; computed in float32 or wider.
     """
     dtype = torch.promote_types(values.dtype, torch.float32)
     samples = F.grid_sample(
@@ -132,16 +124,16 @@ def sample(values: Tensor, locations: Tensor, weights: Tensor, grid: tuple[int, 
 
 
 class DeformableAttention(nn.Module):
-    """Each head of a query reads `points` places of one feature map, at learned offsets from a reference point.
+    """Each head of a query samples a feature map at `points` learned offsets from a reference point.
 
     Args:
         dim: channels D of queries and patches.
         heads: number H of heads.
-        points: number P of places that a head reads.
+        points: number P of points per head.
         grid: (h, w) of the patches.
-        directional: start with head k looking in the k-th compass direction, its points 1..P patches
-            away, and uniform weights (Deformable DETR). False is Honeybee's start, which draws all linear
-            layers from N(0, 0.02): heads begin near the reference point and learn where to look.
+        directional: initialise head k to look in the k-th compass direction, its points 1..P patches away, with uniform
+            weights (Deformable DETR). False draws all linear layers from N(0, 0.02), as Honeybee: heads start near the
+            reference point.
     """
 
     def __init__(self, dim: int, heads: int, points: int, grid: tuple[int, int], directional: bool = False):
@@ -175,12 +167,12 @@ class DeformableAttention(nn.Module):
         """Attends from queries to patches.
 
         Args:
-            queries: float[B, M, D], their position embedding included.
+            queries: float[B, M, D], with their position embedding added.
             memory: float[B, N, D], the patches.
             reference: float[1 or B, M, 2], (x, y) with the outer corners of the grid at 0 and 1.
 
         Returns:
-            float[B, M, D], and the `Sampling` it comes from.
+            float[B, M, D], and the `Sampling` behind it.
         """
         # Coordinates in bfloat16 would be off by up to a tenth of a patch: float32 from here on.
         dtype = torch.promote_types(queries.dtype, torch.float32)
