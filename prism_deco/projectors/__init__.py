@@ -1,4 +1,4 @@
-"""Projectors: patch features -> visual tokens. One file each; `build_projector` makes them by name."""
+"""Projectors: patch features -> visual tokens. One file each; `build_projector` builds them by name."""
 
 from prism_deco.projectors.base import PROJECTORS, Projector, build_projector, square_grid
 

@@ -1,4 +1,4 @@
-"""What every projector promises: visual features of a fixed grid in, visual tokens for the LLM out."""
+"""The projector interface: patch features of a fixed grid in, visual tokens for the LLM out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from prism_deco.errors import UsageError
 
 
 class Projector(nn.Module):
-    """Base class: fixes and checks the contract, subclasses implement `project`.
+    """Base class: checks shapes; subclasses implement `project`.
+
+    Subclasses take `num_tokens`, the number of visual tokens (a square), instead of `out_grid`.
 
     Args:
         in_dim: channels D of a patch feature.
@@ -22,14 +24,14 @@ class Projector(nn.Module):
         out_grid: grid of the visual tokens (height, width), row-major.
 
     Attributes:
-        scales: the numbers of visual tokens that it is trained for, `num_tokens` first; most have no other.
+        scales: the numbers of visual tokens it is trained for, `num_tokens` first; usually no others.
     """
 
     compresses: ClassVar[bool] = True
     """Whether the number of visual tokens is free; False where every patch becomes one (`linear`)."""
 
     compute_dtype: ClassVar[torch.dtype | None] = None
-    """What its weights are computed in where others are in half precision, sharded or cast; None: like the others."""
+    """Dtype that its weights keep when the rest of the model runs in half precision; None: no exception."""
 
     def __init__(self, in_dim: int, out_dim: int, in_grid: tuple[int, int], out_grid: tuple[int, int]):
         super().__init__()
@@ -49,11 +51,11 @@ class Projector(nn.Module):
         raise NotImplementedError
 
     def project_to(self, features: Tensor, num_tokens: int) -> Tensor:
-        """float[B, N, in_dim] -> float[B, num_tokens, out_dim], for another one of `scales`."""
+        """float[B, N, in_dim] -> float[B, num_tokens, out_dim], for any other of `scales`."""
         raise NotImplementedError
 
     def forward(self, features: Tensor, num_tokens: int | None = None) -> Tensor:
-        """float[B, N, in_dim] -> float[B, M, out_dim]; `UsageError` on features, or visual tokens, of another size.
+        """float[B, N, in_dim] -> float[B, M, out_dim]; `UsageError` if features or visual tokens have another shape.
 
         Args:
             num_tokens: one of `scales`; None is the first.
@@ -70,20 +72,20 @@ class Projector(nn.Module):
             tokens = self.project_to(features, num_tokens)
         made = list(getattr(tokens, "shape", [])) or type(tokens).__name__
         promised = [len(features), num_tokens or self.num_tokens, self.out_dim]
-        if made != promised:  # more tokens than promised would reach the next image's places
-            raise UsageError(f"{type(self).__name__} made visual tokens {made} and has promised {promised}.")
+        if made != promised:  # extra tokens would spill into the next image's positions
+            raise UsageError(f"{type(self).__name__} made visual tokens {made} instead of {promised}.")
         return tokens
 
     def query_to_patch(self) -> Tensor | None:
-        """float[M, N], rows summing to 1, where the geometry alone fixes which patches a visual
-        token comes from; None where it depends on the input."""
+        """float[M, N], rows summing to 1: the share of each patch in each visual token, if the geometry alone fixes it;
+        None if it depends on the input."""
         return None
 
 
 def square_grid(num_tokens: int | None, in_grid: tuple[int, int]) -> tuple[int, int]:
-    """The square output grid of `num_tokens` visual tokens; `UsageError` where `in_grid` has none."""
+    """The square output grid of `num_tokens` visual tokens; `UsageError` if it does not fit `in_grid`."""
     if num_tokens is None:
-        raise UsageError("num_tokens=None keeps every patch, as only `linear` does: set it to a square such as 144.")
+        raise UsageError("num_tokens=None keeps every patch, which only `linear` can: set it to a square such as 144.")
     side = math.isqrt(max(num_tokens, 0))
     height, width = in_grid
     if num_tokens < 1 or side * side != num_tokens:
@@ -108,7 +110,7 @@ def build_projector(
 
     Args:
         num_tokens: number of visual tokens, a square; None keeps every patch (`linear` only).
-        options: the projector's own arguments; their names and defaults stand in its YAML.
+        options: the projector's own arguments; its YAML lists them with their defaults.
     """
     in_grid = (int(in_grid[0]), int(in_grid[1]))
     return PROJECTORS.build(name, in_dim=in_dim, out_dim=out_dim, in_grid=in_grid, num_tokens=num_tokens, **options)

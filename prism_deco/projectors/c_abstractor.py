@@ -24,13 +24,12 @@ class CAbstractor(Projector):
     """Position table -> RegNet stage -> average pooling -> RegNet stage -> MLP with SiLU.
 
     Args:
-        num_tokens: number of visual tokens, a square.
         depth: RegNet blocks in each of the two stages.
-        hidden_dim: channels inside.
-        readout_depth: linear layers of the MLP behind the second stage.
+        hidden_dim: channels of the convolutions.
+        readout_depth: linear layers of the MLP after the second stage.
         position_embedding: add a learned position table to the features.
-        init: what weights start from. `normal`: N(0, 0.02) and biases of zero, as Honeybee; `torch`: the layers' own
-            draws, in the order of the code of DeCo's authors. The position table is distributed alike in both.
+        init: `normal`: N(0, 0.02) and zero biases, as Honeybee; `torch`: torch's default initialisation, drawn in the
+            order of the DeCo authors' code. The position table has the same distribution in both.
     """
 
     def __init__(

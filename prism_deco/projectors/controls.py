@@ -1,7 +1,7 @@
-"""Controls for a comparison at equal numbers of visual tokens: what costs no thought, then the MLP of `linear`.
+"""Controls for comparisons at equal numbers of visual tokens: trivial compression, then the MLP of `linear`.
 
-A fourth is no projector: an image so small that the tower gives that many patches, as with `projector=linear
-backbone.image_size=168` (12 x 12 patches of 14 px).
+A fourth control needs no projector: an image small enough that the tower yields that many patches, for example
+`projector=linear backbone.image_size=168` (12 x 12 patches of 14 px).
 """
 
 from __future__ import annotations
@@ -16,25 +16,27 @@ from prism_deco.projectors.windows import bilinear_matrix, centre_matrix
 
 @PROJECTORS.register("bilinear")
 class Bilinear(Pooling):
-    """The feature map resized bilinearly, without antialiasing: of a large window, only its 2x2 patches in the middle
-    count. With `after_mlp=true` this is what LLaVA-OneVision does to the frames of a video (arXiv 2408.03326;
-    transformers `llava_onevision/modeling_llava_onevision.py`, `apply_pooling`)."""
+    """The feature map resized bilinearly, without antialiasing: of a large window, only the middle 2x2 patches count.
+
+    With `after_mlp=true` this is what LLaVA-OneVision does to video frames (arXiv 2408.03326; transformers
+    `llava_onevision/modeling_llava_onevision.py`, `apply_pooling`).
+    """
 
     matrix = staticmethod(bilinear_matrix)
 
 
 @PROJECTORS.register("every_kth")
 class EveryKth(Pooling):
-    """The patch in the middle of each window of `avgpool`: every k-th of a row and of a column."""
+    """The middle patch of each window of `avgpool`: every k-th patch of every k-th row."""
 
     matrix = staticmethod(centre_matrix)
 
 
 @PROJECTORS.register("random_patches")
 class RandomPatches(Pooling):
-    """Patches drawn without replacement, in row-major order: an image's own, and the same whenever it is seen.
+    """Patches drawn without replacement, kept in row-major order; each image always gets the same ones.
 
-    The features of an image seed its draw. Kernels that round differently may draw differently for a few images.
+    An image's features seed its draw, so kernels that round differently may draw differently for a few images.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class RandomPatches(Pooling):
     def chosen(self, features: Tensor) -> Tensor:
         """float[B, N, D] -> int64[B, M], increasing: the patches of each image that become visual tokens."""
         patches = features.shape[1]
-        # The same bits for float32 features and for those in bfloat16, and few, so that noise seldom changes one.
+        # float32 and bfloat16 features give the same bits; only four channels, so that rounding seldom flips one.
         bits = features[:, patches // 2, :4].detach().bfloat16().view(torch.int16).long() & 0xFFFF
         seed = torch.zeros_like(bits[:, 0])
         for channel in bits.unbind(dim=1):
@@ -65,12 +67,12 @@ class RandomPatches(Pooling):
         return features.take_along_dim(self.chosen(features)[..., None], dim=1)
 
     def query_to_patch(self) -> None:
-        """It is the image's own: `explain.query_maps.chosen`."""
+        """None: it depends on the image (see `explain.query_maps.chosen`)."""
         return None
 
 
 def _hash(number: Tensor) -> Tensor:
-    """Scatters int64 over 0 .. 2^32-1, no two to the same. (Torch's generators draw for a batch, not for an image.)"""
+    """A bijective integer hash on 0 .. 2^32-1 (int64). Torch's generators have one seed per batch, not per image."""
     for _ in range(2):
         number = ((number >> 16) ^ number) * 0x45D9F3B & 0xFFFFFFFF
     return (number >> 16) ^ number

@@ -1,4 +1,4 @@
-"""D-Abstractor (Honeybee, arXiv 2312.06742, section 3.2): a decoder with deformable attention, one query per cell."""
+"""D-Abstractor (Honeybee, arXiv 2312.06742, section 3.2): a decoder with deformable attention, one query per token."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from prism_deco.projectors.windows import average_pool
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, deformable attention, feed-forward; each with dropout, a shortcut and a norm behind it.
-
-    Its submodules `self_attention` and `cross_attention` return what relevance maps need.
-    """
+    """Self-attention, deformable attention and feed-forward, each with dropout, a residual connection and post-norm."""
 
     def __init__(
         self,
@@ -52,9 +49,9 @@ class DecoderLayer(nn.Module):
 
 
 def reference_points(out_grid: tuple[int, int], in_grid: tuple[int, int]) -> Tensor:
-    """float[1, M, 2]: where the queries look at first, (x, y), from the first patch's centre to the last's.
+    """float[1, M, 2]: initial reference points (x, y) of the queries, from the first patch's centre to the last's.
 
-    These are not the centres of the output cells: Honeybee spreads the points over linspace(0.5, n - 0.5)/n.
+    They are not the centres of the output cells: Honeybee spreads the points over linspace(0.5, n - 0.5)/n.
     """
     y, x = (torch.linspace(0.5, size - 0.5, out) / size for size, out in zip(in_grid, out_grid, strict=True))
     return rearrange(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1), "i j xy -> 1 (i j) xy")
@@ -62,25 +59,24 @@ def reference_points(out_grid: tuple[int, int], in_grid: tuple[int, int]) -> Ten
 
 @PROJECTORS.register("d_abstractor")
 class DAbstractor(Projector):
-    """Queries that start from the pooled features and gather details by deformable attention.
+    """Queries start from the pooled features and gather details by deformable attention.
 
-    Runs in the dtype of its weights, also under autocast (as the reference, which keeps it in float32);
-    sampling is in float32 at least. The result has the features' dtype.
+    Runs in the dtype of its weights, even under autocast (the reference keeps it in float32); sampling is in float32 or
+    wider. The result has the features' dtype.
 
     Args:
-        num_tokens: number of visual tokens, a square.
         depth: decoder layers. DeCo uses 2, Honeybee 6.
-        hidden_dim: channels D inside.
+        hidden_dim: channels D of the decoder.
         heads: attention heads.
-        points: places that each head of a query reads.
+        points: points that each head of a query samples.
         ffn_dim: hidden width of the feed-forward layers.
         dropout: fraction of activations dropped in training.
-        query_mode: what the pooled features are. `query`: the queries' position embedding, while a learned
-            table is their content; `tgt`: the other way round.
-        directional_offsets: start with offsets in the compass directions, as Deformable DETR does (see
-            `DeformableAttention`). Honeybee builds on it, but draws all linear layers anew afterwards.
-        init: what weights start from. `normal`: N(0, 0.02) and biases of zero, as Honeybee's whole model; `torch`: the
-            layers' own draws, a query table from N(0, 1), and directional offsets, as its module alone.
+        query_mode: role of the pooled features. `query`: the queries' position embedding, their content being a learned
+            table; `tgt`: the other way round.
+        directional_offsets: initialise the offsets to the compass directions, as Deformable DETR (see
+            `DeformableAttention`). Honeybee builds on it, but re-initialises all linear layers.
+        init: `normal`: N(0, 0.02) and zero biases, as Honeybee's full model; `torch`: torch's default initialisation, a
+            query table from N(0, 1), and directional offsets, as Honeybee's module on its own.
     """
 
     compute_dtype = torch.float32
@@ -109,7 +105,7 @@ class DAbstractor(Projector):
         if depth < 1:
             raise UsageError(f"d_abstractor with depth={depth} has no layers: choose 1 or more.")
         self.pooled_is_content = query_mode == "tgt"
-        # No projection between equal widths, here and at the end, as in the reference.
+        # As in the reference, equal widths need no projection.
         self.input = nn.Linear(in_dim, hidden_dim) if in_dim != hidden_dim else nn.Identity()
         self.output = nn.Linear(hidden_dim, out_dim) if hidden_dim != out_dim else nn.Identity()
         self.queries = nn.Embedding(self.num_tokens, hidden_dim)

@@ -1,4 +1,4 @@
-"""Small parts that several projectors share."""
+"""Layers that several projectors share."""
 
 from __future__ import annotations
 
@@ -21,15 +21,13 @@ def build_mlp(
     bias: bool = True,
     activation: type[nn.Module] = nn.GELU,
 ) -> nn.Sequential:
-    """`depth` linear layers, an activation between each two; GELU is the exact (erf) one.
+    """`depth` linear layers with an activation between them; GELU is the exact (erf) one.
 
     Args:
-        in_dim: width of the input.
-        out_dim: width of the output, and of every hidden layer but for what `ratio` says.
+        out_dim: width of the output and of the hidden layers, except as `ratio` says.
         depth: number of linear layers. 2 is the MLP of LLaVA-1.5 and DeCo.
         ratio: width of the first hidden layer as a multiple of `in_dim`; None takes `out_dim`.
             `depth=3, ratio=4` is prismatic's fused MLP.
-        bias: whether the linear layers have biases.
 
     Raises:
         UsageError: no layers, or a hidden width without a hidden layer.
@@ -37,7 +35,7 @@ def build_mlp(
     if depth < 1:
         raise UsageError(f"An MLP of depth {depth} has no layers: choose a depth of at least 1.")
     if ratio is not None and depth < 2:
-        raise UsageError(f"mlp_ratio={ratio} sets a hidden width, which an MLP of depth 1 has not: use depth 2 or 3.")
+        raise UsageError(f"mlp_ratio={ratio} needs a hidden layer, and an MLP of depth 1 has none: use depth 2 or 3.")
     widths = [in_dim] + [out_dim] * depth
     if ratio is not None:
         widths[1] = round(ratio * in_dim)
@@ -71,14 +69,14 @@ def init_normal(module: nn.Module, std: float = 0.02) -> None:
 
 
 def check_init(init: str) -> None:
-    """`UsageError` unless `init` names a start of an abstractor's weights."""
+    """`UsageError` unless `init` is a known initialisation."""
     if init not in ("normal", "torch"):
         raise UsageError(f"init={init!r} is unknown: choose normal or torch.")
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A region whose dtypes are what the code says, also inside `torch.autocast`."""
-    # Devices that autocast does not know (meta) refuse even to have it switched off.
+    """Disables `torch.autocast` on a device."""
+    # Devices without autocast (meta) reject even `enabled=False`.
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

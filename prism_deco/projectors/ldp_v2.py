@@ -12,12 +12,11 @@ from prism_deco.projectors.windows import average_pool
 
 @PROJECTORS.register("ldp_v2")
 class LDPv2(Projector):
-    """MLP on every patch -> average pooling -> depthwise 3x3 convolution with a shortcut, which tells positions apart.
+    """MLP on every patch -> average pooling -> depthwise 3x3 convolution with a shortcut, which encodes positions.
 
     Reference: `LDPNetV2Projector` of Meituan-AutoML/MobileVLM `mobilevlm/model/vision_projector.py`.
 
     Args:
-        num_tokens: number of visual tokens, a square.
         mlp_depth: linear layers of the MLP.
     """
 

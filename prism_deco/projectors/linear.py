@@ -18,9 +18,6 @@ class Linear(Projector):
         num_tokens: None, or the number of patches.
         mlp_depth: linear layers of the MLP.
         mlp_ratio: width of its first hidden layer as a multiple of `in_dim`; None takes `out_dim`.
-
-    Raises:
-        UsageError: `num_tokens` is another number than that of the patches.
     """
 
     compresses = False

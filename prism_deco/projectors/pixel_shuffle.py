@@ -13,17 +13,16 @@ from prism_deco.projectors.windows import cut_windows, shares, window_patches
 
 @PROJECTORS.register("pixel_shuffle")
 class PixelShuffle(Projector):
-    """The patches of a window become the channels of one visual token.
+    """Concatenates the channels of a window's patches into one visual token.
 
     The default is InternVL's (`mlp1` and `pixel_shuffle` of OpenGVLab/InternVL `modeling_internvl_chat.py`). Qwen2-VL's
     merger (transformers `qwen2_vl/modeling_qwen2_vl.py`, `PatchMerger`) is `norm=patch mlp_ratio=1`. Idefics3 and
-    nanoVLM (transformers `idefics3/modeling_idefics3.py`; huggingface/nanoVLM `models/modality_projector.py`) have
-    `norm=null mlp_depth=1 mlp_bias=false`. They need windows of one size; here, windows are those of `avgpool`, and
-    zeros fill up smaller ones.
+    nanoVLM (transformers `idefics3/modeling_idefics3.py`; huggingface/nanoVLM `models/modality_projector.py`) are
+    `norm=null mlp_depth=1 mlp_bias=false`. All of them need windows of equal size; here, windows are those of
+    `avgpool`, and smaller ones are padded with zeros.
 
     Args:
-        num_tokens: number of visual tokens, a square.
-        norm: LayerNorm over the channels of a `window` or of each `patch`, in front of the MLP; None is none.
+        norm: LayerNorm over the channels of a `window` or of each `patch`, before the MLP; None: no norm.
         mlp_depth: linear layers of the MLP.
         mlp_ratio: width of its first hidden layer as a multiple of a window's channels; None takes `out_dim`.
         mlp_bias: whether its linear layers have biases.
@@ -56,5 +55,5 @@ class PixelShuffle(Projector):
         return self.mlp(self.window_norm(rearrange(windows, "b m k d -> b m (k d)")))
 
     def query_to_patch(self) -> Tensor:
-        """float[M, N]: 1/|window| inside a visual token's window, 0 elsewhere, whatever the weights prefer in it."""
+        """float[M, N]: 1/|window| inside a visual token's window, 0 elsewhere, regardless of the weights."""
         return shares(self.in_grid, self.out_grid)

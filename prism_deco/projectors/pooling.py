@@ -13,15 +13,14 @@ from prism_deco.projectors.windows import GridMaxPool, Mixing, average_matrix, a
 
 
 class Pooling(Projector):
-    """Base of those that make visual tokens of patches by a fixed matrix, and of what follows: an MLP.
+    """Base of the projectors that mix patches by a fixed matrix and apply an MLP.
 
     Args:
-        num_tokens: number of visual tokens, a square.
         mlp_depth: linear layers of the MLP.
         mlp_ratio: width of its first hidden layer as a multiple of `in_dim`; None takes `out_dim`.
         mlp_bias: whether its linear layers have biases.
-        after_mlp: pool what the MLP makes of each patch, instead of the patches.
-        norm: RMSNorm in front of the MLP.
+        after_mlp: apply the MLP to every patch and pool its outputs.
+        norm: RMSNorm before the MLP.
     """
 
     matrix: ClassVar[Mixing] = staticmethod(average_matrix)
@@ -55,7 +54,7 @@ class Pooling(Projector):
         return self.mlp(self.norm(self.pool_patches(features)))
 
     def query_to_patch(self) -> Tensor | None:
-        """float[M, N]: the matrix; of `avgpool`, 1/|window| inside a visual token's window and 0 elsewhere."""
+        """float[M, N]: the matrix; for `avgpool`, 1/|window| inside a visual token's window and 0 elsewhere."""
         return shares(self.in_grid, self.out_grid, self.matrix)
 
 
@@ -63,16 +62,16 @@ class Pooling(Projector):
 class AvgPool(Pooling):
     """DeCo: 2D adaptive average pooling, then the MLP of `linear`.
 
-    Two neighbours of it are options. LLaVA-NeXT pools behind the MLP (`get_2dPool` of LLaVA-VL/LLaVA-NeXT
-    `llava/model/llava_arch.py`, mode `average`; LLaVA-OneVision, arXiv 2408.03326, resizes there: `bilinear`). Gemma 3
-    (arXiv 2503.19786; transformers `gemma3/modeling_gemma3.py`) pools, normalises and takes a single matrix without
-    biases: `norm=true mlp_depth=1 mlp_bias=false`.
+    Options give two related projectors. LLaVA-NeXT pools after the MLP (`get_2dPool` of LLaVA-VL/LLaVA-NeXT
+    `llava/model/llava_arch.py`, mode `average`): `after_mlp=true`. Gemma 3 (arXiv 2503.19786; transformers
+    `gemma3/modeling_gemma3.py`) pools, normalises and applies one linear layer without bias: `norm=true mlp_depth=1
+    mlp_bias=false`.
     """
 
 
 @PROJECTORS.register("maxpool")
 class MaxPool(Pooling):
-    """2D adaptive max pooling, then the MLP. A hook on `pool` sees which patch won each channel."""
+    """2D adaptive max pooling, then the MLP. A forward hook on `pool` sees which patch won each channel."""
 
     def __init__(
         self,
@@ -92,6 +91,6 @@ class MaxPool(Pooling):
         return self.pool(features)[0]
 
     def query_to_patch(self) -> Tensor | None:
-        """float[M, N]: the identity where each window holds one patch; None elsewhere, as the
-        features decide which patch of a window wins."""
+        """float[M, N]: the identity if each window holds one patch; otherwise None, as the features decide which patch
+        wins."""
         return torch.eye(self.num_tokens, device="cpu") if self.out_grid == self.in_grid else None

@@ -1,4 +1,4 @@
-"""Q-Former (BLIP-2, arXiv 2301.12597, section 3.1) cut to its first layers, as DeCo compares with."""
+"""Q-Former (BLIP-2, arXiv 2301.12597, section 3.1) cut to its first layers, as in DeCo's comparison."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ from prism_deco.projectors.qformer_weights import load_qformer
 class QFormer(Projector):
     """Learned queries that attend to each other and, in every second layer, to the patches.
 
-    Layers are post-norm BERT: self-attention, cross-attention (layers 0, 2, ..), feed-forward. The two
-    layers of the default hold a single cross-attention.
+    Layers are post-norm BERT layers: self-attention, cross-attention (layers 0, 2, ..), feed-forward. The default of
+    two layers has a single cross-attention.
 
     Args:
         num_tokens: number of visual tokens (queries), a square.
         depth: layers.
-        hidden_dim: width of the queries; None is the LLM's.
+        hidden_dim: width of the queries; None takes the LLM's.
         heads: attention heads.
-        ffn_dim: hidden width of the feed-forward layers; None is four times that of the queries.
-        dropout: share of dropped activations and attention probabilities in training.
+        ffn_dim: hidden width of the feed-forward layers; None takes four times `hidden_dim`.
+        dropout: fraction of activations and attention probabilities dropped in training.
         readout_depth: linear layers between the queries and the LLM.
-        input_dim: width to which a linear layer brings the patches first; None is no such layer.
-        query_std: standard deviation of the queries' start.
-        init: what the linear layers in front and behind start from: torch's own draws (`torch`), or N(0, 0.02) and
-            biases of zero (`normal`), as the layers between them always do.
-        weights: a BLIP-2 checkpoint of LAVIS or transformers (file or folder) to start from. Its
-            layer norm on the patches (`ln_vision`) is then part of this module as `input_norm`. On the
-            meta device the file is not touched.
+        input_dim: output width of a linear layer on the patches; None: no such layer.
+        query_std: standard deviation of the queries' initialisation.
+        init: initialisation of the linear layers before and after the Q-Former: `torch` (torch's default) or `normal`
+            (N(0, 0.02) and zero biases, which the Q-Former's own layers always have).
+        weights: a BLIP-2 checkpoint of LAVIS or transformers (file or folder) to start from. Its layer norm on the
+            patches (`ln_vision`) then becomes this module's `input_norm`. Not read on the meta device.
     """
 
     def __init__(
@@ -94,11 +93,11 @@ class QFormer(Projector):
         return self.readout(self.body(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state)
 
     def expose_attention(self) -> list[tuple[str, nn.Module]]:
-        """Makes the attention probabilities reachable by forward hooks, from now on.
+        """Switches to attention that returns its probabilities, for forward hooks to read.
 
         Returns:
             ("self" | "cross", module) in the order of computation. Each module's forward returns
-            (mixed values, probabilities float[B, heads, M, M or N]), both parts of the autograd graph.
+            (mixed values, probabilities float[B, heads, M, M or N]), both nodes of the autograd graph.
         """
         self.body.set_attn_implementation("eager")  # the fused kernels return no probabilities
         modules: list[tuple[str, nn.Module]] = []

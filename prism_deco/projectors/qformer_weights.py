@@ -1,4 +1,4 @@
-"""Starts a Q-Former from a BLIP-2 checkpoint."""
+"""Initialises a Q-Former from a BLIP-2 checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prism_deco.tensors import SUFFIXES, open_tensors, tensor_files
 
 log = logging.getLogger(__name__)
 
-# Key names of LAVIS (first) and of transformers, rewritten to the projector's own, one after the other.
+# LAVIS's and transformers' key names -> the projector's, applied one after the other.
 _RENAMES = (
     (r"^Qformer\.bert\.embeddings\.LayerNorm\.", "body.layernorm."),
     (r"^Qformer\.bert\.(encoder\.layer\.\d+\.(?:cross)?attention)\.self\.", r"body.\1.attention."),
@@ -32,17 +32,17 @@ _FREE = re.compile(r"^queries$|^input_norm\.|\.crossattention\.attention\.(key|v
 def load_qformer(projector: nn.Module, path: Path) -> dict[str, str]:
     """Copies the Q-Former of a BLIP-2 checkpoint into `projector`, in place.
 
-    Query tokens of another count and keys/values for patches of another width keep their fresh
-    initialisation: neither has a meaning here. Anything else has to be there and to fit.
+    Query tokens keep their initialisation if their number differs, and so do keys and values if the patch width
+    differs. Everything else must be present and fit.
 
     Returns:
-        The parameters that kept their initialisation, with the reason. (The readout always does.)
+        The parameters that kept their initialisation, with the reason, except for the readout, which always does.
 
     Raises:
-        UsageError: no checkpoint at `path`, no Q-Former in it, or one of another geometry.
+        UsageError: no checkpoint at `path`, no Q-Former in it, or one of other dimensions.
     """
     found: dict[str, Tensor] = {}
-    unused = 0  # Q-Former tensors that have no place here: text layers, deeper layers, heads
+    unused = 0  # Q-Former tensors without a counterpart: text layers, deeper layers, heads
     wanted = {name: tensor for name, tensor in projector.state_dict().items() if _OURS.match(name)}
     files = tensor_files(path)
     if not files:
@@ -69,7 +69,7 @@ def load_qformer(projector: nn.Module, path: Path) -> dict[str, str]:
         if not _FREE.search(name):
             raise UsageError(f"{path} does not fit: {name}: {reason}. Change depth, hidden_dim or ffn_dim.")
         reinitialised[name] = reason
-        # A bias means nothing without its matrix.
+        # A bias is useless without its weight.
         bias = re.sub(r"weight$", "bias", name)
         if bias in wanted and bias not in reinitialised:
             reinitialised[bias] = f"belongs to {name}"

@@ -15,18 +15,18 @@ from prism_deco.projectors.layers import GatedMLP
 
 @PROJECTORS.register("resampler")
 class Resampler(Projector):
-    """A SwiGLU on every patch; then learned latents that attend, in every layer, to the patches and each other at once.
+    """A SwiGLU on every patch, then layers in which learned latents attend to the patches and each other jointly.
 
     Reference: transformers `idefics2/modeling_idefics2.py` (`Idefics2Connector`), whose layers these are. Its latents
-    start as ones, all alike, and stay alike in training from scratch; here they are drawn, as Flamingo's are.
+    are initialised to ones, and when trained from scratch they stay identical; here they are drawn, as in Flamingo.
 
     Args:
         num_tokens: number of visual tokens (latents), a square.
         depth: layers.
         heads: attention heads.
-        kv_heads: heads of keys and values, which several heads share.
+        kv_heads: key and value heads (grouped-query attention).
         head_dim: channels of each head.
-        ffn_dim: hidden width of the SwiGLU in front; None is 3.5 times that of the LLM (as Mistral's own).
+        ffn_dim: hidden width of the SwiGLU; None takes 3.5 times the LLM's width, as in Mistral.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class Resampler(Projector):
         """float[B, N, in_dim] -> float[B, M, out_dim]."""
         patches = self.input(features)
         latents = self.body.latents.expand(len(features), -1, -1)
-        # Not by the body's own forward, which wants a mask of the patches and looks at its values.
+        # The body's own forward requires an attention mask and inspects its values, which synchronises a GPU.
         for layer in self.body.layers:
             latents = layer(latents, patches)
         return self.body.norm(latents)
 
     def expose_attention(self) -> list[nn.Module]:
-        """The attention of each layer.
+        """The attention module of each layer.
 
-        Its forward returns (mixed values, probabilities float[B, heads, M, N + M]), of the patches first and of the
-        latents behind them. (No probabilities, unless `body` is set to eager attention.)
+        With eager attention, its forward returns (mixed values, probabilities float[B, heads, M, N + M]), where the
+        keys are the patches, then the latents.
         """
         return [layer.self_attn for layer in cast("Iterable[Any]", self.body.layers)]

@@ -18,17 +18,13 @@ class TokenPacker(Projector):
     """The last layer's feature map, resized bilinearly, attends to the patches of each token's region; an MLP follows.
 
     Reference: CircleRadon/TokenPacker `llava/model/multimodal_projector/builder.py`, where keys and values come from
-    layers 12, 16, 22 and 23 of CLIP ViT-L and queries from the last of these: `backbone.extra_layers=[11,15,21]` beside
-    `backbone.layer=-2`. (Its numbers count the embeddings as 0.) Regions are the windows of `avgpool`.
+    layers 12, 16, 22 and 23 of CLIP ViT-L and queries from the last of these: `backbone.extra_layers=[11,15,21]` with
+    `backbone.layer=-2` (the reference counts the embeddings as layer 0). Regions are the windows of `avgpool`.
 
     Args:
-        num_tokens: number of visual tokens, a square.
-        extra_layers: the tower's layers whose features come in front of the last one's; only their number counts.
+        extra_layers: the tower's layers whose features precede the last one's; only their number counts.
         heads: attention heads.
         hidden_dim: channels of the attention.
-
-    Raises:
-        UsageError: the features are not those of that many layers.
     """
 
     def __init__(
@@ -66,7 +62,7 @@ class TokenPacker(Projector):
 
 
 def _init(module: nn.Module) -> None:
-    """The reference's start: all linear layers from N(0, 0.02), biases zero."""
+    """The reference's initialisation: linear layers from N(0, 0.02), zero biases."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

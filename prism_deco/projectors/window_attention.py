@@ -1,4 +1,4 @@
-"""Attention pooling of windows, each window's mean being the query: Molmo (arXiv 2409.17146, section 2) and Molmo2."""
+"""Attention pooling of windows with the window's mean as the query: Molmo (arXiv 2409.17146, section 2) and Molmo2."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ class MeanQueryPooling(Projector):
     """A window's mean attends to the patches of the window; a SwiGLU follows.
 
     References: allenai/molmo2 `olmo/nn/vision_backbone.py` (`attention_meanq`) and transformers
-    `molmo2/modeling_molmo2.py` (`Molmo2Adapter`). Molmo2 gives it the concatenated features of two layers of the tower:
+    `molmo2/modeling_molmo2.py` (`Molmo2Adapter`). Molmo2 feeds it the concatenated features of two layers of the tower:
     `backbone.layer=24 backbone.extra_layers=[18]`. Windows are those of `avgpool`.
 
     Args:
-        num_tokens: number of visual tokens, a square.
         heads: attention heads.
-        hidden_dim: channels of the attention and of what it gives; Molmo2's are those of its tower.
-        ffn_dim: hidden width of the SwiGLU; None is three times that of the LLM.
+        hidden_dim: channels of the attention and of its output; Molmo2 takes its tower's width.
+        ffn_dim: hidden width of the SwiGLU; None takes three times the LLM's width.
     """
 
     def __init__(

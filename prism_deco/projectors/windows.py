@@ -2,8 +2,8 @@
 
 The windows are those of `torch.nn.AdaptiveAvgPool2d`: along a side of `size` patches, output i of `out`
 covers the patches floor(i·size/out) up to, but not including, ceil((i+1)·size/out). Neighbours overlap
-where `out` does not divide `size` (27 -> 12). Torch's own CUDA kernels add up overlapping gradients in
-an order that changes between runs; here averages are products with a fixed matrix, and so is bilinear resizing.
+if `out` does not divide `size` (27 -> 12). Torch's CUDA kernels sum overlapping gradients in an order that
+changes between runs; here, averaging and bilinear resizing are products with fixed matrices.
 
 Nothing is stored in buffers: the windows follow from the two sizes, so a module built on the meta
 device is complete once its parameters are loaded.
@@ -24,7 +24,7 @@ from prism_deco.projectors.layers import without_autocast
 
 
 def window_bounds(size: int, out: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """First patch of each window and the one after its last: two int64[out]."""
+    """Start (inclusive) and end (exclusive) of each window: two int64[out]."""
     index = torch.arange(out, device=device)
     return index * size // out, -(-(index + 1) * size // out)
 
@@ -51,13 +51,13 @@ def bilinear_matrix(
 def centre_matrix(
     size: int, out: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """dtype[out, size]: 1 at the patch in the middle of each window (the later one of two), 0 elsewhere."""
+    """dtype[out, size]: 1 at the middle patch of each window (the later of two), 0 elsewhere."""
     centre = (2 * torch.arange(out, device=device) + 1) * size // (2 * out)
     return (torch.arange(size, device=device) == centre[:, None]).to(dtype)
 
 
 Mixing = Callable[..., Tensor]
-"""How a side of `size` patches becomes one of `out`: `average_matrix` and those of its signature."""
+"""A function that returns the matrix dtype[out, size] for one side, with the signature of `average_matrix`."""
 
 
 def average_pool(
@@ -83,8 +83,8 @@ def shares(in_grid: tuple[int, int], out_grid: tuple[int, int], matrix: Mixing =
 
 
 def window_patches(size: int, out: int, device: torch.device | None = None) -> Tensor:
-    """int64[out, K]: the patches of each window, K being the largest window's size; smaller windows
-    repeat their last patch."""
+    """int64[out, K]: the patches of each window, K being the size of the largest; smaller windows repeat their last
+    patch."""
     start, end = window_bounds(size, out, device)
     largest = max(-(-(index + 1) * size // out) - index * size // out for index in range(out))
     return torch.minimum(start[:, None] + torch.arange(largest, device=device), end[:, None] - 1)
@@ -94,8 +94,8 @@ def cut_windows(features: Tensor, in_grid: tuple[int, int], out_grid: tuple[int,
     """The patches of each window.
 
     Returns:
-        float[B, N, D] -> float[B, M, K, D], row-major in the windows; and bool[M, K], which of them are in the window:
-        where `out_grid` does not divide the grid, smaller windows are filled up with zeros. None: all are.
+        float[B, M, K, D] of float[B, N, D], row-major within windows; and bool[M, K], False for padding: if `out_grid`
+        does not divide `in_grid`, smaller windows are padded with zeros. None: there is no padding.
     """
     (h, w), (i, j), device = in_grid, out_grid, features.device
     if h % i == 0 and w % j == 0:
@@ -103,7 +103,7 @@ def cut_windows(features: Tensor, in_grid: tuple[int, int], out_grid: tuple[int,
     grid = rearrange(features, "b (h w) d -> b h w d", h=h)
     rows, columns = window_patches(h, i, device), window_patches(w, j, device)
     cut = rearrange(grid[:, rows][:, :, :, columns], "b i r j c d -> b (i j) (r c) d")
-    # A filler repeats the patch before it.
+    # Padding repeats the patch before it.
     in_row, in_column = (F.pad(side.diff(dim=1) > 0, (1, 0), value=True) for side in (rows, columns))
     inside = rearrange(in_row[:, None, :, None] & in_column[None, :, None], "i j r c -> (i j) (r c)")
     return cut * inside[..., None], inside

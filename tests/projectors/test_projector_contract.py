@@ -70,7 +70,7 @@ def test_visual_tokens_of_another_size_are_refused(made, words, features):
         def project(self, features):
             return made(features)
 
-    with pytest.raises(ValueError, match=rf"Wrong made visual tokens {words} and has promised \[2, 4, 24\]"):
+    with pytest.raises(ValueError, match=rf"Wrong made visual tokens {words} instead of \[2, 4, 24\]"):
         Wrong(IN_DIM, OUT_DIM, GRID, (2, 2))(features)
 
 
