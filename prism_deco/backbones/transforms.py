@@ -100,17 +100,7 @@ def resize_crop(size: tuple[int, int], side: int) -> Frame:
 
 
 STRATEGIES = dict(zip(RESIZE, (letterbox, pad, resize_naive, resize_crop), strict=True))
-
-
-def frame(size: tuple[int, int], side: int, resize: str) -> Frame:
-    """The geometry of an image of `size` (width, height) for an input of `side` pixels.
-
-    Raises:
-        UsageError: `resize` is not one of `STRATEGIES`.
-    """
-    if resize not in STRATEGIES:
-        raise unknown("resize", resize, STRATEGIES)
-    return STRATEGIES[resize](size, side)
+"""The choices of `resize`: (width, height) of an image and the side of the input in pixels -> `Frame`."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +120,8 @@ class TowerTransform:
     std: tuple[float, float, float]
 
     def __post_init__(self) -> None:
-        frame((1, 1), self.image_size, self.resize)
+        if self.resize not in STRATEGIES:
+            raise unknown("resize", self.resize, STRATEGIES)
 
     @property
     def fill(self) -> tuple[int, int, int]:
@@ -140,7 +131,7 @@ class TowerTransform:
 
     def frame(self, size: tuple[int, int]) -> Frame:
         """The geometry for an image of `size` (width, height)."""
-        return frame(size, self.image_size, self.resize)
+        return STRATEGIES[self.resize](size, self.image_size)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """PIL image of any mode -> float32[3, S, S]."""

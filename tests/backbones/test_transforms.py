@@ -12,7 +12,7 @@ from torchvision.transforms import functional as F
 from transformers import CLIPImageProcessorPil
 
 from prism_deco.backbones import build_backbone
-from prism_deco.backbones.transforms import STRATEGIES, TowerTransform, frame
+from prism_deco.backbones.transforms import STRATEGIES, TowerTransform
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIZES = [(61, 40), (40, 61), (50, 50), (97, 20), (33, 34)]
@@ -75,7 +75,7 @@ def test_pixels_equal_prismatics_pipelines(resize, size, side):
 @pytest.mark.parametrize(("resize", "canvas"), [("letterbox", (7, 6)), ("pad", (7, 7))])
 def test_odd_difference_by_hand(resize, canvas):
     """7x4 px: (7 - 4) / 2 = 1.5 is cut to 1 on both sides; only LLaVA's padding fills the seventh row."""
-    geometry = frame((7, 4), 14, resize)
+    geometry = STRATEGIES[resize]((7, 4), 14)
     assert geometry.canvas == canvas
     assert geometry.paste == (0, 1)
 
@@ -87,7 +87,7 @@ def test_coordinates_follow_the_pixels(resize, size):
     x1, y1, x2, y2 = size[0] // 2 - 6, size[1] // 2 - 6, size[0] // 2 + 2, size[1] // 2 + 2
     image = np.zeros((size[1], size[0], 3), np.uint8)
     image[y1:y2, x1:x2] = 255
-    geometry = frame(size, 64, resize)
+    geometry = STRATEGIES[resize](size, 64)
     seen = np.asarray(geometry.apply(Image.fromarray(image), (0, 0, 0)))[:, :, 0].astype(float)
     rows, columns = np.arange(64) + 0.5, np.arange(64) + 0.5
     centre = (seen.sum(0) @ columns / seen.sum(), seen.sum(1) @ rows / seen.sum())

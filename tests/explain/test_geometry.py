@@ -5,16 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
-from prism_deco.backbones.transforms import frame
+from prism_deco.backbones.transforms import STRATEGIES, letterbox, resize_crop
 from prism_deco.explain.geometry import PatchFrame
 from prism_deco.explain.render import mosaic, overlay
 
 GRID, PATCH = (6, 6), 8  # an input of 50 px: the last two are not read
-STRATEGIES = ("letterbox", "pad", "resize-naive", "resize-crop")
 
 
 def patch_frame(size, resize):
-    return PatchFrame(frame(size, 50, resize), GRID, PATCH)
+    return PatchFrame(STRATEGIES[resize](size, 50), GRID, PATCH)
 
 
 @pytest.mark.parametrize("resize", STRATEGIES)
@@ -40,7 +39,7 @@ def test_a_bright_patch_of_the_map_lies_on_the_pixels_that_the_patch_was_made_of
 
 
 def test_upsampling_is_bilinear_between_centres():
-    patches = PatchFrame(frame((200, 100), 64, "letterbox"), (8, 8), 8)
+    patches = PatchFrame(letterbox((200, 100), 64), (8, 8), 8)
     values = torch.rand(64, generator=torch.Generator().manual_seed(0))
     heat, grid = patches.upsample(values, (200, 100)), values.reshape(8, 8)
     for column, row in ((3, 5), (100, 50), (199, 99), (57, 13)):
@@ -54,13 +53,13 @@ def test_upsampling_is_bilinear_between_centres():
 
 
 def test_cropped_parts_of_the_image_get_nothing():
-    heat = PatchFrame(frame((200, 100), 64, "resize-crop"), (8, 8), 8).upsample(torch.ones(64), (200, 100))
+    heat = PatchFrame(resize_crop((200, 100), 64), (8, 8), 8).upsample(torch.ones(64), (200, 100))
     assert heat[:, :49].max() == 0 and heat[:, 151:].max() == 0 and heat[:, 51:149].min() > 0.999
 
 
 def test_rect_is_where_a_page_must_draw_the_grid():
-    assert PatchFrame(frame((200, 100), 64, "letterbox"), (8, 8), 8).rect == pytest.approx((0, -0.5, 1, 1.5))
-    assert PatchFrame(frame((200, 100), 64, "resize-crop"), (8, 8), 8).rect == pytest.approx((0.25, 0, 0.75, 1))
+    assert PatchFrame(letterbox((200, 100), 64), (8, 8), 8).rect == pytest.approx((0, -0.5, 1, 1.5))
+    assert PatchFrame(resize_crop((200, 100), 64), (8, 8), 8).rect == pytest.approx((0.25, 0, 0.75, 1))
     # 50 px hold six patches of 8: the last 2 px are not read.
     assert patch_frame((100, 100), "letterbox").rect == pytest.approx((0, 0, 0.96, 0.96))
 
@@ -90,7 +89,7 @@ def test_overlays_keep_the_aspect_ratio_and_mark_the_maximum():
 
 def test_mosaic_shows_at_most_eight_by_eight_visual_tokens():
     image = Image.new("RGB", (30, 20))
-    patches = PatchFrame(frame(image.size, 64, "letterbox"), (8, 8), 8)
+    patches = PatchFrame(letterbox(image.size, 64), (8, 8), 8)
     few = mosaic(image, torch.rand(16, 64), (4, 4), patches, side=30)
     assert few.size == (4 * 34 - 4, 4 * 24 - 4)
     many = mosaic(image, torch.rand(144, 64), (12, 12), patches, side=30)

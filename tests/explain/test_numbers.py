@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from prism_deco.backbones.transforms import frame
+from prism_deco.backbones.transforms import letterbox
 from prism_deco.bootstrap import mean_interval
 from prism_deco.explain.geometry import PatchFrame
 from prism_deco.explain.measures import (
@@ -21,7 +21,7 @@ from prism_deco.explain.measures import (
 from prism_deco.explain.words import encode_answer
 from prism_deco.sequence import build_batch
 
-PATCHES = PatchFrame(frame((80, 40), 64, "letterbox"), (8, 8), 8)  # 10 px of the image per patch, 20 px of padding
+PATCHES = PatchFrame(letterbox((80, 40), 64), (8, 8), 8)  # 10 px of the image per patch, 20 px of padding
 
 
 def one_hot(row, column):

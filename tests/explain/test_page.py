@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prism_deco.backbones.transforms import frame
+from prism_deco.backbones.transforms import letterbox
 from prism_deco.explain.gae import Relevance
 from prism_deco.explain.geometry import PatchFrame
 from prism_deco.explain.page import Panel, Section, side_by_side, write_page
@@ -18,7 +18,7 @@ NASTY = '</script><script>document.title = "broken"</script><img src=x onerror="
 
 def one_run(name, grid, query_grid, words, image):
     generator = torch.Generator().manual_seed(len(name))
-    patches = PatchFrame(frame(image.size, 64, "letterbox"), grid, 64 // grid[0])
+    patches = PatchFrame(letterbox(image.size, 64), grid, 64 // grid[0])
     n, m, t = grid[0] * grid[1], query_grid[0] * query_grid[1], len(words)
     merged = [Word(text, (k,)) for k, text in enumerate(words)]
 
