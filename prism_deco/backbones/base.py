@@ -1,4 +1,4 @@
-"""What every vision backbone promises, and how one is built from its YAML."""
+"""The vision backbone interface, and how a backbone is built from its YAML."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from prism_deco.backbones.transforms import BackboneTransform
 from prism_deco.config import load_choice
 from prism_deco.config.registry import Registry
 from prism_deco.errors import UsageError
-from prism_deco.tensors import base_name, is_adapter
+from prism_deco.tensors import base_name, full, is_adapter
 
 
 class VisionBackbone(nn.Module):
-    """Vision tower(s), frozen unless a recipe trains them: pixels in, patch features out.
+    """One or more vision towers, frozen unless a recipe trains them: pixels in, patch features out.
 
     Attributes:
         towers: names of the towers, the keys of the pixel dictionaries.
@@ -27,8 +26,8 @@ class VisionBackbone(nn.Module):
         grid: patch grid (height, width); features come in row-major order.
         embed_dim: channels D of a patch feature.
         transform: PIL image -> dict[tower, float32[3, S, S]]; `transform.frame(size)` maps coordinates.
-        blocks: the transformer blocks in order of execution, the units to shard or to checkpoint.
-        trained: some weights, or adapters on them, are trained.
+        blocks: the transformer blocks in order of execution, the units of sharding and activation checkpointing.
+        trained: whether weights, or adapters on them, are trained.
     """
 
     towers: tuple[str, ...]
@@ -67,37 +66,34 @@ class VisionBackbone(nn.Module):
         return self.features(pixels)
 
     def blank(self, device: torch.device) -> dict[str, Tensor]:
-        """One image of nothing, float32[1, 3, S, S] per tower."""
+        """An all-zero image, float32[1, 3, S, S] per tower."""
         towers = self.transform.towers.items()
         return {name: torch.zeros(1, 3, t.image_size, t.image_size, device=device) for name, t in towers}
 
     def tail(self, layers: int | None) -> list[nn.Module]:
-        """The last `layers` blocks of each tower, behind which nothing has weights; None is the backbone as a whole.
-
-        Raises:
-            UsageError: a tower has fewer blocks.
-        """
+        """The last `layers` blocks of each tower, after which nothing has weights; None is the whole backbone."""
         if layers is None:
             return [self]
         if layers > len(self.blocks):
             raise UsageError(
                 f"recipe.tower_layers={layers}: {self.towers[0]} has {len(self.blocks)} blocks up to the layer whose "
-                "features are used. Choose fewer, or null, which trains its embeddings, too."
+                "features are used. Choose fewer, or null, which also trains its embeddings."
             )
         return self.blocks[-layers:]
 
     def train(self, mode: bool = True) -> VisionBackbone:
-        """A frozen tower stays in evaluation mode: it must not change with the model around it."""
+        """A frozen tower stays in evaluation mode, whatever the mode of the model around it."""
         return super().train(mode and self.trained)
 
     def sha256(self) -> str:
-        """Hash of the weights as they are now, without adapters: names, dtypes, shapes and bytes, in order of name."""
+        """Hash of the current weights without adapters: names, dtypes, shapes and bytes, sorted by name.
+
+        All processes of a sharded tower must call it.
+        """
         digest = hashlib.sha256()
         state = {base_name(name): tensor for name, tensor in self.state_dict().items() if not is_adapter(name)}
         for name, tensor in sorted(state.items()):
-            if isinstance(tensor, DTensor):
-                tensor = tensor.full_tensor()  # of a sharded tower: all processes take part
-            tensor = tensor.detach().cpu().contiguous()
+            tensor = full(tensor).detach().cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -117,14 +113,14 @@ def build_backbone(
     """Builds a frozen backbone.
 
     Args:
-        choice: name of a YAML in `conf/backbone`, or the mapping it holds. Its `family` picks the class.
-        pretrained: load weights; a choice that says `pretrained: false` itself stays random.
+        choice: name of a YAML in `conf/backbone`, or its content as a mapping. Its `family` picks the class.
+        pretrained: load weights, unless the choice says `pretrained: false`.
         device: where the weights live; "meta" (with `pretrained=False`) builds shapes only.
-        image_size: side of the input in pixels instead of the choice's; position tables are resampled.
-        options: replace keys of the choice (`weights`, `layer`, `resize` or the family's own).
+        image_size: side of the input in pixels, overriding the choice's; position tables are resampled.
+        options: override keys of the choice (`weights`, `layer`, `resize` or the family's own).
 
     Raises:
-        UsageError: unknown names, weights that are not there or do not fit.
+        UsageError: unknown names; weights are missing or do not fit.
     """
     content = dict(load_choice("backbone", choice) if isinstance(choice, str) else choice) | options
     family = content.pop("family")

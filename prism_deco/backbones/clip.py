@@ -28,8 +28,7 @@ from prism_deco.config.registry import unknown
 class ClipBackbone(Tower):
     """`model` is an open_clip model name; the text tower is never built.
 
-    OpenAI's weights need QuickGELU, x * sigmoid(1.702 x), which open_clip's configs with the suffix
-    `-quickgelu` build in.
+    OpenAI's weights need QuickGELU, x * sigmoid(1.702 x), which open_clip uses in configs with the suffix `-quickgelu`.
     """
 
     mean = OPENAI_DATASET_MEAN
@@ -43,7 +42,7 @@ class ClipBackbone(Tower):
             check_image_size(vision["image_size"], vision["patch_size"])
         visual = _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
         if isinstance(visual, TimmModel):
-            # open_clip builds timm's trunks at their own size, whatever image_size says.
+            # open_clip ignores image_size for timm's trunks.
             return timm_trunk(visual.trunk, model, vision["image_size"], layers)
         check_class(visual, model, VisionTransformer)
         return OpenClipTrunk(visual, layers)

@@ -21,7 +21,7 @@ class Dinov2Backbone(Tower):
 
     @classmethod
     def build_trunk(cls, model: str, image_size: int | None, layers: Sequence[int]) -> Trunk:
-        native = cls.native_size(model)  # registers a shipped architecture, even where the size is given
+        native = cls.native_size(model)  # has a side effect: it registers shipped architectures
         vit = timm.create_model(model, pretrained=False, num_classes=0)
         return timm_trunk(vit, model, image_size or native, layers)
 

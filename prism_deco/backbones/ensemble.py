@@ -18,18 +18,18 @@ from prism_deco.tensors import SUFFIXES
 
 @BACKBONES.register("ensemble")
 class Ensemble(VisionBackbone):
-    """Towers of equal patch grids; each sees the image through its own transform.
+    """Towers with equal patch grids; each sees the image through its own transform.
 
     Args:
         name: the choice's name.
         towers: names of other choices, in the order of their channels.
-        weights: folder that holds `<tower>.safetensors` (or .bin, .pt, .pth, or a folder `<tower>`) per tower;
-            None leaves each tower to its own YAML.
-        image_size: side of the input in pixels, for all towers; None keeps what each YAML says.
+        weights: folder with `<tower>.safetensors` (or .bin, .pt, .pth, or a folder `<tower>`) for each tower; None
+            follows each tower's YAML.
+        image_size: side of the input in pixels, for all towers; None follows each tower's YAML.
         grid: patches per side, for all towers: each sees the image at that many times its own patch size.
-        layer: as for one tower, for all whose YAML names none.
-        extra_layers: as for one tower, for all of them. The towers' first layers come first, their last ones last.
-        pretrained, resize, device: as for one tower, for all of them.
+        layer: see `Tower`; for towers whose YAML names none.
+        extra_layers: see `Tower`; for all towers. Channels are ordered by layer, then by tower.
+        pretrained, resize, device: see `Tower`; for all towers.
 
     Raises:
         UsageError: the grids differ, `weights` lacks a tower, or both `grid` and `image_size` are given.
@@ -76,8 +76,8 @@ class Ensemble(VisionBackbone):
             grids = ", ".join(f"{member.towers[0]} {member.grid[0]}x{member.grid[1]}" for member in members)
             raise UsageError(
                 f"The towers of the ensemble {name} have different patch grids ({grids}), so their features cannot be "
-                f"concatenated: set patches per side for all of them (grid: {members[0].grid[0]} in the ensemble's "
-                "YAML), or an image_size that gives them one grid."
+                f"concatenated: set the patches per side for all of them (grid: {members[0].grid[0]} in the ensemble's "
+                "YAML), or an image_size that gives them the same grid."
             )
         first = members[0]
         self.image_size = first.image_size

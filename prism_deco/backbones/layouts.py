@@ -1,7 +1,7 @@
-"""Parameter names of the same tower in different libraries, brought to timm's names.
+"""Renames a tower's parameters between libraries; timm's names are the common form.
 
-A checkpoint's layout is recognised from its keys. The original DINOv2 release and open_clip's models
-with a timm trunk use timm's names but for the few that `_TIMM` changes.
+A checkpoint's layout is recognised by its keys. The original DINOv2 release and open_clip's models with a timm
+trunk use timm's names, except for those in `_TIMM`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-# Parts of names, each between two dots; a part at the start or the end of a name has a dot put there. timm's own come
-# second. Both are replaced in this order.
+# Library's name part -> timm's, replaced in this order. Each part stands between dots; `_rename` adds those at both
+# ends of a name.
 _OPEN_CLIP = {
     ".class_embedding.": ".cls_token.",
     ".positional_embedding.": ".pos_embed.",
@@ -63,7 +63,7 @@ _TIMM = {".register_tokens.": ".reg_token."}
 
 @dataclass(frozen=True)
 class Layout:
-    """One library's names: `marker` is a key that only this layout has, `names` are its parts and timm's."""
+    """One library's names: `marker` is a key that only this layout has; `names` maps its name parts to timm's."""
 
     name: str
     marker: str
@@ -77,15 +77,15 @@ LAYOUTS = (
     Layout("timm", "blocks.0.norm1.weight", _TIMM),
 )
 
-# How whole models name their vision tower, the longest first.
+# Prefixes of the vision tower in checkpoints of whole models, the longest first.
 _PREFIXES = ("visual.trunk.", "visual.", "vision_model.", "dinov2_with_registers.", "dinov2.")
-# What stands beside the vision tower in such files: the text tower, projections, temperatures.
+# Other keys of such checkpoints: the text tower, projections, temperatures.
 _OTHERS = re.compile(
     r"^(text|text_model|transformer|token_embedding|ln_final|visual\.head|head)\."
     r"|^(text_projection|visual_projection)(\.weight)?$"
     r"|^(positional_embedding|logit_scale|logit_bias|attn_mask|input_resolution|context_length|vocab_size)$"
 )
-# Parts of the vision tower that come after the tap, or are no weights.
+# Keys of the vision tower that come after the last block or are not weights.
 _AFTER = re.compile(r"^(norm|fc_norm|head|attn_pool)\.|^proj$|^mask_token$|^embeddings\.position_ids$")
 
 
@@ -93,10 +93,10 @@ def split_vision(keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Finds the vision tower of a checkpoint.
 
     Returns:
-        The tower's keys without their prefix -> the checkpoint's keys; and keys that belong neither to
-        it nor to the parts known to stand beside it.
+        The tower's keys without their prefix -> the checkpoint's keys; and the keys that belong neither to the tower
+        nor to other known parts of such checkpoints.
     """
-    # Lightning's and DDP's wrappers.
+    # Lightning and DDP add these prefixes.
     bare = {re.sub(r"^(module|model)\.", "", key): key for key in keys}
     prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in bare)), "")
     vision = {key[len(prefix) :]: source for key, source in bare.items() if key.startswith(prefix)}
@@ -105,13 +105,13 @@ def split_vision(keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def recognise(keys: Iterable[str]) -> Layout | None:
-    """The layout of the vision tower's keys; None where none of them is known."""
+    """The layout of the vision tower's keys; None if it is unknown."""
     keys = set(keys)
     return next((layout for layout in LAYOUTS if layout.marker in keys), None)
 
 
 def to_timm(state: dict[str, Tensor], layout: Layout, tap: int, depth: int) -> dict[str, Tensor]:
-    """Weights under timm's names, without what comes after block `tap` of `depth` blocks."""
+    """Weights under timm's names, without those after block `tap` of `depth` blocks."""
     renamed = {_rename(key, layout.names): value for key, value in state.items()}
     result = {key: value for key, value in renamed.items() if not _is_after(key, tap, depth)}
     for name in [key for key in result if re.search(r"\.attn\.q\.(weight|bias)$", key)]:
@@ -145,7 +145,7 @@ def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _from_timm(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The names of a layout; the class token float[1, 1, D] -> float[D], the position table float[1, N, D] ->
+    """timm's names -> a layout's; the class token float[1, 1, D] -> float[D], the position table float[1, N, D] ->
     float[N, D]."""
     own = {timm_part: part for part, timm_part in names.items()}
     shapes = {"cls_token": "1 1 d -> d", "pos_embed": "1 n d -> n d"}

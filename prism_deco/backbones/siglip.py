@@ -12,8 +12,8 @@ from prism_deco.backbones.clip import ClipBackbone
 class SiglipBackbone(ClipBackbone):
     """`model` is an open_clip model name; pixels are normalised to -1..1.
 
-    timm and open_clip, and so PRISM, use the exact GELU; the original code (big_vision) and the Hugging Face port its
-    tanh approximation, so that the same weights give slightly different features there.
+    timm and open_clip, and so PRISM, use the exact GELU. The original code (big_vision) and the Hugging Face port
+    use its tanh approximation, so the same weights give slightly different features there.
     """
 
     mean = IMAGENET_INCEPTION_MEAN

@@ -1,4 +1,4 @@
-"""A backbone of one tower: what CLIP, SigLIP and DINOv2 have in common."""
+"""A backbone with one tower, the base of CLIP, SigLIP and DINOv2."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from prism_deco.errors import UsageError
 log = logging.getLogger(__name__)
 
 Channels = tuple[float, float, float]
-"""A number each for red, green and blue."""
+"""One value each for red, green and blue."""
 
 
 class Tower(VisionBackbone):
-    """One vision transformer; a family says how its trunk is built and how pixels are normalised.
+    """One vision transformer; a family (subclass) defines its trunk and the normalisation of pixels.
 
     Args:
-        name: the choice's name, under which its pixels are handed over.
+        name: the choice's name, the key of its pixels.
         model: architecture, as the family's library names it.
-        pretrained: load weights; False leaves random ones (from torch's global generator).
+        pretrained: load weights; False draws random ones from torch's global generator.
         weights: file or folder with the weights, `asset:NAME` for a shipped one, None for the hub's.
         hub, file, file_gb: hub repository of the weights, the file in it, its size in GB.
         image_size: side of the input in pixels; None keeps the architecture's own.
         layer: block whose output is used; negative counts from the end.
-        extra_layers: further ones. The channels of all are concatenated, in the order of the blocks.
+        extra_layers: more such blocks; the channels of all are concatenated, in the order of the blocks.
         resize: one of `transforms.STRATEGIES`.
         device: where the weights live; None is the CPU.
     """
@@ -59,7 +59,7 @@ class Tower(VisionBackbone):
         super().__init__()
         device = torch.device(device or "cpu")
         path = locate(name, weights, hub, file, file_gb) if pretrained else None
-        # Shapes first, where weights will be read: neither random values nor unused blocks take memory then.
+        # If weights are loaded, build on the meta device: random values and unused blocks take no memory.
         with torch.device("meta" if path else device):
             self.trunk = self.build_trunk(model, image_size, (*extra_layers, layer))
         self.towers = (name,)
@@ -72,7 +72,7 @@ class Tower(VisionBackbone):
         unread = self.image_size - self.grid[0] * self.patch_size
         if unread:
             log.info(
-                "%s: %d px are no multiple of its %d px patches, so the grid is %dx%d and the last %d px are not read.",
+                "%s: %d px is no multiple of its %d px patches, so the grid is %dx%d and the last %d px are not read.",
                 *(name, self.image_size, self.patch_size, *self.grid, unread),
             )
         if path:
@@ -81,17 +81,17 @@ class Tower(VisionBackbone):
 
     @classmethod
     def build_trunk(cls, model: str, image_size: int | None, layers: Sequence[int]) -> Trunk:
-        """The architecture without weights, on the current default device."""
+        """The architecture with untrained weights, on the current default device."""
         raise NotImplementedError
 
     @classmethod
     def native_size(cls, model: str) -> int:
-        """Side in pixels of the input that the architecture was made for."""
+        """The architecture's default input side in pixels."""
         raise NotImplementedError
 
     @classmethod
     def normalisation(cls, model: str) -> tuple[Channels, Channels]:
-        """Mean and standard deviation per colour, for values in 0..1; the family's own by default."""
+        """Mean and standard deviation per colour, for values in 0..1; by default the family's."""
         return cls.mean, cls.std
 
     @property

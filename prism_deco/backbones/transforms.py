@@ -1,7 +1,7 @@
-"""How an image becomes the square input of a tower: geometry, resampling, normalisation.
+"""Transforms an image to the square input of a tower: geometry, resampling, normalisation.
 
-The geometry is computed once, as a `Frame`, and both the pixels and the coordinates (boxes, heat
-maps) go through that same object, so they cannot drift apart.
+The geometry is computed once, as a `Frame`, which maps both pixels and coordinates (boxes, heat maps), so they always
+agree.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from prism_deco.config.schema import RESIZE
 
 @dataclass(frozen=True)
 class Frame:
-    """The way from the pixels of an image to the S x S pixels that a tower sees.
+    """The mapping from the pixels of an image to the S x S pixels that a tower sees.
 
-    Sizes are (width, height) and positions (x, y), in pixels. The image is pasted at `paste` on a
-    canvas, the canvas is resized, and S x S pixels are cut out of it at `crop`.
+    Sizes are (width, height) and positions (x, y), in pixels. The image is pasted onto a canvas at `paste`, the canvas
+    is resized, and S x S pixels are cropped from it at `crop`.
     """
 
     image_size: tuple[int, int]
@@ -41,17 +41,14 @@ class Frame:
         )
 
     def to_image(self, x: Any, y: Any) -> tuple[Any, Any]:
-        """Pixel coordinates of the tower's input -> those of the image; the inverse of `to_model`.
-
-        Results outside the image belong to the padding.
-        """
+        """The inverse of `to_model`; results outside the image lie in the padding."""
         return (
             (x + self.crop[0]) * (self.canvas[0] / self.resized[0]) - self.paste[0],
             (y + self.crop[1]) * (self.canvas[1] / self.resized[1]) - self.paste[1],
         )
 
     def apply(self, image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
-        """The S x S image that the tower sees, `fill` where there is padding."""
+        """The S x S image that the tower sees, with padding of colour `fill`."""
         if self.canvas != self.image_size:
             canvas = Image.new("RGB", self.canvas, fill)
             canvas.paste(image, self.paste)
@@ -68,9 +65,9 @@ def _shorter_side_to(side: int, canvas: tuple[int, int]) -> tuple[int, int]:
 
 
 def letterbox(size: tuple[int, int], side: int) -> Frame:
-    """Prismatic's letterbox: both sides are padded by int(difference / 2).
+    """Prismatic's letterbox: pads the shorter side at both ends by int(difference / 2).
 
-    An odd difference therefore leaves a canvas that is 1 px short of a square.
+    An odd difference therefore leaves the canvas 1 px short of a square.
     """
     longest = max(size)
     paste = ((longest - size[0]) // 2, (longest - size[1]) // 2)
@@ -81,19 +78,19 @@ def letterbox(size: tuple[int, int], side: int) -> Frame:
 
 
 def pad(size: tuple[int, int], side: int) -> Frame:
-    """LLaVA-1.5's padding (`expand2square`): always an exact square."""
+    """LLaVA-1.5's padding (`expand2square`) to an exact square."""
     longest = max(size)
     paste = ((longest - size[0]) // 2, (longest - size[1]) // 2)
     return Frame(size, (longest, longest), paste, (side, side), (0, 0), side)
 
 
 def resize_naive(size: tuple[int, int], side: int) -> Frame:
-    """Width and height are scaled to the square independently (prismatic)."""
+    """Scales width and height independently (prismatic)."""
     return Frame(size, size, (0, 0), (side, side), (0, 0), side)
 
 
 def resize_crop(size: tuple[int, int], side: int) -> Frame:
-    """The shorter side is scaled, the ends of the longer one are cut off (transformers' CLIP processor)."""
+    """Scales the shorter side and crops the longer one (transformers' CLIP processor)."""
     resized = _shorter_side_to(side, size)
     crop = ((resized[0] - side) // 2, (resized[1] - side) // 2)
     return Frame(size, size, (0, 0), resized, crop, side)
@@ -108,8 +105,8 @@ class TowerTransform:
     """Image -> input of one tower.
 
     Args:
-        image_size: side S of the input in pixels. It is also what images are resized to: the crop
-            margin of timm's evaluation transforms (crop_pct 0.9 for SigLIP) is not used here.
+        image_size: side S of the input in pixels. Images are resized to this size, without the crop margin of timm's
+            evaluation transforms (crop_pct 0.9 for SigLIP).
         resize: one of `STRATEGIES`.
         mean, std: normalisation per RGB channel, for values in 0..1.
     """
@@ -143,7 +140,7 @@ class TowerTransform:
 
 @dataclass(frozen=True)
 class BackboneTransform:
-    """Image -> inputs of all towers of a backbone. Small and picklable: loader processes take it along."""
+    """Image -> inputs of all towers of a backbone. Small and picklable, for loader processes."""
 
     towers: dict[str, TowerTransform]
 
@@ -152,5 +149,5 @@ class BackboneTransform:
         return {name: transform(image) for name, transform in self.towers.items()}
 
     def frame(self, size: tuple[int, int]) -> Frame:
-        """The geometry of the first tower; that of the others differs by a scale at most."""
+        """The geometry of the first tower; those of the others differ at most in scale."""
         return next(iter(self.towers.values())).frame(size)

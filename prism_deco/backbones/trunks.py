@@ -16,16 +16,16 @@ from prism_deco.errors import UsageError
 
 
 class Trunk(nn.Module):
-    """A vision transformer cut off after the last block whose output is wanted.
+    """A vision transformer truncated after the last block whose output is used.
 
     Attributes:
         vit: the library's own module.
-        depth: number of blocks before the cut.
-        taps: 0-based indices of the blocks whose outputs are used, increasing; the last one is the last left.
+        depth: number of blocks before truncation.
+        taps: 0-based indices of the blocks whose outputs are used, increasing; the last one is the last block kept.
         grid: patch grid (height, width).
         patch_size: side of a patch in pixels.
         embed_dim: channels of a token, of all taps together.
-        prefix_positions: rows at the start of the position table that are not of patches (class token, registers).
+        prefix_positions: rows of the position table before those of the patches (class token, registers).
     """
 
     vit: Any
@@ -47,7 +47,7 @@ class Trunk(nn.Module):
         self.taps = sorted({layer % self.depth for layer in layers})
         if len(self.taps) < len(layers):
             raise UsageError(f"layers={list(layers)} names a block twice: take it out of backbone.extra_layers.")
-        # Final norm, pooling, head and the blocks after the last tap go: never run, never in memory.
+        # The final norm, pooling, head and the blocks after the last tap would only take memory.
         self.vit.prune_intermediate_layers([self.taps[-1]], prune_norm=True, prune_head=True)
 
     @property
@@ -83,7 +83,7 @@ class TimmTrunk(Trunk):
 
 
 def _fill_buffers(vit: nn.Module, _: Any) -> None:
-    """Computes what no file holds (rotary frequencies) once a model built on the meta device has its weights."""
+    """Computes buffers that checkpoints lack (rotary frequencies), after weights were loaded into a meta model."""
     device = next((parameter.device for parameter in vit.parameters() if not parameter.is_meta), torch.device("cpu"))
     for module in vit.modules():
         hollow = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
@@ -111,10 +111,10 @@ class OpenClipTrunk(Trunk):
 
 
 def timm_trunk(vit: Any, model: str, image_size: int, layers: Sequence[int]) -> TimmTrunk:
-    """timm's VisionTransformer or Eva, brought to another input size and cut off after its last tap.
+    """timm's VisionTransformer or Eva, resized to `image_size` and truncated after its last tap.
 
     Raises:
-        UsageError: `vit` is of another class, or the input holds no patch.
+        UsageError: `vit` is of another class, or `image_size` is smaller than a patch.
     """
     check_class(vit, model, VisionTransformer, Eva)
     check_image_size(image_size, vit.patch_embed.feat_ratio())
@@ -123,7 +123,7 @@ def timm_trunk(vit: Any, model: str, image_size: int, layers: Sequence[int]) -> 
 
 
 def check_class(vit: nn.Module, model: str, *known: type[nn.Module]) -> None:
-    """`UsageError` for a model of another class: its features may form no patch grid."""
+    """`UsageError` for a model of another class, whose features may not form a patch grid."""
     if not isinstance(vit, known):
         raise UsageError(
             f"backbone.model={model} is a {type(vit).__name__}, whose features cannot be read as a grid of patches. "
@@ -132,12 +132,11 @@ def check_class(vit: nn.Module, model: str, *known: type[nn.Module]) -> None:
 
 
 def check_image_size(image_size: int, patch_size: int) -> None:
-    """`UsageError` for an input that holds no patch."""
+    """`UsageError` for an input smaller than a patch."""
     if image_size < patch_size:
         raise UsageError(f"image_size={image_size} is smaller than one patch of {patch_size} px.")
 
 
 def register_architectures() -> None:
-    """Registers the architectures that ship with this package with timm and open_clip: for a name that they do not
-    have themselves."""
+    """Registers the architectures that ship with this package with timm and open_clip."""
     importlib.import_module("prism_deco.miniature.architectures")

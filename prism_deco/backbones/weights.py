@@ -1,4 +1,4 @@
-"""Where a tower's weights come from, and how they get into it."""
+"""Locates a tower's weights and loads them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parents[1] / "assets" / "towers"
 ASSET = "asset:"
-"""What `weights` begins with where it names a file of `ASSETS`."""
+"""Prefix of a `weights` value that names a file in `ASSETS`."""
 
 
 def check_tower_weights(choice: str | Mapping[str, Any]) -> None:
-    """`UsageError` if the weights of a backbone choice are neither on this machine nor to be had from the hub."""
+    """`UsageError` if the weights of a backbone choice are neither on this machine nor available from the hub."""
     content = load_choice("backbone", choice) if isinstance(choice, str) else choice
     if not content.get("pretrained", True):
         return
@@ -52,12 +52,11 @@ def locate(
 
     Args:
         name: the tower, for messages.
-        weights: a local path, or `asset:NAME` for a shipped tower; None takes the hub's.
-        hub, file, file_gb: hub repository, file in it, and that file's size in GB.
-        dry_run: ask whether the file can be downloaded, without doing so.
+        weights, hub, file, file_gb: see `Tower`.
+        dry_run: only check that the file can be downloaded.
 
     Raises:
-        UsageError: it is not there and cannot be fetched; says what is wanted and how to go on.
+        UsageError: it is missing and cannot be downloaded.
     """
     way_out = (
         "Point at a local file or folder with backbone.weights=PATH (open_clip, timm and Hugging Face layouts are "
@@ -80,21 +79,21 @@ def locate(
         log.info("%s: fetching %s%s from https://huggingface.co/%s", name, file, size, hub)
         return Path(hf_hub_download(hub, file))
     except (OSError, HfHubHTTPError) as error:
-        # The lines after the first advise on options of another library.
+        # Lines after the first suggest options of huggingface_hub.
         reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
             f"{name} needs the file {file}{size} of https://huggingface.co/{hub}: it is not in the local cache and "
-            f"could not be fetched ({reason}). {way_out}"
+            f"could not be downloaded ({reason}). {way_out}"
         ) from error
 
 
 def load_trunk(trunk: Trunk, path: Path, name: str, device: torch.device) -> None:
-    """Fills a trunk (built on the meta device) with weights as float32, whatever layout they come in.
+    """Loads weights of any known layout into a trunk built on the meta device, as float32.
 
-    The position table is resampled from its own grid to the trunk's (bicubic, antialiased).
+    The position table is resampled to the trunk's grid (bicubic, antialiased).
 
     Raises:
-        UsageError: unreadable file, unknown layout, keys missing or left over, wrong shapes.
+        UsageError: the file cannot be read, its layout is unknown, keys are missing or unexpected, or shapes differ.
     """
     files = _files(path)
     where = {key: file for file in files for key in open_tensors(file)}
@@ -123,7 +122,7 @@ def _fit_positions(state: dict[str, Tensor], trunk: Trunk, path: Path) -> None:
     table = state["pos_embed"]
     prefix = trunk.prefix_positions
     if not prefix and "cls_token" in state and math.isqrt(table.shape[1] - 1) ** 2 == table.shape[1] - 1:
-        # DINOv2's release and the Hugging Face port give the class token a position; timm has it added already.
+        # The DINOv2 release and the Hugging Face port give the class token a position; timm has already added it.
         state["cls_token"] = state["cls_token"] + table[:, :1]
         table = table[:, 1:]
     side = math.isqrt(table.shape[1] - prefix)
@@ -142,7 +141,7 @@ def _check(state: dict[str, Tensor], trunk: Trunk, stray: list[str], message: st
     problems = {
         "missing": [key for key in own if key not in state],
         "unexpected": [key for key in state if key not in own] + stray,
-        "of another shape": [
+        "of the wrong shape": [
             f"{key} {list(state[key].shape)} instead of {list(value.shape)}"
             for key, value in own.items()
             if key in state and state[key].shape != value.shape

@@ -138,7 +138,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_weights_that_cannot_be_had_are_found():
-    with pytest.raises(UsageError, match="clip_vit_l_336 needs the file model.safetensors .* could not be fetched"):
+    with pytest.raises(UsageError, match="clip_vit_l_336 needs the file model.safetensors .* could not be downloaded"):
         check(load_config(["backbone=clip_vit_l_336"]), force=True)
     with pytest.raises(UsageError, match="weights of phi2 .* are not in the local Hugging Face cache and could not"):
         check_llm_weights(read_spec(group(load_config(["llm=phi2"]), "llm")))
