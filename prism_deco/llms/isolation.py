@@ -1,9 +1,9 @@
-"""A check that a model computes a record from its embeddings alone, whatever is computed with it.
+"""A check that a model computes each record from its embeddings alone, independently of the rest of the batch.
 
 Padding, packed rows and `turn_mask=block` separate positions by the attention mask. Convolutions and recurrent states
-pass information on to later positions regardless of any mask, and the mask of a packed row replaces that of a sliding
-window. Rotary embeddings may be chosen by the longest record of a batch. Some models look up more than the embeddings
-of their tokens, which visual tokens do not have.
+ignore that mask and pass information on to later positions, and the mask of a packed row replaces that of a sliding
+window. Rotary frequencies may depend on the longest record of a batch. Some models use token ids for more than looking
+up embeddings, but visual tokens have no ids.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prism_deco.llms.layers import decoder, decoder_layers
 from prism_deco.llms.packed_attention import Segments, no_mask, use_packed_attention
 
 TOLERANCE = 1e-4
-"""Largest difference of hidden states relative to their maximum; float32 rounding stays far below it."""
+"""Largest allowed difference of hidden states relative to their maximum; float32 rounding stays far below it."""
 
 _LENGTHS = (24, 9, 15)
 _WINDOW = 8
@@ -32,17 +32,16 @@ _CPU = torch.device("cpu")
 
 
 def check_isolation(lm: PreTrainedModel, *, packing: bool, turn_mask: str, longest: int) -> None:
-    """Compares embeddings with token ids, padded records, records in one row and rounds under a block mask with each
-    computed alone, and generation with a cache with that without.
+    """Checks that padded records, records packed into one row and rounds under a block mask give the same results as
+    computed alone, embeddings the same as token ids, and generation the same with and without a cache.
 
-    A copy of the first layers, with random float32 weights and few tokens, computes a few short records on the CPU:
-    this takes seconds for a model of any size. `lm` itself may be on any device, sharded, or without weights.
+    A copy of the first layers, with random float32 weights and a small vocabulary, computes a few short records on the
+    CPU, which takes seconds for a model of any size. `lm` itself may be on any device, sharded, or without weights.
 
     Args:
-        packing: whether the run packs records (`recipe.packing`); if so, `lm` is switched to packed attention.
-        turn_mask: of the run (`recipe.turn_mask`).
-        longest: maximum length of a record; attention windows of at least that length have no effect, nor have rotary
-            embeddings for longer ones.
+        packing: `recipe.packing`; if true, `lm` is switched to packed attention.
+        turn_mask: `recipe.turn_mask`.
+        longest: maximum length of a record, beyond which attention windows and rotary limits have no effect.
 
     Raises:
         UsageError: the results differ.
@@ -51,17 +50,17 @@ def check_isolation(lm: PreTrainedModel, *, packing: bool, turn_mask: str, longe
         use_packed_attention(lm)
     small, limit = _first_layers(lm, longest)
     if limit is not None:
-        chosen = "rotates the positions of all records of a batch by the longest of them"
+        chosen = "chooses its rotary frequencies by the longest record of a batch"
         _compare(small, _right_padded, chosen, f"Set recipe.max_positions={limit}")
     apart = "does not compute the records or rounds of one row independently"
     if turn_mask == "block":
         _compare(small, _block_masked, apart, "Set recipe.turn_mask=causal")
     if packing:
         _compare(small, _packed, apart, "Set recipe.packing=false")
-    _compare(small, _embedded, "computes more from token ids than their embeddings, and images have none")
-    _compare(small, _right_padded, "computes something else for records that are padded on the right")
-    _compare(small, _left_padded, "computes something else for records that are padded on the left")
-    _compare(small, _cached, "generates something else with a cache than without")
+    _compare(small, _embedded, "uses token ids for more than their embeddings, and images have no token ids")
+    _compare(small, _right_padded, "gives different results for records padded on the right")
+    _compare(small, _left_padded, "gives different results for records padded on the left")
+    _compare(small, _cached, "gives different results with a cache than without")
 
 
 def _compare(lm: PreTrainedModel, compute: Any, problem: str, way_out: str = "Choose another llm") -> None:
@@ -85,7 +84,7 @@ def _compare(lm: PreTrainedModel, compute: Any, problem: str, way_out: str = "Ch
 
 
 def _embedded(lm: PreTrainedModel, _: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """float[1, L, E] of embeddings, and of the tokens that they belong to."""
+    """float[1, L, E] computed from embeddings, and from their token ids."""
     tokens = torch.arange(_TOKENS)[None]
     return _hidden(lm, inputs_embeds=lm.get_input_embeddings()(tokens)), _hidden(lm, input_ids=tokens)
 
@@ -93,21 +92,18 @@ def _embedded(lm: PreTrainedModel, _: list[Tensor]) -> tuple[Tensor, Tensor]:
 def _right_padded(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, Tensor]:
     """float[1, L, E] of the records, padded as in training, and of each alone."""
     rows = pad_sequence([record[0] for record in records], batch_first=True)
-    together = _hidden(lm, inputs_embeds=rows)
-    alone = [_hidden(lm, inputs_embeds=record)[0] for record in records]
-    return torch.cat([row[: len(own)] for row, own in zip(together, alone, strict=True)])[None], torch.cat(alone)[None]
+    together = zip(_hidden(lm, inputs_embeds=rows), _LENGTHS, strict=True)
+    return torch.cat([row[:length] for row, length in together])[None], _alone(lm, records)
 
 
 def _left_padded(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, Tensor]:
     """float[1, L, E] of the records, padded as in evaluation, and of each alone."""
-    together = _hidden(lm, **_on_the_left(records))
-    alone = [_hidden(lm, inputs_embeds=record)[0] for record in records]
-    found = [row[-len(own) :] for row, own in zip(together, alone, strict=True)]
-    return torch.cat(found)[None], torch.cat(alone)[None]
+    together = zip(_hidden(lm, **_on_the_left(records)), _LENGTHS, strict=True)
+    return torch.cat([row[-length:] for row, length in together])[None], _alone(lm, records)
 
 
 def _cached(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """float[B, tokens, V] of greedy answers to padded prompts, and of prompts and answers in one forward pass."""
+    """float[B, tokens, V] of greedy answers to padded prompts, with a cache and in one forward pass without."""
     given = _on_the_left(records)
     prompts = {"inputs_embeds": given["inputs_embeds"], "attention_mask": given["attention_mask"].long()}
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
@@ -118,7 +114,7 @@ def _cached(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, Tensor]
 
 
 def _on_the_left(records: list[Tensor]) -> dict[str, Tensor]:
-    """One batch of records float[1, L, E], padded before them."""
+    """One batch of records float[1, L, E], padded on the left."""
     rows = pad_sequence([record[0] for record in records], batch_first=True, padding_side="left")
     positions = torch.stack([torch.arange(rows.shape[1]) - rows.shape[1] + record.shape[1] for record in records])
     return {"inputs_embeds": rows, "attention_mask": positions >= 0, "position_ids": positions.clamp(min=0)}
@@ -126,7 +122,7 @@ def _on_the_left(records: list[Tensor]) -> dict[str, Tensor]:
 
 def _packed(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, Tensor]:
     """float[1, L, E] of all records in one row, and of each alone."""
-    alone = [_hidden(lm, inputs_embeds=record) for record in records]
+    alone = _alone(lm, records)
     use_packed_attention(lm)
     positions = torch.cat([torch.arange(length) for length in _LENGTHS])[None]
     together = _hidden(
@@ -136,7 +132,7 @@ def _packed(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, Tensor]
         attention_mask=no_mask(_CPU),
         segments=Segments.of(_LENGTHS, _CPU),
     )
-    return together, torch.cat(alone, dim=1)
+    return together, alone
 
 
 def _block_masked(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -156,15 +152,20 @@ def _block_masked(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, T
     return together, torch.cat([alone[0], *(each[:, shared:] for each in alone[1:])], dim=1)
 
 
+def _alone(lm: PreTrainedModel, records: list[Tensor]) -> Tensor:
+    """float[1, L, E] of each record computed alone, one after another."""
+    return torch.cat([_hidden(lm, inputs_embeds=record) for record in records], dim=1)
+
+
 def _hidden(lm: PreTrainedModel, **inputs: Any) -> Tensor:
     return decoder(lm)(use_cache=False, **inputs).last_hidden_state
 
 
 def _first_layers(lm: PreTrainedModel, longest: int) -> tuple[PreTrainedModel, int | None]:
-    """The same architecture on the CPU with random weights, deep enough to contain every kind of layer.
+    """The same architecture on the CPU with random weights, deep enough to contain every kind of layer; and the length
+    from which its rotary frequencies change, None if no record reaches it.
 
-    Attention windows shorter than `longest` are shortened further, below the length of the records compared here, and
-    the limit of rotary embeddings likewise, which is returned if it is shorter than `longest`.
+    Attention windows and rotary limits below `longest` are lowered further, so that `_compare`'s records exceed them.
     """
     config = copy.deepcopy(lm.config)
     # Flash attention needs a GPU. Not every architecture has SDPA.
@@ -176,7 +177,7 @@ def _first_layers(lm: PreTrainedModel, longest: int) -> tuple[PreTrainedModel, i
             setattr(config, name, _WINDOW)
     limits = []
     ropes = getattr(config, "rope_parameters", None) or {}
-    for settings in (vars(config), ropes, *ropes.values()):  # `rope_parameters` may be one for each type of layer
+    for settings in (vars(config), ropes, *ropes.values()):  # `rope_parameters` may be nested by layer type
         if not isinstance(settings, dict) or settings.get("rope_type", "longrope") != "longrope":
             continue  # the frequencies of other types do not depend on the batch
         if (settings.get(_ROPE_KEY) or longest) < longest:
@@ -186,7 +187,7 @@ def _first_layers(lm: PreTrainedModel, longest: int) -> tuple[PreTrainedModel, i
         if name.startswith("vocab_size"):
             setattr(config, name, _TOKENS)
         elif name.endswith("_token_id"):
-            vars(config)[name] = None  # past the check of some configurations, which insist on a number
+            vars(config)[name] = None  # bypasses the validation of some configurations, which require a number
     with torch.device("meta"):
         small = type(lm)(config).eval()
     layers = decoder_layers(small)
@@ -204,10 +205,10 @@ def _first_layers(lm: PreTrainedModel, longest: int) -> tuple[PreTrainedModel, i
         body = cast(PreTrainedModel, decoder(small))
         body.apply(body._init_weights)
         for parameter in small.parameters():
-            parameter += torch.randn_like(parameter) / 10  # a scale that begins at zero would hide what it scales
+            parameter += torch.randn_like(parameter) / 10  # a scale initialised to zero would hide its branch
     return small, min(limits, default=None)
 
 
 def _kind(layer: nn.Module) -> tuple[str, ...]:
-    """The classes that a layer is made of."""
+    """The classes of a layer's modules."""
     return tuple(type(module).__name__ for module in layer.modules())

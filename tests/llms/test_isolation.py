@@ -93,7 +93,7 @@ UNFIT = {
     # Embeddings of their own for every layer; the second looks ids up by the embeddings, which visual tokens defeat.
     "gemma3n_text": (
         PER_LAYER | {"activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [128] * 4},
-        "computes more from token ids than their embeddings, and images have none",
+        "uses token ids for more than their embeddings, and images have no token ids",
     ),
     "gemma4_text": (PER_LAYER, "cannot be used with images: .*`input_ids`"),
     "bamba": (MIXED["bamba"], r"cannot be used with images: You passed `inputs_embeds` to `\.generate\(\)`"),
