@@ -1,4 +1,4 @@
-"""Language models: any causal LM of transformers, its tokenizer and its chat format, by YAML."""
+"""Language models: any causal LM of transformers with its tokenizer and chat format, configured by YAML."""
 
 from prism_deco.llms.base import LanguageModel
 from prism_deco.llms.build import build_llm

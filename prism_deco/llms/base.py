@@ -1,4 +1,4 @@
-"""A language model: a causal LM of transformers, its tokenizer and its chat format."""
+"""A language model: a causal LM of transformers with its tokenizer and chat format."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _TRIAL = [{"role": "user", "content": "Is it red?"}, {"role": "assistant", "cont
 
 @dataclass
 class LanguageModel:
-    """A causal LM of transformers with the tokenizer and the chat format that belong to it.
+    """A causal LM of transformers with its tokenizer and chat format.
 
     Attributes:
         model: the causal LM; its embedding tables fit the tokenizer.
-        spec: what it was built from.
+        spec: the YAML keys it was built from.
     """
 
     model: PreTrainedModel = field(repr=False)
@@ -40,7 +40,7 @@ class LanguageModel:
         Raises:
             UsageError: it cannot be found, or has more tokens than the model has embeddings.
         """
-        tokenizer = load_tokenizer(self.spec.tokenizer, self.spec.weights, self.spec.hub, self.spec.revision)
+        tokenizer = load_tokenizer(self.spec)
         _add_special_tokens(tokenizer, self.spec)
         tokenizer.chat_template = self.spec.chat_template or own_template(tokenizer, self.spec.name)
         rows = self.embedding_rows
@@ -58,20 +58,16 @@ class LanguageModel:
 
     @property
     def embedding_rows(self) -> int:
-        """Rows of the embedding table: the tokenizer's size or somewhat more."""
+        """Rows of the embedding table: at least the tokenizer's size."""
         return cast(nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence that the model supports, in tokens.
-
-        Raises:
-            UsageError: its architecture does not say.
-        """
+        """Maximum sequence length in tokens; `UsageError` if the architecture does not define it."""
         positions = getattr(self.model.config, "max_position_embeddings", None)
         if positions is None:
             raise UsageError(
-                f"The architecture of {self.spec.name} names no longest sequence: set "
+                f"The architecture of {self.spec.name} does not define a maximum sequence length: set "
                 "llm.architecture.max_position_embeddings=N."
             )
         return int(positions)
@@ -92,11 +88,7 @@ class LanguageModel:
 
     @cached_property
     def prompt_format(self) -> PromptFormat:
-        """The chat format, or the plain one.
-
-        Raises:
-            UsageError: it cannot render an image, a question and an answer.
-        """
+        """The format that `spec.prompt` names; `UsageError` if it cannot render an image, a question and an answer."""
         spec = self.spec
         options = (spec.special_tokens, spec.tokenize, spec.image_slot)
         chosen: PromptFormat
@@ -108,17 +100,17 @@ class LanguageModel:
         return chosen
 
     def render(self, messages: Sequence[Message], num_images: int = 0) -> list[Segment]:
-        """The segments of a conversation; see `PromptFormat.render`. The tokenizer is needed for its own template."""
+        """The segments of a conversation; see `PromptFormat.render`."""
         return self.prompt_format.render(messages, num_images)
 
     def encode(self, messages: Sequence[Message], num_images: int = 0, add_generation_prompt: bool = False) -> Encoded:
         """The tokens of a conversation.
 
-        With `add_generation_prompt` these are exactly the tokens before the answer in training: they are cut
-        from a conversation with an answer. A prompt tokenised by itself may end in other tokens ("ASSISTANT: ").
+        With `add_generation_prompt` these are exactly the tokens before the answer in training, cut from a conversation
+        with an answer. A prompt tokenised on its own may end in different tokens ("ASSISTANT: ").
         """
         if add_generation_prompt:
-            placeholder = {"role": "assistant", "content": "A"}  # any answer that begins with a letter does
+            placeholder = {"role": "assistant", "content": "A"}  # any answer that begins with a letter works
             return prompt_of(self.encode([*messages, placeholder], num_images))
         segments = self.render(messages, num_images)
         return encode_segments(segments, self.tokenizer, self.spec.tokenize, self.prompt_format.image_slot)
@@ -127,10 +119,7 @@ class LanguageModel:
         """The tokens of a question's prompt.
 
         Args:
-            how: `AS_TRAINED`, or the name of another way that the LLM's YAML has (`asks`).
-
-        Raises:
-            UsageError: it has no such way.
+            how: `AS_TRAINED`, or a key of the LLM's `asks`.
         """
         check_ask(self.spec, how)
         text = (self.spec.asks or {}).get(how)

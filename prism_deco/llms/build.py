@@ -1,4 +1,4 @@
-"""From a YAML to a language model."""
+"""Builds language models from their YAML."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def build_llm(
     """Builds a language model.
 
     Args:
-        choice: a YAML name under `conf/llm`, or the mapping such a YAML holds.
+        choice: name of a YAML in `conf/llm`, or its content as a mapping.
         pretrained: load weights, or draw random ones from torch's global generator; None follows the YAML.
-        device: of the model; on "meta" it is the bare architecture, and nothing is loaded.
-        prompt_set: one of the YAML's `prompt_sets`; None is the format it begins with.
-        options: override the YAML's keys (`LLMSpec`).
+        device: where the model lives; "meta" builds the bare architecture and loads nothing.
+        prompt_set: one of the YAML's `prompt_sets`; None keeps its top-level format.
+        options: override keys of the YAML (`LLMSpec`).
 
     Raises:
         UsageError: a key or choice is unknown, or weights cannot be found or do not fit.
@@ -65,7 +65,7 @@ def build_llm(
     model = _load(spec) if pretrained and device.type != "meta" else _random(spec, device)
     llm = LanguageModel(model, spec)
     _fit_embeddings(llm)
-    # Drops the sampling settings and repetition penalties that checkpoints bring: decoding here is greedy.
+    # Drop the checkpoint's sampling settings and repetition penalties: decoding is greedy here.
     model.generation_config = GenerationConfig()
     if spec.quantize is None:
         model.to(device)  # type: ignore[arg-type]
@@ -73,7 +73,7 @@ def build_llm(
 
 
 def check_llm_weights(spec: LLMSpec) -> None:
-    """`UsageError` if pretrained weights are neither on this machine nor to be had from the hub, or a folder is
+    """`UsageError` if pretrained weights are neither on this machine nor available from the hub, or a folder is
     incomplete."""
     if spec.pretrained and not spec.weights:
         _hub_folder(spec, dry_run=True)
@@ -82,7 +82,7 @@ def check_llm_weights(spec: LLMSpec) -> None:
 
 
 def weights_record(spec: LLMSpec) -> dict[str, Any]:
-    """What identifies pretrained weights: where they come from, and the SHA-256 of their files.
+    """Identifies pretrained weights: their source and the SHA-256 of their files.
 
     Raises:
         UsageError: they cannot be found.
@@ -99,7 +99,7 @@ def weights_record(spec: LLMSpec) -> dict[str, Any]:
 
 @lru_cache(maxsize=4)
 def _hash_files(files: tuple[Path, ...], _times: tuple[int, ...]) -> str:
-    """One SHA-256 of several files. A run asks for it at its start and at its end, and they may be tens of GB."""
+    """One SHA-256 of several files, cached: a run needs it at its start and its end, and they may be tens of GB."""
     log.info("Hashing the language model's weights in %s", files[0].parent)
     digest = hashlib.sha256()
     for file in files:
@@ -108,7 +108,7 @@ def _hash_files(files: tuple[Path, ...], _times: tuple[int, ...]) -> str:
 
 
 def weight_map(spec: LLMSpec) -> dict[str, Path] | None:
-    """The safetensors file of each weight, for reading them one by one; None if there are no such files.
+    """The safetensors file of each weight, to read them one by one; None if there are no such files.
 
     Raises:
         UsageError: the weights cannot be found, or belong to another architecture.
@@ -131,7 +131,7 @@ def _random(spec: LLMSpec, device: torch.device) -> PreTrainedModel:
     try:
         with device:
             return AutoModelForCausalLM.from_config(architecture(spec), trust_remote_code=False, **_options(spec))
-    except Exception as error:  # of any class: transformers' own, failed assertions and look-ups, and torch's of sizes
+    except Exception as error:  # of any class: failed validation, assertions, look-ups, and torch's size errors
         if isinstance(error, UsageError) or as_stop(error):
             raise
         if isinstance(error, ImportError | ValueError) and (named := _attention_error(spec, error)):
@@ -145,7 +145,7 @@ def _random(spec: LLMSpec, device: torch.device) -> PreTrainedModel:
 
 
 def _attention_error(spec: LLMSpec, error: Exception) -> UsageError | None:
-    """The error that names `llm.attention`, where that is not installed or not for this architecture."""
+    """The error to raise if `llm.attention` is not installed or the architecture does not support it; else None."""
     if isinstance(error, ValueError) and "attn_implementation" not in str(error):
         return None
     reason = str(error).strip().partition(". ")[0].removesuffix(".")
@@ -156,7 +156,7 @@ def _attention_error(spec: LLMSpec, error: Exception) -> UsageError | None:
 
 def _load(spec: LLMSpec) -> PreTrainedModel:
     if spec.architecture:
-        _random(spec, torch.device("meta"))  # says what is wrong with it, apart from the weights
+        _random(spec, torch.device("meta"))  # reports a wrong architecture before any weights are read
     config = architecture(spec) if spec.architecture else None
     path = _weights_path(spec)
     options = _options(spec) | (quantization(spec.quantize) if spec.quantize else {})
@@ -176,7 +176,7 @@ def _check_architecture(spec: LLMSpec, config: PretrainedConfig, path: Path) -> 
         if isinstance(value, float) and isinstance(found, float):
             is_same = math.isclose(value, found, rel_tol=1e-6)  # GGUF files hold 32 bits
         else:
-            # The vocabulary may have been resized, and nested values have several spellings.
+            # The vocabulary may have been resized, and nested values can be written in several ways.
             is_same = key == "vocab_size" or not isinstance(value, int | float | str) or found == value
         if not is_same:
             raise UsageError(f"The weights in {path} are not those of {spec.name}: {key} is {found}, not {value}.")
@@ -208,7 +208,7 @@ def _hub_folder(spec: LLMSpec, *, dry_run: bool = False) -> Path:
 
 
 def _fit_embeddings(llm: LanguageModel) -> None:
-    """Resizes the embedding tables to what the tokenizer needs; tied tables stay tied."""
+    """Resizes the embedding tables to the tokenizer; tied tables stay tied."""
     spec = llm.spec
     model = llm.model
     rows = llm.embedding_rows
@@ -218,7 +218,7 @@ def _fit_embeddings(llm: LanguageModel) -> None:
     size = spec.tokenizer_size or len(llm.tokenizer)
     wanted = -(-size // multiple) * multiple if multiple else max(size, rows)
     if wanted != rows:
-        # New rows follow the architecture's own initialisation, as in the reference, not the mean of the old rows.
+        # As in the reference, new rows follow the architecture's initialisation, not the mean of the old rows.
         with torch.random.fork_rng(devices=[]):
             model.resize_token_embeddings(wanted, mean_resizing=False)
         for table in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -228,8 +228,9 @@ def _fit_embeddings(llm: LanguageModel) -> None:
 
 
 def added_rows(count: int, width: int, std: float) -> Tensor:
-    """float32[count, width]: rows of an embedding table for tokens that the weights do not cover.
+    """float32[count, width]: embedding rows for added tokens.
 
-    Always the same: a base model that a run only names must come out equal at every load, in every process.
+    Drawn from a fixed seed: a run that stores only the name of its base model must get the same rows at every load, in
+    every process.
     """
     return torch.empty(count, width).normal_(std=std, generator=torch.Generator().manual_seed(0))

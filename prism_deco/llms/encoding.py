@@ -1,4 +1,4 @@
-"""From segments to token ids and labels, and the truncation of both."""
+"""Tokenises segments into ids and labels, and truncates them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Encoded:
 
     Attributes:
         input_ids: token ids.
-        labels: the token itself where it is supervised, -100 elsewhere.
+        labels: the token id where it is supervised, -100 elsewhere.
         rounds: `Segment.round` of each token.
-        image_slots: for each image, the index in `input_ids` before which its visual tokens go.
-        headers: indices of supervised tokens that come before an answer and are part of its prompt.
+        image_slots: for each image, the index in `input_ids` before which its visual tokens are inserted.
+        headers: indices of supervised tokens that precede an answer and are part of its prompt.
     """
 
     input_ids: list[int]
@@ -39,8 +39,8 @@ def encode_segments(
     """Tokenises a rendered conversation.
 
     Args:
-        tokenize: "per_turn" tokenises each segment separately (PRISM), "whole" tokenises everything
-            between two image slots at once (LLaVA); a token then belongs to the segment of its last character.
+        tokenize: "per_turn" tokenises each turn separately (PRISM); "whole" tokenises all text between two image slots
+            at once (LLaVA). A token belongs to the segment of its last character.
         image_slot: see `PromptFormat`; with "after_first_token", all rounds share the first token.
     """
     encoded = Encoded([], [], [], [])
@@ -62,13 +62,10 @@ def encode_segments(
 
 
 def truncate(encoded: Encoded, max_text_tokens: int, *, shorten: bool = True) -> tuple[Encoded, int]:
-    """Cuts a conversation to `max_text_tokens`; returns it and the number of tokens cut.
+    """Truncates a conversation to `max_text_tokens`; returns it and the number of tokens removed.
 
     The end is cut, as in PRISM. If that would leave no supervised token and `shorten` is set, the middle of the first
-    question is cut instead, and the end of its answer if the answer alone takes more than half of the tokens.
-
-    Raises:
-        UsageError: fewer than two tokens are allowed.
+    question is cut instead, and the end of its answer if that takes more than half of the tokens.
     """
     if max_text_tokens < 2:
         raise UsageError(f"max_text_tokens={max_text_tokens} leaves no room for a question and an answer.")
@@ -100,7 +97,7 @@ def prompt_of(encoded: Encoded) -> Encoded:
 
 
 def answers_only(encoded: Encoded) -> Encoded:
-    """The same with no labels but those of the answers."""
+    """The conversation with only the answers labelled, not their headers."""
     labels = [label if _is_answer(encoded, i) else IGNORE for i, label in enumerate(encoded.labels)]
     return replace(encoded, labels=labels, headers=frozenset())
 
@@ -115,7 +112,7 @@ def _chunks(segments: Sequence[Segment], tokenize: str) -> Iterator[list[Segment
         turn: list[Segment] = []
         for segment in segments:
             turn.append(segment)
-            if not segment.header:  # which is of one turn with its answer
+            if not segment.header:  # a header belongs to its answer's turn
                 yield turn
                 turn = []
         if turn:
@@ -132,9 +129,9 @@ def _chunks(segments: Sequence[Segment], tokenize: str) -> Iterator[list[Segment
 
 
 def _tokens(chunk: Sequence[Segment], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, Segment]]:
-    """The token ids of one chunk, each with the segment that it belongs to."""
+    """The token ids of one chunk, each with its segment."""
     text = "".join(s.text for s in chunk)
-    # The template writes the special tokens. `verbose` would warn about long texts, which are cut later.
+    # The template already contains the special tokens. `verbose` would warn about long texts, truncated later.
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=len(chunk) > 1, verbose=False)
     if len(chunk) == 1:
         for token in tokens["input_ids"]:
@@ -146,7 +143,7 @@ def _tokens(chunk: Sequence[Segment], tokenizer: PreTrainedTokenizerBase) -> Ite
 
 
 def _keep(encoded: Encoded, kept: Sequence[int]) -> Encoded:
-    # A slot whose text was cut moves to where that text was; images themselves are never cut.
+    # Images are never cut: a slot within removed text moves to where that text was.
     slots = [sum(index < slot for index in kept) for slot in encoded.image_slots]
     return Encoded(
         [encoded.input_ids[i] for i in kept],

@@ -1,4 +1,4 @@
-"""Parts of any causal LM of transformers, whatever its architecture calls them: layers, activations, buffers."""
+"""Access to the layers, activations and buffers of any causal LM of transformers, independent of attribute names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prism_deco.config.registry import unknown
 from prism_deco.config.schema import ACTIVATION_CHECKPOINTING
 from prism_deco.errors import UsageError
 
-# What `selective` keeps: results that are expensive to compute and cheap to hold.
+# Operators whose results `selective` keeps: expensive to compute, cheap to hold.
 _KEPT = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -37,10 +37,10 @@ def decoder_layers(lm: nn.Module) -> nn.ModuleList:
 
 
 def decoder(lm: PreTrainedModel) -> nn.Module:
-    """The part of a causal LM below its head."""
+    """A causal LM without its head."""
     if lm.base_model is not lm:
         return lm.base_model
-    # Llama 4 calls its decoder otherwise than its class says.
+    # Llama 4's `base_model_prefix` does not name its decoder.
     table = lm.get_input_embeddings()
     return next(part for part in lm.children() if any(module is table for module in part.modules()))
 
@@ -49,9 +49,9 @@ def checkpoint_activations(lm: PreTrainedModel | None, policy: str, blocks: Iter
     """Trades computation for memory in every layer of the LLM.
 
     Args:
-        blocks: of a trained tower, to do the same in.
         policy: none | selective (keep matrix products and attention, recompute the rest) | full (keep the input of
             each layer and recompute everything else, as prismatic-vlms does).
+        blocks: blocks of a trained tower, to treat alike.
     """
     if policy not in ACTIVATION_CHECKPOINTING:
         raise unknown("trainer.activation_checkpointing", policy, ACTIVATION_CHECKPOINTING)
@@ -67,9 +67,9 @@ def checkpoint_activations(lm: PreTrainedModel | None, policy: str, blocks: Iter
 
 
 def fill_buffers(lm: PreTrainedModel) -> None:
-    """Computes, on the CPU, the buffers that no file holds (rotary frequencies, position numbers).
+    """Computes, on the CPU, the buffers that checkpoints lack (rotary frequencies, position numbers).
 
-    For a model that was built on the meta device and then given its weights. As in `from_pretrained`, transformers' own
+    For a model built on the meta device and then given its weights. As in `from_pretrained`, transformers'
     `initialize_weights` fills whatever is not marked as initialised; nothing random is drawn.
     """
     for tensor in chain(lm.parameters(), lm.buffers()):

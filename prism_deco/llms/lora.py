@@ -1,7 +1,7 @@
 """LoRA adapters on a language model or a vision tower, through peft (Hu et al. 2021, arXiv 2106.09685).
 
-Adapters are injected into the model's own module tree: its class, its methods and the names of its modules stay the
-same, and each adapted linear layer is wrapped in one that holds it as `base_layer`.
+Adapters are injected into the model's own module tree: its class, methods and module names stay the same, and each
+adapted linear layer is wrapped in a module that holds it as `base_layer`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prism_deco.errors import UsageError
 from prism_deco.tensors import is_adapter, open_tensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-"""The file of an adapter folder that holds the tensors, next to `adapter_config.json`."""
+"""The tensors in an adapter folder, next to `adapter_config.json`."""
 
 _NAME = "default"
 _PREFIX = "base_model.model."  # of names in a `peft.PeftModel`, which wraps the model
@@ -38,15 +38,15 @@ def add_lora(
 ) -> None:
     """Adds trainable adapters to linear layers and freezes the rest.
 
-    A is drawn from torch's seed (see `draw_lora`) and B is zero, so that the model's output does not change at first.
+    A is drawn from torch's seed (see `draw_lora`) and B is zero, so the model's output does not change at first.
     Adapters of a half-precision base are float32, so that small updates are not lost.
 
     Args:
         r: rank of the update.
         alpha: the update is scaled by alpha / r.
-        dropout: fraction of an adapter's inputs that are dropped in training.
-        base: where the base weights come from, for the record.
-        layers: names of the layers; None are all of a causal LM of transformers but the output head, as in LLaVA.
+        dropout: fraction of an adapter's inputs dropped in training.
+        base: source of the base weights, written to `adapter_config.json`.
+        layers: names of the layers; None takes all of a causal LM of transformers except the output head, as in LLaVA.
 
     Raises:
         UsageError: peft is not installed, or a number is out of range.
@@ -73,8 +73,8 @@ def add_lora(
 def draw_lora(name: str, shape: Sequence[int]) -> Tensor:
     """Initial float32 values of an adapter's tensor, distributed as in peft (B is zero).
 
-    They depend only on torch's seed and the tensor's name, not on earlier draws, so that a model filled tensor by
-    tensor in many processes comes out the same.
+    They depend only on torch's seed and the tensor's name, not on earlier draws, so that a model initialised tensor by
+    tensor in several processes gets the same values.
     """
     tensor = torch.zeros(*shape)
     if ".lora_A." in name:
@@ -87,16 +87,15 @@ def save_lora(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None
     """Writes the adapters in peft's format: `peft.PeftModel.from_pretrained(base, folder)` reads them too.
 
     Args:
-        state: the model's state dict if it had to be gathered; None takes the model's own.
+        state: the gathered state dict of a sharded model; None takes the model's own.
     """
     peft = _peft()
     folder.mkdir(parents=True, exist_ok=True)
-    # peft would otherwise look on the hub whether the base model's embeddings were resized.
+    # Otherwise peft would query the hub to see whether the base model's embeddings were resized.
     tensors = peft.get_peft_model_state_dict(model, dict(state) if state else None, _NAME, save_embedding_layers=False)
     tensors = {f"{_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     (folder / ADAPTER_WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
-    config = cast(Any, model).peft_config[_NAME]
-    config.save_pretrained(folder)
+    cast(Any, model).peft_config[_NAME].save_pretrained(folder)
 
 
 def load_lora(model: nn.Module, folder: Path) -> None:
@@ -108,16 +107,15 @@ def load_lora(model: nn.Module, folder: Path) -> None:
     peft = _peft()
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UsageError(f"{folder / ADAPTER_WEIGHTS} is missing: the run folder is incomplete.")
-    config = peft.LoraConfig.from_pretrained(folder)
-    _inject(model, config)
+    _inject(model, peft.LoraConfig.from_pretrained(folder))
     fill_lora(model, folder)
 
 
 def fill_lora(model: nn.Module, folder: Path) -> None:
-    """Gives a model's adapters the values that `save_lora` wrote.
+    """Loads the values that `save_lora` wrote into a model's adapters.
 
     Raises:
-        UsageError: the adapters cannot be read or do not fit the model.
+        UsageError: they cannot be read or do not fit the model.
     """
     peft = _peft()
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in open_tensors(folder / ADAPTER_WEIGHTS).items()}
@@ -133,7 +131,7 @@ def fill_lora(model: nn.Module, folder: Path) -> None:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Adds the adapters' updates to the base weights and removes the adapters.
+    """Merges the adapters into the base weights and removes them.
 
     Raises:
         UsageError: a merged weight is not finite.

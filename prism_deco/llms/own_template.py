@@ -1,8 +1,8 @@
-"""Chat formats by a tokenizer's own template, whose answers are found without `{% generation %}` marks.
+"""Chat formats from a tokenizer's own template, whose answers are found without `{% generation %}` marks.
 
-The answers are put between two characters that no text has, so that one rendering shows where each begins and ends.
-How a prompt and the answer behind it fit together, and what the template drops of the prompt once the answer is history
-(an empty block of thoughts), is read off a short conversation once.
+Each answer is put between two marker characters, so that one rendering shows where it begins and ends. A short
+conversation, rendered once, shows how a prompt and its answer join, and what the template removes from the prompt once
+the answer is history (an empty thinking block).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from prism_deco.errors import UsageError
 from prism_deco.llms.prompts import PromptFormat
 
-# Stands before the tokenizer's own template. That writes the BOS token without an image; some switch thinking on, and
-# some write today's date, by which the same record would have other tokens tomorrow: this is Llama's own fallback.
+# Prepended to the tokenizer's own template. That writes the BOS token without an image; some enable thinking, and some
+# write today's date, which would change a record's tokens from day to day: this is the fallback of Llama's template.
 _PRELUDE = """\
 {{- bos_token ~ image -}}
 {%- set bos_token = '' -%}
@@ -39,25 +39,21 @@ _WAY_OUT = "Set llm.chat_template to a template of your own with {% generation %
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
-    """The tokenizer's own template, made to write the BOS token and the image slot first.
-
-    Raises:
-        UsageError: it has none.
-    """
+    """The tokenizer's own template, extended to write the BOS token and the image slot first."""
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:
         raise UsageError(f"The tokenizer of {name} has no chat template: set llm.chat_template in its YAML.") from error
-    return template if template.startswith(_PRELUDE) else _PRELUDE + template  # a saved one has it already
+    return template if template.startswith(_PRELUDE) else _PRELUDE + template  # a saved tokenizer has it already
 
 
 @dataclass(frozen=True)
 class OwnTemplate(PromptFormat):
     """A chat format whose template comes with the tokenizer; `template` is from `own_template`.
 
-    Answers are stripped, since many templates do so. An answer and what ends it, a token of `stop_tokens`, are
-    supervised. The end of a prompt that the template drops once its answer is history, as Qwen3 does with an empty
-    block of thoughts, is kept before every answer, unsupervised: each is learned behind the prompt that asks for it.
+    Answers are stripped, as many templates do. An answer and its end, a token of `stop_tokens`, are supervised. Some
+    templates remove the end of a prompt once its answer is history, such as Qwen3's empty thinking block; it is kept
+    before every answer, unsupervised, so that each answer is learned after the prompt that asks for it.
     """
 
     stop_tokens: Sequence[str] = ()
@@ -76,7 +72,7 @@ class OwnTemplate(PromptFormat):
         for answer, after in zip(parts[1::2], parts[2::2], strict=True):
             is_last = len(spans) == len(parts) // 2 - 1
             text += rest.removesuffix(space) + ("" if is_last else thoughts)
-            end = self._end(after if is_last else after[:gap])  # a question may hold a stop token, or end in one
+            end = self._end(after if is_last else after[:gap])  # the next question may contain a stop token
             spans.append((len(text), len(text) + len(space + answer) + end))
             text += space + answer + after[:end]
             rest = after[end:]
@@ -97,12 +93,15 @@ class OwnTemplate(PromptFormat):
         return _MARKS.split(text)
 
     def _around_answers(self, system: bool) -> tuple[str, str, int]:
-        """The end of a prompt that the template drops once its answer is history, the space with which it begins an
-        answer, and the length of what it writes between an answer and the text of the next question.
+        """What the template adds around answers.
+
+        Returns:
+            The end of a prompt that the template removes once its answer is history, the whitespace it writes before an
+            answer, and the length of what it writes between an answer and the text of the next question.
 
         Raises:
-            UsageError: an answer is not rendered right behind the prompt that asks for it, what follows an answer
-                changes more than that, or the next question is not rendered as it is.
+            UsageError: answers do not follow their prompts directly, later messages change earlier ones in other ways,
+                or the text of a question is changed.
         """
         if system not in self._surroundings:
             talk = [_SYSTEM] * system + _TALK
@@ -116,7 +115,7 @@ class OwnTemplate(PromptFormat):
             is_stable = new.startswith(prompt) and not space.strip() and prompt.startswith(opening)
             if not is_stable or both[0] != old or both[2] != second_prompt + space:
                 raise UsageError(
-                    "The tokenizer's chat template does not write an answer right behind the prompt that asks for it, "
+                    "The tokenizer's chat template does not write an answer right after the prompt that asks for it, "
                     "or changes earlier messages when others follow (thinking that cannot be switched off?). "
                     f"{_WAY_OUT}"
                 )
@@ -129,12 +128,12 @@ class OwnTemplate(PromptFormat):
         return self._surroundings[system]
 
     def _end(self, after: str) -> int:
-        """The length of what ends an answer, in the text behind it."""
+        """The length of what ends an answer, in the text after it."""
         ends = [after.find(token) + len(token) for token in self.stop_tokens if token in after]
         if not ends:
             raise UsageError(
-                f"The tokenizer's chat template ends no answer by {' or '.join(self.stop_tokens)}: name the token that "
-                "does in llm.stop_tokens."
+                f"The tokenizer's chat template does not end answers with {' or '.join(self.stop_tokens)}: set "
+                "llm.stop_tokens to the token that does."
             )
         return min(ends)
 

@@ -1,7 +1,7 @@
-"""Attention within each of several records that share one row, without padding.
+"""Attention within each of several records packed into one row, without padding.
 
-`PACKED` is transformers' SDPA attention, restricted to `segments` if a forward pass is given any. A model that is
-switched to it computes padded batches and generation as before.
+`PACKED` is transformers' SDPA attention, restricted to `segments` if a forward pass is given any. Without them
+(padded batches, generation) it is SDPA attention unchanged.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Segments(NamedTuple):
 
     Attributes:
         lengths: positions of each record.
-        bounds: int32[records + 1], where each begins, and where the last one ends.
-        longest: the largest of them.
+        bounds: int32[records + 1], the start of each record and the end of the last (`cu_seqlens`).
+        longest: the largest length.
     """
 
     lengths: tuple[int, ...]
@@ -41,16 +41,16 @@ class Segments(NamedTuple):
 
 
 def no_mask(device: torch.device) -> Tensor:
-    """bool[1, 1, 1, 1]: the mask of packed rows that need none. transformers passes on a ready mask; without one it
-    would build L x L positions."""
+    """bool[1, 1, 1, 1]: a placeholder for rows that need no mask. transformers passes a 4D mask on as it is; without
+    one, it would build an L x L mask."""
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Switches a model to `PACKED` for good: recomputed activations (checkpointing) must find it as well.
+    """Switches a model to `PACKED` permanently, as activation checkpointing recomputes its forward pass later.
 
     Raises:
-        UsageError: the model uses another attention than SDPA.
+        UsageError: the model does not use SDPA.
     """
     used = model.config._attn_implementation
     if used == PACKED:
@@ -75,9 +75,9 @@ def packed_attention(
     """transformers' attention interface.
 
     Args:
-        query, key, value: float[B, heads, L, head_dim]; B is 1 with `segments`; keys may have fewer heads.
-        attention_mask: with `segments`, bool[1, 1, L, L] of allowed pairs (those across segments are
-            ignored), or `no_mask` for causal attention.
+        query, key, value: float[B, heads, L, head_dim]; B is 1 with `segments`; keys and values may have fewer heads.
+        attention_mask: with `segments`, bool[1, 1, L, L] of allowed pairs (those across segments are ignored), or
+            `no_mask` for causal attention.
 
     Returns:
         float[B, L, heads, head_dim], and None for the probabilities.
@@ -90,7 +90,7 @@ def packed_attention(
         )
     causal = attention_mask is None or attention_mask.shape[-1] == 1
     if torch.is_autocast_enabled(query.device.type):
-        # Rotary embeddings leave queries and keys in float32, and autocast does not cover the varlen kernel.
+        # Rotary embeddings return queries and keys in float32, and autocast does not cover the varlen kernel.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if causal and not dropout and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
@@ -99,7 +99,7 @@ def packed_attention(
     return _one_by_one(query, key, value, mask, segments.lengths, dropout, scaling), None  # type: ignore[call-arg]
 
 
-@torch.compiler.disable  # it would be recompiled for the lengths of every batch
+@torch.compiler.disable  # it would recompile for the lengths of every batch
 def _one_by_one(
     query: Tensor,
     key: Tensor,
@@ -119,7 +119,7 @@ def _one_by_one(
         out = F.scaled_dot_product_attention(
             q, k, v, within, dropout, is_causal=within is None, scale=scaling, enable_gqa=grouped
         )
-        parts.append(out.transpose(1, 2))  # the layout that the output layer reads, so that nothing is copied later
+        parts.append(out.transpose(1, 2))  # the output projection's input layout, to avoid a copy
         start = end
     return torch.cat(parts, dim=1)
 
@@ -129,13 +129,13 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scali
     from torch.nn.attention.varlen import varlen_attn
 
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # the oldest supported torch has no grouped heads here
+    if groups > 1:  # the oldest supported torch has no `enable_gqa` here
         key = key.repeat_interleave(groups, 1)
         value = value.repeat_interleave(groups, 1)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    # Not the lengths: compiled layers would be compiled again for every batch's.
+    # Reading `segments.lengths` would recompile compiled layers for every batch.
     bounds, longest = segments.bounds, segments.longest
-    # The window is causal: everything before a position, nothing after it.
+    # (-1, 0) is causal: everything to the left, nothing to the right.
     out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
     assert isinstance(out, Tensor)
     return out[None]

@@ -1,11 +1,11 @@
-"""From messages to segments of text, by a chat template that decides on every token of a conversation.
+"""Renders messages to segments of text by a chat template, which controls every token of a conversation.
 
-A template is Jinja, stands in the LLM's YAML and is rendered by transformers. It writes every special token itself
-and puts supervised text between `{% generation %}` and `{% endgeneration %}`. Besides `messages` and the special
-tokens by name, it receives:
+A template is Jinja in the LLM's YAML, rendered by transformers. It writes every special token itself and puts
+supervised text between `{% generation %}` and `{% endgeneration %}`. Besides `messages` and the special tokens by name,
+it receives:
 
 - `image`: marks where the visual tokens go (right after the BOS token); empty if they go elsewhere;
-- `answer`: marks where an answer begins, in a template that supervises text before it (its header) as well;
+- `answer`: marks where an answer begins, in a template that also supervises text before it (its header);
 - `tokenize`: "per_turn" or "whole", for templates whose spaces depend on it.
 """
 
@@ -24,7 +24,7 @@ from prism_deco.errors import UsageError
 from prism_deco.exits import as_stop
 
 IMAGE_TAG = "<image>"
-"""What marks an image in a user's message (the convention of LLaVA's data)."""
+"""Marks an image in a user's message, as in LLaVA's data."""
 
 PLAIN_TEMPLATE = """\
 {{- bos_token ~ image -}}
@@ -33,8 +33,7 @@ PLAIN_TEMPLATE = """\
 {%- endfor -%}"""
 """LLaVA's alignment prompt: the image and its caption, without the user's question."""
 
-# Mark an image slot and the beginning of an answer in rendered text. Unicode reserves these noncharacters for internal
-# use.
+# Mark an image slot and the start of an answer in rendered text. Unicode reserves these noncharacters for internal use.
 _SENTINEL = "\ufdd0"
 _ANSWER = "\ufdd1"
 
@@ -47,9 +46,9 @@ class Segment:
 
     Attributes:
         text: to be tokenised; empty for an image slot.
-        supervised: whether the loss covers it (the answers with their end token).
+        supervised: whether the loss covers it (answers and their end tokens).
         image: whether it is the slot of one image's visual tokens.
-        header: whether it is supervised text that comes before an answer and is part of its prompt.
+        header: whether it is supervised text that precedes an answer and is part of its prompt.
         round: the question-and-answer round, from 1; 0 for the BOS token and an image slot right after it,
             which all rounds share. Text before the first question belongs to round 1.
     """
@@ -65,15 +64,15 @@ class Segment:
 class PromptFormat:
     """A chat format.
 
-    Special tokens that are spelled out in a message are tokenised as such, as in PRISM and LLaVA.
+    Special tokens spelled out in a message are tokenised as special tokens, as in PRISM and LLaVA.
 
     Args:
         template: Jinja source.
         special_tokens: `bos_token`, `eos_token`, `pad_token`, as templates name them.
         tokenize: passed to the template.
-        image_slot: "after_bos" (PRISM: `<image>` is deleted, messages are stripped), "after_first_token" (the same;
-            slots come first, since only the tokenizer knows what the first token is), or "in_place" (LLaVA: `<image>`
-            moves to the start of its message, a newline follows).
+        image_slot: "after_bos" (PRISM: `<image>` is removed, messages are stripped), "after_first_token" (the same;
+            slots come first, as the first token is known only after tokenisation), or "in_place" (LLaVA: `<image>`
+            moves to the start of its message, followed by a newline).
     """
 
     template: str
@@ -96,8 +95,8 @@ class PromptFormat:
             num_images: images of the conversation.
 
         Raises:
-            UsageError: roles are out of order, there is no answer, images and `<image>` tags do not match, or
-                the format has no place for a message.
+            UsageError: roles are out of order, there is no answer, images and `<image>` tags do not match, or the
+                template cannot render the messages.
         """
         _check_roles(messages)
         image = _SENTINEL * num_images if self.image_slot == "after_bos" else ""
@@ -122,14 +121,14 @@ class PromptFormat:
     def _marked(
         self, messages: Sequence[Message], variables: Mapping[str, Any]
     ) -> tuple[str, Sequence[tuple[int, int]]]:
-        """The text of a conversation, and where each of its supervised parts begins and ends."""
+        """The text of a conversation, and the start and end of each supervised part."""
         (text,), (spans,) = self._render(messages, return_assistant_tokens_mask=True, **variables)
         return text, spans
 
     def _render(self, messages: Sequence[Message], **variables: Any) -> Any:
         try:
             return render_jinja_template([messages], chat_template=self.template, **variables)  # type: ignore[arg-type]
-        except Exception as error:  # of any class: a template computes with what it likes
+        except Exception as error:  # of any class: templates can run arbitrary expressions
             if as_stop(error):
                 raise
             kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
@@ -139,7 +138,7 @@ class PromptFormat:
         bos = self.special_tokens.get("bos_token", "")
         at = 0
         if bos and text.startswith(bos):
-            # Separate, because SentencePiece tokenizers put their dummy space before the text that follows.
+            # Separate, because SentencePiece tokenizers add their dummy prefix to the text that follows.
             yield Segment(bos, supervised=False)
             at = len(bos)
             while text.startswith(_SENTINEL, at):
@@ -157,7 +156,7 @@ class PromptFormat:
 
 
 class PlainFormat(PromptFormat):
-    """LLaVA's alignment prompt (`PLAIN_TEMPLATE`): captions are unchanged, and there is no end token."""
+    """LLaVA's alignment prompt (`PLAIN_TEMPLATE`): captions are not stripped, and there is no end token."""
 
     def _place(self, messages: Sequence[Message], num_images: int) -> list[dict[str, str]]:
         return [{"role": m["role"], "content": _neutral(m["content"]).replace(IMAGE_TAG, "")} for m in messages]
@@ -166,10 +165,10 @@ class PlainFormat(PromptFormat):
 def build_format(
     prompt: str, template: str, special_tokens: Mapping[str, str], tokenize: str, image_slot: str
 ) -> PromptFormat:
-    """The format of that name: "chat" (the LLM's own template) or "plain" (LLaVA's alignment stage)."""
+    """The format called `prompt`: "chat" (the LLM's template) or "plain" (LLaVA's alignment stage)."""
     formats = {
         "chat": PromptFormat(template, special_tokens, tokenize, image_slot),
-        # There is no text before the image, so both slots are the one after BOS.
+        # No text precedes the image, so every image slot is the one after BOS.
         "plain": PlainFormat(PLAIN_TEMPLATE, special_tokens, tokenize, "after_bos"),
     }
     if prompt not in formats:
@@ -178,13 +177,10 @@ def build_format(
 
 
 def ask_segments(ask: str, question: str, num_images: int, image_slot: str) -> list[Segment]:
-    """The segments of a prompt that is another than in training.
+    """The segments of a prompt that differs from training.
 
     Args:
-        ask: text with `{question}`, and with `{image}` where the images go, unless they go behind the first token.
-
-    Raises:
-        UsageError: it has other fields, or no place for the images.
+        ask: text with `{question}`, and with `{image}` unless `image_slot` is after_first_token.
     """
     after_first = image_slot == "after_first_token"
     image = "" if after_first else _SENTINEL * num_images
@@ -233,10 +229,10 @@ def _split_images(text: str, number: int) -> Iterator[Segment]:
 def _tags_first(messages: Sequence[Message], num_images: int) -> list[dict[str, str]]:
     tags = [m["content"].count(IMAGE_TAG) if m["role"] == "user" else 0 for m in messages]
     if sum(tags) > num_images:
-        # In LLaVA a message has one image, however often it says so, and in a conversation without images all is text.
+        # In LLaVA a message has at most one image, however many tags; without images, tags are plain text.
         tags = [min(count, 1, num_images) for count in tags]
     if not any(tags) and num_images:
-        # Questions without tags: as if the first one began with them.
+        # Without tags, all images go to the first question.
         tags[[m["role"] for m in messages].index("user")] = num_images
     if sum(tags) != num_images:
         raise UsageError(
@@ -252,5 +248,5 @@ def _tags_first(messages: Sequence[Message], num_images: int) -> list[dict[str, 
 
 
 def _neutral(text: str) -> str:
-    """The text with U+FFFD for the characters that mark image slots and answers."""
+    """The text with U+FFFD in place of the characters that mark image slots and answers."""
     return text.replace(_SENTINEL, "\ufffd").replace(_ANSWER, "\ufffd")

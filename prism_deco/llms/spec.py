@@ -16,7 +16,7 @@ from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
 
 _TYPO = 0.94
-"""Likeness (`difflib`) from which an unknown key is a misspelt one. Keys of other architectures are less alike."""
+"""Similarity (`difflib`) above which an unknown key is taken for a typo; keys of other architectures are less alike."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,11 @@ class LLMSpec:
     pretrained: bool = True
     """Load weights; false starts from random ones."""
     weights: str | None = None
-    """Local folder, or .safetensors, .gguf or .bin file, to load instead of the hub's weights; `asset:<name>` of the
-    package."""
+    """Local folder, .safetensors, .gguf or .bin file, or `asset:<name>` of the package; None: the hub's weights."""
     tokenizer: str | None = None
     """Local folder, repository, or `asset:<name>` of the package; None: next to the weights, or from `hub`."""
     architecture: Mapping[str, Any] | None = None
-    """`model_type` and its settings, as in the checkpoint's config.json: builds the model without any file."""
+    """`model_type` and its settings, as in the checkpoint's config.json, to build the model without any file."""
     tokenizer_size: int | None = None
     """Size of the tokenizer, added tokens included; None asks the tokenizer."""
     pad_to_multiple_of: int | None = None
@@ -57,18 +56,18 @@ class LLMSpec:
     prompt: str = "chat"
     """chat: `chat_template` | plain: LLaVA's alignment prompt, image and caption only."""
     asks: Mapping[str, str | None] | None = None
-    """Other ways to ask a question than as trained (`evaluate.ask`), by name: text with `{question}`, and with
-    `{image}` unless `image_slot` is after_first_token. None is as trained."""
+    """Alternative prompts for a question (`evaluate.ask`), by name: text with `{question}`, and with `{image}` unless
+    `image_slot` is after_first_token. A value of None is as trained."""
     quantize: str | None = None
-    """nf4: four bits per weight of the linear layers, by bitsandbytes on a GPU (QLoRA); None: as `dtype` says."""
+    """nf4: four bits per weight of the linear layers, through bitsandbytes on a GPU (QLoRA); None: `dtype`."""
     dtype: str = "float32"
-    """Type of the weights; PRISM trains float32 master weights."""
+    """Dtype of the weights; PRISM trains float32 master weights."""
     attention: str = "sdpa"
-    """Attention of transformers: sdpa | eager | flash_attention_2 ..."""
+    """Attention implementation of transformers: sdpa | eager | flash_attention_2 ..."""
 
 
 def read_spec(content: Mapping[str, Any]) -> LLMSpec:
-    """The checked content of a YAML; `UsageError` names a key that is unknown or missing."""
+    """Validates the content of a YAML; `UsageError` if a key is unknown or missing."""
     known = [f.name for f in fields(LLMSpec)]
     for key in content:
         if key not in known:
@@ -83,7 +82,7 @@ def read_spec(content: Mapping[str, Any]) -> LLMSpec:
 
 
 def check_ask(spec: LLMSpec, ask: str) -> None:
-    """`UsageError` unless the LLM can be asked in that way."""
+    """`UsageError` unless `ask` is `AS_TRAINED` or one of the LLM's `asks`."""
     known = [AS_TRAINED, *(spec.asks or {})]
     if ask not in known:
         raise unknown(f"way to ask {spec.name}", ask, known)
@@ -92,7 +91,7 @@ def check_ask(spec: LLMSpec, ask: str) -> None:
 def architecture(spec: LLMSpec) -> PretrainedConfig:
     """The architecture as a configuration of transformers; nothing is read or downloaded."""
     if spec.architecture is None:
-        raise UsageError(f"{spec.name} has no `architecture`, which building it without weights requires.")
+        raise UsageError(f"{spec.name} has no `architecture`, which is required to build it without weights.")
     if not isinstance(spec.architecture, Mapping) or "model_type" not in spec.architecture:
         raise UsageError(f"The architecture of {spec.name} has no model_type; add, for example, `model_type: llama`.")
     kind = str(spec.architecture["model_type"])
@@ -101,7 +100,7 @@ def architecture(spec: LLMSpec) -> PretrainedConfig:
     config_class = CONFIG_MAPPING[kind]
     known = [field.name for field in fields(config_class)] + list(config_class.attribute_map)
     for key in map(str, spec.architecture):
-        # transformers takes any key, and published configurations have some that their class does not know.
+        # transformers accepts any key, and published configurations have some that their class does not define.
         near = [] if key in known else difflib.get_close_matches(key, known, n=1, cutoff=_TYPO)
         if near and not hasattr(config_class(), key):
             raise UsageError(f"llm.architecture.{key} of {spec.name} has no effect: did you mean {near[0]}?")

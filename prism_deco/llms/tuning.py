@@ -1,4 +1,4 @@
-"""How much of a language model or a vision tower is trained, and in which form its frozen weights are held."""
+"""Which weights of a language model or a vision tower are trained, and the format of its frozen weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Tuning:
     """One way to train an LLM or a tower.
 
     Attributes:
-        base: train its own weights; otherwise they stay as they are, bit for bit.
+        base: train the model's own weights; otherwise they stay unchanged, bit for bit.
         adapters: add LoRA adapters and train them.
         quantize: hold the weights in this format (`LLMSpec.quantize`).
     """
@@ -47,18 +47,18 @@ TUNINGS = {
     _LORA: Tuning(base=False, adapters=True),
     _QLORA: Tuning(base=False, adapters=True, quantize="nf4"),
 }
-"""What each choice of `recipe.lm` means, and of `recipe.tower`."""
+"""The choices of `recipe.lm` and `recipe.tower`."""
 
 
 def tuning(name: str) -> Tuning:
-    """The tuning of that name; `UsageError` lists the choices otherwise."""
+    """The tuning called `name`; `UsageError` if there is none."""
     if name not in TUNINGS:
         raise unknown("recipe.lm", name, TUNINGS)
     return TUNINGS[name]
 
 
 def quantization(kind: str) -> dict[str, Any]:
-    """Options of `from_pretrained` that quantise all linear layers but the output head, on this process's GPU.
+    """Options of `from_pretrained` to quantise all linear layers except the output head, on this process's GPU.
 
     Four bits per weight, as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314), through bitsandbytes.
 

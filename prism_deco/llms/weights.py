@@ -34,11 +34,11 @@ def load_lm(path: Path, config: PretrainedConfig | None, **options: Any) -> PreT
 
     Args:
         path: folder in the hub's layout, or a .safetensors, .gguf or .bin file.
-        config: the architecture; needed for .safetensors and .bin files, which do not hold theirs.
-        options: `dtype`, `attn_implementation`.
+        config: the architecture; required for .safetensors and .bin files, which do not contain it.
+        options: passed to `from_pretrained`.
 
     Raises:
-        UsageError: there is nothing usable, or it does not fit the architecture.
+        UsageError: the weights cannot be read or do not fit the architecture.
     """
     if not path.exists():
         raise UsageError(f"llm.weights={path}: there is no such file or folder.")
@@ -58,7 +58,7 @@ def load_lm(path: Path, config: PretrainedConfig | None, **options: Any) -> PreT
 
 
 def check_folder(path: Path) -> None:
-    """`UsageError` if a folder does not hold a complete language model."""
+    """`UsageError` unless a folder holds a complete language model."""
     if not has_weights(path):
         raise UsageError(
             f"llm.weights={path} must hold config.json and all of model*.safetensors (or pytorch_model*.bin)."
@@ -76,7 +76,7 @@ def as_safetensors(folder: Path) -> Path:
         return target
     building = building_folder(target)
     try:
-        # Several converting at once would each hold a shard in memory and write a full copy.
+        # Without the lock, concurrent processes would each hold a shard in memory and write a full copy.
         with (cache_dir() / "converting.lock").open("a") as lock:
             with suppress(OSError):  # file systems without locks
                 fcntl.lockf(lock, fcntl.LOCK_EX)
@@ -85,7 +85,7 @@ def as_safetensors(folder: Path) -> Path:
                 _convert(folder, shards, building)
                 os.replace(building, target)
     except OSError:
-        # Without locks, another process may have finished the same conversion first.
+        # Where locks do not work, another process may have finished the same conversion first.
         if not target.is_dir():
             raise
     finally:
@@ -94,14 +94,14 @@ def as_safetensors(folder: Path) -> Path:
 
 
 def _convert(folder: Path, shards: Sequence[Path], target: Path) -> None:
-    """Writes the tensors of pickled shards, and the configuration that lies next to them, into a new folder."""
+    """Writes pickled shards as safetensors, with the configuration next to them, to a new folder."""
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         # safetensors refuses tensors that share storage.
         tensors = {k: v.clone().contiguous() for k, v in open_tensors(shard).items()}
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(tensors, target / name, metadata={"format": "pt"})
-        (target / name).chmod(target.stat().st_mode & 0o666)  # safetensors lets only the owner read its files
+        (target / name).chmod(target.stat().st_mode & 0o666)  # safetensors creates files readable only by their owner
         weight_map |= dict.fromkeys(tensors, name)
     index = {"metadata": {}, "weight_map": weight_map}
     (target / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -236,13 +236,13 @@ SYSTEM_LAST = """\
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        (OPENED, ONE, "right behind the prompt that asks for it"),  # as models do that always think
+        (OPENED, ONE, "right after the prompt that asks for it"),  # as models do that always think
         (SYSTEM_LAST, SYSTEM + ONE, "changes earlier messages when others follow"),
         (QWEN1_5.replace("message.content +", "(message.content | upper) +"), ONE, "changes the text of an answer"),
         (QWEN1_5.replace("message.content", "message.content[:1]"), ONE, "does not write every answer once"),
         (LOUD, ONE, "changes the text of a question"),
         (QWEN3, talk("Is it?", "<think>No.</think>Yes."), "does not write every answer once"),
-        (QWEN1_5.replace("<|im_end|>", "<|over|>"), ONE, "ends no answer by <|im_end|> or <|endoftext|>"),
+        (QWEN1_5.replace("<|im_end|>", "<|over|>"), ONE, "does not end answers with <|im_end|> or <|endoftext|>"),
         ("{{- '<|endoftext|>' -}}" + QWEN1_5, ONE, "spells out the BOS token"),
         ("{% if %}", ONE, "cannot render"),
         ("{% for m in messages %}{{ loop.index + 'x' }}{% endfor %}", ONE, "cannot render .*: TypeError"),
@@ -270,7 +270,7 @@ STOP_MID = """\
 def test_the_end_of_a_question_is_not_taken_for_that_of_the_answer_before_it(llm_of):
     llm = llm_of(STOP_MID, tokenize="whole")
     assert [s.text for s in llm.render(talk("Is it?", "Yes"), 1) if s.supervised] == ["Yes<|im_end|>"]
-    with pytest.raises(UsageError, match=r"ends no answer by <\|im_end\|> or"):
+    with pytest.raises(UsageError, match=r"does not end answers with <\|im_end\|> or"):
         llm.render(talk("Is it?", "Yes", "Why?", "So."), 1)
 
 
@@ -282,7 +282,7 @@ def test_a_question_may_spell_out_what_ends_an_answer(llm_of):
         llm = llm_of(template, tokenize="whole")
         messages = talk("Is it?", "Yes", "Why <|im_end|> so?", "So.")
         if refused:
-            with pytest.raises(UsageError, match="ends no answer by"):
+            with pytest.raises(UsageError, match="does not end answers with"):
                 llm.render(messages, 1)
         else:
             assert [s.text for s in llm.render(messages, 1) if s.supervised] == ["Yes<|im_end|>", "So.<|im_end|>"]
