@@ -1,4 +1,4 @@
-"""One teacher-forced pass of a language model that keeps its attention probabilities, and their gradients.
+"""One teacher-forced pass of a language model that records attention probabilities, and their gradients.
 
 Shapes: L layers, H query heads (grouped keys are repeated), n positions, E embedding size, T targets.
 """
@@ -22,7 +22,7 @@ from prism_deco.vlm import VLM
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients for the weights, for as long as the context lasts."""
+    """Evaluation mode without gradients for the weights, within the context."""
     training = [part for part in module.modules() if part.training]
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     module.eval()
@@ -38,8 +38,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def float32_weights(module: nn.Module) -> Iterator[None]:
-    """Weights and buffers of half precision in float32 for as long as the context lasts: products of many small
-    derivatives lose their order in bfloat16."""
+    """Half-precision weights and buffers in float32, within the context: in bfloat16, products of many small
+    derivatives lose their ranking."""
     tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
     halves = [tensor for tensor in tensors if tensor.dtype.itemsize < 4]
     before = [tensor.data for tensor in halves]
@@ -54,7 +54,7 @@ def float32_weights(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Plain matrix attention for as long as the context lasts: fused kernels return no probabilities."""
+    """Eager attention within the context, as fused kernels return no probabilities."""
     before = cast(str, model.config._attn_implementation)
     model.set_attn_implementation("eager")
     try:
@@ -69,7 +69,7 @@ class Recording:
 
     Attributes:
         inputs: float[1, n, E], the input embeddings; the leaf of the graph.
-        hidden: L tensors float[1, n, E]: what each layer takes in; the first is not used.
+        hidden: L tensors float[1, n, E]: the input of each layer; the first is not used.
         attentions: L tensors float[1, H, n, n]: probabilities, rows are queries.
         logits: float[T], the logit of each target at the position that predicts it.
         positions: int64[T], those positions.
@@ -84,7 +84,7 @@ class Recording:
     tokens: Tensor
 
     def layers_top_down(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """What each layer takes in, float[1, n, E], and its attention float[1, H, n, n]; the last layer first."""
+        """Each layer's input float[1, n, E] and attention float[1, H, n, n], last layer first."""
         return zip((self.inputs, *self.hidden[1:])[::-1], self.attentions[::-1], strict=True)
 
 
@@ -93,7 +93,7 @@ def record(vlm: VLM, batch: Batch, visual: Tensor, targets: int | None = None) -
 
     Args:
         visual: float[1, M, E], the image's visual tokens.
-        targets: how many of the supervised tokens are targets, from the first; None: all of them.
+        targets: use only the first `targets` supervised tokens; None: all.
     """
     assert len(batch.input_ids) == 1
     positions = (batch.labels[0, 1:] != IGNORE).nonzero()[:targets, 0]
@@ -119,12 +119,12 @@ def batched_gradients(outputs: Tensor, inputs: Sequence[Tensor], gradients: Tens
     """Vector-Jacobian products for T vectors at once.
 
     Args:
-        outputs: float[...], a node of a graph.
-        inputs: nodes that it was computed from.
+        outputs: float[...], a node of the autograd graph.
+        inputs: nodes it was computed from.
         gradients: float[T, ...], the vectors.
 
     Returns:
-        float[T, ...] for each input; zeros where the outputs do not depend on it.
+        float[T, ...] for each input; zeros if the outputs do not depend on it.
     """
     taken: Any = torch.autograd.grad(
         outputs, list(inputs), gradients, retain_graph=True, is_grads_batched=True, allow_unused=True

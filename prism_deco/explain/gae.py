@@ -43,13 +43,13 @@ class Relevance:
         method: one of `METHODS`.
         prompt, answer: the texts.
         tokens: text of each of the T tokens; the token that ends an answer is not among them.
-        words: the tokens merged into words.
+        words: the words that the tokens form.
         text_to_query: float[T, M].
         query_to_patch: float[M, N], or float[T, M, N] where it depends on the token.
         text_to_patch: float[T, N].
         query_grid: (height, width) of the visual tokens.
-        patches: the patch grid, and where it lies on the image.
-        image: the image, for `plot`.
+        patches: the patch grid and its position on the image.
+        image: the original image.
     """
 
     method: str
@@ -72,7 +72,7 @@ class Relevance:
         )
 
     def plot(self) -> Figure:
-        """A figure of the image under the whole answer's map and under each word's."""
+        """A figure with the map of the whole answer and that of each word over the image."""
         from matplotlib.figure import Figure
 
         from prism_deco.explain.render import overlay
@@ -121,10 +121,10 @@ def relevance(
     method: str = "r-gae",
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Relevance:
-    """Explains an answer about an image; the model is left as it was found.
+    """Explains an answer about an image; the model's state is restored afterwards.
 
-    The answer is read by the model once (teacher-forced), and the logit of each of its tokens, at the
-    position that predicts it, is traced back.
+    The model reads the answer once (teacher forcing), and the logit of each of its tokens, at the position that
+    predicts it, is traced back.
 
     Args:
         prompt: the raw question; the chat template is applied.
@@ -133,7 +133,7 @@ def relevance(
         max_new_tokens: length limit of the model's own answer.
 
     Raises:
-        UsageError: an empty answer, too long a text, an unknown method, too little memory.
+        UsageError: the answer is empty, the text too long, the method unknown, or memory insufficient.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)

@@ -1,4 +1,4 @@
-"""Where the patches lie on the original image: crops and padding undone, boxes carried over.
+"""Maps between the patch grid and the original image: undoes crops and padding, converts boxes.
 
 Boxes are (x1, y1, x2, y2). N = h*w patches in row-major order.
 """
@@ -22,8 +22,8 @@ class PatchFrame:
     """The patch grid of one image.
 
     Attributes:
-        frame: from the pixels of the image to those of the tower's input.
-        grid: (height, width) of the patches; it begins in the input's upper left corner.
+        frame: maps pixels of the image to those of the tower's input.
+        grid: (height, width) of the patches; it starts in the input's upper left corner.
         patch_size: side of a patch in pixels of the input.
     """
 
@@ -52,13 +52,13 @@ class PatchFrame:
         return rearrange(rows[:, None] * columns, "h w -> (h w)")
 
     def upsample(self, values: Tensor, size: tuple[int, int]) -> Tensor:
-        """A map over the patches as one over the pixels of the image, or of a scaled copy.
+        """Upsamples a map over the patches to the pixels of the image, or of a scaled copy.
 
         Bilinear between the patches' centres. What the tower did not see (cropped away) gets zero.
 
         Args:
             values: float[N].
-            size: (width, height) of the image's copy.
+            size: (width, height) of the result.
 
         Returns:
             float[height, width].
@@ -78,6 +78,6 @@ class PatchFrame:
 
 
 def _overlap(start: float, end: float, cells: int) -> Tensor:
-    """float[cells]: the share of each unit cell between start and end."""
+    """float[cells]: the fraction of each unit cell between start and end."""
     edge = torch.arange(cells, dtype=torch.float64)
     return ((edge + 1).clamp(max=end) - edge.clamp(min=start)).clamp(min=0).float()

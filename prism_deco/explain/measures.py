@@ -1,7 +1,7 @@
-"""Numbers about maps: do they show what the answer rests on, and do visual tokens look at different places?
+"""Measures of maps: do they show what the answer depends on, and do visual tokens look at different places?
 
-Deletion and insertion ask the model; energy inside the known box and the pointing game (arXiv 1608.00507) read a map on
-the patch grid; redundancy and spread describe the visual tokens' own maps (DeCo, section 3.2 and figure 1).
+Deletion and insertion query the model; energy inside the known box and the pointing game (arXiv 1608.00507) compare a
+map with the box; redundancy and spread describe the visual tokens' own maps (DeCo, section 3.2 and figure 1).
 
 Shapes: M visual tokens, N = h*w patches, K images, S pixels per side, T tokens of the answer. Boxes are in pixels of
 the original image.
@@ -26,7 +26,7 @@ from prism_deco.vlm import VLM
 def energy_in_box(values: Tensor, patches: PatchFrame, box: Box) -> float:
     """The fraction of a map's sum that lies inside a box, 0..1; 0 for a map of zeros.
 
-    A patch counts by the fraction of its area in the box. A uniform map gets the box's fraction of the grid.
+    A patch counts by the fraction of its area in the box, so a uniform map gets the box's fraction of the grid.
 
     Args:
         values: float[N], not negative.
@@ -36,9 +36,9 @@ def energy_in_box(values: Tensor, patches: PatchFrame, box: Box) -> float:
 
 
 def pointing_hit(values: Tensor, patches: PatchFrame, box: Box) -> bool:
-    """Whether the patch with the largest value has its centre inside a box; the first of equal ones counts.
+    """Whether the patch with the largest value (the first of equal ones) has its centre inside a box.
 
-    A box that holds no patch's centre is hit by the patch that covers its own centre.
+    A box that contains no patch's centre is hit by the patch that covers the box's centre.
 
     Args:
         values: float[N].
@@ -61,11 +61,11 @@ def padding_fraction(values: Tensor, patches: PatchFrame) -> float:
 
 
 def redundancy(query_to_patch: Tensor) -> float:
-    """Mean cosine between the maps of two different visual tokens: 1 if all look at the same, 0 if none overlap.
+    """Mean cosine similarity of the maps of two different visual tokens: 1 if all are alike, 0 if none overlap.
 
     Args:
-        query_to_patch: float[M, N], not negative. Maps of zeros have cosine 0 with all others; a single map
-            is not redundant.
+        query_to_patch: float[M, N], not negative. Maps of zeros have similarity 0 to all others; a single map has
+            redundancy 0.
     """
     rows = F.normalize(query_to_patch, dim=1)
     cosines = rows @ rows.T
@@ -74,11 +74,11 @@ def redundancy(query_to_patch: Tensor) -> float:
 
 
 def spread(query_to_patch: Tensor, grid: tuple[int, int]) -> float:
-    """How far a visual token's map reaches: the root mean square distance of its patches from its centre of
-    mass, in fractions of the grid's side, averaged over the tokens. 0 is a single patch, about 0.41 everywhere.
+    """How far a visual token's map extends: the root mean square distance of its patches from its centre of mass, in
+    fractions of the grid's side, averaged over the tokens. A single patch has 0, a uniform map about 0.41.
 
     Args:
-        query_to_patch: float[M, N], not negative. Maps of zeros are left out.
+        query_to_patch: float[M, N], not negative. Maps of zeros are excluded.
     """
     height, width = grid
     y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
@@ -102,17 +102,16 @@ def curves(
     """Deletion and insertion curves of a map (RISE, arXiv 1806.07421, section 4.2).
 
     Patches of the image are painted in the tower's mean colour, the most relevant first (deletion), or a mean-coloured
-    image gets its patches back in that order (insertion). After each step the model is asked how probable the answer
-    is, averaged over its tokens. The area under the curve is small for deletion, and large for insertion, if the map is
-    right.
+    image gets its patches back in that order (insertion). Each step measures the probability of the answer, averaged
+    over its tokens. If the map is right, the area under the curve is small for deletion and large for insertion.
 
     Args:
         encoded: question and answer.
-        targets: how many of the supervised tokens are the answer's, from the first.
+        targets: the first `targets` supervised tokens are the answer.
         pixels: per tower float[1, 3, S, S].
-        scores: float[N], the map in question; of equal scores the first patch goes first.
-        steps: number of equal parts in which the patches go.
-        batch_size: images in one forward pass.
+        scores: float[N], the map; ties are broken by patch index.
+        steps: number of equal steps.
+        batch_size: images per forward pass.
 
     Returns:
         Probability 0..1 of the answer with 0, 1/steps .. 1 of the patches deleted, and inserted: float[steps + 1] each.
@@ -127,13 +126,13 @@ def curves(
 
 
 def area(curve: Tensor) -> float:
-    """The area under a curve over 0..1, by trapezoids."""
+    """The area under a curve over 0..1, by the trapezoidal rule."""
     return float(torch.trapezoid(curve, dx=1 / (len(curve) - 1)))
 
 
 @torch.no_grad()
 def _probabilities(vlm: VLM, encoded: Encoded, targets: int, pixels: Mapping[str, Tensor], kept: Tensor) -> Tensor:
-    """float[K]: the answer tokens' mean probability where only the patches kept, bool[K, N], are seen."""
+    """float[K]: the mean probability of the answer's tokens if only the patches `kept`, bool[K, N], are visible."""
     masked = {
         tower: values * _mask(kept.to(values), values.shape[-1], vlm.backbone.grid) for tower, values in pixels.items()
     }
@@ -146,7 +145,7 @@ def _probabilities(vlm: VLM, encoded: Encoded, targets: int, pixels: Mapping[str
 
 
 def _mask(kept: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
-    """float[K, N] per patch -> float[K, 1, S, S] per pixel; pixels beyond the grid go with their neighbours."""
+    """float[K, N] per patch -> float[K, 1, S, S] per pixel; pixels beyond the grid repeat their neighbours."""
     height, width = grid
     rows, columns = side // height, side // width
     mask = repeat(kept, "k (h w) -> k 1 (h rows) (w columns)", h=height, rows=rows, columns=columns)

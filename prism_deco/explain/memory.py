@@ -1,4 +1,4 @@
-"""The memory that a relevance call needs, checked before it is taken: a CPU has no out-of-memory error to catch."""
+"""Estimates a relevance call's memory in advance: on a CPU there is no out-of-memory error to catch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from prism_deco.errors import UsageError
 
-# Fraction of the free memory to plan with; other processes and the estimate's error take the rest.
+# Fraction of the free memory to use; the rest is for other processes and errors of the estimate.
 _USABLE = 0.7
 
 
@@ -22,13 +22,13 @@ def estimate(config: PretrainedConfig, length: int, dtype: torch.dtype) -> tuple
         dtype: of the activations.
 
     Returns:
-        The forward pass with all attention probabilities, and what each answer token of a batched backward pass adds.
+        Bytes of the forward pass with all attention probabilities, and of each answer token in a batched backward pass.
     """
     size = dtype.itemsize
     layers, width = config.num_hidden_layers, config.hidden_size
     inner = getattr(config, "intermediate_size", 4 * width)
     maps = config.num_attention_heads * length * length
-    # The softmax runs in float32 at least and is cast afterwards: two copies where the types differ.
+    # The softmax runs in float32 or wider and is cast afterwards: two copies if the dtypes differ.
     kept = max(size, 4) + (size if size < 4 else 0)
     graph = layers * (maps * kept + length * (12 * width + 4 * inner) * size) + 3 * maps * max(size, 4)
     graph += graph // 4  # measured peaks were up to an eighth above the sum of the known tensors
@@ -68,6 +68,6 @@ def free_memory(device: torch.device) -> int | None:
     memory = Path("/proc/meminfo")
     if device.type != "cpu" or not memory.is_file():
         return None
-    # What Linux can hand out, including the file cache that it would drop.
+    # MemAvailable includes reclaimable file cache.
     (line,) = [line for line in memory.read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable:")]
     return int(line.split()[1]) * 1024

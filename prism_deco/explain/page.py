@@ -1,4 +1,4 @@
-"""One HTML file that shows the maps of several runs side by side; it needs no network and no server."""
+"""A self-contained HTML file that shows the maps of several runs side by side."""
 
 from __future__ import annotations
 
@@ -29,13 +29,7 @@ _LABELS = {"r-gae": "R-GAE", "attention": "Raw attention"}
 
 @dataclass(frozen=True)
 class Panel:
-    """One run's explanation of an image.
-
-    Attributes:
-        run: its name.
-        projector: the name of its projector.
-        maps: by method; all of the same answer.
-    """
+    """One run's maps of an image, by method; all of the same answer."""
 
     run: str
     projector: str
@@ -44,10 +38,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """An image, a question, and what one or more runs made of it.
+    """An image, a question, and the maps of one or more runs.
 
     Attributes:
-        box: what the question is about, in fractions of the image's sides; None: not known.
+        box: the object in question, in fractions of the image's sides; None if unknown.
     """
 
     image: Image.Image
@@ -57,7 +51,7 @@ class Section:
 
 
 def side_by_side(runs: Sequence[Sequence[Section]]) -> list[Section]:
-    """Sections of several runs joined where image and question are the same; others stay alone, in order."""
+    """Sections of several runs, merged if image and question are the same, in order."""
     joined: dict[tuple[str, bytes], Section] = {}
     for section in (section for sections in runs for section in sections):
         key = (section.prompt, section.image.tobytes())
@@ -67,13 +61,13 @@ def side_by_side(runs: Sequence[Sequence[Section]]) -> list[Section]:
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
-    """Writes the page; every text in it is escaped."""
+    """Writes the page, with all text escaped."""
     data = {"colors": color_anchors(), "labels": _LABELS, "sections": [_section(section) for section in sections]}
-    # No text of the data may end the script element that holds it, or begin a comment in it.
+    # The data must not close the script element that contains it, or start a comment.
     text = json.dumps(data).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
     page = _TEMPLATE.read_text(encoding="utf-8")
     filling = {"%TITLE%": html.escape(title), "%DATA%": text}
-    # In one pass: a title may contain "%DATA%".
+    # In one pass, as a title may contain "%DATA%".
     page = re.sub("%TITLE%|%DATA%", lambda found: filling[found.group()], page)
     with refusals_named(path, "Name another folder with --out.", "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,10 +98,10 @@ def _panel(panel: Panel) -> dict[str, Any]:
 
 
 def _maps(result: Relevance) -> dict[str, Any]:
-    """Maps as bytes, each scaled by its own minimum and maximum, and the fraction of each map that lies in padding:
-    the answer's, then each word's."""
+    """Maps as bytes, each min-max scaled, and the fraction of each map that lies in padding: the answer's, then each
+    word's."""
     words = result.by_word(result.text_to_patch)
-    # Which word looked at a patch most: words differ in strength, so each map counts by its fractions.
+    # To compare words at a patch: maps differ in total strength, so each is normalised to sum to one.
     shares = words / words.sum(dim=1, keepdim=True).clamp(min=torch.finfo(words.dtype).tiny)
     rows = [result.sentence_text_to_patch, *words]
     return {

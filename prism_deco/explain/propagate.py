@@ -1,8 +1,8 @@
 """The relevance rules of Generic Attention Explainability (Chefer et al., arXiv 2103.15679, section 3.2).
 
 DeCo's R-GAE (arXiv 2405.20985, section 3.1) applies them to the language model and to the projector.
-Relevance starts as the identity, and every attention layer adds what it passes on. The rules multiply
-matrices; one row of their product needs vectors only, taken through the layers from the top down:
+Relevance starts as the identity, and every attention layer adds to it. The rules multiply matrices; a single row of
+their product needs only vector-matrix products, from the top layer down:
 
     row p of (I + A_L) ... (I + A_1)  =  ((e_p (I + A_L)) (I + A_{L-1})) ...
 
@@ -19,21 +19,21 @@ from torch import Tensor
 
 
 def weigh(attention: Tensor, gradients: Tensor) -> Tensor:
-    """Attention weighed by what it does for a target: the mean over heads of relu(gradient x attention), eq. 5.
+    """Attention weighted by its gradient: the mean over heads of relu(gradient x attention), eq. 5.
 
     Args:
         attention: float[H, q, k].
         gradients: float[T, H, q, k].
 
     Returns:
-        float[T, q, k], float32 at least.
+        float[T, q, k], float32 or wider.
     """
     dtype = torch.promote_types(attention.dtype, torch.float32)
     return reduce((gradients * attention).relu_().to(dtype), "t h q k -> t q k", "mean")
 
 
 def propagate_row(row: Tensor, weighed: Tensor) -> Tensor:
-    """One layer's self-attention rule on one row of the relevance, from the layer above to the one below.
+    """Applies one layer's self-attention rule to one row of the relevance.
 
     Args:
         row: float[T, n].
@@ -46,10 +46,10 @@ def propagate_row(row: Tensor, weighed: Tensor) -> Tensor:
 
 
 def normalise(relevance: Tensor) -> Tensor:
-    """Rows of what self-attention added (R - I) scaled to sum to one, plus the identity (eqs. 8 and 9).
+    """Scales the rows of what self-attention added (R - I) to sum to one, and adds the identity (eqs. 8 and 9).
 
-    Rows to which nothing was added stay those of the identity; dividing by their zero sums would erase
-    the whole update of a first cross-attention.
+    Rows to which nothing was added remain those of the identity; dividing by their zero sums would erase the update
+    of a first cross-attention.
 
     Args:
         relevance: float[T, M, M].
@@ -59,7 +59,7 @@ def normalise(relevance: Tensor) -> Tensor:
 
 
 def normalise_rows(values: Tensor) -> Tensor:
-    """float[..., M, N] -> the same with rows that sum to one; rows of zeros stay."""
+    """float[..., M, N] with rows scaled to sum to one; rows of zeros are unchanged."""
     total = values.sum(dim=-1, keepdim=True)
     return values / torch.where(total == 0, torch.ones_like(total), total)
 
@@ -67,12 +67,12 @@ def normalise_rows(values: Tensor) -> Tensor:
 def query_to_patch(steps: Iterable[tuple[str, Tensor]], start: Tensor) -> Tensor:
     """Relevance of patches to queries that attend to each other and to the patches.
 
-    The patches do not attend: theirs stays the identity (the encoder-decoder case of the paper).
+    The patches do not attend, so their own relevance stays the identity (the paper's encoder-decoder case).
 
     Args:
         steps: ("self", float[T, M, M]) and ("cross", float[T, M, N]), `weigh` of each layer in order of
             computation.
-        start: float[T, M, N], what the queries hold of the patches before the first layer.
+        start: float[T, M, N], relevance of the patches to the queries before the first layer.
 
     Returns:
         float[T, M, N].

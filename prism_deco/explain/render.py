@@ -11,27 +11,27 @@ from prism_deco.explain.geometry import PatchFrame
 
 
 def _colors(values: np.ndarray) -> np.ndarray:
-    """uint8[..., 3] of values 0..1: dark is low, bright is high, also in greyscale."""
+    """uint8[..., 3] of values 0..1; brightness increases with the value, so it also reads in greyscale."""
     from matplotlib import colormaps  # takes a while to import
 
     return np.asarray(colormaps["inferno"](values, bytes=True))[..., :3]
 
 
 def scaled(values: Tensor) -> Tensor:
-    """Values brought to 0..1 by their minimum and maximum; zeros where all are equal."""
+    """Min-max scaling to 0..1; zeros if all values are equal."""
     low, high = values.min(), values.max()
     return (values - low) / (high - low) if high > low else torch.zeros_like(values)
 
 
 def color_anchors() -> list[list[int]]:
-    """Nine equally spaced colours of the map, 0..255, for the page to interpolate between."""
+    """Nine equally spaced colours of the colour map, 0..255, for the page to interpolate between."""
     return _colors(np.linspace(0, 1, 9)).tolist()
 
 
 def overlay(image: Image.Image, values: Tensor, patches: PatchFrame, *, max_side: int = 768) -> Image.Image:
-    """A map over the original image, in its own aspect ratio.
+    """A map over the original image, in the image's aspect ratio.
 
-    The image is greyed and dimmed where the map is low: its own colours would be read as the map's.
+    The image is greyscale, so that its colours are not mistaken for the map's, and dimmed where the map is low.
 
     Args:
         values: float[N].
@@ -53,17 +53,17 @@ def mosaic(
     query_grid: tuple[int, int],
     patches: PatchFrame,
     *,
-    most: int = 8,
     side: int = 112,
 ) -> Image.Image:
-    """One small overlay per visual token, in the order of their grid (DeCo, figures 1, 3 and 10).
+    """One small overlay per visual token, arranged as their grid (DeCo, figures 1, 3 and 10).
+
+    At most 8 x 8: of a larger grid, evenly spaced visual tokens are shown.
 
     Args:
         query_to_patch: float[M, N].
-        most: rows and columns at most; of a larger grid evenly spaced visual tokens are shown.
-        side: the longer side of one picture in pixels.
+        side: the longer side of one overlay in pixels.
     """
-    rows, columns = (_spaced(size, most) for size in query_grid)
+    rows, columns = (_spaced(size, most=8) for size in query_grid)
     gap = 4
     tiles = [
         [overlay(image, query_to_patch[i * query_grid[1] + j], patches, max_side=side) for j in columns] for i in rows

@@ -1,4 +1,4 @@
-"""What `prism-deco explain` does: one image with pictures and a page, or a set of examples with numbers."""
+"""Runs `prism-deco explain`: one image with pictures and a page, or a set of examples with measures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from prism_deco.vlm import VLM
 log = logging.getLogger(__name__)
 
 RANDOM = "random"
-"""The map of random numbers that every method must beat."""
+"""The baseline: a map of random numbers."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ExplainExample:
 
     Attributes:
         answer: the text to explain; None takes the model's own.
-        box: what the question is about, in fractions of the image's width and height; None: not known.
+        box: the object in question, in fractions of the image's width and height; None if unknown.
         id: its name in `examples.jsonl`.
     """
 
@@ -57,7 +57,7 @@ class ExplainExample:
 
 
 def explain_image(vlm: VLM, llm: LanguageModel, example: ExplainExample, out_dir: Path, *, run: str) -> Section:
-    """Explains one answer by every method and writes what there is to see.
+    """Explains one answer by every method and writes pictures, maps and a page.
 
     Per method a folder with `sentence.png`, `word_NN.png`, `queries.png` (the mosaic), `maps.safetensors`
     (text_to_query, query_to_patch, text_to_patch) and `words.json`; next to them the page `index.html`.
@@ -66,7 +66,7 @@ def explain_image(vlm: VLM, llm: LanguageModel, example: ExplainExample, out_dir
         run: the model's name on the page.
 
     Returns:
-        The page's section, to be shown next to those of other runs (`write_page`).
+        The page's section, for a page with several runs (`write_page`).
     """
     image = open_image(example.image)
     maps = _by_method(vlm, llm, image, example.prompt, example.answer)
@@ -89,14 +89,14 @@ def explain_set(
     seed: int = 0,
     show: int = 8,
 ) -> tuple[dict[str, Any], list[Section]]:
-    """Measures the maps of a set; writes `metrics.json`, `examples.jsonl` and, of the first ones, `index.html`.
+    """Measures the maps of a set; writes `metrics.json`, `examples.jsonl` and `index.html`.
 
     Args:
         run: the model's name in the table and on the page.
-        about: entries for `metrics.json` that say what was measured (benchmark, split, model hash).
-        steps: of the deletion and insertion curves.
-        seed: of the random maps and of the bootstrap.
-        show: examples on the page.
+        about: additional entries for `metrics.json` (benchmark, split).
+        steps: steps of the deletion and insertion curves.
+        seed: seed of the random maps and of the bootstrap.
+        show: number of examples on the page.
 
     Returns:
         The content of `metrics.json`, and the page's sections.
@@ -109,7 +109,7 @@ def explain_set(
     rows: list[dict[str, Any]] = []
     sections: list[Section] = []
     with (out_dir / "examples.jsonl").open("w", encoding="utf-8") as lines:
-        # The run's name would leave the bar no room.
+        # Logged, as the run's name would take the progress bar's room.
         log.info("%s: explaining %d examples", run, len(examples))
         shown = track(examples, "Explaining", console=Console(stderr=True), disable=not sys.stderr.isatty())
         for number, example in enumerate(shown, start=1):
@@ -150,7 +150,7 @@ def explain_set(
 def _by_method(
     vlm: VLM, llm: LanguageModel, image: Image.Image, prompt: str, answer: str | None
 ) -> dict[str, Relevance]:
-    """One answer's maps by every method; R-GAE, which takes the most memory, comes first."""
+    """One answer's maps by every method; R-GAE, which needs the most memory, comes first."""
     maps: dict[str, Relevance] = {}
     for method in METHODS:
         maps[method] = relevance(vlm, llm, image, prompt, answer, method=method)
@@ -167,7 +167,7 @@ def _measure(
     steps: int,
     scores: Tensor,
 ) -> dict[str, float]:
-    """The numbers of one map over the patches, float[N], of the answer in `result`."""
+    """The measures of `scores`, float[N], as a map of the answer in `result`."""
     encoded, ids = encode_answer(llm, result.prompt, result.answer, vlm.projector.num_tokens)
     deletion, insertion = curves(vlm, encoded, len(ids), image_pixels(vlm, image), scores, steps=steps)
     numbers = {"deletion_auc": area(deletion), "insertion_auc": area(insertion)}
@@ -181,13 +181,13 @@ def _measure(
 
 
 def _diversity(result: Relevance) -> dict[str, float]:
-    """What the maps of the visual tokens are like."""
+    """The measures of the visual tokens' own maps."""
     queries = result.sentence_query_to_patch
     return {"query_redundancy": redundancy(queries), "query_spread": spread(queries, result.patches.grid)}
 
 
 def _summary(rows: Sequence[Mapping[str, float]], seed: int) -> dict[str, Any]:
-    """Mean and interval of each number; those that need a box are means over the examples that have one."""
+    """Mean and interval of each measure, over the examples that have it."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: mean_interval([row[name] for row in rows if name in row], seed=seed) for name in names}
 
@@ -198,7 +198,7 @@ def _own_answer(vlm: VLM, llm: LanguageModel, image: Image.Image, prompt: str) -
 
 
 def _projector(vlm: VLM) -> str:
-    """The registered name of the projector's class; the class's own for one that is not registered."""
+    """The projector's registered name, or its class name if it is not registered."""
     kind = type(vlm.projector)
     return next((name for name in PROJECTORS.names() if PROJECTORS.get(name) is kind), kind.__name__)
 

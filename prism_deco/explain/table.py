@@ -1,4 +1,4 @@
-"""Runs side by side in the numbers of their maps."""
+"""Compares runs by the measures of their maps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NAME_WIDTH = 20
 
 
 class MapTable:
-    """One line per run and method; the last measures are left out where the terminal is too narrow for them.
+    """One row per run and method; the last measures are omitted if the terminal is too narrow.
 
     Args:
         runs: contents of `metrics.json`.
@@ -54,7 +54,7 @@ class MapTable:
             made.add_column(_COLUMNS[measure], justify="right")
         for run in self._runs:
             for number, (method, values) in enumerate(run["methods"].items()):
-                # A run's name is one word to rich; it is folded at its hyphens.
+                # rich would not break a run's name; wrap it at its hyphens.
                 names = [*textwrap.wrap(run["run"], _NAME_WIDTH), run["projector"]] if number == 0 else []
                 made.add_row(Text("\n".join(names)), method, *(_cell(values.get(name)) for name in measures))
             made.add_section()

@@ -1,4 +1,4 @@
-"""Text-to-Query: how much each answer token drew on each visual token, through the language model.
+"""Text-to-Query: how much each answer token depends on each visual token, through the language model.
 
 Shapes: T targets, n positions, M visual tokens, E embedding size.
 """
@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 
 
 def propagated_rows(recording: Recording, visual: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """R-GAE: the row of each target's predicting position, at the visual tokens.
+    """R-GAE: the relevance of the visual tokens to each target, at the position that predicts it.
 
     Args:
         visual: bool[n], the positions of the visual tokens.
-        chunk: targets in one batched backward; halved where memory runs out.
+        chunk: targets in one batched backward pass; halved if memory runs out.
 
     Returns:
-        float[T, M], float32 at least, and the gradients of the targets' logits by the visual tokens
+        float[T, M], float32 or wider, and the gradients of the targets' logits with respect to the visual tokens
         float[T, M, E].
     """
     targets = len(recording.tokens)
@@ -46,14 +46,14 @@ def propagated_rows(recording: Recording, visual: Tensor, chunk: int) -> tuple[T
 
 
 def _rows(recording: Recording, chosen: slice) -> tuple[Tensor, Tensor]:
-    """Rows float[T, n] of what all layers add to the relevance, and the gradients by the inputs float[T, n, E].
+    """Rows float[T, n] of what all layers add to the relevance, and the gradients of the inputs float[T, n, E].
 
-    The identity that relevance starts from is left out, as in the authors' code (transformer-explainability, "R - I"):
-    where an answer follows the image directly, its first token is predicted at a visual token, which would count as
-    relevant to itself.
+    The identity that relevance starts from is subtracted, as in the authors' code (transformer-explainability,
+    "R - I"): if an answer directly follows the image, its first token is predicted at a visual token, which would count
+    as relevant to itself.
 
-    The backward pass and the vector rule both go from the top layer down, so they go together: one
-    layer's gradients, float[T, H, n, n], are alive at a time.
+    The backward pass and the vector rule both proceed from the top layer down and are interleaved, so that only one
+    layer's gradients, float[T, H, n, n], are in memory at a time.
     """
     outputs = recording.logits
     gradients = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)[chosen]
@@ -69,7 +69,7 @@ def _rows(recording: Recording, chosen: slice) -> tuple[Tensor, Tensor]:
 
 
 def attention_rows(recording: Recording, visual: Tensor) -> Tensor:
-    """float[T, M]: the attention paid from the predicting positions, averaged over heads and layers."""
+    """float[T, M]: the attention from the predicting positions, averaged over heads and layers."""
     dtype = torch.promote_types(recording.logits.dtype, torch.float32)
     layers = [attention.detach()[0][:, recording.positions][..., visual] for attention in recording.attentions]
     return torch.stack([layer.mean(dim=0, dtype=dtype) for layer in layers]).mean(dim=0)

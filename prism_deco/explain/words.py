@@ -1,4 +1,4 @@
-"""The tokens of an answer, and the words that people read."""
+"""The tokens of an answer, and the words they form."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prism_deco.llms import LanguageModel
 from prism_deco.llms.encoding import Encoded, answers_only
 from prism_deco.sequence import sequence_length
 
-# What a decoder writes for bytes that do not form a whole character yet.
+# Decoders write this for bytes that do not form a whole character yet.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -26,9 +26,9 @@ class Word(NamedTuple):
 
 
 def encode_answer(llm: LanguageModel, prompt: str, answer: str, visual_tokens: int) -> tuple[Encoded, list[int]]:
-    """The conversation, and the ids of the answer's tokens: the first supervised ones.
+    """The conversation, and the ids of the answer's tokens, which are the first supervised ones.
 
-    Left out are the token that ends the answer and whitespace before it: they say nothing about the image.
+    The token that ends the answer and whitespace before it are excluded, as they say nothing about the image.
 
     Raises:
         UsageError: the answer is empty, or the text too long.
@@ -48,10 +48,10 @@ def encode_answer(llm: LanguageModel, prompt: str, answer: str, visual_tokens: i
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What each token adds to the text; they join to the decoded text.
+    """The text that each token adds; joined, they are the decoded text.
 
-    Each is the difference of two decoded prefixes: one by one, tokens lose their leading space (BPE of
-    SentencePiece) or are no valid text (bytes of one character).
+    Each is the difference of two decoded prefixes: decoded alone, tokens lose their leading space (SentencePiece) or
+    are not valid text (single bytes of a character).
     """
     texts: list[str] = []
     done = ""
@@ -67,10 +67,10 @@ def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def merge_words(texts: Sequence[str]) -> list[Word]:
-    """Words as whitespace separates them; a token that touches two words belongs to both.
+    """Words separated by whitespace; a token that overlaps two words belongs to both.
 
-    Tokens of whitespace alone belong to none; one without text (the first bytes of a character) to the
-    word that follows at its place.
+    Whitespace tokens belong to no word; a token without text (the first bytes of a character) belongs to the word that
+    continues there.
     """
     ends = []
     position = 0

@@ -7,8 +7,8 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from prism_deco.explain.query_maps import structural_bound, trace
-from prism_deco.explain.query_maps.gradient import InputGradient
+from prism_deco.explain.query_maps import trace
+from prism_deco.explain.query_maps.gradient import InputGradient, structural_bound
 from prism_deco.projectors import PROJECTORS
 from prism_deco.projectors.base import Projector
 
