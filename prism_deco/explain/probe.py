@@ -1,9 +1,9 @@
-"""What the visual tokens still hold, read without the LLM: probes of a run's projector.
+"""Probes of a run's projector: what information the visual tokens keep, measured without the LLM.
 
-Two readers are fitted to tell the labels of the object in a cell of the image, and which cells hold objects: ridge
-regression, which also predicts the patches' features, and an MLP behind one layer of attention. Both see all tokens of
-an image, so that a projector is not judged by where it keeps things. Beside them stand readers that were fitted on the
-tokens of other images, which learn nothing, and readers of the patches, which hold all that a projector could keep.
+Two probes (readers) are fitted to predict the labels of the object in a cell of the image, and which cells contain
+objects: ridge regression, which also predicts the patches' features, and one layer of attention with an MLP. Both see
+all tokens of an image, so a projector may keep information anywhere. Two references: probes fitted on the tokens of
+other images (chance level), and probes of the patches, an upper bound for a projector.
 
 Shapes: n images to fit on and m to test on, M visual tokens of width E, N patches of width D, T outputs.
 """
@@ -35,20 +35,21 @@ log = logging.getLogger(__name__)
 
 POSITION, RECONSTRUCTION = "position", "reconstruction_r2"
 _LEAST_SEEN = 10
-"""A class with fewer objects to fit on is left out."""
+"""Classes with fewer objects to fit on are ignored."""
 _PENALTIES = tuple(10.0**power for power in range(-4, 4))
-"""Of the ridge, as multiples of the mean eigenvalue; chosen on so many outputs at most, of half a million perhaps."""
+"""Candidate ridge penalties, as multiples of the mean eigenvalue."""
 _CHOSEN_ON = 512
+"""The penalty is chosen on about this many of the outputs, of which there may be half a million."""
 _WIDTH, _EPOCHS, _BATCH = 64, 15, 32
-"""Of the MLP."""
+"""Hyperparameters of the MLP probe."""
 _IMAGES_AT_ONCE = 32
 
 
 class Ridge:
     """Ridge regression with an intercept on standardised inputs, for many outputs at once.
 
-    The penalty is the one with the smallest leave-one-out error, which has a closed form. Works on the n x n Gram
-    matrix, as there are fewer images than inputs.
+    The penalty minimises the leave-one-out error, which has a closed form. Works on the n x n Gram matrix, as there are
+    fewer images than inputs.
 
     Args:
         inputs: float32[n, F].
@@ -61,12 +62,13 @@ class Ridge:
         self._values = values.clamp(min=0)
 
     def gram(self, inputs: Tensor) -> Tensor:
-        """float32[m, F] -> float64[m, n]: products with the images of the fit."""
+        """float32[m, F] -> float64[m, n]: inner products with the fitted images."""
         return (((inputs - self._mean) / self._std) @ self._inputs.T).double()
 
     def predict(self, gram: Tensor, targets: Tensor) -> Tensor:
         """float64[m, T] for the images of a `gram`, fitted to float32[n, T]."""
-        centred = targets.double() - (offset := targets.double().mean(dim=0))
+        offset = targets.double().mean(dim=0)
+        centred = targets.double() - offset
         rotated = self._vectors.T @ centred
         some = slice(None, None, max(1, targets.shape[1] // _CHOSEN_ON))
         penalties = [penalty * self._values.mean().clamp(min=1e-9) for penalty in _PENALTIES]
@@ -75,7 +77,7 @@ class Ridge:
         return gram @ (self._vectors @ (rotated / (self._values + penalty)[:, None])) + offset
 
     def _left_out_error(self, centred: Tensor, rotated: Tensor, penalty: Tensor) -> Tensor:
-        """float64[]: mean squared error where each image is predicted by the fit to all others."""
+        """float64[]: leave-one-out mean squared error."""
         kept = self._values / (self._values + penalty)
         leverage = 1 / len(centred) + self._vectors.square() @ kept
         residual = centred - self._vectors @ (kept[:, None] * rotated)
@@ -84,11 +86,11 @@ class Ridge:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """Images as the readers see them, on the CPU.
+    """The probes' inputs, on the CPU.
 
     Attributes:
         tokens, patches: float32[n, M, E] and float32[n, N, D].
-        objects: the image of each, its middle (x, y) in fractions of what the towers see, and its labels.
+        objects: each object's image index, centre (x, y) in fractions of the tower's input, and labels.
     """
 
     tokens: Tensor
@@ -96,10 +98,11 @@ class _Encoded:
     objects: list[tuple[int, float, float, dict[str, str]]]
 
     def targets(self, label: str, classes: Sequence[str], side: int) -> Tensor:
-        """float32[n, side * side, classes]: 1 where an image has an object of the class in the cell."""
+        """float32[n, side * side, classes]: 1 if an image has an object of the class in the cell."""
         made = torch.zeros(len(self.tokens), side * side, len(classes))
         for row, x, y, labels in self.objects:
-            if (value := labels.get(label)) in classes:
+            value = labels.get(label)
+            if value in classes:
                 made[row, int(y * side) * side + int(x * side), classes.index(value)] = 1.0
         return made
 
@@ -122,7 +125,7 @@ def _encode(vlm: VLM, images: Sequence[LabelledImage], what: str) -> _Encoded:
             for box, labels in labelled.objects:
                 (x1, y1, x2, y2), (height, width) = frame.to_grid(box), frame.grid
                 x, y = (x1 + x2) / (2 * width), (y1 + y2) / (2 * height)
-                if 0 <= x < 1 and 0 <= y < 1:  # a crop may cut it off
+                if 0 <= x < 1 and 0 <= y < 1:  # not cropped away
                     objects.append((row, x, y, labels | {POSITION: POSITION}))
         features = vlm.features({tower: torch.stack([p[tower] for p in pixels]).to(device) for tower in pixels[0]})
         tokens[part] = vlm.project(features).float()
@@ -132,21 +135,21 @@ def _encode(vlm: VLM, images: Sequence[LabelledImage], what: str) -> _Encoded:
 
 @dataclass(frozen=True)
 class _Task:
-    """A label to be read, or `POSITION`: float32[n, cells, classes] and float32[m, cells, classes] of 0 and 1."""
+    """The targets of one label, or of `POSITION`: float32[n, cells, classes] and float32[m, cells, classes], 0 or 1."""
 
     label: str
     fit: Tensor
     test: Tensor
 
     def loss(self, scores: Tensor, rows: Tensor) -> Tensor:
-        """float32[]: mean cross-entropy in nats of float32[rows, cells, classes]. The class of an object competes with
-        the other classes, its place with the image's other cells."""
+        """float32[]: mean cross-entropy in nats of float32[rows, cells, classes], with the softmax over classes, or for
+        positions over the cells of an image."""
         logs = scores.log_softmax(dim=1 if self.label == POSITION else 2)
         return -(logs * self.fit[rows]).sum() / self.fit[rows].sum().clamp(min=1)
 
     def measure(self, scores: Tensor) -> dict[str, Any]:
-        """How many cells with objects get the right class by float[m, cells, classes]; of positions, how many are among
-        as many of the highest scores of their image."""
+        """Accuracy of float[m, cells, classes] over the cells with objects; for positions, the fraction of an image's k
+        cells with objects that are among its k highest scores."""
         if self.label == POSITION:
             ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             hits = (ranks < self.test.sum(dim=1, keepdim=True))[self.test > 0]
@@ -164,7 +167,7 @@ def _tasks(train: _Encoded, test: _Encoded, classes: Mapping[str, Sequence[str]]
 
 
 def _classes(train: _Encoded, test: _Encoded) -> dict[str, tuple[str, ...]]:
-    """By label, the classes that occur often enough to be learnt, where there is something to test."""
+    """By label, the classes with enough objects to fit on, if the test images have any of them."""
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for *_, labels in train.objects:
         for label, value in labels.items():
@@ -181,26 +184,22 @@ def _classes(train: _Encoded, test: _Encoded) -> dict[str, tuple[str, ...]]:
 def probe(
     vlm: VLM, fit: Sequence[LabelledImage], test: Sequence[LabelledImage], *, cells: int = 4, seed: int = 0
 ) -> dict[str, Any]:
-    """Fits the readers on some images and measures them on others.
+    """Fits the probes on some images and measures them on others.
 
     Args:
-        cells: per side of the image, in which labels are read; positions are read in twice as many.
-        seed: of the MLP and of the control's permutation.
+        cells: cells per side of the image in which labels are predicted; positions use twice as many.
+        seed: seed of the MLP and of the control's permutation.
 
     Returns:
-        `classes`: what was told apart, by label. `readers`: by input ("patches", "tokens", "shuffled") and reader
-        ("linear", "mlp"), of each label and of "position" the accuracy {mean, interval95, n} over the cells with
-        objects (of positions: how many are among as many of the highest scores of their image), and
-        "reconstruction_r2": 1 minus the squared error of the patches' features over that of their means.
-
-    Raises:
-        UsageError: there are too few images.
+        `classes`: the classes of each label. `readers`: by input ("patches", "tokens", "shuffled") and reader
+        ("linear", "mlp"), the accuracy {mean, interval95, n} of each label over the cells with objects, that of
+        "position" (`_Task.measure`), and "reconstruction_r2": the R^2 of the patches' features.
     """
     if min(len(fit), len(test)) < 2:
         raise UsageError(f"{len(fit)} images to fit probes on and {len(test)} to test them are too few.")
     train, held_out = _encode(vlm, fit, "Encoding images to fit on"), _encode(vlm, test, "Encoding images to test on")
     classes = _classes(train, held_out)
-    # Ridge regression has weights of its own for every cell, which coarser ones leave more examples.
+    # Ridge regression has separate weights for every cell; coarser cells give each more examples.
     coarse, fine = (_tasks(train, held_out, classes, side, 2 * cells) for side in (cells, 2 * cells))
     own, other = torch.arange(len(fit)), torch.randperm(len(fit), generator=torch.Generator().manual_seed(seed))
     patches, true = train.patches.flatten(1), held_out.patches.flatten(1)
@@ -227,7 +226,7 @@ def probe(
 
 
 class _MLP(nn.Module):
-    """Looks at all tokens from every cell through one layer of attention, and reads what it finds."""
+    """Every cell attends to all tokens in one attention layer; an MLP predicts the classes."""
 
     def __init__(self, inputs: Tensor, side: int, classes: Sequence[int]):
         super().__init__()
@@ -246,7 +245,8 @@ class _MLP(nn.Module):
 
 
 def _mlp(inputs: Tensor, test: Tensor, tasks: Sequence[_Task], order: Tensor, side: int, seed: int) -> list[Tensor]:
-    """Trains on float32[n, M, E], with row i for one of image `order[i]`; scores float32[m, M, E] for every task."""
+    """Trains on `inputs`, float32[n, M, E], with the targets of image `order[i]` for input i; returns the scores of
+    `test`, float32[m, M, E], for every task."""
     mean, std = inputs.mean(dim=(0, 1)), inputs.std(dim=(0, 1)).clamp(min=1e-6)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -268,7 +268,7 @@ def _mlp(inputs: Tensor, test: Tensor, tasks: Sequence[_Task], order: Tensor, si
 
 
 def probe_table(result: Mapping[str, Any]) -> Table:
-    """The content of `probe.json`, one line per input and reader."""
+    """The content of `probe.json`, one row per input and reader."""
     columns = [*result["classes"], RECONSTRUCTION]
     made = Table(
         title=f"{result['run']} ({result['projector']}): read without the LLM from {result['images']['test']} images",

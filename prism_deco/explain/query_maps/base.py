@@ -1,7 +1,7 @@
-"""What Query-to-Patch needs from a projector, and which implementation provides it.
+"""Query-to-Patch for any projector.
 
-A projector's class selects it (`functools.singledispatch`). A projector from outside is served by its
-`query_to_patch()` or by gradients; one with attention of its own adds `@trace.register(ItsClass)`.
+The projector's class selects the implementation (`functools.singledispatch`). The default uses its `query_to_patch()`
+or gradients; a plug-in projector with its own attention can add `@trace.register(ItsClass)`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Project = Callable[[Tensor], Tensor]
 
 @singledispatch
 def trace(projector: Projector, project: Project, features: Tensor) -> QueryMaps:
-    """Runs the projector on one image, keeping what its maps are made of.
+    """Runs the projector on one image and keeps what its maps are computed from.
 
     Args:
-        project: float[1, N, D] -> float[1, M, E]: the projector with whatever the model does to its output.
+        project: float[1, N, D] -> float[1, M, E]: the projector, including the model's post-processing of its output.
         features: float[1, N, D], one image's patch features.
     """
     fixed = projector.query_to_patch()
@@ -38,7 +38,7 @@ def trace(projector: Projector, project: Project, features: Tensor) -> QueryMaps
 
 @contextmanager
 def outputs_of(modules: Iterable[nn.Module]) -> Iterator[list[Any]]:
-    """Collects what modules return, in the order in which they run."""
+    """Collects the outputs of modules, in the order in which they run."""
     outputs: list[Any] = []
     handles = [module.register_forward_hook(lambda _, __, output: outputs.append(output)) for module in modules]
     try:

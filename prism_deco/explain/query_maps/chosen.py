@@ -1,4 +1,4 @@
-"""Chosen patches: a visual token comes from the one that it is."""
+"""Chosen patches: each visual token is one patch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""D-Abstractor: its deformable attention as the dense attention that has the same effect, then the rules.
+"""D-Abstractor: the relevance rules, with deformable attention written as an equivalent dense attention.
 
 What a query samples is linear in the patches' values: with values v_n and samples o_m of one head,
-o_m = sum_n A[m, n] v_n for a matrix A that the sampling locations and weights fix. A is the effective
+o_m = sum_n A[m, n] v_n for a matrix A determined by the sampling locations and weights. A is the effective
 attention, and its gradient follows from that of the samples: dy/dA[m, n] = <dy/do_m, v_n>.
 """
 
@@ -23,12 +23,12 @@ from prism_deco.projectors.windows import shares
 
 
 def effective_attention(sampling: Sampling, grid: tuple[int, int]) -> Tensor:
-    """float[H, M, N]: the share of each patch in what each head of a query sampled.
+    """float[H, M, N]: the weight of each patch in what each head of a query sampled.
 
-    Rows sum to one, less what was sampled outside the grid.
+    Rows sum to one, minus the weight of samples outside the grid.
     """
     patches, heads = grid[0] * grid[1], sampling.weights.shape[2]
-    # Sampling a one-hot code of the patches gives the weight of each of them.
+    # Sampling one-hot codes of the patches yields their weights.
     codes = torch.eye(patches, dtype=sampling.weights.dtype, device=sampling.weights.device)
     codes = codes[None, :, None].expand(1, patches, heads, patches)
     return rearrange(sample(codes, sampling.locations, sampling.weights, grid), "1 m heads n -> heads m n").detach()
@@ -36,8 +36,8 @@ def effective_attention(sampling: Sampling, grid: tuple[int, int]) -> Tensor:
 
 @trace.register(DAbstractor)
 class DAbstractorMaps(QueryMaps):
-    """Pooled features count as patches that the queries hold from the start only where they are content
-    (`query_mode=tgt`); as position embeddings they reach queries and keys, and no values."""
+    """Queries start with the pooled patches only if those are their content (`query_mode=tgt`); as position embeddings
+    they enter queries and keys, but no values."""
 
     def __init__(self, projector: DAbstractor, project: Project, features: Tensor):
         leaf = features.detach().requires_grad_()

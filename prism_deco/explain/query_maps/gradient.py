@@ -1,8 +1,8 @@
-"""Input x gradient through the projector, for those without attention (C-Abstractor) or of unknown type.
+"""Input x gradient through projectors without attention (C-Abstractor) or of unknown type.
 
 s[t, m, n] = relu( sum_d x[n, d] d<v_m, g_tm>/dx[n, d] ), rows scaled to sum to one: how much of the
-target's first-order dependence on visual token v_m (g_tm being the gradient of target t by it) comes
-through patch n.
+target's first-order dependence on visual token v_m (g_tm being the gradient of target t with respect to it)
+comes through patch n.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from prism_deco.projectors.windows import average_matrix
 
 
 class InputGradient(QueryMaps):
-    """By its formula, one backward pass per target and visual token (T*M of them); or the same in forward mode, one
-    derivative per patch (N of them) for all targets and visual tokens together. The cheaper one is used.
+    """Reverse mode takes one backward pass per target and visual token (T*M); forward mode takes one derivative per
+    patch (N) for all targets and visual tokens together. The cheaper one is used.
 
     In forward mode, the derivative of all visual tokens along x_n (the features of patch n, zero elsewhere) is
-    u[m, n] = sum_d x[n, d] dv_m/dx[n, d], so that s[t, m, n] = relu(<u[m, n], g_tm>).
+    u[m, n] = sum_d x[n, d] dv_m/dx[n, d], so s[t, m, n] = relu(<u[m, n], g_tm>).
     """
 
     def __init__(self, projector: Projector, project: Callable[[Tensor], Tensor], features: Tensor):
@@ -41,13 +41,13 @@ class InputGradient(QueryMaps):
     def relevance(self, gradients: Tensor) -> Tensor:
         dtype = torch.promote_types(gradients.dtype, torch.float32)
         backwards, forwards = gradients.shape[0] * gradients.shape[1], self.features.shape[1]
-        # A backward pass costs about twice a forward derivative: it begins with a forward pass of its own.
+        # A backward pass costs about twice a forward derivative, as it needs its own forward pass.
         if 2 * backwards <= forwards:
             products = self._backwards(gradients)
         else:
             try:
                 products = self._forwards(gradients)
-            except NotImplementedError:  # an operation without forward derivatives, such as bilinear sampling
+            except NotImplementedError:  # an operator without forward-mode derivative, such as bilinear sampling
                 products = self._backwards(gradients)
         return normalise_rows(products.to(dtype).relu())
 
@@ -75,7 +75,7 @@ class InputGradient(QueryMaps):
 
     @property
     def _chunk(self) -> int:
-        """Derivatives in one batch, by how many numbers are kept for each."""
+        """Derivatives per batch, so that their intermediate results fit `FLOATS`."""
         patches, channels = self.features.shape[1:]
         return max(1, FLOATS // (patches * channels * 8 + self.tokens.numel()))
 
@@ -83,23 +83,20 @@ class InputGradient(QueryMaps):
         return normalise_rows(structural_bound(self.projector).to(self.features))
 
     def _along(self, tangent: Tensor) -> Tensor:
-        """float[1, N, D] -> float[1, M, E]: the derivative of the visual tokens in that direction."""
+        """float[1, N, D] -> float[1, M, E]: the directional derivative of the visual tokens."""
         return cast(Tensor, torch.func.jvp(self.project, (self.features,), (tangent,))[1])
 
 
 @singledispatch
 def structural_bound(projector: Projector) -> Tensor:
-    """float[M, N] of ones where a patch can reach a visual token by the geometry, zeros elsewhere.
-
-    All ones for a projector that is not known to be local.
-    """
+    """float[M, N]: 1 where the geometry lets a patch reach a visual token, 0 elsewhere; all ones if unknown."""
     return torch.ones(projector.num_tokens, projector.in_grid[0] * projector.in_grid[1])
 
 
 @structural_bound.register
 def _(projector: CAbstractor) -> Tensor:
-    """Pooling windows, widened by one cell per 3x3 convolution behind the pooling and by one patch per
-    convolution before it. Squeeze-and-excitation reaches further, but as one scale per channel."""
+    """Pooling windows, widened by one cell per 3x3 convolution after the pooling and by one patch per convolution
+    before it. Squeeze-and-excitation reaches further, but only as one scale per channel."""
     before, behind = (
         sum(isinstance(part, nn.Conv2d) and part.kernel_size == (3, 3) for part in stage.modules())
         for stage in (cast(nn.Module, projector.stage1), cast(nn.Module, projector.stage2))

@@ -1,4 +1,4 @@
-"""Query-to-Patch maps: the contract, and the maps that the geometry fixes."""
+"""Query-to-Patch maps: the interface, and the maps that the geometry fixes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 FLOATS = 64 * 2**20
-"""Numbers in the intermediate results of a map; more targets or patches are processed in parts."""
+"""Limit on the elements of a map's intermediate results; more targets or patches are processed in parts."""
 
 
 class QueryMaps(ABC):
-    """How the M visual tokens of one image draw on its N patches.
+    """How the M visual tokens of one image depend on its N patches.
 
     Attributes:
         tokens: float[1, M, E], the visual tokens.
@@ -26,15 +26,15 @@ class QueryMaps(ABC):
         """Query-to-Patch relevance.
 
         Args:
-            gradients: float[T, M, E], of T targets' logits by the visual tokens.
+            gradients: float[T, M, E], of T targets' logits with respect to the visual tokens.
 
         Returns:
-            float[M, N], or float[T, M, N] where it depends on the target.
+            float[M, N], or float[T, M, N] if it depends on the target.
         """
 
     @abstractmethod
     def attention(self) -> Tensor:
-        """float[M, N]: the same without any gradient, for comparison."""
+        """float[M, N]: the same without gradients, for comparison."""
 
 
 class Fixed(QueryMaps):
@@ -52,10 +52,5 @@ class Fixed(QueryMaps):
 
 
 def in_parts(relevance: Callable[[Tensor], Tensor], gradients: Tensor, per_target: int) -> Tensor:
-    """`relevance` of as many targets at a time as keep `per_target` numbers each within `FLOATS`.
-
-    Args:
-        relevance: float[T, M, E] -> float[T, M, N].
-        gradients: float[T, M, E].
-    """
+    """`relevance`, float[T, M, E] -> float[T, M, N], of as many targets at a time as fit `FLOATS`."""
     return torch.cat([relevance(part) for part in gradients.split(max(1, FLOATS // per_target))])

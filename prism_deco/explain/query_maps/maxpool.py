@@ -16,9 +16,9 @@ from prism_deco.projectors.pooling import MaxPool
 
 @trace.register(MaxPool)
 class MaxPoolMaps(QueryMaps):
-    """The share of a window's channels that each patch won, channels weighed by |value x gradient|.
+    """The fraction of a window's channels that each patch won, channels weighted by |value x gradient|.
 
-    Without gradients all channels count the same. Rows sum to one.
+    Without gradients all channels have equal weight. Rows sum to one.
     """
 
     def __init__(self, projector: MaxPool, project: Project, features: Tensor):

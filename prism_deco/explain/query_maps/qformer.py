@@ -1,4 +1,4 @@
-"""Q-Former: the relevance rules through its self- and cross-attention."""
+"""Q-Former: the relevance rules applied to its self- and cross-attention."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from prism_deco.projectors.qformer import QFormer
 
 @trace.register(QFormer)
 class QFormerMaps(QueryMaps):
-    """Queries start without patches; the last cross-attention is the raw map."""
+    """Queries start without patches; the last cross-attention is the raw-attention map."""
 
     def __init__(self, projector: QFormer, project: Project, features: Tensor):
         body, queries = cast(Blip2QFormerModel, projector.body), cast(nn.Parameter, projector.queries)
         trained = queries.requires_grad
-        # The first self-attention sees no patches: its graph begins at the learned queries.
+        # The first self-attention does not depend on patches, so its graph must start at the learned queries.
         queries.requires_grad_(True)
         try:
             with eager_attention(body), torch.enable_grad():

@@ -17,8 +17,8 @@ from prism_deco.projectors.resampler import Resampler
 
 @trace.register(Resampler)
 class ResamplerMaps(QueryMaps):
-    """The self-attention rule on patches and latents as one sequence, in which patches do not change: R + A_q R + A_p,
-    where A_p and A_q are what attention gives to patches and to latents."""
+    """The self-attention rule on patches and latents as one sequence, in which patches stay unchanged: R + A_q R + A_p,
+    where A_p and A_q are the attention to patches and to latents."""
 
     def __init__(self, projector: Resampler, project: Project, features: Tensor):
         leaf = features.detach().requires_grad_()
@@ -41,5 +41,5 @@ class ResamplerMaps(QueryMaps):
         return relevance
 
     def attention(self) -> Tensor:
-        """float[M, N]: the last layer's, without what goes to latents."""
+        """float[M, N]: the last layer's, without the attention to latents."""
         return self.probabilities[-1].detach()[0, ..., : self.patches].mean(dim=0)

@@ -1,4 +1,4 @@
-"""Attention within windows: one cross-attention, each query seeing the patches of its window only."""
+"""Attention within windows: one cross-attention, in which each query sees only the patches of its window."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prism_deco.projectors.windows import cut_windows
 @trace.register(MeanQueryPooling)
 @trace.register(TokenPacker)
 class WindowAttentionMaps(QueryMaps):
-    """Queries hold no patches from the start: what they are made of is compared with keys, and is not passed on."""
+    """Queries start without patches: the patches they are pooled from enter attention scores, but no values."""
 
     def __init__(self, projector: MeanQueryPooling | TokenPacker, project: Project, features: Tensor):
         leaf = features.detach().requires_grad_()
@@ -26,7 +26,8 @@ class WindowAttentionMaps(QueryMaps):
         ((_, self.probabilities),) = outputs
         self.patches = features.shape[1]
         numbers = torch.arange(self.patches, dtype=torch.float64, device=features.device)[None, :, None]
-        cut, _ = cut_windows(numbers, projector.in_grid, projector.out_grid)  # fillers have no weight, whatever number
+        # Padding has zero weight, so its number does not matter.
+        cut, _ = cut_windows(numbers, projector.in_grid, projector.out_grid)
         self.numbers = cut[0, ..., 0].long()
 
     def relevance(self, gradients: Tensor) -> Tensor:
