@@ -68,42 +68,34 @@ class Recording:
     """A forward pass, as nodes of one autograd graph.
 
     Attributes:
-        inputs: float[1, n, E], the input embeddings; the leaf of the graph.
-        hidden: L tensors float[1, n, E]: the input of each layer; the first is not used.
+        inputs: L tensors float[1, n, E]: the input of each layer; the first, the embeddings, is the leaf of the graph.
         attentions: L tensors float[1, H, n, n]: probabilities, rows are queries.
         logits: float[T], the logit of each target at the position that predicts it.
         positions: int64[T], those positions.
-        tokens: int64[T], token ids of the targets.
     """
 
-    inputs: Tensor
-    hidden: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
     attentions: tuple[Tensor, ...]
     logits: Tensor
     positions: Tensor
-    tokens: Tensor
-
-    def layers_top_down(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each layer's input float[1, n, E] and attention float[1, H, n, n], last layer first."""
-        return zip((self.inputs, *self.hidden[1:])[::-1], self.attentions[::-1], strict=True)
 
 
-def record(vlm: VLM, batch: Batch, visual: Tensor, targets: int | None = None) -> Recording:
+def record(vlm: VLM, batch: Batch, visual: Tensor, targets: int) -> Recording:
     """Runs a batch of one sequence; the model must be `frozen` and have `eager_attention`.
 
     Args:
         visual: float[1, M, E], the image's visual tokens.
-        targets: use only the first `targets` supervised tokens; None: all.
+        targets: the first `targets` supervised tokens are the targets.
     """
     assert len(batch.input_ids) == 1
     positions = (batch.labels[0, 1:] != IGNORE).nonzero()[:targets, 0]
     tokens = batch.labels[0, positions + 1]
-    inputs = vlm.embed(batch, visual).detach().requires_grad_()
+    embeddings = vlm.embed(batch, visual).detach().requires_grad_()
     body = decoder(vlm.lm)
     with torch.enable_grad():
         # One sequence of one round without padding: `turn_mask` makes no difference here.
         output = body(
-            inputs_embeds=inputs,
+            inputs_embeds=embeddings,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             use_cache=False,
@@ -111,8 +103,9 @@ def record(vlm: VLM, batch: Batch, visual: Tensor, targets: int | None = None) -
             output_hidden_states=True,
         )
         logits = vlm.logits(output.last_hidden_state[0, positions]).gather(1, tokens[:, None])[:, 0]
-    layers = len(output.attentions)
-    return Recording(inputs, tuple(output.hidden_states[:layers]), output.attentions, logits, positions, tokens)
+    # The first hidden state is not the leaf in models that scale their embeddings; the last is the model's output.
+    inputs = (embeddings, *output.hidden_states[1 : len(output.attentions)])
+    return Recording(inputs, output.attentions, logits, positions)
 
 
 def batched_gradients(outputs: Tensor, inputs: Sequence[Tensor], gradients: Tensor) -> tuple[Tensor, ...]:

@@ -27,7 +27,7 @@ def propagated_rows(recording: Recording, visual: Tensor, chunk: int) -> tuple[T
         float[T, M], float32 or wider, and the gradients of the targets' logits with respect to the visual tokens
         float[T, M, E].
     """
-    targets = len(recording.tokens)
+    targets = len(recording.logits)
     rows, gradients = [], []
     start = 0
     while start < targets:
@@ -57,11 +57,11 @@ def _rows(recording: Recording, chosen: slice) -> tuple[Tensor, Tensor]:
     """
     outputs = recording.logits
     gradients = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)[chosen]
-    length = recording.inputs.shape[1]
+    length = recording.inputs[0].shape[1]
     dtype = torch.promote_types(outputs.dtype, torch.float32)
     start = torch.eye(length, dtype=dtype, device=outputs.device)[recording.positions[chosen]]
     row = start
-    for layer_input, attention in recording.layers_top_down():
+    for layer_input, attention in zip(recording.inputs[::-1], recording.attentions[::-1], strict=True):
         gradients, by_attention = batched_gradients(outputs, (layer_input, attention), gradients)
         row = propagate_row(row, weigh(attention.detach()[0], by_attention[:, 0]))
         outputs = layer_input

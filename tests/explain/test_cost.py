@@ -83,7 +83,7 @@ def test_a_call_costs_little_more_than_its_forward_and_backward_passes(small, pi
             with torch.no_grad():
                 visual = vlm.project(features)
             recording = record(vlm, batch, visual, targets=len(ids))
-            inputs = (recording.inputs, *recording.attentions)
+            inputs = (recording.inputs[0], *recording.attentions)
             by_input = batched_gradients(recording.logits, inputs, torch.eye(len(ids)))[0]
             through_projector(vlm, features, by_input[:, 0, batch.visual[0]])
 
