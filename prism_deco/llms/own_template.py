@@ -56,7 +56,7 @@ class OwnTemplate(PromptFormat):
     before every answer, unsupervised, so that each answer is learned after the prompt that asks for it.
     """
 
-    stop_tokens: Sequence[str] = ()
+    stop_tokens: Sequence[str]
     _surroundings: dict[bool, tuple[str, str, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def _marked(

@@ -77,8 +77,8 @@ class PromptFormat:
 
     template: str
     special_tokens: Mapping[str, str]
-    tokenize: str = "per_turn"
-    image_slot: str = "after_bos"
+    tokenize: str
+    image_slot: str
 
     def __post_init__(self):
         if self.image_slot not in IMAGE_SLOT:

@@ -59,11 +59,11 @@ class GatedMLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-def init_normal(module: nn.Module, std: float = 0.02) -> None:
-    """Honeybee's initialisation, for `Module.apply`: weights of linear layers, convolutions and
-    embeddings from N(0, std), biases zero; norms keep their ones and zeros."""
+def init_normal(module: nn.Module) -> None:
+    """Honeybee's initialisation, for `Module.apply`: weights of linear layers, convolutions and embeddings from
+    N(0, 0.02), biases zero; norms keep their ones and zeros."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
-        nn.init.normal_(module.weight, std=std)
+        nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
         nn.init.zeros_(module.bias)
 
