@@ -59,6 +59,7 @@ class Trunk(nn.Module):
         taken = self.vit.forward_intermediates(
             pixels, indices=self.taps, stop_early=True, output_fmt="NLC", intermediates_only=True
         )
+        # open_clip returns a dict, timm a list.
         outputs = taken["image_intermediates"] if isinstance(taken, dict) else taken
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 

@@ -79,6 +79,7 @@ class Ridge:
     def _left_out_error(self, centred: Tensor, rotated: Tensor, penalty: Tensor) -> Tensor:
         """float64[]: leave-one-out mean squared error."""
         kept = self._values / (self._values + penalty)
+        # The diagonal of the hat matrix; 1/n is the intercept's share.
         leverage = 1 / len(centred) + self._vectors.square() @ kept
         residual = centred - self._vectors @ (kept[:, None] * rotated)
         return (residual / (1 - leverage).clamp(min=1e-6)[:, None]).square().mean()

@@ -141,6 +141,7 @@ def _block_masked(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, T
     shared = prefix.shape[1]
     alone = [_hidden(lm, inputs_embeds=torch.cat([prefix, each], dim=1)) for each in rounds]
     owner = torch.repeat_interleave(torch.arange(len(records)), torch.tensor(_LENGTHS))
+    # Every position sees the prefix and its own round.
     sees = (owner[None, :] == 0) | (owner[None, :] == owner[:, None])
     positions = [torch.arange(shared), *(shared + torch.arange(each.shape[1]) for each in rounds)]
     together = _hidden(

@@ -68,7 +68,7 @@ class OwnTemplate(PromptFormat):
         thoughts, space, gap = self._around_answers(messages[0]["role"] == "system")
         text = ""
         spans = []
-        rest = parts[0]
+        rest = parts[0]  # text after the last answer's end, with the space that belongs to the next answer
         for answer, after in zip(parts[1::2], parts[2::2], strict=True):
             is_last = len(spans) == len(parts) // 2 - 1
             text += rest.removesuffix(space) + ("" if is_last else thoughts)

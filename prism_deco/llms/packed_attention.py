@@ -83,7 +83,7 @@ def packed_attention(
         float[B, L, heads, head_dim], and None for the probabilities.
     """
     if segments is None:
-        if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:
+        if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:  # `no_mask`, for a packed row
             raise UsageError(f"{type(module).__name__} does not pass on `segments`. Set recipe.packing=false.")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options

@@ -86,6 +86,7 @@ def window_patches(size: int, out: int, device: torch.device | None = None) -> T
     """int64[out, K]: the patches of each window, K being the size of the largest; smaller windows repeat their last
     patch."""
     start, end = window_bounds(size, out, device)
+    # In Python: reading it from a tensor would synchronise a GPU, and fail on the meta device.
     largest = max(-(-(index + 1) * size // out) - index * size // out for index in range(out))
     return torch.minimum(start[:, None] + torch.arange(largest, device=device), end[:, None] - 1)
 
