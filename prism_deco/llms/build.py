@@ -88,10 +88,10 @@ def weights_record(spec: LLMSpec) -> dict[str, Any]:
         UsageError: they cannot be found.
     """
     path = _weights_path(spec)
-    # A snapshot's folder is named after its commit.
-    shipped = (spec.weights or "").startswith(ASSET)
-    local = {"path": spec.weights if shipped else str(path.resolve())}
-    source = local if spec.weights else {"hub": spec.hub, "revision": path.name}
+    if spec.weights:
+        source = {"path": spec.weights if spec.weights.startswith(ASSET) else str(path.resolve())}
+    else:
+        source = {"hub": spec.hub, "revision": path.name}  # a snapshot's folder is named after its commit
     files = weight_files(path)
     digest = _hash_files(tuple(files), tuple(file.stat().st_mtime_ns for file in files))
     return {"name": spec.name, **source, "sha256": digest}

@@ -164,7 +164,7 @@ def _hidden(lm: PreTrainedModel, **inputs: Any) -> Tensor:
 
 def _first_layers(lm: PreTrainedModel, longest: int) -> tuple[PreTrainedModel, int | None]:
     """The same architecture on the CPU with random weights, deep enough to contain every kind of layer; and the length
-    from which its rotary frequencies change, None if no record reaches it.
+    above which its rotary frequencies change, None if no record is that long.
 
     Attention windows and rotary limits below `longest` are lowered further, so that `_compare`'s records exceed them.
     """
