@@ -118,6 +118,7 @@ def curves(
     """
     rank = torch.empty(len(scores), dtype=torch.long)
     rank[scores.argsort(descending=True, stable=True).cpu()] = torch.arange(len(scores))
+    # Row k marks the k / steps most relevant patches.
     gone = rank < torch.round(torch.linspace(0, 1, steps + 1) * len(scores))[:, None]
     kept = torch.cat([~gone, gone])
     parts = [_probabilities(vlm, encoded, targets, pixels, part) for part in kept.split(batch_size)]
