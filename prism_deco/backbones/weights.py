@@ -63,7 +63,8 @@ def locate(
         "read), or start from random weights with backbone.pretrained=false."
     )
     if weights is not None:
-        path = ASSETS / f"{weights.removeprefix(ASSET)}.safetensors" if weights.startswith(ASSET) else Path(weights)
+        is_asset = weights.startswith(ASSET)
+        path = ASSETS / f"{weights.removeprefix(ASSET)}.safetensors" if is_asset else Path(weights).expanduser()
         if not path.exists():
             raise UsageError(f"There are no weights of {name} at {path}. {way_out}")
         return path

@@ -131,7 +131,8 @@ def _parse_text(text: str) -> str | None:
         except _NOT_YAML:  # several quoted words: 'a' or 'b'
             return text
         return value if isinstance(value, str) else text
-    return text
+    # A shell leaves the `~` of `data.json=~/mix.json` as it is.
+    return str(Path(text).expanduser()) if text.startswith("~/") else text
 
 
 def value_text(key: str, value: Any, *, is_text: bool | None = None) -> str:

@@ -379,6 +379,12 @@ def test_the_hub_is_asked_for_the_file_of_the_yaml(monkeypatch, tmp_path):
     assert asked == [("owner/repo", "model.safetensors")]
 
 
+def test_weights_of_a_yaml_may_lie_in_the_home_folder(monkeypatch, tmp_path):
+    (tmp_path / "tower.safetensors").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert weights.locate("x", "~/tower.safetensors", None, None, None) == tmp_path / "tower.safetensors"
+
+
 def test_ensemble_reads_a_folder_per_tower(tmp_path):
     states = {}
     for name in ("mini_dinov2", "mini_siglip"):

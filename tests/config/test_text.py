@@ -90,6 +90,13 @@ def test_numbers_stay_numbers():
     assert config.data.train_images == 10
 
 
+def test_the_home_folder_is_written_out_where_a_shell_does_not(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = load_config(["data=llava", "data.json=~/mix.json", "data.image_root='~/images'"])
+    assert config.data.json == "/home/ada/mix.json"
+    assert config.data.image_root == "~/images"
+
+
 def test_a_yaml_of_ones_own_may_leave_out_the_quotes(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("family: llava\njson: 2024\nimage_root: 007  # the images\nlimit: 0x10\n")
