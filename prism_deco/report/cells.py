@@ -188,7 +188,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class SeedGroup:
-    """The runs that differ only in their seed: one line of a table."""
+    """The runs that differ only in their seed: one line of a table.
+
+    Attributes:
+        cells: none for a line of the paper that was not run.
+    """
 
     row: str
     variant: str
@@ -200,7 +204,7 @@ class SeedGroup:
 
     @property
     def control(self) -> bool:
-        return self.cells[0].control
+        return bool(self.cells) and self.cells[0].control
 
     @property
     def family(self) -> str:
@@ -270,7 +274,7 @@ class SeedGroup:
     def missing(self) -> str:
         """The text in place of a missing score."""
         states = dict.fromkeys(cell.state for cell in self.cells)
-        return "/".join("not scored" if state in THROUGH else state for state in states)
+        return "/".join("not scored" if state in THROUGH else state for state in states) or "not run"
 
 
 def _summary(values: Sequence[float], interval: tuple[float, float], planned: int, maximum: float) -> Summary:

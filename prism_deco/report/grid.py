@@ -28,34 +28,18 @@ class ScoreRow:
     """A row of a table.
 
     Attributes:
-        group: None if the study has no such run.
+        group: without cells if the study has no such run.
         paper: the paper's scores by benchmark; empty if it has none.
         about: the models of the row, shown in smaller print.
-        cited: the paper took these numbers from elsewhere; ours are not compared with them.
+        cited: the paper quotes these numbers from another one; ours are not compared with them.
     """
 
     row: str
     variant: str
-    group: SeedGroup | None
+    group: SeedGroup
     paper: Mapping[str, float]
     about: tuple[str, ...] = ()
     cited: bool = False
-
-    def asked_as(self, benchmark: str, split: str) -> str:
-        return self.group.asked_as(benchmark, split) if self.group else ""
-
-    def summary(self, benchmark: str, split: str) -> Summary | None:
-        return self.group.summary(benchmark, split) if self.group else None
-
-    @property
-    def missing(self) -> str:
-        """Why the score is missing."""
-        return self.group.missing if self.group else "not run"
-
-    @property
-    def planned(self) -> int:
-        """How many seeds there should be."""
-        return len(self.group.cells) if self.group else 0
 
 
 @dataclass(frozen=True)
@@ -83,7 +67,7 @@ class ScoreTable:
 
     @property
     def groups(self) -> list[SeedGroup]:
-        return [row.group for row in self.rows if row.group is not None]
+        return [row.group for row in self.rows if row.group.cells]
 
     @property
     def cells(self) -> list[RunCell]:
@@ -109,7 +93,7 @@ class ScoreTable:
         for row in self.rows:
             if row.variant == variant and not row.cited:
                 for name in self.benchmarks:
-                    summary = row.summary(name, self.split)
+                    summary = row.group.summary(name, self.split)
                     found[row.row, name] = summary.mean if summary else None
         return found
 
@@ -171,7 +155,7 @@ def _table(
     split: str,
     blind_cells: Sequence[RunCell],
 ) -> ScoreTable:
-    groups = [row.group for row in rows if row.group is not None]
+    groups = [row.group for row in rows if row.group.cells]
     chances = {}
     for name in benchmarks:
         scores = [score for group in groups for score in group.scores(name, split).values()]
@@ -180,9 +164,9 @@ def _table(
             chances[name] = level
     blinds = {}
     for row in dict.fromkeys(row.row for row in rows):
-        own = [other.group for other in rows if other.row == row and other.group]
+        own = [other.group for other in rows if other.row == row]
         members = [cell for group in own for cell in group.cells]
-        # Where every line of a part has settings of its own, so has the study's image-blind baseline.
+        # In a sweep with parts each line may have its own settings, and so may the image-blind baseline.
         values = blind(members, blind_cells, split) or (mean_scores(blind_cells, split) if part else {})
         if values:
             blinds[row] = values
@@ -198,7 +182,9 @@ def _paper_rows(table: int, groups: Sequence[tuple[str, SeedGroup]]) -> list[Sco
         about = (theirs[0].backbone, theirs[0].llm)
         for row in theirs:
             if row.cited:
-                rows.append(ScoreRow(setting, f"{row.projector} (LLaVA-1.5)", None, row.scores, about, cited=True))
+                variant = f"{row.projector} (LLaVA-1.5)"
+                no_runs = SeedGroup(setting, variant, ())
+                rows.append(ScoreRow(setting, variant, no_runs, row.scores, about, cited=True))
         scores = {row.projector: row.scores for row in theirs if not row.cited}
         own = [group for name, group in groups if name == setting]
         # Several of our rows may have one setting (an axis of recipes, say): each is shown next to the paper's.
@@ -206,8 +192,8 @@ def _paper_rows(table: int, groups: Sequence[tuple[str, SeedGroup]]) -> list[Sco
         for name in names:
             members = {group.variant: group for group in own if group.row == name}
             for variant in sorted({*scores, *members}, key=lambda variant: projector_rank(variant.partition(",")[0])):
-                group = members.get(variant)
-                numbers = scores.get(group.projector if group else variant, {})
+                group = members.get(variant) or SeedGroup(name, variant, ())
+                numbers = scores.get(group.projector if group.cells else variant, {})
                 rows.append(ScoreRow(name if len(names) > 1 else setting, variant, group, numbers, about))
     return rows
 
@@ -227,20 +213,20 @@ def score_records(table: ScoreTable) -> list[dict[str, Any]]:
     found = []
     for row in table.rows:
         for name in table.benchmarks:
-            summary = row.summary(name, table.split)
+            summary = row.group.summary(name, table.split)
             printed = row.paper.get(name)
             low, high = summary.interval if summary else (None, None)
             found.append(
                 _place(table, row, name)
                 | {
-                    "variant": row.asked_as(name, table.split) or None,
+                    "variant": row.group.asked_as(name, table.split) or None,
                     "score": summary.mean if summary else None,
                     "low95": low,
                     "high95": high,
                     "deviation": summary.deviation if summary else None,
                     "seeds": summary.seeds if summary else 0,
-                    "planned_seeds": row.planned,
-                    "missing": None if summary else row.missing,
+                    "planned_seeds": len(row.group.cells),
+                    "missing": None if summary else row.group.missing,
                     "paper": printed,
                     "difference": summary.mean - printed if summary and printed is not None else None,
                     "chance": table.chance.get(name),
@@ -255,18 +241,18 @@ def secondary_records(table: ScoreTable) -> list[dict[str, Any]]:
     found = []
     for row in table.rows:
         for name in table.benchmarks:
-            summary = row.summary(name, table.split)
-            scores = list(row.group.scores(name, table.split).values()) if row.group else []
-            for metric, values in secondary_values(row, name, table.split).items():
+            summary = row.group.summary(name, table.split)
+            scores = list(row.group.scores(name, table.split).values())
+            for metric, values in secondary_values(row.group, name, table.split).items():
                 found.append(
                     _place(table, row, name)
                     | {
-                        "variant": metric.rpartition("/")[0] or row.asked_as(name, table.split) or None,
+                        "variant": metric.rpartition("/")[0] or row.group.asked_as(name, table.split) or None,
                         "metric": metric,
                         "score": fmean(values),
                         "deviation": stdev(values) if len(values) > 1 else None,
                         "seeds": len(values),
-                        "planned_seeds": row.planned,
+                        "planned_seeds": len(row.group.cells),
                         "primary_metric": str(scores[-1].content["primary"]),
                         "primary": summary.mean if summary else None,
                         "paper": row.paper.get(name),
@@ -275,14 +261,14 @@ def secondary_records(table: ScoreTable) -> list[dict[str, Any]]:
     return found
 
 
-def secondary_values(row: ScoreRow, benchmark: str, split: str) -> dict[str, list[float]]:
-    """Values over the seeds by metric, in the order of `metrics.json`.
+def secondary_values(group: SeedGroup, benchmark: str, split: str) -> dict[str, list[float]]:
+    """Values over the seeds by metric, with the names, order and units of `metrics.json`.
 
-    A metric is one of `SECONDARY`, or it or the primary one of another variant (`generate/f1`, `plain/accuracy`).
-    Its name is that of `metrics.json`, its unit the benchmark's.
+    Secondary metrics are those of `SECONDARY`, and these and the primary one of other variants (`generate/f1`,
+    `plain/accuracy`).
     """
     found: dict[str, list[float]] = {}
-    for score in row.group.scores(benchmark, split).values() if row.group else ():
+    for score in group.scores(benchmark, split).values():
         primary = score.content["primary"]
         for name, value in score.content["metrics"].items():
             # `variant/metric`; the parts of a metric are `metric/part`.

@@ -171,19 +171,6 @@ def _row(record: Mapping[str, str]) -> PaperRow:
     )
 
 
-def spatial(metrics: Mapping[str, Mapping[str, float]]) -> list[float | None]:
-    """The scores of Table 2's tasks in per cent of their maxima; None where a task is missing.
-
-    Args:
-        metrics: by benchmark, as in `metrics.json`.
-    """
-    found: list[float | None] = []
-    for benchmark, name, maximum in SPATIAL:
-        value = metrics.get(benchmark, {}).get(name)
-        found.append(None if value is None else 100 * value / maximum)
-    return found
-
-
 def gains(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float | None]:
     """Mean relative gain in per cent by group of Table 1's columns; None where a score is missing.
 

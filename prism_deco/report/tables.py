@@ -32,9 +32,9 @@ def scores_table(table: ScoreTable, differences: Sequence[Difference] = ()) -> T
         own = [pair for pair in differences if pair.row == name]
         leaders = {column: _leader(table, members, column, own) for column in names}
         for row in members:
-            tokens = Field(str(row.group.tokens) if row.group and row.group.tokens else MISSING)
+            tokens = Field(str(row.group.tokens or MISSING))
             fields = [_score(table, row, column, best=leaders[column] is row) for column in names]
-            control = ("control",) if row.group and row.group.control else ()
+            control = ("control",) if row.group.control else ()
             rows.append((heading, [Field(row.variant, control), tokens, *fields]))
         for baseline, values in (("blind", table.blind.get(name)), ("chance", table.chance)):
             if values:
@@ -48,15 +48,16 @@ def _score(table: ScoreTable, row: ScoreRow, name: str, *, best: bool) -> Field:
     lines = [] if printed is None else [f"paper {format_number(printed)}"]
     if row.cited:
         return Field(MISSING, tuple(lines))
-    summary = table.summary(row.group, name) if row.group else None
+    summary = table.summary(row.group, name)
     if summary is None:
-        return Field(row.missing, tuple(lines))
+        return Field(row.group.missing, tuple(lines))
     if printed is not None:
         lines.append(f"Δ {format_number(summary.mean - printed, sign='+')}")
     if summary.seeds < summary.planned:
         lines.append(f"{summary.seeds} of {summary.planned} seeds")
-    for metric, values in secondary_values(row, name, table.split).items() if len(table.rows) <= _LONG else ():
-        lines.append(f"{metric.replace('_', ' ')} {format_number(fmean(values))}")
+    if len(table.rows) <= _LONG:
+        for metric, values in secondary_values(row.group, name, table.split).items():
+            lines.append(f"{metric.replace('_', ' ')} {format_number(fmean(values))}")
     spread = f" ±{format_number(summary.deviation)}" if summary.deviation is not None else ""
     return Field(f"{format_number(summary.mean)}{spread}", (format_interval(summary.interval), *lines), best=best)
 
@@ -71,7 +72,7 @@ def _leader(
     """
     known = []
     for row in rows:
-        summary = table.summary(row.group, name) if row.group else None
+        summary = table.summary(row.group, name)
         if summary is not None:
             known.append((summary.mean, row))
     if len(known) < 2:
@@ -104,7 +105,7 @@ def _caption(table: ScoreTable) -> str:
         )
     asked = {}
     for name in table.benchmarks:
-        asked[name] = "/".join(filter(None, dict.fromkeys(row.asked_as(name, table.split) for row in table.rows)))
+        asked[name] = "/".join(filter(None, dict.fromkeys(g.asked_as(name, table.split) for g in table.groups)))
     if any(asked.values()):
         parts.append(f"Asked as: {', '.join(f'{name} {way}' for name, way in asked.items() if way)}.")
     used = {cell.compressor for cell in table.cells} & set(COMPRESSORS.names())
@@ -126,7 +127,7 @@ def _caption(table: ScoreTable) -> str:
         parts.append("Further metrics of the benchmarks are in readings.csv.")
     for row in table.rows if len(table.rows) <= _LONG else ():
         for name in table.benchmarks:
-            shown.update(secondary_values(row, name, table.split))
+            shown.update(secondary_values(row.group, name, table.split))
     parts += [text for name, text in SECONDARY.items() if any(metric.endswith(name) for metric in shown)]
     if any("/" in metric for metric in shown):
         parts.append("Metrics with a slash: the same questions, asked by another variant of the benchmark.")
@@ -142,7 +143,7 @@ def losses_table(table: ScoreTable) -> Table:
     for group in table.groups:
         train = [fmean(curve[-max(1, len(curve) // 40) :]) for curve in _values(group, TRAIN_LOSS)]
         val = [curve[-1] for curve in _values(group, VAL_LOSS)]
-        tokens = Field(str(group.tokens) if group.tokens else MISSING)
+        tokens = Field(str(group.tokens or MISSING))
         rows.append((Field(group.row), [Field(group.variant), tokens, _loss(train), _loss(val)]))
     caption = "Nats per token: the mean over the last 1/40 of training, and the last validation."
     columns = ["projector", "tokens", "training loss", "validation loss"]
@@ -255,14 +256,14 @@ def spatial_table(table: ScoreTable) -> Table:
     for row in table.rows:
         if row.cited:
             continue
-        values = _spatial(row.group, table.split) if row.group else [None] * len(tasks)
+        values = _spatial(row.group, table.split)
         known = [value for value in values if value is not None]
         mean = fmean(known) if len(known) == len(tasks) else None
         target = printed.get(row.variant)
         lines = [f"paper {format_number(target)}"] if target is not None else []
         if mean is not None and target is not None:
             lines.append(f"Δ {format_number(mean - target, sign='+')}")
-        texts = [row.missing if value is None else format_number(value) for value in (*values, mean)]
+        texts = [row.group.missing if value is None else format_number(value) for value in (*values, mean)]
         rows.append([Field(row.variant), *map(Field, texts[:-1]), Field(texts[-1], tuple(lines))])
     caption = (
         "Each task in per cent of its maximum (MME's position: 200 points), averaged over seeds; the last column is "
@@ -272,12 +273,14 @@ def spatial_table(table: ScoreTable) -> Table:
 
 
 def _spatial(group: SeedGroup, split: str) -> list[float | None]:
-    by_seed = [
-        paper.spatial({name: score.content["metrics"] for name, score in cell.scores.get(split, {}).items()})
-        for cell in group.cells
-    ]
-    known = [[value for value in values if value is not None] for values in zip(*by_seed, strict=True)]
-    return [fmean(values) if values else None for values in known]
+    """The mean over the seeds of each task of Table 2."""
+    means: list[float | None] = []
+    for benchmark, metric, maximum in paper.SPATIAL:
+        scores = [cell.scores.get(split, {}).get(benchmark) for cell in group.cells]
+        values = [score.content["metrics"].get(metric) for score in scores if score is not None]
+        percent = [100 * value / maximum for value in values if value is not None]
+        means.append(fmean(percent) if percent else None)
+    return means
 
 
 def differences_table(found: Sequence[Difference], title: str = "Differences") -> Table:

@@ -69,15 +69,6 @@ def test_table_1_holds_its_cited_line_and_table_2_the_averages():
     assert paper.spatial_averages() == {"linear": 56.4, "qformer": 40.9, "c_abstractor": 54.4, "avgpool": 56.0}
 
 
-def test_spatial_tasks_are_shares_of_their_maxima():
-    metrics = {
-        "mme": {"score/position": 130.0},
-        "mmbench": {"accuracy/object_localization": 40.0, "accuracy/physical_relation": 30.0},
-        "seed": {"accuracy/Spatial Relation": 50.0, "accuracy/Instance Location": 61.0},
-    }
-    assert paper.spatial(metrics) == [65.0, 40.0, 30.0, None, 50.0, 61.0]
-
-
 @pytest.mark.parametrize(
     ("overrides", "table", "setting"),
     [

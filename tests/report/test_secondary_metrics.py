@@ -149,4 +149,4 @@ def test_a_planned_cell_of_a_recipe_of_stages_is_known_by_its_last(make, tmp_pat
     assert recipe.start_from.endswith("q-align")
     assert "recipe.start_from" not in [departure.setting for departure in departures(cell, 1)]
     [grid] = score_tables([cell], "")
-    assert grid.table == 1 and [row.missing for row in grid.rows if row.group] == ["planned"]
+    assert grid.table == 1 and [group.missing for group in grid.groups] == ["planned"]
