@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from prism_deco.config.registry import require_imported
 from prism_deco.errors import UsageError
@@ -25,27 +26,27 @@ log = logging.getLogger(__name__)
 OWN_SPLIT = "own"
 
 _LONG = 100
-"""Differences beyond which their table is shown on demand, so that the figures are not far below."""
+"""Longest table of differences that is shown unfolded: a longer one would push the figures far down the page."""
 
 
 def write_report(
     folders: Sequence[Path], out: Path | None = None, *, split: str | None = None, mixed: bool = False
 ) -> tuple[Path, list[Table]]:
     """Writes `report.html`, `report.md` with its `figures/`, and `scores.csv`, `run_scores.csv`, `differences.csv` and
-    `cells.csv`; `readings.csv` where benchmarks have secondary metrics, and `settings.csv` where cells of the paper's
-    tables have other settings than the authors'.
+    `cells.csv`; also `readings.csv` if benchmarks have secondary metrics, and `settings.csv` if cells of the paper's
+    tables differ from the authors' settings.
 
     Args:
         folders: sweep folders or run folders.
-        out: folder to write to; by default `report` in the sweep's folder, or next to the first run.
-        split: of the benchmarks: `own` or a name (`test`); by default the benchmarks' own if they were scored on it.
-        mixed: allow one table of cells that saw different data, steps, questions or seeds.
+        out: output folder; by default `report` in the sweep folder, or next to the first run.
+        split: benchmark split to show, `own` or a name such as `test`; by default `own` if anything was scored on it.
+        mixed: allow a table of cells with different data, steps, questions or seeds.
 
     Returns:
-        the page, and the tables of scores.
+        The path of the page, and the score tables.
 
     Raises:
-        UsageError: a folder is not a run's or a sweep's; cells do not compare (see `comparability`).
+        UsageError: a folder is neither a run nor a sweep, or the cells are not comparable (see `comparability`).
     """
     out = out or _default_out(folders)
     check_writable(out, "Name another folder with --out.")
@@ -64,8 +65,12 @@ def write_report(
         sections.append(PageSection([status_tables.cells_table(cells)]))
     paragraphs = [*status_tables.about(cells), status_tables.notes(cells, chosen, others)]
     text, drawn = document(_title(folders), paragraphs, sections)
-    write_files(out, {"report.html": render(text, drawn), "report.md": text} | drawn)
-    write_files(out, _csv_files(cells, score_tables, differences, chosen))
+    files = {"report.html": render(text, drawn), "report.md": text} | drawn
+    for name, content in (files | _csv_files(cells, score_tables, differences, chosen)).items():
+        path = out / name
+        with refusals_named(path, "Name another folder with --out.", "written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return out / "report.html", [section.tables[0] for section in scored]
 
 
@@ -80,33 +85,24 @@ def _csv_files(
     differences: Sequence[Sequence[Difference]],
     split: str,
 ) -> dict[str, str | bytes]:
-    scores = [record for table in score_tables for record in grid.score_records(table)]
-    secondary = [record for table in score_tables for record in grid.secondary_records(table)]
-    files: dict[str, str | bytes] = {
-        "scores.csv": comma_separated(scores),
-        "differences.csv": comma_separated([record for own in differences for record in difference_records(own)]),
-        "cells.csv": comma_separated(status_tables.cell_records(cells)),
-        "run_scores.csv": comma_separated(status_tables.run_records(cells, split)),
+    """The content of each CSV file, by its name."""
+    records: dict[str, list[dict[str, Any]]] = {
+        "scores.csv": [record for table in score_tables for record in grid.score_records(table)],
+        "differences.csv": [record for own in differences for record in difference_records(own)],
+        "cells.csv": [status_tables.cell_record(cell) for cell in cells],
+        "run_scores.csv": status_tables.run_records(cells, split),
+        "readings.csv": [record for table in score_tables for record in grid.secondary_records(table)],
+        "settings.csv": [],
     }
-    settings = [
-        record for table in score_tables if table.table for record in settings_records(table.cells, table.table)
-    ]
-    for name, records in {"readings.csv": secondary, "settings.csv": settings}.items():
-        files |= {name: comma_separated(records)} if records else {}
-    return files
-
-
-def write_files(out: Path, files: Mapping[str, str | bytes]) -> None:
-    """Writes files by their paths in a folder."""
-    for name, content in files.items():
-        path = out / name
-        with refusals_named(path, "Name another folder with --out.", "written"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for table in score_tables:
+        if table.table:
+            records["settings.csv"] += settings_records(table.cells, table.table)
+    optional = ("readings.csv", "settings.csv")
+    return {name: comma_separated(own) for name, own in records.items() if own or name not in optional}
 
 
 def _warn_of_plugins(cells: Sequence[RunCell]) -> None:
-    """Warns of plug-ins that are not imported: benchmarks that they register are not compared."""
+    """Warns about plug-ins that are not imported: the benchmarks they register cannot be compared."""
     plugins = {tuple(cell.config.get("plugins") or ()): cell for cell in cells if cell.config is not None}
     for modules, cell in plugins.items():
         try:
@@ -122,11 +118,7 @@ def _default_out(folders: Sequence[Path]) -> Path:
 
 
 def choose_split(cells: Sequence[RunCell], split: str | None) -> tuple[str, list[str]]:
-    """The split to show ("" is the benchmarks' own) and the others that were scored.
-
-    Raises:
-        UsageError: no cell was scored on the split.
-    """
+    """The split to show ("" is the benchmarks' own), and the other scored ones; `UsageError` if it was not scored."""
     known = sorted({name for cell in cells for name in cell.scores})
     chosen = "" if split == OWN_SPLIT else split
     if chosen is None:
@@ -154,10 +146,10 @@ def _unfinished_section(cells: Sequence[RunCell]) -> list[PageSection]:
 def score_sections(
     score_tables: Sequence[ScoreTable], differences: Sequence[Sequence[Difference]]
 ) -> list[PageSection]:
-    """A section per table of scores (of losses where nothing was scored), with what follows from it."""
+    """A section per table of scores (of losses if nothing was scored), with its statistics and figures."""
     sections = []
     for table, own in zip(score_tables, differences, strict=True):
-        # A figure of many numbers of tokens spans the tables of a part, and stands below the last of them.
+        # The tokens figures cover all tables of a part, and go below its last one.
         scored = [other for other in score_tables if other.part == table.part and other.benchmarks]
         spanning = []
         if scored and table is scored[-1]:

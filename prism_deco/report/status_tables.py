@@ -97,21 +97,17 @@ def cells_table(cells: Sequence[RunCell]) -> Table:
         "lm: the part of the LLM that was trained. start from: the run whose projector was loaded. lr: peak learning "
         "rate of the LLM or its adapters. projector lr: peak learning rate of the projector."
     )
-    return records_table("Cells", cell_records(cells), caption)
+    return records_table("Cells", [cell_record(cell) for cell in cells], caption)
 
 
-def cell_records(cells: Sequence[RunCell]) -> list[dict[str, Any]]:
-    """A record per cell, for CSV."""
-    return [_cell_record(cell) for cell in cells]
-
-
-def _cell_record(cell: RunCell) -> dict[str, Any]:
+def cell_record(cell: RunCell) -> dict[str, Any]:
+    """The line of a cell in `cells.csv`."""
     config = cell.config
     manifest = cell.manifest
     recipe = config.recipe if config is not None else {}
     start = recipe.get("start_from")
     lr = recipe.get("lr")
-    time = cell.step_seconds
+    step_seconds = cell.step_seconds
     return {
         "cell": cell.id,
         "state": cell.state,
@@ -131,7 +127,7 @@ def _cell_record(cell: RunCell) -> dict[str, Any]:
         "bad_images": manifest.get("bad_images"),
         "code_version": manifest.get("code_version"),
         "data_hash": manifest["data_hash"][:12] if manifest else None,
-        "step_seconds": format_number(time, 3) if time is not None else None,
+        "step_seconds": format_number(step_seconds, 3) if step_seconds is not None else None,
         "seconds": cell.seconds,
         "first_token_seconds": format_number(cell.first_token_seconds, 4) if cell.first_token_seconds else None,
     }
