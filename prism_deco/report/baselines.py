@@ -38,7 +38,7 @@ IGNORED = (
 """Settings that do not change an image-blind model."""
 
 MOST_QUESTIONS = 10_000
-"""Above that, chance is left out: grading every candidate would take minutes."""
+"""Chance is not computed for more questions than this: grading every candidate answer would take minutes."""
 
 
 def is_of_harness(score: Score) -> bool:
@@ -47,13 +47,13 @@ def is_of_harness(score: Score) -> bool:
 
 
 def benchmark_of(score: Score) -> Benchmark:
-    """The benchmark as it was asked."""
+    """The benchmark, with the variants that were scored."""
     variants = score.content.get("variants")
     return build_benchmark(score.choice, **({"variants": variants} if variants else {}))
 
 
 def main_predictions(benchmark: Benchmark, path: Path) -> list[Prediction]:
-    """The predictions that make the primary metric: those of the benchmark's first variant."""
+    """The predictions behind the primary metric: those of the benchmark's first variant."""
     asked = [(benchmark.variant_of(prediction), prediction) for prediction in load_predictions(path)]
     used = {variant for variant, _ in asked}
     first = next(variant for variant in (*benchmark.variants, *used) if variant in used)
@@ -61,7 +61,7 @@ def main_predictions(benchmark: Benchmark, path: Path) -> list[Prediction]:
 
 
 def chance(score: Score) -> float | None:
-    """The best constant answer to the questions that were asked; None where that is not known or takes too long."""
+    """Score of the best constant answer to the questions asked; None if it is unknown or would take too long."""
     if int(score.content["n"]) > MOST_QUESTIONS or is_of_harness(score):
         return None
     try:
@@ -72,10 +72,10 @@ def chance(score: Score) -> float | None:
 
 
 def blind(cells: Sequence[RunCell], blind_cells: Iterable[RunCell], split: str) -> dict[str, float]:
-    """Scores by benchmark of the image-blind baseline of these cells: of the study's own, else the recorded one.
+    """Scores by benchmark of the image-blind baseline of these cells: the study's own, or else the recorded one.
 
     Args:
-        cells: of one row; the result is empty where they differ in settings that a blind model depends on.
+        cells: of one row; the result is empty if they differ in settings that a blind model depends on.
     """
     configs = [cell.config for cell in cells if cell.config is not None]
     keys = {settings_key(config) for config in configs}
@@ -86,7 +86,7 @@ def blind(cells: Sequence[RunCell], blind_cells: Iterable[RunCell], split: str) 
 
 
 def mean_scores(cells: Iterable[RunCell], split: str) -> dict[str, float]:
-    """The means of all cells that have a score, by benchmark."""
+    """The mean score by benchmark, over the cells that have one."""
     values: dict[str, list[float]] = {}
     for cell in cells:
         for benchmark, score in cell.scores.get(split, {}).items():
@@ -95,10 +95,10 @@ def mean_scores(cells: Iterable[RunCell], split: str) -> dict[str, float]:
 
 
 def settings_key(config: DictConfig) -> str:
-    """Identifies the settings that a model must share with its image-blind baseline: the LLM, the data and the recipe.
+    """Hash of the settings that a model must share with its image-blind baseline: the LLM, the data and the recipe.
 
     Settings that only concern the image (backbone, projector, its learning rate and token count) are left out, since a
-    blind model does not use them. So are settings at the schema's default: references that were recorded before a
+    blind model does not use them. So are settings at the schema's default, so that references recorded before a
     setting existed stay valid.
     """
     content = OmegaConf.to_container(config, resolve=True)
@@ -112,13 +112,11 @@ def settings_key(config: DictConfig) -> str:
 
 
 def blind_scores(config: DictConfig, split: str | None) -> dict[str, float] | None:
-    """Primary score by benchmark of the image-blind baseline of these settings; None where none was recorded.
+    """Recorded primary scores by benchmark of the image-blind baseline of these settings; None if there are none.
 
     Args:
         split: the split scored; None is each benchmark's own.
     """
-    if not REFERENCE.is_file():
-        return None
     entry = json.loads(REFERENCE.read_text(encoding="utf-8")).get(settings_key(config), {"scores": {}})
     if split is not None:
         return entry["scores"].get(split)
@@ -132,5 +130,5 @@ def _own_split(benchmark: str) -> str:
     """The default split of a benchmark; `own` where it has no splits."""
     try:
         return load_choice("benchmark", benchmark).get("split") or "own"
-    except UsageError:  # a user's YAML is not found by its name alone
+    except UsageError:  # the benchmark of a user's own YAML cannot be found by its name alone
         return "own"

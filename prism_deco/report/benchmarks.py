@@ -15,22 +15,16 @@ from prism_deco.report import paper
 from prism_deco.report.cells import RunCell
 
 
-def benchmarks_of(cells: Sequence[RunCell], split: str | None) -> list[str]:
-    """The benchmarks of some cells, in the order of the paper's and the miniature's columns.
-
-    Args:
-        split: adds benchmarks that were scored on this split without being planned; None adds none.
-    """
-    names = [name for cell in cells for name in cell.asked]
-    if split is not None:
-        names += [name for cell in cells for name in cell.scores.get(split, {})]
+def benchmarks_of(cells: Sequence[RunCell], split: str) -> list[str]:
+    """The benchmarks of some cells, planned or scored on this split: those of the paper and the miniature in the order
+    of their columns, then the others by name."""
+    names = {name for cell in cells for name in (*cell.asked, *cell.scores.get(split, {}))}
     order = [*paper.COLUMNS[1], *_members("mini")]
-    known = sorted(dict.fromkeys(names))
-    return sorted(known, key=lambda name: order.index(name) if name in order else len(order))
+    return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
 def asked_by(config: DictConfig) -> dict[str, str]:
-    """By name, the choices (shipped names, or YAML files) of the benchmarks that a run is to be scored on."""
+    """The benchmarks that a run is to be scored on: their choices (shipped names, or YAML files) by name."""
     choices: list[str] = []
     for part in str(config.evaluate.benchmarks or "").split(","):
         choices += _members(part.strip())
@@ -39,7 +33,7 @@ def asked_by(config: DictConfig) -> dict[str, str]:
 
 @cache
 def _members(choice: str) -> list[str]:
-    """The members of a group of benchmarks. An unknown name counts as a benchmark, which then has no scores."""
+    """The members of a group of benchmarks. An unknown name counts as a benchmark without scores."""
     try:
         return resolve_benchmarks(choice)
     except UsageError:
@@ -47,13 +41,13 @@ def _members(choice: str) -> list[str]:
 
 
 def family_of(choice: str) -> str:
-    """The family of a benchmark; empty where that is not known."""
+    """The family of a benchmark; empty if it is unknown."""
     return str(_content(choice).get("family") or "")
 
 
 @cache
 def _content(choice: str) -> Mapping[str, Any]:
-    """A benchmark's YAML; only the name where the file is gone."""
+    """A benchmark's YAML; only its name if the file no longer exists."""
     try:
         return load_choice("benchmark", choice)
     except UsageError:

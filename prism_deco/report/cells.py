@@ -15,14 +15,14 @@ from prism_deco.report.stats import seed_interval
 from prism_deco.training.progress import THROUGH
 
 PROJECTORS = ("linear", "avgpool", "maxpool", "qformer", "c_abstractor", "d_abstractor")
-"""Their order in tables and figures; projectors from elsewhere follow by name."""
+"""Their order in tables and figures; other projectors follow by name."""
 
 MAXIMA = {"mme": 2000.0}
 """Maximum score by benchmark family, where it is not 100 (MME: ten tasks of 200 points)."""
 
 _NOT_IN_ROW = ("part", "row", "backbone", "llm", "projector", "seed", "recipe.blind")
-"""Labels that are not part of a row's name: parts have tables of their own, and an image-blind run is a baseline for
-all rows."""
+"""Labels that are not part of a row's name: each part has its own table, and an image-blind run is a baseline for all
+rows."""
 
 TRAIN_LOSS, VAL_LOSS, SPEED = "train/loss", "val/loss", "train/samples_per_s"
 
@@ -38,16 +38,15 @@ class Score:
         value: of the primary metric, in the paper's unit.
         interval: 95 %, over items.
         folder: where the predictions are.
-        choice: what builds the benchmark: its shipped name, or its YAML file.
+        choice: the benchmark's shipped name, or its YAML file.
     """
 
-    benchmark: str
     value: float
     interval: tuple[float, float]
     content: Mapping[str, Any]
     folder: Path
-    choice: str = ""
-    family: str = ""
+    choice: str
+    family: str
 
     @property
     def variant(self) -> str:
@@ -60,7 +59,7 @@ class Score:
 
     @property
     def percent(self) -> float:
-        """The score in per cent of the highest one."""
+        """The score in per cent of its maximum."""
         return 100 * self.value / self.maximum
 
 
@@ -69,14 +68,14 @@ class RunCell:
     """One run of a study, in any state.
 
     Attributes:
-        labels: what tables group by: row | backbone and llm, projector, seed, and further axes.
-        compressor: what made fewer visual tokens of the trained model's, without training.
-        control: whether its sweep calls it a control: what a compressor must beat to be worth anything.
+        labels: what tables group by: row (or backbone and llm), projector, seed, and further axes.
+        control: whether its sweep lists its projector as a control, which a useful compressor must beat.
+        compressor: the training-free compressor that reduced the trained model's visual tokens; empty if none did.
         asked: the choices of its benchmarks, by name.
         manifest: empty until the training has finished.
         scores: by split ("" is the benchmarks' own) and benchmark.
         relevance: the content of the `metrics.json` of `explain`; empty if there is none.
-        first_token_seconds: from an image and a question to the first token of the answer; None where not measured.
+        first_token_seconds: from an image and a question to the first token of the answer; None if not measured.
         curves: by the names of metrics.jsonl and TensorBoard, such as `train/loss`.
     """
 
@@ -109,7 +108,7 @@ class RunCell:
 
     @property
     def part(self) -> str:
-        """The part of the sweep that it belongs to; empty where the sweep has no parts."""
+        """Its part of the sweep; empty if the sweep has no parts."""
         return self.labels.get("part", "")
 
     @property
@@ -120,13 +119,13 @@ class RunCell:
 
     @property
     def variant(self) -> str:
-        """The projector, with those of its settings that are axes."""
+        """The projector, with its settings that are axes of the sweep."""
         own = [f"{key}={value}" for key, value in self.labels.items() if key.startswith("projector.")]
         return ", ".join([self.projector, *(text for text in own if not text.startswith("projector.num_tokens="))])
 
     @property
     def row(self) -> str:
-        """The group of lines in a table within which projectors are compared."""
+        """The group of table lines within which projectors are compared."""
         return self._row(skip="")
 
     @property
@@ -146,7 +145,7 @@ class RunCell:
 
     @property
     def tokens(self) -> int | None:
-        """Visual tokens per image that the LLM reads; None until that is known."""
+        """Visual tokens per image that the LLM reads; None until the training has finished."""
         return self.manifest["tokens"]["visual_out"] if self.manifest else None
 
     @property
@@ -157,14 +156,14 @@ class RunCell:
 
     @property
     def step_seconds(self) -> float | None:
-        """Median time of an optimizer step without validation; None where it was not logged."""
+        """Median time of an optimizer step without validation; None if it was not logged."""
         rates = [rate for _, rate in self.curves.get(SPEED, []) if math.isfinite(rate) and rate > 0]
         records = self.config.recipe.global_batch_size if self.config is not None else None
         return records / median(rates) if rates and records else None
 
     @property
     def training_seconds(self) -> float | None:
-        """Time of all optimizer steps, without validation; None where it was not logged."""
+        """Time of all optimizer steps, without validation; None if it was not logged."""
         return self.step_seconds * self.manifest["steps"] if self.step_seconds and self.manifest else None
 
 
@@ -175,8 +174,9 @@ class Summary:
     Attributes:
         mean: over seeds.
         deviation: standard deviation over seeds; None with one seed.
-        interval: 95 %: over seeds where there are several, else over items.
-        seeds: how many of the planned ones have a score.
+        interval: 95 %, over seeds if there are several, else over items.
+        seeds: number of seeds that have a score.
+        planned: number of seeds that should have one.
     """
 
     mean: float
@@ -220,7 +220,7 @@ class SeedGroup:
 
     @property
     def training_minutes(self) -> float | None:
-        """Median over seeds, like the next: what else a machine did in the meantime is no cost of the projector."""
+        """Median over seeds, as below: whatever else slowed a machine down is no cost of the projector."""
         known = [cell.training_seconds for cell in self.cells if cell.training_seconds is not None]
         return median(known) / 60 if known else None
 
@@ -239,7 +239,7 @@ class SeedGroup:
         return "/".join(dict.fromkeys(score.variant for score in self.scores(benchmark, split).values()))
 
     def summary(self, benchmark: str, split: str) -> Summary | None:
-        """None where no seed has a score."""
+        """The score over seeds; None if no seed has one."""
         scores = list(self.scores(benchmark, split).values())
         if not scores:
             return None
@@ -247,7 +247,7 @@ class SeedGroup:
         return _summary(values, scores[0].interval, len(self.cells), scores[0].maximum)
 
     def means(self, benchmarks: Sequence[str], split: str) -> dict[str, float]:
-        """By seed that has them all, the mean over benchmarks, each in per cent of its highest score."""
+        """The mean over benchmarks, each in per cent of its maximum, by seed; without seeds that lack a score."""
         found = {}
         for cell in self.cells:
             scores = cell.scores.get(split, {})
@@ -256,7 +256,7 @@ class SeedGroup:
         return found
 
     def overall(self, benchmarks: Sequence[str], split: str) -> Summary | None:
-        """The mean over benchmarks, each in per cent of its highest score; None unless a seed has them all.
+        """The mean over benchmarks, each in per cent of its maximum; None unless a seed has a score on all of them.
 
         With one seed the interval assumes that the benchmarks are independent.
         """
@@ -266,20 +266,22 @@ class SeedGroup:
         values = list(means.values())
         complete = [cell.scores[split] for cell in self.cells if cell.scores.get(split, {}).keys() >= set(benchmarks)]
         own = [complete[0][name] for name in benchmarks]
+        # The half-widths of independent intervals add in quadrature.
         halves = [100 / score.maximum * (score.interval[1] - score.interval[0]) / 2 for score in own]
         half = math.hypot(*halves) / len(halves)
         return _summary(values, (values[0] - half, values[0] + half), len(self.cells), 100.0)
 
     @property
     def missing(self) -> str:
-        """The text in place of a missing score."""
+        """The text shown in place of a missing score."""
         states = dict.fromkeys(cell.state for cell in self.cells)
         return "/".join("not scored" if state in THROUGH else state for state in states) or "not run"
 
 
 def _summary(values: Sequence[float], interval: tuple[float, float], planned: int, maximum: float) -> Summary:
     low, high = interval if len(values) == 1 else seed_interval(values)
-    # Student's t and a sum of squares may leave the range of scores. A user's own scores may exceed the maximum.
+    # Both intervals may leave the range of scores: clip them, but not below or above the scores themselves, since those
+    # of a user's own benchmark may exceed the maximum.
     bounds = max(low, min(0.0, *values)), min(high, max(maximum, *values))
     return Summary(fmean(values), stdev(values) if len(values) > 1 else None, bounds, len(values), planned)
 
@@ -290,7 +292,7 @@ def projector_rank(name: str) -> tuple[int, str]:
 
 
 def seed_groups(cells: Iterable[RunCell]) -> list[SeedGroup]:
-    """Groups the cells that are not image-blind: rows in order of appearance, projectors in theirs."""
+    """Groups the cells that are not image-blind: rows by first appearance, projectors in the order of `PROJECTORS`."""
     groups: dict[tuple[str, str], list[RunCell]] = {}
     order: dict[str, int] = {}
     for cell in cells:
@@ -302,5 +304,5 @@ def seed_groups(cells: Iterable[RunCell]) -> list[SeedGroup]:
 
 
 def in_order(groups: Iterable[SeedGroup], rows: Sequence[str]) -> list[SeedGroup]:
-    """Groups by the order of their rows, then of their projectors."""
+    """Sorts groups by row, then by projector."""
     return sorted(groups, key=lambda group: (rows.index(group.row), *projector_rank(group.projector), group.variant))

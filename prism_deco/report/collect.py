@@ -1,4 +1,4 @@
-"""Collects the runs of sweep folders and run folders, and reads what they hold: scores, relevance, curves, logs."""
+"""Collects the runs of sweep folders and run folders: their scores, relevance, curves and logs."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _SCORE = ("benchmark", "data_hash", "decoding", "interval95", "metrics", "n", "p
 _TOKENS_KEYS = ("num_tokens", "compressor", "options", "first_token_seconds")
 
 _NO_AXES = ("data.num_workers", "data.statistics", "recipe.micro_batch_size", "recipe.blind", "recipe.start_from")
-"""Settings that are not an axis of a comparison: how a step is divided into passes, how images are loaded and whether
-there are any, and the run that training starts from, since every projector has its own."""
+"""Settings that are no axis of a comparison: how a step is split into micro-batches, how images are loaded and whether
+there are any, and the run that training starts from, since each projector has its own."""
 
 
 def collect(folders: Iterable[Path]) -> list[RunCell]:
-    """The cells of sweep folders, and of run folders or folders of such, in the given order.
+    """The cells of sweep folders, run folders, and folders of run folders, in the given order.
 
     Raises:
-        UsageError: a folder is neither, or holds a ledger that cannot be read.
+        UsageError: a folder is none of these, or its ledger cannot be read.
     """
     cells: list[RunCell] = []
     runs: list[RunCell] = []
@@ -76,8 +76,8 @@ def _read_sweep(folder: Path) -> list[RunCell]:
 
 
 def read_cell(folder: Path, record: Mapping[str, Any] | None = None) -> RunCell:
-    """One cell. A folder that cannot be read gives a cell with that state and the reason, not an error: it must not
-    hide the others.
+    """One cell. A folder that cannot be read gives a cell of state `unreadable` instead of an error, which would hide
+    the other cells.
 
     Args:
         folder: the run folder; it need not exist yet.
@@ -117,14 +117,14 @@ def read_cell(folder: Path, record: Mapping[str, Any] | None = None) -> RunCell:
 def _read_config(folder: Path, record: Mapping[str, Any]) -> DictConfig | None:
     path = folder / "config.yaml"
     if path.is_file():
-        # Not checked against the schema: that would refuse the runs of other versions.
+        # Not validated against the schema, which would reject runs of other versions.
         config = OmegaConf.create(read_stored(path))
         missing = [group for group in (*GROUPS, "evaluate") if not isinstance(config.get(group), DictConfig)]
         if missing:
             raise UsageError(f"{path} is not a run's configuration: it has no {', '.join(missing)}.")
         return config
     overrides = record.get("overrides") or []
-    # The ledger may be somebody else's: as in a stored configuration, references are not followed.
+    # The ledger may come from somebody else: as in a stored configuration, interpolations are not resolved.
     if not overrides or any("${" in override for override in overrides):
         return None
     config = final_config([*overrides, f"run_id={folder.name}"])  # as the sweep will launch it
@@ -133,7 +133,7 @@ def _read_config(folder: Path, record: Mapping[str, Any]) -> DictConfig | None:
 
 
 def _read_tokens(folder: Path) -> dict[str, Any]:
-    """How many visual tokens the results of a folder were made with; empty in those of earlier versions."""
+    """The `tokens.json` of a results folder; empty in results of earlier versions, which have none."""
     return read_json(folder / TOKENS, _TOKENS_KEYS) if (folder / TOKENS).is_file() else {}
 
 
@@ -147,7 +147,7 @@ def _with_other_tokens(cell: RunCell) -> Iterable[RunCell]:
             options = [f"{key}={value}" for key, value in about["options"].items()]
             labels["projector"] = " ".join([cell.projector, "+", name, *options])
         elif cell.config is None or tokens not in (cell.config.evaluate.get("num_tokens") or ()):
-            labels["projector"] = f"{cell.projector} trained with {cell.tokens}"  # asked afterwards, not by the sweep
+            labels["projector"] = f"{cell.projector} trained with {cell.tokens}"  # scored by `evaluate` afterwards
         yield replace(
             cell,
             id=f"{cell.id}/{path.parent.name}",
@@ -166,15 +166,15 @@ def _with_status(cell: RunCell) -> RunCell:
     if "state" not in status:
         return cell
     cell = replace(cell, started=status.get("started"), seconds=status.get("seconds") or cell.seconds)
-    # A run that was killed could not record it; the sweep did.
+    # A killed run still says `running`; the ledger knows better.
     if status["state"] == "running" and cell.state not in ("planned", "unknown"):
         return cell
     return replace(cell, state=str(status["state"]), reason=str(status.get("reason") or cell.reason))
 
 
 def _label(runs: list[RunCell]) -> list[RunCell]:
-    """Labels for runs that no sweep planned: what of data and recipe differs between them, and the run's own name
-    where they differ in nothing that tables show."""
+    """Labels runs outside a sweep with the settings of data and recipe in which they differ, and with the run's name
+    where two would still have the same place in a table."""
     settings = [_settings(cell.config) for cell in runs]
     keys = dict.fromkeys(key for values in settings for key in values)
     # A run of an earlier version does not have the keys that were added since; that is not a difference.
@@ -197,10 +197,10 @@ def _settings(config: DictConfig | None) -> dict[str, str]:
 
 
 def read_scores(folder: Path, asked: Mapping[str, str]) -> dict[str, dict[str, Score]]:
-    """By split and benchmark.
+    """The scores below a folder, by split and benchmark.
 
     Args:
-        asked: by name, the choices of benchmarks.
+        asked: the benchmarks' choices, by name.
     """
     scores: dict[str, dict[str, Score]] = {}
     for path in sorted(folder.glob("*/metrics.json")):
@@ -209,7 +209,7 @@ def read_scores(folder: Path, asked: Mapping[str, str]) -> dict[str, dict[str, S
         choice = asked.get(name, name)
         value = content["metrics"][content["primary"]]
         low, high = content["interval95"]
-        score = Score(name, float(value), (low, high), content, path.parent, choice, family_of(choice))
+        score = Score(float(value), (low, high), content, path.parent, choice, family_of(choice))
         # eval/<benchmark> holds the benchmark's own split, eval/<benchmark>-<split> another one.
         split = path.parent.name.removeprefix(name).removeprefix("-")
         scores.setdefault(split, {})[name] = score
@@ -217,7 +217,7 @@ def read_scores(folder: Path, asked: Mapping[str, str]) -> dict[str, dict[str, S
 
 
 def read_relevance(folder: Path, config: DictConfig) -> dict[str, Any]:
-    """The relevance metrics of the benchmark that the configuration names; without a name, of the only one there is."""
+    """The relevance metrics of the configuration's benchmark, or of the only one if it names none."""
     split = config.evaluate.get("split")
     paths = sorted(folder.glob("*/metrics.json"))
     choice = config.evaluate.get("relevance")
@@ -231,7 +231,7 @@ def read_relevance(folder: Path, config: DictConfig) -> dict[str, Any]:
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """The curves that a report shows, by name: losses from `metrics.jsonl`, which has every step, the speed from
+    """The curves that a report shows, by name: losses from `metrics.jsonl`, which has every step, and the speed from
     TensorBoard's files.
 
     A resumed run repeats the steps after its checkpoint; the last value of a step counts.
@@ -252,7 +252,7 @@ def _read_tensorboard(folder: Path) -> dict[str, dict[int, float]]:
         return {}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    # Sample images and texts are not wanted; 0 keeps all scalars.
+    # Loads as few images and tensors as possible (1 each), and all scalars (0).
     events = EventAccumulator(str(folder), size_guidance={"images": 1, "tensors": 1, "scalars": 0})
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag == SPEED]
