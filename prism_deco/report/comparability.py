@@ -34,13 +34,13 @@ _SCORE: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 
 
 def disagreements(groups: Sequence[SeedGroup], split: str) -> list[str]:
-    """Unwanted differences between the cells of a table, each as one sentence.
+    """Unwanted differences between the cells of a table, one sentence each.
 
-    All cells of a table must have the same training data, and either the same number of steps and samples or the same
-    compute (see `same_compute`). All groups must have the same seeds, planned ones included: a seed that is still
-    training is missing, not different. Each benchmark must have asked the same questions with the same prompts and
-    answer length. Within a row, the number of visual tokens must be the same, except for an uncompressed projector (as
-    many tokens as patches), the reference of a row; so must the micro-batches if the loss is a mean over them.
+    All cells must have the same training data, and either the same number of steps and samples or the same compute
+    (see `same_compute`). All groups must have the same seeds; planned ones count, so a seed that is still training is
+    no difference. Each benchmark must have the same questions, prompts and answer length. Within a row, the number of
+    visual tokens must be the same, except for an uncompressed projector (as many tokens as patches), which is the row's
+    reference; so must the micro-batches if the loss is a mean over them.
     """
     cells = [cell for group in groups for cell in group.cells]
     trained = [cell for cell in cells if cell.manifest]
@@ -70,7 +70,7 @@ def disagreements(groups: Sequence[SeedGroup], split: str) -> list[str]:
 
 
 def refusal(title: str, sentences: Sequence[str]) -> str:
-    """The error message for these sentences."""
+    """The error message that lists these differences."""
     return (
         f"The cells of {title} saw different things and cannot be compared: {' '.join(sentences)} "
         "Report them separately, or use --mixed to put them into one table."
@@ -78,7 +78,7 @@ def refusal(title: str, sentences: Sequence[str]) -> str:
 
 
 def _sentence(name: str, values: Iterable[tuple[str, Any]]) -> str:
-    """Lists the values with their owners; empty if all have the same value."""
+    """Lists each value with its owners; empty if all have the same value."""
     owners: dict[Any, list[str]] = {}
     for owner, value in values:
         owners.setdefault(value, []).append(owner)
@@ -93,7 +93,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def training_flops(cell: RunCell) -> float | None:
-    """Floating-point operations of a training; None where they are not known, or it has not finished."""
+    """Floating-point operations of a finished training; None if they are unknown or it has not finished."""
     if not cell.manifest or cell.config is None:
         return None
     per_sample = _flops_per_sample(cell.config)
@@ -101,14 +101,14 @@ def training_flops(cell: RunCell) -> float | None:
 
 
 def _flops_per_sample(config: DictConfig) -> float | None:
-    """Of training on one sample, on average, as `prism-deco plan` counts them; None where the data have no `statistics`
-    or the configuration is of another version."""
+    """Mean FLOPs of training on one sample, as `prism-deco plan` counts them; None if the data have no `statistics` or
+    the configuration is of another version."""
     if config.data.get("statistics") is None:
         return None  # the planner would read the data
-    # A run of an earlier version does not have the keys that were added since.
+    # Defaults for keys that a run of an earlier version does not have.
     defaults: Any = OmegaConf.to_container(OmegaConf.structured(Config))
     chosen: Any = OmegaConf.merge({name: defaults[name] for name in _PLANNED}, OmegaConf.masked_copy(config, _PLANNED))
-    # The compute depends on neither; without them, the cells of a study share a few plans.
+    # FLOPs per sample depend on neither; without them, most cells of a study hit the cache of `_planned_flops`.
     chosen.recipe.lr = 0.0
     chosen.recipe.max_steps = None
     return _planned_flops(OmegaConf.to_yaml(chosen, resolve=True))
@@ -116,7 +116,7 @@ def _flops_per_sample(config: DictConfig) -> float | None:
 
 @cache
 def _planned_flops(text: str) -> float | None:
-    """Per sample, of a configuration as YAML."""
+    """FLOPs per sample of a configuration, given as YAML so that it can be a cache key."""
     config: Any = OmegaConf.create(text)
     try:
         require_imported(config.plugins, Path("config.yaml"))
@@ -128,7 +128,7 @@ def _planned_flops(text: str) -> float | None:
 
 
 def same_compute(cells: Iterable[RunCell]) -> bool | None:
-    """Whether the trainings had the same compute; None where it is not known of one of them."""
+    """Whether the trainings had the same compute; None if it is unknown for one of them."""
     costs = [training_flops(cell) for cell in cells]
     known = [cost for cost in costs if cost is not None]
     if len(known) < len(costs) or not known:

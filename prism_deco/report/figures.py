@@ -1,4 +1,4 @@
-"""Figures: training losses, what scores cost in visual tokens, and the best within a budget."""
+"""Figures: training losses, and scores against their cost in visual tokens or time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from prism_deco.report.tabular import MISSING, Field, Table, format_interval, fo
 
 TOKENS = "visual tokens per image"
 
-_MARKERS = 8  # along a curve
+_MARKERS = 8
+"""Markers along a loss curve."""
 
 _BAND: dict[str, Any] = {
     "facecolor": "#dcdcdc", "edgecolor": "#b8b8b8", "linewidth": 0.6, "label": "controls", "zorder": 0,
@@ -31,9 +32,9 @@ class Cost:
     """What a score costs, the x-axis of a figure.
 
     Attributes:
-        name: of the figure's file.
-        label: of the axis, with the unit.
-        of: the cost of a group; None where it is not known.
+        name: the figure's file name.
+        label: the axis label, with the unit.
+        of: gives the cost of a group; None if it is unknown.
     """
 
     name: str
@@ -51,7 +52,7 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Point:
-    """The score of a group, and what it costs, in visual tokens unless another `Cost` is named."""
+    """The mean score of a group and its cost."""
 
     group: SeedGroup
     cost: float
@@ -59,7 +60,7 @@ class Point:
 
 
 def points(table: ScoreTable, cost: Cost = TOKENS_COST) -> list[Point]:
-    """Mean scores of the groups with a known cost and all benchmarks, the cheapest first."""
+    """Points of the groups that have a known cost and a score on all benchmarks, cheapest first."""
     found = []
     for group in _distinct(table.groups):
         score = group.overall(table.benchmarks, table.split)
@@ -70,16 +71,15 @@ def points(table: ScoreTable, cost: Cost = TOKENS_COST) -> list[Point]:
 
 
 def _distinct(groups: Sequence[SeedGroup]) -> list[SeedGroup]:
-    """Each once, also those that stand in several rows as their reference."""
+    """Each group once, even if it is the reference of several rows."""
     return list({tuple(cell.id for cell in group.cells): group for group in groups}.values())
 
 
 def pareto_front(found: Sequence[Point]) -> list[Point]:
-    """The Pareto front: no other point has at least the score at a lower cost, or a higher score at the same. Points
-    that tie in both are all on it.
+    """The points that no cheaper point matches and no equally expensive one beats, including ties in both.
 
     Args:
-        found: sorted as `points` does.
+        found: in the order of `points`.
     """
     front: list[Point] = []
     for point in found:
@@ -91,7 +91,7 @@ def pareto_front(found: Sequence[Point]) -> list[Point]:
 
 
 def budget_table(table: ScoreTable) -> Table | None:
-    """The best mean score for every number of visual tokens at which it changes; None for fewer than two points."""
+    """The best mean score within each token budget at which it changes; None for fewer than two points."""
     found = points(table)
     if len(found) < 2:
         return None
@@ -122,7 +122,7 @@ def tokens_figures(table: ScoreTable, more: Sequence[SeedGroup] = ()) -> list[Fi
     """Score against visual tokens, a panel per benchmark (the paper's Figure 8); one figure per family of rows.
 
     Args:
-        more: groups of other tables of the same part: the paper's number of tokens is one of several.
+        more: groups of the part's other tables: runs at the paper's number of tokens are in a table of their own.
     """
     groups = _distinct([*more, *table.groups])
     names = [*table.benchmarks, *(["mean"] if table.has_mean else [])]
@@ -183,10 +183,10 @@ def _notes(groups: Sequence[SeedGroup], cost: Cost = TOKENS_COST) -> str:
 
 
 def _draw(ax: Axes, found: Sequence[Point], looks: dict[str, dict[str, Any]], spread: bool = True) -> None:
-    """Draws points with their intervals, those of a variant joined, and the controls as bands.
+    """Draws points with error bars, joined by variant, and the controls as bands.
 
     Args:
-        spread: points of the same cost side by side.
+        spread: draw points of equal cost side by side.
     """
     controls = [point for point in found if point.group.control]
     _draw_bands(ax, controls, spread)
@@ -206,8 +206,7 @@ def _draw(ax: Axes, found: Sequence[Point], looks: dict[str, dict[str, Any]], sp
 
 
 def _draw_bands(ax: Axes, controls: Sequence[Point], spread: bool) -> None:
-    """A band from the lowest to the highest mean score of the controls at each number of visual tokens, as wide as
-    their costs differ."""
+    """For each number of visual tokens, a band over the range of the controls' costs and mean scores."""
     for tokens in sorted({point.group.tokens or 0 for point in controls}):
         own = [point for point in controls if point.group.tokens == tokens]
         costs, means = [point.cost for point in own], [point.score.mean for point in own]
@@ -217,12 +216,14 @@ def _draw_bands(ax: Axes, controls: Sequence[Point], spread: bool) -> None:
 
 
 def side_by_side(tokens: Sequence[float]) -> list[float]:
-    """Positions of points on a logarithmic axis: those with the same number of tokens are spread around it, over half
-    an octave at most, so that none covers another."""
+    """Positions of points on a logarithmic axis: points with the same number of tokens are spread around it, over at
+    most half an octave, so that none covers another."""
     places = []
     for k, number in enumerate(tokens):
-        before, same = tokens[:k].count(number), tokens.count(number)
-        places.append(number * 2 ** (min(0.09, 0.5 / same) * (before - (same - 1) / 2)))
+        before = tokens[:k].count(number)
+        same = tokens.count(number)
+        octaves = min(0.09, 0.5 / same)  # between neighbours
+        places.append(number * 2 ** (octaves * (before - (same - 1) / 2)))
     return places
 
 
@@ -272,7 +273,7 @@ def _loss(cell: RunCell) -> Curve:
 
 
 def _smooth(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and the running mean of the values, the window cut at the ends."""
+    """Steps, and the running mean of the values; the window is truncated at both ends."""
     x, y = np.array(curve).T
     half = len(y) // 80
     means = [y[max(0, k - half) : k + half + 1].mean() for k in range(len(y))]

@@ -1,4 +1,4 @@
-"""Scores by row, projector and benchmark, next to the paper's where it has them."""
+"""Tables of scores by row, projector and benchmark, beside the paper's numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ScoreRow:
         group: without cells if the study has no such run.
         paper: the paper's scores by benchmark; empty if it has none.
         about: the models of the row, shown in smaller print.
-        cited: the paper quotes these numbers from another one; ours are not compared with them.
+        cited: the paper quotes these scores from another paper; ours are not compared with them.
     """
 
     row: str
@@ -47,11 +47,11 @@ class ScoreTable:
     """A table of scores.
 
     Attributes:
-        part: of the sweep; empty where the sweep has no parts.
-        table: number of the paper's table; None where it has no such table.
+        part: of the sweep; empty if the sweep has no parts.
+        table: number of the paper's table; None if the paper has no such table.
         split: of the benchmarks; "" is their own.
-        chance: by benchmark.
-        blind: by row and benchmark.
+        chance: chance level by benchmark.
+        blind: score of the image-blind baseline by row and benchmark.
         disagreements: differences that make the cells incomparable.
     """
 
@@ -79,12 +79,12 @@ class ScoreTable:
         return len(self.benchmarks) > 1 and all(self.maximum(name) == 100 for name in self.benchmarks)
 
     def maximum(self, benchmark: str) -> float:
-        """The highest score that there could be."""
+        """The highest possible score."""
         scores = [score for group in self.groups for score in group.scores(benchmark, self.split).values()]
         return scores[0].maximum if scores else MAXIMA.get(benchmark, 100.0)
 
     def summary(self, group: SeedGroup, name: str) -> Summary | None:
-        """Of a benchmark, or of their `mean`."""
+        """The score of a group on a benchmark, or its `mean` over all."""
         return group.overall(self.benchmarks, self.split) if name == "mean" else group.summary(name, self.split)
 
     def ours(self, variant: str) -> dict[Hashable, float | None]:
@@ -104,8 +104,8 @@ class ScoreTable:
 
 
 def score_tables(cells: Sequence[RunCell], split: str) -> list[ScoreTable]:
-    """The paper's Tables 3 and 1 where a cell belongs to them, and a table of all other cells; in a sweep with parts,
-    those of each part that has benchmarks."""
+    """The paper's Tables 3 and 1 if any cell belongs to them, and a table of all other cells; in a sweep with parts,
+    these tables for each part that has benchmarks."""
     blind_cells = [cell for cell in cells if cell.blind]
     tables: list[ScoreTable] = []
     for part in dict.fromkeys(cell.part for cell in cells):
@@ -116,7 +116,7 @@ def score_tables(cells: Sequence[RunCell], split: str) -> list[ScoreTable]:
 
 
 def _with_references(groups: Sequence[SeedGroup]) -> list[SeedGroup]:
-    """The groups, and a model that reads all patches, whose number of tokens is no axis, in each row of its family."""
+    """Adds each uncompressed model, which has no token axis, as a reference to every row of its family."""
     families = {group.row: group.family for group in groups}
     found = []
     for group in groups:
@@ -166,7 +166,7 @@ def _table(
     for row in dict.fromkeys(row.row for row in rows):
         own = [other.group for other in rows if other.row == row]
         members = [cell for group in own for cell in group.cells]
-        # In a sweep with parts each line may have its own settings, and so may the image-blind baseline.
+        # In a sweep with parts, each line may have its own chosen settings: no image-blind run matches the whole row.
         values = blind(members, blind_cells, split) or (mean_scores(blind_cells, split) if part else {})
         if values:
             blinds[row] = values
@@ -174,7 +174,7 @@ def _table(
 
 
 def _paper_rows(table: int, groups: Sequence[tuple[str, SeedGroup]]) -> list[ScoreRow]:
-    """All rows of the paper's table and all of ours; a pair of the same setting and projector shares one row."""
+    """All rows of the paper's table and all of ours; rows of the same setting and projector become one."""
     printed = paper.rows(table)
     rows = []
     for setting in dict.fromkeys(row.setting for row in printed):
@@ -187,7 +187,8 @@ def _paper_rows(table: int, groups: Sequence[tuple[str, SeedGroup]]) -> list[Sco
                 rows.append(ScoreRow(setting, variant, no_runs, row.scores, about, cited=True))
         scores = {row.projector: row.scores for row in theirs if not row.cited}
         own = [group for name, group in groups if name == setting]
-        # Several of our rows may have one setting (an axis of recipes, say): each is shown next to the paper's.
+        # Several of our rows may belong to one setting, for example with an axis of recipes: each gets the paper's
+        # numbers beside it.
         names = list(dict.fromkeys(group.row for group in own)) or [setting]
         for name in names:
             members = {group.variant: group for group in own if group.row == name}
@@ -290,6 +291,6 @@ def _place(table: ScoreTable, row: ScoreRow, benchmark: str) -> dict[str, Any]:
 
 
 def paper_mean(row: ScoreRow, benchmarks: Sequence[str]) -> float | None:
-    """Mean of the paper's scores of a row; None unless it has all of them."""
-    values = [row.paper[name] for name in benchmarks if name in row.paper]
-    return fmean(values) if values and len(values) == len(benchmarks) else None
+    """Mean of the paper's scores of a row; None unless the paper has all of them."""
+    complete = benchmarks and all(name in row.paper for name in benchmarks)
+    return fmean(row.paper[name] for name in benchmarks) if complete else None
