@@ -1,4 +1,4 @@
-"""The report as Markdown with figures, and as one HTML file, which needs no network, server or script."""
+"""The report as Markdown with figures, and as one self-contained HTML file without scripts."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from prism_deco.report.tabular import Table, escape, markdown, paragraph
 
 @dataclass(frozen=True)
 class PageSection:
-    """A part of the report, under the title of its first table.
+    """A section of the report, titled after its first table.
 
     Attributes:
-        warnings: paragraphs above the tables, set off.
-        folded: long tables, shown on demand.
-        logs: last lines by the name of a cell.
+        warnings: paragraphs above the tables, as block quotes.
+        folded: long tables in collapsed sections.
+        logs: last log lines by cell.
     """
 
     tables: Sequence[Table]
@@ -39,7 +39,7 @@ class PageSection:
 def document(
     title: str, paragraphs: Sequence[str], sections: Sequence[PageSection]
 ) -> tuple[str, dict[str, str | bytes]]:
-    """The Markdown, and SVG by the path under which it is named there."""
+    """The Markdown, and the SVG figures by the paths that it refers to."""
     figures: dict[str, str | bytes] = {}
     parts = [f"# {escape(title)}\n", *map(paragraph, paragraphs)]
     for number, section in enumerate(sections, start=1):
@@ -63,12 +63,12 @@ def document(
 
 
 def render(text: str, figures: Mapping[str, str | bytes]) -> str:
-    """The page's HTML. All text is escaped: the Markdown may hold no HTML of its own.
+    """The page's HTML. HTML in the Markdown is escaped.
 
     Args:
-        text: Markdown; its first heading is the page's title; those of level 2 begin a section, the text below those of
-            level 4 is shown on demand.
-        figures: SVG by the path under which the Markdown names it.
+        text: Markdown. Its first heading is the page's title, headings of level 2 start a section, and those of level 4
+            a collapsed `<details>`.
+        figures: SVG by the paths that the Markdown refers to.
     """
     parser = MarkdownIt("commonmark", {"html": False}, renderer_cls=_PageRenderer).enable("table")
     page: dict[str, Any] = {"figures": figures, "headings": [], "open": []}
@@ -81,7 +81,7 @@ def render(text: str, figures: Mapping[str, str | bytes]) -> str:
 
 
 class _PageRenderer(RendererHTML):
-    """Renders headings as sections, images with their captions, and tables so that they scroll by themselves."""
+    """Renders headings as sections, images inline with captions, and tables in scrollable boxes."""
 
     def heading_open(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
         tag = tokens[idx].tag
@@ -109,11 +109,11 @@ class _PageRenderer(RendererHTML):
         return "</table></div>\n"
 
     def text(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
-        # An interval stays on one line, as a word does.
+        # No-break spaces keep an interval on one line.
         return re.sub(r"(?<=\d) to (?=[+-]?\d)", "\u00a0to\u00a0", super().text(tokens, idx, options, env))
 
     def image(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
-        # As an image each figure is a document of its own: ids in one do not meet those in another.
+        # `<img>`, not inline `<svg>`: the ids of two inline figures would collide.
         source = base64.b64encode(env["figures"][str(tokens[idx].attrs["src"])]).decode()
         caption = html.escape(tokens[idx].content)
         return f'<img src="data:image/svg+xml;base64,{source}" alt="{caption}"><span>{caption}</span>'

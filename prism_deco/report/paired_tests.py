@@ -1,4 +1,4 @@
-"""Differences between the projectors of a row, question by question."""
+"""Paired differences between the projectors of a row, over questions and seeds."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ BASE = "avgpool"
 """The projector that the others are compared with first: the one that the paper proposes."""
 
 MEAN = "mean"
-"""In place of a benchmark's name: the mean over all."""
+"""Stands for the mean over all benchmarks, in place of a benchmark's name."""
 
 _ALL_PAIRS = 12
-"""Rows of more projectors than that compare each with the base projector only: others would be hundreds of pairs."""
+"""Rows with more projectors compare each with the base projector only: all pairs would be hundreds."""
 
 _ROUNDING = 1e-6
+"""Tolerance between a score in metrics.json and the one computed from the predictions."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Difference:
     """`first` minus `second` on one benchmark.
 
     Attributes:
-        variant: how the questions were asked.
+        variant: of the benchmark, in which the questions were asked.
         value: in the benchmark's unit, mean over the seeds that both have; None if not available.
         interval: 95 %, paired bootstrap over the questions.
         over_seeds: 95 % interval over seeds, seed by seed; None with one seed.
@@ -77,7 +78,7 @@ class _Units:
 def paired_differences(
     groups: Sequence[SeedGroup], benchmarks: Sequence[str], split: str, mean: bool = False
 ) -> list[Difference]:
-    """All pairs of projectors within each row, the pairs of the base projector first; of long rows only these.
+    """All pairs of projectors within each row, those of the base projector first; in long rows only these.
 
     Args:
         mean: also compare the means over benchmarks, without a test.
@@ -101,10 +102,10 @@ def paired_differences(
 def _mean_difference(
     pair: Difference, first: SeedGroup, second: SeedGroup, split: str, own: Sequence[Difference]
 ) -> Difference:
-    """The difference of the means over benchmarks; their intervals over items are assumed to be independent.
+    """The difference of the means over benchmarks, whose intervals over items are taken as independent.
 
     Args:
-        own: the differences on the benchmarks.
+        own: the differences on each benchmark.
     """
     names = [difference.benchmark for difference in own]
     ours = first.means(names, split)
@@ -133,8 +134,8 @@ def _compare(pair: Difference, units: Mapping[str, Mapping[str, _Units] | str]) 
         return replace(pair, note="the questions differ")
     by_seed = [subtract(first[seed].strata, second[seed].strata) for seed in seeds]
     combine = first[seeds[0]].combine
-    # The primaries of all benchmarks are means or sums of their strata's means, so the difference of two of them is
-    # the same combination of the units' differences, and resampling these keeps the pairs together.
+    # All primary metrics are means or sums of the means of strata. They are linear in the units, so the difference of
+    # two scores is the score of the units' differences, and resampling these keeps the pairs together.
     mean = average(by_seed)
     values = [combine_strata(strata, combine) for strata in by_seed]
     return replace(
@@ -149,7 +150,7 @@ def _compare(pair: Difference, units: Mapping[str, Mapping[str, _Units] | str]) 
 
 
 def _read_units(group: SeedGroup, benchmark: str, split: str) -> dict[str, _Units] | str:
-    """The units by seed, or the reason why there are none."""
+    """The units by seed, or why there are none."""
     scores = group.scores(benchmark, split)
     if not scores:
         return f"{group.variant}: {group.missing}"
@@ -177,11 +178,9 @@ def _units(score: Score) -> _Units:
 
 def difference_records(differences: Sequence[Difference]) -> list[dict[str, Any]]:
     """A record per pair and benchmark, for CSV."""
-    found = []
-    for difference in [difference for difference in differences if difference.benchmark != MEAN]:
-        record = asdict(difference)
+    records = [asdict(difference) for difference in differences if difference.benchmark != MEAN]
+    for record in records:
         for name in ("interval", "over_seeds"):
             low, high = record.pop(name) or (None, None)
             record |= {f"{name}_low95": low, f"{name}_high95": high}
-        found.append(record)
-    return found
+    return records

@@ -1,4 +1,4 @@
-"""The numbers that the DeCo paper (arXiv 2405.20985) prints in its Tables 1 to 3."""
+"""The scores printed in Tables 1 to 3 of the DeCo paper (arXiv 2405.20985), and how its authors trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLUMNS = {
     1: ("seed", "mme", "pope", "refcoco", "refcocoplus", "refcocog", "vizwiz", "vqav2", "gqa", "textvqa"),
     3: ("pope", "refcoco", "refcocoplus", "refcocog", "vizwiz", "vqav2", "gqa", "textvqa"),
 }
-"""Benchmarks of a table."""
+"""Benchmarks of each table, in the order of its columns."""
 
 GAIN_GROUPS = {
     "multimodal benchmarks": ("seed", "mme", "pope"),
@@ -34,21 +34,21 @@ SPATIAL = (
     ("seed", "accuracy/Spatial Relation", 100.0),
     ("seed", "accuracy/Instance Location", 100.0),
 )
-"""The tasks of Table 2: benchmark, metric, maximum. The average is over their percentages of the maximum (Honeybee)."""
+"""The tasks of Table 2: benchmark, metric, maximum. Its average is over percentages of the maximum, as in Honeybee."""
 
 RECIPES = {1: ("llava_v1_5_finetune",), 3: ("deco", "prism")}
-"""Recipes that a cell of a table may have: the authors' own, or the one that it is derived from."""
+"""Recipes that a cell of a table may have: the authors' own, or the one it is derived from."""
 
 
 @dataclass(frozen=True)
 class Authors:
-    """How the authors trained the models of a table, as far as it is known.
+    """How the authors trained the models of a table, as far as is known.
 
     Attributes:
         overrides: the command line that reproduces it, without tower, projector and LLM.
-        devices: on which a global batch was shared.
-        packages: versions of the libraries.
-        seed: whether the seed is known; it is then this project's default.
+        devices: number of devices that shared a global batch.
+        packages: library versions.
+        seed: whether the authors' seed is known; it is then this project's default.
     """
 
     overrides: tuple[str, ...]
@@ -96,9 +96,11 @@ class PaperRow:
     """A line of Table 1 or 3.
 
     Attributes:
-        setting: `B1` .. `B6` in Table 3; in Table 1, which has one setting, `T1`.
+        setting: `B1` .. `B6` in Table 3; `T1` in Table 1, which has only one setting.
+        resolution: in pixels.
+        tokens: visual tokens per image.
         scores: by benchmark.
-        cited: whether the paper took it from LLaVA-1.5 instead of training it under its own settings.
+        cited: whether the paper quotes the line from LLaVA-1.5 instead of training the model itself.
     """
 
     setting: str
@@ -120,7 +122,7 @@ def rows(table: int) -> list[PaperRow]:
 
 @cache
 def spatial_averages() -> dict[str, float]:
-    """Table 2: the averages by projector; its other cells are not known."""
+    """The averages of Table 2 by projector; its other cells are unknown."""
     with (FOLDER / "table2.csv").open(encoding="utf-8", newline="") as file:
         records = csv.DictReader(file)
         return {_PROJECTORS.get(r["projector"], r["projector"]): float(r["spatial_average"]) for r in records}
@@ -132,7 +134,7 @@ def scores(table: int) -> dict[tuple[str, str], Mapping[str, float]]:
 
 
 def setting(cell: RunCell, table: int) -> str | None:
-    """The setting of a table that a cell belongs to, whatever its projector; None: it is not the paper's.
+    """The setting of a table that a cell belongs to, whatever its projector; None if it belongs to none.
 
     Tower, LLM, resolution, number of visual tokens and recipe must be the table's. Other differences from the authors'
     settings are listed next to the table (see `recipe_diff`).
@@ -140,8 +142,8 @@ def setting(cell: RunCell, table: int) -> str | None:
     config = cell.config
     if config is None or config.recipe.name not in RECIPES[table]:
         return None
-    # A compressing projector with as many tokens as the table's linear one is not of the table; one that does not
-    # compress at all is the reference of any row.
+    # The number of tokens must be the one printed for this projector, or for any if the table lacks the projector. An
+    # uncompressed projector that the table lacks is a reference, whatever its number of tokens.
     same = [row for row in rows(table) if row.projector == cell.projector]
     tokens = cell.tokens if cell.manifest else config.projector.num_tokens
     free = tokens is None or (not same and not cell.compressed)
@@ -172,7 +174,7 @@ def _row(record: Mapping[str, str]) -> PaperRow:
 
 
 def gains(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float | None]:
-    """Mean relative gain in per cent by group of Table 1's columns; None where a score is missing.
+    """Mean relative gain of `first` over `second` in per cent, by group of Table 1's columns; None if one is missing.
 
     Args:
         first, second: scores by benchmark.

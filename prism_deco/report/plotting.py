@@ -1,4 +1,4 @@
-"""The style of all figures."""
+"""The style that all figures share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prism_deco.report.cells import PROJECTORS
 
 STEPS = "optimizer steps"
 
-# Okabe and Ito's colours; markers and dashes distinguish the lines without colour.
+# Okabe and Ito's colour-blind safe palette with a darker yellow and a grey; markers and dashes work without colour.
 _STYLES: tuple[tuple[str, str, Any], ...] = (
     ("#000000", "s", "-"),
     ("#0072B2", "o", "-"),
@@ -42,18 +42,18 @@ _SETTINGS: dict[str, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.4,
     "lines.markersize": 5,
-    "svg.fonttype": "path",  # a browser's own fonts are wider or narrower, and labels would collide
-    "svg.hashsalt": "prism_deco",
+    "svg.fonttype": "path",  # with a browser's own fonts, of other widths, labels would collide
+    "svg.hashsalt": "prism_deco",  # equal figures get equal ids
     "text.parse_math": False,  # names may contain dollar signs
 }
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure and what it shows.
+    """A drawn figure.
 
     Attributes:
-        name: of its file.
+        name: file name without suffix.
     """
 
     name: str
@@ -62,19 +62,21 @@ class Figure:
 
 
 def styles(variants: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dashes by variant; a projector has the same ones in all reports."""
+    """Colour, marker and dashes by variant; a known projector looks the same in all reports."""
     variants = list(dict.fromkeys(variants))
     order = [*PROJECTORS, *(name for name in variants if name not in PROJECTORS)]
     found = {}
     for name in variants:
+        # After each round of colours, they are combined with the next marker.
         round_, place = divmod(order.index(name), len(_STYLES))
-        color, marker, dashes = _STYLES[place][0], *_STYLES[(place + round_) % len(_STYLES)][1:]
+        color, *_ = _STYLES[place]
+        _, marker, dashes = _STYLES[(place + round_) % len(_STYLES)]
         found[name] = {"color": color, "marker": marker, "linestyle": dashes}
     return found
 
 
 def panels(number: int, *, width: float, height: float = 2.6, sharey: bool = False) -> tuple[Canvas, list[Axes]]:
-    """A figure of `number` panels of a size in inches, three in a row; use within `settings`."""
+    """A figure of `number` panels, three per row, each of the given size in inches; use within `settings`."""
     columns = min(3, number)
     rows = math.ceil(number / columns)
     figure = Canvas(figsize=(width * columns, height * rows + 0.5), layout="constrained")
@@ -85,12 +87,12 @@ def panels(number: int, *, width: float, height: float = 2.6, sharey: bool = Fal
 
 
 def settings() -> Any:
-    """The context in which figures are drawn and written."""
-    return matplotlib.rc_context(_SETTINGS)  # type: ignore[arg-type]  # its keys are text
+    """The matplotlib context to draw and save figures in."""
+    return matplotlib.rc_context(_SETTINGS)  # type: ignore[arg-type]  # matplotlib lists its keys as literals
 
 
 def legend(figure: Canvas, axes: Sequence[Axes]) -> None:
-    """One legend below all panels, with the entries of all of them."""
+    """One legend below all panels, with the entries of all panels."""
     found: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
@@ -102,14 +104,14 @@ def legend(figure: Canvas, axes: Sequence[Axes]) -> None:
 
 
 def to_svg(figure: Canvas) -> bytes:
-    """The SVG; equal figures give equal bytes."""
+    """The figure as SVG; equal figures give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 
 def label_axes(ax: Axes, title: str, x: str, y: str) -> None:
-    """Title and axis labels; whole numbers on an axis of steps."""
+    """Sets the title and the axis labels; an axis of steps gets integer ticks."""
     ax.set_title("\n".join(textwrap.wrap(title, 36)) or title)
     ax.set_xlabel(x)
     ax.set_ylabel(y)
