@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
@@ -87,9 +87,9 @@ class ScoreTable:
         """The score of a group on a benchmark, or its `mean` over all."""
         return group.overall(self.benchmarks, self.split) if name == "mean" else group.summary(name, self.split)
 
-    def ours(self, variant: str) -> dict[Hashable, float | None]:
-        """Scores of a projector by row and benchmark."""
-        found: dict[Hashable, float | None] = {}
+    def ours(self, variant: str) -> dict[tuple[str, str], float | None]:
+        """Our scores of a projector by row and benchmark."""
+        found: dict[tuple[str, str], float | None] = {}
         for row in self.rows:
             if row.variant == variant and not row.cited:
                 for name in self.benchmarks:
@@ -97,7 +97,7 @@ class ScoreTable:
                     found[row.row, name] = summary.mean if summary else None
         return found
 
-    def papers(self, variant: str) -> dict[Hashable, float | None]:
+    def papers(self, variant: str) -> dict[tuple[str, str], float | None]:
         """The paper's scores of a projector by row and benchmark."""
         chosen = [row for row in self.rows if row.variant == variant and row.paper and not row.cited]
         return {(row.row, name): row.paper.get(name) for row in chosen for name in self.benchmarks}

@@ -1,4 +1,4 @@
-"""How the settings of a cell differ from those of the paper's authors."""
+"""How a cell's settings differ from those of the paper's authors."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _LEFT_OUT = (
     "recipe.stages", "recipe.start_from", "recipe.num_tokens", "recipe.micro_batch_size", "recipe.packing",
     "recipe.max_logits",
 )  # fmt: skip
-"""Keys that are not compared here: tables show them, or they do not change what is learned."""
+"""Keys that are not compared: tables show them already, or they do not affect the trained model."""
 
 _OTHERS = ("data.name", "data.limit", "data.val_fraction", "data.draft_jpeg", "trainer.precision")
-"""Keys of other groups that change what is learned."""
+"""Keys of other groups that affect the trained model."""
 
 
 class Departure(NamedTuple):
-    """A setting with our value and the authors'."""
+    """A setting in which we depart from the authors."""
 
     setting: str
     ours: str
@@ -43,13 +43,14 @@ class Departure(NamedTuple):
 
 
 def departures(cell: RunCell, table: int) -> list[Departure]:
-    """How a cell differs from the authors' run of the same tower, projector and LLM, in what is learned.
+    """The settings that affect training in which a cell differs from the authors' run of the same tower, projector and
+    LLM.
 
-    Keys that the run's configuration does not have, since it is of an earlier version, are no difference; neither is a
-    value that follows from a reference to another key. Without a manifest the libraries are those of this environment.
+    Keys that an earlier version's configuration lacks are no difference; neither is a value interpolated from another
+    key. Library versions are those of the manifest, or of this environment before there is one.
 
     Args:
-        table: the paper's, to which the cell belongs.
+        table: the paper's table that the cell belongs to.
     """
     config = cell.config
     if config is None:
@@ -59,7 +60,8 @@ def departures(cell: RunCell, table: int) -> list[Departure]:
     names = {group: str(config[group].name) for group in ("backbone", "projector", "llm")}
     overrides = [f"{group}={name}" for group, name in names.items() if name in choices(group)]
     theirs, references = _composed((*authors.overrides, *overrides))
-    if ours.get("recipe.prompt_set") != theirs.get("recipe.prompt_set"):  # which the LLM's format follows
+    if ours.get("recipe.prompt_set") != theirs.get("recipe.prompt_set"):
+        # Compare the LLM's keys under our prompt set, so that only the set itself is reported.
         own_set = f"recipe.prompt_set={value_text('recipe.prompt_set', ours.get('recipe.prompt_set'))}"
         alike, _ = _composed((*authors.overrides, *overrides, own_set))
         theirs = theirs | {key: value for key, value in alike.items() if key.startswith("llm.")}
@@ -112,12 +114,12 @@ def _libraries(cell: RunCell, authors: paper.Authors) -> list[Departure]:
 
 
 def settings_records(cells: Iterable[RunCell], table: int) -> list[dict[str, str]]:
-    """A record per cell and difference, for CSV."""
+    """A record per cell and departure, for CSV."""
     return [{"cell": cell.id, **departure._asdict()} for cell in cells for departure in departures(cell, table)]
 
 
 def settings_table(cells: Sequence[RunCell], table: int) -> Table | None:
-    """The differences, each with the cells that have it; None if there are none."""
+    """The departures, each with the cells that have it; None if there are none."""
     known = [cell for cell in cells if cell.config is not None]
     owners: dict[Departure, list[str]] = {}
     for cell in known:
@@ -152,18 +154,19 @@ def _shown(key: str, value: Any) -> str:
 
 @cache
 def _composed(overrides: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values by key, and the target of each value that is a reference to another key."""
+    """The values by key, and by key the target of each value that is an interpolation (`${recipe.num_tokens}`)."""
     config = load_config(overrides)
     written: Any = OmegaConf.to_container(config, resolve=False)
-    found = {
-        key: re.fullmatch(r"\$\{(.+)\}", value) for key, value in flatten(written).items() if isinstance(value, str)
-    }
-    return flat(config), {key: match[1] for key, match in found.items() if match}
+    targets = {}
+    for key, value in flatten(written).items():
+        if isinstance(value, str) and (match := re.fullmatch(r"\$\{(.+)\}", value)):
+            targets[key] = match[1]
+    return flat(config), targets
 
 
 @cache
 def _stage_before(recipe: str) -> str | None:
-    """The stage before this recipe in a recipe of several stages; None if there is none."""
+    """The stage that precedes this recipe in a recipe with stages; None if there is none."""
     for choice in choices("recipe"):
         stages = load_choice("recipe", choice).get("stages") or {}
         for before, stage in pairwise(stages):

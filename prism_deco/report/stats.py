@@ -1,10 +1,10 @@
-"""Statistics of comparisons: pure functions of numbers."""
+"""Statistics of comparisons."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -12,12 +12,14 @@ from scipy import stats
 from prism_deco.errors import UsageError
 
 Strata = Mapping[str, Sequence[float]]
+"""Scores of the units (questions, or images) by stratum."""
 
-_ROUNDING = 1e-9  # of means over seeds
+_ROUNDING = 1e-9
+"""Largest rounding error of a mean over seeds."""
 
 
 class Wins(NamedTuple):
-    """How often one is ahead of another."""
+    """Counts of pairwise comparisons."""
 
     ahead: int
     behind: int
@@ -25,11 +27,11 @@ class Wins(NamedTuple):
     missing: int
 
 
-def count_wins(first: Mapping[Hashable, float | None], second: Mapping[Hashable, float | None]) -> Wins:
-    """Compares scores as they are printed, to one decimal: scores that look equal are a tie.
+def count_wins(first: Mapping[Any, float | None], second: Mapping[Any, float | None]) -> Wins:
+    """Compares scores as printed, to one decimal: scores that look equal are a tie.
 
     Args:
-        first, second: scores by (row, benchmark); one that is absent or None in either counts as missing.
+        first, second: scores by (row, benchmark); absent or None in either counts as missing.
     """
     signs = []
     places = dict.fromkeys([*first, *second])
@@ -46,18 +48,14 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % confidence interval of the mean of at least two independent values, by Student's t."""
     mean = fmean(values)
     error = float(stats.sem(values))
-    if error == 0:  # scipy's interval of equal values is nan
+    if error == 0:  # scipy returns nan
         return mean, mean
     low, high = stats.t.interval(0.95, len(values) - 1, mean, error)
     return float(low), float(high)
 
 
 def subtract(first: Strata, second: Strata) -> dict[str, list[float]]:
-    """Differences unit by unit.
-
-    Raises:
-        UsageError: the strata are not those of the same units.
-    """
+    """Differences unit by unit; `UsageError` if the two do not have the same units."""
     if {name: len(values) for name, values in first.items()} != {name: len(values) for name, values in second.items()}:
         raise UsageError("The two do not hold the same questions.")
     return {
@@ -74,7 +72,7 @@ def average(several: Sequence[Strata]) -> dict[str, list[float]]:
 def mcnemar(differences: Strata) -> float:
     """The p-value of the exact two-sided McNemar test over the units on which two models differ.
 
-    With scores between right and wrong it is the sign test, which only counts who is ahead on each unit.
+    With partial scores it is the sign test, which only counts who is ahead on each unit.
     """
     values = [value for stratum in differences.values() for value in stratum]
     ahead = sum(value > _ROUNDING for value in values)
@@ -83,7 +81,7 @@ def mcnemar(differences: Strata) -> float:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """P-values adjusted by Holm's method (1979), which controls the family-wise error rate. None is not a test."""
+    """P-values adjusted by Holm's method (1979), which controls the family-wise error rate; None is not a test."""
     tests = sorted((p, number) for number, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     highest = 0.0

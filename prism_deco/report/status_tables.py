@@ -1,4 +1,4 @@
-"""The state of the cells, in words and tables."""
+"""Paragraphs and tables about the state of the cells."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MEANING = {"trained": "not scored yet"}
 
 
 def about(cells: Sequence[RunCell]) -> list[str]:
-    """A paragraph about the models that were trained: when, on what, and by which version."""
+    """A paragraph about the trained models: when, on what, and by which version."""
     trained = _by_run(cell for cell in cells if cell.manifest)
     if not trained:
         return []
@@ -39,7 +39,7 @@ def about(cells: Sequence[RunCell]) -> list[str]:
 
 
 def _by_run(cells: Iterable[RunCell]) -> list[RunCell]:
-    """One cell per run, which may have been scored with several numbers of visual tokens."""
+    """One cell per run: a run that was scored with several numbers of visual tokens has several."""
     return list({cell.folder: cell for cell in cells}.values())
 
 
@@ -50,11 +50,11 @@ def _span(values: Sequence[int]) -> str:
 
 
 def notes(cells: Sequence[RunCell], split: str, others: Sequence[str]) -> str:
-    """A paragraph on the state of the cells, and on what is shown of them.
+    """A paragraph about the state of the cells and the split shown.
 
     Args:
-        split: that is shown; "" is the benchmarks' own.
-        others: that were scored as well.
+        split: the split shown; "" is the benchmarks' own.
+        others: other scored splits.
     """
     if not cells:
         return (
@@ -92,7 +92,7 @@ def unfinished_table(cells: Sequence[RunCell]) -> Table:
 
 
 def cells_table(cells: Sequence[RunCell]) -> Table:
-    """All cells, and what they were trained on."""
+    """All cells, with the settings and the cost of their training."""
     caption = (
         "lm: the part of the LLM that was trained. start from: the run whose projector was loaded. lr: peak learning "
         "rate of the LLM or its adapters. projector lr: peak learning rate of the projector."
@@ -134,9 +134,9 @@ def cell_record(cell: RunCell) -> dict[str, Any]:
 
 
 def run_records(cells: Sequence[RunCell], split: str) -> list[dict[str, Any]]:
-    """A record per run and measure, for CSV; all means, intervals and tests of a report follow from them. Measures are
-    the last validation loss of a finished run (nats per token), the primary metrics of benchmarks (in their own units)
-    and the means over relevance maps (fractions of one, or of the grid's side).
+    """A record per run and measure, for CSV. Measures are the last validation loss of a finished run (nats per token),
+    the primary metrics of the benchmarks (in their own units), and the means over relevance maps (fractions of one, or
+    of the grid's side).
     """
     found = []
     for cell in cells:

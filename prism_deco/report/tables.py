@@ -1,8 +1,9 @@
-"""The report's tables: scores next to the paper's, wins, gains, differences."""
+"""The report's tables: scores beside the paper's, wins, gains, differences."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from statistics import fmean, stdev
 
 from prism_deco.evaluation.compressors import COMPRESSORS
@@ -15,7 +16,7 @@ from prism_deco.report.stats import count_wins
 from prism_deco.report.tabular import MISSING, Field, Table, format_interval, format_number, under_headings
 
 _LONG = 24
-"""Rows of a table beyond which it leaves out what readings.csv has as well."""
+"""Most rows of a table that shows secondary metrics; readings.csv always has them."""
 
 
 def scores_table(table: ScoreTable, differences: Sequence[Difference] = ()) -> Table:
@@ -65,10 +66,11 @@ def _score(table: ScoreTable, row: ScoreRow, name: str, *, best: bool) -> Field:
 def _leader(
     table: ScoreTable, rows: Sequence[ScoreRow], name: str, differences: Sequence[Difference]
 ) -> ScoreRow | None:
-    """The entry that is clearly ahead of all others in its row.
+    """The row that is clearly ahead of all others; None if there is none.
 
     Args:
-        differences: of the row.
+        rows: the lines of one row of the study.
+        differences: between their projectors.
     """
     known = []
     for row in rows:
@@ -112,7 +114,7 @@ def _caption(table: ScoreTable) -> str:
     parts += filter(None, (getattr(COMPRESSORS.get(name), "note", "") for name in sorted(used)))
     if any(group.control for group in table.groups):
         parts.append("control: what a projector must beat to be worth anything.")
-    # A run of an earlier version may not have the key.
+    # Configurations of earlier versions lack the key.
     if any(cell.config is not None and cell.config.trainer.get("feature_cache") is True for cell in table.cells):
         parts.append("The towers' features were stored before the training, whose time is that of projector and LLM.")
     if table.has_mean:
@@ -125,9 +127,9 @@ def _caption(table: ScoreTable) -> str:
     shown: set[str] = set()
     if len(table.rows) > _LONG:
         parts.append("Further metrics of the benchmarks are in readings.csv.")
-    for row in table.rows if len(table.rows) <= _LONG else ():
-        for name in table.benchmarks:
-            shown.update(secondary_values(row.group, name, table.split))
+    else:
+        for group, name in product(table.groups, table.benchmarks):
+            shown.update(secondary_values(group, name, table.split))
     parts += [text for name, text in SECONDARY.items() if any(metric.endswith(name) for metric in shown)]
     if any("/" in metric for metric in shown):
         parts.append("Metrics with a slash: the same questions, asked by another variant of the benchmark.")
@@ -138,7 +140,7 @@ def _caption(table: ScoreTable) -> str:
 
 
 def losses_table(table: ScoreTable) -> Table:
-    """The final losses of cells without benchmarks."""
+    """The final losses of cells that are not scored on benchmarks."""
     rows = []
     for group in table.groups:
         train = [fmean(curve[-max(1, len(curve) // 40) :]) for curve in _values(group, TRAIN_LOSS)]
@@ -163,7 +165,7 @@ def _loss(values: Sequence[float]) -> Field:
 
 
 def wins_table(table: ScoreTable) -> Table | None:
-    """How often the base projector is ahead of each other one; None if there is no pair."""
+    """How often the base projector is ahead of each other projector; None if there is no other."""
     variants = list(dict.fromkeys(row.variant for row in table.rows if not row.cited))
     bases = [variant for variant in variants if variant.partition(",")[0] == BASE] or variants[:1]
     rows = []
@@ -185,7 +187,7 @@ def wins_table(table: ScoreTable) -> Table | None:
 
 
 def worth_table(table: ScoreTable, differences: Sequence[Difference]) -> Table | None:
-    """What each projector costs and brings, compared with the base projector of its row; None without means.
+    """Cost and gain of each projector compared with the base projector of its row; None without means.
 
     Args:
         differences: of this table.
@@ -232,14 +234,14 @@ def _negative(bounds: tuple[float, float] | None) -> tuple[float, float] | None:
 
 
 def gains_table(table: ScoreTable) -> Table:
-    """The relative gains that the paper's abstract states, from its scores and from ours."""
-    own = [
-        {str(name): mean for (_, name), mean in table.ours(variant).items() if mean is not None}  # type: ignore[misc]
+    """The relative gains stated in the paper's abstract, from its scores and from ours."""
+    first, second = (
+        {name: mean for (_, name), mean in table.ours(variant).items() if mean is not None}
         for variant in (BASE, "c_abstractor")
-    ]
+    )
     printed = paper.scores(1)
     theirs = paper.gains(printed["T1", BASE], printed["T1", "c_abstractor"])
-    ours = paper.gains(*own)
+    ours = paper.gains(first, second)
     rows = [
         [Field(name), Field(format_number(ours[name], sign="+")), Field(format_number(theirs[name], 2, sign="+"))]
         for name in paper.GAIN_GROUPS
@@ -249,7 +251,7 @@ def gains_table(table: ScoreTable) -> Table:
 
 
 def spatial_table(table: ScoreTable) -> Table:
-    """Table 2: six spatial tasks; of the paper, only the averages are known."""
+    """The six spatial tasks of Table 2; of the paper's scores, only the averages are known."""
     tasks = [f"{benchmark}: {metric.rpartition('/')[2].replace('_', ' ')}" for benchmark, metric, _ in paper.SPATIAL]
     printed = paper.spatial_averages()
     rows = []
@@ -284,7 +286,7 @@ def _spatial(group: SeedGroup, split: str) -> list[float | None]:
 
 
 def differences_table(found: Sequence[Difference], title: str = "Differences") -> Table:
-    """Pairs of projectors, question by question."""
+    """Pairs of projectors, compared question by question."""
     rows = []
     for pair in found:
         heading = Field(f"{pair.row}: {pair.first} − {pair.second}")  # noqa: RUF001
@@ -312,7 +314,7 @@ def differences_table(found: Sequence[Difference], title: str = "Differences") -
 
 
 def format_p(p: float | None) -> str:
-    """A p-value as printed: three decimals, or a bound."""
+    """A p-value with three decimals, or as a bound."""
     if p is None:
         return MISSING
     return "<0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,4 +1,4 @@
-"""Tables of text, and their forms: Markdown, the terminal, CSV."""
+"""Tables of text, as Markdown, on the terminal, and as CSV."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Field:
     """One field of a table.
 
     Attributes:
-        lines: smaller print below it.
-        best: whether it is bold.
+        lines: smaller print below the text.
+        best: print the text in bold.
     """
 
     text: str
@@ -33,11 +33,11 @@ class Field:
 
 @dataclass(frozen=True)
 class Table:
-    """A table to print. The first column holds the names of rows, and stays in sight in tables wider than the screen.
+    """A table to print. The first column holds row names, and stays visible in tables wider than the screen.
 
     Attributes:
-        rows: with a field per column; one with a single field is the heading of the rows below it.
-        words: the columns hold words, which are left-aligned.
+        rows: one field per column; a row of a single field is the heading of the rows below it.
+        words: left-align the columns, which hold words instead of numbers.
     """
 
     title: str
@@ -48,7 +48,7 @@ class Table:
 
 
 def records_table(title: str, records: Sequence[Mapping[str, Any]], caption: str = "") -> Table:
-    """The records of a CSV as a table."""
+    """A table of CSV records."""
     rows = [[Field(_shown(value)) for value in record.values()] for record in records]
     return Table(title, [key.replace("_", " ") for key in records[0]], rows, caption, words=True)
 
@@ -62,7 +62,7 @@ def _shown(value: Any) -> str:
 
 
 def under_headings(rows: Iterable[tuple[Field, Sequence[Field]]]) -> list[Sequence[Field]]:
-    """The rows, with a heading above wherever it changes."""
+    """The rows, with the heading inserted wherever it changes."""
     found: list[Sequence[Field]] = []
     previous = None
     for heading, fields in rows:
@@ -74,7 +74,7 @@ def under_headings(rows: Iterable[tuple[Field, Sequence[Field]]]) -> list[Sequen
 
 
 def format_number(value: float | None, digits: int = 1, sign: str = "") -> str:
-    """A number as all tables print it; a dash for None."""
+    """A number with a fixed number of decimals; a dash for None."""
     return MISSING if value is None else f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # no "-0.0"
 
 
@@ -84,12 +84,12 @@ def format_interval(bounds: tuple[float, float] | None, sign: str = "") -> str:
 
 
 def paragraph(text: str) -> str:
-    """A paragraph of Markdown, even if it begins like a heading, a list or a quotation."""
+    """A Markdown paragraph, escaped so that it cannot start a heading, a list or a quotation."""
     return re.sub(r"^(\d*)([#>+~=.)-])", r"\1\\\2", escape(text)) + "\n"
 
 
 def markdown(table: Table) -> str:
-    """A Markdown table and its caption; all text in it is escaped."""
+    """A Markdown table and its caption, all text escaped."""
     width = len(table.columns)
     sides = [":--"] + [":--" if table.words else "--:"] * (width - 1)
     lines = ["| " + " | ".join(map(escape, table.columns)) + " |", "|" + "|".join(sides) + "|"]
@@ -109,14 +109,14 @@ def escape(text: str) -> str:
     """Text on one line, escaped for Markdown."""
     plain = html.escape(" ".join(text.split()), quote=False)
     escaped = "".join(f"\\{sign}" if sign in "\\`*[]|" else sign for sign in plain)
-    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", escaped)  # within words they mean nothing
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", escaped)  # underscores inside words are literal
 
 
 class TerminalTable:
-    """A table for the terminal, without the small print.
+    """A table for the terminal, without the smaller print.
 
-    A table wider than the terminal is printed in several blocks of columns, each with the first one: no column is
-    dropped, and only names are folded.
+    A table wider than the terminal is printed as several blocks of columns, each starting with the first column. No
+    column is dropped, and only row names wrap.
     """
 
     def __init__(self, table: Table):
@@ -126,7 +126,8 @@ class TerminalTable:
         widths = [max(map(len, texts)) for texts in self._columns()]
         rest = max(widths[1:], default=0)
         words = [word for text in self._columns()[0] for word in text.split()]
-        # Names get the width that the widest other column leaves, unless a word would have to be broken.
+        # Row names get the width that the widest other column leaves, but never less than their longest word. rich adds
+        # 3 columns per cell for padding and border, and 1 for the last border.
         widths[0] = min(widths[0], max([options.max_width - rest - 7, *map(len, words)]), options.max_width - 4)
         blocks: list[list[int]] = [[]]
         for number in range(1, len(widths)):
@@ -138,7 +139,7 @@ class TerminalTable:
             yield self._block(f"{self._table.title}{', continued' if k else ''}", block, widths)
 
     def _columns(self) -> list[list[str]]:
-        """The texts of each column with its name; of the first with the headings of rows."""
+        """The texts of each column and its name; the first column includes the row headings."""
         columns = [[name] for name in self._table.columns]
         for row in self._table.rows:
             for texts, field in zip(columns, row, strict=False):
@@ -160,7 +161,7 @@ class TerminalTable:
 
 
 def comma_separated(records: Sequence[Mapping[str, Any]]) -> str:
-    """CSV with a header; empty where a value is None. Cells that a spreadsheet would run as formulas are quoted."""
+    """CSV with a header; None becomes an empty field. Text that a spreadsheet would run as a formula gets a `'`."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(records[0]) if records else [], lineterminator="\n")
     writer.writeheader()
