@@ -1,4 +1,4 @@
-"""The driver of a sweep: starts cells, watches them, and records how they end."""
+"""The driver of a sweep: starts cells, monitors them, and records how they end."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ Launcher = LocalLauncher | SlurmLauncher
 Handle = Process | SlurmJob
 
 POLL = 0.5
-"""Seconds between two checks of the processes."""
+"""Seconds between two polls of the processes."""
 LOOKS = 20
-"""Checks for activity within the timeout."""
+"""Activity checks per timeout."""
 PREEMPTIONS = 10
-"""How often a driver queues a preempted cell again."""
+"""How often a driver requeues a preempted cell."""
 MICRO_BATCH = "recipe.micro_batch_size"
 
 
@@ -42,12 +42,14 @@ class _Attempt:
     handle: Handle
     heartbeat: Heartbeat
     before: int | None
-    """Stamp of the run's status before the attempt."""
+    """`stamp` of the run from before the attempt; None if an earlier driver started it."""
     spent: float
     """Seconds that earlier attempts took."""
     began: float = field(default_factory=time.monotonic)
     looked: float = 0.0
+    """Monotonic time of the last activity check."""
     hung: bool = False
+    """Stopped by the driver for lack of activity."""
 
 
 class Driver:
@@ -56,10 +58,10 @@ class Driver:
     Args:
         ledger: with an entry for each cell.
         cells: the cells to run.
-        launcher: what runs them.
-        timeout: seconds without a sign of life (output, or a change in the run folder) after which a cell is
-            hung; None waits forever.
-        live: shows the ledger as a table; None logs every change of state instead.
+        launcher: where to run them.
+        timeout: seconds without activity (output, or a change in the run folder) after which a cell counts as hung;
+            None waits forever.
+        live: display for the ledger table; None logs every change of state instead.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class Driver:
         self._heeded = 0
 
     def run(self) -> bool:
-        """Runs until no cell is left to run, or until it is interrupted; says whether all cells are done."""
+        """Runs until no cell is left or the user interrupts; returns whether all cells are done."""
         for cell in self.cells.values():
             self._resume(cell)
         with self._interruptible():
@@ -99,7 +101,7 @@ class Driver:
         return all(self.ledger.entries[name].state == "done" for name in self.cells)
 
     def _resume(self, cell: SweepCell) -> None:
-        """Watches, queues or skips a cell, depending on how an earlier driver left it."""
+        """Attaches to, queues or skips a cell, depending on how an earlier driver left it."""
         entry = self.ledger.entries[cell.id]
         if entry.state == "running":
             handle = self.launcher.attach(cell, entry)
@@ -115,14 +117,14 @@ class Driver:
         self.queue.append(cell)
 
     def _start(self) -> None:
-        # In order, so that a cell that needs many GPUs is not overtaken forever by smaller ones.
+        # Strictly in order, so that smaller cells cannot starve one that needs many GPUs.
         while self.queue and not self.interrupts and self.launcher.fits(self.queue[0]):
             cell = self.queue.popleft()
             entry = self.ledger.entries[cell.id]
             log_file, run = self._places(cell)
             heartbeat = Heartbeat(log_file, run)
             before = stamp(run)
-            # Written before the start: a driver that is killed in between leaves no cell that nobody knows of.
+            # Recorded before the start: if the driver is killed in between, the ledger still knows of the cell.
             self._record(entry, "running", attempts=entry.attempts + 1, started=time.time())
             handle = self.launcher.start(cell, entry)
             if handle.job is not None:
@@ -149,7 +151,7 @@ class Driver:
                 attempt.handle.stop()
 
     def _is_silent(self, attempt: _Attempt, timeout: float) -> bool:
-        # Not every time: that would put load on a shared file system.
+        # Rarely, to spare a shared file system.
         if time.monotonic() - attempt.looked < timeout / LOOKS:
             return False
         attempt.looked = time.monotonic()
@@ -176,10 +178,10 @@ class Driver:
             self._record(entry, outcome.state, reason=outcome.reason)
 
     def _out_of_memory(self, cell: SweepCell, entry: LedgerEntry, outcome: Outcome) -> None:
-        """Retries once with half the micro-batch: the global batch stays, it only takes more forward passes.
+        """Retries once with half the micro-batch size: the global batch stays, with more accumulation steps.
 
-        Where the loss is a mean over micro-batches this changes its weights, so the report keeps such a cell out of
-        tables with others unless asked.
+        If the loss is a mean over micro-batches, this changes its weights; the report then refuses to put the cell into
+        one table with others, unless asked.
         """
         size = OmegaConf.merge(cell.config, OmegaConf.from_dotlist(entry.adjusted)).recipe.micro_batch_size
         if entry.adjusted or self.interrupts or size == 1:
@@ -217,7 +219,7 @@ class Driver:
         """Ctrl-C and SIGTERM let the cells save and stop; a second one kills them."""
 
         def interrupt(*_: object) -> None:
-            # Only counted here: in the middle of a start there is a process, but no handle yet.
+            # Only counted here: a signal may arrive while a cell has a process but no handle yet.
             self.interrupts += 1
 
         numbers = (signal.SIGINT, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""From a sweep to its cells: each a command line of `train` that is known to compose."""
+"""Expands a sweep into its cells: command lines of `train`, each checked by composing it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prism_deco.sweep.spec import PART, RunGrid, Spec, SweepRow
 
 LONGEST_ID = 100
 RESERVED = ("logs", "jobs")
-"""Folders of a sweep that are no cells."""
+"""Names of a sweep's own folders, which no cell may have."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,18 @@ class SweepCell:
     """One training of a sweep."""
 
     id: str
-    """Name of its run folder: the labels' values."""
+    """Name of its run folder, made of the labels' values."""
     labels: Mapping[str, Any]
     """What tables group by: {"row": "B1", "projector": "avgpool", "seed": 7}."""
     overrides: tuple[str, ...]
-    """Arguments of `train`, without the run's place."""
+    """Arguments of `train`, without `runs_dir` and `run_id`."""
     config: DictConfig
-    """What they compose to (the last stage's, of a recipe of several)."""
+    """What they compose to; the last stage if the recipe has stages."""
     choose: Mapping[str, str] = field(default_factory=dict)
-    """Keys whose value the results of another part decide, and that part."""
+    """Keys whose value is chosen by the results of another part, and that part."""
 
     @property
     def part(self) -> str | None:
-        """The part of the sweep that it belongs to."""
         return self.labels.get(PART)
 
     @property
@@ -49,7 +48,7 @@ class SweepCell:
 
     @property
     def waits(self) -> bool:
-        """Whether a key's value is still to be chosen."""
+        """Whether a value is still to be chosen."""
         return any(key not in self.settings for key in self.choose)
 
 
@@ -59,11 +58,11 @@ def settings_of(overrides: Iterable[str]) -> dict[str, str]:
 
 
 def expand(spec: Spec) -> list[SweepCell]:
-    """All cells of a sweep, part by part, rows first, each composed and checked. What a part chooses by the results
-    of another is left at the recipe's own value.
+    """All cells of a sweep, part by part and row by row, each composed and checked. Values still to be chosen by the
+    results of another part keep the recipe's default.
 
     Raises:
-        UsageError: a cell that does not compose (named, with the reason), or two cells of one id.
+        UsageError: a cell does not compose, or two cells have the same id.
     """
     combinations = []
     for grid in spec.grids:
@@ -76,10 +75,10 @@ def expand(spec: Spec) -> list[SweepCell]:
         overrides = tuple(f"{key}={value}" for key, value in _settings(spec, grid, row, values).items())
         try:
             config = final_config(overrides)
-            resolve_benchmarks(config.evaluate.benchmarks or "")  # a wrong name must not wait for the end of training
+            resolve_benchmarks(config.evaluate.benchmarks or "")  # report a wrong name now, not after training
         except UsageError as error:
             raise UsageError(f"Cell {number} of {len(combinations)}, {name}: {error}") from error
-        # Some file systems do not tell capitals from small letters.
+        # Some file systems are case-insensitive.
         if name.casefold() in RESERVED:
             raise UsageError(f"{name} cannot name a cell: every sweep has a folder of that name.")
         if name.casefold() in cells:
@@ -94,7 +93,7 @@ def cell_id(row: SweepRow, values: Mapping[str, str]) -> str:
     """A short, readable, stable folder name: `B1-avgpool-seed7`."""
     parts = [key.rpartition(".")[2] if label is True else _slug(str(label)) for key, label in row.labels.items()]
     for key, value in values.items():
-        # The value of a group is its own name; a number needs its key.
+        # A choice speaks for itself (`avgpool`); another value needs its key (`seed7`).
         parts.append(_slug(value) if key in GROUPS else key.rpartition(".")[2] + _slug(value))
     name = "-".join(part for part in parts if part)
     if len(name) > LONGEST_ID:
@@ -116,7 +115,7 @@ def _settings(spec: Spec, grid: RunGrid, row: SweepRow, values: Mapping[str, str
 
 
 def _label(key: str, value: str, config: DictConfig) -> Any:
-    """What tables call an axis' value: a choice by its name, other values as the configuration has them."""
+    """What tables call a value of an axis: a choice by its name, other values as in the configuration."""
     if key in GROUPS:
         return choice_name(value)
     composed = OmegaConf.select(config, key)

@@ -1,4 +1,4 @@
-"""How cells are started: their command line and environment, the supervisor around it, and this machine's launcher."""
+"""How cells are started: command line, environment and supervisor of a cell, and the launcher for this machine."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from prism_deco.sweep.expand import SweepCell
 from prism_deco.sweep.ledger import LedgerEntry
 
 GRACE = 120.0
-"""Seconds between SIGTERM and SIGKILL: a large model needs them to write its checkpoint."""
+"""Seconds between SIGTERM and SIGKILL, for a large model to write its checkpoint."""
 
 DEFAULTS = ("trainer.preflight=true",)
-"""Settings of every cell unless its sweep says otherwise: nobody watches the first steps of a cell."""
+"""Settings of every cell that its sweep may override: nobody watches the first steps of a cell."""
 
-# Variables that would tell a cell that it is part of another job.
+# Variables that would make a cell believe that it is a rank of another job.
 FOREIGN = ("SUBMITIT_", "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "PL_", "MASTER_")
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE")
 
@@ -45,14 +45,14 @@ def lock_path(folder: Path, cell_id: str) -> Path:
 
 
 def clean_environment(*, cluster: bool = False) -> dict[str, str]:
-    """This process's environment without what would tell a cell that it is a part of something else.
+    """This process's environment without the variables of another distributed job, which would mislead a cell.
 
     Args:
-        cluster: keep SLURM's variables: the cell is the job.
+        cluster: keep SLURM's variables, since the cell is the job.
     """
     foreign = FOREIGN if cluster else (*FOREIGN, "SLURM_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign) and name not in RANKS}
-    # A log must show the last words of a process that dies, and where a segmentation fault happened.
+    # So that the log has the last output of a process that dies, and the traceback of a segmentation fault.
     return kept | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
 
 
@@ -60,7 +60,7 @@ def start_supervised(
     command: Sequence[str], *, log: IO[str] | None, lock: Path | None, env: Mapping[str, str], grace: float = GRACE
 ) -> subprocess.Popen[bytes]:
     """Starts a command under `supervisor.py`; closing the supervisor's standard input stops the command."""
-    # Isolated (-I): neither the script's folder nor the user's PYTHON* variables change what it imports.
+    # Isolated mode (-I): neither the script's folder nor PYTHON* variables affect the supervisor's imports.
     return subprocess.Popen(
         [sys.executable, "-I", supervisor.__file__, str(grace), str(lock or ""), *command],
         stdin=subprocess.PIPE,
@@ -78,10 +78,10 @@ class LocalLauncher:
     Args:
         folder: the sweep's folder.
         cells: all cells that will be run.
-        jobs: cells at a time; by default as many as have GPUs of their own, on a CPU one.
-        gpus: names for CUDA_VISIBLE_DEVICES; those of this machine by default.
-        grace: seconds that a cell has to save when it is stopped.
-        command: what runs a cell.
+        jobs: cells at a time; by default as many as fit on the GPUs without sharing one, or one on a CPU.
+        gpus: names for CUDA_VISIBLE_DEVICES; this machine's GPUs by default.
+        grace: seconds that a stopped cell has to save.
+        command: builds the command line of a cell.
 
     Raises:
         UsageError: a cell asks for more GPUs than there are, or for several nodes.
@@ -138,14 +138,14 @@ class LocalLauncher:
     def attach(self, cell: SweepCell, entry: LedgerEntry) -> None:
         if entry.job is not None:
             raise UsageError(f"Cell {cell.id} runs as SLURM job {entry.job}: use launcher=slurm, or scancel it.")
-        # The supervisors of a killed driver stop their cells; those of this driver wait for the cells' locks.
+        # Nothing to attach to: the supervisors of a killed driver stop their cells, and new ones wait for their locks.
 
     def describe(self, cell: SweepCell, entry: LedgerEntry) -> str:
         own = self._environment(cell, self.gpus[: self._devices(cell)])
         return shlex.join([*(f"{name}={value}" for name, value in own.items()), *self.command(self.folder, entry)])
 
     def _environment(self, cell: SweepCell, gpus: Sequence[str]) -> dict[str, str]:
-        """GPUs and CPU threads of a cell; a smaller OMP_NUM_THREADS of the user's stays."""
+        """Variables for the GPUs and CPU threads of a cell; the user's OMP_NUM_THREADS counts if it is smaller."""
         processes = max(1, self._devices(cell), cell.config.trainer.devices)
         share = max(1, cores() // (self.jobs * processes))
         threads = cell.config.trainer.threads or share
@@ -157,7 +157,7 @@ class LocalLauncher:
         return own
 
     def _devices(self, cell: SweepCell) -> int:
-        """GPUs that a cell needs; Lightning's -1 is all of them."""
+        """Number of GPUs that a cell needs; -1 is all of them, as in Lightning."""
         settings = cell.config.trainer
         if settings.accelerator == "cpu" or (settings.accelerator == "auto" and not self.gpus):
             return 0
@@ -169,7 +169,7 @@ class LocalLauncher:
 
 
 class Process:
-    """An attempt on this machine, by its supervisor process."""
+    """An attempt on this machine, controlled through its supervisor process."""
 
     job: str | None = None
 
@@ -178,7 +178,7 @@ class Process:
         self._release = release
 
     def poll(self) -> int | None:
-        """The exit code, for which the driver asks once; None while the attempt runs."""
+        """The exit code, or None while the attempt runs. Not to be called again after it has returned a code."""
         code = self._supervisor.poll()
         if code is None:
             return None
@@ -200,7 +200,7 @@ class Process:
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES names, or else all GPUs that nvidia-smi does; none without it."""
+    """The GPUs in CUDA_VISIBLE_DEVICES if it is set, else those that nvidia-smi lists."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
     if shutil.which("nvidia-smi") is None:

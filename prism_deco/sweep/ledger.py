@@ -1,4 +1,4 @@
-"""The ledger of a sweep: which cell is planned, running, done, and why one is not."""
+"""The ledger of a sweep: the state of each cell, and the reason for it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class LedgerEntry:
-    """What is known of one cell."""
+    """The record of one cell."""
 
     id: str
     labels: dict[str, Any]
@@ -34,19 +34,19 @@ class LedgerEntry:
     started: float | None = None
     """Start of the last attempt, in seconds since 1970."""
     seconds: float = 0.0
-    """Time spent on the cell, all attempts together."""
+    """Time spent on all attempts."""
     reason: str | None = None
     """Why the cell is in this state, in one line."""
     log_tail: str = ""
     """The last lines of a failed attempt's log."""
     adjusted: list[str] = field(default_factory=list)
-    """Settings that a further attempt replaces: half the micro-batch after running out of memory."""
+    """Settings that a retry replaces: half the micro-batch size after running out of memory."""
     job: str | None = None
-    """The cluster's id of the job, where the cell runs as one."""
+    """The cluster's job id, if the cell runs as a job."""
 
 
 class Ledger:
-    """The entries of a sweep's folder; every change is on disk before `update` returns.
+    """The ledger of a sweep folder; every change is on disk before `update` returns.
 
     Args:
         folder: the sweep's folder.
@@ -60,11 +60,7 @@ class Ledger:
 
     @classmethod
     def read(cls, folder: Path) -> Ledger:
-        """The ledger that an earlier driver wrote.
-
-        Raises:
-            UsageError: the folder holds no sweep, or its ledger is damaged.
-        """
+        """The ledger that an earlier driver wrote; `UsageError` if there is none or it is damaged."""
         path = folder / "ledger.json"
         if not path.is_file():
             raise UsageError(f"{folder} is not a sweep folder: it has no ledger.json.")
@@ -79,12 +75,11 @@ class Ledger:
 
     @classmethod
     def merge(cls, folder: Path, name: str, cells: Iterable[SweepCell]) -> Ledger:
-        """The ledger of an old or new sweep with the given cells among its entries. Nothing is written yet.
-
-        New cells are added, cells that are not asked for this time stay as they are.
+        """The ledger of a new or existing sweep with these cells added. Other cells stay as they are. Nothing is
+        written yet.
 
         Raises:
-            UsageError: a cell that the folder already knows was defined differently, or other axes were swept.
+            UsageError: the folder's sweep has other axes, or defines a cell differently.
         """
         if (folder / "config.yaml").exists():
             raise UsageError(f"{folder} is a run folder: give the sweep another name, name=NAME.")
@@ -112,7 +107,7 @@ class Ledger:
         self.write()
 
     def write(self) -> None:
-        """Replaces `ledger.json` in one step: a reader sees the old or the new one."""
+        """Replaces `ledger.json` atomically."""
         content = {"name": self.name, "cells": [asdict(entry) for entry in self.entries.values()]}
         write_json(self.folder / "ledger.json", content)
 
@@ -120,7 +115,7 @@ class Ledger:
 def _update_definition(entry: LedgerEntry, cell: SweepCell, folder: Path) -> None:
     old, new = settings_of(entry.overrides), cell.settings
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    # Chosen once, a value stays; before that there is none.
+    # A value that is still to be chosen is absent on one side.
     decided = [key for key in cell.choose if key not in old or key not in new]
     if fixed := [key for key in changed if not is_free(key) and key not in decided]:
         differences = "; ".join(
@@ -138,11 +133,8 @@ def _update_definition(entry: LedgerEntry, cell: SweepCell, folder: Path) -> Non
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Locks the sweep for one driver. The lock ends with its process: a killed driver leaves none.
-
-    Raises:
-        UsageError: another driver holds it.
-    """
+    """Locks the sweep for one driver; `UsageError` if another driver holds the lock. It ends with the process, so a
+    killed driver leaves none behind."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
         try:

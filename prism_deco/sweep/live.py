@@ -1,4 +1,4 @@
-"""The ledger as a table, redrawn in place while a sweep runs on a terminal."""
+"""The ledger as a table, redrawn in place while a sweep runs in a terminal."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def render(ledger: Ledger, cells: Mapping[str, SweepCell] | None = None) -> Tabl
     """The ledger as a table.
 
     Args:
-        cells: the cells that are being run, for their progress and the time left.
+        cells: the cells of the running driver, for their progress and the time left.
     """
     states = Counter(entry.state for entry in ledger.entries.values())
     title = f"{ledger.name}: " + ", ".join(f"{number} {state}" for state, number in states.items())
     left = seconds_left([ledger.entries[name] for name in cells or ()])
     caption = None if left is None else f"about {duration(left)} left"
-    # Names and reasons are no markup: they may hold brackets.
+    # `Text`, since names and reasons may contain brackets, which rich would read as markup.
     table = Table(title=Text(title, "table.title"), caption=caption, title_justify="left")
     table.add_column("cell", no_wrap=True)
     table.add_column("state")
@@ -52,8 +52,8 @@ def render(ledger: Ledger, cells: Mapping[str, SweepCell] | None = None) -> Tabl
 
 
 def seconds_left(entries: list[LedgerEntry]) -> float | None:
-    """The time that these cells still take, if each takes as long as those that are done and as many run side by side
-    as do now; None while nothing is done or running."""
+    """Remaining time, if each cell takes as long as the mean of those that are done and as many run in parallel as
+    now; None while none is done or none is running."""
     done = [entry.seconds for entry in entries if entry.state == "done"]
     running = [_seconds(entry) for entry in entries if entry.state == "running"]
     waiting = sum(entry.state in ("planned", "preempted") for entry in entries)
@@ -72,7 +72,7 @@ def duration(seconds: float) -> str:
 
 
 def last_step(run: Path) -> int | None:
-    """Optimizer steps made, by the last line of `metrics.jsonl`; None where nothing is known."""
+    """Number of optimizer steps, from the last line of `metrics.jsonl`; None if it is unknown."""
     for line in reversed(tail(run / "metrics.jsonl").splitlines()):
         try:
             return int(json.loads(line)["step"])
@@ -82,7 +82,7 @@ def last_step(run: Path) -> int | None:
 
 
 def _seconds(entry: LedgerEntry) -> float:
-    """Time spent on a cell, the attempt that is running included."""
+    """Time spent on a cell, including the running attempt."""
     if entry.state != "running" or entry.started is None:
         return entry.seconds
     return entry.seconds + time.time() - entry.started

@@ -1,4 +1,4 @@
-"""How an attempt ended, by its exit code, its `status.json` and its log; and whether it is still active."""
+"""How an attempt ended, judged by its exit code, `status.json` and log; and whether it is still active."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from prism_deco.exits import OUT_OF_MEMORY, PREEMPTED
 from prism_deco.sweep.supervisor import STOP_SIGNALS
 from prism_deco.training.progress import read_status
 
-TAIL_LINES, TAIL_BYTES = 20, 16_384
+TAIL_LINES = 20
+TAIL_BYTES = 16_384
 _FRAME = re.compile(r'^  File "(.+)", line (\d+)', re.MULTILINE)
 
 
@@ -28,10 +29,10 @@ def judge(code: int, run: Path, log: Path, before: object = None) -> Outcome:
     """The outcome of an attempt.
 
     Args:
-        code: exit code; 128 + number where a signal killed it.
+        code: exit code; 128 + number if a signal killed it.
         run: the cell's run folder.
-        log: what the attempt printed, after earlier attempts.
-        before: `stamp(run)` from before the attempt. A status that is as old says nothing about a failure.
+        log: its log, to which attempts append.
+        before: `stamp(run)` from before the attempt, to ignore the status of an earlier one.
     """
     status = read_status(run)
     if code == 0:
@@ -40,7 +41,7 @@ def judge(code: int, run: Path, log: Path, before: object = None) -> Outcome:
         return Outcome("failed", f"ended without an error, but status.json says {status.get('state', 'nothing')}")
     if stamp(run) == before:
         status = {}
-    # A process that has not yet learned to save when it is asked to stop just dies of the signal.
+    # A process that has not installed its signal handlers yet dies of the signal.
     if code == PREEMPTED or code - 128 in STOP_SIGNALS:
         return Outcome("preempted", None)
     if code == OUT_OF_MEMORY or status.get("state") == "out_of_memory":
@@ -57,7 +58,7 @@ def judge(code: int, run: Path, log: Path, before: object = None) -> Outcome:
 
 
 def stamp(run: Path) -> int:
-    """Identifies a version of `status.json`; 0 where there is none."""
+    """The modification time of `status.json` in ns, which identifies a version of it; 0 if there is none."""
     try:
         return (run / "status.json").stat().st_mtime_ns
     except OSError:
@@ -65,7 +66,7 @@ def stamp(run: Path) -> int:
 
 
 def tail(log: Path) -> str:
-    """The last lines of a log; for a progress bar, its last state."""
+    """The last lines of a log; of a progress bar, its last state."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
@@ -77,7 +78,7 @@ def tail(log: Path) -> str:
 
 
 def _location(text: str) -> str:
-    """The innermost line of a traceback at the end of a log that is no library's code; empty where there is none."""
+    """The innermost traceback line outside of installed libraries; empty if there is none."""
     files = [(file, line) for file, line in _FRAME.findall(text) if "site-packages" not in file]
     return f" ({files[-1][0]}, line {files[-1][1]})" if files else ""
 
@@ -85,8 +86,8 @@ def _location(text: str) -> str:
 class Heartbeat:
     """Watches a log and a run folder for activity, by this machine's clock only.
 
-    Made before the attempt starts: the watch begins with the attempt's first activity, so that the time a job waits in
-    a cluster's queue does not count.
+    Create it before the attempt starts: the clock starts at the attempt's first activity, so that time in a cluster's
+    queue does not count.
     """
 
     def __init__(self, log: Path, run: Path):
@@ -95,21 +96,26 @@ class Heartbeat:
         self._at: float | None = None
 
     def silence(self) -> float:
-        """Seconds since the last change that was noticed; 0 before the first."""
-        seen, now = self._look(), time.monotonic()
+        """Seconds since a change was last noticed; 0 before the first."""
+        seen = self._look()
+        now = time.monotonic()
         if seen != self._seen:
-            self._seen, self._at = seen, now
+            self._seen = seen
+            self._at = now
         return 0.0 if self._at is None else now - self._at
 
     def _look(self) -> tuple[int, int]:
-        newest = size = 0
+        """The newest modification time (ns) and the total size (bytes) of all files."""
         log, run = self._places
-        # The earlier stages of a recipe have folders of their own beside it.
+        # Earlier stages of a recipe have their own folders next to it.
         runs = [run, *run.parent.glob(f"{run.name}-*")]
+        newest = size = 0
+        # os.walk, because unlike rglob it does not fail where a folder vanishes meanwhile.
         for path in [log, *(Path(place, name) for top in runs for place, _, names in os.walk(top) for name in names)]:
             try:
                 stat = path.stat()
             except OSError:
                 continue
-            newest, size = max(newest, stat.st_mtime_ns), size + stat.st_size
+            newest = max(newest, stat.st_mtime_ns)
+            size += stat.st_size
         return newest, size

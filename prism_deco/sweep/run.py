@@ -1,4 +1,4 @@
-"""A sweep from its definition to its finished ledger."""
+"""Runs a sweep, from its definition to the finished ledger."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from prism_deco.sweep.spec import Spec
 
 
 def run(spec: Spec, *, jobs: int | None, timeout: float | None, console: Console) -> bool:
-    """Runs the cells that are not done and says whether all are.
+    """Runs the cells that are not done; returns whether all are.
 
     Args:
-        jobs: cells at a time; None takes the sweep's own number, or the launcher's.
-        timeout: seconds without a sign of life after which a cell is hung.
-        console: where the live table goes; where it is no terminal, the log says what happens.
+        jobs: cells at a time; None is the sweep's own number, or the launcher's default.
+        timeout: seconds without activity after which a cell counts as hung; None waits forever.
+        console: where the live table goes; without a terminal, changes are logged instead.
     """
     check_writable(spec.folder, "Choose another folder: runs_dir=FOLDER.")
     cells = expand(spec)
@@ -35,16 +35,17 @@ def run(spec: Spec, *, jobs: int | None, timeout: float | None, console: Console
         ledger = Ledger.merge(spec.folder, spec.name, cells)
         ledger.write()
         OmegaConf.save(OmegaConf.create(_asked(spec)), spec.folder / "sweep.yaml")
-        # Redrawn by the driver: no thread of its own runs.
+        # The driver redraws it, so it needs no refresh thread.
         live = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal else None
         started = 0
+        # A round per level of `choose`: the results of one part let cells of the next one start.
         while True:
             cells = settle(cells, ledger)
             ledger = Ledger.merge(spec.folder, spec.name, cells)
             ledger.write()
             ready = [cell for cell in cells if not cell.waits]
             if len(ready) == started:
-                return False  # the others wait for results that will never come
+                return False  # nothing new to start: the remaining cells wait for results that will never come
             started = len(ready)
             done = Driver(ledger, ready, launcher, timeout=timeout, live=live).run()
             if len(ready) == len(cells):
@@ -72,7 +73,7 @@ def _launcher(spec: Spec, cells: Sequence[SweepCell], jobs: int | None, *, dry: 
 
 
 def _asked(spec: Spec) -> dict[str, object]:
-    """The sweep in the form of a YAML of `conf/sweep`."""
+    """The sweep as the content of a `conf/sweep` YAML."""
     grids = {
         grid.name: {
             "settings": grid.settings,

@@ -1,4 +1,4 @@
-"""Settings chosen by the results of an earlier part, for example the best learning rate of a sweep."""
+"""Chooses settings by the results of an earlier part, for example the best learning rate."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ENDED = ("done", "failed", "out_of_memory")
 
 
 def settle(cells: Sequence[SweepCell], ledger: Ledger) -> list[SweepCell]:
-    """The cells with every setting filled in that can be chosen by now.
+    """Fills in every setting that can be chosen by now.
 
-    A key's value is that of the source part's cells with the lowest `val/loss` after their last validation, in the
-    mean over their seeds. Only cells count that agree with the choosing one in whatever else varies within the source
-    part: each projector is given the learning rate that served it best. What the ledger has chosen before stays.
+    The value is that of the source part's cells with the lowest `val/loss` at their last validation, averaged over
+    seeds. Only cells count that agree with the choosing cell in all other settings that vary within the source part, so
+    that each projector gets its own best learning rate. Values already chosen in the ledger stay.
 
     Raises:
-        UsageError: no cell of the source part is like the choosing one, or none of those that are has succeeded.
+        UsageError: no cell of the source part agrees with the choosing cell, or none of these succeeded.
     """
     return [_settle(cell, cells, ledger) if cell.waits else cell for cell in cells]
 
@@ -43,7 +43,7 @@ def _settle(cell: SweepCell, cells: Sequence[SweepCell], ledger: Ledger) -> Swee
 
 
 def _choose(cell: SweepCell, key: str, part: Sequence[SweepCell], ledger: Ledger) -> str | None:
-    """The best value; None while cells of the part are still to run."""
+    """The best value; None while cells that decide it have not ended."""
     others = {name for other in part for name in other.settings} - {key, "seed"}
     varied = [name for name in others if len({other.settings.get(name) for other in part}) > 1]
     alike = [other for other in part if all(other.settings.get(n) == cell.settings.get(n) for n in varied)]
@@ -68,4 +68,4 @@ def _last_loss(run: Path) -> float:
     validated = [row[VAL_LOSS] for row in read_metrics(run) if VAL_LOSS in row]
     if not validated:
         raise UsageError(f"{run} has no {VAL_LOSS} to choose by: its data has no validation records.")
-    return validated[-1] if math.isfinite(validated[-1]) else math.inf
+    return validated[-1] if math.isfinite(validated[-1]) else math.inf  # nan would compare as neither worse nor better

@@ -24,18 +24,18 @@ from prism_deco.sweep.supervisor import STOP_SIGNALS
 log = logging.getLogger(__name__)
 
 DEFAULTS = {"time": 24 * 60, "signal_delay_s": 300, "wckey": None}
-"""Minutes that a job may take, and seconds before their end at which the cell is asked to save. Without a key of the
-user's own there is no `--wckey`: submitit's default, `submitit`, is refused by clusters that know no such key."""
+"""Time limit of a job in minutes, and how many seconds before it the cell is asked to save. There is no `--wckey`
+unless the user sets one: clusters that do not know submitit's default, `submitit`, refuse the job."""
 
 DERIVED = {"nodes": "trainer.num_nodes", "gpus_per_node": "trainer.devices", "ntasks_per_node": "trainer.devices"}
-"""What the cell's own settings say already."""
+"""sbatch options that follow from the cell's own settings."""
 
 CODES = {"OUT_OF_MEMORY": OUT_OF_MEMORY} | dict.fromkeys(("TIMEOUT", "NODE_FAIL", "BOOT_FAIL"), PREEMPTED)
-"""Exit codes of jobs that ended before they could leave one, by SLURM's state."""
+"""Exit codes by SLURM state, for jobs that ended before they could write one."""
 
 CHECK_EVERY = 30.0
-"""Seconds between two questions to `sacct` about a job that has left no result, and for which a completed job's exit
-codes are waited for."""
+"""Seconds between two `sacct` queries about a job without a result, and the longest wait for the exit codes of a
+completed job."""
 
 
 class SlurmLauncher:
@@ -47,11 +47,11 @@ class SlurmLauncher:
         cells: all cells that will be run.
         parameters: submitit's names of sbatch options: partition, time (minutes), account, qos, mem, setup, ...
         jobs: jobs in the queue at a time; by default all.
-        dry: only describe; needs no cluster.
-        command: what runs a cell.
+        dry: only describe the jobs, which needs no cluster.
+        command: builds the command line of a cell.
 
     Raises:
-        UsageError: submitit or SLURM is missing, or a parameter is unknown or not for the user to set.
+        UsageError: submitit or SLURM is missing, or a parameter is unknown or follows from the cell's settings.
     """
 
     def __init__(
@@ -65,7 +65,9 @@ class SlurmLauncher:
         dry: bool = False,
         command: Callable[[Path, LedgerEntry], list[str]] = train_command,
     ):
-        self.folder, self.name, self.command = folder.absolute(), name, command
+        self.folder = folder.absolute()
+        self.name = name
+        self.command = command
         self.jobs = jobs or len(cells)
         self.running: list[SlurmJob] = []
         self._submitit = _import_submitit()
@@ -96,7 +98,7 @@ class SlurmLauncher:
         executor.folder.mkdir(parents=True, exist_ok=True)
         try:
             job = SlurmJob(executor.submit(self._task(entry)), executor.folder)
-        except RuntimeError as error:  # submitit's, with what sbatch said
+        except RuntimeError as error:  # submitit's, with the message of sbatch
             raise UsageError(f"SLURM rejected cell {cell.id}: {error}") from error
         self.running.append(job)
         return job
@@ -123,8 +125,9 @@ class SlurmLauncher:
 
     def _executor(self, cell: SweepCell) -> Any:
         """submitit's executor with the parameters of one cell."""
-        settings, workers = cell.config.trainer, cell.config.data.num_workers
-        if workers is None:  # the task will take as many as it is given; see `data.loader.loader_workers`
+        settings = cell.config.trainer
+        workers = cell.config.data.num_workers
+        if workers is None:  # the task uses as many as its CPUs allow; see `data.loader.loader_workers`
             workers = 0 if settings.accelerator == "cpu" else 4
         own = {
             "job_name": f"{self.name}-{cell.id}",
@@ -137,7 +140,7 @@ class SlurmLauncher:
         if settings.accelerator != "cpu":
             own["gpus_per_node"] = settings.devices
         executor_class = self._submitit.SlurmExecutor
-        if self._dry:
+        if self._dry:  # passes submitit's check that SLURM is installed
             executor_class = type("SlurmExecutor", (executor_class,), {"affinity": classmethod(lambda cls: 2)})
         try:
             executor = executor_class(self.folder / "jobs")
@@ -150,10 +153,16 @@ class SlurmLauncher:
 
 
 class SlurmJob:
-    """An attempt as a job of the cluster."""
+    """An attempt as a cluster job.
+
+    Args:
+        job: submitit's.
+        codes: folder of the exit codes that the tasks write.
+    """
 
     def __init__(self, job: Any, codes: Path):
-        self._job, self._codes = job, codes
+        self._job = job
+        self._codes = codes
         self._checked = time.monotonic()
         self._codeless_since: float | None = None
         self._stopping = False
@@ -175,7 +184,7 @@ class SlurmJob:
             return max(codes, key=_severity)
         state = (self._job.get_info(mode="force").get("State") or "UNKNOWN").split()[0]
         self._codeless_since = self._codeless_since or time.monotonic()
-        # Every task of a completed job has written its code: a shared file system may only show it late.
+        # Every task of a completed job has written its code, but a shared file system may show it late.
         if state == "COMPLETED" and time.monotonic() - self._codeless_since < CHECK_EVERY:
             return None
         self.ended = True
@@ -191,7 +200,8 @@ class SlurmJob:
 
 
 def _severity(code: int) -> int:
-    """The rank that failed explains the others, which were stopped for it; memory is the commonest cause."""
+    """Order of exit codes: a failed rank explains those that were stopped because of it, and memory is the most common
+    cause."""
     if code == OUT_OF_MEMORY:
         return 3
     return 1 if code == PREEMPTED or code - 128 in STOP_SIGNALS else 2 * (code != 0)

@@ -1,4 +1,4 @@
-"""What runs inside a SLURM job; submitit starts it once per task."""
+"""The task of a SLURM job; submitit starts it once per rank."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from prism_deco.sweep.launchers import clean_environment, start_supervised
 
 
 class CellFailed(RuntimeError):
-    """Ends the job's other tasks: srun was told to kill them on a bad exit."""
+    """Raised so that the task exits with an error, upon which srun kills the job's other tasks."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every task of a job runs: the cell's command under its supervisor."""
+    """Runs a cell's command under a supervisor."""
 
     command: tuple[str, ...]
     log: Path
@@ -29,7 +29,8 @@ class Task:
     """Folder for the exit codes."""
 
     def __call__(self) -> None:
-        rank, job = int(os.environ["SLURM_PROCID"]), os.environ["SLURM_JOB_ID"]
+        rank = int(os.environ["SLURM_PROCID"])
+        job = os.environ["SLURM_JOB_ID"]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "a", encoding="utf-8") as file:
             if rank == 0:
@@ -42,7 +43,7 @@ class Task:
                 env=clean_environment(cluster=True),
             )
         assert supervisor.stdin is not None
-        # Instead of submitit's own requeueing: the driver counts attempts and submits the next job.
+        # Replaces submitit's handlers, which requeue: here the driver counts attempts and submits the next job.
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, lambda *_, pipe=supervisor.stdin: pipe.close())
         code = supervisor.wait()

@@ -1,4 +1,4 @@
-"""What a sweep asks for: a YAML of `conf/sweep` and the arguments of the command line, as one `Spec`."""
+"""The definition of a sweep (`Spec`), read from a YAML of `conf/sweep` and the command line."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ KEYS = ("name", "settings", "rows", "axes", "with", "jobs", "parts", "one_table"
 """Keys of a sweep's YAML."""
 
 PART_KEYS = ("settings", "rows", "axes", "choose")
-"""Keys of one of its parts."""
+"""Keys of a part of a sweep."""
 
 PART = "part"
-"""The label that says which part of a sweep a cell belongs to."""
+"""The label that holds the part of a sweep that a cell belongs to."""
 
 SLURM_NOT_TEXT = (
     "time", "nodes", "ntasks_per_node", "cpus_per_task", "cpus_per_gpu", "num_gpus", "gpus_per_node", "gpus_per_task",
     "setup", "teardown", "signal_delay_s", "exclusive", "array_parallelism", "stderr_to_stdout", "map_count",
     "additional_parameters", "srun_args", "use_srun",
 )  # fmt: skip
-"""submitit's options that YAML reads: numbers, switches and lists. The others are text: an account may be 007."""
+"""submitit's options that are parsed as YAML: numbers, switches and lists. Others stay text: an account may be 007."""
 
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One line of a grid: settings that belong together, and the labels that tables call them by."""
+    """One row of a grid: settings that belong together, and their labels in tables."""
 
     labels: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -46,9 +46,9 @@ class RunGrid:
     """Every row with every combination of the axes' values."""
 
     name: str = ""
-    """Of the part; empty where the sweep is one grid."""
+    """The part's name; empty if the sweep has no parts."""
     settings: dict[str, str] = field(default_factory=dict)
-    """Shared by all cells, as on the command line of `train`."""
+    """Settings shared by all cells, as on the command line of `train`."""
     rows: list[SweepRow] = field(default_factory=lambda: [SweepRow()])
     axes: dict[str, list[str]] = field(default_factory=dict)
     """Values of each key that varies."""
@@ -58,18 +58,18 @@ class RunGrid:
 
 @dataclass
 class Spec:
-    """A sweep: one grid of cells, or several that are its parts."""
+    """A sweep: one grid of cells, or several grids, which are its parts."""
 
     name: str
     grids: list[RunGrid] = field(default_factory=lambda: [RunGrid()])
     choices: dict[str, dict[str, str]] = field(default_factory=dict)
     """Settings that go with a choice: `projector=qformer` -> {`projector.heads`: `4`}."""
     one_table: bool = False
-    """The cells of all parts stand in one table: they have no label that says which part they are of."""
+    """Whether the cells of all parts share one table; they then have no `part` label."""
     controls: list[str] = field(default_factory=list)
-    """Projectors, as labels call them, that others are measured against: figures draw them as a band."""
+    """Labels of the projectors that others are measured against; figures draw them as a band."""
     jobs: int | None = None
-    """Cells at a time on one machine; None leaves it to the launcher."""
+    """Cells at a time on one machine; None is the launcher's default."""
     launcher: str = "local"
     slurm: dict[str, Any] = field(default_factory=dict)
     """Parameters of the SLURM jobs by submitit's names."""
@@ -86,13 +86,14 @@ def parse(arguments: Iterable[str]) -> Spec:
     Args:
         arguments: at most one name (a choice of `conf/sweep`, or the path of a YAML), and `key=value` pairs. A value
             with commas outside brackets and quotes is an axis, and `key+=value` adds to one. `name`, `runs_dir`,
-            `launcher` and `slurm.*` are about the sweep; a label of the rows (`row=B1,B2`) selects rows; all others
-            are settings of `train`.
+            `launcher`, `slurm.*` and `controls` concern the sweep; a label of the rows (`row=B1,B2`) selects rows; all
+            others are settings of `train`.
 
     Raises:
         UsageError: an unknown sweep, a setting that the rows themselves set, or nothing to sweep over.
     """
-    arguments = sorted(arguments, key=lambda argument: argument.partition("=")[0].endswith("+"))  # added to what is set
+    # `key+=value` comes last, since it adds to what `key=value` sets.
+    arguments = sorted(arguments, key=lambda argument: argument.partition("=")[0].endswith("+"))
     names = [argument for argument in arguments if "=" not in argument]
     if len(names) > 1:
         raise UsageError(
@@ -132,7 +133,7 @@ def parse(arguments: Iterable[str]) -> Spec:
 
 
 def is_sweep(arguments: Iterable[str]) -> bool:
-    """Whether arguments describe several runs: by the name or the YAML of a sweep, or by several values of a key."""
+    """Whether arguments describe several runs: the name or YAML of a sweep, or several values of a key."""
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if equals and key not in NAME_LISTS and len(split_values(text)) > 1:
@@ -143,7 +144,7 @@ def is_sweep(arguments: Iterable[str]) -> bool:
 
 
 def _is_configuration(path: Path) -> bool:
-    """Whether a YAML configures one run: a sweep's has rows, axes or parts."""
+    """Whether a YAML configures a single run; a sweep's has rows, axes or parts."""
     return path.is_file() and not {"rows", "axes", "parts"} & read_yaml(path).keys()
 
 
@@ -165,8 +166,9 @@ def split_values(text: str) -> list[str]:
 
 
 def _set(spec: Spec, key: str, text: str) -> None:
-    adds, key = key.endswith("+"), key.removesuffix("+")
-    # Two cells that differ only in their scoring would be one training done twice.
+    adds = key.endswith("+")
+    key = key.removesuffix("+")
+    # Lists of benchmarks are no axis: cells that differ only in their scoring would repeat the same training.
     values = [text] if key in NAME_LISTS else split_values(text)
     if "" in values and len(values) > 1:
         raise UsageError(f"{key}={text} has an empty value between commas.")
@@ -181,6 +183,7 @@ def _set(spec: Spec, key: str, text: str) -> None:
         for grid in swept:
             grid.axes[key] = [*grid.axes[key], *values]
         return
+    # The label of a row selects rows, and in parts that have it as an axis, values of that axis.
     if known := {str(row.labels[key]) for row in rows if key in row.labels}:
         others = [value for value in values if value not in known]
         if others and not swept:
@@ -224,18 +227,18 @@ def _load(name: str) -> Spec:
             load_choice(group, value)
         elif not value:
             raise UsageError(f"The sweep {name} has settings with {choice}: write GROUP=CHOICE, or KEY=VALUE.")
+    earlier: list[str] = []
     for part, its in parts.items():
         _check_keys(f"key of the part {part} of the sweep {name}", its, PART_KEYS)
-    for its in (content, *parts.values()):
-        for row in its.get("rows") or []:
-            _check_keys(f"key of a row of the sweep {name}", row, ("labels", "settings"))
-    for part, its in parts.items():
         for key, source in (its.get("choose") or {}).items():
-            earlier = list(parts)[: list(parts).index(part)]
             if source not in earlier:
                 raise UsageError(
                     f"The part {part} of the sweep {name} chooses {key} from {source}, which is not an earlier part."
                 )
+        earlier.append(part)
+    for its in (content, *parts.values()):
+        for row in its.get("rows") or []:
+            _check_keys(f"key of a row of the sweep {name}", row, ("labels", "settings"))
     shared = _texts(content.get("settings"))
     one_table = bool(content.get("one_table"))
     return Spec(
@@ -286,13 +289,13 @@ def _texts(settings: Mapping[Any, Any] | None) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    """A value of a YAML as one would write it on the command line."""
+    """A value of a YAML as written on the command line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _default_name(spec: Spec) -> str:
-    """The axes' names and a digest of what they share: more values of an axis belong to the same sweep."""
-    grid = spec.grids[0]  # of the command line, which has no parts
+    """The axes' names and a digest of the shared settings: adding values to an axis continues the same sweep."""
+    grid = spec.grids[0]  # the only one: a sweep without a name comes from the command line, which has no parts
     shared = json.dumps({key: value for key, value in grid.settings.items() if not is_free(key)}, sort_keys=True)
     names = [key.rpartition(".")[2] for key in grid.axes]
     return "-".join([*names, hashlib.sha256(shared.encode()).hexdigest()[:6]])

@@ -1,4 +1,4 @@
-"""Runs one command in a session of its own and leaves nothing of it behind, whatever happens to either side.
+"""Runs one command in its own session and cleans up all its processes, even if the starter is killed.
 
 Run as a script, with the standard library only: `python -I supervisor.py GRACE LOCK COMMAND...`. The process that
 starts it holds the other end of its standard input:
@@ -7,9 +7,9 @@ starts it holds the other end of its standard input:
 - `s`, or end of file because the starter was killed: the command gets SIGTERM, and SIGKILL after GRACE seconds;
 - `k`: SIGKILL now.
 
-In every case all processes that the command started, in whatever session they are, are killed and waited for before
-the supervisor exits. LOCK is a file that is locked meanwhile: a second supervisor with the same file waits for its
-turn. An empty LOCK locks nothing.
+In every case, all processes that the command started, in any session, are killed and reaped before the supervisor
+exits. The file LOCK is locked meanwhile: a second supervisor with the same file waits for its turn. An empty LOCK locks
+nothing.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ import time
 from pathlib import Path
 
 POLL = 0.2
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+# Of <linux/prctl.h>.
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 PREEMPTED = 75
-"""Exit code of `prism-deco train` after a checkpoint that it was asked for (EX_TEMPFAIL: try again)."""
+"""`prism_deco.exits.PREEMPTED`, which this script cannot import."""
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals with which a cluster or a user asks to stop. They may reach every process of a job, this one included."""
+"""Signals by which a cluster or a user requests a stop. They may reach every process of a job, this one included."""
 
 
 class Supervisor:
@@ -39,9 +41,9 @@ class Supervisor:
     def __init__(self, grace: float):
         self.grace = grace
         self.deadline: float | None = None
-        """When the command is killed; None: nobody asked it to stop."""
+        """Monotonic time at which the command is killed; None until a stop is requested."""
         self._pipe_open = True
-        # Functions, not SIG_IGN: the command starts with the default handlers.
+        # Functions, since the command would inherit SIG_IGN.
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: self.stop())
 
@@ -50,7 +52,7 @@ class Supervisor:
             self.deadline = time.monotonic() + self.grace
 
     def wait(self) -> None:
-        """Sleeps for a moment, or until the starter has something to say."""
+        """Sleeps until the starter writes something, but at most for a moment."""
         if not self._pipe_open:
             time.sleep(POLL)
         elif select.select([0], [], [], POLL)[0]:
@@ -61,7 +63,7 @@ class Supervisor:
                 self.deadline = 0.0
 
     def acquire(self, path: str) -> int | None:
-        """Locks the file; None where the supervisor is asked to stop before it could."""
+        """Locks the file and returns its descriptor; None if a stop is requested first."""
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         while self.deadline is None:
             try:
@@ -72,7 +74,7 @@ class Supervisor:
         return None
 
     def run(self, command: list[str], locks: tuple[int, ...]) -> int:
-        # The command inherits the lock, so that it stays taken should the supervisor itself be killed.
+        # The command inherits the lock, which stays taken even if the supervisor is killed.
         leader = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=locks, preexec_fn=_tie(os.getpid())
         )
@@ -86,7 +88,8 @@ class Supervisor:
                 _signal_group(leader.pid, signal.SIGKILL)
             elif self.deadline is not None and not asked:
                 asked = True
-                # The leader alone: it forwards the signal to its ranks, and its loader processes must not die first.
+                # Not the whole group: the leader forwards the signal to its ranks, and its data loader workers must
+                # outlive them.
                 os.kill(leader.pid, signal.SIGTERM)
             if pid == 0:
                 self.wait()
@@ -98,7 +101,7 @@ class Supervisor:
 def main(grace: float, lock: str, command: list[str]) -> int:
     supervisor = Supervisor(grace)
     if sys.platform == "linux":
-        # Orphans of the command become children of the supervisor.
+        # Orphans of the command are reparented to the supervisor.
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     if not lock:
         return supervisor.run(command, ())
@@ -107,7 +110,8 @@ def main(grace: float, lock: str, command: list[str]) -> int:
 
 
 def _tie(supervisor: int):
-    """What the command does before it starts: it dies with the supervisor, and before it when memory runs out."""
+    """The `preexec_fn` of the command: it dies with the supervisor, and is the first to be killed if memory runs
+    out."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def tie() -> None:
@@ -128,7 +132,7 @@ def _signal_group(leader: int, number: int) -> None:
 
 
 def _bury_children() -> None:
-    """Kills and waits for all that is left; their own children become children of the supervisor in turn."""
+    """Kills and reaps all remaining children; their own children are reparented to the supervisor in turn."""
     while True:
         try:
             pid, _ = os.waitpid(-1, os.WNOHANG)
@@ -145,7 +149,7 @@ def _children() -> list[int]:
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):
-            # pid (name) state parent ...: the name may hold anything.
+            # `pid (name) state parent ...`, where the name may contain anything.
             if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid():
                 found.append(int(stat.parent.name))
     return found
