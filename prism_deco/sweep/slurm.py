@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import shlex
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from prism_deco.errors import UsageError
 from prism_deco.exits import OUT_OF_MEMORY, PREEMPTED
+from prism_deco.files import write_whole
 from prism_deco.sweep.expand import SweepCell
-from prism_deco.sweep.launchers import lock_path, log_path, train_command
+from prism_deco.sweep.launchers import clean_environment, lock_path, log_path, start_supervised, train_command
 from prism_deco.sweep.ledger import LedgerEntry
-from prism_deco.sweep.slurm_task import Task
 from prism_deco.sweep.supervisor import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
@@ -150,6 +152,44 @@ class SlurmLauncher:
         except ValueError as error:  # an unknown parameter; the message lists the known ones
             raise UsageError(f"slurm.*: {error}") from error
         return executor
+
+
+class CellFailed(RuntimeError):
+    """Raised so that the task exits with an error, upon which srun kills the job's other tasks."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Runs a cell's command under a supervisor; submitit starts it once per rank of a job."""
+
+    command: tuple[str, ...]
+    log: Path
+    lock: Path
+    codes: Path
+    """Folder for the exit codes."""
+
+    def __call__(self) -> None:
+        rank = int(os.environ["SLURM_PROCID"])
+        job = os.environ["SLURM_JOB_ID"]
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "a", encoding="utf-8") as file:
+            if rank == 0:
+                file.write(f"--- job {job}, {time.strftime('%F %T')}: {shlex.join(self.command)}\n")
+                file.flush()
+            supervisor = start_supervised(
+                self.command,
+                log=file if rank == 0 else None,  # the other tasks' output goes to the job's own files
+                lock=self.lock if rank == 0 else None,
+                env=clean_environment(cluster=True),
+            )
+        assert supervisor.stdin is not None
+        # Replaces submitit's handlers, which requeue: here the driver counts attempts and submits the next job.
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, lambda *_, pipe=supervisor.stdin: pipe.close())
+        code = supervisor.wait()
+        write_whole(self.codes / f"{job}_{rank}.code", str(code if code >= 0 else 128 - code))
+        if code not in (0, PREEMPTED):
+            raise CellFailed(f"exit code {code}")
 
 
 class SlurmJob:
