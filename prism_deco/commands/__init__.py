@@ -1,7 +1,7 @@
-"""The commands of `prism-deco`: each has a function in a module of this package, and another one that adds its
+"""The commands of `prism-deco`: each is a function in a module of this package, with another one that adds its
 arguments.
 
-A module is imported when its command is named, and heavy imports stand inside the functions: `--help` answers at once.
+Only the module of the given command is imported, and heavy imports are inside the functions, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Command:
-    """Where a command is, and what `--help` says about it.
+    """The module of a command, and its entry in `--help`.
 
     Attributes:
-        module: in this package. It holds the command's function, `data_check` for `data check`, and
+        module: module of this package with the command's function, `data_check` for `data check`, and
             `data_check_arguments(parser)`, which adds its arguments.
         summary: what it does, in a few words.
         example: a command line, without `prism-deco`.

@@ -14,7 +14,6 @@ from prism_deco.files import check_writable
 
 
 def bench_projectors_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `bench projectors`."""
     parser.add_argument("names", nargs="*", help="projectors, or YAML files (default: all shipped)")
     parser.add_argument("--in-dim", type=int, default=1024, help="channels of a patch feature (default: %(default)s)")
     parser.add_argument("--out-dim", type=int, default=4096, help="embedding size of the LLM (default: %(default)s)")
@@ -36,7 +35,6 @@ def bench_projectors_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `bench data`."""
     parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     parser.add_argument(
         "--size", type=int, nargs=2, default=(640, 480), metavar=("W", "H"), help="of the images (default: 640 480)"
@@ -44,7 +42,6 @@ def bench_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `bench train`."""
     parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     parser.add_argument(
         "--preset",
@@ -60,7 +57,6 @@ def bench_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_gpu_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `bench gpu`."""
     parser.add_argument("parts", nargs="*", metavar="PART", help="names of parts (default: all)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench_gpu"), metavar="DIR", help="of the results (default: %(default)s)"

@@ -23,7 +23,6 @@ HELP = "/image PATH [PATH ...] shows other images, /reset forgets the conversati
 
 
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `chat`."""
     parser.add_argument("run", type=Path, help="run folder, or an export of one")
     parser.add_argument("settings", nargs="*", metavar="plugins=[MODULE]", help=PLUGINS)
     parser.add_argument(

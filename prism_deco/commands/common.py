@@ -1,10 +1,10 @@
-"""What the commands share."""
+"""Helpers that several commands share."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +19,42 @@ OVERRIDES = "choices and settings (prism-deco keys lists them), and YAML files o
 PLUGINS = "modules to import first; those that a run was trained with are not imported unless they are named"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Asked:
-    """The arguments of a command that asks benchmarks of runs; values are the text of the command line.
+    """The arguments of `evaluate` or `explain`, with values as text.
 
     Attributes:
-        runs: arguments that are no `key=value`.
-        benchmarks: names (`benchmark=`); None where none are given.
+        runs: arguments without `=`.
+        benchmarks: the value of `benchmark=`; None if it is not given.
         options: keys of all these benchmarks, such as `limit`.
-        own: keys of single ones (`benchmark.NAME.KEY=`), by their name.
+        own: keys of single benchmarks (`benchmark.NAME.KEY=`), by name.
         others: the command's own keys.
     """
 
-    runs: list[Path]
-    benchmarks: str | None
-    options: dict[str, str]
-    own: dict[str, dict[str, str]]
-    others: dict[str, str]
+    runs: list[Path] = field(default_factory=list)
+    benchmarks: str | None = None
+    options: dict[str, str] = field(default_factory=dict)
+    own: dict[str, dict[str, str]] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
 
 
 def asked_of(arguments: Iterable[str], others: Iterable[str] = ()) -> Asked:
     """Sorts the arguments of `evaluate` and `explain`.
 
     Args:
-        others: keys of the command that are no benchmark's; `GROUP.*` stands for all keys of a group.
+        others: the command's own keys; `GROUP.*` stands for all keys of a group.
 
     Raises:
         UsageError: `benchmark.NAME` without a key.
     """
-    asked = Asked([], None, {}, {}, {})
-    benchmarks = None
+    asked = Asked()
     for argument in arguments:
         key, equals, text = argument.partition("=")
         group, _, rest = key.partition(".")
         if not equals:
             asked.runs.append(Path(argument))
         elif key == "benchmark":
-            benchmarks = text
+            asked.benchmarks = text
         elif group == "benchmark":
             name, _, leaf = rest.rpartition(".")
             if not name or not leaf:
@@ -65,12 +64,12 @@ def asked_of(arguments: Iterable[str], others: Iterable[str] = ()) -> Asked:
             asked.others[key] = text
         else:
             asked.options[key] = text
-    return replace(asked, benchmarks=benchmarks)
+    return asked
 
 
 def import_named_plugins(asked: Asked) -> None:
-    """Imports the modules of `plugins=`, a name or a list of names, and of the benchmarks' YAMLs. Those that a run's
-    folder names are not trusted."""
+    """Imports the modules of `plugins=` (a name or a list) and of the benchmarks' YAMLs. Those named in a run folder
+    are not trusted."""
     from prism_deco.config.choices import plugins_of
     from prism_deco.config.registry import import_plugins
 
@@ -80,7 +79,7 @@ def import_named_plugins(asked: Asked) -> None:
 
 
 def import_plugins_only(settings: Iterable[str]) -> None:
-    """Does what the settings of a command say that takes `plugins=[...]` alone."""
+    """Handles the settings of a command that only takes `plugins=[...]`."""
     for setting in settings:
         key, _ = split_pair(setting)
         if key != "plugins":
@@ -89,7 +88,7 @@ def import_plugins_only(settings: Iterable[str]) -> None:
 
 
 def own_benchmarks(run: Path) -> Path | None:
-    """The folder of the benchmarks that came with a run's training data, if any did."""
+    """The folder of the benchmarks that came with a run's training data, if any."""
     place = read_json(run / "manifest.json", ["benchmarks"])["benchmarks"]
     return Path(place) if place else None
 
@@ -98,5 +97,5 @@ def show(renderable: Any) -> None:
     """Prints a table or text."""
     from rich.console import Console
 
-    # A file or a pipe has no width of its own, and 80 columns would break the tables.
+    # For a file or a pipe, rich assumes 80 columns, which would break the tables.
     Console(width=None if sys.stdout.isatty() else 120).print(renderable)

@@ -11,7 +11,6 @@ from prism_deco.files import check_writable
 
 
 def data_check_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `data check`."""
     parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     parser.add_argument("--out", type=Path, help="folder for bad.jsonl and report.json (default: runs/data_check/NAME)")
     parser.add_argument("--workers", type=int, default=2, help="number of processes (default: %(default)s)")
@@ -19,7 +18,6 @@ def data_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def data_prepare_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `data prepare`."""
     parser.add_argument("name", help="a choice of conf/data")
     parser.add_argument("--root", type=Path, required=True, help="folder to lay it out in")
     parser.add_argument("--plan", action="store_true", help="only show what is missing and how large it is")

@@ -1,4 +1,4 @@
-"""`prism-deco evaluate`: scores of a run on benchmarks."""
+"""`prism-deco evaluate`: scores a run on benchmarks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from prism_deco.commands.common import Asked, asked_of, import_named_plugins, show
 from prism_deco.commands.scoring import Tokens, blind_scores, finished_run, score_run, stored_keys
@@ -26,9 +27,8 @@ KEYS = ("ask", "batch_size", "compressor", "compressor.*", "num_tokens", "plugin
 
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `evaluate`."""
     parser.add_argument("--score-only", type=Path, metavar="FILE", help="score this predictions.jsonl, load no model")
-    # argparse cannot tell an optional run folder from the first option; the equals sign can.
+    # One list for the optional run folder and the settings, which argparse cannot tell apart.
     parser.add_argument(
         "arguments",
         nargs="*",
@@ -80,30 +80,26 @@ def evaluate(args: argparse.Namespace) -> None:
     tokens = _tokens_of(asked.others)
     if tokens.num_tokens is not None:
         tokens.check(read_config(run / "model" / "config.yaml"))
-    more = {
-        "tokens": tokens,
-        "batch_size": _batch_size(asked),
-        "out": args.out,
-        "device": args.device,
-        "dtype": args.dtype,
-    }
+    batch_size = _count(asked.others, "batch_size", 64)
+    place = {"out": args.out, "device": args.device, "dtype": args.dtype}
     from prism_deco.distributed import World
 
     world = World.of_torchrun()
     with world.joined():
         asks = resolve_asks(asked.others.get("ask", AS_TRAINED))
-        score_run(run, names, asked.options, own, world=world, asks=asks, **more)
+        score_run(run, names, asked.options, own, world=world, asks=asks, batch_size=batch_size, tokens=tokens, **place)
 
 
-def _batch_size(asked: Asked) -> int:
-    batch_size = parse_value("batch_size", asked.others.get("batch_size", "64"))
-    if type(batch_size) is not int or batch_size < 1:
-        raise UsageError(f"batch_size={batch_size} must be a whole number above 0.")
-    return batch_size
+def _count(given: Mapping[str, str], key: str, default: int | None = None) -> Any:
+    """The value of a key, a whole number above 0."""
+    value = parse_value(key, given[key]) if key in given else default
+    if value is not default and (type(value) is not int or value < 1):
+        raise UsageError(f"{key}={value} must be a whole number above 0.")
+    return value
 
 
 def _score_elsewhere(run: Path, args: argparse.Namespace, asked: Asked) -> None:
-    """Scores a run by lmms-eval and prints the scores."""
+    """Scores a run with lmms-eval and prints the scores."""
     unused = [*asked.own, *({*asked.options, *asked.others} - {"limit", "batch_size", "plugins"})]
     if asked.benchmarks or unused:
         raise UsageError(
@@ -116,10 +112,7 @@ def _score_elsewhere(run: Path, args: argparse.Namespace, asked: Asked) -> None:
     for task in tasks:
         if task.endswith(YAML_SUFFIXES) and not Path(task).is_file():
             raise UsageError(f"--lmms-eval {task}: there is no such file.")
-    limit = parse_value("limit", asked.options.get("limit", "null"))
-    # lmms-eval reads a fraction as a share of all questions.
-    if limit is not None and (type(limit) is not int or limit < 1):
-        raise UsageError(f"limit={limit} must be a whole number above 0: the questions asked of each task.")
+    limit = _count(asked.options, "limit")  # per task; lmms-eval would take a fraction as a share of all questions
     own = [task for task in tasks if task in choices("benchmark")]
     if own and args.out is None:
         raise UsageError(
@@ -132,15 +125,13 @@ def _score_elsewhere(run: Path, args: argparse.Namespace, asked: Asked) -> None:
     from prism_deco.evaluation import table
     from prism_deco.integrations.lmms_eval_scores import score_tasks
 
-    settings = {"batch_size": _batch_size(asked), "device": args.device, "dtype": args.dtype}
+    settings = {"batch_size": _count(asked.others, "batch_size", 64), "device": args.device, "dtype": args.dtype}
     show(table(score_tasks(run, tasks, out, model_id=manifest["model_sha256"], limit=limit, **settings)))
 
 
 def _tokens_of(given: Mapping[str, str]) -> Tokens:
-    """What the keys `num_tokens`, `compressor` and `compressor.KEY` say."""
-    num_tokens = parse_value("num_tokens", given.get("num_tokens", "null"))
-    if num_tokens is not None and (type(num_tokens) is not int or num_tokens < 1):
-        raise UsageError(f"num_tokens={num_tokens} must be a whole number above 0.")
+    """The visual tokens set by the keys `num_tokens`, `compressor` and `compressor.KEY`."""
+    num_tokens = _count(given, "num_tokens")
     compressor = given.get("compressor")
     options = {
         key.partition(".")[2]: parse_value(key, text) for key, text in given.items() if key.startswith("compressor.")
@@ -153,7 +144,7 @@ def _tokens_of(given: Mapping[str, str]) -> Tokens:
 
 
 def _score_file(path: Path, asked: Asked) -> None:
-    """Prints what a predictions file scores, beside chance and, where the file lies in a run, blindness."""
+    """Prints the score of a predictions file beside chance and, if the file is in a run folder, the blind score."""
     from prism_deco.evaluation import build_benchmark, chance, load_predictions, score_file, table
 
     if asked.benchmarks is None:

@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 
 
 def explain_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `explain`."""
     parser.add_argument(
         "arguments", nargs="*", metavar="RUN KEY=VALUE", help="run folders; benchmark=NAME limit=N plugins=[MODULE]"
     )
@@ -36,7 +35,7 @@ def explain_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _Once(argparse.Action):
-    """Refuses a second value, which would replace the first without a word."""
+    """Refuses a second value, which argparse would silently let replace the first."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
         if getattr(namespace, self.dest) is not None:
@@ -54,11 +53,12 @@ def explain(args: argparse.Namespace) -> None:
     from prism_deco.distributed import requested_device
     from prism_deco.explain import side_by_side, write_page
 
-    for run in asked.runs:  # what is wrong with one of them must not wait for those before it
+    for run in asked.runs:  # check all runs before the first one starts
         check_writable(args.out or run / "explain", "Name a folder for the results with --out.")
     place = {"device": requested_device(args.device), "dtype": getattr(torch, args.dtype) if args.dtype else None}
     if asked.benchmarks is None:
-        about, sections = _question_name(args), _explain_question(args, asked.runs, place)
+        about = _question_name(args)
+        sections = _explain_question(args, asked.runs, place)
     else:
         about, sections = _explain_benchmark(args, asked, place)
     if len(asked.runs) > 1:
@@ -87,18 +87,20 @@ def _explain_question(args: argparse.Namespace, runs: list[Path], place: dict[st
 def _explain_benchmark(
     args: argparse.Namespace, asked: Asked, place: dict[str, Any]
 ) -> tuple[str, list[list[Section]]]:
-    """The name of what was measured, and the sections of the page by run."""
+    """The name of the results folder, and the sections of the page by run."""
+    from prism_deco.evaluation.choose import prepare_one
     from prism_deco.explain import MapTable
 
     assert asked.benchmarks is not None
     name = asked.benchmarks
     options: dict[Path, dict[str, Any]] = {}
-    for run in asked.runs:  # what is wrong with one of them must not wait for those before it
+    for run in asked.runs:  # check all runs before the first one starts
         finished_run(run)
         stored = stored_keys(run, choice_name(name), leave_out=["limit"])
         options[run] = stored | asked.options | next(iter(asked.own.values()), {})
-        _benchmark(run, name, options[run])
-    results, sections = [], []
+        prepare_one(name, options[run], root=own_benchmarks(run))
+    results = []
+    sections = []
     for run in asked.runs:
         result, pages = measure_relevance(run, name, options[run], out=_out(args, run, len(asked.runs)), **place)
         results.append(result)
@@ -108,20 +110,20 @@ def _explain_benchmark(
 
 
 def _out(args: argparse.Namespace, run: Path, count: int) -> Path | None:
-    """The folder of a run's results below `--out`, if that is given; of several runs each has its own."""
+    """The folder of a run's results, if `--out` is given; each of several runs has its own below it."""
     return args.out / run.name if args.out and count > 1 else args.out
 
 
 def _question_name(args: argparse.Namespace) -> str:
-    """A folder name for one question about one image: other questions about it get other folders."""
+    """A folder name for a question about an image, unique by a hash of both."""
     asked = json.dumps([str(args.image.absolute()), args.prompt, args.answer])
     return f"{args.image.stem[:40]}-{hashlib.sha256(asked.encode()).hexdigest()[:6]}"
 
 
 def _comparison_name(runs: list[Path], about: str) -> str:
-    """The file name of a page that compares runs: another comparison gets another page."""
+    """The file name of the page of a comparison, unique by its runs."""
     names = "-vs-".join(run.name for run in runs)
-    if len(names) > 150:  # file systems allow 255 bytes
+    if len(names) > 150:  # a file name has at most 255 bytes
         names = f"{names[:140]}-{hashlib.sha256(names.encode()).hexdigest()[:6]}"
     return f"explain-{about}-{names}.html"
 
@@ -129,17 +131,18 @@ def _comparison_name(runs: list[Path], about: str) -> str:
 def measure_relevance(
     run: Path, name: str, options: dict[str, Any], *, out: Path | None = None, **place: Any
 ) -> tuple[dict[str, Any], list[Any]]:
-    """Measures a run's maps of a benchmark's questions.
+    """Measures the relevance maps of a finished run on a benchmark's questions.
 
     Args:
         options: keys of the benchmark's YAML (split, limit, root).
-        out: folder of the results; None is the benchmark's in the run's `explain`.
+        out: folder of the results; None is the benchmark's folder in the run's `explain`.
         place: device and dtype of the model.
     """
-    benchmark = _benchmark(run, name, options)
     from prism_deco.api import load
+    from prism_deco.evaluation.choose import prepare_one
     from prism_deco.explain import explain_set
 
+    benchmark = prepare_one(name, options, root=own_benchmarks(run))
     folder = out or run / "explain" / results_name(name, benchmark.split)
     about = {"benchmark": benchmark.name, "split": benchmark.split}
     model = load(run, **place)
@@ -147,12 +150,13 @@ def measure_relevance(
 
 
 def has_relevance(run: Path, name: str, split: str | None) -> bool:
-    """Whether the maps of a benchmark's questions have been measured; all runs had one folder for that once."""
+    """Whether the relevance maps of a benchmark have been measured. Earlier versions wrote them to `explain` itself."""
     from prism_deco.evaluation import build_benchmark
 
     if (run / "explain" / results_name(name, split) / "metrics.json").is_file():
         return True
-    earlier, own = run / "explain" / "metrics.json", build_benchmark(name)
+    own = build_benchmark(name)
+    earlier = run / "explain" / "metrics.json"
     about = read_json(earlier) if earlier.is_file() else {}
     return (about.get("benchmark"), about.get("split")) == (own.name, split or own.split)
 
@@ -174,7 +178,7 @@ def _check_arguments(args: argparse.Namespace, asked: Asked) -> None:
             'cat.jpg --prompt "What is it?"  or  prism-deco explain runs/RUN_ID benchmark=mini_refcoco limit=100'
         )
     if args.image is not None:
-        open_image(args.image)  # what is wrong with it must not wait for the model
+        open_image(args.image)  # fail before the model is loaded
     names = [run.name for run in asked.runs]
     shared = [name for name in names if names.count(name) > 1]
     if args.out is not None and shared:
@@ -183,16 +187,8 @@ def _check_arguments(args: argparse.Namespace, asked: Asked) -> None:
         check_folder(run)
 
 
-def _benchmark(run: Path, name: str, options: dict[str, Any]) -> Any:
-    """The benchmark for a run, its files read."""
-    finished_run(run)
-    from prism_deco.evaluation.choose import prepare_one
-
-    return prepare_one(name, options, root=own_benchmarks(run))
-
-
 def _examples(benchmark: Any) -> list[Any]:
-    """A benchmark's questions as examples to explain; a box that is asked for is also the answer."""
+    """A benchmark's questions as examples to explain. If the target is a box, it is also the answer to explain."""
     from prism_deco.explain import ExplainExample
 
     first = benchmark.variants[0]

@@ -14,7 +14,6 @@ log = logging.getLogger(__name__)
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `export`."""
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("settings", nargs="*", metavar="plugins=[MODULE]", help=PLUGINS)
     parser.add_argument("--to", type=Path, required=True, help="new folder to write")

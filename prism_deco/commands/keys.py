@@ -16,7 +16,6 @@ from prism_deco.stages import Stage
 
 
 def keys_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `keys`."""
     parser.add_argument(
         "group",
         nargs="?",

@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 
 
 def probe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `probe`."""
     parser.add_argument("run", type=Path, help="run folder, or with --objects or --images an export of one")
     parser.add_argument("settings", nargs="*", metavar="plugins=[MODULE]", help=PLUGINS)
     parser.add_argument(

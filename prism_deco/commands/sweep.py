@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 
 
 def sweep_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `sweep`."""
     parser.add_argument(
         "arguments",
         nargs="*",
@@ -46,7 +45,6 @@ def sweep_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `plan`."""
     parser.add_argument("arguments", nargs="*", metavar="NAME KEY=VALUE[,VALUE]", help="as for sweep, or for train")
     parser.add_argument(
         "--accelerator", metavar="NAME", help="a100 | h100 | h200 | l40s | ... (default: h100, none on a CPU)"
@@ -58,7 +56,6 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def report_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `report`."""
     parser.add_argument(
         "arguments",
         nargs="+",

@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `train`."""
     parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     parser.add_argument("--print", action="store_true", help="print the configuration and where each value comes from")
     parser.add_argument("--check", action="store_true", help="look for what would stop the run, and train nothing")
