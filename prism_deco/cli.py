@@ -1,4 +1,4 @@
-"""The command line: finds the command that is named and hands it its arguments."""
+"""The command line: finds the named command and runs it with its arguments."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         own_process()
     code = _run(argv)
     if argv is None:
-        for number in SIGNALS:  # the code is decided: a signal that comes while Python shuts down must not change it
+        for number in SIGNALS:  # a signal during Python's shutdown must not change the exit code
             signal.signal(number, signal.SIG_IGN)
     return code
 
@@ -79,13 +79,13 @@ def _parse(argv: list[str]) -> tuple[Callable[[argparse.Namespace], int | None],
     )
     getattr(module, f"{function}_arguments")(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    # Intermixed: people put options between key=value arguments.
+    # Intermixed, so that options may stand between key=value arguments.
     return command, parser.parse_intermixed_args(argv[len(name.split()) :])
 
 
 def _explain_commands(argv: list[str]) -> NoReturn:
-    """Answers `--help` and `--version`, and refuses everything else: it names no command."""
-    # `data` and `bench` begin several commands.
+    """Handles `--help` and `--version`, and refuses anything else, since it names no command."""
+    # `data` and `bench` are prefixes of several commands.
     family = {name: entry for name, entry in COMMANDS.items() if argv and name.startswith(f"{argv[0]} ")}
     listed = family or COMMANDS
     width = max(map(len, listed))
@@ -105,7 +105,7 @@ def _explain_commands(argv: list[str]) -> NoReturn:
 
 
 def _wrap(text: str | None, start: str = "") -> str:
-    """A docstring's first paragraph, as wide as the terminal; lines after the first are as deep as `start`."""
+    """A docstring's first paragraph, wrapped to the terminal's width and indented below `start`."""
     first = " ".join((text or "").split("\n\n")[0].split())
     width = min(shutil.get_terminal_size().columns, 100) - 2
     return textwrap.fill(first, width, initial_indent=start, subsequent_indent=" " * len(start))

@@ -46,7 +46,7 @@ def chat(args: argparse.Namespace) -> None:
     if args.relevance and len(args.image) > 1:
         raise UsageError(f"--relevance explains answers about one image, not {len(args.image)}.")
     for path in args.image:
-        open_image(path)  # what is wrong with it must not wait for the model
+        open_image(path)  # fail before the model is loaded
     relevance = (args.out or args.run / "chat") if args.relevance else None
     if relevance is not None:
         check_writable(relevance, "Name a folder for the pictures with --out.")
@@ -58,11 +58,11 @@ def chat(args: argparse.Namespace) -> None:
 
 
 class Chat:
-    """The state of a conversation: the images, and what was said.
+    """The state of a conversation: the images and the messages.
 
     Args:
-        relevance: folder for a relevance overlay of every answer about a single image, numbered on from those that
-            are there; None makes none.
+        relevance: folder for a relevance overlay of every answer about a single image; the numbers continue those in
+            the folder. None makes no overlays.
         name: the model's name on the overlay's page.
     """
 
@@ -79,24 +79,21 @@ class Chat:
         self._answers = _last_answer(relevance) if relevance else 0
 
     def show(self, paths: Sequence[Path]) -> None:
-        """Other images; the conversation begins anew. `UsageError` if one cannot be read."""
+        """Shows other images and starts a new conversation. `UsageError` if one cannot be read."""
         self._visual = self.model.encode_images(paths)
         self._images = list(paths)
         self.messages = []
 
     def ask(self, question: str) -> str:
-        """Writes the answer while it is generated, and adds both to the conversation; returns the answer.
-
-        Raises:
-            UsageError: the conversation fills the LLM's positions.
-        """
+        """Prints the answer while it is generated, adds it to the conversation, and returns it. `UsageError` if the
+        conversation exceeds the LLM's positions."""
         from transformers import TextStreamer
 
         from prism_deco.inference import reply
 
         model = self.model
         asked: Message = {"role": "user", "content": question}
-        # Trained with turn_mask=block, a round has seen the image and itself only.
+        # With turn_mask=block, a round saw only the image and itself in training.
         history = self.messages if model.vlm.turn_mask == "causal" else []
         answer = reply(
             model.vlm,
@@ -121,7 +118,7 @@ class Chat:
         _say(f"[{folder / DEFAULT_METHOD / 'sentence.png'}]")
 
     def obey(self, line: str) -> None:
-        """Does what a line says that begins with `/`, else asks it."""
+        """Runs a line that starts with `/` as a command, and asks any other."""
         command, _, argument = line.partition(" ")
         if command == "/image":
             names = _file_names(argument)
@@ -140,7 +137,7 @@ def converse(talk: Chat, read: Callable[[], str]) -> None:
     """Reads lines and answers them until `/quit`, the end of the input, or Ctrl-C.
 
     Args:
-        read: the next line; `EOFError` at the end.
+        read: returns the next line; raises `EOFError` at the end.
     """
     _say(HELP)
     while True:
@@ -157,7 +154,7 @@ def converse(talk: Chat, read: Callable[[], str]) -> None:
 
 
 def _last_answer(folder: Path) -> int:
-    """The number of the last answer in a folder, so that another conversation replaces none; 0 if there is none."""
+    """The highest number of an answer in a folder, which the next conversation continues; 0 if there is none."""
     numbers = [path.name.removeprefix("answer_") for path in folder.glob("answer_*")]
     return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
@@ -168,11 +165,10 @@ def _say(text: str) -> None:
 
 
 def _file_names(argument: str) -> list[str]:
-    """The paths of a command. A path may have spaces: one that exists as it stands is a single one; several take quotes
-    as in a shell."""
+    """The paths of a command, quoted as in a shell. An argument that exists as a whole is one path, spaces included."""
     if Path(argument.strip()).expanduser().exists():
         return [argument.strip()]
     try:
         return shlex.split(argument)
-    except ValueError as error:  # a quote that is not closed
+    except ValueError as error:  # an unclosed quote
         raise UsageError(f"/image {argument}: {error}.") from error

@@ -34,7 +34,7 @@ def data_check(args: argparse.Namespace) -> int:
     out = args.out or Path(config.runs_dir) / "data_check" / config.data.name
     check_writable(out, "Name a folder for the results with --out.")
     import_plugins(config.plugins)
-    source = build_source(group(config, "data"))  # a wrong path must not wait for the download of a tokenizer
+    source = build_source(group(config, "data"))  # report a wrong path before a tokenizer is downloaded
     vlm, llm = build_model(config, device="meta")
     encoder = build_encoder(config, llm, vlm.projector.num_tokens)
     report = check_dataset(source, encoder, out, workers=args.workers, allow=args.allow)

@@ -1,4 +1,4 @@
-"""`prism-deco keys` and `train --print`: what can be set, and what a command line sets."""
+"""`prism-deco keys` and `train --print`: the available keys, and the values of a command line."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _width() -> int:
 
 
 def _explained(group: str) -> str:
-    """The keys of a group, each with its meaning below it, as wide as the terminal."""
+    """The keys of a group, each with its meaning below it, wrapped to the terminal's width."""
     width = _width()
     heading = group or "the run"
     if group in GROUPS:
@@ -77,8 +77,8 @@ def _meaning(key: Key, width: int) -> list[str]:
 
 
 def print_config(stages: Sequence[Stage], arguments: Sequence[str]) -> None:
-    """Prints the configuration of a command line, or of each stage, as YAML: where a value comes from is a comment.
-    The output of one run can be given back to `train` as a file."""
+    """Prints the configuration of a command line, or of each stage, as YAML with the origin of each value as a comment.
+    `train` accepts the output of a single run as a file."""
     for name, given in [(stage.name, stage.arguments) for stage in stages] or [("", arguments)]:
         if name:
             sys.stdout.write(f"# stage {name}\n")

@@ -1,4 +1,4 @@
-"""`prism-deco probe`: what a run's visual tokens hold, without its LLM."""
+"""`prism-deco probe`: what can be read from a run's visual tokens without its LLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scoring a finished run: `prism-deco evaluate`, and what follows the training of `prism-deco train`."""
+"""Scores a finished run, for `prism-deco evaluate` and after the training of `prism-deco train`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from prism_deco.commands.common import own_benchmarks, show
 from prism_deco.config import load_choice, read_config
 from prism_deco.config.choices import TOKENS, resolve_benchmarks, results_name
-from prism_deco.config.schema import AS_TRAINED
 from prism_deco.errors import UsageError
 from prism_deco.files import check_folder, check_writable, read_json, read_result, write_json
 
@@ -30,12 +29,12 @@ FILE = "predictions.jsonl"
 
 @dataclass(frozen=True)
 class Tokens:
-    """The visual tokens that a trained model is scored with, if others than in training.
+    """The visual tokens that a trained model is scored with, if they differ from training.
 
     Attributes:
-        num_tokens: of an image; None: as in training.
-        compressor: what makes them of a `linear` run's; None: the projector itself (`matryoshka`).
-        options: the compressor's own.
+        num_tokens: per image; None is as in training.
+        compressor: reduces the tokens of a `linear` run to that number; None leaves it to the projector (`matryoshka`).
+        options: of the compressor.
     """
 
     num_tokens: int | None = None
@@ -44,14 +43,14 @@ class Tokens:
 
     @property
     def folder(self) -> str:
-        """The name of the folder that holds their results within the run's; empty: the run's own."""
+        """The subfolder of `eval` for their results; empty for those of the training's own tokens."""
         if self.num_tokens is None:
             return ""
         options = [f"{key}{value}" for key, value in self.options.items()]
         return "-".join([f"{self.compressor or 'tokens'}{self.num_tokens}", *options])
 
     def check(self, config: DictConfig) -> None:
-        """`UsageError` where a model of that configuration, trained or not, cannot be asked with these tokens."""
+        """Raises `UsageError` if a model of that configuration cannot be scored with these tokens."""
         from prism_deco.build import build_model
         from prism_deco.evaluation.compressors import compress
 
@@ -72,7 +71,7 @@ class Tokens:
             )
 
     def load(self, run: Path) -> Model:
-        """The model of a run with these tokens."""
+        """The model of a run, set to these tokens."""
         from prism_deco.api import load
         from prism_deco.evaluation.compressors import compress
 
@@ -87,31 +86,31 @@ class Tokens:
 def score_run(
     folder: Path,
     names: str | Sequence[str],
-    options: Mapping[str, Any] | None = None,
-    own: Mapping[str, Mapping[str, Any]] | None = None,
+    options: Mapping[str, Any],
+    own: Mapping[str, Mapping[str, Any]],
     *,
     world: World,
-    asks: Sequence[str] = (AS_TRAINED,),
-    batch_size: int = 64,
-    tokens: Tokens = Tokens(),
+    asks: Sequence[str],
+    batch_size: int,
+    tokens: Tokens,
     out: Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Scores a run on benchmarks and prints them beside chance and, where it is known, blindness.
+    """Scores a run on benchmarks and prints the scores beside chance and, if known, the blind score.
 
-    Everything that can be wrong with what is asked is found before the model is loaded.
+    All inputs are checked before the model is loaded.
 
     Args:
         names: of benchmarks and groups.
-        options: keys of all their YAMLs to replace (split, limit, root); None keeps what a YAML says.
-        own: keys of single YAMLs, by the benchmark's name.
-        world: the processes that share the images, all of which call this.
-        asks: how to ask, see `evaluate.ask`; each has results of its own.
+        options: keys to replace in all their YAMLs (split, limit, root); None keeps a YAML's value.
+        own: keys to replace in single YAMLs, by the benchmark's name.
+        world: the processes that share the images; all of them call this function.
+        asks: ways to ask, see `evaluate.ask`; each has its own results.
         batch_size: questions per generation.
-        tokens: visual tokens, if others than in training.
-        out: folder of the results; None is the run's `eval`, or in it a folder for other tokens (`Tokens.folder`).
-        device: cpu | cuda, which must be there; None is what the run was trained on, or the CPU.
+        tokens: visual tokens to score with.
+        out: folder of the results; None is the run's `eval`, or a subfolder for other tokens (`Tokens.folder`).
+        device: cpu | cuda, which must be available; None is what the run was trained on, or the CPU.
         dtype: float32 | bfloat16; None is bfloat16 after training in `bf16-mixed`, else that of the weights.
     """
     manifest = finished_run(folder)
@@ -161,20 +160,21 @@ def score_run(
 
 def _first_token_seconds(model: Model) -> float:
     """Time from an image and a short question to the first token of the answer: image transform, tower, projector, and
-    the LLM's pass over the prompt. The shortest of five, since whatever else the machine does only adds to it."""
+    the LLM's prefill. The shortest of five, since other load on the machine only adds to it."""
     from PIL import Image
 
-    side, times = model.vlm.backbone.image_size, []
+    side = model.vlm.backbone.image_size
     image = Image.new("RGB", (side, side))
+    times = []
     for _ in range(6):
         start = time.perf_counter()
         model.generate(image, "What is in the image?", max_new_tokens=1)
         times.append(time.perf_counter() - start)
-    return min(times[1:])  # the first one warms up
+    return min(times[1:])  # the first one is a warm-up
 
 
 def _score(results_folder: Path) -> float | None:
-    """The primary metric in a results folder; None where there is none yet."""
+    """The primary metric in a results folder; None if it has none yet."""
     path = results_folder / "metrics.json"
     if not path.is_file():
         return None
@@ -183,22 +183,23 @@ def _score(results_folder: Path) -> float | None:
 
 
 def _log_scores(run: Path, config: DictConfig, scores: Mapping[str, Any], step: int) -> None:
-    """Adds scores to the loggers of a run's training, where they are installed here."""
+    """Adds scores to the loggers of a run's training, if they are installed here."""
     from prism_deco.training.board import Loggers
 
-    if scores:
-        try:
-            loggers = Loggers(run, config, step)
-        except UsageError as error:
-            log.warning("The scores are not logged: %s", error)
-            return
-        loggers.scalars(scores, step)
-        loggers.close("success")
+    if not scores:
+        return
+    try:
+        loggers = Loggers(run, config, step)
+    except UsageError as error:
+        log.warning("The scores are not logged: %s", error)
+        return
+    loggers.scalars(scores, step)
+    loggers.close("success")
 
 
 def blind_scores(config: DictConfig, benchmarks: Iterable[Benchmark]) -> dict[str, float]:
-    """Recorded scores of a model trained with these settings but without images, by benchmark: where it is asked in the
-    variant that was recorded, the first one of its YAML."""
+    """Recorded scores by benchmark of a model trained with these settings but without images. They are known for the
+    first variant of a benchmark's YAML."""
     from prism_deco.report import baselines
 
     found = {}
@@ -216,7 +217,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
     """The manifest of a finished run.
 
     Raises:
-        UsageError: the folder is none, such as an export, which knows neither its data nor the hash of its weights.
+        UsageError: it is no finished run. An export is none, as it lacks its training data and the hash of its weights.
     """
     check_folder(folder)
     path = folder / "manifest.json"
@@ -226,7 +227,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
         config = folder / "model" / "config.yaml"
         require_imported(read_config(config).plugins, config)
         return read_json(path)
-    if (folder / "backbone.json").is_file():  # beside the weights, in every model folder
+    if (folder / "backbone.json").is_file():  # every model folder has one
         raise UsageError(
             f"{folder} is a model's folder or an export, no run folder: benchmarks need the run that it came from, "
             "such as runs/RUN_ID. `prism-deco chat` and `explain --image` take exports."
@@ -235,6 +236,6 @@ def finished_run(folder: Path) -> dict[str, Any]:
 
 
 def stored_keys(run: Path, name: str, leave_out: Container[str] = ()) -> dict[str, Any]:
-    """The keys of a benchmark that a run was trained with (`benchmark.NAME.KEY`): where its files lie, for example."""
+    """The keys of a benchmark in a run's configuration (`benchmark.NAME.KEY`), such as the root of its files."""
     stored: Any = OmegaConf.to_container(read_config(run / "config.yaml").benchmark)
     return {key: value for key, value in stored.get(name, {}).items() if key not in leave_out}

@@ -1,4 +1,4 @@
-"""`prism-deco sweep`, `plan` and `report`: grids of runs, before, while and after they are trained."""
+"""`prism-deco sweep`, `plan` and `report`: grids of runs before, during and after training."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def sweep(args: argparse.Namespace) -> int:
         show(render(Ledger.read(spec.folder)))
         return 0
     if args.dry_run:
-        sys.stdout.write(dry_run(spec, jobs=args.jobs))  # unwrapped: to be copied
+        sys.stdout.write(dry_run(spec, jobs=args.jobs))  # not wrapped, so that it can be copied
         return 0
     console = Console()
     try:
@@ -110,7 +110,7 @@ def plan(args: argparse.Namespace) -> None:
     for name, arguments, config in asked:
         stages = {f"{name} {stage.name}".strip(): stage.config for stage in split(arguments)}
         configs |= stages or {name: config or load_config(arguments)}
-    from prism_deco.plan import PlanTable, as_json  # imports torch: not before the arguments are known to be right
+    from prism_deco.plan import PlanTable, as_json  # imports torch, so only after the arguments were checked
 
     plans = _estimates(configs, args)
     if args.json:
@@ -119,7 +119,7 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def _estimates(configs: Mapping[str, DictConfig], args: argparse.Namespace) -> list[RunEstimate]:
-    """Estimates each run, and says which one it is at."""
+    """Estimates each run, and shows the progress."""
     from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
     from prism_deco.plan import estimate_run

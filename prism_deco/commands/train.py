@@ -1,4 +1,4 @@
-"""`prism-deco train`."""
+"""`prism-deco train`: trains a model and scores it."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def train(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class _Scoring:
-    """What `evaluate` in the configuration asks for, to be done when the model is trained.
+    """The scoring after training, as set under `evaluate` in the configuration.
 
-    Ranks get a copy, so it holds plain values: the classes of a composed configuration cannot be pickled.
+    It is pickled for the ranks, so it holds plain values: the classes of a composed configuration cannot be pickled.
 
     Attributes:
-        keys: those of `evaluate`.
-        own: keys of single benchmarks, by name: those of the groups, then the configuration's.
-        llm: keys of the LLM, which says how it can be asked.
+        keys: of `evaluate`.
+        own: keys of single benchmarks by name, those of the groups overridden by the configuration's.
+        llm: keys of the LLM, which defines how it can be asked.
     """
 
     benchmarks: tuple[str, ...]
@@ -73,7 +73,7 @@ class _Scoring:
     accelerator: str
 
     def prepare(self, benchmarks: Path | None) -> None:
-        """Reads all questions; a wrong name, split or file must not wait for the end of training."""
+        """Reads all questions, so that a wrong name, split or file is reported before training."""
         from prism_deco.evaluation.choose import check_keys, prepare, prepare_one
         from prism_deco.llms.spec import check_ask, read_spec
 
@@ -93,14 +93,13 @@ class _Scoring:
             raise UsageError(f"evaluate.relevance: {error}") from error
 
     def missing(self, folder: Path) -> _Scoring | None:
-        """The part of this scoring that has no results in the folder yet; None if it is complete."""
+        """The part of this scoring that has no results in the folder yet; None if there is none."""
         scored = {path.parent for path in folder.glob("eval/**/metrics.json")}
+        roots = [folder / "eval" / tokens.folder for tokens in (Tokens(), *self.fewer_tokens)]
         benchmarks = []
         for name in self.benchmarks:
             names = [results_name(name, self._split(name), ask) for ask in self._asks]
-            wanted: set[Path] = set()
-            for tokens in (Tokens(), *self.fewer_tokens):
-                wanted |= {folder / "eval" / tokens.folder / own for own in names}
+            wanted = {root / own for root in roots for own in names}
             if not wanted <= scored:
                 benchmarks.append(name)
         relevance = self.relevance
@@ -121,7 +120,7 @@ class _Scoring:
                 more = {"asks": self._asks, "batch_size": self.keys["batch_size"]}
                 for tokens in (Tokens(), *self.fewer_tokens):
                     score_run(folder, self.benchmarks, self._options, self.own, world=world, tokens=tokens, **more)
-            if self.relevance and world.is_main:  # its files are those of one process
+            if self.relevance and world.is_main:  # one process writes its files
                 device = local_device(self.accelerator)
                 measure_relevance(folder, self.relevance, self._relevance_options(), device=device)
             world.barrier()
@@ -132,7 +131,7 @@ class _Scoring:
 
     @property
     def fewer_tokens(self) -> list[Tokens]:
-        """Numbers of visual tokens to score with besides that of the training."""
+        """Other visual tokens to score with, besides those of the training."""
         compressors = self.keys["compressors"] or {None: {}}
         return [Tokens(n, name, own) for n in self.keys["num_tokens"] for name, own in compressors.items()]
 
@@ -150,7 +149,7 @@ class _Scoring:
 
 
 def _scoring(config: DictConfig) -> _Scoring | None:
-    """The scoring that a configuration asks for; None where it asks for none."""
+    """The scoring that a configuration asks for; None if it asks for none."""
     if not (config.evaluate.benchmarks or config.evaluate.relevance):
         return None
     benchmarks = tuple(resolve_benchmarks(config.evaluate.benchmarks or ""))
