@@ -185,9 +185,9 @@ def test_a_predictions_file_is_scored_without_a_model(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate"], "Name the one run to score"),
+        (["evaluate"], "Name one run to score"),
         (["evaluate", "no/such/run", "benchmark=mini"], "is not a folder: give a run folder"),
-        (["evaluate", "no/such/run", "another"], "Name the one run to score"),
+        (["evaluate", "no/such/run", "another"], "Name one run to score"),
         (["bench", "projectors", "conv"], "Unknown projector 'conv'"),
         (["plan", "modle=1", "--json", "no/such/x.json"], "--json no/such/x.json: there is no folder no/such"),
         (["data", "check", "--out", __file__], "test_cli.py cannot be written (Not a directory)"),

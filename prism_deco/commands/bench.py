@@ -37,7 +37,7 @@ def bench_projectors_arguments(parser: argparse.ArgumentParser) -> None:
 def bench_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     parser.add_argument(
-        "--size", type=int, nargs=2, default=(640, 480), metavar=("W", "H"), help="of the images (default: 640 480)"
+        "--size", type=int, nargs=2, default=(640, 480), metavar=("W", "H"), help="image size (default: 640 480)"
     )
 
 
@@ -47,7 +47,7 @@ def bench_train_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=list(PRESETS),
         default="qwen_small",
-        help="what the settings modify (default: %(default)s)",
+        help="configuration that the settings modify (default: %(default)s)",
     )
     parser.add_argument("--batch-size", type=int, default=8, help="records per step (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="steps per round (default: %(default)s)")
@@ -59,11 +59,11 @@ def bench_train_arguments(parser: argparse.ArgumentParser) -> None:
 def bench_gpu_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help="names of parts (default: all)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/bench_gpu"), metavar="DIR", help="of the results (default: %(default)s)"
+        "--out", type=Path, default=Path("runs/bench_gpu"), metavar="DIR", help="result folder (default: %(default)s)"
     )
-    parser.add_argument("--redo", action="store_true", help="run the parts that have a result as well")
+    parser.add_argument("--redo", action="store_true", help="rerun parts that already have a result")
     parser.add_argument("--minutes", type=float, default=30.0, help="time for all parts (default: %(default)s)")
-    parser.add_argument("--rehearse", action="store_true", help="miniatures instead of the real sizes")
+    parser.add_argument("--rehearse", action="store_true", help="use miniatures instead of the real sizes")
     parser.add_argument("--device", help="cpu | cuda (default: cuda; cpu with --rehearse)")
 
 
@@ -129,7 +129,7 @@ def bench_train(args: argparse.Namespace) -> None:
 
 
 def bench_gpu(args: argparse.Namespace) -> int:
-    """Prove a GPU: results, memory and speed, part by part. The same command goes on where it has stopped."""
+    """Prove a GPU: results, memory and speed, part by part. The same command continues where it stopped."""
     check_writable(args.out, "Name another folder with --out.")
     from prism_deco.bench.gpu import Bench, run_parts, table
     from prism_deco.bench.gpu_parts import PARTS

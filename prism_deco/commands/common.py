@@ -14,7 +14,7 @@ from prism_deco.config.values import split_pair
 from prism_deco.errors import UsageError
 from prism_deco.files import read_json
 
-OVERRIDES = "choices and settings (prism-deco keys lists them), and YAML files of such, a run's config.yaml for example"
+OVERRIDES = "choices and settings (prism-deco keys lists them), and YAML files of these, such as a run's config.yaml"
 
 PLUGINS = "modules to import first; those that a run was trained with are not imported unless they are named"
 

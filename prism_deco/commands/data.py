@@ -14,7 +14,7 @@ def data_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     parser.add_argument("--out", type=Path, help="folder for bad.jsonl and report.json (default: runs/data_check/NAME)")
     parser.add_argument("--workers", type=int, default=2, help="number of processes (default: %(default)s)")
-    parser.add_argument("--allow", nargs="+", default=[], metavar="KIND", help="kinds of faults that are no failure")
+    parser.add_argument("--allow", nargs="+", default=[], metavar="KIND", help="kinds of faults to tolerate")
 
 
 def data_prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def data_check(args: argparse.Namespace) -> int:
 
 
 def data_prepare(args: argparse.Namespace) -> None:
-    """Download a published data set and lay it out for training. What is there already is kept."""
+    """Download a published data set and lay it out for training. Existing files are kept."""
     from prism_deco.data.prepare import download_dataset, plan_download, read_dataset
 
     dataset = read_dataset(args.name)

@@ -63,7 +63,7 @@ def evaluate(args: argparse.Namespace) -> None:
         _score_file(args.score_only, asked)
         return
     if len(asked.runs) != 1:
-        raise UsageError("Name the one run to score, for example: prism-deco evaluate runs/RUN_ID benchmark=mini")
+        raise UsageError("Name one run to score, for example: prism-deco evaluate runs/RUN_ID benchmark=mini")
     (run,) = asked.runs
     if args.lmms_eval:
         _score_elsewhere(run, args, asked)
@@ -103,8 +103,8 @@ def _score_elsewhere(run: Path, args: argparse.Namespace, asked: Asked) -> None:
     unused = [*asked.own, *({*asked.options, *asked.others} - {"limit", "batch_size", "plugins"})]
     if asked.benchmarks or unused:
         raise UsageError(
-            f"--lmms-eval asks tasks of its own: leave out {', '.join(unused or ['benchmark='])}. Of the settings, it "
-            "takes limit=N, batch_size=N and plugins=[MODULE]."
+            f"--lmms-eval runs its own tasks: leave out {', '.join(unused or ['benchmark='])}. The only settings it "
+            "takes are limit=N, batch_size=N and plugins=[MODULE]."
         )
     if importlib.util.find_spec("lmms_eval") is None:
         raise UsageError('lmms-eval is not installed: pip install "prism-deco[lmms-eval]"')
@@ -164,5 +164,5 @@ def _score_file(path: Path, asked: Asked) -> None:
 def _trained_with(run: Path) -> str:
     benchmarks = read_config(run / "config.yaml").evaluate.benchmarks
     if not benchmarks:
-        raise UsageError(f"{run} names no benchmarks of its own: choose some, for example benchmark=table3")
+        raise UsageError(f"The configuration of {run} has no benchmarks: choose some, for example benchmark=table3")
     return benchmarks

@@ -39,7 +39,7 @@ class _Once(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
         if getattr(namespace, self.dest) is not None:
-            parser.error(f"{option} is given twice: maps are those of one image.")
+            parser.error(f"{option} is given twice: relevance maps explain one image.")
         setattr(namespace, self.dest, values)
 
 

@@ -229,7 +229,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
         return read_json(path)
     if (folder / "backbone.json").is_file():  # every model folder has one
         raise UsageError(
-            f"{folder} is a model's folder or an export, no run folder: benchmarks need the run that it came from, "
+            f"{folder} is a model folder or an export, not a run folder: benchmarks need the run that it came from, "
             "such as runs/RUN_ID. `prism-deco chat` and `explain --image` take exports."
         )
     raise UsageError(f"{folder} holds no finished run: it has no manifest.json.")

@@ -50,7 +50,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--accelerator", metavar="NAME", help="a100 | h100 | h200 | l40s | ... (default: h100, none on a CPU)"
     )
     parser.add_argument(
-        "--mfu", type=float, default=0.4, help="fraction of the peak FLOPs that is reached (default: %(default)s)"
+        "--mfu", type=float, default=0.4, help="achieved fraction of the peak FLOPs (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
 
@@ -63,7 +63,7 @@ def report_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a sweep's folder, or run folders; plugins: {PLUGINS}",
     )
     parser.add_argument("--out", type=Path, help="folder to write to (default: FOLDER/report, or report next to runs)")
-    parser.add_argument("--split", help="of the benchmarks: own | test | ... (default: own)")
+    parser.add_argument("--split", help="benchmark split to show: own | test | ... (default: own)")
     parser.add_argument("--mixed", action="store_true", help="compare cells that saw different data or steps")
 
 
@@ -88,7 +88,7 @@ def sweep(args: argparse.Namespace) -> int:
     finally:
         if not console.is_terminal and (spec.folder / "ledger.json").exists():
             show(render(Ledger.read(spec.folder)))
-    log.info("The sweep is in %s; the same command goes on with what is not done", spec.folder)
+    log.info("The sweep is in %s; the same command continues cells that are not done", spec.folder)
     return 0 if done else 1
 
 

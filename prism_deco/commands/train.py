@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     parser.add_argument("--print", action="store_true", help="print the configuration and where each value comes from")
-    parser.add_argument("--check", action="store_true", help="look for what would stop the run, and train nothing")
+    parser.add_argument("--check", action="store_true", help="check for what would stop the run, without training")
     parser.add_argument("--overwrite", action="store_true", help="replace the run folder if it exists")
-    parser.add_argument("--force", action="store_true", help="train even if the plan says that memory does not suffice")
+    parser.add_argument("--force", action="store_true", help="train even if the estimated memory does not suffice")
 
 
 def train(args: argparse.Namespace) -> int:

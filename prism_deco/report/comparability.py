@@ -72,7 +72,7 @@ def disagreements(groups: Sequence[SeedGroup], split: str) -> list[str]:
 def refusal(title: str, sentences: Sequence[str]) -> str:
     """The error message that lists these differences."""
     return (
-        f"The cells of {title} saw different things and cannot be compared: {' '.join(sentences)} "
+        f"The cells of {title} cannot be compared, because they differ: {' '.join(sentences)} "
         "Report them separately, or use --mixed to put them into one table."
     )
 

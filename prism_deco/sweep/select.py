@@ -49,7 +49,7 @@ def _choose(cell: SweepCell, key: str, part: Sequence[SweepCell], ledger: Ledger
     alike = [other for other in part if all(other.settings.get(n) == cell.settings.get(n) for n in varied)]
     if not alike:
         raise UsageError(
-            f"{cell.id} is to choose {key} from {cell.choose[key]}, which has no cell of the same "
+            f"{cell.id} chooses {key} by the results of {cell.choose[key]}, which has no cell of the same "
             f"{', '.join(sorted(varied))}."
         )
     if any(ledger.entries[other.id].state not in ENDED for other in alike):

@@ -120,7 +120,7 @@ def parse(arguments: Iterable[str]) -> Spec:
             named = [choice_name(value) for value in split_values(text.strip("[]"))]
             spec.controls = [*(spec.controls if key.endswith("+") else []), *named]
         elif key == "run_id":
-            raise UsageError("run_id is made for each cell of a sweep: name=NAME names the sweep's folder.")
+            raise UsageError("run_id is generated for each cell of a sweep: name=NAME sets the name of its folder.")
         else:
             _set(spec, key, text)
     if all(not grid.axes and grid.rows == [SweepRow()] for grid in spec.grids):

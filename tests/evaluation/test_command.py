@@ -403,7 +403,7 @@ def test_no_benchmark_is_scored_before_the_last_one_s_files_are_read(finished, f
 
 
 @pytest.mark.parametrize("command", ["evaluate", "explain"])
-@pytest.mark.parametrize(("kept", "says"), [("backbone.json", "or an export, no run folder"), ("x", "no finished run")])
+@pytest.mark.parametrize(("kept", "says"), [("backbone.json", "an export, not a run folder"), ("x", "no finished run")])
 def test_what_is_no_run_is_told_before_it_is_loaded(tmp_path, no_model, capsys, command, kept, says):
     (tmp_path / kept).touch()
     assert main([command, str(tmp_path), "benchmark=mini_gqa"]) == 2

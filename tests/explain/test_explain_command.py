@@ -107,7 +107,7 @@ def test_a_second_image_is_refused(run, capsys):
     with pytest.raises(SystemExit) as done:
         main(["explain", str(run), "--image", "a.png", "--image", "b.png", "--prompt", "?"])
     assert done.value.code == 2
-    assert "--image is given twice: maps are those of one image." in " ".join(capsys.readouterr().err.split())
+    assert "--image is given twice: relevance maps explain one image." in " ".join(capsys.readouterr().err.split())
 
 
 def test_reports_read_the_measurement_that_the_configuration_names(tmp_path):

@@ -187,7 +187,7 @@ def test_long_names_are_cut_but_stay_apart():
         (["projector=avgpool,", "llm=phi2"], r"has an empty value"),
         (["mini", "llm=mini_phi"], r"llm distinguishes the rows of mini: select rows with row=NAME"),
         (["mini", "row=M4"], r"Unknown row 'M4'.*Choices: M1, M2, M3"),
-        (["mini", "run_id=x"], r"run_id is made for each cell.*name=NAME"),
+        (["mini", "run_id=x"], r"run_id is generated for each cell.*name=NAME"),
         (["mini", "launcher=pbs"], r"Unknown launcher 'pbs'\. Choices: local, slurm"),
         (["llm=mini_phi,mini_fi", "seed=1,2"], r"Cell 3 of 4, mini_fi-seed1: Unknown llm 'mini_fi'\. Did you mean"),
         (["seed=1,2", "recipe.learning_rate=1"], r"Cell 1 of 2, seed1: Unknown key recipe\.learning_rate"),
