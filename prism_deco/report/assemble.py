@@ -60,7 +60,12 @@ def write_report(
     differences = [_differences(table) for table in score_tables]
     log.info("Drawing the figures")
     scored = score_sections(score_tables, differences)
-    sections = [*_unfinished_section(cells), *scored]
+    sections = []
+    unfinished = [cell for cell in cells if cell.state != "done"]
+    if unfinished:
+        logs = {cell.id: cell.log_tail for cell in unfinished if cell.log_tail}
+        sections.append(PageSection([status_tables.unfinished_table(unfinished)], logs=logs))
+    sections += scored
     if cells:
         sections.append(PageSection([status_tables.cells_table(cells)]))
     paragraphs = [*status_tables.about(cells), status_tables.notes(cells, chosen, others)]
@@ -133,14 +138,6 @@ def _title(folders: Sequence[Path]) -> str:
     first = folders[0].resolve().name
     others = len(folders) - 1
     return first if not others else f"{first} and {others} {'other' if others == 1 else 'others'}"
-
-
-def _unfinished_section(cells: Sequence[RunCell]) -> list[PageSection]:
-    unfinished = [cell for cell in cells if cell.state != "done"]
-    if not unfinished:
-        return []
-    logs = {cell.id: cell.log_tail for cell in unfinished if cell.log_tail}
-    return [PageSection([status_tables.unfinished_table(unfinished)], logs=logs)]
 
 
 def score_sections(

@@ -176,14 +176,12 @@ class Summary:
         deviation: standard deviation over seeds; None with one seed.
         interval: 95 %, over seeds if there are several, else over items.
         seeds: number of seeds that have a score.
-        planned: number of seeds that should have one.
     """
 
     mean: float
     deviation: float | None
     interval: tuple[float, float]
     seeds: int
-    planned: int
 
 
 @dataclass(frozen=True)
@@ -244,7 +242,7 @@ class SeedGroup:
         if not scores:
             return None
         values = [score.value for score in scores]
-        return _summary(values, scores[0].interval, len(self.cells), scores[0].maximum)
+        return _summary(values, scores[0].interval, scores[0].maximum)
 
     def means(self, benchmarks: Sequence[str], split: str) -> dict[str, float]:
         """The mean over benchmarks, each in per cent of its maximum, by seed; without seeds that lack a score."""
@@ -269,7 +267,7 @@ class SeedGroup:
         # The half-widths of independent intervals add in quadrature.
         halves = [100 / score.maximum * (score.interval[1] - score.interval[0]) / 2 for score in own]
         half = math.hypot(*halves) / len(halves)
-        return _summary(values, (values[0] - half, values[0] + half), len(self.cells), 100.0)
+        return _summary(values, (values[0] - half, values[0] + half), 100.0)
 
     @property
     def missing(self) -> str:
@@ -278,12 +276,12 @@ class SeedGroup:
         return "/".join("not scored" if state in THROUGH else state for state in states) or "not run"
 
 
-def _summary(values: Sequence[float], interval: tuple[float, float], planned: int, maximum: float) -> Summary:
+def _summary(values: Sequence[float], interval: tuple[float, float], maximum: float) -> Summary:
     low, high = interval if len(values) == 1 else seed_interval(values)
     # Both intervals may leave the range of scores: clip them, but not below or above the scores themselves, since those
     # of a user's own benchmark may exceed the maximum.
     bounds = max(low, min(0.0, *values)), min(high, max(maximum, *values))
-    return Summary(fmean(values), stdev(values) if len(values) > 1 else None, bounds, len(values), planned)
+    return Summary(fmean(values), stdev(values) if len(values) > 1 else None, bounds, len(values))
 
 
 def projector_rank(name: str) -> tuple[int, str]:

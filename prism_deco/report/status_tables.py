@@ -12,8 +12,6 @@ from prism_deco.explain.gae import DEFAULT_METHOD
 from prism_deco.report.cells import VAL_LOSS, RunCell
 from prism_deco.report.tabular import MISSING, Field, Table, format_number, records_table
 
-_MEANING = {"trained": "not scored yet"}
-
 
 def about(cells: Sequence[RunCell]) -> list[str]:
     """A paragraph about the trained models: when, on what, and by which version."""
@@ -84,7 +82,7 @@ def unfinished_table(cells: Sequence[RunCell]) -> Table:
             Field(cell.id),
             Field(cell.state),
             Field(MISSING if cell.attempts is None else str(cell.attempts)),
-            Field(cell.reason or _MEANING.get(cell.state, MISSING)),
+            Field(cell.reason or ("not scored yet" if cell.state == "trained" else MISSING)),
         ]
         for cell in cells
     ]

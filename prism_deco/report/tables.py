@@ -54,8 +54,9 @@ def _score(table: ScoreTable, row: ScoreRow, name: str, *, best: bool) -> Field:
         return Field(row.group.missing, tuple(lines))
     if printed is not None:
         lines.append(f"Δ {format_number(summary.mean - printed, sign='+')}")
-    if summary.seeds < summary.planned:
-        lines.append(f"{summary.seeds} of {summary.planned} seeds")
+    planned = len(row.group.cells)
+    if summary.seeds < planned:
+        lines.append(f"{summary.seeds} of {planned} seeds")
     if len(table.rows) <= _LONG:
         for metric, values in secondary_values(row.group, name, table.split).items():
             lines.append(f"{metric.replace('_', ' ')} {format_number(fmean(values))}")

@@ -201,7 +201,7 @@ def test_ties_on_the_front(found, best):
     """By trying all pairs: a point is on the front unless another is no worse in both and better in one."""
     groups = [SeedGroup("row", str(k), ()) for k in range(len(found))]
     made = [
-        Point(group, cost, Summary(score, None, (score, score), 1, 1))
+        Point(group, cost, Summary(score, None, (score, score), 1))
         for group, (cost, score) in zip(groups, found, strict=True)
     ]
     beaten = {
