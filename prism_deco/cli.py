@@ -68,7 +68,7 @@ def _parse(argv: list[str]) -> tuple[Callable[[argparse.Namespace], int | None],
         name = " ".join(argv[:1])
     if name not in COMMANDS:
         _explain_commands(argv)
-    module = importlib.import_module(f"prism_deco.commands.{COMMANDS[name].module}")
+    module = importlib.import_module(f"prism_deco.commands.{COMMANDS[name].module or name.split()[0]}")
     function = name.replace(" ", "_")
     command = getattr(module, function)
     parser = argparse.ArgumentParser(

@@ -40,7 +40,7 @@ def test_every_command_explains_itself(name, capsys, monkeypatch):
     example = shown.rpartition("example:\n  prism-deco ")[2]
     assert example.startswith(f"{name} ") or example.strip() == name
     # Every option that has a default says so.
-    module = importlib.import_module(f"prism_deco.commands.{COMMANDS[name].module}")
+    module = importlib.import_module(f"prism_deco.commands.{COMMANDS[name].module or name.split()[0]}")
     function = name.replace(" ", "_")
     command = getattr(module, function)
     assert description.split() == command.__doc__.split("\n\n")[0].split()
