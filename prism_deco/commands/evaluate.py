@@ -69,8 +69,11 @@ def evaluate(args: argparse.Namespace) -> None:
         _score_elsewhere(run, args, asked)
         return
     finished_run(run)
-    names = asked.benchmarks or _trained_with(run)
+    names = asked.benchmarks or read_config(run / "config.yaml").evaluate.benchmarks
+    if not names:
+        raise UsageError(f"The configuration of {run} has no benchmarks: choose some, for example benchmark=table3")
     check_keys(names, asked.options, asked.own, also=also)
+    # Keys of a group, then of the run, then KEY= for all benchmarks, then benchmark.NAME.KEY=: the later ones win.
     own = {}
     of_groups = group_keys(names)
     for name in map(choice_name, resolve_benchmarks(names)):
@@ -159,10 +162,3 @@ def _score_file(path: Path, asked: Asked) -> None:
         benchmark.split = folder.name.removeprefix(name).removeprefix("-") or benchmark.split
         blind = blind_scores(read_config(config), [benchmark])
     show(table([result], {name: chance(benchmark, load_predictions(path))}, blind))
-
-
-def _trained_with(run: Path) -> str:
-    benchmarks = read_config(run / "config.yaml").evaluate.benchmarks
-    if not benchmarks:
-        raise UsageError(f"The configuration of {run} has no benchmarks: choose some, for example benchmark=table3")
-    return benchmarks

@@ -250,9 +250,7 @@ def convergence(table: ScoreTable) -> Figure | None:
                     _convergence(ax, group, looks[group.variant])
             label_axes(ax, row, STEPS, "training loss (nats per token)")
         legend(figure, axes)
-        caption = (
-            "Training loss, as a running mean over 1/40 of the run. Several seeds: their mean, and each seed in faint."
-        )
+        caption = "Training loss, as a running mean over 1/40 of the run. Faint lines: single seeds of the mean."
         return Figure("convergence", to_svg(figure), caption)
 
 

@@ -117,7 +117,9 @@ def _caption(table: ScoreTable) -> str:
         parts.append("control: what a projector must beat to be worth anything.")
     # Configurations of earlier versions lack the key.
     if any(cell.config is not None and cell.config.trainer.get("feature_cache") is True for cell in table.cells):
-        parts.append("The towers' features were stored before the training, whose time is that of projector and LLM.")
+        parts.append(
+            "The towers' features were cached before training, so training times are those of projector and LLM."
+        )
     if table.has_mean:
         parts.append("With one seed the mean's interval assumes independent benchmarks.")
     if table.chance:
@@ -133,7 +135,7 @@ def _caption(table: ScoreTable) -> str:
             shown.update(secondary_values(group, name, table.split))
     parts += [text for name, text in SECONDARY.items() if any(metric.endswith(name) for metric in shown)]
     if any("/" in metric for metric in shown):
-        parts.append("Metrics with a slash: the same questions, asked by another variant of the benchmark.")
+        parts.append("Metrics with a slash: the same questions, asked in another variant of the benchmark.")
     steps = {cell.manifest["steps"] for group in table.groups for cell in group.cells if cell.manifest}
     if len(steps) > 1 and not table.disagreements:
         parts.append(f"The rows have {min(steps):,} to {max(steps):,} steps, with the same compute.")
