@@ -18,7 +18,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("settings", nargs="*", metavar="plugins=[MODULE]", help=PLUGINS)
     parser.add_argument("--to", type=Path, required=True, help="new folder to write")
     parser.add_argument("--merge", action="store_true", help="merge a run's LoRA adapters into the weights")
-    parser.add_argument("--checkpoint", metavar="NAME", help="the model of a checkpoint of the run, step_NNNNNN")
+    parser.add_argument("--checkpoint", metavar="NAME", help="export a checkpoint of the run, step_NNNNNN")
     parser.add_argument(
         "--hf", action="store_true", help="for plain transformers; `hf upload NAME/MODEL TO` publishes it"
     )
@@ -60,8 +60,8 @@ def _check_merge(run: Path, merges: bool) -> None:
     adapted = any((model / name).is_dir() for name in ADAPTERS.values())
     if adapted and not merges:
         raise UsageError(
-            f"{run} has LoRA adapters, and an export is a whole model: add --merge. The small form, adapters and "
-            f"projector for a named base model, is {model} itself."
+            f"{run} has LoRA adapters, and an export is a whole model: add --merge. To use the adapters and the "
+            f"projector with their base model instead, take {model} as it is."
         )
     if merges and model.is_dir() and not adapted:
         raise UsageError(f"{run} has no LoRA adapters to merge: omit --merge.")

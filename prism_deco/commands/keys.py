@@ -21,7 +21,7 @@ def keys_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help=f"{', '.join(_groups())}, a key, or GROUP=CHOICE for the YAML of a choice (default: all groups)",
     )
-    parser.add_argument("--markdown", action="store_true", help="print all keys and choices as conf/README.md has them")
+    parser.add_argument("--markdown", action="store_true", help="print all keys and choices as in conf/README.md")
 
 
 def keys(args: argparse.Namespace) -> None:

@@ -28,8 +28,8 @@ def probe_arguments(parser: argparse.ArgumentParser) -> None:
         help="images with labelled objects, in the format of COCO's instances (default: those of the run's miniature "
         "world); the last quarter is for testing",
     )
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images; alone, all that lie in it")
-    parser.add_argument("--limit", type=int, default=2000, help="first images to use (default: %(default)s)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="image folder; without --objects, all images in it")
+    parser.add_argument("--limit", type=int, default=2000, help="most images to use (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder for probe.json (default: RUN/probe)")
     parser.add_argument("--device", default="cpu", help="cpu | cuda (default: %(default)s)")
 
