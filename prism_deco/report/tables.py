@@ -175,7 +175,7 @@ def wins_table(table: ScoreTable) -> Table | None:
     for other in variants:
         if other != bases[0]:
             own = count_wins(table.ours(bases[0]), table.ours(other))
-            fields = [Field(str(count)) for count in (own.ahead, own.behind, own.tied, own.missing)]
+            fields = [Field(str(count)) for count in own]
             if table.table:
                 theirs = count_wins(table.papers(bases[0]), table.papers(other))
                 total = theirs.ahead + theirs.behind + theirs.tied

@@ -158,7 +158,8 @@ class Driver:
         return attempt.heartbeat.silence() > timeout
 
     def _finish(self, attempt: _Attempt, code: int) -> None:
-        cell, entry = attempt.cell, self.ledger.entries[attempt.cell.id]
+        cell = attempt.cell
+        entry = self.ledger.entries[cell.id]
         log_file, run = self._places(cell)
         outcome = judge(code, run, log_file, attempt.before)
         if attempt.hung and outcome.state != "done":
@@ -222,10 +223,7 @@ class Driver:
             # Only counted here: a signal may arrive while a cell has a process but no handle yet.
             self.interrupts += 1
 
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        old = [signal.signal(number, interrupt) for number in numbers]
-        try:
+        with contextlib.ExitStack() as stack:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, number, signal.signal(number, interrupt))
             yield
-        finally:
-            for number, handler in zip(numbers, old, strict=True):
-                signal.signal(number, handler)
