@@ -137,22 +137,26 @@ def score_run(
     for results_folder in todo:
         check_writable(results_folder, "Name a folder for the results with --out.")
     model = tokens.load(folder)
-    if dtype := dtype or ("bfloat16" if model.config.trainer.precision == "bf16-mixed" else None):
+    if dtype is None and model.config.trainer.precision == "bf16-mixed":
+        dtype = "bfloat16"
+    if dtype is not None:
         model.vlm.cast(getattr(torch, dtype))
     model.vlm.to(chosen or local_device(model.config.trainer.accelerator))
     computed_in = str(next(model.vlm.lm.parameters()).dtype).removeprefix("torch.")
     model_id = " ".join(filter(None, [manifest["model_sha256"], tokens.folder]))
     about = {"batch_size": batch_size, "model_id": model_id, "dtype": computed_in}
     known = {results_folder: _score(results_folder) for results_folder in todo}
-    results, constant = [], {}
-    for results_folder, (model.ask, benchmark) in todo.items():
-        results.append(evaluate(model, benchmark, results_folder, **about, ask=model.ask, world=world))
+    results = []
+    constant = {}
+    for results_folder, (ask, benchmark) in todo.items():
+        model.ask = ask
+        results.append(evaluate(model, benchmark, results_folder, **about, ask=ask, world=world))
         if world.is_main:
             constant[benchmark.name] = chance(benchmark, load_predictions(results_folder / FILE))
     if not world.is_main:
         return
     write_json(results_root / TOKENS, asdict(tokens) | {"first_token_seconds": _first_token_seconds(model)})
-    if out is None:
+    if out is None:  # only new scores: logging one twice would draw it twice
         scores = {str(f.relative_to(folder)): _score(f) for f in todo if _score(f) != known[f]}
         _log_scores(folder, model.config, scores, manifest["steps"])
     show(table(results, constant, blind_scores(model.config, benchmarks)))
