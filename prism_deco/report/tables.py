@@ -30,7 +30,8 @@ def scores_table(table: ScoreTable, differences: Sequence[Difference] = ()) -> T
     for name in dict.fromkeys(row.row for row in table.rows):
         members = [row for row in table.rows if row.row == name]
         heading = Field(name, members[0].about)
-        own = [pair for pair in differences if pair.row == name]
+        rows_of_cells = {row.group.row for row in members}  # in a table of the paper, not its name for the row
+        own = [pair for pair in differences if pair.row in rows_of_cells]
         leaders = {column: _leader(table, members, column, own) for column in names}
         for row in members:
             tokens = Field(str(row.group.tokens or MISSING))

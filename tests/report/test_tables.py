@@ -419,3 +419,14 @@ def test_the_best_mean_is_bold_by_the_difference_of_the_means(make, tmp_path, gq
             _set_score(run, "mini_vqav2", two)
     [grid] = score_tables(collect([tmp_path]), "")
     assert _bold(grid, "mean") == bold
+
+
+def test_a_lead_is_bold_where_the_paper_names_the_row(make, tmp_path):
+    options = (*PRISM, "backbone=clip_vit_l_336", "llm=phi2", "evaluate.benchmarks=gqa")
+    for projector, value in (("avgpool", 60), ("c_abstractor", 40)):
+        run = tmp_path / projector
+        make.run(run, *options, f"projector={projector}", benchmarks=("gqa",), n=100)
+        _set_score(run, "gqa", value)
+    grid = next(one for one in score_tables(collect([tmp_path]), "") if one.table == 3)
+    assert {row.row for row in grid.rows if row.group.cells} == {"B2"}
+    assert _bold(grid, "gqa") == ["avgpool"]
