@@ -13,7 +13,6 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +141,15 @@ class Checkpoint:
             raise UsageError(f"{folder} has format {version}; this version reads format {_FORMAT}.")
         self.step: int = step
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._pieces: dict[str, list[_Stored]] = {}
+        # The blocks of each tensor, as slices that read on demand, and where they begin in the whole tensor.
+        self._pieces: dict[str, list[tuple[Any, tuple[int, ...]]]] = {}
         self._digests: dict[str, str] = self.content.get("sha256") or {}
         for name in files:
             file = open_safetensors(inside(folder, name, folder / INDEX), _WAY_OUT)
             for key, place in (file.metadata() or {}).items():
                 shape, offset = json.loads(place)
                 self.shapes[key] = tuple(shape)
-                self._pieces.setdefault(key, []).append(_Stored(file, key, tuple(offset)))
+                self._pieces.setdefault(key, []).append((file.get_slice(key), tuple(offset)))
 
     def verify(self) -> None:
         """Compares the files with their checksums; every process of the group must call it, each takes its share.
@@ -179,9 +179,11 @@ class Checkpoint:
         shape = self.shapes[name] if shape is None else tuple(shape)
         offset = (0,) * len(shape) if offset is None else tuple(offset)
         pieces = self._pieces[name]
-        result = torch.empty(shape, dtype=pieces[0].dtype)
-        for piece in pieces:
-            piece.copy_into(result, offset)
+        first, _ = pieces[0]
+        empty = first[(slice(0, 0),) * len(shape)]  # reads no data; of a scalar, the scalar
+        result = torch.empty(shape, dtype=empty.dtype)
+        for stored, start in pieces:
+            _copy_overlap(stored, start, result, offset)
         if not all_finite(result):
             raise UsageError(f"{self.folder}: {name} holds NaN or infinite numbers. {_WAY_OUT}")
         return result
@@ -208,35 +210,17 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A piece in an open file, and where it begins in the whole tensor."""
-
-    file: Any
-    key: str
-    offset: tuple[int, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        if not self.offset:
-            return self.file.get_tensor(self.key).dtype
-        return self.file.get_slice(self.key)[:0].dtype
-
-    def copy_into(self, target: Tensor, offset: tuple[int, ...]) -> None:
-        """Copies what this piece and `target`, which begins at `offset`, have in common."""
-        if not offset:
-            target.copy_(self.file.get_tensor(self.key))
+def _copy_overlap(stored: Any, stored_offset: tuple[int, ...], target: Tensor, target_offset: tuple[int, ...]) -> None:
+    """Copies the intersection of two blocks of one tensor; the offsets say where they begin in the whole."""
+    source, goal = [], []
+    dimensions = zip(stored_offset, stored.get_shape(), target_offset, target.shape, strict=True)
+    for stored_start, stored_size, start, size in dimensions:
+        low, high = max(stored_start, start), min(stored_start + stored_size, start + size)
+        if low >= high:
             return
-        stored = self.file.get_slice(self.key)
-        source, goal = [], []
-        dimensions = zip(self.offset, stored.get_shape(), offset, target.shape, strict=True)
-        for own_start, own_size, start, size in dimensions:
-            low, high = max(own_start, start), min(own_start + own_size, start + size)
-            if low >= high:
-                return
-            source.append(slice(low - own_start, high - own_start))
-            goal.append(slice(low - start, high - start))
-        target[tuple(goal)] = stored[tuple(source)]
+        source.append(slice(low - stored_start, high - stored_start))
+        goal.append(slice(low - start, high - start))
+    target[tuple(goal)] = stored[tuple(source)]
 
 
 def _place() -> tuple[int, int]:
