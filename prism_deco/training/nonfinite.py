@@ -1,13 +1,13 @@
-"""Losses and gradients that are not finite: what went bad first, and in which records."""
+"""Finds the first non-finite value behind a non-finite loss or gradient, and the records concerned."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
 from prism_deco.distributed import gather_objects
@@ -18,20 +18,17 @@ from prism_deco.vlm import VLM
 
 @torch.no_grad()
 def diagnose(vlm: VLM, batches: Sequence[Batch]) -> str:
-    """Runs the forward passes of a bad step once more and names the first module whose output is not finite, else the
+    """Repeats the forward passes of a bad step and names the first module whose output is not finite, or else the
     parameter whose gradient went bad first, with the records concerned.
 
-    What goes bad between two modules, in attention for example, shows in the output of the next one. All processes must
-    call it, with their own batches, before the gradients are clipped.
+    A value that goes bad between two modules, for example in attention, is attributed to the next module. All processes
+    must call this with their own batches, before the gradients are clipped.
     """
     where, records = None, []
     for batch in batches:
-        # Compiled layers would run past the hooks within them.
-        with torch.compiler.set_stance("force_eager"), _first_bad_output(vlm) as found:
-            loss = vlm(batch).total
-        if not loss.isfinite():
+        if bad := _first_bad_output(vlm, batch):
             records += batch.ids
-            where = where or (f"first in the output of {found[0]}" if found else "in the loss itself")
+            where = where or bad
     gradient = None if where else _first_bad_gradient(vlm)
     everything = [name for batch in batches for name in batch.ids]
     findings = gather_objects((where, gradient, records, everything))
@@ -50,24 +47,22 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + more
 
 
-@contextmanager
-def _first_bad_output(vlm: nn.Module) -> Iterator[list[str]]:
-    """Collects modules whose output is not finite, in the order in which they finish: inner ones come first."""
+def _first_bad_output(vlm: nn.Module, batch: Batch) -> str | None:
+    """Where the forward pass of a batch first produces a value that is not finite; None if the loss is finite."""
+    names = {module: name or "the model" for name, module in vlm.named_modules()}
     found: list[str] = []
 
-    def hook(name: str) -> Any:
-        def check(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and not _is_finite(output):
-                found.append(name)
+    def check(module: nn.Module, inputs: Any, output: Any) -> None:
+        # Inner modules finish before the ones that contain them.
+        if not found and module in names and not _is_finite(output):
+            found.append(names[module])
 
-        return check
-
-    handles = [module.register_forward_hook(hook(name or "the model")) for name, module in vlm.named_modules()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    # Compiled layers would skip the hooks of the modules inside them.
+    with torch.compiler.set_stance("force_eager"), register_module_forward_hook(check):
+        loss = vlm(batch).total
+    if loss.isfinite():
+        return None
+    return f"first in the output of {found[0]}" if found else "in the loss itself"
 
 
 def _is_finite(values: Any) -> bool:
@@ -79,7 +74,7 @@ def _is_finite(values: Any) -> bool:
 
 
 def _first_bad_gradient(vlm: nn.Module) -> str | None:
-    """The last parameter, in the order of the modules, whose gradient is not finite: gradients flow backwards."""
+    """The last parameter, in module order, whose gradient is not finite: gradients flow backwards."""
     bad = [
         name
         for name, parameter in vlm.named_parameters()
