@@ -92,13 +92,11 @@ def build_caches(config: DictConfig, vlm: VLM, data: Conversations, world: World
         vlm: with the towers that the run has, whole and on the CPU.
 
     Returns:
-        Empty if `trainer.feature_cache` is off or no record has an image.
+        Empty if no record has an image.
 
     Raises:
         UsageError: the disk is too small, or cannot be locked.
     """
-    if not config.trainer.feature_cache:
-        return []
     if not (data.train_records.has_image.any() or data.val_records.has_image.any()):
         log.info("No record has an image; nothing to cache")
         return []
@@ -121,10 +119,7 @@ def build_caches(config: DictConfig, vlm: VLM, data: Conversations, world: World
 
 @contextmanager
 def cached(vlm: VLM, data: Conversations, caches: Sequence[FeatureCache]) -> Iterator[None]:
-    """Puts features in the place of images and towers while the model is trained; changes nothing without caches."""
-    if not caches:
-        yield
-        return
+    """Replaces towers and images by cached features while the model trains."""
     backbone, train_examples, val_examples = vlm.backbone, data.train_examples, data.val_examples
     vlm.backbone = CachedBackbone(backbone, caches[0].dtype)
     data.train_examples, data.val_examples = map(CachedExamples, caches)
