@@ -100,13 +100,10 @@ class VLM(nn.Module):
     def features(self, pixels: dict[str, Tensor]) -> Tensor:
         """Per tower float[I, 3, S, S] -> patch features float[I, N, D], standardised if asked for."""
         with torch.set_grad_enabled(self.backbone.trained and torch.is_grad_enabled()):
-            return self.standardise(self.backbone(pixels))
-
-    def standardise(self, features: Tensor) -> Tensor:
-        """float[I, N, D] -> the same by the statistics of `fit_features`; unchanged without them."""
-        if self.feature_mean is None or self.feature_std is None:
-            return features
-        return (features - self.feature_mean) / self.feature_std
+            features = self.backbone(pixels)
+            if self.feature_mean is None or self.feature_std is None:
+                return features
+            return (features - self.feature_mean) / self.feature_std
 
     @torch.no_grad()
     def fit_features(self, pixels: dict[str, Tensor], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
@@ -229,15 +226,17 @@ class VLM(nn.Module):
         return answers
 
     def _touch_vision(self, embeddings: Tensor) -> Tensor:
-        # In an all-text batch the projector, and a trained tower, must still take part in the graph: gradient
-        # synchronisation waits for every trained parameter on every rank.
-        height, width = self.projector.in_grid
+        """Adds 0 to float[B, L, E] by way of the projector, and of a trained tower.
+
+        In an all-text batch they must still take part in the graph: gradient synchronisation waits for every trained
+        parameter on every rank.
+        """
         if self.every_unit or self.backbone.trained:
-            blank = self.project(self.features(self.backbone.blank(embeddings.device)))
-            return embeddings + 0.0 * blank.sum().to(embeddings.dtype)
-        weight = next(self.projector.parameters(), None)
-        zeros = embeddings.new_zeros(1, height * width, self.projector.in_dim)
-        return embeddings if weight is None else embeddings + 0.0 * self.project(zeros).sum().to(embeddings.dtype)
+            features = self.features(self.backbone.blank(embeddings.device))
+        else:
+            height, width = self.projector.in_grid
+            features = embeddings.new_zeros(1, height * width, self.projector.in_dim)
+        return embeddings + 0.0 * self.project(features).sum().to(embeddings.dtype)
 
     def _attention_mask(self, batch: Batch) -> Tensor | None:
         """bool[B, L] of real positions, None where causal attention needs no mask, or bool[B, 1, L, L] of allowed pairs
