@@ -79,8 +79,6 @@ class Sharding:
         """
         # A mesh of less shards less and leaves gradients unsynchronised, without any error.
         assert mesh.ndim == 1 and mesh.size() == dist.get_world_size(), mesh
-        on_gpu = mesh.device_type == "cuda"
-        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         if self.shard_size not in (None, mesh.size()):
             mesh = self._hybrid(mesh)
         for unit in [*sharded_units(vlm), vlm]:
@@ -88,7 +86,7 @@ class Sharding:
         if any(parameter.is_meta for parameter in vlm.lm.parameters()):
             files = weight_map(llm.spec)
             assert files is not None
-            read_weights(vlm.lm, files, device)
+            read_weights(vlm.lm, files, torch.device(mesh.device_type))
         # A rank without images must gather the tower's and the projector's weights with the others, or all wait.
         vlm.every_unit = True
         for method in ("visual_tokens", "generate"):
