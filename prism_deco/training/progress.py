@@ -43,7 +43,7 @@ def read_status(folder: Path) -> dict[str, Any]:
     """The content of `status.json`; empty if it is missing or unreadable."""
     try:
         status = json.loads((folder / _STATUS).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+    except (OSError, ValueError):
         return {}
     return status if isinstance(status, dict) else {}
 
