@@ -1,4 +1,4 @@
-"""Where a run's numbers, samples and choices are shown: TensorBoard's files, and any other logger of Lightning."""
+"""The loggers of a run, which show metrics, samples and hyperparameters: TensorBoard, and Lightning's other loggers."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from prism_deco.files import check_writable, read_json, write_json
 
 FOLDER = "tensorboard"
 IDS = "loggers.json"
-"""The file of a run that holds the ids under which loggers know it, by which a resumed run continues there."""
+"""File in the run folder with the ids that loggers assigned to the run, so that a resumed run continues under them."""
 
 LOGGERS: Registry[type[Logger]] = Registry("logger")
 _ID_KEYS = ("id", "run_id", "experiment_key")
-"""What Lightning's loggers call the id of an earlier run."""
+"""Constructor parameters by which Lightning's loggers continue an earlier run."""
 
 
 @LOGGERS.register("tensorboard")
 class Board(Logger):
-    """Writes TensorBoard's events as they come.
+    """Writes TensorBoard events synchronously.
 
-    torch's `SummaryWriter` writes from a thread of its own: what waits there is lost in a kill, and a full disk ends
-    in the thread's traceback.
+    torch's `SummaryWriter` writes from a background thread: a kill loses what is queued there, and on a full disk only
+    that thread sees the error.
 
     Args:
         run: the run's folder.
-        start: optimizer steps already taken. Events of later steps are hidden, since training repeats them.
+        start: optimizer steps already taken. TensorBoard drops earlier events of later steps: training repeats them.
     """
 
-    # Positional arguments are the run's: those with names are options.
+    # Positional-only: `Loggers` passes these. Parameters that can be named are options of `trainer.loggers`.
     def __init__(self, run: Path, start: int, /):
         folder = run / FOLDER
         if not start:
@@ -67,32 +67,30 @@ class Board(Logger):
         return None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Plots numbers."""
         for name, value in metrics.items():
             self._write(step=step, summary=summary.scalar(name, value))
 
     def log_image(self, key: str, images: list[np.ndarray], step: int) -> None:
-        """Shows images, uint8[H, W, 3]."""
+        """Logs images, uint8[H, W, 3] each."""
         for pixels in images:
             self._write(step=step, summary=summary.image(key, pixels, dataformats="HWC"))
 
     def log_text(self, key: str, columns: list[str], data: list[list[str]], step: int) -> None:
-        """Shows the rows of a table as Markdown."""
+        """Logs the rows of a table as Markdown."""
         for row in data:
             named = zip(columns, row, strict=True)
             text = "\n\n".join(f"**{column}** {value}" for column, value in named)
             self._write(step=step, summary=summary.text(key, text))
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """Fills the HPARAMS tab; TensorBoard shows the last value of every scalar next to the choices."""
-        # Of several runs, TensorBoard takes the list of metrics (the first part) from any one: the scores of all others
-        # would be missing. Without a list it collects the scalars of all runs, those of a later evaluation included.
+        """Fills the HPARAMS tab; TensorBoard shows the last value of every scalar next to them."""
+        # The first part lists the metrics, and TensorBoard takes that list from only one of several runs: the scores of
+        # the others would be missing. Without it, TensorBoard collects the scalars of all runs, also of evaluations.
         _, start, end = summary.hparams(dict(params), {})
         self._write(step=0, summary=start)
         self._write(step=0, summary=end)
 
     def finalize(self, status: str) -> None:
-        """Closes the file."""
         self._file.close()
 
     def _write(self, **content: Any) -> None:
@@ -107,12 +105,7 @@ for _class in lightning_loggers.__all__:
 
 
 def read_loggers(trainer: DictConfig) -> dict[str, dict[str, Any]]:
-    """The options of each logger that `trainer.loggers` names.
-
-    Raises:
-        UsageError: a name, an option or the type of its value is wrong, a logger is named twice, its folder cannot be
-            written, or its package is not installed.
-    """
+    """The options of each logger in `trainer.loggers`; `UsageError` if a logger or one of its options is unusable."""
     chosen: dict[str, dict[str, Any]] = {}
     entries: Any = OmegaConf.to_container(trainer.loggers, resolve=True)
     for entry in entries:
@@ -120,10 +113,11 @@ def read_loggers(trainer: DictConfig) -> dict[str, dict[str, Any]]:
         if not isinstance(named, dict) or not all(isinstance(given, dict | None) for given in named.values()):
             raise UsageError(f"trainer.loggers: {entry!r} is no logger. Write NAME, or {{NAME: {{OPTION: VALUE}}}}.")
         for name, given in named.items():
-            kind, options = LOGGERS.get(str(name)), given or {}
+            kind = LOGGERS.get(str(name))
+            options = given or {}
             if name in chosen:
                 raise UsageError(f"trainer.loggers: {name} is named twice. A run has one logger of a kind.")
-            # Lightning's modules hold what they need as `RequirementCache`.
+            # Lightning's logger modules declare the packages they need as global `RequirementCache` objects.
             needed = [value for value in vars(sys.modules[kind.__module__]).values() if hasattr(value, "requirement")]
             if needed and not any(needed):
                 raise UsageError(f"trainer.loggers: {name} is not installed: pip install '{needed[0].requirement}'.")
@@ -141,12 +135,12 @@ def read_loggers(trainer: DictConfig) -> dict[str, dict[str, Any]]:
 
 
 def _check_option(name: str, parameter: inspect.Parameter, value: Any) -> None:
-    """`UsageError` where a logger's option has a value of another type, or is a folder that cannot be written."""
+    """`UsageError` if the value of an option has the wrong type, or names a folder that is not writable."""
     option = f"trainer.loggers: {name}: {parameter.name}={value!r}"
     kind = parameter.annotation
     try:
         fits = kind is inspect.Parameter.empty or isinstance(value, (kind, int) if kind is float else kind)
-    except TypeError:  # a type that cannot be asked, such as list[str] or Literal
+    except TypeError:  # a type that isinstance does not accept, such as list[str] or Literal
         fits = True
     if not fits:
         raise UsageError(f"{option} must be of the type {inspect.formatannotation(kind)}.")
@@ -157,14 +151,11 @@ def _check_option(name: str, parameter: inspect.Parameter, value: Any) -> None:
 
 
 class Loggers:
-    """The loggers of a run, as one. The first process has them.
+    """Logs to all loggers of a run. Only rank 0 has one.
 
     Args:
         run: the run's folder.
-        start: optimizer steps already taken; a logger that can continues the run that it knows.
-
-    Raises:
-        UsageError: see `read_loggers`.
+        start: optimizer steps already taken. If above 0, loggers that support it continue the earlier run.
     """
 
     def __init__(self, run: Path, config: DictConfig, start: int):
@@ -174,13 +165,14 @@ class Loggers:
             *("num_tokens", "lm", "tower", "blind", "epochs", "global_batch_size"),
             *("lr", "projector_lr", "tower_lr", "weight_decay"),
         )
-        # TensorBoard has no empty values.
+        # TensorBoard does not accept None.
         chosen = {key: "" if recipe[key] is None else recipe[key] for key in keys}
         choices = parts | chosen | {"image_size": config.backbone.image_size or "", "seed": config.seed}
         ids = read_json(run / IDS) if start and (run / IDS).is_file() else {}
         self._loggers: list[Logger] = []
         for name, options in read_loggers(config.trainer).items():
             kind = LOGGERS.get(name)
+            # Lightning's loggers name the same argument differently: each gets those that its constructor has.
             given: dict[str, Any] = {"name": config.run_id, "run_name": config.run_id}
             given |= {"save_dir": str(run / name), **dict.fromkeys(_ID_KEYS, ids.get(name))}
             parameters = inspect.signature(kind).parameters
@@ -196,28 +188,28 @@ class Loggers:
                 write_json(run / IDS, ids)
 
     def scalars(self, values: Mapping[str, Any], step: int) -> None:
-        """Logs numbers; `{"lr": {"lm": 1}}` becomes `lr/lm`."""
+        """Logs scalars; the key of a nested one, as in `{"lr": {"lm": 1}}`, becomes `lr/lm`."""
         flat: dict[str, Any] = {}
         for name, value in values.items():
             flat |= {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, Mapping) else {name: value}
         for logger in self._loggers:
             logger.log_metrics(flat, step)
-            logger.save()  # what waits in memory is lost in a kill
+            logger.save()  # a kill loses what a logger buffers
 
     def sample(self, name: str, pixels: np.ndarray, text: Mapping[str, str], step: int) -> None:
-        """Shows an image, uint8[H, W, 3], and texts about it, where a logger has `log_image` and `log_text`."""
+        """Logs an image, uint8[H, W, 3], and texts about it, to loggers with `log_image` and `log_text`."""
         for logger in self._loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image(name, [pixels], step=step)  # type: ignore[attr-defined]
             if hasattr(logger, "log_text"):
-                # Not under the image's name, where a logger has one kind of value per name.
+                # Under another name than the image: some loggers accept one type of value per name.
                 logger.log_text(f"{name}_text", list(text), [list(text.values())], step=step)  # type: ignore[attr-defined]
 
     def close(self, status: str) -> None:
-        """Ends all of them: `success` or `failed`."""
+        """Closes all loggers; `status` is `success` or `failed`."""
         for logger in self._loggers:
             logger.finalize(status)
-            # Or the next run of this process would continue in it (wandb).
+            # wandb would otherwise log the next run of this process into this one.
             finish = getattr(getattr(logger, "experiment", None), "finish", None)
             if finish is not None:
                 finish()

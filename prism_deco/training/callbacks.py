@@ -1,4 +1,4 @@
-"""What a run shows while it trains: its progress, its numbers, its speed, and the model's own answers."""
+"""Callbacks that report on a run while it trains: progress, metrics, speed, and sample answers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import resource
 import sys
 from datetime import timedelta
 from time import monotonic, perf_counter
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
 from prism_deco.data.images import load_image
 from prism_deco.data.loader import Step, stack_pixels
@@ -33,18 +32,18 @@ from prism_deco.vlm import VLM
 log = logging.getLogger(__name__)
 
 LOG_SECONDS = 120.0
-"""Time between two log lines: a run of a week logs five thousand of them."""
+"""Seconds between two log lines; a run of a week logs five thousand."""
 
 MAX_NEW_TOKENS = 32
-"""Length of a sample answer."""
+"""Longest sample answer."""
 
 
 class Recorder(Callback):
-    """Writes the numbers of each step and validation, and shows how far the run is. Rank 0 has it.
+    """Records the metrics of each step and validation, and shows progress. Only rank 0 has one.
 
-    `metrics.jsonl` gets all numbers, the loggers those of every `log_every` steps under the same names. A terminal
-    shows a bar over optimizer steps, the log a line every two minutes. The bar shares the log's console: two consoles
-    on one terminal would write into each other's lines.
+    `metrics.jsonl` gets every step, the loggers every `log_every`-th step under the same names. On a terminal, a bar
+    counts optimizer steps; the log gets a line every two minutes. The bar shares the log's console: two consoles on
+    one terminal would overwrite each other's lines.
     """
 
     def __init__(self, metrics: Metrics, loggers: Loggers, log_every: int):
@@ -88,7 +87,7 @@ class Recorder(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         log.info("Step %d of %d: val/loss %.4f", trainer.global_step, pl_module.total_steps, pl_module.val_loss)
-        # metrics.jsonl last: a resumed run does not repeat a validation that is recorded there.
+        # metrics.jsonl comes last: a resumed run does not repeat a validation that is recorded there.
         self._loggers.scalars({VAL_LOSS: pl_module.val_loss}, trainer.global_step)
         self._metrics.append(trainer.global_step, {VAL_LOSS: pl_module.val_loss})
 
@@ -102,12 +101,11 @@ class Recorder(Callback):
 
 
 class SampleAnswers(Callback):
-    """Shows in the loggers, after each validation, a few held-out images with the question, the model's answer and
-    the reference answer.
+    """Logs a few validation images after each validation, with question, model answer and reference answer.
 
     Args:
-        count: number of validation images shown, the first of the file; of each its first record.
-        loggers: None in all processes but the first.
+        count: number of images. The first ones of the validation records are shown, each with its first record.
+        loggers: None on all ranks but 0.
     """
 
     def __init__(self, llm: LanguageModel, data: Conversations, count: int, loggers: Loggers | None):
@@ -118,7 +116,7 @@ class SampleAnswers(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         vlm: VLM = pl_module.vlm
-        # Where weights are sharded, all processes answer together, and the first one shows it.
+        # With sharded weights all ranks must generate together, although only rank 0 logs the answers.
         if self._loggers is None and not vlm.every_unit:
             return
         records, examples = self._data.val_records, self._data.val_examples
@@ -141,20 +139,19 @@ class SampleAnswers(Callback):
 
 
 class SpeedMonitor(Callback):
-    """Plots, every `log_every` optimizer steps, means since the last time over all devices:
+    """Logs the following every `log_every` optimizer steps, averaged over these steps and summed over devices:
 
     - `train/samples_per_s`, `train/tokens_per_s` (positions of the LLM without padding) and
       `train/supervised_tokens_per_s`;
-    - `train/mfu`: fraction of the devices' peak that the model's arithmetic reaches, on devices of a known peak;
-    - `train/data_wait`: fraction of the time in which a step waited for the loader;
-    - `train/memory_gib`: peak since the start, of tensors on a GPU, else of the process; of the first device.
+    - `train/mfu`: model FLOPs utilisation, on devices whose peak is known;
+    - `train/data_wait`: fraction of the time spent waiting for the loader (rank 0);
+    - `train/memory_gib`: peak memory since the start, of the tensors on a GPU, otherwise of the process (rank 0).
 
-    Validation does not count towards any of them.
+    Validation time is excluded.
 
     Args:
-        flops: costs of the model (`plan.flops.training_flops`); None leaves the utilisation out.
-        log_every: optimizer steps.
-        loggers: where they are plotted; None in all processes but the first.
+        flops: costs of the model (`plan.flops.training_flops`); None leaves out the utilisation.
+        loggers: None on all ranks but 0.
     """
 
     def __init__(self, flops: TrainingFlops | None, log_every: int, loggers: Loggers | None):
@@ -163,7 +160,7 @@ class SpeedMonitor(Callback):
         self._loggers = loggers
         self._start = self._last_end = self._paused = 0.0
         self._waited = 0.0
-        self._counts: Tensor | None = None  # float64[5]: records, images, positions, squared lengths, targets
+        self._counts = torch.zeros(5, dtype=torch.float64)  # records, images, positions, squared lengths, targets
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restart()
@@ -174,14 +171,12 @@ class SpeedMonitor(Callback):
         self._waited += perf_counter() - self._last_end
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Step, batch_idx: int
     ) -> None:
-        step = cast(Step, batch)
-        images = sum(len(next(iter(passed.pixels.values()))) for passed in step.batches if passed.pixels)
-        pairs = sum(length**2 for length in step.lengths)
-        numbers = [step.records, images, sum(step.lengths), pairs, step.num_targets]
-        counts = torch.tensor(numbers, dtype=torch.float64)
-        self._counts = counts if self._counts is None else self._counts + counts
+        images = sum(len(next(iter(passed.pixels.values()))) for passed in batch.batches if passed.pixels)
+        pairs = sum(length**2 for length in batch.lengths)
+        counts = [batch.records, images, sum(batch.lengths), pairs, batch.num_targets]
+        self._counts += torch.tensor(counts, dtype=torch.float64)
         if trainer.global_step % self._log_every == 0:
             self._log(trainer, pl_module.device)
             self._restart()
@@ -197,12 +192,12 @@ class SpeedMonitor(Callback):
 
     def _restart(self) -> None:
         self._start = self._last_end = perf_counter()
-        self._waited, self._counts = 0.0, None
+        self._waited = 0.0
+        self._counts = torch.zeros_like(self._counts)
 
     def _log(self, trainer: pl.Trainer, device: torch.device) -> None:
-        assert self._counts is not None
         seconds = max(perf_counter() - self._start, 1e-9)
-        total = cast(Tensor, trainer.strategy.reduce(self._counts.to(device), reduce_op="sum"))
+        total: Any = trainer.strategy.reduce(self._counts.to(device), reduce_op="sum")
         records, images, positions, pairs, targets = total.tolist()
         values = {
             "train/samples_per_s": records / seconds,
@@ -230,7 +225,7 @@ def _distinct_images(records: Records, count: int) -> list[int]:
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a GPU, or the process elsewhere."""
+    """Peak memory in bytes, of the tensors on a GPU, otherwise of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
