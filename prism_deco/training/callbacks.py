@@ -35,7 +35,7 @@ LOG_SECONDS = 120.0
 """Seconds between two log lines; a run of a week logs five thousand."""
 
 MAX_NEW_TOKENS = 32
-"""Longest sample answer."""
+"""Length limit of a sample answer, in tokens."""
 
 
 class Recorder(Callback):

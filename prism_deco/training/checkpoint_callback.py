@@ -1,11 +1,11 @@
-"""The callback that saves a run as it goes, and restores it."""
+"""The callback that saves checkpoints during a run and resumes from them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -40,10 +40,10 @@ class Checkpointing(Callback):
 
     Args:
         folder: the run's folder.
-        resume: the checkpoint to continue from; None begins at the start.
-        metrics: what was recorded so far; None in all processes but the first.
+        resume: the checkpoint to resume from, if any.
+        metrics: the run's metrics so far; None on all ranks but 0.
         settings: the `trainer` group of the configuration.
-        about: what the checkpoints say of the run that they belong to.
+        about: description of the run, stored in each checkpoint (`manifest.provenance`).
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Checkpointing(Callback):
         self._about = about
         self._preemption = preemption
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self._resume is None:
             return
-        module = cast(TrainingModule, pl_module)
+        module: TrainingModule = pl_module
         step = self._resume.step
         optimizer, schedule = _optimization(trainer)
         restore_tensors(self._resume, module.vlm, optimizer)
@@ -76,20 +76,20 @@ class Checkpointing(Callback):
         module.counts.update(saved["counts"])
         module.bad_rows.update(saved.get("bad_rows", []))
         set_position(trainer, step)
-        # The process may have ended between this step and its validation. Not later than here: after the last step
-        # Lightning has nothing to train, and calls no other hook.
+        # The process may have ended between this step and its validation: run that now. A later hook is too late: after
+        # the last step Lightning has nothing left to train and calls none.
         validates = trainer.limit_val_batches and step % int(trainer.val_check_interval or 1) == 0
         missing = self._metrics is not None and step not in self._metrics.validated
         if validates and trainer.strategy.broadcast(missing):
             run_validation(trainer)
-        # It may also have ended before it removed the checkpoints that this one, or the newest best one, replaces.
+        # It may also have ended before it removed superseded checkpoints.
         self._prune()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._preemption.claim()  # not earlier: Lightning installs its handlers after `on_fit_start`
+        self._preemption.claim()  # Lightning installs its signal handlers after `on_fit_start`
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        module = cast(TrainingModule, pl_module)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        module: TrainingModule = pl_module
         step = trainer.global_step
         every = self._settings.checkpoint_every
         interval = max(1, round(every * module.total_steps)) if every < 1 else int(every)
@@ -100,20 +100,21 @@ class Checkpointing(Callback):
             reason = f"{happened} after step {step} of {module.total_steps}"
             raise module.stop(reason, agreed=True)
 
-    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Validations can take longer than a scheduler waits for a process: a request to stop ends them, too. The
-        resumed run repeats them."""
-        module, asked = cast(TrainingModule, pl_module), self._preemption.requested
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """Stops a validation when asked to, since it may outlast a scheduler's grace period. The resumed run repeats
+        it."""
+        module: TrainingModule = pl_module
+        asked = self._preemption.requested
         flags = torch.tensor([asked is not None, asked is Interrupted], dtype=torch.float64, device=module.device)
         preempted, interrupted = module.all_reduce_sum(flags).tolist()
         if preempted:
             module.stop = Interrupted if interrupted else Preempted
             self.on_train_batch_end(trainer, module)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         is_best = self._metrics is not None and self._metrics.best == trainer.global_step
         if trainer.strategy.broadcast(is_best):
-            self._save(trainer, cast(TrainingModule, pl_module))
+            self._save(trainer, pl_module)
 
     def _save(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         optimizer, schedule = _optimization(trainer)
@@ -141,17 +142,17 @@ class Checkpointing(Callback):
 
 
 def _optimization(trainer: pl.Trainer) -> tuple[Optimizer, Any]:
-    """The optimizer and the schedule of its learning rates."""
+    """The optimizer and its learning-rate scheduler."""
     return trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
 
 
 def model_tensors(vlm: VLM) -> dict[str, Tensor]:
-    """The trained parameters, tied ones once, and the buffers that belong to the model's state.
+    """The trained parameters (tied ones once) and the persistent buffers.
 
-    Frozen weights are left out: they are read again from where they came from.
+    Frozen weights are left out: a resumed run reads them from their original files.
     """
     trained: dict[str, Tensor] = {name: p for name, p in vlm.named_parameters() if p.requires_grad}
-    # Quantised layers add their quantisation state to the state dict: it belongs to frozen weights, and is no buffer.
+    # Quantised layers also put their quantisation state, which belongs to frozen weights, into the state dict.
     known = {name for name, _ in vlm.named_buffers(remove_duplicate=False)}
     buffers = {
         name: tensor for name, tensor in vlm.state_dict().items() if name in known and not name.startswith("backbone.")
@@ -160,7 +161,7 @@ def model_tensors(vlm: VLM) -> dict[str, Tensor]:
 
 
 def checkpoint_tensors(vlm: VLM, optimizer: Optimizer) -> dict[str, Tensor]:
-    """All tensors of a checkpoint by their names: `model.NAME`, `optimizer.KEY.NAME`."""
+    """All tensors of a checkpoint, named `model.NAME` and `optimizer.KEY.NAME`."""
     names = {id(parameter): name for name, parameter in vlm.named_parameters()}
     tensors = {f"{MODEL}{name}": tensor for name, tensor in model_tensors(vlm).items()}
     for parameter, state in optimizer.state.items():
@@ -171,23 +172,19 @@ def checkpoint_tensors(vlm: VLM, optimizer: Optimizer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_tensors(checkpoint: Checkpoint, vlm: VLM, optimizer: Optimizer) -> None:
-    """Reads this process's part of a checkpoint into the model and its optimizer.
-
-    Raises:
-        UsageError: the checkpoint is missing a tensor, or holds one of another shape, or one that is not finite.
-    """
+    """Reads this process's part of a checkpoint into the model and its optimizer; `UsageError` if it does not fit."""
     for name, tensor in model_tensors(vlm).items():
         _fill(checkpoint, f"{MODEL}{name}", tensor)
     trained = {name: p for name, p in vlm.named_parameters() if p.requires_grad}
     for full_name in checkpoint.names(OPTIMIZER):
         key, _, name = full_name.removeprefix(OPTIMIZER).partition(".")
         parameter = trained[name]
-        # A state as large as its parameter is divided as it is; others (AdamW's step) are plain numbers.
+        # State of the parameter's shape is sharded like the parameter; other state (AdamW's step) is a scalar.
         if checkpoint.shapes[full_name] == tuple(parameter.shape):
             tensor = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             _fill(checkpoint, full_name, tensor)
         else:
-            tensor = checkpoint.read(full_name).to(parameter.device)  # a fused kernel looks for it there
+            tensor = checkpoint.read(full_name).to(parameter.device)  # where the fused kernel expects it
         optimizer.state[parameter][key] = tensor
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints: a folder `step_NNNNNN` of safetensors, one file per process, and a JSON index.
+"""Training checkpoints: a folder `step_NNNNNN` with one safetensors file per process and a JSON index.
 
-Every process writes the blocks of the tensors that it holds; a reader takes what it needs out of all files,
-so that any number of processes, sharded or not, can continue. Nothing is pickled. A folder gets its name when all of it
-is on the disk: what has a valid name can be read.
+Every process writes the blocks of the tensors that it holds, and a reader takes the blocks it needs from all files, so
+any number of processes, sharded or not, can resume. Nothing is pickled. A folder is renamed to its final name once it
+is completely on disk, so a checkpoint with a valid name is complete.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 INDEX = "index.json"
 MODEL = "model."
-"""What the names of the model's tensors begin with; those of the optimizer begin with `optimizer.`"""
+"""Prefix of the names of the model's tensors; the optimizer's is `optimizer.`"""
 
 _FORMAT = 1
 _WAY_OUT = (
@@ -45,12 +45,12 @@ _NAME = re.compile(r"step_(\d{6,})")
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after that many optimizer steps."""
+    """Folder name of the checkpoint after `step` optimizer steps."""
     return f"step_{step:06d}"
 
 
 def step_of(folder: Path) -> int:
-    """The optimizer steps behind a checkpoint folder."""
+    """Optimizer steps taken when a checkpoint was saved, from the folder's name."""
     match = _NAME.fullmatch(folder.name)
     assert match, folder
     return int(match[1])
@@ -68,15 +68,15 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Path:
-    """Writes a checkpoint; every process of the group must call it with its part of the same tensors.
+    """Writes a checkpoint; every process of the group must call this with its part of the same tensors.
 
     Args:
         folder: the run's `checkpoints`.
-        tensors: plain ones are the same everywhere, and the first process writes them.
-        content: anything else, as JSON.
+        tensors: by name. Ordinary tensors, which are equal on all ranks, are written by rank 0; DTensors by all.
+        content: further entries of the JSON index.
 
     Returns:
-        The checkpoint's folder. An existing one is left as it is.
+        The checkpoint's folder. An existing checkpoint is not written again.
 
     Raises:
         CheckpointFailed: on every process, if one of them could not write; earlier checkpoints are untouched.
@@ -113,19 +113,16 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], cont
 
 
 class Checkpoint:
-    """Reads a checkpoint piece by piece; needs no process group.
+    """Reads tensors, or blocks of them, from a checkpoint.
 
     Args:
-        folder: `checkpoints/step_NNNNNN`.
+        folder: `checkpoints/step_NNNNNN`; `UsageError` if that is no readable checkpoint.
 
     Attributes:
         folder: the checkpoint's folder.
         step: optimizer steps taken.
-        content: what was saved next to the tensors.
-        shapes: name of each tensor and its whole shape.
-
-    Raises:
-        UsageError: it is not a checkpoint, damaged, or one of another version.
+        content: the JSON index.
+        shapes: whole shape of each tensor, by name.
     """
 
     def __init__(self, folder: Path):
@@ -141,7 +138,7 @@ class Checkpoint:
             raise UsageError(f"{folder} has format {version}; this version reads format {_FORMAT}.")
         self.step: int = step
         self.shapes: dict[str, tuple[int, ...]] = {}
-        # The blocks of each tensor, as slices that read on demand, and where they begin in the whole tensor.
+        # The blocks of each tensor: a lazy safetensors slice, and its offset in the whole tensor.
         self._pieces: dict[str, list[tuple[Any, tuple[int, ...]]]] = {}
         self._digests: dict[str, str] = self.content.get("sha256") or {}
         for name in files:
@@ -152,7 +149,7 @@ class Checkpoint:
                 self._pieces.setdefault(key, []).append((file.get_slice(key), tuple(offset)))
 
     def verify(self) -> None:
-        """Compares the files with their checksums; every process of the group must call it, each takes its share.
+        """Compares the files with their checksums, a share of them on each process: all of the group must call this.
 
         Raises:
             UsageError: on every process, if a file was damaged or replaced since it was written.
@@ -171,11 +168,7 @@ class Checkpoint:
                 raise UsageError(found)
 
     def read(self, name: str, shape: Sequence[int] | None = None, offset: Sequence[int] | None = None) -> Tensor:
-        """A tensor, or the block of it with that shape and offset.
-
-        Raises:
-            UsageError: it holds NaN or infinite numbers.
-        """
+        """A tensor, or the block of it with that shape and offset; `UsageError` if it is not finite."""
         shape = self.shapes[name] if shape is None else tuple(shape)
         offset = (0,) * len(shape) if offset is None else tuple(offset)
         pieces = self._pieces[name]
@@ -189,7 +182,7 @@ class Checkpoint:
         return result
 
     def names(self, prefix: str) -> list[str]:
-        """Names of the tensors that begin with `prefix`."""
+        """Sorted names of the tensors that start with `prefix`."""
         return sorted(name for name in self.shapes if name.startswith(prefix))
 
 
@@ -197,21 +190,21 @@ def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
     """Removes all but the newest `keep` checkpoints and the one after `best` steps."""
     for path in list_checkpoints(folder)[:-keep]:
         if step_of(path) != best:
-            # Renamed first: a partly removed folder must not have a valid name.
+            # Renamed first, so that a partly removed folder has no valid name.
             removing = path.with_name(f"{_REMOVING}{path.name}")
             path.rename(removing)
             shutil.rmtree(removing)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed process left half written or half removed."""
+    """Removes partly written or partly removed checkpoints that a killed process left behind."""
     for pattern in (_BUILDING, _REMOVING):
         for path in folder.glob(f"{pattern}*"):
             shutil.rmtree(path)
 
 
 def _copy_overlap(stored: Any, stored_offset: tuple[int, ...], target: Tensor, target_offset: tuple[int, ...]) -> None:
-    """Copies the intersection of two blocks of one tensor; the offsets say where they begin in the whole."""
+    """Copies the intersection of two blocks of a tensor, whose offsets are in the whole tensor."""
     source, goal = [], []
     dimensions = zip(stored_offset, stored.get_shape(), target_offset, target.shape, strict=True)
     for stored_start, stored_size, start, size in dimensions:
@@ -230,11 +223,11 @@ def _place() -> tuple[int, int]:
 
 @contextmanager
 def _failing_together(building: Path, needed: int) -> Iterator[None]:
-    """Turns an `OSError` in one process into a `CheckpointFailed` in all; it also keeps them in step.
+    """Turns an `OSError` in one process into a `CheckpointFailed` in all. Also acts as a barrier.
 
     Args:
-        building: the unfinished checkpoint, which is removed.
-        needed: its bytes.
+        building: the unfinished checkpoint, which is removed on failure.
+        needed: its size in bytes.
     """
     problem = None
     try:

@@ -1,4 +1,4 @@
-"""Regional compilation (`trainer.compile`): block by block, so that equal blocks are compiled once."""
+"""Regional compilation (`trainer.compile`): block by block, so that identical blocks are compiled only once."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ log = logging.getLogger(__name__)
 
 
 def compile_layers(vlm: VLM, *, backend: str = "inductor") -> None:
-    """Compiles each block of the towers and each decoder layer in place; names of weights stay as they are.
+    """Compiles each tower block and each decoder layer in place; parameter names stay the same.
 
-    As torchtitan does it: after activation checkpointing is set, before weights are sharded. Nothing is compiled until
-    a block first runs. Generation stays as it is: every length of its cache would be compiled.
-
-    Args:
-        backend: of `torch.compile`.
+    Call it after activation checkpointing is set and before weights are sharded, as torchtitan does. A block is
+    compiled when it first runs. Generation stays eager: it would recompile for every cache length.
     """
     blocks = [*vlm.backbone.blocks, *decoder_layers(vlm.lm)]
     for block in blocks:

@@ -1,4 +1,4 @@
-"""A checkpoint as a model folder: what a run would have left behind had it ended there."""
+"""Converts a checkpoint into the model folder that the run would have written, had it ended at that step."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 
 
 def consolidate(run: Path, checkpoint: str, folder: Path) -> None:
-    """Writes the model of a checkpoint, for `prism_deco.load`; processes and GPUs of the training are not needed.
+    """Writes the model of a checkpoint for `prism_deco.load`, in one process on the CPU.
 
-    Trained weights go from file to file one tensor at a time. Frozen ones are read, or drawn again as the run drew
-    them, only where the model folder needs them.
+    Trained weights are copied from file to file one tensor at a time. Frozen weights are read, or drawn again from the
+    run's seed, only if the model folder contains them.
 
     Args:
         run: the run's folder.
@@ -34,8 +34,8 @@ def consolidate(run: Path, checkpoint: str, folder: Path) -> None:
         folder: new, or empty.
 
     Raises:
-        UsageError: there is no such checkpoint; it is damaged, belongs to another run, or does not hold all that was
-            trained; or the run has plug-ins that are not imported.
+        UsageError: there is no such checkpoint; it is damaged, incomplete or belongs to another run; or the run has
+            plug-ins that are not imported.
     """
     config = read_config(run / CONFIG)
     require_imported(config.plugins, run / CONFIG)
@@ -54,7 +54,7 @@ def consolidate(run: Path, checkpoint: str, folder: Path) -> None:
     else:
         pl.seed_everything(config.seed, workers=True, verbose=False)
         vlm, llm = build_model(config)
-    # Tied weights are stored under the first of their names.
+    # Tied weights are stored under the first of their names: reversed, so that the first one wins.
     names = {id(tensor): f"{MODEL}{name}" for name, tensor in reversed(vlm.state_dict(keep_vars=True).items())}
     if missing := [name for name, p in vlm.named_parameters() if p.requires_grad and names[id(p)] not in stored.shapes]:
         raise UsageError(f"{known[checkpoint]} is missing {missing[0]} ({len(missing)} of the trained weights in all).")
