@@ -1,4 +1,4 @@
-"""The records of a run as Lightning's loaders."""
+"""The records of a run as a LightningDataModule."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Conversations(pl.LightningDataModule):
     """Training and validation loaders whose items are optimizer steps.
 
     Args:
-        vlm, llm: what prepares images and text; weights are not needed, the meta device will do.
+        vlm, llm: the model for which images and text are prepared; may be on the meta device.
 
     Raises:
-        UsageError: a record is refused and `data.on_bad_record` is "fail", or none is left to train on.
+        UsageError: a record is malformed and `data.on_bad_record` is "fail", or no record is left to train on.
     """
 
     def __init__(self, source: Source, config: DictConfig, vlm: VLM, llm: LanguageModel):
@@ -58,20 +58,22 @@ class Conversations(pl.LightningDataModule):
         self._workers = 0
 
     def check(self) -> None:
-        """Finds what would stop the run at some step: records that cannot be encoded, images that are missing. Logs
-        what is left out, and where the run is shorter than `recipe.max_steps` asks for.
+        """Finds records that cannot be encoded and missing images, which would otherwise stop the run at some step.
+        Logs how many records are skipped, and whether the run is shorter than `recipe.max_steps`.
 
         Raises:
-            UsageError: the first of them, unless `data.on_bad_record` or `data.on_bad_image` says to go on.
+            UsageError: names the first one, unless `data.on_bad_record` or `data.on_bad_image` is "skip".
         """
-        recipe, settings = self._config.recipe, self._config.data
+        recipe = self._config.recipe
+        settings = self._config.data
         if self.left_out:
             log.info("Skipping %d bad records (data.on_bad_record=skip): %s", len(self.left_out), self.left_out[0])
         for examples in (self.train_examples, self.val_examples):
             if settings.on_bad_record == "fail":
                 check_records(examples.records, examples.encoder)
             elif len(examples.records) and examples.records.column("system").all():
-                examples.encoder(examples.records[0])  # a format without system turns would leave nothing to train on
+                # If the prompt format rejects system turns and all records have one, skipping would leave none.
+                examples.encoder(examples.records[0])
             if settings.on_bad_image == "fail":
                 _check_images(examples)
         if recipe.max_steps is not None and recipe.max_steps > self.available_steps:
@@ -108,7 +110,7 @@ class Conversations(pl.LightningDataModule):
         return batch
 
     def sample_pixels(self, count: int) -> dict[str, Tensor]:
-        """Per tower float[I, 3, S, S]: images of up to `count` training records, evenly spread."""
+        """Per tower float[I, 3, S, S]: the images of up to `count` training records, evenly spaced."""
         with_image = np.flatnonzero(self.train_records.has_image)
         if len(with_image) == 0:
             raise UsageError("recipe.standardise_features needs training records with images; there are none.")
@@ -144,13 +146,13 @@ class Conversations(pl.LightningDataModule):
 
 
 def _check_images(examples: Examples) -> None:
-    """`UsageError` names the first image that is missing: it must not end the run after hours."""
+    """`UsageError` if an image is missing, which would otherwise end the run after hours."""
     if len(examples):
         log.info("Checking that the images of %d records exist", len(examples))
     owners = {image: record.id for record in examples.records for image in record.images}
     missing = examples.images.missing(owners)
     if missing:
-        first = missing[0][:300]  # an image may be written out there
+        first = missing[0][:300]  # very long where a file holds base64 instead of names
         raise UsageError(
             f"{len(missing)} of {len(owners)} images are missing under {examples.images}; the first is {first} "
             f"(record {owners[missing[0]]}). Fix data.image_root, or train without them: data.on_bad_image=skip"

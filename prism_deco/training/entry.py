@@ -1,4 +1,4 @@
-"""What `prism-deco train` does, from the processes it takes to the exit code."""
+"""The body of `prism-deco train`: starts the processes, trains, scores, and returns the exit code."""
 
 from __future__ import annotations
 
@@ -34,23 +34,21 @@ log = logging.getLogger(__name__)
 
 
 def run(config: DictConfig, scoring: Scoring | None, *, overwrite: bool = False, force: bool = False) -> int:
-    """Trains and scores what the configuration says; continues where an earlier call has stopped.
+    """Trains and scores the configured run, or resumes it.
 
     Args:
-        scoring: what follows training; of a complete run, the part that has no results yet. None is nothing.
+        scoring: follows training. Of a complete run, only the part without results is measured. None measures nothing.
         overwrite: replace an earlier run in the folder.
-        force: with `trainer.activation_checkpointing=auto`, train even if the estimated memory does not suffice.
+        force: with `trainer.activation_checkpointing=auto`, train even if the estimated memory exceeds the device's.
 
     Returns:
         The exit code: 0 done, 75 preempted, 76 out of memory, 130 interrupted, 1 another failure.
-
-    Raises:
-        UsageError: wrong input.
     """
-    world, folder = World.of(config.trainer), run_folder(config)
+    world = World.of(config.trainer)
+    folder = run_folder(config)
     try:
         if world.starts_ranks:
-            # Plain values: the classes of a composed configuration cannot be pickled.
+            # As plain containers: the dataclasses of a composed configuration cannot be pickled.
             return start_ranks(_run, (OmegaConf.to_container(config), scoring, overwrite, force), world)
         with full_disk_named(folder):
             return _run(config, scoring, overwrite, force)
@@ -64,11 +62,11 @@ def run(config: DictConfig, scoring: Scoring | None, *, overwrite: bool = False,
 
 
 def _run(config: Any, scoring: Scoring | None, overwrite: bool, force: bool) -> int:
-    """What each process of a run does; see `run`."""
+    """`run` in each process."""
     config = config if isinstance(config, DictConfig) else compose(config)
     world = World.of(config.trainer)
     preemption = Preemption(alone=world.size == 1)
-    # Signals are handled once the process group exists: the code that waits for it does not react to them.
+    # Handle signals only once the process group exists: joining it does not react to them.
     with world.joined(), preemption.watched(), ExitStack() as held:
         import_plugins(config.plugins)
         target, data = _prepare(config, scoring, world, held, overwrite=overwrite, force=force)
@@ -93,8 +91,8 @@ def _run(config: Any, scoring: Scoring | None, overwrite: bool, force: bool) -> 
 def _prepare(
     config: DictConfig, scoring: Scoring | None, world: World, held: ExitStack, *, overwrite: bool, force: bool
 ) -> tuple[RunTarget, Conversations | None]:
-    """Checks the run, then creates or opens its folder: nothing is replaced before all preconditions hold. Rank 0 does
-    it for all, and keeps the data that it has opened."""
+    """Checks all preconditions, then creates or opens the run's folder, on rank 0 for all. Returns the folder, and on
+    rank 0 the data that the checks opened."""
     data: Conversations | None = None
 
     def prepare() -> tuple[RunTarget, str]:
@@ -111,11 +109,10 @@ def _prepare(
 
 
 def _added(config: DictConfig, target: RunTarget, scoring: Scoring | None) -> Scoring | None:
-    """The requested scoring that a complete run has no results of; its `config.yaml` then records the request."""
+    """The part of the scoring that a complete run has no results of. Adds the request to the run's `config.yaml`."""
     missing = scoring.missing(target.folder) if scoring is not None else None
     if missing is None:
-        ways = "Use run_id=NAME to start another, or --overwrite to replace it."
-        log.info("Run %s is complete. %s", target.folder, ways)
+        log.info("Run %s is complete. Use run_id=NAME to start another, or --overwrite to replace it.", target.folder)
         return None
     log.info("Run %s is complete except for the scoring that was added", target.folder)
     recorded = read_config(target.folder / CONFIG)
@@ -125,7 +122,7 @@ def _added(config: DictConfig, target: RunTarget, scoring: Scoring | None) -> Sc
 
 
 def _record_failure(config: DictConfig, stop: Stop) -> None:
-    """Writes the status of a run whose processes were killed: this process knows the reason best."""
+    """Writes the status of a run whose ranks were killed, which they could not do themselves."""
     folder = run_folder(config)
     if read_status(folder).get("state") in (None, *THROUGH):
         return
@@ -134,7 +131,7 @@ def _record_failure(config: DictConfig, stop: Stop) -> None:
 
 
 def _advised(stop: Stop, overwrite: bool) -> str:
-    """The reason in one line, and how to continue where the same command does that."""
+    """The reason in one line, with how to continue if repeating the command does that."""
     reason = " ".join(str(stop).split())
     if not isinstance(stop, Preempted | CheckpointFailed | DiskFull):
         return reason

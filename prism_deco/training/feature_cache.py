@@ -1,4 +1,4 @@
-"""Training on cached features: stand-ins for the towers and the data set, and where a run puts them."""
+"""Training on cached features (`trainer.feature_cache`): replacements for the towers and the data set."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ from prism_deco.vlm import VLM
 log = logging.getLogger(__name__)
 
 TOWER = "features"
-"""The key of the features among the pixels of an example."""
+"""The key of the features in an example's `pixels`."""
 
 
 class CachedExamples(Examples):
-    """The examples of a complete cache, with features in place of pixels. Picklable, for loader processes."""
+    """The examples of a complete cache, with features instead of pixels. Picklable, for loader processes."""
 
     def __init__(self, cache: FeatureCache):
         vars(self).update(vars(cache.examples))
         self._folder = cache.folder
         self._shard_images = cache.shard_images
-        # An array, since each loader process would come to own a copy of a list.
+        # An array: reference counting would make each forked loader process copy the pages of a list.
         self._names = np.array([name.encode() for name in cache.names])
         self._unreadable = cache.unreadable()
 
     def read_image(self, record: str, name: str) -> tuple[dict[str, Tensor], bool]:
         unreadable = name in self._unreadable
         if unreadable:
-            self.open_image(record, name)  # fails once more, which is handled as `data.on_bad_image` says
+            self.open_image(record, name)  # fails again, and so applies `data.on_bad_image`
         return {TOWER: self.features(name)}, unreadable
 
     def features(self, name: str) -> Tensor:
-        """dtype[N, D] of an image."""
+        """The features of an image, dtype[N, D]."""
         index = int(np.searchsorted(self._names, name.encode()))
         assert self._names[index] == name.encode(), name
         shard, row = divmod(index, self._shard_images)
-        # Opened each time: a cache may have more shards than a process may have open files.
+        # Opened for each read: a cache may have more shards than a process may have open files.
         with open_safetensors(shard_path(self._folder, shard), "Run again: it will be computed again.") as file:
             return file.get_slice("features")[row]
 
 
 class CachedBackbone(VisionBackbone):
-    """Stands in for the towers and passes on the features that come in place of pixels.
+    """Replaces the towers: returns the features that it gets instead of pixels.
 
-    It has no parameters: while the model is trained, the towers are neither moved to the device nor sharded.
+    It has no parameters, so training neither moves the towers to the device nor shards them.
 
     Args:
         backbone: the towers.
@@ -86,16 +86,16 @@ class CachedBackbone(VisionBackbone):
 
 
 def build_caches(config: DictConfig, vlm: VLM, data: Conversations, world: World) -> list[FeatureCache]:
-    """The caches of the training and the validation records, complete. All processes must call it.
+    """Completes the caches of the training and the validation records. All processes must call this.
 
     Args:
-        vlm: with the towers that the run has, whole and on the CPU.
+        vlm: its towers must be unsharded and on the CPU.
 
     Returns:
         Empty if no record has an image.
 
     Raises:
-        UsageError: the disk is too small, or cannot be locked.
+        UsageError: the disk is too small or does not support locks.
     """
     if not (data.train_records.has_image.any() or data.val_records.has_image.any()):
         log.info("No record has an image; nothing to cache")
@@ -119,7 +119,7 @@ def build_caches(config: DictConfig, vlm: VLM, data: Conversations, world: World
 
 @contextmanager
 def cached(vlm: VLM, data: Conversations, caches: Sequence[FeatureCache]) -> Iterator[None]:
-    """Replaces towers and images by cached features while the model trains."""
+    """Replaces towers and images with cached features while the model trains."""
     backbone, train_examples, val_examples = vlm.backbone, data.train_examples, data.val_examples
     vlm.backbone = CachedBackbone(backbone, caches[0].dtype)
     data.train_examples, data.val_examples = map(CachedExamples, caches)

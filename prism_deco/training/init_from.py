@@ -1,5 +1,5 @@
-"""Starting from an earlier run: the second stage of LLaVA-1.5 takes over the projector of the first, and a finished
-model is trained further on other data."""
+"""Starting from an earlier run (`recipe.start_from`): for the second stage of LLaVA-1.5, or to train a finished model
+further."""
 
 from __future__ import annotations
 
@@ -36,21 +36,20 @@ SHARED = {
     "projector": ("weights", "init", "query_std"),
     "llm": ("hub", "revision", "weights", "tokenizer", "dtype", "attention", "tokenize"),
 }
-"""The groups in which both runs must agree, and the keys in them that may differ: these say how an image is cropped,
-where weights come from (their hashes are compared), how new ones are drawn, and how the LLM computes."""
+"""The groups in which both runs must agree, each with the keys that may differ: how an image is cropped, where weights
+come from (their hashes are compared), how new weights are drawn, and how the LLM computes."""
 
 FEATURES = ("standardise_features", "token_scale")
-"""Keys of the recipe that change a projector's input or output."""
+"""Keys of the recipe that change the projector's input or output, in which both runs must agree as well."""
 
 
 def start_from(folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel) -> None:
-    """Takes over what a finished run has trained (projector, LLM, tower or adapters), and whatever of it is random
-    elsewhere (tower, LLM).
+    """Loads what a finished run trained (projector, LLM, tower or adapters), and its tower or LLM if not pretrained.
 
     Args:
-        folder: the earlier run's `model/`; see `find_start`.
+        folder: the earlier run's `model/`, from `find_start`.
         config: of the run that starts.
-        vlm: its model, whole and on the CPU; adapters may be there already.
+        vlm: its model, unsharded and on the CPU; may have adapters already.
 
     Raises:
         UsageError: the files are damaged, or frozen weights differ from the earlier run's.
@@ -74,16 +73,13 @@ def start_from(folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel) -
 
 
 def takes_llm(folder: Path, config: DictConfig) -> bool:
-    """Whether the LLM's own weights come from the model that the run starts from."""
+    """Whether the LLM's base weights are loaded from the model that the run starts from."""
     return not config.llm.pretrained or tuning(read_config(folder / CONFIG).recipe.lm).base
 
 
 def find_start(run: Path, config: DictConfig) -> Path:
-    """The `model/` folder of the run to start from, checked as far as possible before a model is built.
-
-    Raises:
-        UsageError: there is no finished run, or it is one of another projector, backbone or LLM.
-    """
+    """The `model/` folder of the run to start from; `UsageError` if that has no finished model, or `check_start`
+    fails."""
     folder = run / "model" if (run / "model").is_dir() else run
     if not (folder / WEIGHTS).is_file():
         raise UsageError(f"recipe.start_from={run} holds no finished model: train that run first.")
@@ -92,8 +88,7 @@ def find_start(run: Path, config: DictConfig) -> Path:
 
 
 def check_start(earlier: DictConfig, config: DictConfig) -> None:
-    """`UsageError` if the earlier run, which the configuration starts from, is one of another model, or one whose LLM
-    or tower would be lost."""
+    """`UsageError` if the earlier run has another model, or if the new run would lose its trained LLM or tower."""
     run = config.recipe.start_from
     differing = _differing(earlier, config)
     if differing:
@@ -102,12 +97,12 @@ def check_start(earlier: DictConfig, config: DictConfig) -> None:
             f"recipe.start_from={run} is a run of another model: {listed}. Start from a run of the same model."
         )
     for key, part, name in (("lm", "llm", "LLM"), ("tower", "backbone", "tower")):
-        way, now = tuning(earlier.recipe[key]), tuning(config.recipe[key])
+        way = tuning(earlier.recipe[key])
         keys = (key, "lora_r", "lora_alpha", *(("tower_layers",) if key == "tower" else ()))
         if way.adapters and any(earlier.recipe[k] != config.recipe[k] for k in keys):
             same = " ".join(f"recipe.{k}={earlier.recipe[k]}" for k in keys)
             raise UsageError(f"recipe.start_from={run} trains adapters: only a run with {same} can continue them.")
-        if way.base and config[part].pretrained and not now.base:
+        if way.base and config[part].pretrained and not tuning(config.recipe[key]).base:
             raise UsageError(
                 f"recipe.start_from={run} trains the whole {name}, which a run with recipe.{key}={config.recipe[key]} "
                 f"does not store: set recipe.{key}=full, or start from a run that keeps the {name} frozen "
@@ -116,11 +111,11 @@ def check_start(earlier: DictConfig, config: DictConfig) -> None:
 
 
 def _differing(earlier: DictConfig, now: DictConfig) -> list[str]:
-    """The keys in which the runs must agree but do not."""
+    """Describes the keys in which the runs must agree but do not."""
     pairs = {}
     for name, free in SHARED.items():
         there, here = group(earlier, name), group(now, name)
-        # The name of the choice first: settings follow from it.
+        # The name of the choice comes first: other settings follow from it.
         for key in sorted((there | here).keys() - set(free), key=lambda key: (key != "name", key)):
             pairs[f"{name}.{key}"] = (there.get(key), here.get(key))
     for key in FEATURES:

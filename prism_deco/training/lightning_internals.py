@@ -1,6 +1,6 @@
-"""What this package does to Lightning beyond its public interface.
+"""All uses of Lightning beyond its public interface.
 
-`tests/training/test_lightning_internals.py` holds each function against the installed version, and `pyproject.toml`
+`tests/training/test_lightning_internals.py` checks each function against the installed version, and `pyproject.toml`
 bounds that version.
 """
 
@@ -11,23 +11,23 @@ from pytorch_lightning.callbacks import Callback
 
 
 def set_position(trainer: pl.Trainer, step: int) -> None:
-    """Sets the counters to those after `step` optimizer steps; call it before loaders are built."""
+    """Sets the counters of steps and batches to `step`; call this before loaders are built."""
     loop = trainer.fit_loop.epoch_loop
     steps, batches = loop.manual_optimization.optim_step_progress.total, loop.batch_progress.total
     steps.ready = steps.completed = step
     batches.ready = batches.completed = step
-    batches.started = batches.processed = step  # type: ignore[attr-defined]  # of the subclass that counts batches
+    batches.started = batches.processed = step  # type: ignore[attr-defined]  # attributes of a subclass
 
 
 def count_skipped_step(trainer: pl.Trainer) -> None:
-    """Counts an optimizer step that was skipped: Lightning counts calls of `optimizer.step`."""
+    """Counts a skipped optimizer step, since Lightning counts calls of `optimizer.step`."""
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     progress.increment_ready()
     progress.increment_completed()
 
 
 def run_validation(trainer: pl.Trainer) -> None:
-    """Runs a validation outside the training loop, which Lightning does only between two steps."""
+    """Runs a validation before training; Lightning itself does so only between two steps."""
     stage = trainer.state.stage
     trainer.validating = True
     trainer.fit_loop.epoch_loop.val_loop.run()
@@ -35,7 +35,7 @@ def run_validation(trainer: pl.Trainer) -> None:
 
 
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule) -> None:
-    """Trains; raises the error that ended the training, where Lightning raises another one while it cleans up."""
+    """Trains. Raises the error that ended the training, even if Lightning raises another one during cleanup."""
     first = FirstError()
     trainer.callbacks.insert(0, first)  # type: ignore[attr-defined]
     try:
@@ -45,7 +45,7 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
 
 
 class FirstError(Callback):
-    """Keeps the error that ended the training: Lightning may raise another one while it cleans up."""
+    """Keeps the first error."""
 
     error: BaseException | None = None
 
