@@ -1,4 +1,4 @@
-"""What a run was made from: the inputs that its checkpoints name, and `manifest.json`."""
+"""Provenance of a run: the inputs that its checkpoints record, and `manifest.json`."""
 
 from __future__ import annotations
 
@@ -43,10 +43,11 @@ _INPUTS = {
 
 
 def check_owner(checkpoint: Checkpoint, config: DictConfig) -> None:
-    """`UsageError` if a checkpoint belongs to another run. Earlier versions did not record it, or not its settings."""
-    recorded, own = checkpoint.content.get("run"), _run(config)
-    if recorded is None:
+    """`UsageError` if a checkpoint belongs to another run."""
+    recorded = checkpoint.content.get("run")
+    if recorded is None:  # written by an earlier version
         return
+    own = _run(config)
     if any(recorded[key] != own[key] for key in ("run_id", "choices")):
         raise UsageError(
             f"{checkpoint.folder} belongs to run {recorded['run_id']} ({recorded['choices']}), not to {own['run_id']} "
@@ -54,7 +55,7 @@ def check_owner(checkpoint: Checkpoint, config: DictConfig) -> None:
         )
     differing = []
     for key, value in recorded.get("settings", {}).items():
-        if value != own["settings"].get(key, value):  # keys come and go with versions
+        if value != own["settings"].get(key, value):  # versions differ in their keys
             differing.append(f"{key} is {value!r} there and {own['settings'][key]!r} here")
     if differing:
         raise UsageError(
@@ -71,23 +72,23 @@ def provenance(
     start: Path | None,
     resume: Checkpoint | None,
 ) -> dict[str, Any]:
-    """What each checkpoint of a run says about it, as JSON; before weights are sharded.
+    """The description of a run that each of its checkpoints stores, as JSON. Weights must not be sharded yet.
 
     Args:
-        start: the model folder that it starts from, if any.
-        resume: the checkpoint it continues from.
+        start: the model folder that the run starts from, if any.
+        resume: the checkpoint that it resumes from, if any.
 
     Returns:
-        run: its `run_id`, the `choices` it was composed of, and the `settings` that it cannot change on the way.
-        inputs: SHA-256 of what is read from outside, by the names in `_INPUTS`.
-        input_changes: inputs that changed at some step, accepted by the user.
+        run: its `run_id`, the `choices` that it is composed of, and the `settings` that must not change on resuming.
+        inputs: SHA-256 of its inputs, by the names in `_INPUTS`.
+        input_changes: inputs that changed at some step, as accepted by the user.
 
     Raises:
         UsageError: an input changed, and `trainer.accept_changed_inputs` is not set.
     """
     inputs = _read_for_examples(data, llm) | {"backbone": vlm.backbone.sha256()}
     if config.llm.pretrained and not tuning(config.recipe.lm).base:
-        inputs["llm"] = weights_record(llm.spec)["sha256"]  # frozen: checkpoints do not hold them
+        inputs["llm"] = weights_record(llm.spec)["sha256"]  # frozen, so checkpoints do not contain them
     if start is not None and (start / SUMS).is_file():
         inputs["start_from"] = file_sha256(start / SUMS)
     changes: list[dict[str, Any]] = list(resume.content.get("input_changes", [])) if resume else []
@@ -100,27 +101,22 @@ def provenance(
 
 
 def check_resume(checkpoint: Checkpoint, config: DictConfig, llm: LanguageModel, data: Conversations) -> None:
-    """Checks, without the model's weights, whether a run can continue from a checkpoint.
-
-    Raises:
-        UsageError: it belongs to another run; or records or tokenizer changed, and `trainer.accept_changed_inputs` is
-            not set.
-    """
+    """Checks what `provenance` checks, except for weights. Does not need those of the model."""
     check_owner(checkpoint, config)
     _changed(_read_for_examples(data, llm), checkpoint, config)
 
 
 def _read_for_examples(data: Conversations, llm: LanguageModel) -> dict[str, str]:
-    """SHA-256 of the inputs that examples are made of: of a tokenizer, of what it does to a text."""
+    """SHA-256 of the records and of the tokenizer's rules."""
     backend = getattr(llm.tokenizer, "backend_tokenizer", None)
     rules = llm.tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    rules |= {"truncation": None, "padding": None}  # of its last call
+    rules |= {"truncation": None, "padding": None}  # left over from the tokenizer's last call
     tokenizer = hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
     return {"train": data.data_hash, "val": data.val_hash, "tokenizer": tokenizer}
 
 
 def _changed(inputs: Mapping[str, str], resume: Checkpoint, config: DictConfig) -> list[str]:
-    """The inputs that changed since the checkpoint; `UsageError` unless that is accepted."""
+    """The inputs that changed since the checkpoint; `UsageError` unless the user accepts that."""
     before: Mapping[str, str] = resume.content.get("inputs", {})
     changed = [name for name in inputs if before.get(name, inputs[name]) != inputs[name]]
     if changed and not config.trainer.accept_changed_inputs:
@@ -148,8 +144,8 @@ def build_manifest(
     """The content of `manifest.json`.
 
     Args:
-        counts, bad_rows: what the training counted (see `TrainingModule`).
-        measured: further entries, known once the run has finished.
+        counts, bad_rows: those of the `TrainingModule`.
+        measured: further entries.
     """
     parameters = list(vlm.parameters())
     records = data.train_records
@@ -180,7 +176,7 @@ def build_manifest(
 
 
 def config_hash(config: DictConfig) -> str:
-    """SHA-256 of the resolved configuration without the run's name and place."""
+    """SHA-256 of the resolved configuration, without `run_id` and `runs_dir`."""
     content = OmegaConf.to_container(config, resolve=True)
     assert isinstance(content, dict)
     content = {key: value for key, value in content.items() if key not in ("run_id", "runs_dir")}
@@ -188,7 +184,7 @@ def config_hash(config: DictConfig) -> str:
 
 
 def code_version() -> str:
-    """The package's version, with the commit where the code is a git checkout."""
+    """The package's version; in a git checkout, with the commit."""
     folder = Path(prism_deco.__file__).parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -199,7 +195,7 @@ def code_version() -> str:
 
 
 def _run(config: DictConfig) -> dict[str, Any]:
-    # Paths change when a run moves to another machine; what is read from them is compared by its hash.
+    # Paths change when a run moves to another machine; the files there are compared by their hashes.
     fixed = {key: value for key, value in flat(config).items() if not is_free(key) and "/" not in str(value)}
     settings = {key: value for key, value in fixed.items() if key != "run_id"}
     return {"run_id": config.run_id, "choices": default_run_id(config), "settings": settings}

@@ -1,4 +1,4 @@
-"""The `model/` folder of a run: everything that `prism_deco.load` needs, in safetensors and JSON."""
+"""The `model/` folder of a run, from which `prism_deco.load` rebuilds the model."""
 
 from __future__ import annotations
 
@@ -49,30 +49,32 @@ BASE_RECORD = "base.json"
 ADAPTER = "adapter"
 TOWER_ADAPTER = "backbone_adapter"
 ADAPTERS = {"lm": ADAPTER, "backbone": TOWER_ADAPTER}
-"""Folders of the adapters, by the part of the model that has them."""
+"""Folders of the adapters, by submodule of the VLM."""
 TOKENIZER = "tokenizer"
 SUMS = "SHA256SUMS"
-"""Checksums of the folder's files; `sha256sum -c` reads it, too."""
+"""File of checksums, in the format of `sha256sum -c`."""
 
 _TRAINED = ("model.safetensors", "adapter/adapter_model.safetensors")
 _SUFFIXES = (".safetensors", ".json", ".model", ".jinja", ".txt")
-"""Not `config.yaml`, where a user may point at other copies of frozen weights, nor a README."""
+"""Files with a checksum. `config.yaml` has none: users may point it at other copies of frozen weights."""
 
 
 def save_model(
     folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel, *, read: Callable[[Tensor], Tensor] = full
 ) -> None:
-    """Writes projector, LLM and trained tower, the tokenizer, the configuration, and what was frozen (tower or LLM,
-    also under adapters): by the SHA-256 of its weights where they can be had again, whole where they were random.
-    Adapters go to a folder of their own, in peft's format and in `adapter_dtype`.
+    """Writes the model, the tokenizer and the configuration.
 
-    Weights that are sharded among processes are gathered one by one: all processes must call it, the first writes.
+    Of frozen pretrained weights (tower or LLM, also under adapters) only the SHA-256 is written. Adapters go to folders
+    of their own, in peft's format and in `adapter_dtype`.
+
+    Sharded weights are gathered one by one, so all processes must call this; rank 0 writes.
 
     Args:
-        read: makes the values of a weight out of the model's own tensor.
+        read: returns the values to write for a tensor of the model.
     """
     is_main = not dist.is_initialized() or dist.get_rank() == 0
-    is_named = config.llm.pretrained and not tuning(config.recipe.lm).base
+    names_llm = config.llm.pretrained and not tuning(config.recipe.lm).base
+    names_tower = config.backbone.pretrained and not tuning(config.recipe.tower).base
     weights: dict[str, Tensor] = {}
     tower: dict[str, Tensor] = {}
     adapters: dict[str, dict[str, Tensor]] = {}
@@ -82,9 +84,8 @@ def save_model(
             adapters.setdefault(part, {})[own] = read(tensor).to(adapter_dtype(config))
         elif name.startswith("backbone."):
             tower[base_name(name.removeprefix("backbone."))] = tensor
-        elif not (is_named and name.startswith("lm.")):
+        elif not (names_llm and name.startswith("lm.")):
             weights[base_name(name)] = tensor
-    names_tower = config.backbone.pretrained and not tuning(config.recipe.tower).base
     parts = {WEIGHTS: weights} if names_tower else {WEIGHTS: weights, TOWER: tower}
     if is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,18 +96,17 @@ def save_model(
         digests[name] = write_safetensors(folder / name if is_main else None, tensors, read=read)
     if is_main:
         describe_parts(folder, config, vlm, llm)
-        if is_named:
+        if names_llm:
             write_json(folder / BASE_RECORD, weights_record(llm.spec))
         for part, tensors in adapters.items():
             save_lora(vlm.get_submodule(part), folder / ADAPTERS[part], tensors)
         write_sums(folder, digests)
     else:
-        vlm.backbone.sha256()  # gathers what the first process hashes
+        vlm.backbone.sha256()  # takes part in gathering what rank 0 hashes in `describe_parts`
 
 
 def adapter_dtype(config: DictConfig) -> torch.dtype:
-    """What adapters are stored in. In a `bf16-mixed` run every product was taken with their bfloat16 values, so these
-    are what was trained, in half the space."""
+    """The dtype that adapters are stored in: bfloat16 if the run computed with their bfloat16 values only."""
     return torch.bfloat16 if config.trainer.precision == "bf16-mixed" else torch.float32
 
 
@@ -114,7 +114,7 @@ def describe_parts(folder: Path, config: DictConfig, vlm: VLM, llm: LanguageMode
     """Writes the tokenizer with the chat template, the LLM's architecture, and the tower's hash and transform."""
     llm.tokenizer.save_pretrained(folder / TOKENIZER)
     architecture = vlm.lm.config.to_diff_dict() | {"vocab_size": llm.embedding_rows}
-    # Where and how its weights were stored says nothing about these.
+    # These describe the files that the LLM was read from, not the ones written here.
     architecture = {k: v for k, v in architecture.items() if k not in ("_name_or_path", "quantization_config")}
     write_json(folder / LLM_RECORD, architecture)
     record = {"name": config.backbone.name, "sha256": vlm.backbone.sha256(), "transform": _transform(vlm)}
@@ -122,17 +122,17 @@ def describe_parts(folder: Path, config: DictConfig, vlm: VLM, llm: LanguageMode
 
 
 def load_model(folder: Path, num_tokens: int | None = None) -> tuple[VLM, LanguageModel, DictConfig]:
-    """Rebuilds what `save_model` or an export wrote, on the CPU and in eval mode.
+    """Rebuilds the model that `save_model` or an export wrote, on the CPU and in eval mode.
 
-    The model is built without weights and takes over the tensors of the files: nothing random is drawn for the
-    LLM, and the weights are in memory once.
+    The model is built on the meta device and takes over the tensors of the files, so no LLM weights are initialised in
+    vain, and weights are in memory once.
 
     Args:
-        num_tokens: visual tokens of an image, if others than in training.
+        num_tokens: visual tokens per image, if not as in training.
 
     Raises:
-        UsageError: a file is missing or damaged, a weight is missing, unexpected or not finite, or the backbone's
-            weights are not those the model was trained with.
+        UsageError: a file is missing or damaged, the weights do not fit or are not finite, or the backbone's weights
+            are not those the model was trained with.
     """
     config = read_config(folder / CONFIG)
     if num_tokens is not None:
@@ -150,7 +150,7 @@ def load_model(folder: Path, num_tokens: int | None = None) -> tuple[VLM, Langua
         vlm.lm = llm.model = _named_base(folder, bare)
         elsewhere.append("lm.")
     with torch.random.fork_rng(devices=[]):
-        # Small, and a plug-in's may compute buffers that no file holds.
+        # Not on the meta device: a plug-in's projector may compute buffers that are in no file.
         vlm.projector = compose_projector(bare, vlm.backbone, llm, bare=True)
     load_weights(vlm, weights, elsewhere=elsewhere, assign=True)
     if tower:
@@ -167,7 +167,7 @@ def load_model(folder: Path, num_tokens: int | None = None) -> tuple[VLM, Langua
 
 
 def _architecture_only(folder: Path, config: DictConfig) -> DictConfig:
-    """The configuration of the model without its adapters, with tokenizer and architecture as the folder holds them."""
+    """The configuration of the model without its adapters, with the folder's tokenizer and architecture."""
     bare = config.copy()
     bare.llm.tokenizer = str(folder / TOKENIZER)
     bare.recipe.lm, bare.recipe.tower = "full", "frozen"
@@ -191,7 +191,7 @@ def _check_backbone(folder: Path, config: DictConfig, vlm: VLM) -> None:
 
 
 def check_finite(folder: Path, vlm: VLM) -> None:
-    """`UsageError` if a weight or a buffer that was read from a model folder is not a finite number."""
+    """`UsageError` if a weight or buffer that was read from a model folder contains NaN or infinity."""
     for name, tensor in vlm.state_dict().items():
         if not all_finite(tensor):
             raise UsageError(
@@ -201,7 +201,7 @@ def check_finite(folder: Path, vlm: VLM) -> None:
 
 
 def _named_base(folder: Path, config: DictConfig) -> PreTrainedModel:
-    """The base LLM of an adapter-only folder, checked against its recorded hash."""
+    """The base LLM of a folder that only records the LLM's hash, checked against that."""
     try:
         llm = build_llm(group(config, "llm"), **prompt_options(config))
         found = weights_record(llm.spec)
@@ -220,14 +220,14 @@ def _named_base(folder: Path, config: DictConfig) -> PreTrainedModel:
 def load_weights(
     module: nn.Module, files: Sequence[Path], *, elsewhere: Sequence[str] = (), assign: bool = False
 ) -> None:
-    """Loads the tensors of safetensors files into a model, whose adapters, if any, stay as they are.
+    """Loads the tensors of safetensors files into a model; leaves its adapters, if any, unchanged.
 
     Args:
-        elsewhere: names that begin with one of these may be missing in the files.
+        elsewhere: prefixes of names that may be missing in the files.
         assign: replace the module's tensors, which may be on the meta device, instead of copying into them.
 
     Raises:
-        UsageError: a file is not there or not readable, a weight is missing, unexpected or of another shape.
+        UsageError: a file is missing or damaged, or its tensors do not fit the model.
     """
     own = module.state_dict(keep_vars=True)
     names = {base_name(name): name for name in own if not is_adapter(name)}
@@ -241,7 +241,7 @@ def load_weights(
                 wrong.append(f"unexpected {name}")
     state = {}
     for name in names.values():
-        # Tied parameters are one tensor of several names, and are stored under any of them.
+        # Tied parameters are one tensor with several names, stored under any one of them.
         if id(own[name]) in stored:
             state[name] = stored[id(own[name])]
         elif not name.startswith(tuple(elsewhere)):
@@ -260,10 +260,10 @@ def load_weights(
 
 
 def write_sums(folder: Path, known: Mapping[str, str]) -> None:
-    """Writes `SHA256SUMS`, after everything else that `load_model` reads.
+    """Writes `SHA256SUMS`; call this after the other files are written.
 
     Args:
-        known: checksums that were computed when a file was written.
+        known: checksums that are known already, by file name.
     """
     digests = dict(known)
     for path in sorted(folder.rglob("*")):
@@ -274,10 +274,10 @@ def write_sums(folder: Path, known: Mapping[str, str]) -> None:
 
 
 def verify_model(folder: Path) -> None:
-    """Compares the files of a model folder with their checksums.
+    """Compares the files of a model folder with their checksums, and the weights' with that in `manifest.json`.
 
     Raises:
-        UsageError: a file is missing, was damaged or replaced, or the model is not the one that its run trained.
+        UsageError: a file is missing, was damaged or was replaced.
     """
     if not (folder / SUMS).is_file():
         log.info("%s has no checksums and is not verified", folder)
@@ -301,7 +301,7 @@ def _read_sums(folder: Path) -> dict[str, str]:
 
 
 def trained_sha256(folder: Path) -> str:
-    """SHA-256 of the weights that `save_model` wrote; with adapters, of both files' hashes."""
+    """SHA-256 of the weights that `save_model` wrote; with adapters, the SHA-256 of both files' hashes."""
     digests = _read_sums(folder)
     hashes = [digests[name] for name in _TRAINED if name in digests]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -314,7 +314,7 @@ def _transform(vlm: VLM) -> dict[str, Any]:
 
 
 def _distinct(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by their names; tied ones once, under the first."""
+    """Parameters and persistent buffers by name; tied ones once, under the first of their names."""
     state = module.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in reversed(state.items())}
     return {name: tensor for name, tensor in state.items() if first[id(tensor)] == name}
