@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class _Totals(NamedTuple):
-    """Counts of a step; summed over all ranks they are float64[], until they are read."""
+    """Counts of a step: numbers of this rank, or their sums over all ranks as tensors, float64[]."""
 
     targets: Any
     passes: Any
@@ -39,25 +39,25 @@ class _Totals(NamedTuple):
 
 
 class TrainingModule(pl.LightningModule):
-    """Trains projector and LLM of a `VLM`, and the tower where the recipe does.
+    """Trains the projector and the LLM of a `VLM`, and the tower if the recipe says so.
 
-    One item of the loader is one optimizer step (`data.loader.Step`); its forward passes are looped
-    over here. Lightning's own accumulation averages the passes' means, which weights a token by how
-    few supervised tokens its pass happens to have.
+    One item of the loader is one optimizer step (`data.loader.Step`), and `training_step` loops over its micro-batches.
+    Lightning's gradient accumulation would average the means of the micro-batches, so that a token in a micro-batch
+    with few supervised tokens would weigh more.
 
     Args:
         recipe: the `recipe` group of the configuration.
         total_steps: optimizer steps of the whole run, for the schedule.
-        seed: seeds dropout, anew in each step, so that a resumed run draws the same.
-        nonfinite: stop | skip: what a step does whose loss or gradient is not finite.
-        shard: divides the model among the processes of a mesh, once there is one; None leaves it whole.
-        stop_requested: how this process was asked to stop, if it was.
+        seed: seeds dropout anew in each step, so that a resumed run draws the same masks.
+        nonfinite: stop | skip, for a step with a non-finite loss or gradient.
+        shard: shards the model over the processes of a mesh, once there is one; None does not shard.
+        stop_requested: returns how this process was asked to stop, or None.
 
     Attributes:
         counts: text tokens cut, bad images, bad records and skipped steps so far.
-        bad_rows: the numbers of the bad records so far: they recur in every epoch, and count once.
-        stop: how the run is to stop after this step, agreed between all processes; None if it goes on.
-        last_step, last_norms: the numbers of the last step.
+        bad_rows: indices of the bad records so far, since a record recurs in every epoch but counts once.
+        stop: how all processes will stop after this step; None to continue.
+        last_step, last_norms: metrics of the last step.
         val_loss: of the last validation, in nats per token.
     """
 
@@ -74,7 +74,7 @@ class TrainingModule(pl.LightningModule):
     ):
         super().__init__()
         self.automatic_optimization = False
-        # An LLM that was read from files comes in eval mode: no dropout, no activation checkpointing.
+        # transformers loads an LLM in eval mode, without dropout and activation checkpointing.
         self.vlm = vlm.train()
         self.recipe = recipe
         self.total_steps = total_steps
@@ -91,7 +91,7 @@ class TrainingModule(pl.LightningModule):
         self._validation = torch.zeros(2, dtype=torch.float64)
 
     def configure_model(self) -> None:
-        """Shards the model; Lightning calls it when the processes have found each other."""
+        """Shards the model; Lightning calls this once the process group exists."""
         if self._shard is not None:
             assert self.device_mesh is not None
             self._shard(self.device_mesh["data_parallel"])
@@ -108,9 +108,10 @@ class TrainingModule(pl.LightningModule):
         totals = self._totals(batch)
         loss = self._accumulate(batch, totals)
         idle = all(micro_batch.pixels is None for micro_batch in batch.batches)
-        # Only a process without images has to ask whether others have some.
+        # A rank with images need not wait for the totals, which say whether any rank has images.
         if idle and not self.recipe.update_idle_projector and not totals.passes_with_images:
-            # They have gradients of zero on every rank, with which AdamW would still move them.
+            # Their gradients are zero on every rank, but AdamW would still move them (momentum, weight decay). Without
+            # a gradient it skips them.
             self.vlm.projector.zero_grad()
             self.vlm.backbone.zero_grad()
         norm = grad_norm(self.vlm.parameters())
@@ -118,7 +119,7 @@ class TrainingModule(pl.LightningModule):
         if self.vlm.backbone.trained:
             parts["tower"] = self.vlm.backbone
         norms = (grad_norm(part.parameters()) for part in parts.values())
-        # In one transfer: the device is waited for once in a step.
+        # In one transfer to the host, so that the step synchronises with the device only once.
         numbers = [value.to(self.device, torch.float64) for value in (loss, norm, *totals, *norms)]
         step_loss, step_norm, *counted = torch.stack(numbers).tolist()
         totals = _Totals(*counted[: len(totals)])
@@ -131,7 +132,7 @@ class TrainingModule(pl.LightningModule):
             "train/supervised_tokens": int(totals.targets),
         }
         if math.isfinite(step_loss + step_norm):
-            # Clipped here, not earlier: a norm that is NaN would spoil the gradients that were good.
+            # Not clipped earlier: a NaN norm would make all gradients NaN, and `diagnose` looks at them.
             clip_gradients(self.vlm.parameters(), self.recipe.grad_clip, norm)
             optimizer.step()
         else:
@@ -141,13 +142,14 @@ class TrainingModule(pl.LightningModule):
         scheduler.step()
         self.counts["tokens_cut"] += int(totals.tokens_cut)
         self.counts["bad_images"] += int(totals.bad_images)
-        if totals.bad_records:  # the same in all processes
+        if totals.bad_records:  # the same on all ranks, which gather together
             self.bad_rows.update(*gather_objects(batch.bad_rows))
             self.counts["bad_records"] = len(self.bad_rows)
         if totals.preempted:
             self.stop = Interrupted if totals.interrupted else Preempted
 
     def _totals(self, step: Step) -> _Totals:
+        """The counts of a step, summed over all ranks."""
         asked = self._stop_requested()
         counts = _Totals(
             targets=step.num_targets,
@@ -164,9 +166,10 @@ class TrainingModule(pl.LightningModule):
 
     def _accumulate(self, step: Step, totals: _Totals) -> Tensor:
         """Runs the forward and backward passes; returns the loss of the step over all ranks, float[]."""
+        # Without any target the loss is 0, not NaN.
         targets = totals.targets.float().clamp(min=1)
         passes = totals.passes.float().clamp(min=1)
-        size = self.trainer.world_size  # gradients are averaged over ranks afterwards
+        size = self.trainer.world_size  # DDP and FSDP divide gradients by this
         total = torch.zeros((), device=self.device)
         self._seed_step()
         for micro_batch in step.batches:
@@ -177,16 +180,16 @@ class TrainingModule(pl.LightningModule):
                 share = loss.total * size / targets
             self.manual_backward(share)
             total += share.detach()
-        # Ranks' scaled losses average to the global one, as their gradients do.
+        # Like the gradients, the ranks' losses were scaled such that their mean is the loss over all ranks.
         return self.all_reduce_sum(total) / size
 
     def _seed_step(self) -> None:
-        """Dropout is a function of seed, step and rank: a checkpoint needs no state of generators."""
+        """Makes dropout a function of seed, step and rank, so that checkpoints need no generator state."""
         key = f"{self._seed}/{self.trainer.global_step}/{self.global_rank}"
         torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big"))
 
     def _handle_nonfinite(self, step: Step) -> None:
-        self._seed_step()
+        self._seed_step()  # `diagnose` repeats the forward passes with the same dropout
         number = self.trainer.global_step + 1
         message = f"step {number}: loss or gradient not finite: {diagnose(self.vlm, step.batches)}"
         if self._nonfinite == "stop":
@@ -209,6 +212,6 @@ class TrainingModule(pl.LightningModule):
             self._validation += torch.stack([loss.total.double(), loss.count.double()])
 
     def on_validation_epoch_end(self) -> None:
-        # Every rank takes part, even one that held only fillers: the mean is over the tokens of all ranks.
+        # Every rank takes part, even one with filler batches only: the mean is over the tokens of all ranks.
         total, count = self.all_reduce_sum(self._validation)
         self.val_loss = (total / count.clamp(min=1)).float().item()

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule of PRISM (paper Table 5)."""
+"""Optimizer and learning-rate schedule (PRISM, Table 5)."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def parameter_groups(
 ) -> list[dict]:
     """AdamW groups of the trained parameters: matrices decay, vectors and biases do not.
 
-    The rule is prismatic-vlms' (`ndim <= 1` or a name ending in `.bias`), applied to whole parameters.
-    Prismatic applies it to FSDP's one-dimensional views, which silently turns the decay off; parameters
-    of `fully_shard` keep their dimensions.
+    The rule is that of prismatic-vlms (`ndim <= 1`, or a name that ends in `.bias`), applied to whole parameters.
+    Prismatic applies it to FSDP's one-dimensional views, which silently turns the decay off; parameters under
+    `fully_shard` keep their dimensions.
     """
     groups = []
     seen: set[int] = set()
@@ -51,17 +51,17 @@ def parameter_groups(
 
 
 def adamw(vlm: VLM, recipe: DictConfig) -> AdamW:
-    """The recipe's optimizer, fused: it makes no temporary copies of weights and gradients."""
+    """The recipe's optimizer, in its fused version, which makes no temporary copies of weights and gradients."""
     rates = {"lr": recipe.lr, "projector_lr": recipe.projector_lr, "tower_lr": recipe.tower_lr}
     groups = parameter_groups(vlm.projector, vlm.lm, vlm.backbone, **rates, weight_decay=recipe.weight_decay)
     return AdamW(groups, betas=tuple(recipe.betas), eps=recipe.eps, fused=True)
 
 
 def warmup_cosine(optimizer: AdamW, total_steps: int, warmup_ratio: float, rounding: str = "down") -> LambdaLR:
-    """Linear warm-up from 0 over a fraction of the steps, then a cosine to 0 (paper Table 5).
+    """Linear warm-up from 0 over a fraction of the steps, then cosine decay to 0 (PRISM, Table 5).
 
-    The first step has a rate of 0 even where the warm-up is rounded down to no step at all, as in prismatic-vlms;
-    without a warm-up it has the peak rate.
+    The first step has a rate of 0 even if the warm-up is rounded down to no step at all, as in prismatic-vlms; with a
+    `warmup_ratio` of 0 it has the peak rate.
 
     Args:
         rounding: "down" to whole steps (prismatic-vlms), or "up" (transformers' Trainer, which LLaVA uses).
@@ -77,11 +77,11 @@ def warmup_cosine(optimizer: AdamW, total_steps: int, warmup_ratio: float, round
 
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """The global norm of the gradients; of sharded ones that of the whole, the same in every process."""
+    """The global L2 norm of the gradients, float[]; of sharded ones over all processes."""
     return full(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: torch.Tensor) -> None:
-    """Scales gradients, whose `grad_norm` is known, down to the norm `max_norm`; 0 leaves them."""
+    """Scales gradients, whose `grad_norm` is `norm`, down to `max_norm`; 0 does not clip."""
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], max_norm, norm)

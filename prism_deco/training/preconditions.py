@@ -1,4 +1,4 @@
-"""Checks for everything that would stop a run, before its folder is touched and before weights are read."""
+"""Checks a run for everything that would stop it, before its folder is touched and weights are read."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ AUTO = "auto"
 
 
 class Scoring(Protocol):
-    """What is to be measured of a trained run."""
+    """What to measure of a trained run."""
 
     def prepare(self, benchmarks: Path | None) -> None:
-        """Raises `UsageError` for what would stop it; `benchmarks` is the folder of those that come with the data."""
+        """Raises `UsageError` if it cannot be measured; `benchmarks` is the folder of those that come with the data."""
 
     def missing(self, folder: Path) -> Scoring | None:
-        """The part of it that has no results in the run's folder yet; None if it is complete."""
+        """The part without results in the run's folder; None if all have results."""
 
     def __call__(self, folder: Path, world: World) -> None:
-        """Measures it; all processes call this."""
+        """Measures; all processes call this."""
 
 
 def check_all(
@@ -58,17 +58,17 @@ def check_all(
     plans: bool = False,
     force: bool = False,
 ) -> Conversations:
-    """Checks what can be checked without the model's weights; one process does it for all.
+    """Checks what can be checked without the model's weights; one process does so for all.
 
-    Sets `trainer.activation_checkpointing` where it is `auto`.
+    Replaces the value `auto` of `trainer.activation_checkpointing`.
 
     Args:
-        scoring: what is to be measured of the run; None is nothing.
-        resume: the checkpoint that the run continues from, if any.
-        after: the run that this one starts from, if it is still to be trained.
-        plans: no run follows, which would do the rest: estimate the memory of a step, ask the hub for absent weights,
-            and compare checksums as well, which takes seconds.
-        force: accept a run whose estimated memory this machine does not have.
+        scoring: what to measure of the run, if anything.
+        resume: the checkpoint that the run resumes from, if any.
+        after: the configuration of the run that this one starts from, if that is not trained yet.
+        plans: also make the checks that a run itself makes later: estimate the memory of a step, ask the hub for
+            missing weights, and compare checksums.
+        force: accept a run whose estimated memory exceeds this machine's.
 
     Returns:
         The data of the run.
@@ -133,11 +133,8 @@ def _check_local_weights(name: str, part: DictConfig) -> None:
 
 
 def _plan_memory(config: DictConfig, force: bool) -> str:
-    """The setting of `trainer.activation_checkpointing` that fits the memory.
-
-    Raises:
-        UsageError: none does, and `force` is not set.
-    """
+    """The setting of `trainer.activation_checkpointing` that fits the memory; `UsageError` if none does, unless
+    `force` is set."""
     from prism_deco.plan import estimate_run, problems
     from prism_deco.plan.devices import device_memory
 

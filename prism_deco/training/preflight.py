@@ -1,7 +1,7 @@
-"""Checks for what would spoil a run without ending it, before time is spent.
+"""Checks a run for silent failures before it spends time.
 
-Labels that miss the answers, a projector that no gradient reaches, images that the model ignores and weights that are
-not restored from disk all leave a loss that falls. Each shows on a few records within seconds.
+The loss still falls if labels miss the answers, no gradient reaches the projector, the model ignores images, or weights
+are not restored from disk. A few records reveal each of these within seconds.
 """
 
 from __future__ import annotations
@@ -47,22 +47,21 @@ def preflight(
     """Checks labels, gradients, learning, the use of images, and saving; leaves the weights unchanged.
 
     1. The supervised tokens of each record decode to text of its answers.
-    2. The first gradient of the tower, the projector and the LLM, where they are trained, is finite and not zero.
+    2. The first gradients of the tower, the projector and the LLM, as far as they are trained, are finite and not zero.
     3. Ten steps of AdamW at the recipe's learning rates lower the loss of eight records.
-    4. With black images the loss changes.
-    5. The model, with what these steps taught it, gives the same logits after saving and loading.
+    4. Black images change the loss.
+    5. After these steps, saving and loading the model leaves its logits the same.
 
-    Sharded training has the whole model on no device: there, only the labels are checked. Four-bit weights are
-    loaded as what they were quantised from, so they skip the last check.
+    In sharded training no device holds the whole model, so only the labels are checked. Models with four-bit weights
+    skip the last check: loading gives the weights that they were quantised from.
 
     Args:
-        config: of the run.
-        folder: of the run; what is saved goes there for a moment.
-        vlm: on the CPU; only a model with four-bit weights stays on the device.
-        device: where the run trains. Takes the memory of training, and no more.
+        folder: the run's; the model is saved there temporarily.
+        vlm: on the CPU, and left there unless it has four-bit weights.
+        device: that the run trains on; the checks take no more memory than training.
 
     Raises:
-        UsageError: a check failed; names it, and what was found.
+        UsageError: names the check that failed, and what it found.
     """
     with isolate_rng(include_cuda=device.type == "cuda"):
         examples = _checked_examples(data, llm)
@@ -89,7 +88,7 @@ def _failed(check: str, found: str) -> UsageError:
 
 
 def _checked_examples(data: Conversations, llm: LanguageModel) -> list[Example]:
-    """Records evenly spread over those with images (over all if none has any), once their labels are checked."""
+    """Examples evenly spaced over the records with images (over all if none has any), with checked labels."""
     pool = np.flatnonzero(data.train_records.has_image)
     if not len(pool):
         pool = np.arange(len(data.train_records))
@@ -97,7 +96,7 @@ def _checked_examples(data: Conversations, llm: LanguageModel) -> list[Example]:
     examples = []
     for index in indices:
         example = data.train_examples[index]
-        # With `recipe.long_questions=cut`, a question may leave its answer no room.
+        # With `recipe.long_questions=cut`, a question may leave no room for its answer.
         answers_cut = example.tokens_cut > 0 and all(label == IGNORE for label in example.encoded.labels)
         if not (example.bad_images or example.bad_record or answers_cut):
             _check_labels(example.encoded, data.train_records[index], llm)
@@ -108,7 +107,7 @@ def _checked_examples(data: Conversations, llm: LanguageModel) -> list[Example]:
 
 
 def _check_labels(encoded: Encoded, record: Record, llm: LanguageModel) -> None:
-    """Compares the supervised stretches of a record with its answers, but for white space and special tokens."""
+    """Compares the supervised spans of a record with its answers, ignoring white space and special tokens."""
 
     def decode(tokens: list[int]) -> str:
         return str(llm.tokenizer.decode(tokens, skip_special_tokens=True))
@@ -119,10 +118,10 @@ def _check_labels(encoded: Encoded, record: Record, llm: LanguageModel) -> None:
     learned = [decode(list(run)) for is_supervised, run in runs if is_supervised]
     log.info("Preflight: record %s is supervised on %r", record.id, learned)
     answers = [m["content"].replace(IMAGE_TAG, "") for m in record.messages if m["role"] == "assistant"]
-    # Compared as the tokenizer renders them: it may change letters (normalisation, unknown ones).
+    # The answers as the tokenizer decodes them: it may change characters (normalisation, unknown tokens).
     known = "".join(_bare(decode(llm.tokenizer(a, add_special_tokens=False)["input_ids"])) for a in answers)
     for text in learned:
-        # A cut may go through a character of several tokens.
+        # A cut may split a character that takes several tokens.
         if _bare(text).rstrip("\ufffd") not in known:
             raise _failed("labels", f"record {record.id} would be supervised on {text!r}, its answers are {answers}")
 
@@ -133,7 +132,7 @@ def _bare(text: str) -> str:
 
 @contextmanager
 def _unchanged(vlm: VLM) -> Iterator[None]:
-    """Restores trained weights and buffers, copies of which wait on the CPU."""
+    """Restores trained weights and buffers afterwards, from copies on the CPU."""
 
     def changing() -> list[Tensor]:
         return [*(p for p in vlm.parameters() if p.requires_grad), *vlm.buffers()]
@@ -144,14 +143,14 @@ def _unchanged(vlm: VLM) -> Iterator[None]:
     finally:
         vlm.zero_grad(set_to_none=True)
         with torch.no_grad():
-            # Moving a model replaces its buffers: the ones found before are stale.
+            # Look the tensors up again: moving a model replaces its buffers.
             for tensor, value in zip(changing(), saved, strict=True):
                 tensor.copy_(value)
 
 
 @dataclass(frozen=True)
 class _Checks:
-    """The checks that run the model, which is on `device`."""
+    """The checks that run the model; expects it on `device`."""
 
     config: DictConfig
     vlm: VLM
@@ -160,8 +159,9 @@ class _Checks:
     device: torch.device
 
     def learning(self) -> None:
-        """Gradients, and a loss that falls."""
-        recipe, vlm, batches = self.config.recipe, self.vlm, self.data.collate(self.examples).batches
+        """Checks the gradients, and that the loss falls."""
+        recipe, vlm = self.config.recipe, self.vlm
+        batches = self.data.collate(self.examples).batches
         optimizer = adamw(vlm, recipe)
         targets = sum(len(batch.targets) for batch in batches)
         before = sum(self._losses(batches)) / targets
@@ -184,7 +184,7 @@ class _Checks:
         log.info("Preflight: %s from %.4f to %.4f", found, before, after)
 
     def _check_gradients(self) -> None:
-        # Norms of whole parts: a parameter may rightly have none at first (a LoRA factor behind one of zeros).
+        # Norms of whole parts: single gradients may legitimately be zero at first (a LoRA's A while its B is zero).
         parts = {"LLM": self.vlm.lm}
         if not self.config.recipe.blind and any(example.pixels for example in self.examples):
             parts = {"tower": self.vlm.backbone, "projector": self.vlm.projector} | parts
@@ -194,7 +194,7 @@ class _Checks:
                 raise _failed("gradient", f"the norm of the {name}'s first gradient is {norm}; it must be above 0")
 
     def images(self) -> None:
-        """Another loss with black images."""
+        """Checks that black images change the loss."""
         black = []
         for example in self.examples:
             pixels = [{tower: torch.zeros_like(image) for tower, image in one.items()} for one in example.pixels]
@@ -207,8 +207,9 @@ class _Checks:
         log.info("Preflight: the loss with black images is %.4g times as high", sum(other) / sum(own))
 
     def saving(self, folder: Path, llm: LanguageModel) -> None:
-        """Equal logits of a saved and loaded model, on the CPU: equal weights give equal bits there."""
+        """Checks that saving and loading keeps the logits, on the CPU, where equal weights give equal bits."""
         with torch.no_grad():
+            # Adapters are saved in this dtype: round them first.
             for name, parameter in self.vlm.named_parameters():
                 if is_adapter(name):
                     parameter.copy_(parameter.to(adapter_dtype(self.config)))
@@ -220,8 +221,9 @@ class _Checks:
             raise _failed("saving", f"what was saved cannot be loaded: {error}") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        difference, largest = float((expected - found).abs().max()), float(expected.abs().max())
-        # Libraries may round differently where memory is aligned differently; other weights differ by more.
+        difference = float((expected - found).abs().max())
+        largest = float(expected.abs().max())
+        # Kernels may round differently if memory is aligned differently; wrong weights differ by more.
         if not difference <= largest * math.sqrt(torch.finfo(expected.dtype).eps):
             raise _failed("saving", f"logits of up to {largest:.3g} differ by {difference:.3g} once loaded")
         log.info("Preflight: logits differ by %.3g after saving and loading", difference)
