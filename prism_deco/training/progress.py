@@ -1,5 +1,5 @@
-"""What a run writes about its progress: `status.json`, one of running | preempted | failed | out_of_memory | trained |
-done, and `metrics.jsonl`, the numbers of every step, exact."""
+"""Progress of a run on disk: `status.json`, whose state is running | preempted | failed | out_of_memory | trained |
+done, and `metrics.jsonl`, the exact metrics of every step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ METRICS = "metrics.jsonl"
 VAL_LOSS = "val/loss"
 
 THROUGH = ("trained", "done")
-"""States of a run whose training has finished; in the first, scoring is still to be done."""
+"""States of a run whose training has finished; a `trained` one is not scored yet."""
 
 _STATUS = "status.json"
 
@@ -33,7 +33,7 @@ def set_status(folder: Path, state: str, **details: object) -> None:
     except OSError:
         if not path.is_file():
             raise
-        # A full disk has no room for a second file, but the block of the first one is there.
+        # A full disk has no room for a second file, but the block of the existing one can be overwritten.
         with path.open("r+", encoding="utf-8") as file:
             file.write(json.dumps(content))
             file.truncate()
@@ -49,8 +49,9 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def is_requeued(folder: Path) -> bool:
-    """Whether this process belongs to a SLURM job that was queued again, and the run was begun before that."""
-    status, job = read_status(folder), slurm_job()
+    """Whether this process belongs to a requeued SLURM job that started the run before it was requeued."""
+    status = read_status(folder)
+    job = slurm_job()
     was_requeued = status.get("requeued", False) or _restarts() > status.get("restarts", 0)
     return job is not None and status.get("job") == job and was_requeued
 
@@ -60,13 +61,11 @@ def _restarts() -> int:
 
 
 class Metrics:
-    """Appends a line of JSON per step and per validation, each once.
-
-    Floats are written so that reading gives the same bits.
+    """Appends one line of JSON per step and per validation to `metrics.jsonl`. Floats are written without rounding.
 
     Args:
         folder: the run's folder.
-        start: step from which training continues: later lines are removed, since training repeats those steps.
+        start: step from which training resumes. Later lines are removed, since training repeats those steps.
     """
 
     def __init__(self, folder: Path, start: int):
@@ -83,18 +82,19 @@ class Metrics:
             self.validated[step] = values[VAL_LOSS]
 
     def sync(self) -> None:
-        """Flushes the lines to disk: a checkpoint must not survive a crash of the machine without them."""
+        """Flushes the lines to disk: call this before saving a checkpoint, which must not survive a crash without
+        them."""
         with self._path.open("ab") as file:
             os.fsync(file.fileno())
 
     @property
     def best(self) -> int | None:
-        """The step with the lowest validation loss, the first of equals."""
+        """The first step with the lowest validation loss; None before the first validation."""
         return min(self.validated, key=lambda step: (self.validated[step], step), default=None)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run; a last line that was cut off by a kill is left out."""
+    """The lines of a run, without a last line that a kill cut off."""
     rows = []
     with suppress(FileNotFoundError):
         for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():

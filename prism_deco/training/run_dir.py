@@ -1,4 +1,4 @@
-"""The run's folder: whether a command line starts a run, continues one, or finds it complete."""
+"""The run's folder: whether a command line starts a run, resumes one, or finds it complete."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from prism_deco.training.progress import THROUGH, is_requeued, read_status
 log = logging.getLogger(__name__)
 
 _CUT = ("recipe.micro_batch_size", "trainer.devices", "trainer.num_nodes")
-"""Keys that decide how records are divided into micro-batches; a loss that is a mean over these depends on them."""
+"""Keys that determine which records form a micro-batch, and so a loss that is a mean over micro-batches."""
 
 _LOCK = ".lock"
 
 
 @dataclass(frozen=True)
 class RunTarget:
-    """What a command line means for the run's folder.
+    """What to do in the run's folder.
 
     Attributes:
         state: train, or one of `THROUGH`.
-        checkpoint: where training continues; None is its start.
-        replaces: the folder holds an earlier run that is to be removed.
+        checkpoint: where training resumes; None to start from the beginning.
+        replaces: whether the folder holds an earlier run to remove.
     """
 
     folder: Path
@@ -45,22 +45,22 @@ class RunTarget:
 
 
 def run_folder(config: DictConfig) -> Path:
-    """The run's folder; gives the run its name where it has none."""
+    """The run's folder. Sets `run_id` to the default if it is not set."""
     config.run_id = config.run_id or default_run_id(config)
     return Path(config.runs_dir) / config.run_id
 
 
 def find_run(config: DictConfig, *, overwrite: bool = False) -> RunTarget:
-    """Where the run in its folder stands. Changes nothing.
+    """Finds out whether to start, resume or skip a run. Changes nothing on disk.
 
     Args:
-        overwrite: replace what was in the folder before this job.
+        overwrite: replace an earlier run in the folder, unless this job itself started that before it was requeued.
 
     Raises:
         UsageError: the folder holds a run of another configuration, or something else.
     """
     folder = run_folder(config)
-    # A start that was killed, or found the disk full, leaves hidden files: the lock, a file not written whole.
+    # A start that was killed or found the disk full leaves hidden files: the lock, a temporary file.
     with refusals_named(folder, "Choose another folder: runs_dir=FOLDER."):
         if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
             return RunTarget(folder)
@@ -86,11 +86,11 @@ def find_run(config: DictConfig, *, overwrite: bool = False) -> RunTarget:
 
 
 def open_run(config: DictConfig, found: RunTarget, held: ExitStack) -> RunTarget:
-    """Creates the run's folder with its `config.yaml`, or opens the run in it; locks it.
+    """Locks the run's folder and writes its `config.yaml`; creates the folder if necessary.
 
     Args:
-        found: what `find_run` says of it.
-        held: holds the lock.
+        found: the result of `find_run`.
+        held: keeps the lock until it is closed.
 
     Raises:
         UsageError: another process trains the run.
@@ -103,7 +103,7 @@ def open_run(config: DictConfig, found: RunTarget, held: ExitStack) -> RunTarget
     held.enter_context(locked(folder))
     remove_unfinished(folder)
     remove_leftovers(folder / CHECKPOINTS)
-    target = find_run(config)  # once more: another process may have trained it until the lock was free
+    target = find_run(config)  # again: another process may have trained it before this one got the lock
     if target.state == "train" and (folder / CONFIG).is_file():
         _log_continued(config, target)
     if target.state != "done":
@@ -113,17 +113,17 @@ def open_run(config: DictConfig, found: RunTarget, held: ExitStack) -> RunTarget
 
 @contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
-    """Raises `DiskFull`, which names the folder and how much a run needs, where a write finds no room."""
+    """Turns the error of a write to a full disk into a `DiskFull` that names the folder and the space needed."""
     try:
         yield
     except Exception as error:
         if isinstance(error, Stop | UsageError) or not is_disk_full(error):
-            raise  # the first two have their reason in one line already
+            raise  # a Stop or UsageError states its reason in one line already
         raise DiskFull(f"{full_disk([folder, cache_dir()], error)} Free {_needed_space(folder)}") from error
 
 
 def _needed_space(run: Path) -> str:
-    """The next checkpoint takes what the newest one does."""
+    """How much space to free: the next checkpoint is as large as the newest one."""
     newest = newest_checkpoint(run / CHECKPOINTS)
     if newest is None:
         return "some space"
@@ -132,14 +132,10 @@ def _needed_space(run: Path) -> str:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from training the same run; does nothing on a file system without locks.
-
-    Raises:
-        UsageError: another process trains it.
-    """
+    """Locks a run; `UsageError` if another process trains it. Does nothing on a file system without locks."""
     with (folder / _LOCK).open("a") as file:
         try:
-            # Not flock: loader processes would inherit that, and hold it for some seconds after a kill.
+            # Not flock: forked loader processes would inherit the lock and hold it for some seconds after a kill.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(
@@ -151,7 +147,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a run so that a kill on the way leaves nothing that looks like one."""
+    """Removes a run; renames it first, so that a kill in between leaves nothing that looks like a run."""
     log.warning("Removing the earlier run in %s", folder)
     removing = folder.parent / f".removing-{folder.name}"
     shutil.rmtree(removing, ignore_errors=True)
@@ -161,7 +157,7 @@ def _remove(folder: Path) -> None:
 
 
 def _log_continued(config: DictConfig, target: RunTarget) -> None:
-    """Says where an unfinished run continues, and warns where its loss becomes another one."""
+    """Logs where an unfinished run resumes, and warns if its loss changes."""
     checkpoint = target.checkpoint
     if checkpoint and config.recipe.loss == "micro_batch_mean":
         earlier, now = flat(read_config(target.folder / CONFIG)), flat(config)

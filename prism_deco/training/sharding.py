@@ -1,5 +1,5 @@
-"""How a model is spread over devices: Lightning's strategies, which modules FSDP2 (`fully_shard`) shards, which part of
-a sharded tensor this process holds, and how each process reads just its own part from files."""
+"""Distributing a model over devices: Lightning's strategies, the modules that FSDP2 (`fully_shard`) shards, the local
+block of a sharded tensor, and reading just that block from files."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from prism_deco.vlm import VLM
 
 
 def strategy_of(trainer: DictConfig, world: World) -> Any:
-    """Lightning's strategy that the `trainer` group names; `UsageError` where it is not for that many devices."""
+    """Lightning's strategy for the `trainer` group; `UsageError` if it does not support the number of devices."""
     if trainer.strategy == "ddp":
         return DDPStrategy(timeout=world.timeout)
     if trainer.strategy == "fsdp":
-        # The defaults shard nothing and synchronise nothing.
+        # Lightning's default ("auto") makes the data-parallel size the number of nodes.
         return ModelParallelStrategy(data_parallel_size=world.size, tensor_parallel_size=1)
     if world.size > 1:
         raise UsageError(f"{world.size} devices need trainer.strategy=ddp or trainer.strategy=fsdp.")
@@ -46,14 +46,14 @@ def strategy_of(trainer: DictConfig, world: World) -> Any:
 
 @dataclass(frozen=True)
 class Sharding:
-    """Divides a VLM's weights among the processes.
+    """Shards a VLM's weights over the processes.
 
     Attributes:
-        shard_size: processes that share one copy of the weights; None is all of them. With less, each such group
-            holds a copy and gradients are averaged over the groups (hybrid sharding).
-        compute: type that weights are gathered and computed in; the shards and the optimizer stay in float32.
-        reduce: type that gradients are summed in.
-        timeout: what a collective may take.
+        shard_size: processes that share one copy of the weights; None is all of them. If smaller, each group of this
+            size holds a copy, and gradients are averaged over the groups (hybrid sharding).
+        compute: dtype that weights are gathered and computed in; the shards and the optimizer stay in float32.
+        reduce: dtype that gradients are summed in.
+        timeout: of a collective.
     """
 
     shard_size: int | None
@@ -63,7 +63,7 @@ class Sharding:
 
     @classmethod
     def of(cls, trainer: DictConfig, world_size: int) -> Sharding:
-        """As the `trainer` group says; `UsageError` where its `shard_size` does not divide the number of processes."""
+        """From the `trainer` group; `UsageError` if its `shard_size` does not divide the number of processes."""
         size = trainer.shard_size
         if size is not None and world_size % size:
             raise UsageError(f"trainer.shard_size={size} does not divide the {world_size} processes of the run.")
@@ -72,12 +72,12 @@ class Sharding:
         return cls(size, compute, getattr(torch, trainer.reduce_dtype), timeout)
 
     def apply(self, vlm: VLM, llm: LanguageModel, mesh: DeviceMesh) -> None:
-        """Shards a VLM in place, and reads the LLM's weights where they are still on the meta device.
+        """Shards a VLM in place, and reads the LLM's weights if they are still on the meta device.
 
         Args:
             mesh: one dimension over all processes.
         """
-        # A mesh of less shards less and leaves gradients unsynchronised, without any error.
+        # With a smaller mesh, gradients would not be synchronised over all processes, without any error.
         assert mesh.ndim == 1 and mesh.size() == dist.get_world_size(), mesh
         if self.shard_size not in (None, mesh.size()):
             mesh = self._hybrid(mesh)
@@ -87,11 +87,11 @@ class Sharding:
             files = weight_map(llm.spec)
             assert files is not None
             read_weights(vlm.lm, files, torch.device(mesh.device_type))
-        # A rank without images must gather the tower's and the projector's weights with the others, or all wait.
+        # A rank without images must still gather the tower's and the projector's weights, or the others would hang.
         vlm.every_unit = True
         for method in ("visual_tokens", "generate"):
             register_fsdp_forward_method(vlm, method)
-        # transformers goes on generating on a rank that is done, until all are.
+        # Has transformers continue generation on a finished rank until all ranks are done.
         vlm.lm._is_fsdp_managed_module = True  # type: ignore[assignment]
 
     def _policy(self, unit: nn.Module) -> MixedPrecisionPolicy:
@@ -101,25 +101,26 @@ class Sharding:
         return MixedPrecisionPolicy(param_dtype=own, reduce_dtype=self.reduce, output_dtype=self.compute)
 
     def _hybrid(self, mesh: DeviceMesh) -> DeviceMesh:
-        """Groups of `shard_size` neighbours, which share a copy, by groups of those with the same part of it."""
+        """A mesh (replicate, shard): `shard_size` consecutive ranks share one copy of the weights."""
         places = torch.arange(mesh.size()).view(-1, self.shard_size or mesh.size())
-        # A mesh that makes its groups by itself gives them torch's own timeout, ten minutes under NCCL.
+        # `init_device_mesh` would create the groups with torch's default timeout, ten minutes under NCCL.
         groups: Any = [dist.new_subgroups_by_enumeration(g.tolist(), self.timeout)[0] for g in (places.T, places)]
         return DeviceMesh.from_group(groups, mesh.device_type, mesh=places, mesh_dim_names=("replicate", "shard"))
 
 
 def sharded_units(vlm: VLM) -> list[nn.Module]:
-    """Modules whose weights are gathered together, inner ones first: each block of the tower, the tower, each layer of
-    the LLM, the projector. The rest (embeddings and the head, which may be tied) belongs to the whole model.
+    """Modules whose weights are gathered together, inner ones first: the tower's blocks, the tower, the LLM's layers,
+    the projector. The rest (embeddings and head, which may be tied) belongs to the root.
 
-    prismatic-vlms wraps the same units.
+    These are the units of prismatic-vlms.
     """
     units = [*vlm.backbone.blocks, vlm.backbone, *decoder_layers(vlm.lm), vlm.projector]
     return [unit for unit in units if next(unit.parameters(), None) is not None]
 
 
 def reshard(vlm: nn.Module) -> None:
-    """Frees gathered weights, so that parameters are shards again: after a validation the outermost ones are not."""
+    """Frees gathered weights, so that parameters are shards again: those of the root stay gathered after a
+    validation."""
     for module in vlm.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -127,7 +128,7 @@ def reshard(vlm: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of a tensor, the shape of the whole tensor, and where the block begins in it."""
+    """A block of a tensor, with the shape of the whole tensor and the block's offset in it."""
 
     tensor: Tensor
     shape: tuple[int, ...]
@@ -135,21 +136,22 @@ class Piece:
 
 
 def local_piece(tensor: Tensor) -> Piece:
-    """This process's block of a tensor: its part of one that `fully_shard` divided, else all of it."""
+    """This process's block of a tensor: its shard under `fully_shard`, otherwise the whole tensor."""
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
         return Piece(tensor.detach(), shape, (0,) * len(shape))
     local = tensor.to_local().detach()
     expected, offset = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
-    assert tuple(local.shape) == expected, "sharded in another way than fully_shard does"
+    assert tuple(local.shape) == expected, "not sharded by fully_shard"
     return Piece(local, shape, offset)
 
 
 def piece_of(tensor: Tensor, rank: int) -> Piece | None:
-    """What this process has to write of a tensor: each block is written once, and empty ones never."""
+    """The block of a tensor that this process has to write; None if it is empty or another process writes it."""
     if not isinstance(tensor, DTensor):
         return local_piece(tensor) if rank == 0 else None
     mesh = tensor.device_mesh
+    # Under hybrid sharding, the first of the replicas writes.
     copies = [mesh.get_local_rank(d) for d, p in enumerate(tensor.placements) if isinstance(p, Replicate)]
     piece = local_piece(tensor)
     return piece if not any(copies) and piece.tensor.numel() else None
@@ -157,20 +159,21 @@ def piece_of(tensor: Tensor, rank: int) -> Piece | None:
 
 @torch.no_grad()
 def read_weights(lm: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
-    """Gives an LLM on the meta device, sharded or not, the weights of safetensors files.
+    """Reads the weights of an LLM on the meta device, sharded or not, from safetensors files.
 
-    No process has more of the model in memory than its own part and one row block of a file.
+    A process has no more in memory than its shard and the rows that it reads of one tensor.
 
     Args:
-        files: the file of each tensor.
+        files: the file of each tensor, by name.
 
     Raises:
-        UsageError: a weight is missing, or has another shape.
+        UsageError: a weight is missing or has another shape.
     """
+    # `to_empty` also discards the buffers and unties tied weights.
     fill_buffers(lm)
     buffers = {name: buffer.clone() for name, buffer in lm.named_buffers()}
     lm.to_empty(device=device)
-    lm.tie_weights()  # the copies that `to_empty` makes are separate
+    lm.tie_weights()
     for name, buffer in lm.named_buffers():
         buffer.copy_(buffers[name])
     handles: dict[Path, Any] = {}
@@ -186,21 +189,23 @@ def read_weights(lm: PreTrainedModel, files: Mapping[str, Path], device: torch.d
 
 
 def _read(name: str, stored: Any, piece: Piece, std: float) -> None:
+    """Fills a block, which is sharded along dimension 0, from a stored tensor; draws the rows of added tokens."""
     shape = tuple(stored.get_shape())
     added = piece.shape[0] - shape[0]
-    # Tables have a row per token, and so has the head's bias: the tokenizer may need more of them or fewer.
+    # Embeddings, head and the head's bias have a row per token, of which the tokenizer may need more or fewer.
     by_token = "embed" in name or "lm_head" in name
     if shape[1:] != piece.shape[1:] or (added and not by_token):
         raise UsageError(f"The weight {name} is {list(shape)} in its file and {list(piece.shape)} in the model.")
     if not piece.tensor.numel():
         return
     start, rows = piece.offset[0], piece.tensor.shape[0]
-    there = max(0, min(rows, shape[0] - start))
+    there = max(0, min(rows, shape[0] - start))  # rows of the block that are in the file
     if there:
         piece.tensor[:there].copy_(stored[start : start + there])
     if there < rows and len(shape) == 1:
         piece.tensor[there:].zero_()
     elif there < rows:
+        # Drawn whole on every process, so that they do not depend on how they are sharded.
         piece.tensor[there:].copy_(added_rows(added, piece.shape[1], std)[start + there - shape[0] :][: rows - there])
 
 
