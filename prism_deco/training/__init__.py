@@ -1,1 +1,1 @@
-"""Training: the configuration becomes a model, the model a run folder."""
+"""Training: from the configuration to a finished run folder."""

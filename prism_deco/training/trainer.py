@@ -1,4 +1,4 @@
-"""A training run: from the configuration to a self-describing run folder."""
+"""Trains a configured model in its run folder."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def train(
     """Trains the configured model and writes `model/`, `manifest.json` and `status.json`; every process calls this.
 
     Args:
-        data: of the run, where this process has opened it already.
-        target: where training continues.
+        data: of the run, if this process has opened it already.
+        target: the run's folder and the checkpoint to resume from.
 
     Raises:
         Stop: the run ended early.
@@ -76,7 +76,7 @@ def train(
     if world.is_main:
         clear_failures(target.folder)
         set_status(target.folder, "trained", started=started, seconds=round(time.time() - started, 1))
-    world.barrier()  # what follows reads the model that rank 0 has written
+    world.barrier()  # the caller reads the model, which rank 0 has written
 
 
 def _train(
@@ -89,7 +89,7 @@ def _train(
     if target.checkpoint is not None:
         resume = Checkpoint(target.checkpoint)
         check_owner(resume, config)
-        resume.verify()  # all processes together
+        resume.verify()
     if config.recipe.start_from:
         start = find_start(Path(config.recipe.start_from), config)
         world.decide(partial(verify_model, start))
@@ -99,7 +99,7 @@ def _train(
         data = Conversations(build_source(group(config, "data")), config, vlm, llm)
     _announce(config, target, world, vlm, data)
     if config.recipe.standardise_features and resume is None:
-        # Rank 0 computes them for all: on another number of threads the others would round differently.
+        # Computed on rank 0 for all: other ranks may have another number of threads, and so round differently.
         statistics = world.decide(lambda: vlm.fit_features(data.sample_pixels(FEATURE_STATISTICS_IMAGES), world.device))
         vlm.feature_mean, vlm.feature_std = statistics
     if start is not None:
@@ -121,7 +121,7 @@ def _train(
     if world.is_main:
         steps_done = resume.step if resume else 0
         metrics, loggers = Metrics(target.folder, steps_done), Loggers(target.folder, config, steps_done)
-    # In the order in which they see a step: it is recorded before it is saved.
+    # Lightning calls them in this order: the metrics of a step must be recorded before its checkpoint is saved.
     callbacks: list[Callback] = [SpeedMonitor(_step_flops(config, caches), config.trainer.log_every, loggers)]
     if config.trainer.samples:
         callbacks.append(SampleAnswers(llm, data, config.trainer.samples, loggers))
@@ -150,7 +150,8 @@ def _train(
 
 
 def _build(config: DictConfig, start: Path | None, sharding: Sharding | None) -> tuple[VLM, LanguageModel]:
-    """The model on the CPU, or without its LLM's weights, of which each process then reads just its shard."""
+    """The model on the CPU; if it is sharded, possibly with its LLM on the meta device, so that each process later
+    reads only its shard."""
     # Random weights are drawn whole, so that they do not depend on how they are sharded.
     defers = sharding is not None and config.llm.pretrained and weight_map(read_spec(group(config, "llm"))) is not None
     if start is not None and takes_llm(start, config):
@@ -168,9 +169,9 @@ def _build(config: DictConfig, start: Path | None, sharding: Sharding | None) ->
 
 @contextmanager
 def half_precision_tower(vlm: VLM, settings: DictConfig) -> Iterator[None]:
-    """Keeps a frozen tower's weights in bfloat16 where its products are computed in it, as prismatic-vlms does: half
-    the memory, and nothing to cast in each pass. Sharded weights have a policy for that; trained ones stay as they are.
-    Afterwards, on the CPU again, they are the exact ones."""
+    """Keeps a frozen tower's weights in bfloat16 during a `bf16-mixed` training, as prismatic-vlms does: this halves
+    their memory and saves the casts of each pass. Under FSDP the mixed-precision policy does the same. Restores the
+    original weights afterwards."""
     applies = settings.precision == "bf16-mixed" and settings.strategy != "fsdp" and not vlm.backbone.trained
     exact = [(parameter, parameter.data) for parameter in vlm.backbone.parameters()] if applies else []
     for parameter, weights in exact:
@@ -197,7 +198,7 @@ def _announce(config: DictConfig, target: RunTarget, world: World, vlm: VLM, dat
 
 
 def _step_flops(config: DictConfig, caches: list[FeatureCache]) -> TrainingFlops | None:
-    """The cost of a step, on GPUs; the peak of other devices is not known."""
+    """The FLOPs of a step, for the utilisation of GPUs; None on devices of unknown peak."""
     if not torch.cuda.is_available():
         return None
     try:
@@ -215,15 +216,15 @@ def _lightning_trainer(config: DictConfig, world: World, data: Conversations, ca
         devices=world.devices,
         num_nodes=settings.num_nodes,
         strategy=strategy_of(settings, world),
-        # Sharded weights have their types set where they are sharded.
+        # FSDP sets its precision in `Sharding`.
         precision="32-true" if settings.strategy == "fsdp" else settings.precision,
         plugins=[world.environment] if world.grouped and world.environment else None,
-        # The loader runs through all epochs in one pass; see StepSampler.
+        # To Lightning, all epochs are one: the loader iterates over them (StepSampler).
         max_epochs=1,
         max_steps=data.total_steps,
         val_check_interval=max(1, round(data.total_steps * settings.val_every)),
         check_val_every_n_epoch=None,
-        # A validation before the first step, after resuming, would leave FSDP's buffers unfit for training.
+        # A resumed run may validate before its first step; under inference mode FSDP's buffers then fail in training.
         inference_mode=False,
         limit_val_batches=1.0 if len(data.val_records) else 0,
         num_sanity_val_steps=0,
@@ -237,7 +238,7 @@ def _lightning_trainer(config: DictConfig, world: World, data: Conversations, ca
 
 
 def _finish(folder: Path, requeues: bool, stop: Stop) -> None:
-    """Records why the run ended early, and asks SLURM to continue it."""
+    """Records why the run ended early, and requeues a preempted SLURM job if configured."""
     requeues = requeues and isinstance(stop, Preempted) and not isinstance(stop, Interrupted)
     details: dict[str, object] = {"requeued": True} if requeues else {}
     with suppress(OSError):  # the disk may be what failed
@@ -248,12 +249,12 @@ def _finish(folder: Path, requeues: bool, stop: Stop) -> None:
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Drops the line where the disk is full: the run then ends with one message at the next file that it needs."""
+        """Drops lines silently on a full disk: the run ends with one clear message at the next file it must write."""
 
 
 @contextmanager
 def _logged(folder: Path, world: World) -> Iterator[None]:
-    """Rank 0 keeps a log in the run's folder."""
+    """Writes rank 0's log to `train.log` in the run's folder."""
     if not world.is_main:
         yield
         return
