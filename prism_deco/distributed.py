@@ -1,4 +1,4 @@
-"""This process's place among the processes of a run, its device, and how all of them agree."""
+"""The processes of a run: this one's rank and device, the process group, and decisions of rank 0 for all."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# A rank that has answered all its questions waits for the slowest one, which may take days.
 PATIENCE = timedelta(days=7)
+"""Timeout for scoring: a rank that has finished its share waits for the slowest one, which may take days."""
 
 
 @dataclass
 class World:
-    """This process's place among the processes of a run; by default it is the only one.
+    """The processes of a run and this one's rank; by default there is only this one.
 
-    torchrun and srun start all processes and describe them in the environment. Otherwise the command that was run
-    starts one per device; see `processes.start_ranks`.
+    torchrun and srun start all processes and describe them in environment variables. Otherwise the command starts one
+    process per device; see `processes.start_ranks`.
 
     Attributes:
-        rank, size: this process among all of them.
-        local_rank, devices: this process among those of its node.
-        gpu: the run computes on GPUs.
-        grouped: the processes form a process group, which may have a single member (a strategy needs one).
-        timeout: longest time that a collective may take.
-        environment: what Lightning asks for the above; None where no Trainer does.
+        rank, size: of this process, among all of the run.
+        local_rank, devices: of this process, among those on its node.
+        gpu: whether the run computes on GPUs.
+        grouped: whether the processes form a process group; Lightning's strategies need one even for one process.
+        timeout: of a collective.
+        environment: Lightning's view of the above; None if no Trainer is used.
     """
 
     rank: int = 0
@@ -57,7 +57,7 @@ class World:
         """The world that the `trainer` group of a configuration describes.
 
         Raises:
-            UsageError: the machine does not have the devices, or another number of processes was started.
+            UsageError: the machine lacks the devices, or a launcher started another number of processes.
         """
         if trainer.accelerator in ("gpu", "cuda"):
             way_out = "Use trainer.accelerator=cpu, or auto, which takes a GPU where there is one."
@@ -85,7 +85,7 @@ class World:
 
     @classmethod
     def of_torchrun(cls) -> World:
-        """The processes that torchrun started, to share work without a model in common; else this one alone."""
+        """The processes that torchrun started, each with a model of its own (scoring); otherwise this one alone."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
@@ -93,7 +93,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes the files and the log."""
+        """Whether this process (rank 0) writes the files and the log."""
         return self.rank == 0
 
     @property
@@ -103,12 +103,12 @@ class World:
 
     @property
     def starts_ranks(self) -> bool:
-        """Whether this process is the command itself, which has to start the processes of its node."""
+        """Whether this process must start the ranks of its node, since no launcher did."""
         return self.environment is not None and self.devices > 1 and not self.environment.creates_processes_externally
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment variables by which the processes find each other, but for their ranks."""
+        """The environment variables of the rendezvous, without the ranks."""
         if self.environment is None:
             return {}  # torchrun has set them
         return {
@@ -119,7 +119,7 @@ class World:
 
     @contextmanager
     def joined(self) -> Iterator[None]:
-        """Joins the process group; leaves it with the others, or alone where something failed."""
+        """Joins the process group. Leaves it together with the other processes, or alone after a failure."""
         if not self.grouped:
             yield
             return
@@ -141,7 +141,7 @@ class World:
 
     @contextmanager
     def patient(self) -> Iterator[None]:
-        """Lets ranks wait for each other for days; the group of the training gives up after minutes."""
+        """Gives `barrier` a timeout of days; collectives of the training have one of minutes."""
         if not dist.is_initialized():
             yield
             return
@@ -154,9 +154,9 @@ class World:
             self._group = None
 
     def leave(self) -> None:
-        """Leaves the group without the others, some of which may have failed."""
+        """Leaves the group without waiting for the others, some of which may have failed."""
         if dist.is_initialized() and self.gpu:
-            abort_process_group()  # destroying an NCCL group waits for all of its members
+            abort_process_group()  # destroying an NCCL group would wait for all members
         elif dist.is_initialized():
             dist.destroy_process_group()
 
@@ -166,9 +166,9 @@ class World:
             dist.barrier(group=self._group)
 
     def decide(self, decision: Callable[[], T]) -> T:
-        """The result of a function that rank 0 alone calls.
+        """Calls a function on rank 0 and returns its result on all ranks.
 
-        An exception ends all processes: rank 0 raises it, the others exit with its code and say nothing.
+        An exception ends all processes: rank 0 raises it, the others exit silently with its exit code.
         """
         if not dist.is_initialized():
             return decision()
@@ -187,7 +187,7 @@ class World:
 
 
 def gather_objects(value: T) -> list[T]:
-    """The values of all processes, by rank; all must call it."""
+    """The values of all processes, by rank; all processes must call this."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -196,25 +196,22 @@ def gather_objects(value: T) -> list[T]:
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code of a process that ends by an exception."""
+    """The exit code of a process that ends with an exception."""
     if isinstance(error, Stop):
         return error.exit_code
     return 2 if isinstance(error, UsageError) else 1
 
 
 def local_device(accelerator: str) -> torch.device:
-    """This process's device for a `trainer.accelerator` (auto | cpu | gpu | cuda): the CPU where there is no GPU."""
+    """This process's device for a `trainer.accelerator` (auto | cpu | gpu | cuda); the CPU if there is no GPU."""
     if accelerator == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def requested_device(name: str) -> torch.device:
-    """The device of a name that a user gave (auto | cpu | gpu | cuda | cuda:N | ...), for this process.
-
-    Raises:
-        UsageError: there is no such device, or not on this machine.
-    """
+    """This process's device for a name from the user (auto | cpu | gpu | cuda | cuda:N | ...); `UsageError` if the
+    name is unknown or this machine has no such device."""
     if name == "auto":
         return local_device(name)
     try:
@@ -232,7 +229,7 @@ def requested_device(name: str) -> torch.device:
 
 
 def check_gpus(asked: str, count: int, way_out: str) -> None:
-    """`UsageError` where torch finds fewer GPUs than were asked for."""
+    """`UsageError` if torch finds fewer than `count` GPUs."""
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if found < count:
         has = f"this machine has {found}" if found else "this machine has no GPU that torch can use"
@@ -240,13 +237,13 @@ def check_gpus(asked: str, count: int, way_out: str) -> None:
 
 
 def _local_devices(trainer: DictConfig, gpu: bool) -> int:
-    """Processes on this node: `trainer.devices`, where -1 is as many as were started, or one per GPU."""
+    """Processes on this node: `trainer.devices`, where -1 means as many as a launcher started, or one per GPU."""
     devices = trainer.devices
     if devices < 1 and devices != -1:
         raise UsageError(f"trainer.devices={devices} must be at least 1, or -1 for all GPUs.")
     if devices == -1:
         return _started_here() or (torch.cuda.device_count() if gpu else 1)
-    # A launcher may show each process its own GPU only.
+    # A launcher may let each process see only its own GPU.
     if gpu and not _started_here():
         check_gpus(f"trainer.devices={devices}", devices, "Use at most as many devices, or trainer.accelerator=cpu.")
     return devices
@@ -261,7 +258,7 @@ def _started_here() -> int:
 
 
 def _environment(size: int, devices: int) -> ClusterEnvironment:
-    # Importing Lightning takes seconds, and a command that does not train needs none of it.
+    # Imported here, since it takes seconds and only training needs it.
     from lightning_fabric.plugins.environments.lightning import LightningEnvironment
     from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -269,10 +266,10 @@ def _environment(size: int, devices: int) -> ClusterEnvironment:
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        # Lightning's own requeueing saves within the signal handler, which ranks enter at different moments.
+        # Lightning's own requeueing saves within the signal handler, which ranks enter at different steps.
         try:
             return SLURMEnvironment(auto_requeue=False)
-        except RuntimeError as error:  # it wants the number of tasks in another variable
+        except RuntimeError as error:  # Lightning wants --ntasks-per-node instead of --ntasks
             raise UsageError(str(error)) from error
     environment = LightningEnvironment()
     environment.set_world_size(size)
@@ -281,14 +278,14 @@ def _environment(size: int, devices: int) -> ClusterEnvironment:
 
 
 def _end_together() -> None:
-    # Destroying an NCCL group returns when all members have called it: all do so before one waits for another's end.
+    # Destroying an NCCL group waits for all members, so bring them together first.
     dist.barrier()
     dist.destroy_process_group()
 
 
 @contextmanager
 def _environment_variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Sets environment variables for a while."""
+    """Sets environment variables temporarily."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,4 +1,4 @@
-"""The ranks of a run on this machine: started and ended together, and how they tell each other why one failed."""
+"""Starts and supervises the ranks of a run on this machine, and shares the reason for a failure among all ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from prism_deco.logs import configure_logging
 log = logging.getLogger(__name__)
 
 GRACE = 10.0
-"""Seconds that ranks have to end by themselves after one has failed, before they are killed."""
+"""Seconds that the other ranks get to exit after one has failed, before they are killed."""
 
 _RANK = """\
 import sys
@@ -46,22 +46,22 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
 
 _SHARED = ".ranks"
-"""In the run's folder: an empty file per rank that is training, and the reason of the first that failed."""
+"""Subfolder of the run's folder: an empty file per rank that is training, and the reason of the first failure."""
 _REASON = "failure.json"
 _PATIENCE = 3.0
-"""Seconds that a rank with a broken connection waits for the reason."""
+"""Seconds that a rank with a broken connection waits for another rank's reason."""
 
 
 def start_ranks(function: Callable[..., int], arguments: Sequence[Any], world: World) -> int:
-    """Calls a function in one new process per device of this node, which this process supervises.
+    """Calls a function in one new process per device of this node, and supervises these ranks.
 
-    Signals are passed on to the ranks. When one of them fails, the others end within seconds. When this process is
-    killed, the kernel kills them. `torch.multiprocessing` cannot promise that: it arranges it after a new process
-    has imported torch, and with a signal that a stopped process does not obey.
+    Signals are forwarded to the ranks. If one rank fails, the others end within seconds. If this process is killed, the
+    kernel kills the ranks. `torch.multiprocessing` does not guarantee that: a process arranges it only once it has
+    imported torch, and with a signal that does not end a stopped process.
 
     Args:
-        function: of an importable module; returns an exit code. A `UsageError` or a `Stop` that it raises is raised
-            here as well.
+        function: from an importable module; returns an exit code. A `UsageError` or `Stop` that it raises is raised
+            here.
         arguments: its arguments, picklable.
 
     Returns:
@@ -69,6 +69,7 @@ def start_ranks(function: Callable[..., int], arguments: Sequence[Any], world: W
     """
     with TemporaryDirectory(prefix="prism-deco-") as name:
         folder = Path(name)
+        # Pickled by itself: unpickling it imports the function's module, which must happen after logging is set up.
         task = pickle.dumps((function, tuple(arguments)))
         (folder / _TASK).write_bytes(pickle.dumps((logging.getLogger("prism_deco").level, task)))
         ranks: list[Popen[bytes]] = []
@@ -76,7 +77,7 @@ def start_ranks(function: Callable[..., int], arguments: Sequence[Any], world: W
             try:
                 for index in range(world.devices):
                     ranks.append(_start_rank(folder, index, world))
-                if received:  # while they were being started
+                if received:  # while ranks were still being started
                     _send(ranks, received[-1])
                 codes = _wait(ranks)
             finally:
@@ -98,25 +99,25 @@ def _start_rank(folder: Path, index: int, world: World) -> Popen[bytes]:
         [sys.executable, *isolated, "-c", _RANK, folder, ":".join(sys.path)],
         env=os.environ | variables,
         stdin=DEVNULL,
-        process_group=0,  # a terminal's Ctrl-C reaches this process only, which passes it on once
+        process_group=0,  # so that a terminal's Ctrl-C reaches only this process, which forwards it once
         preexec_fn=partial(_die_with_parent, os.getpid()),
     )
 
 
 def _die_with_parent(parent: int) -> None:
-    """Has the kernel kill this process when its parent ends, where it has such a service."""
+    """Has the kernel kill this process when its parent ends (Linux only)."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
+        if os.getppid() != parent:  # the parent ended before the call above
             os._exit(1)
 
 
 @contextmanager
 def _signals_forwarded(ranks: Sequence[Popen[bytes]]) -> Iterator[list[int]]:
-    """Passes signals on to the ranks: Ctrl-Z stops them with this process, a second Ctrl-C kills them.
+    """Forwards signals to the ranks: Ctrl-Z suspends them with this process, a second Ctrl-C kills them.
 
     Yields:
-        The signals received so far that ask to end.
+        The signals received so far, without Ctrl-Z.
     """
     received: list[int] = []
 
@@ -140,10 +141,10 @@ def _send(ranks: Sequence[Popen[bytes]], number: int) -> None:
 
 
 def _wait(ranks: Sequence[Popen[bytes]]) -> list[int | None]:
-    """Waits until all ranks have ended, or one has failed and `GRACE` seconds have passed.
+    """Waits until all ranks have ended, or until `GRACE` seconds after one has failed.
 
     Returns:
-        Their exit codes, negative for signals; None for one that has not ended.
+        Their exit codes, negative for signals; None for a rank that has not ended.
     """
     deadline = float("inf")
     while True:
@@ -156,18 +157,18 @@ def _wait(ranks: Sequence[Popen[bytes]]) -> list[int | None]:
 
 
 def _run_rank() -> None:
-    """What a new process does: its task, after which it leaves the error that it ends with beside it."""
+    """The main function of a rank: runs the task, and reports an error in a file next to the task."""
     own_process()
     folder = Path(sys.argv[1])
     report: UsageError | Stop | str
     try:
         level, task = pickle.loads((folder / _TASK).read_bytes())
-        if level:  # before the task imports libraries that warn
+        if level:  # before unpickling the task imports libraries that warn
             configure_logging(debug=level == logging.DEBUG)
         function, arguments = pickle.loads(task)
         sys.exit(function(*arguments))
     except (UsageError, Stop) as error:
-        error.add_note(traceback.format_exc())  # for --debug
+        error.add_note(traceback.format_exc())  # shown by --debug
         report, code = error, exit_code(error)
     except Exception as error:
         report, code = RankFailed(str(error)) if _is_broken_connection(error) else traceback.format_exc(), 1
@@ -178,10 +179,10 @@ def _run_rank() -> None:
 def _outcome(
     codes: Sequence[int | None], reports: Sequence[UsageError | Stop | str], first: int, received: Sequence[int]
 ) -> int:
-    """Raises the reason why the ranks ended, or returns the exit code where it has been shown.
+    """Raises the reason why the ranks ended, or returns the exit code if the reason was already printed.
 
     Args:
-        first: rank of the first process of this node.
+        first: rank of the first process on this node.
     """
     for report in reports:
         if isinstance(report, str):
@@ -194,10 +195,10 @@ def _outcome(
         if number == signal.SIGINT or signal.SIGINT in received:
             raise KeyboardInterrupt
         if number in SIGNALS:
-            # The rank was not ready to save, and had nothing to save yet.
+            # The signal came before the rank installed its handlers, so there is nothing to save yet.
             raise Preempted(f"received {number.name}")
         raise RankFailed(f"rank {rank} was killed by {number.name}")
-    # A rank whose connection broke knows less about the reason than one that gave it.
+    # Prefer any other reason to that of a rank whose connection broke: it only saw the consequence.
     for report in sorted(reports, key=lambda report: isinstance(report, RankFailed)):
         raise report  # type: ignore[misc]
     if signal.SIGINT in received:
@@ -209,11 +210,10 @@ def _outcome(
 def failure_recorded(folder: Path, world: World, record: Callable[[Stop], None]) -> Iterator[None]:
     """Records why a run ends early: once, by the process that failed first.
 
-    The others fail because it did, with a broken connection, or with the same bug: they exit with its code and say
-    nothing.
+    The others fail as a consequence (broken connection) or with the same bug; they exit silently with its code.
 
     Args:
-        folder: the run's, which all processes see.
+        folder: the run's folder, which all processes can access.
         record: called with the reason before it is raised.
     """
     shared = folder / _SHARED
@@ -223,14 +223,14 @@ def failure_recorded(folder: Path, world: World, record: Callable[[Stop], None])
         mark.touch()
     try:
         yield
-    except SystemExit:  # by a decision of rank 0, which says why
+    except SystemExit:  # raised by `World.decide`; rank 0 reports the reason
         raise
     except BaseException as error:
         mark.unlink(missing_ok=True)
         stop = as_stop(error)
         agreed = isinstance(stop, Preempted) and stop.agreed
         if stop is None and world.size > 1 and _is_broken_connection(error):
-            world.leave()  # the processes that wait for this one fail, too
+            world.leave()  # so that processes that wait for this one fail as well
             stop = _silent_ranks(shared, error)
         elif stop is not None and not agreed and world.rank:
             stop = type(stop)(f"rank {world.rank}: {stop}")
@@ -248,19 +248,19 @@ def failure_recorded(folder: Path, world: World, record: Callable[[Stop], None])
 
 
 def clear_failures(folder: Path) -> None:
-    """Removes what the processes of a run have shared."""
+    """Removes the files by which the processes of a run shared a failure."""
     shutil.rmtree(folder / _SHARED, ignore_errors=True)
 
 
 def _location(error: BaseException) -> str:
-    """The innermost line of code outside the libraries; empty for refused input, which has nothing to do with it."""
+    """The innermost code line outside site-packages, formatted; empty for a `UsageError`, which is not a bug."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "site-packages" not in frame.filename]
     return f" ({own[-1].filename}, line {own[-1].lineno})" if own and not isinstance(error, UsageError) else ""
 
 
 def _claim(shared: Path, world: World, reason: Stop, code: int) -> None:
-    """Says why the run ends; exits where another process has done so before."""
+    """Publishes the reason to the other processes; exits if another process has already published one."""
     try:
         with (shared / _REASON).open("x", encoding="utf-8") as file:
             json.dump({"code": code, "text": str(reason)}, file)
@@ -270,7 +270,7 @@ def _claim(shared: Path, world: World, reason: Stop, code: int) -> None:
             log.error("The run stopped: %s", first["text"])
         raise SystemExit(first["code"]) from None
     except OSError:
-        pass  # on a full disk the reason is shown more than once
+        pass  # on a full disk, several processes may report a reason
 
 
 def _read_reason(shared: Path) -> dict[str, Any]:
@@ -282,14 +282,14 @@ def _read_reason(shared: Path) -> dict[str, Any]:
 
 
 def _is_broken_connection(error: BaseException) -> bool:
-    """Whether an error is how a process learns that another one failed. Gloo's are plain RuntimeErrors."""
+    """Whether an error only shows that another process failed. Gloo raises plain RuntimeErrors."""
     text = str(error).lower()
     gloo = isinstance(error, RuntimeError) and ("gloo" in text or "pair closure" in text)
     return gloo or isinstance(error, dist.DistError)
 
 
 def _silent_ranks(shared: Path, error: BaseException) -> Stop | None:
-    """Waits for the reason of another process. None where there is one, else the ranks that said nothing at all."""
+    """Waits for another process's reason. Returns None if there is one, or else names the ranks that gave none."""
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         if (shared / _REASON).exists():
