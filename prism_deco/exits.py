@@ -1,7 +1,4 @@
-"""How a run ends before its time: the signals that ask it to stop, the reasons, and the exit codes.
-
-Schedulers and `prism-deco sweep` act on the exit codes.
-"""
+"""How a run ends early: signals, reasons, and exit codes, which schedulers and `prism-deco sweep` act on."""
 
 from __future__ import annotations
 
@@ -35,20 +32,16 @@ _owns_process = False
 
 
 def take_over(numbers: Iterable[int], handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
-    """Installs a handler for signals, except those the process was started to ignore (as `nohup` does).
-
-    Returns:
-        The previous handlers.
-    """
-    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in heeded}
+    """Installs a signal handler and returns the previous handlers. Signals that are ignored (`nohup`) stay ignored."""
+    handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in handled}
 
 
 @contextmanager
 def taken_over(numbers: Iterable[int], handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """`take_over` for what a process has to do; does nothing outside the main thread, where Python has no handlers.
+    """Installs a signal handler temporarily; does nothing outside the main thread, where Python allows none.
 
-    Where the process ends by that (`own_process`), the exit code is then decided: it ignores `SIGNALS` from there on.
+    In an own process (`own_process`), `SIGNALS` are ignored afterwards, so that none of them changes the exit code.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = take_over(numbers if in_main_thread else (), handler)
@@ -60,7 +53,7 @@ def taken_over(numbers: Iterable[int], handler: Callable[[int, FrameType | None]
 
 
 def own_process() -> None:
-    """Says that this process is the command, or a rank of it: nothing follows what it was started for."""
+    """Declares that this process is the command or one of its ranks, and exits after the run."""
     global _owns_process
     _owns_process = True
 
@@ -69,8 +62,8 @@ class Stop(Exception):
     """Ends a run with a one-line reason.
 
     Attributes:
-        state: what `status.json` says.
-        exit_code: what the process returns.
+        state: of `status.json`.
+        exit_code: of the process.
     """
 
     state = "failed"
@@ -93,7 +86,7 @@ class Preempted(Stop):
 
 
 class Interrupted(Preempted):
-    """Ctrl-C: like a preemption, but nobody waits to start the run again."""
+    """Ctrl-C: like a preemption, but the run is not requeued."""
 
     exit_code = INTERRUPTED
 
@@ -114,21 +107,21 @@ class CheckpointFailed(Stop):
 
 
 class DiskFull(Stop):
-    """A file could not be written for want of space."""
+    """A file could not be written because the disk is full."""
 
 
 class RankFailed(Stop):
-    """Another process of the run failed, or stopped answering."""
+    """Another process of the run failed or stopped responding."""
 
 
 def as_stop(error: BaseException) -> Stop | None:
-    """The stop that an exception amounts to; None for an error of another kind."""
+    """The `Stop` for an exception; None if it is an error of another kind."""
     if isinstance(error, Stop):
         return error
     if isinstance(error, KeyboardInterrupt):
         return Interrupted("interrupted; the newest checkpoint stays")
     text = str(error).lower()
-    # torch has an exception class for GPU memory only; its CPU allocator raises a plain RuntimeError.
+    # Only for GPU memory does torch have an exception class; its CPU allocator raises a plain RuntimeError.
     on_host = isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or on_host:
         return OutOfMemory(
@@ -139,19 +132,18 @@ def as_stop(error: BaseException) -> Stop | None:
 
 
 class Preemption:
-    """Whether this process was asked to stop.
+    """Records whether this process was asked to stop.
 
-    Signals reach the processes of a run at different moments, and saving takes all of them: within `at_boundaries`
-    the handler only sets a flag, which the processes compare once per step. Elsewhere nothing is under way that a
-    later start could not repeat, and the handler raises `Preempted` or `Interrupted`. A second Ctrl-C ends the
-    process at once.
+    Within `at_boundaries` the handler only sets a flag, which the processes compare once per step: all of them must
+    save together, and signals reach them at different moments. Elsewhere a restart can repeat the work, so the handler
+    raises `Preempted` or `Interrupted`. A second Ctrl-C ends the process at once.
 
     Args:
-        alone: no other process sees to this one. One of several may get the same Ctrl-C twice, from a scheduler and
-            from the process that started it; that one ends it at once if it is meant.
+        alone: whether this is the run's only process. A rank may get one Ctrl-C twice, from a scheduler and from its
+            parent, so it ignores the second; its parent kills it instead.
 
     Attributes:
-        requested: how it was asked; None if it was not.
+        requested: how it was asked to stop; None if it was not.
     """
 
     def __init__(self, alone: bool = True) -> None:
@@ -162,13 +154,13 @@ class Preemption:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Handles the signals; does nothing outside the main thread."""
+        """Installs the signal handlers; does nothing outside the main thread."""
         with taken_over((signal.SIGINT, *SIGNALS), self._handle):
             yield
 
     @contextmanager
     def at_boundaries(self) -> Iterator[None]:
-        """Leaves it to the caller to look at `requested`."""
+        """Only sets `requested` on a signal, instead of raising."""
         self._waits = True
         try:
             yield
@@ -176,13 +168,13 @@ class Preemption:
             self._waits = False
 
     def claim(self) -> None:
-        """Takes the signals back from Lightning, which installs its own handlers when it begins."""
+        """Installs the handlers again, after Lightning has replaced them with its own."""
         if threading.current_thread() is threading.main_thread():
             take_over(SIGNALS, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # a forked loader process: a terminal's Ctrl-C reaches it as well
+            return  # a forked loader process, which a terminal's Ctrl-C reaches as well
         if self.requested:
             if number == signal.SIGINT and self._alone:
                 raise KeyboardInterrupt
@@ -196,7 +188,7 @@ class Preemption:
 
 
 def requeue() -> None:
-    """Asks SLURM to queue this job again; logs where that does not work."""
+    """Asks SLURM to requeue this job; logs a failure to do so."""
     job = slurm_job()
     if job is None:
         log.warning("trainer.requeue=true has no effect: this is not a SLURM job")
@@ -210,15 +202,15 @@ def requeue() -> None:
 
 
 def slurm_job() -> str | None:
-    """The SLURM job of this process, as `scontrol` names it; None outside SLURM."""
+    """The id of this SLURM job in the format of `scontrol`; None outside SLURM."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception says that a disk, a quota or the allowed size of a file is exhausted."""
+    """Whether an exception means that a disk is full, or that a quota or file-size limit is exceeded."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError):
         return error.errno in codes
-    # safetensors and tokenizers are written in Rust, and their errors have the reason in the text alone.
+    # safetensors and tokenizers are written in Rust: their errors contain the reason only as text.
     return any(os.strerror(code) in str(error) for code in codes)

@@ -1,4 +1,4 @@
-"""Small files that are there whole or not at all, checksums of large ones, and the cache folder."""
+"""Atomic writes of small files, JSON, checksums, file-system errors with a remedy, and the cache folder."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ from prism_deco.errors import UsageError
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Replaces a file in one step: whatever happens, a reader sees the old content or the new. Several
-    processes may write the same file; text is written as UTF-8. The content reaches the disk before the name does, so
-    that a crash of the machine leaves no empty file.
-    """
+    """Replaces a file atomically; text is written as UTF-8. Several processes may write the same file. The content is
+    flushed to disk before the rename, so that a crash of the machine leaves no empty file."""
     building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with building.open("wb") as file:
@@ -36,21 +34,18 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON, as `write_whole` does."""
+    """Writes JSON atomically."""
     write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(
     path: Path, keys: Iterable[str] = (), *, way_out: str = "Restore it from a copy, or write it again."
 ) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file; `UsageError` if the file is damaged.
 
     Args:
-        keys: it must have these.
-        way_out: what to do about a file that cannot be read.
-
-    Raises:
-        UsageError: the file is damaged, or is missing one of the keys.
+        keys: that the object must have.
+        way_out: what the user can do about a damaged file.
     """
     with refusals_named(path, way_out):
         encoded = path.read_bytes()
@@ -69,11 +64,7 @@ def read_json(
 def read_result(
     path: Path, keys: Iterable[str] = (), *, way_out: str = "Remove it, and evaluate the run again."
 ) -> dict[str, Any]:
-    """The content of a benchmark's `metrics.json`, as `read_json` gives it, whose score and its interval are numbers.
-
-    Raises:
-        UsageError: the file is damaged, or is missing one of the keys.
-    """
+    """`read_json` for a benchmark's `metrics.json`, which also checks that the score and its interval are numbers."""
     content = read_json(path, {"interval95", "metrics", "primary", *keys}, way_out=way_out)
     metrics, primary, interval = content["metrics"], content["primary"], content["interval95"]
     if not isinstance(metrics, dict) or not isinstance(primary, str) or not _is_number(metrics.get(primary)):
@@ -88,16 +79,16 @@ def _is_number(value: object) -> bool:
 
 
 def check_writable(folder: Path, way_out: str) -> None:
-    """Raises `UsageError` where nothing can be written to a folder, or to the place where it is to be made."""
+    """`UsageError` if a folder, or the nearest existing one above it, is not writable."""
     with refusals_named(folder, way_out, "written"):
         with suppress(FileNotFoundError, NotADirectoryError):
-            folder.stat()  # its name may be too long
+            folder.stat()  # fails if the name is too long
         with TemporaryFile(dir=nearest_existing(folder)):
             pass
 
 
 def check_folder(folder: Path) -> None:
-    """Raises `UsageError` where a run's folder is none."""
+    """`UsageError` if a run folder that the user named is not a folder."""
     with refusals_named(folder, "Give a run folder such as runs/RUN_ID."):
         if not folder.is_dir():
             raise UsageError(f"{folder} is not a folder: give a run folder such as runs/RUN_ID.")
@@ -105,9 +96,10 @@ def check_folder(folder: Path) -> None:
 
 @contextmanager
 def refusals_named(path: Path, way_out: str, access: str = "read") -> Iterator[None]:
-    """Raises `UsageError` where the system refuses a file or folder that the user named: missing permissions, a name
-    too long. A file that is missing is the caller's to tell. It stands around the operation alone: elsewhere, such an
-    error is a bug."""
+    """Turns an `OSError` (missing permission, name too long) about a path that the user named into a `UsageError`.
+
+    A missing file is left to the caller to report. Wrap only the operation itself: elsewhere such an error is a bug.
+    """
     try:
         yield
     except OSError as error:
@@ -117,8 +109,11 @@ def refusals_named(path: Path, way_out: str, access: str = "read") -> Iterator[N
 
 
 def full_disk(places: Iterable[Path], error: BaseException) -> str:
-    """`PLACE: No space left on device (0.0 MB free).` A write that fails does not say where: it is the fullest of the
-    places that a command writes to; of several on one disk, the first."""
+    """The message `PLACE: No space left on device (0.0 MB free).`
+
+    The error of a write does not say where it failed. Assumes the place with the least free space; of several on the
+    same disk, the first.
+    """
     by_disk: dict[int, tuple[int, Path]] = {}
     for place in places:
         folder = nearest_existing(place.absolute())
@@ -129,20 +124,20 @@ def full_disk(places: Iterable[Path], error: BaseException) -> str:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
+    """The path itself, or its nearest parent that exists."""
     while not os.path.exists(path) and path != path.parent:
         path = path.parent
     return path
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what `write_whole` leaves below a folder when its process is killed."""
+    """Removes temporary files of `write_whole` below a folder, which it leaves when its process is killed."""
     for path in folder.rglob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a crash of the machine."""
+    """Flushes a folder's entries to disk, so that new names survive a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -151,11 +146,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def inside(folder: Path, name: str, index: Path) -> Path:
-    """The file of that name in a folder, which an index lists.
-
-    Raises:
-        UsageError: the name leads out of the folder.
-    """
+    """The path of a file that an index in `folder` lists; `UsageError` if it is outside the folder."""
     path = Path(name)
     if path.is_absolute() or ".." in path.parts:
         raise UsageError(f"{index} names {name}, a file outside its folder: do not trust it.")
@@ -163,11 +154,8 @@ def inside(folder: Path, name: str, index: Path) -> Path:
 
 
 def verify_sha256(folder: Path, digests: Mapping[str, str], index: Path, way_out: str) -> None:
-    """Compares files with the SHA-256 that an index says they have, several at a time.
-
-    Raises:
-        UsageError: a file is missing, has another content, or lies outside the folder.
-    """
+    """Compares files with the SHA-256 that an index lists; `UsageError` if one is missing, different, or outside the
+    folder."""
     paths = {name: inside(folder, name, index) for name in digests}
     if missing := [path for path in paths.values() if not path.is_file()]:
         raise UsageError(f"{missing[0]} is missing. {way_out}")
@@ -188,8 +176,8 @@ def file_sha256(path: Path) -> str:
 
 
 def cache_dir() -> Path:
-    """Folder for what can be made again: indexes, rendered worlds, converted weights. `PRISM_DECO_CACHE` moves it."""
-    # A variable that is set to nothing counts as unset: it would name the working directory.
+    """Folder for files that can be regenerated (indexes, rendered worlds, converted weights): `PRISM_DECO_CACHE`."""
+    # An empty variable counts as unset: as a path, it would be the working directory.
     if own := os.environ.get("PRISM_DECO_CACHE"):
         return Path(own)
     if shared := os.environ.get("XDG_CACHE_HOME"):
@@ -203,11 +191,9 @@ def cache_dir() -> Path:
 
 
 def building_folder(target: Path) -> Path:
-    """A new folder next to a folder of the cache, to be filled and renamed. Other users may read it, unlike one of
-    `tempfile`'s: a cache can be shared.
+    """Creates a folder next to a folder of the cache, to be filled and then renamed; `UsageError` if that fails.
 
-    Raises:
-        UsageError: the cache is somebody else's, or the disk is full.
+    Unlike `tempfile`'s folders, other users can read it, since a cache can be shared.
     """
     folder = target.with_name(f".building-{os.getpid()}-{secrets.token_hex(4)}")
     try:

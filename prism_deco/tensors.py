@@ -1,5 +1,5 @@
-"""Files of tensors: safetensors, or pickles that hold tensors and nothing else; and writing safetensors one tensor at a
-time, so that neither a file nor a sharded model is ever whole in memory."""
+"""Reads tensors from safetensors files and pickles, and writes safetensors one tensor at a time, so that neither a file
+nor a sharded model is ever whole in memory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from prism_deco.files import inside
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (SAFETENSORS, ".bin", ".pth", ".pt")
-"""Files that tensors are read from, the safest format first."""
+"""Suffixes of files with tensors, the safest format first."""
 
-_WRAPPERS = ("state_dict", "model")  # what training scripts keep the weights under, beside the optimizer's state
+_WRAPPERS = ("state_dict", "model")
+"""Keys under which training scripts store the weights, next to the optimizer's state."""
 
 _BEGINNINGS = (b"PK", b"\x80", b"GGUF")
-"""Of files that `torch.save` writes, of those that it wrote before version 1.6, and of llama.cpp's."""
+"""First bytes of files by `torch.save`, by `torch.save` before version 1.6, and by llama.cpp."""
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
@@ -36,13 +37,10 @@ _WAY_OUT = "Fetch or write it again, or point at another file."
 
 
 def open_safetensors(file: Path, way_out: str = _WAY_OUT) -> Any:
-    """An open safetensors file (`safetensors.safe_open`), out of which tensors are read one by one.
+    """Opens a file with `safetensors.safe_open`, which reads tensors one by one; `UsageError` if it is not readable.
 
     Args:
-        way_out: what to do about a file that cannot be read.
-
-    Raises:
-        UsageError: it is not there, damaged, or no safetensors file.
+        way_out: what the user can do about an unreadable file.
     """
     try:
         return safe_open(file, "pt")
@@ -53,21 +51,21 @@ def open_safetensors(file: Path, way_out: str = _WAY_OUT) -> Any:
 
 
 def open_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name. Those of safetensors are mapped: their bytes are read when they are used.
+    """The tensors of a file by name. Those of safetensors are memory-mapped and read on first use.
 
-    Of a pickle anything but tensors is left out, and a state dict under `state_dict` or `model` is found.
+    Of a pickle, only tensors are returned; a state dict may be nested under `state_dict` or `model`.
 
     Raises:
-        UsageError: it is not there, damaged, or would have to run code to be read.
+        UsageError: the file is missing or damaged, or a pickle that would execute code.
     """
     if file.suffix != SAFETENSORS:
         return _unpickled(file)
     opened = open_safetensors(file)
-    return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+    return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
 
 
 def check_tensor_file(file: Path) -> None:
-    """`UsageError` if a look at the beginning of a file shows that it holds no weights, or that safetensors are cut."""
+    """`UsageError` if the first bytes of a file show that it has no weights, or a safetensors file is truncated."""
     if file.suffix == SAFETENSORS:
         open_safetensors(file)
         return
@@ -80,13 +78,14 @@ def check_tensor_file(file: Path) -> None:
 
 
 def tensor_files(path: Path) -> list[Path]:
-    """The files of a checkpoint: the file itself, what an index lists, or what a folder holds, in its safest format.
+    """The files of a checkpoint: the file itself, the shards that an index lists, or a folder's files in the safest
+    format. Does not check that they are readable.
 
     Args:
-        path: a file that is whole or in shards, or a folder.
+        path: a file, possibly split into shards, or a folder.
 
     Returns:
-        None of them has to be readable; empty where there is nothing.
+        Empty if there is none.
     """
     if path.is_file():
         return [path]
@@ -96,10 +95,10 @@ def tensor_files(path: Path) -> list[Path]:
 
 
 def indexed_files(path: Path) -> list[Path]:
-    """The shards that an index lists, be they there or not; empty where there is no index.
+    """The shards that an index lists, which may be missing; empty if there is no index.
 
     Args:
-        path: a folder with a `*.index.json`, or the file that was cut into shards.
+        path: a folder with a `*.index.json`, or the file that was split into shards.
     """
     index = next(iter(sorted(path.glob("*.index.json"))), path.with_name(f"{path.name}.index.json"))
     if not index.is_file():
@@ -112,10 +111,10 @@ def indexed_files(path: Path) -> list[Path]:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor an infinite number; one of integers does not."""
+    """Whether a tensor has neither NaN nor infinity."""
     if not tensor.is_floating_point():
         return True
-    # A sum takes no memory. It may overflow where no number does.
+    # The sum needs no memory, but it may overflow although all elements are finite.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
@@ -125,12 +124,12 @@ def is_adapter(name: str) -> bool:
 
 
 def base_name(name: str) -> str:
-    """The name of a base weight in the model without adapters."""
+    """The name of a weight in the model without adapters."""
     return name.replace(".base_layer.", ".")
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded (a DTensor); all ranks must call it then."""
+    """The whole tensor; gathers it if it is sharded (a DTensor), for which all ranks must call this."""
     gather = getattr(tensor, "full_tensor", None)
     return gather() if gather else tensor
 
@@ -142,22 +141,19 @@ def write_safetensors(
     read: Callable[[Tensor], Tensor] = full,
     metadata: Mapping[str, str] | None = None,
 ) -> str:
-    """Writes what `safetensors.torch.save_file` would, byte for byte, with one tensor at a time on the host.
+    """Writes the same bytes as `safetensors.torch.save_file`, with only one tensor at a time in host memory.
 
-    The SHA-256 is computed on the way, in a thread beside the disk.
+    A thread computes the SHA-256 while the file is written. On an `OSError`, the incomplete file is removed.
 
     Args:
-        path: the file; None reads the tensors and writes nothing (the other ranks of a gathering `read`).
-        tensors: what to write; dtypes and shapes are those of the file.
-        read: makes the values of a tensor out of its entry.
+        path: the file; None calls `read` but writes nothing (for the other ranks of a `read` that gathers).
+        tensors: by name, in the shapes and dtypes to write.
+        read: returns the values of a tensor to write.
 
     Returns:
-        The file's SHA-256; empty where nothing is written.
-
-    Raises:
-        OSError: the file cannot be written; what there is of it is removed.
+        The file's SHA-256; empty if nothing is written.
     """
-    # The order of safetensors: wide types first, so that every tensor is aligned.
+    # safetensors' order: the widest types first, so that every tensor is aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     if path is None:
         for name in order:
@@ -186,7 +182,7 @@ def write_safetensors(
 def _unpickled(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch's reader stumbles over in a damaged file, up to an `AssertionError`
+    except Exception as error:  # a damaged file makes torch raise anything, even an `AssertionError`
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
         raise UsageError(
             f"{file} cannot be read ({reason}): it is incomplete or damaged, or holds more than tensors, and nothing "
@@ -208,5 +204,5 @@ def _header(order: Iterable[str], tensors: Mapping[str, Tensor], metadata: Mappi
         entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # aligns the first tensor
     return len(text).to_bytes(8, "little") + text
