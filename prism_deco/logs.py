@@ -1,4 +1,4 @@
-"""What the command line writes to the terminal or to a log file."""
+"""Logging of the command line, to a terminal or a log file."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _USELESS = "No pretrained weights"
-"""What warnings of open_clip and timm begin with: weights are read after the architecture is built."""
+"""Prefix of warnings by open_clip and timm, which build the architecture before this package loads the weights."""
 
 _REPETITIVE = ("huggingface_hub.utils._http", "huggingface_hub.file_download", "huggingface_hub._snapshot_download")
-"""Loggers that say the same of every attempt and every file."""
+"""Loggers that repeat a message for every attempt and every file."""
 
 
 def configure_logging(*, debug: bool) -> None:
-    """Sends log records to stderr: this package's from INFO on, warnings of the libraries; errors alone on other ranks
-    than 0, since every rank has the same to say."""
+    """Sends log records to stderr: this package's from INFO on, the libraries' from WARNING on. Ranks other than 0 only
+    log errors, since all ranks log the same."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.logging import RichHandler
@@ -28,7 +28,7 @@ def configure_logging(*, debug: bool) -> None:
         handler = RichHandler(console=Console(stderr=True), show_path=debug)
         form, date = "%(message)s", "%X"
     else:
-        # A file has no width to fold lines at: paths stay whole, and a message is one line to grep for.
+        # Not rich in a file: it would wrap lines, which breaks paths and grep.
         handler = logging.StreamHandler()
         form, date = f"%(asctime)s %(levelname)s {'%(name)s:%(lineno)d ' if debug else ''}%(message)s", "%Y-%m-%d %X"
     if not debug:
@@ -36,9 +36,9 @@ def configure_logging(*, debug: bool) -> None:
         said: set[str] = set()
         for name in _REPETITIVE:
             logging.getLogger(name).addFilter(lambda record: _is_new(record, said))
-        # Deprecations between the libraries themselves.
+        # Deprecation warnings of the libraries about each other.
         warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|torch)\.")
-    for name in ("lightning_fabric", "pytorch_lightning"):  # imported before, they have handlers of their own
+    for name in ("lightning_fabric", "pytorch_lightning"):  # they install handlers of their own when imported
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     logging.basicConfig(level=logging.WARNING, format=form, datefmt=date, handlers=[handler])
@@ -51,7 +51,7 @@ def configure_logging(*, debug: bool) -> None:
 
 
 def log_console() -> Console:
-    """The terminal that the log goes to. A progress bar on it stays below the lines of the log."""
+    """The console that the log writes to, so that a progress bar stays below the log's lines."""
     from rich.console import Console
     from rich.logging import RichHandler
 
@@ -62,9 +62,10 @@ def log_console() -> Console:
 def _concerns_the_user(record: logging.LogRecord) -> bool:
     if record.name.startswith("prism_deco"):
         return True
-    # These write to stderr themselves; what they pass on as well (transformers does if CI is set) would appear twice.
+    # These write to stderr themselves. Records that they also propagate (transformers does if CI is set) would appear
+    # twice.
     own_handler = record.name.startswith(("huggingface_hub", "transformers"))
-    # Below are Lightning's hardware report and product tips.
+    # Lightning's hardware report and product tips have lower levels.
     return record.levelno >= logging.WARNING and not own_handler and not record.getMessage().startswith(_USELESS)
 
 
@@ -79,5 +80,5 @@ def _hide_progress_bars() -> None:
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    if "transformers" in sys.modules:  # it looks at the hub's setting when it is imported
+    if "transformers" in sys.modules:  # it only reads the hub's setting when it is imported
         sys.modules["transformers"].utils.logging.disable_progress_bar()

@@ -1,7 +1,7 @@
-"""Cross-entropy of a large vocabulary, a few positions at a time.
+"""Chunked cross-entropy for large vocabularies.
 
-Over a vocabulary of 150 000 words the logits are the largest tensors of a training step, and a plain
-backward pass keeps three of their size: the logits, their log-probabilities and the gradient.
+With 150 000 tokens the logits are the largest tensors of a training step, and a plain backward pass needs three of
+their size: the logits, the log-probabilities and the gradient.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ def summed_cross_entropy(
     """The summed cross-entropy of a linear output layer.
 
     Args:
-        hidden: float[K, E], what predicts.
-        weight: float[V, E] of the output layer; may be the embedding table as well.
+        hidden: float[K, E], the hidden states that predict.
+        weight: float[V, E] of the output layer; may be tied to the embeddings.
         bias: float[V] or None.
         targets: int64[K].
-        max_logits: number of logits (positions times vocabulary) that may exist at once. More are
-            computed in chunks, each with its gradient in the forward pass, so that no logits are
-            kept for the backward pass and none are computed twice. None knows no limit.
+        max_logits: number of logits (positions times vocabulary) in memory at once; None is unlimited. More logits are
+            computed in chunks, each with its gradient in the forward pass, so that none are kept for the backward pass
+            or computed twice.
 
     Returns:
-        float[], nats; float32, or float64 for such weights.
+        float[], nats; float32, or float64 for float64 weights.
     """
     rows = len(hidden) if max_logits is None else max(1, max_logits // len(weight))
     if len(hidden) <= rows:
         return F.cross_entropy(_upcast(F.linear(hidden, weight, bias)), targets, reduction="sum")
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
-        # Autocast does not reach into a custom function; the casts' gradients are autograd's.
+        # Autocast does not apply inside a custom function: cast here, where autograd records the casts.
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
@@ -56,12 +56,12 @@ class _Chunked(torch.autograd.Function):
             logits = _upcast(F.linear(part, weight, bias))
             largest = logits.amax(dim=1, keepdim=True)
             reached = logits.gather(1, wanted) - largest
-            # In place from here on: no other tensor is of this size.
+            # In place from here on, so that no second tensor of this size exists.
             sums = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
             total += (sums.log() - reached).sum()
             if grad_hidden is None and grad_weight is None and grad_bias is None:
                 continue
-            # Softmax minus one at the target.
+            # The gradient is the softmax, minus one at the target.
             grad = logits.div_(sums).scatter_add_(1, wanted, -torch.ones_like(sums)).to(hidden.dtype)
             del logits
             if grad_hidden is not None:
@@ -77,12 +77,12 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Handed over, not kept: where nobody else holds a gradient, autograd takes it without a copy.
+        # Drop the references: autograd adopts a gradient without a copy if nothing else refers to it.
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the gradients of a chunked loss exist once: no second backward pass"
         return *(None if g is None else g.mul_(grad) for g in gradients), None, None
 
 
 def _upcast(logits: Tensor) -> Tensor:
-    """Half precision is too coarse for the normaliser."""
+    """float64 stays; anything else becomes float32, since half precision is too coarse for the normaliser."""
     return logits if logits.dtype == torch.float64 else logits.float()

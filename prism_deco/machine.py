@@ -6,7 +6,7 @@ import os
 
 
 def cores() -> int:
-    """CPU cores that this process may use: in a container or a batch job fewer than the machine has."""
+    """CPU cores that this process may use; in a container or batch job, often fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,6 +1,6 @@
-"""Where text and visual tokens meet: the layout of one batch of sequences.
+"""The layout of text and visual tokens in a batch of sequences.
 
-The number of visual tokens per image enters here and nowhere else.
+Nothing else depends on the number of visual tokens per image.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from prism_deco.llms.encoding import IGNORE, Encoded
 
 @dataclass
 class Batch:
-    """One forward pass of B sequences of at most L positions, or of one row of L positions that several share.
+    """One micro-batch: B sequences padded to L positions, or several packed into a single row of L positions.
 
     Attributes:
         input_ids: int64[B, L]; 0 at visual positions and padding.
-        labels: int64[B, L]; the token itself where it is supervised, -100 elsewhere.
-        visual: bool[B, L]; True where visual tokens go, in row-major order of the images.
+        labels: int64[B, L]; the token id at supervised positions, -100 elsewhere.
+        visual: bool[B, L]; True at visual positions, which the images fill in row-major order.
         attention_mask: bool[B, L]; False at padding.
         position_ids: int64[B, L].
-        rounds: int64[B, L]; conversation round of each position, 0 for what all rounds share.
+        rounds: int64[B, L]; conversation round of each position, 0 for the prefix that all rounds share.
         pixels: per tower float[I, 3, S, S], the batch's I images; None in an all-text batch.
-        ids: names of the records, for error messages.
-        lengths: positions of each sequence where all share one row (B is 1); None: a row each.
-        left_padded: whether padding comes before the text, where causal attention would see it.
-        tokens_per_image: visual tokens M of each image; None: as many as the projector makes by itself.
-        targets: int64[K]; the supervised positions that have one before them to predict from, as indices into the
-            flattened labels. Found from the labels where not given: on the CPU, since a GPU would have to be waited
-            for to tell how many there are.
+        ids: ids of the records, for error messages.
+        lengths: positions of each packed sequence (B is 1); None if not packed.
+        left_padded: whether padding precedes the text, where causal attention would see it.
+        tokens_per_image: visual tokens M of each image; None is the projector's default.
+        targets: int64[K]; supervised positions that have a predecessor to be predicted from, as indices into the
+            flattened labels. Computed from the labels if not given: on the CPU, since their number K would require
+            synchronising with a GPU.
     """
 
     input_ids: Tensor
@@ -66,7 +66,7 @@ class Batch:
 
 
 def sequence_length(encoded: Encoded, tokens_per_image: int) -> int:
-    """Positions that a conversation takes, its images included."""
+    """Positions of a conversation, including its images."""
     return len(encoded.input_ids) + len(encoded.image_slots) * tokens_per_image
 
 
@@ -84,13 +84,13 @@ def build_batch(
 
     Args:
         encoded: the tokenised conversations.
-        tokens_per_image: visual tokens M that the projector makes of one image.
+        tokens_per_image: visual tokens M of one image.
         pixels: the images, in the order of the conversations and of their slots.
         restart_rounds: number the positions of every round from the end of the shared prefix, for
             `turn_mask=block`, where a round does not see the rounds before it.
         left_pad: pad on the left (generation) instead of the right (training).
-        pack: one behind the other in a single row, without padding. What a model computes for each is
-            the same, if its attention keeps to `lengths`.
+        pack: concatenate the conversations into a single row, without padding. The model's attention must respect
+            `lengths`.
     """
     lengths = tuple(sequence_length(e, tokens_per_image) for e in encoded)
     length = sum(lengths) if pack else max(lengths)
@@ -99,7 +99,7 @@ def build_batch(
     labels = torch.full(shape, IGNORE)
     visual = torch.zeros(shape, dtype=torch.bool)
     attention_mask = torch.zeros(shape, dtype=torch.bool)
-    # Padding on the right counts on: transformers takes a jump for the start of another packed sequence.
+    # Position ids continue into right padding: transformers takes a jump for the start of another packed sequence.
     position_ids = torch.arange(length).repeat(shape[0], 1)
     rounds = torch.zeros(shape, dtype=torch.long)
     for number, (example, n) in enumerate(zip(encoded, lengths, strict=True)):
@@ -109,7 +109,7 @@ def build_batch(
         at = text + start
         input_ids[row, at] = torch.tensor(example.input_ids)
         labels[row, at] = torch.tensor(example.labels)
-        labels[row, start] = IGNORE  # nothing before it predicts it
+        labels[row, start] = IGNORE  # no position predicts the first token
         visual[row, start : start + n] = True
         visual[row, at] = False
         attention_mask[row, start : start + n] = True
@@ -130,7 +130,7 @@ def build_batch(
 
 
 def _text_positions(encoded: Encoded, tokens_per_image: int) -> Tensor:
-    """int64[len(input_ids)]: where each text token stands once the visual tokens are in."""
+    """int64[len(input_ids)]: the position of each text token after visual tokens are inserted."""
     index = torch.arange(len(encoded.input_ids))
     slots = torch.tensor(encoded.image_slots, dtype=torch.long)
     images_before = (slots[None, :] <= index[:, None]).sum(dim=1)

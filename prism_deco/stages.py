@@ -1,13 +1,13 @@
-"""Recipes of several stages: one command line becomes one ordinary `prism-deco train` per stage.
+"""Recipes with several stages: one command line becomes one ordinary `prism-deco train` per stage.
 
-A recipe's YAML lists its stages, each with what its command line begins with:
+A recipe's YAML lists its stages, each with its first arguments:
 
     stages:
       align: [recipe=llava_v1_5_align, data=llava_pretrain_558k]
       finetune: [recipe=llava_v1_5_finetune, data=llava_v1_5_mix665k]
 
-The last stage is the run itself; the others are runs beside it (`<run_id>-align`). Each starts from the one before
-(`recipe.start_from`), and is scored only if it is the last. All are checked before the first one starts.
+The last stage is the run itself; the others are separate runs next to it (`<run_id>-align`). Each stage starts from the
+previous one (`recipe.start_from`), and only the last one is scored. All are checked before the first one starts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of a recipe: the arguments of its `prism-deco train`, and what they compose to."""
+    """One run of a recipe: the arguments of its `prism-deco train`, and the configuration they compose."""
 
     name: str
     arguments: tuple[str, ...]
@@ -40,17 +40,13 @@ class Stage:
 
     @property
     def folder(self) -> Path:
-        """The run folder."""
         return Path(self.config.runs_dir) / self.config.run_id
 
 
 def split(arguments: Sequence[str]) -> list[Stage]:
-    """The stages of a command line, in order; none if its recipe is a single run.
+    """The stages of a command line, in order; empty if its recipe is a single run.
 
-    `align.recipe.lr=1e-4` addresses the stage `align`; other arguments concern all stages.
-
-    Raises:
-        UsageError: a stage whose configuration does not compose.
+    An argument such as `align.recipe.lr=1e-4` applies only to the stage `align`, other arguments to all stages.
     """
     choice = named_choice("recipe", arguments)
     recipe = load_choice("recipe", choice) if choice else {}
@@ -89,17 +85,16 @@ def split(arguments: Sequence[str]) -> list[Stage]:
 
 
 def final_config(arguments: Sequence[str]) -> DictConfig:
-    """The configuration of a command line; of the last stage, where the recipe has stages."""
+    """The configuration of a command line; if the recipe has stages, that of the last one."""
     stages = split(arguments)
     return stages[-1].config if stages else load_config(arguments)
 
 
 def run(arguments: Sequence[str], options: Sequence[str] = ()) -> int:
-    """Checks the stages of a command line, then trains them one after the other; returns the first exit code that is
-    not 0.
+    """Checks the stages of a command line, then trains them one after the other; returns the first non-zero exit code.
 
-    Each in a process of its own, since launchers of several ranks repeat the command line of their process: it must be
-    that of one run. A stage that is finished says so and is left alone.
+    Each stage runs in a process whose command line is that of a single run, since launchers repeat it for further
+    ranks. A finished stage is not trained again.
 
     Args:
         options: of `prism-deco train`, for example `--overwrite`.
@@ -108,7 +103,7 @@ def run(arguments: Sequence[str], options: Sequence[str] = ()) -> int:
     train = [sys.executable, "-m", "prism_deco.cli", "train", *options]
     supervisor = _Supervisor()
     with taken_over((signal.SIGINT, *SIGNALS), supervisor.pass_on):
-        # What is wrong with the last stage must not wait for the hours of those before it.
+        # So that an error in the last stage does not show only after the hours of training before it.
         code = supervisor.run([*train, "--check", *arguments], os.environ)
         for number, stage in enumerate(stages, start=1):
             if code:
@@ -126,33 +121,33 @@ def _compose(name: str, arguments: Sequence[str]) -> DictConfig:
 
 
 def _environment(number: int) -> dict[str, str]:
-    """Where a launcher started the processes, every stage meets at a port of its own: torchrun's store still knows the
-    stage before, and under srun a process that is ahead might find the first one there still."""
+    """The environment of a stage. Under a launcher, each stage gets a port of its own: torchrun's store still contains
+    the keys of the previous stage, and under srun a fast rank could connect to the previous stage's store."""
     environment = dict(os.environ)
     if "TORCHELASTIC_RUN_ID" in environment:
         environment |= {"MASTER_PORT": str(int(environment["MASTER_PORT"]) + number)}
         return environment | {"TORCHELASTIC_USE_AGENT_STORE": "False"}
     if int(environment.get("SLURM_NTASKS", "1")) > 1:
-        first = environment.get("MASTER_PORT") or 15000 + int(environment["SLURM_JOB_ID"][-4:])  # Lightning's own
+        first = environment.get("MASTER_PORT") or 15000 + int(environment["SLURM_JOB_ID"][-4:])  # as Lightning does
         return environment | {"MASTER_PORT": str(int(first) + number)}
     return environment
 
 
 class _Supervisor:
-    """Runs processes one at a time, and passes on to them the signals that this process gets."""
+    """Runs processes one at a time and forwards signals to them."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._asked: int | None = None
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
-        """The exit code, 128 + number where a signal killed the process; `PREEMPTED` where this one was asked to stop
-        before there was a process, or before it could listen."""
+        """Runs a command and returns its exit code; 128 + number if a signal killed it. Returns `PREEMPTED` if this
+        process was asked to stop before the command ran or had installed its handlers."""
         if self._asked is not None:
             return PREEMPTED
         self._process = subprocess.Popen(command, env=environment)
         if self._asked is not None:
-            self.pass_on(self._asked)  # it came while the process was being made
+            self.pass_on(self._asked)  # the signal came while the process was being started
         code = self._process.wait()
         self._process = None
         if code < 0:
@@ -160,7 +155,7 @@ class _Supervisor:
         return code
 
     def pass_on(self, number: int, *_: object) -> None:
-        """Handles a signal. A terminal's Ctrl-C reaches the stage by itself."""
+        """Handles a signal. Does not forward SIGINT: a terminal's Ctrl-C reaches the stage by itself."""
         self._asked = number
         if self._process is not None and number != signal.SIGINT:
             self._process.send_signal(number)

@@ -1,6 +1,6 @@
 """The vision-language model: backbone -> projector -> splice -> LLM (PRISM; DeCo Section 3).
 
-A plain `nn.Module`; it knows nothing of trainers, configurations or files.
+A plain `nn.Module`, independent of trainers, configurations and files.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Loss(NamedTuple):
     """Summed cross-entropy of the supervised positions of one forward pass.
 
     Attributes:
-        total: float[], the sum in nats; divide by a token count of your choice.
-        count: int64[], supervised positions.
+        total: float[], the sum in nats; the caller divides it by a token count.
+        count: int64[], number of supervised positions.
     """
 
     total: Tensor
@@ -42,17 +42,17 @@ class VLM(nn.Module):
 
     Args:
         backbone: runs without gradients unless it is trained (`VisionBackbone.trained`).
-        projector: its `in_grid` and `in_dim` must be the backbone's, its `out_dim` the LLM's.
-        lm: a causal LM of transformers.
-        standardise_features: normalise feature channels by statistics set through `fit_features`.
-        token_scale: multiplies the projector's output; None is off.
-        turn_mask: "causal", or "block": a round sees the shared prefix (BOS, image) and itself.
+        projector: its `in_grid` and `in_dim` must equal the backbone's, its `out_dim` the LLM's.
+        lm: a causal LM from transformers.
+        standardise_features: normalise feature channels by the statistics that `fit_features` sets.
+        token_scale: factor on the projector's output; None is off.
+        turn_mask: "causal", or "block": a round sees only the shared prefix (BOS, image) and itself.
         blind: zero the visual tokens (the image-blind baseline).
         max_logits: see `loss.summed_cross_entropy`; the default is 256 MiB of float32.
 
     Attributes:
-        every_unit: run the backbone and the projector for batches without images, too. Where weights are sharded,
-            every process takes part in gathering each unit's, or the others wait for it forever.
+        every_unit: also run the backbone and the projector for batches without images. Required if weights are sharded:
+            every process must take part in gathering each unit, or the others hang.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class VLM(nn.Module):
             self.register_buffer(name, torch.full((backbone.embed_dim,), value) if standardise_features else None)
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Casts what a file holds, tensor by tensor, but for a projector that asks for another type
-        (`Projector.compute_dtype`); computed buffers, such as rotary frequencies, stay exact."""
+        """Casts parameters and persistent buffers to a dtype; the projector's to its own (`Projector.compute_dtype`),
+        if it has one. Non-persistent buffers, such as rotary frequencies, stay exact."""
         stored = self.state_dict().keys()
         own = self.projector.compute_dtype or dtype
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
@@ -98,7 +98,7 @@ class VLM(nn.Module):
                 tensor.data = tensor.data.to(own if name.startswith("projector.") else dtype)
 
     def features(self, pixels: dict[str, Tensor]) -> Tensor:
-        """Per tower float[I, 3, S, S] -> patch features float[I, N, D], standardised if asked for."""
+        """Per tower float[I, 3, S, S] -> patch features float[I, N, D], standardised if configured."""
         with torch.set_grad_enabled(self.backbone.trained and torch.is_grad_enabled()):
             features = self.backbone(pixels)
             if self.feature_mean is None or self.feature_std is None:
@@ -107,10 +107,10 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def fit_features(self, pixels: dict[str, Tensor], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Sets the statistics of `standardise_features` from per tower float[I, 3, S, S].
+        """Sets the statistics of `standardise_features` from images, per tower float[I, 3, S, S].
 
         Args:
-            device: where the backbone computes meanwhile; None: where the model is.
+            device: that the backbone computes on; None is the model's device.
 
         Returns:
             Mean and standard deviation, float[D] each.
@@ -135,7 +135,7 @@ class VLM(nn.Module):
         return self.project(self.features(pixels))
 
     def project(self, features: Tensor, num_tokens: int | None = None) -> Tensor:
-        """float[I, N, D] -> float[I, M, E]: the projector, and the options on its output.
+        """float[I, N, D] -> float[I, M, E]: the projector, then `token_scale` and `blind`.
 
         Args:
             num_tokens: one of the projector's `scales`; None is the first.
@@ -146,15 +146,15 @@ class VLM(nn.Module):
         return tokens * 0.0 if self.blind else tokens
 
     def embed(self, batch: Batch, visual: Tensor | None = None) -> Tensor:
-        """The sequence of input embeddings float[B, L, E].
+        """The input embeddings float[B, L, E] of text and visual tokens.
 
         Args:
-            visual: float[I, M, E], ready visual tokens; None computes them from `batch.pixels`.
+            visual: float[I, M, E], precomputed visual tokens; None computes them from `batch.pixels`.
         """
         embeddings = self.lm.get_input_embeddings()(batch.input_ids)
         if visual is None and batch.pixels is not None:
-            # Not by `visual_tokens`: to FSDP that is a forward pass of its own, behind which it gathers no layer ahead
-            # of its turn.
+            # Not `visual_tokens`, which is a forward method of FSDP: it would count as a forward pass of its own, after
+            # which FSDP does not prefetch the next layer.
             visual = self.project(self.features(batch.pixels), batch.tokens_per_image)
         if visual is None:
             needed = self.training or self.every_unit
@@ -178,13 +178,12 @@ class VLM(nn.Module):
         return output.last_hidden_state
 
     def forward(self, batch: Batch) -> Loss:
-        """The loss of one batch. Logits exist at the supervised positions only, and no more than
-        `max_logits` of them at once."""
+        """The loss of one batch. Computes logits only at supervised positions, at most `max_logits` at once."""
         hidden = self.hidden_states(batch).flatten(0, 1)
-        predicted = hidden[batch.targets - 1]
+        predicted = hidden[batch.targets - 1]  # each position predicts the next token
         labels = batch.labels.flatten()[batch.targets]
         head = cast(nn.Linear, self.lm.get_output_embeddings())
-        # Under FSDP2 the weights are whole here: they belong to the root module, whose forward this is.
+        # Under FSDP2 the head's weights are gathered here: they belong to the root module, whose forward this is.
         total = summed_cross_entropy(predicted, head.weight, head.bias, labels, max_logits=self.max_logits)
         return Loss(total, torch.full((), len(batch.targets), device=hidden.device))
 
@@ -203,10 +202,10 @@ class VLM(nn.Module):
         pad_id: int,
         streamer: BaseStreamer | None = None,
     ) -> list[list[int]]:
-        """Greedy continuation of left-padded prompts; the new token ids without the end token.
+        """Generates greedily from left-padded prompts; returns the new token ids without the end token.
 
         Args:
-            streamer: is handed every token of a single prompt's answer as it comes.
+            streamer: receives each token as it is generated; only for a single prompt.
         """
         output = cast(Any, self.lm).generate(
             inputs_embeds=self.embed(batch, visual),
@@ -226,9 +225,9 @@ class VLM(nn.Module):
         return answers
 
     def _touch_vision(self, embeddings: Tensor) -> Tensor:
-        """Adds 0 to float[B, L, E] by way of the projector, and of a trained tower.
+        """Adds zero times the output of the projector, and of a trained tower, to float[B, L, E].
 
-        In an all-text batch they must still take part in the graph: gradient synchronisation waits for every trained
+        They must be part of the graph even in an all-text batch: gradient synchronisation waits for every trained
         parameter on every rank.
         """
         if self.every_unit or self.backbone.trained:
@@ -239,17 +238,17 @@ class VLM(nn.Module):
         return embeddings + 0.0 * self.project(features).sum().to(embeddings.dtype)
 
     def _attention_mask(self, batch: Batch) -> Tensor | None:
-        """bool[B, L] of real positions, None where causal attention needs no mask, or bool[B, 1, L, L] of allowed pairs
-        for `turn_mask=block`; of packed rows only pairs within a record count."""
+        """The mask for the LLM: bool[B, L] of non-padding positions; None if causal attention needs no mask; or, with
+        `turn_mask=block`, bool[B, 1, L, L] of the pairs (query, key) that may attend."""
         if self.turn_mask == "causal":
             if batch.lengths is not None:
                 return no_mask(batch.input_ids.device)
-            # No position sees padding that comes after it, and without a mask the kernel can be flash attention.
+            # Causal attention never sees right padding, and without a mask PyTorch can use flash attention.
             return batch.attention_mask if batch.left_padded else None
         length = batch.input_ids.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=batch.rounds.device).tril()
         key_round, query_round = batch.rounds[:, None, :], batch.rounds[:, :, None]
         same = (key_round == 0) | (key_round == query_round)
         allowed = causal & same & batch.attention_mask[:, None, :]
-        # Padding queries must attend to something, or their softmax is NaN.
+        # Padding must attend to something, itself, or its softmax would be NaN.
         return (allowed | torch.eye(length, dtype=torch.bool, device=allowed.device))[:, None]
