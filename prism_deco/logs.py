@@ -43,11 +43,15 @@ def configure_logging(*, debug: bool) -> None:
         logging.getLogger(name).propagate = True
     logging.basicConfig(level=logging.WARNING, format=form, datefmt=date, handlers=[handler])
     logging.getLogger("prism_deco").setLevel(logging.DEBUG if debug else logging.INFO)
-    # The rank of this process among those that a launcher started.
+    # The rank of this process, if a launcher started it.
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
+        from huggingface_hub.utils import disable_progress_bars
+
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
-        _hide_progress_bars()
+        disable_progress_bars()
+        if "transformers" in sys.modules:  # it only reads the hub's setting when it is imported
+            sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
 def log_console() -> Console:
@@ -74,11 +78,3 @@ def _is_new(record: logging.LogRecord, said: set[str]) -> bool:
     was_said = message in said
     said.add(message)
     return not was_said
-
-
-def _hide_progress_bars() -> None:
-    from huggingface_hub.utils import disable_progress_bars
-
-    disable_progress_bars()
-    if "transformers" in sys.modules:  # it only reads the hub's setting when it is imported
-        sys.modules["transformers"].utils.logging.disable_progress_bar()

@@ -6,10 +6,11 @@ Nothing else depends on the number of visual tokens per image.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from prism_deco.llms.encoding import IGNORE, Encoded
 
@@ -55,14 +56,11 @@ class Batch:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
-        move = {k: v.to(device, non_blocking=non_blocking) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        pixels = self.pixels and {k: v.to(device, non_blocking=non_blocking) for k, v in self.pixels.items()}
-        return replace(self, **move, pixels=pixels)
+        return Batch(**tree_map_only(Tensor, lambda value: value.to(device, non_blocking=non_blocking), vars(self)))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (the DataLoader calls this)."""
-        move = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **move, pixels=self.pixels and {k: v.pin_memory() for k, v in self.pixels.items()})
+        return Batch(**tree_map_only(Tensor, Tensor.pin_memory, vars(self)))
 
 
 def sequence_length(encoded: Encoded, tokens_per_image: int) -> int:

@@ -239,7 +239,8 @@ class VLM(nn.Module):
 
     def _attention_mask(self, batch: Batch) -> Tensor | None:
         """The mask for the LLM: bool[B, L] of non-padding positions; None if causal attention needs no mask; or, with
-        `turn_mask=block`, bool[B, 1, L, L] of the pairs (query, key) that may attend."""
+        `turn_mask=block`, bool[B, 1, L, L] of the pairs (query, key) that may attend. Packed attention also excludes
+        pairs across records."""
         if self.turn_mask == "causal":
             if batch.lengths is not None:
                 return no_mask(batch.input_ids.device)

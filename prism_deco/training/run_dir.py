@@ -119,15 +119,12 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, Stop | UsageError) or not is_disk_full(error):
             raise  # a Stop or UsageError states its reason in one line already
-        raise DiskFull(f"{full_disk([folder, cache_dir()], error)} Free {_needed_space(folder)}") from error
-
-
-def _needed_space(run: Path) -> str:
-    """How much space to free: the next checkpoint is as large as the newest one."""
-    newest = newest_checkpoint(run / CHECKPOINTS)
-    if newest is None:
-        return "some space"
-    return f"{sum(path.stat().st_size for path in newest.iterdir()) / 1e6:.1f} MB for the next checkpoint"
+        newest = newest_checkpoint(folder / CHECKPOINTS)
+        needed = "some space"
+        if newest is not None:
+            size = sum(path.stat().st_size for path in newest.iterdir())
+            needed = f"{size / 1e6:.1f} MB for the next checkpoint"
+        raise DiskFull(f"{full_disk([folder, cache_dir()], error)} Free {needed}") from error
 
 
 @contextmanager

@@ -178,14 +178,16 @@ def read_weights(lm: PreTrainedModel, files: Mapping[str, Path], device: torch.d
         buffer.copy_(buffers[name])
     handles: dict[Path, Any] = {}
     for adapted, parameter in lm.named_parameters():
+        piece = local_piece(parameter)
         if is_adapter(adapted):
-            _draw(adapted, local_piece(parameter))
+            start = piece.offset[0]
+            piece.tensor.copy_(draw_lora(adapted, piece.shape)[start : start + len(piece.tensor)])
             continue
         name = base_name(adapted)
         if name not in files:
             raise UsageError(f"The language model's files are missing the weight {name}.")
         file = handles.setdefault(files[name], safe_open(files[name], "pt"))
-        _read(name, file.get_slice(name), local_piece(parameter), lm.config.initializer_range)
+        _read(name, file.get_slice(name), piece, lm.config.initializer_range)
 
 
 def _read(name: str, stored: Any, piece: Piece, std: float) -> None:
@@ -207,8 +209,3 @@ def _read(name: str, stored: Any, piece: Piece, std: float) -> None:
     elif there < rows:
         # Drawn whole on every process, so that they do not depend on how they are sharded.
         piece.tensor[there:].copy_(added_rows(added, piece.shape[1], std)[start + there - shape[0] :][: rows - there])
-
-
-def _draw(name: str, piece: Piece) -> None:
-    start = piece.offset[0]
-    piece.tensor.copy_(draw_lora(name, piece.shape)[start : start + piece.tensor.shape[0]])
