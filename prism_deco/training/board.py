@@ -29,8 +29,13 @@ IDS = "loggers.json"
 """File in the run folder with the ids that loggers assigned to the run, so that a resumed run continues under them."""
 
 LOGGERS: Registry[type[Logger]] = Registry("logger")
-_ID_KEYS = ("id", "run_id", "experiment_key")
+_ID_KEYS = {"id", "run_id", "experiment_key"}
 """Constructor parameters by which Lightning's loggers continue an earlier run."""
+_SHOWN = (
+    "num_tokens", "lm", "tower", "blind", "epochs", "global_batch_size",
+    "lr", "projector_lr", "tower_lr", "weight_decay",
+)  # fmt: skip
+"""Keys of the recipe that loggers show as hyperparameters."""
 
 
 @LOGGERS.register("tensorboard")
@@ -161,12 +166,8 @@ class Loggers:
     def __init__(self, run: Path, config: DictConfig, start: int):
         recipe = config.recipe
         parts = {part: config[part].name for part in ("backbone", "projector", "llm", "data", "recipe")}
-        keys = (
-            *("num_tokens", "lm", "tower", "blind", "epochs", "global_batch_size"),
-            *("lr", "projector_lr", "tower_lr", "weight_decay"),
-        )
         # TensorBoard does not accept None.
-        chosen = {key: "" if recipe[key] is None else recipe[key] for key in keys}
+        chosen = {key: "" if recipe[key] is None else recipe[key] for key in _SHOWN}
         choices = parts | chosen | {"image_size": config.backbone.image_size or "", "seed": config.seed}
         ids = read_json(run / IDS) if start and (run / IDS).is_file() else {}
         self._loggers: list[Logger] = []
@@ -183,7 +184,7 @@ class Loggers:
             logger = kind(*of_run, **known | options)
             logger.log_hyperparams(choices)
             self._loggers.append(logger)
-            if known.keys() & {*_ID_KEYS}:
+            if known.keys() & _ID_KEYS:
                 ids[name] = logger.version
                 write_json(run / IDS, ids)
 

@@ -19,15 +19,7 @@ from prism_deco.training.board import FOLDER
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.preconditions import Scoring, check_all
 from prism_deco.training.progress import THROUGH, read_status, set_status
-from prism_deco.training.run_dir import (
-    CONFIG,
-    RunTarget,
-    find_run,
-    full_disk_named,
-    locked,
-    open_run,
-    run_folder,
-)
+from prism_deco.training.run_dir import CONFIG, RunTarget, find_run, full_disk_named, locked, open_run, run_folder
 from prism_deco.training.trainer import train
 
 log = logging.getLogger(__name__)

@@ -28,15 +28,7 @@ from prism_deco.llms.build import weights_record
 from prism_deco.llms.layers import fill_buffers
 from prism_deco.llms.lora import load_lora, save_lora
 from prism_deco.llms.tuning import tuning
-from prism_deco.tensors import (
-    all_finite,
-    base_name,
-    full,
-    is_adapter,
-    open_tensors,
-    tensor_files,
-    write_safetensors,
-)
+from prism_deco.tensors import all_finite, base_name, full, is_adapter, open_tensors, tensor_files, write_safetensors
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
