@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -20,9 +20,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 PREEMPTED = 75
 """Exit code of a run that saved and stopped; the same command line resumes it (EX_TEMPFAIL)."""
-
-INTERRUPTED = 130
-"""Exit code of a run that saved and stopped after Ctrl-C, as shells report it; the same command line resumes it."""
 
 OUT_OF_MEMORY = 76
 """Exit code of a run that ran out of memory."""
@@ -88,7 +85,7 @@ class Preempted(Stop):
 class Interrupted(Preempted):
     """Ctrl-C: like a preemption, but the run is not requeued."""
 
-    exit_code = INTERRUPTED
+    exit_code = 130  # as shells report SIGINT
 
 
 class OutOfMemory(Stop):
@@ -152,11 +149,9 @@ class Preemption:
         self._waits = False
         self._pid = os.getpid()
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self) -> AbstractContextManager[None]:
         """Installs the signal handlers; does nothing outside the main thread."""
-        with taken_over((signal.SIGINT, *SIGNALS), self._handle):
-            yield
+        return taken_over((signal.SIGINT, *SIGNALS), self._handle)
 
     @contextmanager
     def at_boundaries(self) -> Iterator[None]:

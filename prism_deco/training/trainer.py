@@ -68,7 +68,8 @@ def train(
     """
     started = time.time()
     finish = partial(_finish, target.folder, config.trainer.requeue)
-    with _logged(target.folder, world), failure_recorded(target.folder, world, finish):
+    logged = _logged(target.folder) if world.is_main else nullcontext()
+    with logged, failure_recorded(target.folder, world, finish):
         if world.is_main:
             set_status(target.folder, "running", pid=os.getpid(), started=started)
         with full_disk_named(target.folder):
@@ -253,11 +254,8 @@ class _LogFile(logging.FileHandler):
 
 
 @contextmanager
-def _logged(folder: Path, world: World) -> Iterator[None]:
-    """Writes rank 0's log to `train.log` in the run's folder."""
-    if not world.is_main:
-        yield
-        return
+def _logged(folder: Path) -> Iterator[None]:
+    """Writes the log to `train.log` in the run's folder."""
     logger = logging.getLogger("prism_deco")
     handler = _LogFile(folder / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
