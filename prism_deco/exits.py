@@ -116,7 +116,7 @@ def as_stop(error: BaseException) -> Stop | None:
     if isinstance(error, Stop):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted("interrupted; the newest checkpoint stays")
+        return Interrupted("interrupted; the newest checkpoint is kept")
     text = str(error).lower()
     # Only for GPU memory does torch have an exception class; its CPU allocator raises a plain RuntimeError.
     on_host = isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)

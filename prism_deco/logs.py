@@ -33,9 +33,9 @@ def configure_logging(*, debug: bool) -> None:
         form, date = f"%(asctime)s %(levelname)s {'%(name)s:%(lineno)d ' if debug else ''}%(message)s", "%Y-%m-%d %X"
     if not debug:
         handler.addFilter(_concerns_the_user)
-        said: set[str] = set()
+        seen: set[str] = set()
         for name in _REPETITIVE:
-            logging.getLogger(name).addFilter(lambda record: _is_new(record, said))
+            logging.getLogger(name).addFilter(lambda record: _is_new(record, seen))
         # Deprecation warnings of the libraries about each other.
         warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|torch)\.")
     for name in ("lightning_fabric", "pytorch_lightning"):  # they install handlers of their own when imported
@@ -73,8 +73,8 @@ def _concerns_the_user(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING and not own_handler and not record.getMessage().startswith(_USELESS)
 
 
-def _is_new(record: logging.LogRecord, said: set[str]) -> bool:
+def _is_new(record: logging.LogRecord, seen: set[str]) -> bool:
     message = record.getMessage()
-    was_said = message in said
-    said.add(message)
-    return not was_said
+    was_seen = message in seen
+    seen.add(message)
+    return not was_seen

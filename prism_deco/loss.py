@@ -79,7 +79,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Drop the references: autograd adopts a gradient without a copy if nothing else refers to it.
         gradients, ctx.gradients = ctx.gradients, None
-        assert gradients is not None, "the gradients of a chunked loss exist once: no second backward pass"
+        assert gradients is not None, "a chunked loss supports only one backward pass"
         return *(None if g is None else g.mul_(grad) for g in gradients), None, None
 
 

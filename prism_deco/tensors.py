@@ -74,7 +74,7 @@ def check_tensor_file(file: Path) -> None:
     with file.open("rb") as opened:
         beginning = opened.read(4)
     if not beginning.startswith(_BEGINNINGS):
-        raise UsageError(f"{file} holds no weights: it is no safetensors, .bin, .pth, .pt or .gguf file. {_WAY_OUT}")
+        raise UsageError(f"{file} has no weights: it is not a safetensors, .bin, .pth, .pt or .gguf file. {_WAY_OUT}")
 
 
 def tensor_files(path: Path) -> list[Path]:
@@ -106,7 +106,7 @@ def indexed_files(path: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{index} lists no shards: it is damaged, or of another kind. Fetch it again.") from error
+        raise UsageError(f"{index} lists no shards: it is damaged or no weight index. Fetch it again.") from error
     return sorted(inside(index.parent, str(name), index) for name in names)
 
 
@@ -185,13 +185,14 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged file makes torch raise anything, even an `AssertionError`
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
         raise UsageError(
-            f"{file} cannot be read ({reason}): it is incomplete or damaged, or holds more than tensors, and nothing "
-            "else is unpickled. Fetch or write it again, or save its state dict as safetensors or with torch.save."
+            f"{file} cannot be read ({reason}): it is incomplete or damaged, or contains objects other than "
+            "tensors, which are not unpickled. Fetch or write it again, or save its state dict as safetensors or with "
+            "torch.save."
         ) from error
     for wrapper in _WRAPPERS:
         state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
     if not isinstance(state, dict):
-        raise UsageError(f"{file} holds no state dict but a {type(state).__name__}.")
+        raise UsageError(f"{file} contains a {type(state).__name__}, not a state dict.")
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 

@@ -91,5 +91,5 @@ def test_the_gradients_exist_once():
     hidden, head, targets = _inputs()
     loss = summed_cross_entropy(hidden, head.weight, head.bias, targets, max_logits=VOCABULARY)
     loss.backward(retain_graph=True)
-    with pytest.raises(AssertionError, match="no second backward pass"):
+    with pytest.raises(AssertionError, match="only one backward pass"):
         loss.backward()

@@ -116,12 +116,12 @@ def read_loggers(trainer: DictConfig) -> dict[str, dict[str, Any]]:
     for entry in entries:
         named = {entry: None} if isinstance(entry, str) else entry
         if not isinstance(named, dict) or not all(isinstance(given, dict | None) for given in named.values()):
-            raise UsageError(f"trainer.loggers: {entry!r} is no logger. Write NAME, or {{NAME: {{OPTION: VALUE}}}}.")
+            raise UsageError(f"trainer.loggers: {entry!r} is not a logger. Write NAME, or {{NAME: {{OPTION: VALUE}}}}.")
         for name, given in named.items():
             kind = LOGGERS.get(str(name))
             options = given or {}
             if name in chosen:
-                raise UsageError(f"trainer.loggers: {name} is named twice. A run has one logger of a kind.")
+                raise UsageError(f"trainer.loggers: {name} is named twice. A run has at most one logger of each kind.")
             # Lightning's logger modules declare the packages they need as global `RequirementCache` objects.
             needed = [value for value in vars(sys.modules[kind.__module__]).values() if hasattr(value, "requirement")]
             if needed and not any(needed):

@@ -178,9 +178,9 @@ class _Checks:
             clip_gradients(vlm.parameters(), recipe.grad_clip, grad_norm(vlm.parameters()))
             optimizer.step()
         after = sum(self._losses(batches)) / targets
-        found = f"{STEPS} steps at recipe.lr={recipe.lr} take the loss of {len(self.examples)} records"
+        found = f"{STEPS} steps at recipe.lr={recipe.lr} change the loss of {len(self.examples)} records"
         if not after < before:
-            raise _failed("learning", f"{found} from {before:.6g} to {after:.6g}, not down")
+            raise _failed("learning", f"{found} from {before:.6g} to {after:.6g}; it must fall")
         log.info("Preflight: %s from %.4f to %.4f", found, before, after)
 
     def _check_gradients(self) -> None:
@@ -202,7 +202,7 @@ class _Checks:
         own = self._losses(self.data.collate(self.examples).batches)
         other = self._losses(self.data.collate(black).batches)
         if own == other and any(example.pixels for example in self.examples):
-            found = "the loss stays the same to the last bit when images turn black: the model ignores them"
+            found = "the loss is bitwise the same with black images: the model ignores images"
             raise _failed("images", f"{found} (if that is intended: recipe.blind=true)")
         log.info("Preflight: the loss with black images is %.4g times as high", sum(other) / sum(own))
 
@@ -218,7 +218,7 @@ class _Checks:
             save_model(folder, self.config, self.vlm, llm)
             expected, found = _logits(self.vlm, batch), _logits(load_model(folder)[0], batch)
         except UsageError as error:
-            raise _failed("saving", f"what was saved cannot be loaded: {error}") from error
+            raise _failed("saving", f"the saved model cannot be loaded: {error}") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         difference = float((expected - found).abs().max())

@@ -158,7 +158,7 @@ def test_a_gradient_that_is_not_finite_is_found(parts):
 
 
 def test_a_loss_that_does_not_fall_is_found(parts):
-    with pytest.raises(ValueError, match=r"learning: 10 steps at recipe.lr=30\.0 take the loss of 8 records from"):
+    with pytest.raises(ValueError, match=r"learning: 10 steps at recipe.lr=30\.0 change the loss of 8 records from"):
         preflight(*parts("recipe.lr=30"))
 
 
@@ -169,7 +169,7 @@ def test_ignored_images_are_found_unless_the_recipe_says_so(parts, monkeypatch, 
     with monkeypatch.context() as patch:
         # Every image looks alike: gradients still reach the projector.
         patch.setattr(vlm, "features", lambda pixels: torch.ones_like(features(pixels)))
-        with pytest.raises(ValueError, match=r"images: the loss stays the same to the last bit.*recipe\.blind=true"):
+        with pytest.raises(ValueError, match=r"images: the loss is bitwise the same.*recipe\.blind=true"):
             preflight(*arguments)
     vlm.blind = True
     with pytest.raises(ValueError, match=r"gradient: .*projector"):
@@ -190,7 +190,7 @@ def test_weights_that_do_not_come_back_are_found(parts, monkeypatch, tmp_path):
         monkeypatch.setattr(model_folder, "write_safetensors", write_damaged)
 
     damaged(lambda weights: {k: v for k, v in weights.items() if k != "projector.mlp.0.weight"})
-    with pytest.raises(ValueError, match=r"saving: what was saved cannot be loaded: .*missing projector\.mlp\.0\.wei"):
+    with pytest.raises(ValueError, match=r"saving: the saved model cannot be loaded: .*missing projector\.mlp\.0\.wei"):
         preflight(*arguments)
     damaged(lambda weights: {k: v.detach().bfloat16().float() for k, v in weights.items()})
     with pytest.raises(ValueError, match=r"saving: logits of up to .* differ by"):

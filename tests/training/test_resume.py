@@ -210,7 +210,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(start, tmp_path):
     job.signal(signal.SIGINT)
     assert job.wait(60) == [130], job.log.read_text()
     state = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert state["state"] == "preempted" and "the newest checkpoint stays" in state["reason"]
+    assert state["state"] == "preempted" and "the newest checkpoint is kept" in state["reason"]
 
 
 SLOW = """
