@@ -38,7 +38,7 @@ def take_over(numbers: Iterable[int], handler: Callable[[int, FrameType | None],
 def taken_over(numbers: Iterable[int], handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     """Installs a signal handler temporarily; does nothing outside the main thread, where Python allows none.
 
-    In an own process (`own_process`), `SIGNALS` are ignored afterwards, so that none of them changes the exit code.
+    After `own_process`, `SIGNALS` are ignored once the handler is removed: the exit code is decided by then.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = take_over(numbers if in_main_thread else (), handler)

@@ -88,7 +88,7 @@ class Board(Logger):
             self._write(step=step, summary=summary.text(key, text))
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """Fills the HPARAMS tab; TensorBoard shows the last value of every scalar next to them."""
+        """Fills the HPARAMS tab, where TensorBoard shows hyperparameters next to the last value of every scalar."""
         # The first part lists the metrics, and TensorBoard takes that list from only one of several runs: the scores of
         # the others would be missing. Without it, TensorBoard collects the scalars of all runs, also of evaluations.
         _, start, end = summary.hparams(dict(params), {})

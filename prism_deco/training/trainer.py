@@ -100,7 +100,8 @@ def _train(
         data = Conversations(build_source(group(config, "data")), config, vlm, llm)
     _announce(config, target, world, vlm, data)
     if config.recipe.standardise_features and resume is None:
-        # Computed on rank 0 for all: other ranks may have another number of threads, and so round differently.
+        # Checkpoints contain them. Computed on rank 0 for all: with another number of threads, other ranks would round
+        # differently.
         statistics = world.decide(lambda: vlm.fit_features(data.sample_pixels(FEATURE_STATISTICS_IMAGES), world.device))
         vlm.feature_mean, vlm.feature_std = statistics
     if start is not None:
