@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule (PRISM, Table 5)."""
+"""Optimizer and learning-rate schedule (DeCo, Table 5)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def adamw(vlm: VLM, recipe: DictConfig) -> AdamW:
 
 
 def warmup_cosine(optimizer: AdamW, total_steps: int, warmup_ratio: float, rounding: str = "down") -> LambdaLR:
-    """Linear warm-up from 0 over a fraction of the steps, then cosine decay to 0 (PRISM, Table 5).
+    """Linear warm-up from 0 over a fraction of the steps, then cosine decay to 0 (DeCo, Table 5).
 
     The first step has a rate of 0 even if the warm-up is rounded down to no step at all, as in prismatic-vlms; with a
     `warmup_ratio` of 0 it has the peak rate.
