@@ -56,7 +56,7 @@ class Model:
     @property
     def device(self) -> torch.device:
         """The device of the model's weights."""
-        return next(self.vlm.lm.parameters()).device
+        return self.vlm.device
 
     def generate(
         self, images: Images | Sequence[Images], prompts: str | Sequence[str], max_new_tokens: int = 128

@@ -60,8 +60,8 @@ class World:
             UsageError: the machine lacks the devices, or a launcher started another number of processes.
         """
         if trainer.accelerator in ("gpu", "cuda"):
-            way_out = "Use trainer.accelerator=cpu, or auto, which takes a GPU where there is one."
-            check_gpus(f"trainer.accelerator={trainer.accelerator}", 1, way_out)
+            hint = "Use trainer.accelerator=cpu, or auto, which takes a GPU where there is one."
+            check_gpus(f"trainer.accelerator={trainer.accelerator}", 1, hint)
         gpu = local_device(trainer.accelerator).type == "cuda"
         devices = _local_devices(trainer, gpu)
         size = devices * trainer.num_nodes
@@ -228,12 +228,12 @@ def requested_device(name: str) -> torch.device:
     return device
 
 
-def check_gpus(asked: str, count: int, way_out: str) -> None:
+def check_gpus(asked: str, count: int, hint: str) -> None:
     """`UsageError` if torch finds fewer than `count` GPUs."""
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if found < count:
         has = f"this machine has {found}" if found else "this machine has no GPU that torch can use"
-        raise UsageError(f"{asked}: {has}. {way_out}")
+        raise UsageError(f"{asked}: {has}. {hint}")
 
 
 def _local_devices(trainer: DictConfig, gpu: bool) -> int:

@@ -39,38 +39,38 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(
-    path: Path, keys: Iterable[str] = (), *, way_out: str = "Restore it from a copy, or write it again."
+    path: Path, keys: Iterable[str] = (), *, hint: str = "Restore it from a copy, or write it again."
 ) -> dict[str, Any]:
     """The object in a JSON file; `UsageError` if the file is damaged.
 
     Args:
         keys: that the object must have.
-        way_out: what the user can do about a damaged file.
+        hint: what the user can do about a damaged file.
     """
-    with refusals_named(path, way_out):
+    with refusals_named(path, hint):
         encoded = path.read_bytes()
     try:
         content = json.loads(encoded.decode())
     except ValueError as error:
-        raise UsageError(f"{path} is damaged ({error}). {way_out}") from error
+        raise UsageError(f"{path} is damaged ({error}). {hint}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{path} is damaged: it is not a JSON object. {way_out}")
+        raise UsageError(f"{path} is damaged: it is not a JSON object. {hint}")
     missing = [key for key in keys if key not in content]
     if missing:
-        raise UsageError(f"{path} is damaged: it has no {', '.join(missing)}. {way_out}")
+        raise UsageError(f"{path} is damaged: it has no {', '.join(missing)}. {hint}")
     return content
 
 
 def read_result(
-    path: Path, keys: Iterable[str] = (), *, way_out: str = "Remove it, and evaluate the run again."
+    path: Path, keys: Iterable[str] = (), *, hint: str = "Remove it, and evaluate the run again."
 ) -> dict[str, Any]:
     """`read_json` for a benchmark's `metrics.json`, which also checks that the score and its interval are numbers."""
-    content = read_json(path, {"interval95", "metrics", "primary", *keys}, way_out=way_out)
+    content = read_json(path, {"interval95", "metrics", "primary", *keys}, hint=hint)
     metrics, primary, interval = content["metrics"], content["primary"], content["interval95"]
     if not isinstance(metrics, dict) or not isinstance(primary, str) or not _is_number(metrics.get(primary)):
-        raise UsageError(f"{path} is damaged: it has no value of its primary metric, {primary}. {way_out}")
+        raise UsageError(f"{path} is damaged: it has no value of its primary metric, {primary}. {hint}")
     if not isinstance(interval, list) or len(interval) != 2 or not all(map(_is_number, interval)):
-        raise UsageError(f"{path} is damaged: interval95 is {interval}, not two numbers. {way_out}")
+        raise UsageError(f"{path} is damaged: interval95 is {interval}, not two numbers. {hint}")
     return content
 
 
@@ -78,9 +78,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def check_writable(folder: Path, way_out: str) -> None:
+def check_writable(folder: Path, hint: str) -> None:
     """`UsageError` if a folder, or the nearest existing one above it, is not writable."""
-    with refusals_named(folder, way_out, "written"):
+    with refusals_named(folder, hint, "written"):
         with suppress(FileNotFoundError, NotADirectoryError):
             folder.stat()  # fails if the name is too long
         with TemporaryFile(dir=nearest_existing(folder)):
@@ -95,7 +95,7 @@ def check_folder(folder: Path) -> None:
 
 
 @contextmanager
-def refusals_named(path: Path, way_out: str, access: str = "read") -> Iterator[None]:
+def refusals_named(path: Path, hint: str, access: str = "read") -> Iterator[None]:
     """Turns an `OSError` (missing permission, name too long) about a path that the user named into a `UsageError`.
 
     A missing file is left to the caller to report. Wrap only the operation itself: elsewhere such an error is a bug.
@@ -105,7 +105,7 @@ def refusals_named(path: Path, way_out: str, access: str = "read") -> Iterator[N
     except OSError as error:
         if access == "read" and isinstance(error, FileNotFoundError):
             raise
-        raise UsageError(f"{path} cannot be {access} ({error.strerror}). {way_out}") from error
+        raise UsageError(f"{path} cannot be {access} ({error.strerror}). {hint}") from error
 
 
 def full_disk(places: Iterable[Path], error: BaseException) -> str:
@@ -153,19 +153,19 @@ def inside(folder: Path, name: str, index: Path) -> Path:
     return folder / path
 
 
-def verify_sha256(folder: Path, digests: Mapping[str, str], index: Path, way_out: str) -> None:
+def verify_sha256(folder: Path, digests: Mapping[str, str], index: Path, hint: str) -> None:
     """Compares files with the SHA-256 that an index lists; `UsageError` if one is missing, different, or outside the
     folder."""
     paths = {name: inside(folder, name, index) for name in digests}
     if missing := [path for path in paths.values() if not path.is_file()]:
-        raise UsageError(f"{missing[0]} is missing. {way_out}")
+        raise UsageError(f"{missing[0]} is missing. {hint}")
     with ThreadPoolExecutor(4) as pool:
         found = dict(zip(paths, pool.map(file_sha256, paths.values()), strict=True))
     for name, expected in digests.items():
         if found[name] != expected:
             raise UsageError(
                 f"{paths[name]} was damaged or replaced after it was written: its SHA-256 is {found[name][:12]}…, "
-                f"{index.name} says {expected[:12]}…. {way_out}"
+                f"{index.name} says {expected[:12]}…. {hint}"
             )
 
 

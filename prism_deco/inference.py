@@ -137,7 +137,7 @@ def answer_losses(
     for prompt, text, images in zip(prompts, answers, visual, strict=True):
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
         encoded.append(answers_only(llm.encode(messages, num_images=len(images))))
-    batch = build_batch(encoded, vlm.projector.num_tokens).to(_device(vlm))
+    batch = build_batch(encoded, vlm.projector.num_tokens).to(vlm.device)
     if batch.input_ids.shape[1] > llm.max_positions:
         raise UsageError(
             f"Question, answer and image take {batch.input_ids.shape[1]} positions, the LLM has {llm.max_positions}: "
@@ -179,13 +179,9 @@ def _first_ids(llm: LanguageModel, prompt: str, images: int, choices: Sequence[s
 
 
 def _prompt_batch(vlm: VLM, llm: LanguageModel, encoded: Sequence[Encoded]) -> Batch:
-    return build_batch(encoded, vlm.projector.num_tokens, left_pad=True).to(_device(vlm))
+    return build_batch(encoded, vlm.projector.num_tokens, left_pad=True).to(vlm.device)
 
 
 def _stack(visual: Sequence[Sequence[Tensor]], vlm: VLM) -> Tensor | None:
     tokens = [image for images in visual for image in images]
-    return torch.stack(tokens).to(_device(vlm)) if tokens else None
-
-
-def _device(vlm: VLM) -> torch.device:
-    return next(vlm.lm.parameters()).device
+    return torch.stack(tokens).to(vlm.device) if tokens else None

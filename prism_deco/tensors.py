@@ -33,20 +33,20 @@ _DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
-_WAY_OUT = "Fetch or write it again, or point at another file."
+_HINT = "Fetch or write it again, or point at another file."
 
 
-def open_safetensors(file: Path, way_out: str = _WAY_OUT) -> Any:
+def open_safetensors(file: Path, hint: str = _HINT) -> Any:
     """Opens a file with `safetensors.safe_open`, which reads tensors one by one; `UsageError` if it is not readable.
 
     Args:
-        way_out: what the user can do about an unreadable file.
+        hint: what the user can do about an unreadable file.
     """
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
         raise UsageError(
-            f"{file} cannot be read as safetensors ({error}): it is incomplete or damaged. {way_out}"
+            f"{file} cannot be read as safetensors ({error}): it is incomplete or damaged. {hint}"
         ) from error
 
 
@@ -70,11 +70,11 @@ def check_tensor_file(file: Path) -> None:
         open_safetensors(file)
         return
     if not file.is_file():
-        raise UsageError(f"{file} is missing. {_WAY_OUT}")
+        raise UsageError(f"{file} is missing. {_HINT}")
     with file.open("rb") as opened:
         beginning = opened.read(4)
     if not beginning.startswith(_BEGINNINGS):
-        raise UsageError(f"{file} has no weights: it is not a safetensors, .bin, .pth, .pt or .gguf file. {_WAY_OUT}")
+        raise UsageError(f"{file} has no weights: it is not a safetensors, .bin, .pth, .pt or .gguf file. {_HINT}")
 
 
 def tensor_files(path: Path) -> list[Path]:

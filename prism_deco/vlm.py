@@ -88,6 +88,10 @@ class VLM(nn.Module):
         for name, value in (("feature_mean", 0.0), ("feature_std", 1.0)):
             self.register_buffer(name, torch.full((backbone.embed_dim,), value) if standardise_features else None)
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.lm.parameters()).device
+
     def cast(self, dtype: torch.dtype) -> None:
         """Casts parameters and persistent buffers to a dtype; the projector's to its own (`Projector.compute_dtype`),
         if it has one. Non-persistent buffers, such as rotary frequencies, stay exact."""

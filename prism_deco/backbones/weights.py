@@ -58,7 +58,7 @@ def locate(
     Raises:
         UsageError: it is missing and cannot be downloaded.
     """
-    way_out = (
+    hint = (
         "Point at a local file or folder with backbone.weights=PATH (open_clip, timm and Hugging Face layouts are "
         "read), or start from random weights with backbone.pretrained=false."
     )
@@ -66,10 +66,10 @@ def locate(
         is_asset = weights.startswith(ASSET)
         path = ASSETS / f"{weights.removeprefix(ASSET)}.safetensors" if is_asset else Path(weights).expanduser()
         if not path.exists():
-            raise UsageError(f"There are no weights of {name} at {path}. {way_out}")
+            raise UsageError(f"There are no weights of {name} at {path}. {hint}")
         return path
     if hub is None or file is None:
-        raise UsageError(f"The backbone {name} sets neither `weights` nor a `hub` repository with a `file`. {way_out}")
+        raise UsageError(f"The backbone {name} sets neither `weights` nor a `hub` repository with a `file`. {hint}")
     cached = try_to_load_from_cache(hub, file)
     if isinstance(cached, str):
         return Path(cached)
@@ -84,7 +84,7 @@ def locate(
         reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
             f"{name} needs the file {file}{size} of https://huggingface.co/{hub}: it is not in the local cache and "
-            f"could not be downloaded ({reason}). {way_out}"
+            f"could not be downloaded ({reason}). {hint}"
         ) from error
 
 

@@ -182,7 +182,7 @@ def _score(results_folder: Path) -> float | None:
     path = results_folder / "metrics.json"
     if not path.is_file():
         return None
-    content = read_result(path, way_out="Remove it, and run the same command again.")
+    content = read_result(path, hint="Remove it, and run the same command again.")
     return content["metrics"][content["primary"]]
 
 

@@ -83,7 +83,7 @@ def list_files(repo: str, pattern: str, revision: str) -> Path:
 
 def read_listing(path: Path) -> list[HubFile]:
     """The files in a listing of `list_files`."""
-    listing = read_json(path, ["files"], way_out="Delete it to list the files again.")
+    listing = read_json(path, ["files"], hint="Delete it to list the files again.")
     return [HubFile(**file) for file in listing["files"]]
 
 

@@ -139,7 +139,6 @@ def relevance(
         raise unknown("method", method, METHODS)
     opened = image if isinstance(image, Image.Image) else open_image(Path(image))
     pixels = image_pixels(vlm, opened)
-    device = next(vlm.lm.parameters()).device
     patches = PatchFrame(vlm.backbone.transform.frame(opened.size), vlm.backbone.grid, vlm.backbone.patch_size)
     with frozen(vlm), float32_weights(vlm.projector):
         features = vlm.features(pixels)
@@ -149,8 +148,8 @@ def relevance(
             visual = [list(maps.tokens.detach())]
             answer = generate_answer(vlm, llm, visual, [prompt], max_new_tokens=max_new_tokens)[0]
         encoded, ids = encode_answer(llm, prompt, answer, vlm.projector.num_tokens)
-        batch = build_batch([encoded], vlm.projector.num_tokens).to(device)
-        chunk = tokens_at_once(vlm.lm.config, batch.input_ids.shape[1], len(ids), dtype, device)
+        batch = build_batch([encoded], vlm.projector.num_tokens).to(vlm.device)
+        chunk = tokens_at_once(vlm.lm.config, batch.input_ids.shape[1], len(ids), dtype, vlm.device)
         with eager_attention(vlm.lm):
             recording = record(vlm, batch, maps.tokens.detach(), targets=len(ids))
         text_to_query, query_to_patch = METHODS[method](recording, batch.visual[0], maps, chunk)
@@ -175,8 +174,8 @@ def relevance(
 
 def image_pixels(vlm: VLM, image: Image.Image) -> dict[str, Tensor]:
     """Per tower float[1, 3, S, S], on the model's device."""
-    device = next(vlm.lm.parameters()).device
-    return {tower: values[None].to(device) for tower, values in vlm.backbone.transform(image.convert("RGB")).items()}
+    pixels = vlm.backbone.transform(image.convert("RGB"))
+    return {tower: values[None].to(vlm.device) for tower, values in pixels.items()}
 
 
 def _gae(recording: Recording, visual: Tensor, maps: QueryMaps, chunk: int) -> tuple[Tensor, Tensor]:

@@ -137,8 +137,7 @@ def _probabilities(vlm: VLM, encoded: Encoded, targets: int, pixels: Mapping[str
     masked = {
         tower: values * _mask(kept.to(values), values.shape[-1], vlm.backbone.grid) for tower, values in pixels.items()
     }
-    device = next(vlm.lm.parameters()).device
-    batch = build_batch([encoded] * len(kept), vlm.projector.num_tokens, pixels=masked).to(device)
+    batch = build_batch([encoded] * len(kept), vlm.projector.num_tokens, pixels=masked).to(vlm.device)
     positions = (batch.labels[0, 1:] != IGNORE).nonzero()[:targets, 0]
     answer = batch.labels[:, positions + 1]
     logits = vlm.logits(vlm.hidden_states(batch)[:, positions]).float()

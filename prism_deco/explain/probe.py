@@ -111,7 +111,7 @@ class _Encoded:
 @torch.no_grad()
 def _encode(vlm: VLM, images: Sequence[LabelledImage], what: str) -> _Encoded:
     """Runs the towers and the projector, with a progress bar named `what`."""
-    device, transform = next(vlm.lm.parameters()).device, vlm.backbone.transform
+    transform = vlm.backbone.transform
     tokens = torch.empty(len(images), vlm.projector.num_tokens, vlm.projector.out_dim)
     patches = torch.empty(len(images), vlm.backbone.num_patches, vlm.backbone.embed_dim)
     objects = []
@@ -128,7 +128,7 @@ def _encode(vlm: VLM, images: Sequence[LabelledImage], what: str) -> _Encoded:
                 x, y = (x1 + x2) / (2 * width), (y1 + y2) / (2 * height)
                 if 0 <= x < 1 and 0 <= y < 1:  # not cropped away
                     objects.append((row, x, y, labels | {POSITION: POSITION}))
-        features = vlm.features({tower: torch.stack([p[tower] for p in pixels]).to(device) for tower in pixels[0]})
+        features = vlm.features({tower: torch.stack([p[tower] for p in pixels]).to(vlm.device) for tower in pixels[0]})
         tokens[part] = vlm.project(features).float()
         patches[part] = features.float()
     return _Encoded(tokens, patches, objects)

@@ -150,8 +150,8 @@ def _attention_error(spec: LLMSpec, error: Exception) -> UsageError | None:
         return None
     reason = str(error).strip().partition(". ")[0].removesuffix(".")
     other = "Install what it needs, or set llm.attention=sdpa."
-    way_out = "Set llm.attention=eager." if spec.attention == "sdpa" else other
-    return UsageError(f"llm.attention={spec.attention} cannot be used here: {reason}. {way_out}")
+    hint = "Set llm.attention=eager." if spec.attention == "sdpa" else other
+    return UsageError(f"llm.attention={spec.attention} cannot be used here: {reason}. {hint}")
 
 
 def _load(spec: LLMSpec) -> PreTrainedModel:

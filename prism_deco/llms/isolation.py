@@ -63,7 +63,7 @@ def check_isolation(lm: PreTrainedModel, *, packing: bool, turn_mask: str, longe
     _compare(small, _cached, "gives different results with a cache than without")
 
 
-def _compare(lm: PreTrainedModel, compute: Any, problem: str, way_out: str = "Choose another llm") -> None:
+def _compare(lm: PreTrainedModel, compute: Any, problem: str, hint: str = "Choose another llm") -> None:
     width = cast(nn.Embedding, lm.get_input_embeddings()).embedding_dim
     generator = torch.Generator().manual_seed(0)
     records = [torch.randn(1, length, width, generator=generator) for length in _LENGTHS]
@@ -73,13 +73,13 @@ def _compare(lm: PreTrainedModel, compute: Any, problem: str, way_out: str = "Ch
     except UsageError:
         raise
     except (RuntimeError, ValueError) as error:
-        raise UsageError(f"{type(lm).__name__} cannot be used with images: {error}. {way_out}.") from error
+        raise UsageError(f"{type(lm).__name__} cannot be used with images: {error}. {hint}.") from error
     difference = float((found - wanted).abs().max() / wanted.abs().max())
     if not difference <= TOLERANCE:
         kinds = getattr(lm.config, "layer_types", None) or ["of unknown types"]
         raise UsageError(
             f"{type(lm).__name__} {problem}: the results differ by {difference:.1e} of their maximum. Its layers are "
-            f"{', '.join(sorted(set(kinds)))}. {way_out}."
+            f"{', '.join(sorted(set(kinds)))}. {hint}."
         )
 
 

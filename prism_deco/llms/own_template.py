@@ -35,7 +35,7 @@ _TALK = [
     {"role": "user", "content": "Why?"},
     {"role": "assistant", "content": "It is."},
 ]
-_WAY_OUT = "Set llm.chat_template to a template of your own with {% generation %} marks (prism_deco/llms/prompts.py)."
+_HINT = "Set llm.chat_template to a template of your own with {% generation %} marks (prism_deco/llms/prompts.py)."
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
@@ -64,7 +64,7 @@ class OwnTemplate(PromptFormat):
     ) -> tuple[str, list[tuple[int, int]]]:
         parts = self._parts(messages, variables)
         if parts[1::2] != [_bare(m["content"]) for m in messages if m["role"] == "assistant"]:
-            raise UsageError(f"The tokenizer's chat template changes the text of an answer. {_WAY_OUT}")
+            raise UsageError(f"The tokenizer's chat template changes the text of an answer. {_HINT}")
         thoughts, space, gap = self._around_answers(messages[0]["role"] == "system")
         text = ""
         spans = []
@@ -89,7 +89,7 @@ class OwnTemplate(PromptFormat):
         text = self._render(marked, **variables, **options)[0][0]
         count = sum(message["role"] == "assistant" for message in messages)
         if "".join(_MARKS.findall(text)) != (_BEGIN + _END) * count:
-            raise UsageError(f"The tokenizer's chat template does not write every answer once, in order. {_WAY_OUT}")
+            raise UsageError(f"The tokenizer's chat template does not write every answer once, in order. {_HINT}")
         return _MARKS.split(text)
 
     def _around_answers(self, system: bool) -> tuple[str, str, int]:
@@ -117,13 +117,13 @@ class OwnTemplate(PromptFormat):
                 raise UsageError(
                     "The tokenizer's chat template does not write an answer right after the prompt that asks for it, "
                     "or changes earlier messages when others follow (thinking that cannot be switched off?). "
-                    f"{_WAY_OUT}"
+                    f"{_HINT}"
                 )
             if prompt.startswith(2 * self.special_tokens["bos_token"]):
-                raise UsageError(f"The tokenizer's chat template spells out the BOS token. {_WAY_OUT}")
+                raise UsageError(f"The tokenizer's chat template spells out the BOS token. {_HINT}")
             gap = both[2].find(talk[-2]["content"])
             if gap < 0:
-                raise UsageError(f"The tokenizer's chat template changes the text of a question. {_WAY_OUT}")
+                raise UsageError(f"The tokenizer's chat template changes the text of a question. {_HINT}")
             self._surroundings[system] = prompt.removeprefix(opening), space, gap
         return self._surroundings[system]
 

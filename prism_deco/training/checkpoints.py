@@ -35,7 +35,7 @@ MODEL = "model."
 """Prefix of the names of the model's tensors; the optimizer's is `optimizer.`"""
 
 _FORMAT = 1
-_WAY_OUT = (
+_HINT = (
     "Remove this checkpoint's folder: training then continues from an earlier one, or from the start. To export a "
     "model, name another checkpoint."
 )
@@ -133,7 +133,7 @@ class Checkpoint:
             self.content: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             version, step, files = (self.content[key] for key in ("format", "step", "files"))
         except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{folder / INDEX} is damaged ({type(error).__name__}). {_WAY_OUT}") from error
+            raise UsageError(f"{folder / INDEX} is damaged ({type(error).__name__}). {_HINT}") from error
         if version != _FORMAT:
             raise UsageError(f"{folder} has format {version}; this version reads format {_FORMAT}.")
         self.step: int = step
@@ -142,7 +142,7 @@ class Checkpoint:
         self._pieces: dict[str, list[tuple[Any, tuple[int, ...]]]] = {}
         self._digests: dict[str, str] = self.content.get("sha256") or {}
         for name in files:
-            file = open_safetensors(inside(folder, name, folder / INDEX), _WAY_OUT)
+            file = open_safetensors(inside(folder, name, folder / INDEX), _HINT)
             for key, place in (file.metadata() or {}).items():
                 shape, offset = json.loads(place)
                 self.shapes[key] = tuple(shape)
@@ -160,7 +160,7 @@ class Checkpoint:
         share = {name: self._digests[name] for name in sorted(self._digests)[rank::size]}
         problem = None
         try:
-            verify_sha256(self.folder, share, self.folder / INDEX, _WAY_OUT)
+            verify_sha256(self.folder, share, self.folder / INDEX, _HINT)
         except UsageError as error:
             problem = str(error)
         for found in gather_objects(problem):
@@ -178,7 +178,7 @@ class Checkpoint:
         for stored, start in pieces:
             _copy_overlap(stored, start, result, offset)
         if not all_finite(result):
-            raise UsageError(f"{self.folder}: {name} holds NaN or infinite numbers. {_WAY_OUT}")
+            raise UsageError(f"{self.folder}: {name} holds NaN or infinite numbers. {_HINT}")
         return result
 
     def names(self, prefix: str) -> list[str]:

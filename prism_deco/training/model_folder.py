@@ -275,13 +275,13 @@ def verify_model(folder: Path) -> None:
         log.info("%s has no checksums and is not verified", folder)
         return
     digests = _read_sums(folder)
-    way_out = "Restore the folder from a copy, or write the model again from a checkpoint (prism-deco export)."
-    verify_sha256(folder, digests, folder / SUMS, way_out)
+    hint = "Restore the folder from a copy, or write the model again from a checkpoint (prism-deco export)."
+    verify_sha256(folder, digests, folder / SUMS, hint)
     manifest = folder.parent / "manifest.json"
     if folder.name == "model" and manifest.is_file():
         trained = read_json(manifest).get("model_sha256")
         if trained not in (None, trained_sha256(folder)):
-            raise UsageError(f"{folder} is not the model that the run trained: {manifest} names another. {way_out}")
+            raise UsageError(f"{folder} is not the model that the run trained: {manifest} names another. {hint}")
 
 
 def _read_sums(folder: Path) -> dict[str, str]:

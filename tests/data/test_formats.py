@@ -157,7 +157,7 @@ def test_a_chat_format_without_system_turns_refuses_them_before_training(tmp_pat
         check_records(records, Encoder(llm, max_text_tokens=300))
 
 
-def test_where_all_records_have_system_turns_leaving_them_out_is_no_way_out(tmp_path, capsys):
+def test_where_all_records_have_system_turns_leaving_them_out_is_no_hint(tmp_path, capsys):
     _image(tmp_path / "1.png", 1)
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(SYSTEM | {"id": f"{i}"}) for i in range(4)))
     settings = ["data=llava", f"data.json={tmp_path / 'a.jsonl'}", f"data.image_root={tmp_path}", "llm=mini_phi"]

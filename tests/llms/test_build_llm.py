@@ -210,7 +210,7 @@ def test_padding_adds_a_token_or_takes_the_unknown_one(real_format, choice, pad,
     assert llava.embedding_rows == 512 and llava.tokenizer.pad_token_id < len(llava.tokenizer)
 
 
-def test_without_an_unknown_token_there_is_a_way_out(real_format):
+def test_without_an_unknown_token_there_is_a_hint(real_format):
     content = load_choice("llm", "qwen1_5_0_5b_chat")
     tokens = content["special_tokens"] | {"pad_token": "<new>"}
     with pytest.raises(ValueError, match="has no unknown token to pad with: set recipe.added_tokens=true"):

@@ -47,28 +47,28 @@ def lm_of(family: str, **sizes) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
-def check(lm, way_out: str, longest: int = 512) -> None:
-    packing = "packing" in way_out
+def check(lm, hint: str, longest: int = 512) -> None:
+    packing = "packing" in hint
     check_isolation(lm, packing=packing, turn_mask="causal" if packing else "block", longest=longest)
 
 
-@pytest.mark.parametrize("way_out", ["recipe.packing=false", "recipe.turn_mask=causal"])
+@pytest.mark.parametrize("hint", ["recipe.packing=false", "recipe.turn_mask=causal"])
 @pytest.mark.parametrize("family", [*APART, *MIXED])
-def test_plain_causal_attention_passes_and_everything_else_is_refused(family, way_out):
+def test_plain_causal_attention_passes_and_everything_else_is_refused(family, hint):
     lm = lm_of(family, **(APART | MIXED)[family])
     if family in APART:
-        check(lm, way_out)
+        check(lm, hint)
     else:
-        with pytest.raises(ValueError, match=f"{type(lm).__name__} does not compute .* independently.*Set {way_out}"):
-            check(lm, way_out)
+        with pytest.raises(ValueError, match=f"{type(lm).__name__} does not compute .* independently.*Set {hint}"):
+            check(lm, hint)
 
 
-@pytest.mark.parametrize("way_out", ["recipe.packing=false", "recipe.turn_mask=causal"])
-def test_a_window_that_no_record_exceeds_is_none(way_out):
+@pytest.mark.parametrize("hint", ["recipe.packing=false", "recipe.turn_mask=causal"])
+def test_a_window_that_no_record_exceeds_is_none(hint):
     lm = lm_of("mistral", sliding_window=64)
-    check(lm, way_out, longest=64)
+    check(lm, hint, longest=64)
     with pytest.raises(ValueError, match="MistralForCausalLM"):
-        check(lm, way_out, longest=65)
+        check(lm, hint, longest=65)
 
 
 def _narrowest() -> dict[str, str]:

@@ -157,7 +157,7 @@ def test_adapters_of_a_half_precision_base_are_float32():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-def test_mistakes_have_a_way_out(monkeypatch):
+def test_mistakes_have_a_hint(monkeypatch):
     model = build_llm("mini_llama", pretrained=False).model
     with pytest.raises(ValueError, match="recipe.lora_r=0 must be at least 1"):
         add_lora(model, r=0, alpha=1, dropout=0.0)

@@ -50,7 +50,7 @@ def test_the_file_holds_what_readers_rely_on(tmp_path):
 
 
 @pytest.mark.parametrize("text", ['{"name": "s", "cel', "[]", "{}", '{"name": "s", "cells": [{"id": "a"}]}', "\x00"])
-def test_a_damaged_ledger_is_named_with_the_way_out(tmp_path, text):
+def test_a_damaged_ledger_is_named_with_the_hint(tmp_path, text):
     (tmp_path / "ledger.json").write_text(text)
     with pytest.raises(UsageError, match=r"ledger\.json is damaged .* move it away"):
         Ledger.read(tmp_path)

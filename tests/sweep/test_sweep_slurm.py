@@ -208,7 +208,7 @@ def test_what_sbatch_refuses_is_said(cluster):
         launcher.start(cell, LedgerEntry(cell.id, {}, []))
 
 
-def test_without_submitit_there_is_a_way_out(tmp_path, monkeypatch):
+def test_without_submitit_there_is_a_hint(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ValueError, match=r'pip install "prism-deco\[slurm\]"'):
         SlurmLauncher(tmp_path, "s", [], {})

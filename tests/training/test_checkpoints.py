@@ -185,7 +185,7 @@ def test_saving_and_reading_hold_a_few_tensors_at_a_time(tmp_path):
     assert load_file(tmp_path / checkpoint_name(1) / "rank_00000.safetensors")["model.31"][0, 0] == 31
 
 
-def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path, tensors):
+def test_a_damaged_checkpoint_is_named_with_the_hint(tmp_path, tensors):
     folder = save_checkpoint(tmp_path, 3, tensors, {})
     file = folder / "rank_00000.safetensors"
     file.write_bytes(file.read_bytes()[:-8])

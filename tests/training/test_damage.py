@@ -153,7 +153,7 @@ def test_a_damaged_record_of_a_run_is_one_line(copied, capsys, name):
         assert f"{copied / name} is damaged (" in said and "Traceback" not in said
 
 
-def test_damaged_scores_are_named_with_the_way_out(tmp_path):
+def test_damaged_scores_are_named_with_the_hint(tmp_path):
     (tmp_path / "metrics.json").write_text("{")
     with pytest.raises(UsageError, match=rf"{tmp_path}/metrics\.json is damaged .* Remove it, and run"):
         _score(tmp_path)
