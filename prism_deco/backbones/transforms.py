@@ -6,6 +6,7 @@ agree.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +97,9 @@ def resize_crop(size: tuple[int, int], side: int) -> Frame:
     return Frame(size, size, (0, 0), resized, crop, side)
 
 
-STRATEGIES = dict(zip(RESIZE, (letterbox, pad, resize_naive, resize_crop), strict=True))
+STRATEGIES: dict[str, Callable[[tuple[int, int], int], Frame]] = dict(
+    zip(RESIZE, (letterbox, pad, resize_naive, resize_crop), strict=True)
+)
 """The choices of `resize`: (width, height) of an image and the side of the input in pixels -> `Frame`."""
 
 
