@@ -1,4 +1,4 @@
-"""The package's description: the README without the links and pictures that only lead somewhere in a checkout."""
+"""Builds the package description: the README without images and links that only resolve in a checkout."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)([^)]+)\)")
 
 
 class ReadmeOfAWheel(MetadataHookInterface):
-    """Writes relative links as the path they lead to in the source distribution."""
+    """Replaces relative links by their paths in the source distribution, and drops images with relative paths."""
 
     def update(self, metadata: dict) -> None:
         text = (Path(self.root) / "README.md").read_text(encoding="utf-8")
