@@ -16,11 +16,11 @@ from prism_deco.miniature.scene import draw_scene
 
 PAD = 0
 END = 127
-"""The highest id of the text towers' vocabulary: CLIP's pools where the id is highest."""
+"""The highest id of the text towers' vocabulary: CLIP's text tower pools at the position of the highest id."""
 
 
 class Vocabulary:
-    """Words and single digits of a set of captions -> ids between `PAD` and `END`."""
+    """Maps the words and single digits of a set of captions to ids between `PAD` and `END`."""
 
     def __init__(self, texts: Iterable[str]):
         words = sorted({word for text in texts for word in self.split(text)})
@@ -29,14 +29,14 @@ class Vocabulary:
 
     @staticmethod
     def split(text: str) -> list[str]:
-        """Numbers fall into digits: a tower is to read them one by one."""
+        """Splits into words and single digits, so that a tower reads numbers digit by digit."""
         return re.findall(r"\d|[a-z]+", text)
 
     def encode(self, texts: Sequence[str], length: int) -> Tensor:
-        """int64[len(texts), length]: padded on the right, the last word followed by `END`.
+        """int64[len(texts), length]: right-padded, with `END` after the last word.
 
         Raises:
-            ValueError: a text is longer than `length`, or has a word that no caption has.
+            ValueError: a text does not fit into `length`, or has a word that no caption has.
         """
         ids = torch.full((len(texts), length), PAD)
         for row, text in enumerate(texts):
@@ -54,13 +54,13 @@ def phrases(caption: str) -> list[str]:
 
 
 def load_captions(seed: int, count: int) -> tuple[Tensor, list[str]]:
-    """uint8[count, 3, 64, 64] and their captions; none of them is an image of the world's own splits."""
+    """Images uint8[count, 3, 64, 64] and their captions, disjoint from the world's own splits."""
     scenes = [draw_scene(seed, "captions", index) for index in range(count)]
     images = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
     return rearrange(images, "n h w c -> n c h w"), [caption(scene) for scene in scenes]
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8[B, 3, H, W] -> float[B, 3, H, W] as the tower's transform would (images have its size already)."""
+    """uint8[B, 3, H, W] -> float[B, 3, H, W], as the tower's transform does (images already have its size)."""
     channels = rearrange(torch.tensor([mean, std]), "k c -> k c 1 1")
     return (images.float() / 255 - channels[0]) / channels[1]

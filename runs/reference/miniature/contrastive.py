@@ -1,8 +1,8 @@
-"""CLIP's and SigLIP's objectives: whole open_clip models, text tower and loss included, trained on captions.
+"""CLIP's and SigLIP's objectives: complete open_clip models, with text tower and loss, trained on captions.
 
-In two things they differ from the originals, in both for the sake of what patches hold. Texts are the phrases of the
-captions, one per object, so an image has several positives. And an image is compared patch by patch, with a soft
-maximum over its patches (FILIP, arXiv 2111.07783, takes the hard one), so some patch has to hold what a phrase says.
+They differ from the originals in two ways, both to make patches informative. Texts are the phrases of the captions, one
+per object, so an image has several positives. Similarity is a soft maximum over an image's patches (FILIP, arXiv
+2111.07783, takes the hard one), so some patch has to encode each phrase.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch.nn import functional as F
 import prism_deco.miniature.architectures  # noqa: F401  (registers the miniature's architectures)
 
 _LENGTH = 14
-"""Tokens of a phrase: ten words and digits at most, the end, padding."""
+"""Tokens of a phrase: at most ten words and digits, `END`, and padding."""
 _MAX_PHRASES = 128
-"""Phrases per batch; more cost time in the text tower."""
+"""Phrases per batch, to limit the time spent in the text tower."""
 
 
 def soft_maximum(patches: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def soft_maximum(patches: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
 class PhraseClipLoss(ClipLoss):
     """CLIP's softmax loss (arXiv 2103.00020) over images and over phrases.
 
-    Where there are several positives, they share the target evenly (UniCL, arXiv 2204.03610).
+    Several positives share the target evenly (UniCL, arXiv 2204.03610).
     """
 
     positives: Tensor
@@ -47,10 +47,10 @@ class PhraseClipLoss(ClipLoss):
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor:
-        """float[B, N, D], float[T, D] of length 1 -> float[]; `positives` is bool[B, T]."""
+        """float[B, N, D], float[T, D], L2-normalised -> float[]; `positives` is bool[B, T]."""
         logits = soft_maximum(image_features, text_features, logit_scale)
         targets = self.positives.to(logits.dtype)
-        # An image none of whose phrases was drawn has no target, and adds nothing.
+        # An image without a sampled phrase has an all-zero target and contributes nothing to the loss.
         by_image = F.cross_entropy(logits, targets / targets.sum(1, keepdim=True).clamp(min=1))
         by_phrase = F.cross_entropy(logits.T, (targets / targets.sum(0)).T)
         return (by_image + by_phrase) / 2
@@ -64,25 +64,25 @@ class PhraseSigLipLoss(SigLipLoss):
     def get_ground_truth(
         self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
     ) -> Tensor:
-        """float[B, T]: 1 where the caption has the phrase, else -1."""
+        """float[B, T]: 1 if the caption contains the phrase, else -1."""
         return self.positives.to(dtype) * 2 - 1
 
     def get_logits(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
     ) -> Tensor:
-        """float[B, N, D], float[T, D] of length 1 -> float[B, T]."""
+        """float[B, N, D], float[T, D], L2-normalised -> float[B, T]."""
         logits = soft_maximum(image_features, text_features, logit_scale)
         return logits if logit_bias is None else logits + logit_bias
 
 
 class ContrastivePretraining(nn.Module):
-    """An open_clip model and a loss over images and phrases; `vit` is the tower that is kept.
+    """An open_clip model with a loss over images and phrases; only its vision tower, `vit`, is kept.
 
     Args:
         model: open_clip's name of the architecture.
         captions: all captions of the run, from which the vocabulary is built.
-        seed: of the choice of phrases.
-        loss: of one family.
+        seed: seeds the sampling of phrases.
+        loss: the loss of the model's family.
     """
 
     def __init__(self, model: str, captions: Sequence[str], seed: int, loss: PhraseClipLoss | PhraseSigLipLoss):
@@ -102,11 +102,11 @@ class ContrastivePretraining(nn.Module):
         return self.loss(self.patches(images), self.texts(chosen), self.model.logit_scale.exp(), self.model.logit_bias)
 
     def patches(self, images: Tensor) -> Tensor:
-        """float[B, 3, S, S] -> float[B, N, D] of length 1, in the space of the phrases."""
+        """float[B, 3, S, S] -> float[B, N, D], L2-normalised, in the embedding space of the phrases."""
         return F.normalize(self.vit.forward_features(images), dim=-1)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """T phrases -> float[T, D] of length 1."""
+        """T phrases -> float[T, D], L2-normalised."""
         return self.model.encode_text(self.vocabulary.encode(texts, _LENGTH), normalize=True)
 
     def evaluate(self, images: Tensor, captions: Sequence[str]) -> dict[str, float]:
@@ -131,7 +131,7 @@ class ClipPretraining(ContrastivePretraining):
         super().__init__(model, captions, seed, PhraseClipLoss())
 
     def score(self, logits: Tensor, has: Tensor) -> Tensor:
-        """The mean over the caption's phrases, as FILIP's over a text's tokens."""
+        """The mean over the caption's phrases, as FILIP takes the mean over a text's tokens."""
         return logits @ (has / has.sum(1, keepdim=True)).T
 
 
@@ -142,12 +142,12 @@ class SiglipPretraining(ContrastivePretraining):
         super().__init__(model, captions, seed, PhraseSigLipLoss())
 
     def score(self, logits: Tensor, has: Tensor) -> Tensor:
-        """The log-likelihood of which of all phrases hold: every phrase is a yes or no of its own."""
+        """The log-likelihood that exactly the caption's phrases are true, each phrase an independent binary choice."""
         return F.logsigmoid(logits) @ has.float().T + F.logsigmoid(-logits) @ (~has).float().T
 
 
 def retrieval(scores: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """Top-1 accuracies of float[B, B] scores of images and captions; equal captions count as the same."""
+    """Top-1 accuracies of scores float[B, B] of images and captions; equal captions count as a match."""
     names = list(captions)
     to_text = [names[found] == names[own] for own, found in enumerate(scores.argmax(1).tolist())]
     to_image = [names[found] == names[own] for own, found in enumerate(scores.argmax(0).tolist())]

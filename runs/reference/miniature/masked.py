@@ -1,4 +1,4 @@
-"""Masked image modelling, in DINOv2's place: images only, neither captions nor labels."""
+"""Masked image modelling in place of DINOv2: it uses images only, neither captions nor labels."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _CELL = 4
 
 
 class MaskedPretraining(nn.Module):
-    """Blanked patches, and a linear layer that says what they and their neighbours look like.
+    """Blanks patches and predicts them and their neighbours with linear heads.
 
-    Two targets: pixels, as in SimMIM (arXiv 2111.09886), and histograms of gradient orientations, as in MaskFeat
-    (arXiv 2112.09133), which make edges and corners count. Unlike there, each patch predicts the three by three
-    patches around it, whether blanked or not: with blanked patches alone, a tower of this size and schedule learns
-    hardly more than random weights hold.
+    There are two targets: pixels, as in SimMIM (arXiv 2111.09886), and histograms of gradient orientations, as in
+    MaskFeat (arXiv 2112.09133), which emphasise edges and corners. Unlike in both papers, every patch, blanked or not,
+    predicts the 3x3 patches around it. With blanked patches alone, a tower of this size and schedule learns hardly more
+    than random weights hold.
 
     Args:
         model: timm's name of the architecture.
         captions: not used.
-        seed: of the masks.
+        seed: seeds the masks.
     """
 
     max_masked = 0.5
-    """The share of blanked patches is uniform between 0 and this, per image."""
+    """Upper bound of the fraction of blanked patches, which is drawn uniformly from 0 per image."""
     contrast_floor = 0.5
-    """Added to a window's standard deviation, so that the faint noise of an empty background stays faint."""
+    """Added to a window's standard deviation, so that the faint noise of an empty background is not amplified."""
 
     def __init__(self, model: str, captions: Sequence[str], seed: int):
         super().__init__()
@@ -55,7 +55,7 @@ class MaskedPretraining(nn.Module):
         )
 
     def tokens(self, images: Tensor) -> Tensor:
-        """float[B, 3, S, S] -> float[B, N, D]: what is left of the images, encoded."""
+        """float[B, 3, S, S] -> float[B, N, D]: patch features of randomly blanked images."""
         height, width = (side // self.patch for side in images.shape[-2:])
         share = self.max_masked * torch.rand(len(images), 1, 1, 1, generator=self.generator)
         masked = torch.rand(len(images), 1, height, width, generator=self.generator) < share
@@ -76,12 +76,12 @@ class MaskedPretraining(nn.Module):
         return (windows - mean) / (spread + 1e-3)
 
     def _windows(self, maps: Tensor, step: int) -> Tensor:
-        """float[B, C, H, W] -> float[B, N, C * 9 * step^2]: per patch, itself and its neighbours; borders repeated."""
+        """float[B, C, H, W] -> float[B, N, C * 9 * step^2]: each patch with its neighbours; borders are replicated."""
         padded = F.pad(maps, [step] * 4, mode="replicate")
         return rearrange(F.unfold(padded, 3 * step, stride=step), "b d n -> b n d")
 
     def evaluate(self, images: Tensor, captions: Sequence[str] = ()) -> dict[str, float]:
-        """The fraction of the targets' variance that is predicted."""
+        """The explained variance of both targets."""
         tokens = self.tokens(images)
         found = {}
         for name, head, targets in (
@@ -95,7 +95,7 @@ class MaskedPretraining(nn.Module):
 def orientation_histograms(images: Tensor) -> Tensor:
     """float[B, 3, H, W] -> float[B, 9, H/4, W/4]: gradient magnitude per unsigned orientation (HOG, unnormalised).
 
-    Central differences; in each pixel the channel with the largest gradient counts.
+    Uses central differences and, at each pixel, the channel with the largest gradient.
     """
     padded = F.pad(images, [1] * 4, mode="replicate")
     across = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]

@@ -1,4 +1,4 @@
-"""Pretrains the towers of the miniature study on its rendered world, in a few CPU minutes each.
+"""Pretrains the miniature towers on the rendered world, in a few CPU minutes each.
 
 python runs/reference/miniature/pretrain.py [mini_clip ...] --out DIR
 """
@@ -29,7 +29,7 @@ from prism_deco.logs import configure_logging
 log = logging.getLogger("prism_deco.pretrain")
 
 OBJECTIVES = {"mini_clip": ClipPretraining, "mini_siglip": SiglipPretraining, "mini_dinov2": MaskedPretraining}
-"""What each shipped tower learns; none of it uses the renderer's labels."""
+"""The objective of each shipped tower. None uses the renderer's labels."""
 
 _PACKAGES = ("torch", "timm", "open_clip_torch", "numpy", "safetensors")
 
@@ -51,15 +51,15 @@ def pretrain_tower(
     Args:
         name: one of `OBJECTIVES`, a choice of `conf/backbone`.
         out_dir: folder for the two files.
-        seed: seeds weights, order, words and masks; the images are those of `seed + 1000`, the held-out ones and
-            the probe's are of other seeds again.
+        seed: seeds weights, order, sampled phrases and masks. The images are those of `seed + 1000`; the held-out
+            images and the probe's scenes use other seeds.
         steps: optimizer steps.
         batch_size: images per step.
-        images: distinct captioned images, visited again and again.
-        held_out: captioned images for the figures of the record.
-        probe_scenes: scenes that the linear probe is fitted on; a quarter as many test it.
+        images: number of distinct captioned images, each visited several times.
+        held_out: number of held-out captioned images for the metrics of the record.
+        probe_scenes: number of scenes to fit the linear probe on; a quarter as many test it.
         lr: peak learning rate (AdamW, one cycle).
-        weight_decay: AdamW's, on all parameters.
+        weight_decay: AdamW's, for all parameters.
 
     Returns:
         The record.
@@ -78,7 +78,7 @@ def pretrain_tower(
 
     out_dir.mkdir(parents=True, exist_ok=True)
     file = out_dir / f"{name}.safetensors"
-    # Half the bytes; the towers are read back as float32.
+    # float16 halves the file size; the towers are loaded as float32.
     save_file({key: value.half().contiguous() for key, value in objective.vit.state_dict().items()}, file)
     record = {
         "name": name,
@@ -117,7 +117,7 @@ def _train(
     weight_decay: float,
     seed: int,
 ) -> list[float]:
-    """The loss of every step."""
+    """Trains `objective` in place; returns the loss of every step."""
     images, captions = data
     optimizer = torch.optim.AdamW(objective.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
     schedule = OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
@@ -144,15 +144,15 @@ def _pixels(tower: VisionBackbone, images: torch.Tensor) -> torch.Tensor:
 
 
 def _milestones(steps: int) -> list[int]:
-    """About ten steps, the last one among them."""
+    """About ten evenly spaced steps, including the last one."""
     return sorted({*range(max(steps // 10, 1), steps, max(steps // 10, 1)), steps})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the miniature's towers again, as they ship with the package.")
+    parser = argparse.ArgumentParser(description="Train the miniature towers that ship with the package.")
     parser.add_argument("names", nargs="*", help=f"{', '.join(OBJECTIVES)} (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and images (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and images (default: %(default)s)")
     args = parser.parse_args()
     unknown = set(args.names) - set(OBJECTIVES)
     if unknown:

@@ -1,6 +1,6 @@
-"""What a tower's patch features tell a linear reader: colours, shapes, digits, box edges.
+"""Linear probes of a tower's patch features: colours, shapes, digits, box edges.
 
-The labels of the renderer serve to measure here; no tower is trained on them.
+The probes use the renderer's labels; no tower is trained on them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _RIDGE = 1e-4
 
 @dataclass(frozen=True)
 class Probe:
-    """Held-out accuracy of ridge regression on frozen features (standardised, one reader per quantity).
+    """Held-out accuracy of ridge regression on frozen features (standardised, one probe per quantity).
 
-    `color`, `shape`, `large` are read from single patches that lie on a thing, `digits` from the mean of the
-    patches of a plate; `edge_px` is the mean absolute error, in pixels, of a thing's four edges relative to the
-    centre of the 2x2-pooled cell that holds the thing's centre, read from that cell.
+    `color`, `shape` and `large` are read from single patches on an object, `digits` from the mean of a plate's patches.
+    `edge_px` is read from the 2x2-pooled cell that contains an object's centre: the mean absolute error, in pixels, of
+    the object's four edges relative to the cell's centre.
     """
 
     color: float
@@ -36,12 +36,12 @@ class Probe:
     edge_px: float
 
     def as_dict(self) -> dict[str, float]:
-        """Rounded for the record."""
+        """The values, rounded for the record."""
         return {key: round(value, 4) for key, value in asdict(self).items()}
 
 
 def probe(backbone: VisionBackbone, seed: int, train: int, test: int) -> Probe:
-    """Fits the readers on `train` scenes and measures them on `test` others."""
+    """Fits the probes on `train` scenes and evaluates them on `test` others."""
     scenes = [draw_scene(seed, "probe", index) for index in range(train + test)]
     features = _features(backbone, scenes)
     parts = (slice(0, train), slice(train, None))
@@ -71,7 +71,7 @@ def _features(backbone: VisionBackbone, scenes: list[Scene]) -> Tensor:
 
 
 def _patch_labels(scenes: list[Scene], features: Tensor, patch: int, kind: str) -> tuple[Tensor, Tensor]:
-    """Patches whose centre lies in the middle half of a thing's box, and the index of its attribute."""
+    """Patches whose centre lies in the middle half of an object's box, with the index of the object's attribute."""
     names = (*COLORS, *SHAPES, "small", "large")
     inputs, labels = [], []
     for scene, grid in zip(scenes, features, strict=True):
@@ -87,7 +87,7 @@ def _patch_labels(scenes: list[Scene], features: Tensor, patch: int, kind: str) 
 
 
 def _plates(scenes: list[Scene], features: Tensor, patch: int, place: int) -> tuple[Tensor, Tensor]:
-    """Mean of the patches whose centre lies on a plate, and its digit of that place (10: tens, 1: ones)."""
+    """The mean of the patches whose centre lies on a plate, with the plate's digit (`place` 10: tens, 1: ones)."""
     inputs, labels = [], []
     for scene, grid in zip(scenes, features, strict=True):
         if scene.plate is not None:
@@ -99,7 +99,7 @@ def _plates(scenes: list[Scene], features: Tensor, patch: int, place: int) -> tu
 
 
 def _edges(scenes: list[Scene], features: Tensor, patch: int) -> tuple[Tensor, Tensor]:
-    """Pooled cells that hold a thing's centre, and the thing's edges relative to the cell's centre in pixels."""
+    """Pooled cells that contain an object's centre, with the object's edges in pixels relative to the cell's centre."""
     pooled = reduce(features, "n (h a) (w b) d -> n h w d", "mean", a=2, b=2)
     inputs, targets = [], []
     for scene, grid in zip(scenes, pooled, strict=True):
@@ -123,7 +123,7 @@ def _accuracy(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> floa
 
 
 def _ridge(x: Tensor, y: Tensor, x_test: Tensor) -> Tensor:
-    """Predictions for `x_test` of a ridge regression with intercept: float64 inside."""
+    """Predictions for `x_test` of a ridge regression with intercept, computed in float64."""
     mean, std = x.double().mean(0), x.double().std(0) + 1e-6
     x, x_test = ((part.double() - mean) / std for part in (x, x_test))
     offset = y.double().mean(0)

@@ -1,8 +1,9 @@
-"""Keeps the scores of an image-blind run as the reference that tables show.
+"""Records the scores of an image-blind run as the reference that tables show.
 
     python runs/reference/miniature/record_blind.py runs/RUN_ID --out prism_deco/assets/reference/blind.json
 
-The run was trained with `recipe.blind=true` and scored; `command` of an entry in that file trains it again.
+The run must have been trained with `recipe.blind=true` and scored. The `command` of an entry in that file trains it
+again.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from prism_deco.training.manifest import config_hash
 
 
 def record(run: Path, path: Path) -> dict[str, Any]:
-    """Adds the scores of a finished blind run to a reference file; returns the entry, with the command that trains the
-    same run again.
+    """Adds the scores of a finished blind run to a reference file.
+
+    Returns:
+        The entry, with the command that trains the same run again.
 
     Raises:
         SystemExit: the run was not trained with `recipe.blind=true`, or has not been scored.
@@ -35,7 +38,7 @@ def record(run: Path, path: Path) -> dict[str, Any]:
     for file in sorted((run / "eval").glob("*/metrics.json")):
         metrics = json.loads(file.read_text(encoding="utf-8"))
         benchmark = metrics["benchmark"]
-        # eval/<benchmark> holds the benchmark's own split, eval/<benchmark>-<split> another one.
+        # eval/<benchmark> has the scores of the benchmark's own split, eval/<benchmark>-<split> those of another.
         split = file.parent.name.removeprefix(benchmark).removeprefix("-")
         split = split or load_choice("benchmark", benchmark).get("split") or "own"
         scores.setdefault(split, {})[benchmark] = round(metrics["metrics"][metrics["primary"]], 2)
@@ -57,7 +60,7 @@ def record(run: Path, path: Path) -> dict[str, Any]:
 
 
 def _overrides(config: DictConfig) -> list[str]:
-    """The choices of a run, and what it has changed of them. Of a YAML of one's own only the name is known."""
+    """The choices of a run and its overrides. A custom YAML is known only by its name."""
     shipped = shipped_choices(config)
     chosen = {group: shipped.get(group, f"{config[group].name}.yaml") for group in GROUPS}
     changed = {key: value_text(key, value) for key, value in changed_from_defaults(config).items()}
@@ -66,7 +69,7 @@ def _overrides(config: DictConfig) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Keep the scores of an image-blind run as a reference.")
+    parser = argparse.ArgumentParser(description="Record the scores of an image-blind run as a reference.")
     parser.add_argument("run", type=Path, help="run folder, trained with recipe.blind=true and scored")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="reference file to add to")
     args = parser.parse_args()

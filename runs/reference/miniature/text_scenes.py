@@ -1,8 +1,8 @@
-"""Scenes of the miniature world in words: what its language models read before they meet a picture.
+"""Scenes of the miniature world in words: the text on which its language models are pretrained.
 
-A scene is either written out, or folded: of each cell of a grid, the words of what lies there are added up to one
-vector. A language model that has read folded cells knows vectors that mean several words at once, which is what visual
-tokens are. Both come from the scene's description. Nothing here renders, and no tower is asked.
+A scene is either written out or folded. Folding adds up the embeddings of the words that describe a grid cell, so each
+cell becomes one vector. A language model pretrained on folded cells can read vectors that stand for several words at
+once, as visual tokens do. Both forms come from the scene's description, without rendering and without a tower.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PLATE_PLACE = 7
 """The words of a plate come after the seven of a shape: size, colour, shape and four edges."""
 _PLACES = 10
 _SHIFT = 13
-"""By how many components the vector of a word is rotated for each place, so that a sum keeps the order of its words."""
+"""Components by which a word's vector is rotated per position, so that the sum preserves the order of the words."""
 
 
 class Writer:
@@ -37,17 +37,17 @@ class Writer:
         self._known: dict[str, int] = {}
 
     def tokens(self, text: str) -> list[int]:
-        """The ids of a text."""
+        """The token ids of a text, without special tokens."""
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def word(self, word: str) -> int:
-        """The last token of a word within a sentence: there it has a space before it, numbers have none."""
+        """The last token of a word as it occurs in a sentence: with a space in front, except for numbers."""
         if word not in self._known:
             self._known[word] = self.tokens(word if word[0].isdigit() else f"a {word}")[-1]
         return self._known[word]
 
     def write(self, scene: Scene, dice: Dice) -> list[int]:
-        """The scene as text: a caption, a list of what is there, or a grid with a mark for every empty cell."""
+        """The scene as token ids: a caption, a list of the objects, or a grid with a mark for every cell."""
         if dice.chance(25):
             return self.tokens(f" There is {caption(scene)}.")
         parts = phrases(scene)
@@ -65,10 +65,10 @@ class Writer:
         return written
 
     def fold(self, scenes: Sequence[Scene], table: Tensor) -> Tensor:
-        """The scenes as one vector per cell: float[len(scenes), CELLS, E].
+        """The scenes with one vector per cell: float[len(scenes), CELLS, E].
 
         Args:
-            table: float[V, E], the vectors of the words.
+            table: float[V, E], the embeddings of the words.
         """
         cells = [self._cell(scene, cell) for scene in scenes for cell in range(CELLS)]
         longest = max(1, *(len(words) for words in cells))
@@ -84,7 +84,7 @@ class Writer:
         return (words * used[..., None]).sum(1).view(len(scenes), CELLS, width)
 
     def _cell(self, scene: Scene, cell: int) -> list[tuple[int, int]]:
-        """Place and token of each word about what covers most of a cell; a fifth of the cell is the least."""
+        """Position and token of each word of the object that covers most of a cell; empty below a fifth of the cell."""
         covered = [(_overlap(box, cell), words) for box, words in phrases(scene)]
         most, words = max(covered, key=lambda part: part[0])
         if most < _CELL * _CELL / 5:
@@ -94,8 +94,7 @@ class Writer:
 
 
 def phrases(scene: Scene) -> list[tuple[Box, list[str]]]:
-    """What is in the scene, each with its box and its words: "small", "red", "circle" and the edges, or "plate" and its
-    digits."""
+    """Each object with its box and words: "small", "red", "circle" and the edges, or "plate" and its digits."""
     parts = [
         (thing.box, [thing.size_word, thing.color, thing.shape, *box_text(thing.box)[1:-1].split(", ")])
         for thing in scene.things

@@ -1,9 +1,9 @@
 """The small tokenizers of the miniature LLMs, trained on the miniature world's conversations.
 
-They mirror the types of the real ones: byte-level BPE with ChatML tokens (Qwen), byte-level BPE with one
-`<|endoftext|>` (Phi), and BPE with a dummy space in front and byte fallback (Llama's SentencePiece).
-All split numbers into digits, as Qwen and Llama do. Two things are one token that would be many: a coordinate of a
-box, and an instruction that all questions of a kind share. Both make sequences, and so training on a laptop, shorter.
+They have the types of the real ones: byte-level BPE with ChatML tokens (Qwen), byte-level BPE with one
+`<|endoftext|>` (Phi), and BPE with a dummy prefix space and byte fallback (Llama's SentencePiece).
+All split numbers into digits, as Qwen and Llama do. A box coordinate is a single token, and so is an instruction that
+all questions of a kind share. Both shorten sequences, and thereby training on a laptop.
 
     python runs/reference/miniature/train_tokenizers.py --out DIR
 """
@@ -25,7 +25,7 @@ COORDINATES = tuple(f"{k / 32:.2f}" for k in range(33))
 """The coordinates of boxes on a grid of 32 bins."""
 
 ANSWERS = ("Yes", "No", "True", "False", *ascii_uppercase)
-"""Answers whose first token is compared with others': one token each, as in the real tokenizers."""
+"""Answers that are scored by their first token: one token each, as in the real tokenizers."""
 
 INSTRUCTIONS = (
     "\nAnswer the question using a single word or phrase.",
@@ -35,18 +35,18 @@ INSTRUCTIONS = (
     "Please provide a short description for this region:",
     "Provide a one-sentence caption for the provided image.",
 )
-"""What LLaVA's data asks in these very words, over and over: one token each."""
+"""Instructions that LLaVA's data repeats verbatim: one token each."""
 
 _EMPHASIS = 1_000
-"""How often texts that must become tokens are added to the corpus, which may not contain them."""
+"""How often texts that must become tokens are added to the corpus, which might not contain them."""
 
-# Digits one by one, words with the space before them, and the separator of coordinates in one piece.
+# Single digits, words with the space before them, and the separator of coordinates as one piece.
 _BYTE_LEVEL = r"\d|, (?=\d|$)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s"
 _METASPACE = r"\d|,▁(?=\d|$)|▁?\p{L}+|▁?[^▁\s\p{L}\p{N}]+|▁|\s"
 
 
 def corpus(seed: int, count: int) -> Iterator[str]:
-    """Texts of that many conversations, prompts and answers on lines of their own."""
+    """Texts of `count` conversations, each prompt and answer on its own line."""
     scenes = [("", draw_scene(seed, "corpus", index)) for index in range(count)]
     for _, record in zip(range(count), records(seed, "corpus", scenes, per_image=1), strict=False):
         yield "\n".join(turn["value"].removeprefix("<image>\n") for turn in record["conversations"])
@@ -61,7 +61,7 @@ def train_tokenizers(corpus: Iterable[str], folder: Path) -> None:
         corpus: the texts of conversations (questions and answers).
     """
     whole = [*COORDINATES, *INSTRUCTIONS]
-    # Line by line, as tokenizers of the Llama type set the first word of a text apart.
+    # Train on lines, because tokenizers of the Llama type treat the first word of a text differently.
     lines = [line for text in corpus for line in text.split("\n")] + [*ANSWERS] * _EMPHASIS
     endoftext = "<|endoftext|>"
     frame = ["user\n", "assistant\n"] * _EMPHASIS
@@ -75,7 +75,7 @@ def train_tokenizers(corpus: Iterable[str], folder: Path) -> None:
 
 
 def _byte_level(texts: list[str], size: int, special: list[str], whole: Sequence[str]) -> Tokenizer:
-    """Byte-level BPE of at most `size` tokens, those that are never split included."""
+    """Byte-level BPE with at most `size` tokens, including those that are never split (`whole`)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -90,7 +90,7 @@ def _byte_level(texts: list[str], size: int, special: list[str], whole: Sequence
 
 
 def _metaspace(texts: list[str], size: int, whole: Sequence[str]) -> Tokenizer:
-    """BPE of at most `size` tokens, with `▁` for spaces, one of them in front, and bytes for unknown characters."""
+    """BPE with at most `size` tokens, `▁` for spaces, a dummy prefix space and byte fallback."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -106,7 +106,7 @@ def _metaspace(texts: list[str], size: int, whole: Sequence[str]) -> Tokenizer:
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     alphabet = ["▁", "\n", *map(chr, range(33, 127))]
     _train(tokenizer, texts, size, special + bytes_, alphabet, whole)
-    # The byte tokens are special for the trainer only: text that reads "<0x0A>" is text.
+    # The byte tokens are special only for the trainer: the literal text "<0x0A>" is ordinary text.
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in bytes_]
     return Tokenizer.from_str(json.dumps(state))
@@ -130,9 +130,9 @@ def _save(tokenizer: Tokenizer, folder: Path, **special: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the miniature's tokenizers again.")
+    parser = argparse.ArgumentParser(description="Train the miniature tokenizers that ship with the package.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="of the conversations (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the conversations (default: %(default)s)")
     args = parser.parse_args()
     train_tokenizers(corpus(args.seed, count=500), args.out)
 
