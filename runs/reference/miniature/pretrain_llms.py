@@ -1,10 +1,10 @@
-"""Pretrains the miniature's language models on text alone: scenes in words, and conversations about them.
+"""Pretrains the miniature's language models on text alone: scenes in words and conversations about them.
 
 python runs/reference/miniature/pretrain_llms.py [mini_qwen2 ...] --out DIR
 
-Existence comes first: whether a word is in a list is learned late, and all at once, if it is one question among many.
-Which thing a box is of is learned in the same way, in steps about that alone, and stays if a box's first number, which
-says it, keeps counting as much as a short answer.
+Existence comes first. Mixed with other questions, whether a word is in a list is learned late and all at once.
+Referring steps then train only the object that a box belongs to. The box's first number identifies this object; its
+weight stays as large as a short answer's, so that the skill is not lost.
 """
 
 from __future__ import annotations
@@ -52,25 +52,25 @@ _EXISTENCE = [_BY_NAME[name] for name in ("exists", "exists", "exists", "exists_
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one language model.
+    """Hyperparameters of one language model.
 
     Attributes:
-        seed: of weights, conversations and order; the scenes are those of `seed + 3000`.
-        steps: optimizer steps, each on texts of one form.
-        existence_steps: the first of them, which ask about existence only.
-        referring_steps: the next of them, which ask for the boxes of things by their looks, in folded scenes.
+        seed: seeds weights, conversations and order; the scenes are those of `seed + 3000`.
+        steps: optimizer steps, each on texts of one form (folded or written).
+        existence_steps: number of first steps, which ask only about existence.
+        referring_steps: number of steps after these, which ask for boxes of objects by appearance, in folded scenes.
         batch_size: conversations per step.
-        lr: peak learning rate (AdamW, warm-up of 3 %, cosine).
-        embedding_std: of the input embeddings at the start, large enough for words to tell themselves apart.
-        folded_percent: of the steps read folded scenes, the others written ones.
-        noise: standard deviation of what is added to folded cells, relative to that of the embeddings.
-        turn_power: a token weighs (tokens of its turn) to minus this power: boxes are long, yes and no are short.
-        first_number: weight of a box's first number: it says which thing is meant, and the others follow from it. 0 is
-            that of the box's other tokens.
-        other_numbers: weight of the box's other tokens in referring steps.
-        held_out: scenes for the figures of the record.
-        curve_every: steps between such figures on the way, of 160 scenes; 0 is none. They draw noise, too: with other
-            figures the weights are others.
+        lr: peak learning rate (AdamW, warmup of 3 %, cosine).
+        embedding_std: initial standard deviation of the input embeddings, large enough to tell words apart.
+        folded_percent: percentage of the steps that read folded scenes; the others read written ones.
+        noise: standard deviation of the noise added to folded cells, relative to that of the embeddings.
+        turn_power: a token's weight is (tokens of its turn) ** -turn_power: boxes are long, yes and no are short.
+        first_number: weight of a box's first number, which identifies the object; the others follow from it. 0 uses the
+            weight of the box's other tokens.
+        other_numbers: weight of the answer's other tokens in referring steps.
+        held_out: number of held-out scenes for the metrics of the record.
+        curve_every: steps between evaluations on 160 held-out scenes during training; 0 disables them. They consume
+            random numbers, so changing this changes the weights.
     """
 
     seed: int = 0
@@ -89,17 +89,17 @@ class Settings:
     curve_every: int = 0
 
 
-# Phi, whose blocks are parallel, learns existence later than the others, and forgets it in referring steps.
+# Phi, with its parallel blocks, learns existence later than the others and forgets it in referring steps.
 SETTINGS = {
     "mini_qwen2": Settings(referring_steps=800, first_number=1.0, curve_every=400),
     "mini_llama": Settings(steps=4000),
     "mini_phi": Settings(steps=5000, existence_steps=1500),
 }
-"""By language model."""
+"""The settings of each shipped language model."""
 
 
 class TextPretraining:
-    """A language model that reads scenes in words in the place of images.
+    """A language model that reads scenes in words instead of images.
 
     Args:
         name: a choice of `conf/llm`.
@@ -112,7 +112,7 @@ class TextPretraining:
         self.llm = build_llm(name, pretrained=False)
         self.table.data.normal_(std=settings.embedding_std)
         self.writer = Writer(self.llm.tokenizer)
-        # The model that will be trained, for its masks and positions; tower and projector stay idle.
+        # The full model, for its masks and positions; tower and projector are not used.
         tower = build_backbone("mini_siglip", pretrained=False, device="meta")
         projector = build_projector("avgpool", tower.embed_dim, self.llm.embed_dim, tower.grid, num_tokens=CELLS)
         self.vlm = VLM(tower, projector, self.llm.model, turn_mask="block").eval()
@@ -123,13 +123,13 @@ class TextPretraining:
         return cast(nn.Parameter, self.llm.model.get_input_embeddings().weight)
 
     def conversations(self, split: str, existence_first: int = 0) -> Iterator[tuple[int, list[Question]]]:
-        """Scene numbers with questions, without end; the first so many ask about existence only."""
+        """Infinite stream of scene indices with questions; the first `existence_first` ask only about existence."""
         balance = Balance()
         index = 0
         while True:
             dice = Dice(self.settings.seed, "llm", split, index)
             pool = Pool(draw_scene(self.settings.seed + 3000, f"llm {split}", index))
-            # Turns do not see each other, so that one may be asked whatever the others reveal.
+            # Turns do not attend to each other, so a question may be asked even if another turn reveals its answer.
             turns = [] if index < existence_first else converse(pool, dice, balance)
             for _ in range(4 if index < existence_first else 1):
                 question = balance.ask(dice.pick(_EXISTENCE), pool, dice)
@@ -139,7 +139,7 @@ class TextPretraining:
             index += 1
 
     def referring(self) -> Iterator[tuple[int, list[Question]]]:
-        """Scene numbers with questions for boxes by appearance, without end."""
+        """Infinite stream of scene indices with questions for boxes by appearance."""
         balance = Balance()
         for index in itertools.count():
             dice = Dice(self.settings.seed, "llm", "referring", index)
@@ -149,7 +149,7 @@ class TextPretraining:
                 yield index, known
 
     def batch(self, split: str, drawn: list[tuple[int, list[Question]]], folded: bool) -> tuple[Batch, Tensor | None]:
-        """Conversations behind their scenes, and the folded scenes as float[B, CELLS, E]."""
+        """The conversations, each after its scene, and the folded scenes float[B, CELLS, E] (None if written)."""
         scenes = [draw_scene(self.settings.seed + 3000, f"llm {split}", index) for index, _ in drawn]
         encoded = [self._encode(questions) for _, questions in drawn]
         if folded:
@@ -162,7 +162,7 @@ class TextPretraining:
         return build_batch(encoded, CELLS, restart_rounds=True), None
 
     def predict(self, batch: Batch, cells: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits float[K, V], targets int64[K], and the turn of each, int64[K]: row times 100 plus round."""
+        """Logits float[K, V], targets int64[K] and the turn of each token, int64[K], as 100 * row + round."""
         labels = batch.labels[:, 1:]
         supervised = labels != IGNORE
         hidden = self.vlm.hidden_states(batch, cells)[:, :-1][supervised]
@@ -170,7 +170,7 @@ class TextPretraining:
         return self.vlm.logits(hidden), labels[supervised], (rows + batch.rounds[:, 1:])[supervised]
 
     def train(self) -> list[float]:
-        """The loss of every step, in nats per token."""
+        """Trains the model; returns the unweighted loss of every step, in nats per token."""
         settings = self.settings
         groups = parameter_groups(nn.Module(), self.llm.model, lr=settings.lr, projector_lr=None, weight_decay=0.1)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
@@ -207,7 +207,7 @@ class TextPretraining:
         return losses
 
     def first_numbers(self, targets: Tensor, turns: Tensor) -> Tensor:
-        """bool[K]: the first of each turn's tokens (as of `predict`) that is a number of a box."""
+        """bool[K]: True for the first box number of each turn, among the tokens of `predict`."""
         numbers = torch.tensor([self.writer.word(f"{edge / BINS:.2f}") for edge in range(BINS + 1)])
         places = torch.isin(targets, numbers).nonzero()[:, 0]
         owners = turns[places]
@@ -217,8 +217,11 @@ class TextPretraining:
 
     @torch.no_grad()
     def evaluate(self, folded: bool, scenes: int) -> dict[str, float]:
-        """Percentages by task of the answers all of whose tokens are the likeliest, given those before them; of boxes
-        the share of such tokens, and by the number of things in the scene whether the first number is."""
+        """Teacher-forced accuracy by task, in per cent.
+
+        An answer is correct if every token is the argmax. Boxes count the fraction of such tokens instead, and their
+        first number is also evaluated by the number of objects in the scene.
+        """
         stream = self.conversations("held out")
         right = defaultdict(list)
         for _ in range(0, scenes, 16):
@@ -245,7 +248,7 @@ class TextPretraining:
 
 
 def _put(encoded: Encoded, written: list[int]) -> Encoded:
-    """The same conversation with a text where its image would be."""
+    """The same conversation with a text in place of its image."""
     (slot,) = encoded.image_slots
     return Encoded(
         encoded.input_ids[:slot] + written + encoded.input_ids[slot:],
@@ -260,7 +263,7 @@ def _recent(losses: list[float]) -> float:
 
 
 def milestones(steps: int) -> list[int]:
-    """About ten steps, the last one among them."""
+    """About ten evenly spaced steps, including the last one."""
     return sorted({*range(max(steps // 10, 1), steps, max(steps // 10, 1)), steps})
 
 
@@ -277,11 +280,11 @@ def pretrain_llm(name: str, out_dir: Path, settings: Settings) -> dict[str, Any]
     out_dir.mkdir(parents=True, exist_ok=True)
     file = out_dir / f"{name}.safetensors"
     model = pretraining.llm.model
-    # Half the bytes; read back as float32. A tied output layer is not stored twice.
+    # float16 halves the file size; the model is loaded as float32. A tied output layer is not stored twice.
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     weights = {key: value.half().contiguous() for key, value in model.state_dict().items() if key not in tied}
     save_file(weights, file, metadata={"format": "pt"})
-    file.chmod(0o644)  # safetensors lets only the owner read its files
+    file.chmod(0o644)  # safetensors makes its files readable only by the owner
     record = {
         "name": name,
         "command": _command(name, settings),
@@ -299,20 +302,20 @@ def pretrain_llm(name: str, out_dir: Path, settings: Settings) -> dict[str, Any]
 
 
 def _command(name: str, settings: Settings) -> str:
-    """Makes the same model again; what is not on the command line comes from `SETTINGS`."""
-    shipped = asdict(replace(SETTINGS[name], seed=-1, steps=-1))  # these two are always spelled out
+    """The command that reproduces the model; options not on the command line come from `SETTINGS`."""
+    shipped = asdict(replace(SETTINGS[name], seed=-1, steps=-1))  # so these two are always written out
     given = {key: value for key, value in asdict(settings).items() if value != shipped[key]}
     options = "".join(f" --{key.replace('_', '-')} {value}" for key, value in given.items())
     return f"python runs/reference/miniature/pretrain_llms.py {name} --out DIR{options}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the miniature's language models again, as they ship.")
+    parser = argparse.ArgumentParser(description="Train the miniature language models that ship with the package.")
     parser.add_argument("names", nargs="*", help=f"{', '.join(SETTINGS)} (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     for field in fields(Settings):
         option = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(option, type=type(field.default), help="see `Settings` (default: of `SETTINGS`)")
+        parser.add_argument(option, type=type(field.default), help="see `Settings` (default: from `SETTINGS`)")
     args = vars(parser.parse_args())
     names, out = args.pop("names"), args.pop("out")
     unknown = set(names) - set(SETTINGS)
