@@ -1,4 +1,4 @@
-"""Small worlds for the tests: a few images and conversations on disk, and tiny real models."""
+"""Shared fixtures: a small data set on disk and tiny instances of the real models."""
 
 import json
 import shutil
@@ -20,16 +20,16 @@ from prism_deco.vlm import VLM
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """With several processes (`-n auto`), the tests of a file stay together: what a module trains is trained once."""
+    """With `-n auto`, runs all tests of a file in one process, so that module fixtures train only once."""
     if getattr(config.option, "numprocesses", None):
-        config.option.loadscopereorder = False  # it would begin with the files of the most tests; see below
+        config.option.loadscopereorder = False  # keep the order below, not most tests first
         if config.option.dist == "no":
             config.option.dist = "loadfile"
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Begins with the files that take longest: the last of them would run alone at the end."""
+    """Runs the slowest files first; otherwise the last one would run alone at the end."""
     weights = Counter()
     for item in items:
         starts_processes = {"training", "sweep"} & set(item.path.parts)
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Tests, and what modules share among theirs, neither read nor leave anything in the user's cache."""
+    """Keeps all tests and fixtures out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRISM_DECO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         yield
@@ -50,7 +50,7 @@ COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "
 
 @pytest.fixture(scope="session")
 def colors(tmp_path_factory) -> Path:
-    """A LLaVA data set: `train.json` and `images/`, eight plain images of two sizes and a text-only record."""
+    """A LLaVA data set: `train.json` and `images/`, with eight plain images of two sizes and a text-only record."""
     root = tmp_path_factory.mktemp("colors")
     (root / "images").mkdir()
     records = []
@@ -72,7 +72,7 @@ def llava_turns(*texts: str) -> list[dict[str, str]]:
 
 @pytest.fixture
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """An unused local port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -80,13 +80,13 @@ def free_port() -> int:
 
 @pytest.fixture
 def four_bits(monkeypatch):
-    """Four-bit weights where there is no GPU: bitsandbytes computes on the CPU as well, slowly."""
+    """Enables four-bit weights without a GPU: bitsandbytes also computes on the CPU, slowly."""
     modules = pytest.importorskip("bitsandbytes.nn.modules")
     if torch.cuda.is_available():
         return
     # On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weights in its first forward pass in evaluation mode and
-    # unpacks them in `state_dict`. Neither is exact: the scales are rounded to bfloat16 and quantised again. So a run
-    # that validates would go on with other frozen weights than one that has just loaded them. GPUs never repack.
+    # unpacks them in `state_dict`. Neither is exact: the scales are rounded to bfloat16 and quantised again. After a
+    # validation, a run would continue with other frozen weights than a resumed run loads. GPUs never repack.
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: False, raising=False)
 
     def on_cpu(kind):
@@ -114,7 +114,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def browser():
-    """A browser without a window; it keeps what pages log."""
+    """A headless browser that records the console logs of pages."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (pip install selenium)")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")

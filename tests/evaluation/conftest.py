@@ -1,4 +1,4 @@
-"""Small benchmarks in the official formats, and a model that knows what it is asked."""
+"""Small benchmarks in the official formats, and a fake model with scripted answers."""
 
 import base64
 import csv
@@ -13,7 +13,7 @@ from PIL import Image
 
 
 class Root:
-    """A folder with one small benchmark of each kind; every method returns what builds it."""
+    """Writes small benchmarks into a folder; the method of a family returns the benchmark's configuration."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -288,9 +288,9 @@ class Root:
 
 
 class FakeModel:
-    """Answers by a function of the image's path and the prompt; visual tokens carry the image's number.
+    """Answers with a function of image path and prompt; the visual tokens carry the image's index.
 
-    Counts how often each image is encoded, and dies at the `dies_at`-th call that asks questions.
+    Counts how often each image is encoded, and raises KeyboardInterrupt at the `dies_at`-th call with questions.
     """
 
     def __init__(self, answer=lambda path, prompt: "yes", dies_at: int | None = None):
@@ -317,7 +317,7 @@ class FakeModel:
         return [self.answer(self._seen(i), p) for i, p in zip(images, prompts, strict=True)]
 
     def _seen(self, image):
-        """The path of a question's image; a list where it has several or none."""
+        """The path of a question's image, or a list of paths if it has several or none."""
         if isinstance(image, list):
             return [self.paths[int(tokens[0, 0])] for tokens in image]
         return self.paths[int(image[0, 0])]

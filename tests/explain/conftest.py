@@ -1,4 +1,4 @@
-"""Small real models in float64: agreement to many digits then means the same formula."""
+"""Small real models in float64, so that agreement to many digits implies the same formula."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def small():
         tower = build_backbone(backbone, pretrained=False)
         numbers = load_choice("llm", llm)["architecture"] | {"initializer_range": 0.02} | (architecture or {})
         language = build_llm(llm, pretrained=False, architecture=numbers, prompt=prompt)
-        # So initialised, attention is all but uniform: larger weights make layers, heads and rows differ.
+        # With this initialisation attention is nearly uniform; larger weights make layers, heads and rows differ.
         for name, parameter in language.model.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
                 parameter.data.mul_(8)

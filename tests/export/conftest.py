@@ -1,4 +1,4 @@
-"""Tiny models of architectures that transformers has, too, and a run folder made of one."""
+"""Tiny models of architectures that transformers also has, with random weights."""
 
 import json
 
@@ -30,19 +30,19 @@ def export_vit(pretrained: bool = False, **options) -> VisionTransformer:
 
 @register_model
 def export_vit_cls(pretrained: bool = False, **options) -> VisionTransformer:
-    """As InternViT and DINOv2 without registers: a class token, LayerScale, no norm before the blocks."""
+    """Like InternViT and DINOv2 without registers: a class token, LayerScale, no norm before the blocks."""
     return export_vit(**{"class_token": True, "global_pool": "token", "init_values": 0.5} | options)
 
 
 @register_model
 def export_vit_plain(pretrained: bool = False, **options) -> VisionTransformer:
-    """As the first ViT: a class token and no LayerScale."""
+    """Like the original ViT: a class token and no LayerScale."""
     return export_vit(**{"class_token": True, "global_pool": "token"} | options)
 
 
 @pytest.fixture(scope="session")
 def towers(tmp_path_factory) -> dict[str, str]:
-    """The YAML files of CLIP-like, SigLIP-like and InternViT-like backbones with random weights."""
+    """The YAML files of CLIP-, SigLIP-, InternViT- and ViT-like backbones with random weights, by name."""
     folder = tmp_path_factory.mktemp("towers")
     vision = {"image_size": SIZE, "layers": DEPTH, "width": WIDTH, "head_width": WIDTH // HEADS, "patch_size": PATCH}
     timm = {"image_size": SIZE, "timm_model_name": "export_vit", "timm_pool": "map", "timm_proj": "none"}
@@ -79,7 +79,7 @@ def random_model(towers):
 
 
 def randomised(vlm: VLM) -> VLM:
-    """Fresh modules leave biases, norms and statistics at constants that hide mistakes."""
+    """Randomises biases, norms and statistics, whose constant initial values would hide mistakes."""
     with torch.no_grad():
         for name, tensor in vlm.state_dict().items():
             if name.endswith("_std") or "norm" in name or "ln_" in name:

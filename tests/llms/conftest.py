@@ -1,4 +1,4 @@
-"""Small tokenizers of the same types as the real ones, with their special tokens, trained on the spot."""
+"""Small tokenizers of the same types as the real ones, with their special tokens, trained during the tests."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def _write(folder: Path, tokenizer: Tokenizer | None, **config) -> Path:
 
 
 def llama_folder(folder: Path) -> Path:
-    """As in Vicuna's repository: a SentencePiece model and no tokenizer.json."""
+    """Like Vicuna's repository: a SentencePiece model and no tokenizer.json."""
     folder.mkdir()
     (folder / "corpus.txt").write_text("\n".join(" ".join(text.split()) for text in TEXTS))
     sentencepiece.SentencePieceTrainer.train(
@@ -50,20 +50,20 @@ def _byte_level(pre_tokenizer, special: list[str], normalizer=None) -> Tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(TEXTS, trainer)
-    # In the real ones the special tokens come after the vocabulary.
+    # As in the real tokenizers, special tokens come after the vocabulary.
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return tokenizer
 
 
 def phi_folder(folder: Path) -> Path:
-    """As in Phi-2's repository: GPT-2's byte-level BPE under CodeGen's name; one special token."""
+    """Like Phi-2's repository: GPT-2's byte-level BPE as CodeGenTokenizer, with one special token."""
     tokenizer = _byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), ["<|endoftext|>"])
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     return _write(folder, tokenizer, tokenizer_class="CodeGenTokenizer", add_prefix_space=False, **special)
 
 
 def qwen_folder(folder: Path) -> Path:
-    """As in Qwen1.5's repository: byte-level BPE with Qwen's splitting, no BOS token."""
+    """Like Qwen1.5's repository: byte-level BPE with Qwen's splitting and no BOS token."""
     contractions, words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+"
     pattern = contractions + "|" + words + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
@@ -82,12 +82,12 @@ FOLDERS = {
     "qwen1_5_0_5b_chat": qwen_folder,
     "smollm2_135m_instruct": qwen_folder,
 }
-"""The real choices, and the type of their tokenizer."""
+"""Choices of real LLMs -> the builder of their tokenizer type."""
 
 
 @pytest.fixture(scope="session")
 def real_format(tmp_path_factory):
-    """Builds a real choice with a tiny architecture and a tokenizer of its type; options as in `build_llm`."""
+    """Builds a real LLM choice with a tiny architecture and tokenizer of its type; options as in `build_llm`."""
     folders = {}
 
     def build(choice, **options):
@@ -103,7 +103,7 @@ def real_format(tmp_path_factory):
 
 @pytest.fixture
 def any_llm(real_format):
-    """Builds any shipped choice; the real ones as `real_format` does."""
+    """Builds any shipped LLM choice; real ones like `real_format`."""
 
     def build(choice, **options):
         return real_format(choice, **options) if choice in FOLDERS else build_llm(choice, **options)

@@ -1,4 +1,4 @@
-"""The scripts that make the miniature's assets are imported by their bare names, as they import each other."""
+"""Makes the scripts of `runs/reference/miniature` importable by their bare names, as they import each other."""
 
 import sys
 from pathlib import Path

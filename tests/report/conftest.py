@@ -1,4 +1,4 @@
-"""A study as training and evaluation would leave it: run folders and a sweep's ledger, from a seeded generator."""
+"""Synthetic sweeps as training and evaluation write them: run folders and a ledger, from a seeded generator."""
 
 import json
 import math
@@ -11,10 +11,10 @@ import pytest
 
 from prism_deco.config import load_config, save_config
 
-# The claims of the study are tested by scripts of the checkout.
+# The study's script, which tests its claims, is not part of the package.
 sys.path.insert(0, str(Path(__file__).parents[2] / "runs/reference/study"))
 
-# How well each projector does, so that means differ clearly.
+# Accuracy of each projector, far enough apart for means to differ clearly.
 SKILL = {
     "linear": 0.62,
     "avgpool": 0.58,
@@ -23,7 +23,7 @@ SKILL = {
     "c_abstractor": 0.45,
     "d_abstractor": 0.42,
 }
-# Metrics beside the primary one, and parts of it, as the benchmarks have them.
+# Secondary metrics and their breakdowns, by benchmark.
 SECOND = {
     "pope": lambda v: {"f1": v + 2, "f1/random": 1.0, "generate/accuracy": v - 3, "generate/accuracy/random": 1.0},
     "refcoco": lambda v: {"accuracy_pad_corrected": v / 2, "accuracy_lenient_pad_corrected": 1.0},
@@ -33,7 +33,7 @@ MINI = ("pope", "refcoco", "refcocoplus", "refcocog", "vizwiz", "vqav2", "gqa", 
 
 
 def targets(benchmark, n, kind=None):
-    """Targets such as the benchmark's files have; `kind` is its family where its name does not say."""
+    """Targets in the benchmark's format; `kind` names the family if the benchmark's name does not."""
     rng = random.Random(benchmark)
     name = kind or benchmark.removeprefix("mini_")
     for k in range(n):
@@ -52,7 +52,7 @@ def targets(benchmark, n, kind=None):
 
 
 def write_scores(folder, benchmark, skill, seed, n=60, kind=None):
-    """predictions.jsonl and metrics.json; an item is right where its difficulty is below the skill, with some luck."""
+    """Writes predictions.jsonl and metrics.json; an item is correct if its difficulty, plus noise, is below `skill`."""
     rng, difficulty = random.Random(f"{seed}{benchmark}{skill}"), random.Random(f"items{benchmark}")
     folder.mkdir(parents=True)
     parts, lines = {}, []
@@ -100,7 +100,7 @@ def write_curves(folder, skill, seed, steps):
 
 
 def write_run(folder, *overrides, benchmarks=MINI, steps=200, n=60, skill=None, state="done", **manifest):
-    """A run folder; returns the score by benchmark."""
+    """Writes a run folder; returns the score by benchmark."""
     config = load_config(overrides)
     folder.mkdir(parents=True)
     save_config(config, folder / "config.yaml")
@@ -133,7 +133,7 @@ def write_run(folder, *overrides, benchmarks=MINI, steps=200, n=60, skill=None, 
 
 
 def write_ledger(folder, cells):
-    """ledger.json of cells {id, labels, overrides, state, ...}."""
+    """Writes ledger.json from cells {id, labels, overrides, state, ...}."""
     folder.mkdir(parents=True, exist_ok=True)
     defaults = {"state": "done", "attempts": 1, "started": 0.0, "seconds": 60.0, "reason": None, "log_tail": None}
     ledger = {"name": folder.name, "cells": [defaults | cell for cell in cells]}
@@ -142,13 +142,13 @@ def write_ledger(folder, cells):
 
 @pytest.fixture(scope="session")
 def make():
-    """The writers, for tests to call."""
+    """The writers above, as a namespace."""
     return SimpleNamespace(run=write_run, scores=write_scores, ledger=write_ledger, skill=SKILL)
 
 
 @pytest.fixture(scope="session")
 def mini_sweep(tmp_path_factory):
-    """Two rows, two projectors, three seeds: nine cells are done, one failed, one is running, one is planned."""
+    """Two rows, two projectors, three seeds: nine cells done, one failed, one running, one planned."""
     folder = tmp_path_factory.mktemp("runs") / "mini"
     cells = []
     for row, backbone in (("M1", "mini_clip"), ("M2", "mini_siglip")):

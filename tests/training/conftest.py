@@ -1,4 +1,4 @@
-"""Runs in processes of their own, that can be stopped, killed and started again."""
+"""Runs in separate processes that tests can stop, kill and restart."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-# Processes are forked from one that has imported everything: starting one takes no time.
+# Processes are forked from a server that has imported everything, so they start fast.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -35,18 +35,18 @@ FAST = ["data.val_fraction=0", "data.num_workers=0", "evaluate.benchmarks=null",
 def _main(arguments: list[str], environment: dict[str, str], log: Path) -> None:
     from prism_deco.cli import main
 
-    multiprocessing.set_start_method("fork", force=True)  # of loaders, as in an ordinary process
+    multiprocessing.set_start_method("fork", force=True)  # for data loaders, as in an ordinary process
     os.environ.update(environment)
     sys.path.insert(0, environment.get("PLUGINS", "."))
     stream = log.open("a")
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
     sys.argv = ["prism-deco", *arguments]
-    sys.exit(main())  # as the command, which owns its process
+    sys.exit(main())  # as the console script does
 
 
 class Job:
-    """One start of a run: the processes of its ranks, as torchrun would start them."""
+    """One launch of a run: the processes of its ranks, as torchrun starts them."""
 
     def __init__(self, folder: Path, arguments: list[str], ranks: int, environment: dict[str, str]):
         self.folder = folder
@@ -66,26 +66,26 @@ class Job:
             process.start()
 
     def wait(self, timeout: float = 300) -> list[int | None]:
-        """The exit codes."""
+        """Waits for all ranks; returns their exit codes."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.1, deadline - time.monotonic()))
         return [process.exitcode for process in self.processes]
 
     def signal(self, number: int, rank: int | None = None) -> None:
-        """Sends a signal to one rank, or to all."""
+        """Sends a signal to one rank or, by default, to all."""
         for process in self.processes if rank is None else [self.processes[rank]]:
             with suppress(ProcessLookupError):
                 assert process.pid
                 os.kill(process.pid, number)
 
     def kill(self) -> None:
-        """No process gets to do anything any more."""
+        """Sends SIGKILL to all ranks and waits for them."""
         self.signal(signal.SIGKILL)
         self.wait()
 
     def until(self, condition, timeout: float = 300) -> None:
-        """Waits for something to happen in the run's folder while its processes live."""
+        """Waits until `condition(folder)` holds; fails if a process ends before."""
         deadline = time.monotonic() + timeout
         while not condition(self.folder):
             alive = all(process.is_alive() for process in self.processes)
@@ -95,7 +95,7 @@ class Job:
 
 @pytest.fixture
 def start(colors, tmp_path):
-    """(overrides, ranks) -> Job: starts a run on the colours; `ranks` above 1 is sharded unless told otherwise."""
+    """(overrides, ranks) -> Job: starts a run on `colors`; more than one rank uses `trainer=fsdp` by default."""
     jobs = []
 
     def begin(*overrides: str, ranks: int = 1, run: str = "run", **environment: str) -> Job:
@@ -113,7 +113,7 @@ def start(colors, tmp_path):
 
 @pytest.fixture(scope="session")
 def trained_weights():
-    """Run folder -> what it has trained: projector, LLM and tower, or their adapters."""
+    """Run folder -> its trained weights: projector, LLM and tower, or their adapters."""
 
     def read(folder: Path) -> dict:
         return {
