@@ -3,6 +3,8 @@
 import csv
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 import study
@@ -10,12 +12,15 @@ from scipy import stats
 from study import (
     COLUMNS,
     CONTRASTS,
+    HERE,
     SCORES,
     arm_of,
+    arms_table,
     best_rate,
     claim_records,
     claims_table,
     command_of,
+    ladder_table,
     read_runs,
     report,
     run,
@@ -196,3 +201,25 @@ def test_a_study_goes_on_with_what_its_table_does_not_have(tmp_path, monkeypatch
     again = read_runs(table)
     assert again["steps-avgpool-seed1"] | {"cpu_seconds": ""} == last | {"cpu_seconds": ""}
     assert list(again) == [*runs, "steps-avgpool-seed1"]
+
+
+def test_the_committed_pages_state_the_committed_runs():
+    runs = read_runs(HERE / "runs.csv")
+    assert set(runs) == {cell.id for cell in CELLS}
+    assert len({row["code_version"] for row in runs.values()}) == 1
+    records = claim_records(runs)
+    with (HERE / "claims.csv").open(newline="") as file:
+        for record, row in zip(records, csv.DictReader(file), strict=True):
+            assert [row["contrast"], row["verdict"]] == [record["contrast"], record["verdict"]]
+            for key in ("effect", "low95", "high95", "p", "p_holm"):
+                assert float(row[key]) == pytest.approx(record[key], rel=1e-4)
+    page = (HERE / "README.md").read_text(encoding="utf-8")
+    for table in (claims_table(records), arms_table(runs), ladder_table(runs)):
+        assert table in page
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    quoted = re.search(r"\| claim \|.*?\n\n", readme, flags=re.DOTALL)
+    assert quoted
+    numbers = re.findall(r"([+-][\d.]+) \(([+-][\d.]+) to ([+-][\d.]+)\) \**(holds|reversed|not resolved)", quoted[0])
+    assert numbers == [
+        (*(f"{one[key]:+.1f}" for key in ("effect", "low95", "high95")), one["verdict"]) for one in records
+    ]
