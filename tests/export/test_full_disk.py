@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import pytest
+import torch
 
 from prism_deco.api import Model
 from prism_deco.cli import main
@@ -35,6 +36,7 @@ def small_disk(place: Path, size: int):
 
 
 def run_command(arguments: list[str], size: int | None, log: Path) -> None:
+    torch.set_num_threads(1)  # libgomp's threads do not survive a fork
     if size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     with log.open("w") as stream, redirect_stderr(stream):

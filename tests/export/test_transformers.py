@@ -344,7 +344,7 @@ def test_where_the_template_puts_the_image(random_model, tmp_path, slot):
     assert processor.apply_chat_template(plain, add_generation_prompt=True) == prompt
     text_only = processor.apply_chat_template([{"role": "user", "content": [text]}], add_generation_prompt=True)
     assert text_only == "<|endoftext|><|im_start|>user\nWhat is it?<|im_end|><|im_start|>assistant\n"
-    note = {"after_bos": "right after the beginning-of-sequence token", "in_place": "at the start of the message"}[slot]
+    note = {"after_bos": "right after the beginning-of-sequence token", "in_place": "at the start of its message"}[slot]
     assert note in (tmp_path / "hf" / "README.md").read_text()
 
 

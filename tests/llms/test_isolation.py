@@ -223,7 +223,9 @@ def test_frequencies_that_the_longest_record_of_a_batch_chooses_are_refused(pack
     with torch.no_grad():
         together, alone = lm.model(inputs_embeds=rows)[0][1, :10], lm.model(inputs_embeds=rows[1:, :10])[0][0]
     assert (together - alone).abs().max() > 1e-3
-    with pytest.raises(UsageError, match="Phi3ForCausalLM rotates .*Set recipe.max_positions=64"):
+    with pytest.raises(
+        UsageError, match="Phi3ForCausalLM chooses its rotary frequencies .*Set recipe.max_positions=64"
+    ):
         check_isolation(lm, packing=packing, turn_mask="causal", longest=65)
     check_isolation(lm_of("phi3", **longrope(4.0)), packing=packing, turn_mask="block", longest=64)
     check_isolation(lm_of("phi3", **longrope(1.0)), packing=packing, turn_mask="block", longest=512)

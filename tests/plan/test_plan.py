@@ -101,7 +101,7 @@ def test_a_list_with_an_entry_per_layer_goes_with_the_layers(tmp_path):
 def test_problems_go_by_the_memory_at_hand(b6):
     assert problems(b6, 1000 * GIB) == []
     [reason] = problems(b6, 10 * GIB)
-    assert "there are 10.0: lower recipe.micro_batch_size" in reason
+    assert "which has 10.0: lower recipe.micro_batch_size" in reason
     on_cpu = estimate_run(load_config([]))
     assert on_cpu.needs.hours is None and problems(on_cpu) == [] and len(problems(on_cpu, 1000)) == 1
 

@@ -172,7 +172,7 @@ def test_a_run_of_an_earlier_version_has_no_feature_cache(make, tmp_path):
     assert "  feature_cache: false\n" in text
     config.write_text(text.replace("  feature_cache: false\n", ""))
     write_report([tmp_path / "run"], tmp_path / "out")
-    assert "stored before the training" not in (tmp_path / "out/report.md").read_text()
+    assert "cached before training" not in (tmp_path / "out/report.md").read_text()
     config.write_text(text.replace("feature_cache: false", "feature_cache: true"))
     write_report([tmp_path / "run"], tmp_path / "out")
-    assert "stored before the training" in (tmp_path / "out/report.md").read_text()
+    assert "cached before training" in (tmp_path / "out/report.md").read_text()
