@@ -24,7 +24,7 @@ from prism_deco.files import check_folder
 from prism_deco.inference import answer, answer_losses, first_token_probabilities
 from prism_deco.llms import LanguageModel
 from prism_deco.machine import cores
-from prism_deco.training.model_folder import load_model
+from prism_deco.training.model_folder import load_model, model_folder
 from prism_deco.vlm import VLM
 
 ImageLike = Image.Image | str | Path | Tensor
@@ -199,7 +199,7 @@ def load(
     folder = Path(run)
     check_folder(folder)
     import_plugins(plugins)
-    vlm, llm, config = load_model(folder / "model" if (folder / "model").is_dir() else folder, num_tokens)
+    vlm, llm, config = load_model(model_folder(folder), num_tokens)
     if dtype is not None:
         vlm.cast(dtype)
     return Model(vlm.to(device=target), llm, config)

@@ -54,9 +54,9 @@ def export(args: argparse.Namespace) -> None:
 
 
 def _check_merge(run: Path, merges: bool) -> None:
-    from prism_deco.training.model_folder import ADAPTERS
+    from prism_deco.training.model_folder import ADAPTERS, model_folder
 
-    model = run / "model" if (run / "model").is_dir() else run
+    model = model_folder(run)
     adapted = any((model / name).is_dir() for name in ADAPTERS.values())
     if adapted and not merges:
         raise UsageError(

@@ -26,6 +26,7 @@ from prism_deco.training.model_folder import (
     WEIGHTS,
     check_finite,
     load_weights,
+    model_folder,
 )
 from prism_deco.vlm import VLM
 
@@ -80,7 +81,7 @@ def takes_llm(folder: Path, config: DictConfig) -> bool:
 def find_start(run: Path, config: DictConfig) -> Path:
     """The `model/` folder of the run to start from; `UsageError` if that has no finished model, or `check_start`
     fails."""
-    folder = run / "model" if (run / "model").is_dir() else run
+    folder = model_folder(run)
     if not (folder / WEIGHTS).is_file():
         raise UsageError(f"recipe.start_from={run} holds no finished model: train that run first.")
     check_start(read_config(folder / CONFIG), config)

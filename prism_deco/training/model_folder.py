@@ -51,6 +51,11 @@ _SUFFIXES = (".safetensors", ".json", ".model", ".jinja", ".txt")
 """Files with a checksum. `config.yaml` has none: users may point it at other copies of frozen weights."""
 
 
+def model_folder(run: Path) -> Path:
+    """The `model/` folder of a run; the folder itself if it has none, as an export."""
+    return run / "model" if (run / "model").is_dir() else run
+
+
 def save_model(
     folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel, *, read: Callable[[Tensor], Tensor] = full
 ) -> None:
