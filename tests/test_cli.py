@@ -64,7 +64,11 @@ def test_the_example_of_a_command_is_understood(name):
     [
         (["train", "seed=1", "--overwite"], "prism-deco train [-h]", "unrecognized arguments: --overwite"),
         (["data", "check", "--alow", "x"], "prism-deco data check [-h]", "unrecognized arguments: --alow"),
-        (["bench", "train", "--steps", "many"], "prism-deco bench train [-h]", "argument --steps: invalid int value"),
+        (["bench", "train", "--steps", "many"], "prism-deco bench train [-h]", "--steps: 'many' is not a whole number"),
+        (["bench", "train", "--batch-size", "0"], "prism-deco bench train [-h]", "argument --batch-size: '0' is not"),
+        (["data", "check", "--workers", "0"], "prism-deco data check [-h]", "argument --workers: '0' is not a whole"),
+        (["sweep", "mini", "--jobs", "-1"], "prism-deco sweep [-h]", "argument --jobs: '-1' is not a whole number"),
+        (["chat", "runs/x", "--max-new-tokens", "1.5"], "prism-deco chat [-h]", "'1.5' is not a whole number above 0"),
         (["export", "runs/x"], "prism-deco export [-h]", "the following arguments are required: --to"),
         (["trian"], "prism-deco COMMAND", "Unknown command 'trian'. Did you mean 'train'?"),
         (["data", "chek"], "prism-deco COMMAND", "Unknown command 'data chek'. Did you mean 'data check'?"),

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from prism_deco.bench.presets import PRESETS
-from prism_deco.commands.common import OVERRIDES, show
+from prism_deco.commands.common import OVERRIDES, count, show
 from prism_deco.config import load_config
 from prism_deco.config.choices import choice_name, plugins_of
 from prism_deco.config.registry import import_plugins
@@ -15,13 +15,13 @@ from prism_deco.files import check_writable
 
 def bench_projectors_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", help="projectors, or YAML files (default: all shipped)")
-    parser.add_argument("--in-dim", type=int, default=1024, help="channels of a patch feature (default: %(default)s)")
-    parser.add_argument("--out-dim", type=int, default=4096, help="embedding size of the LLM (default: %(default)s)")
+    parser.add_argument("--in-dim", type=count, default=1024, help="channels of a patch feature (default: %(default)s)")
+    parser.add_argument("--out-dim", type=count, default=4096, help="embedding size of the LLM (default: %(default)s)")
     parser.add_argument(
-        "--in-grid", type=int, nargs=2, default=(24, 24), metavar=("H", "W"), help="patch grid (default: 24 24)"
+        "--in-grid", type=count, nargs=2, default=(24, 24), metavar=("H", "W"), help="patch grid (default: 24 24)"
     )
-    parser.add_argument("--num-tokens", type=int, default=144, help="visual tokens (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images per pass (default: %(default)s)")
+    parser.add_argument("--num-tokens", type=count, default=144, help="visual tokens (default: %(default)s)")
+    parser.add_argument("--batch-size", type=count, default=8, help="images per pass (default: %(default)s)")
     parser.add_argument(
         "--dtypes",
         nargs="+",
@@ -30,14 +30,14 @@ def bench_projectors_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DTYPE",
         help="float32 | bfloat16 (default: both)",
     )
-    parser.add_argument("--repeats", type=int, default=10, help="timed passes per projector (default: %(default)s)")
+    parser.add_argument("--repeats", type=count, default=10, help="timed passes per projector (default: %(default)s)")
     _add_device(parser)
 
 
 def bench_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     parser.add_argument(
-        "--size", type=int, nargs=2, default=(640, 480), metavar=("W", "H"), help="image size (default: 640 480)"
+        "--size", type=count, nargs=2, default=(640, 480), metavar=("W", "H"), help="image size (default: 640 480)"
     )
 
 
@@ -49,9 +49,9 @@ def bench_train_arguments(parser: argparse.ArgumentParser) -> None:
         default="qwen_small",
         help="configuration that the settings modify (default: %(default)s)",
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="records per step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=4, help="steps per round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, alternating (default: %(default)s)")
+    parser.add_argument("--batch-size", type=count, default=8, help="records per step (default: %(default)s)")
+    parser.add_argument("--steps", type=count, default=4, help="steps per round (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=3, help="timed rounds, alternating (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers to this JSON file")
     _add_device(parser)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prism_deco.commands.common import PLUGINS, import_plugins_only
+from prism_deco.commands.common import PLUGINS, count, import_plugins_only
 from prism_deco.errors import UsageError
 from prism_deco.files import check_writable
 
@@ -28,7 +28,7 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", type=Path, action="append", default=[], help="the image to talk about; repeat it for several"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=count, default=256, help="longest answer (default: %(default)s)")
     parser.add_argument("--relevance", action="store_true", help="show where each answer looked (its question alone)")
     parser.add_argument("--out", type=Path, help="folder for the pictures of --relevance (default: RUN/chat)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type to compute in (default: the run's)")

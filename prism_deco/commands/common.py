@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,6 +18,13 @@ from prism_deco.files import read_json
 OVERRIDES = "choices and settings (prism-deco keys lists them), and YAML files of these, such as a run's config.yaml"
 
 PLUGINS = "modules to import first; those that a run was trained with are not imported unless they are named"
+
+
+def count(text: str) -> int:
+    """The type of a command-line option that takes a whole number above 0."""
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from prism_deco.commands.common import OVERRIDES, show
+from prism_deco.commands.common import OVERRIDES, count, show
 from prism_deco.config import load_config
 from prism_deco.files import check_writable
 
@@ -13,7 +13,7 @@ from prism_deco.files import check_writable
 def data_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     parser.add_argument("--out", type=Path, help="folder for bad.jsonl and report.json (default: runs/data_check/NAME)")
-    parser.add_argument("--workers", type=int, default=2, help="number of processes (default: %(default)s)")
+    parser.add_argument("--workers", type=count, default=2, help="number of processes (default: %(default)s)")
     parser.add_argument("--allow", nargs="+", default=[], metavar="KIND", help="kinds of faults to tolerate")
 
 

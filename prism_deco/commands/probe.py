@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prism_deco.commands.common import PLUGINS, import_plugins_only, own_benchmarks, show
+from prism_deco.commands.common import PLUGINS, count, import_plugins_only, own_benchmarks, show
 from prism_deco.commands.scoring import finished_run
 from prism_deco.errors import UsageError
 from prism_deco.files import check_writable, write_json
@@ -29,7 +29,7 @@ def probe_arguments(parser: argparse.ArgumentParser) -> None:
         "world); the last quarter is for testing",
     )
     parser.add_argument("--images", type=Path, metavar="DIR", help="image folder; without --objects, all images in it")
-    parser.add_argument("--limit", type=int, default=2000, help="most images to use (default: %(default)s)")
+    parser.add_argument("--limit", type=count, default=2000, help="most images to use (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder for probe.json (default: RUN/probe)")
     parser.add_argument("--device", default="cpu", help="cpu | cuda (default: %(default)s)")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from prism_deco.commands.common import PLUGINS, import_plugins_only, show
+from prism_deco.commands.common import PLUGINS, count, import_plugins_only, show
 from prism_deco.config import load_config
 from prism_deco.errors import UsageError
 from prism_deco.files import check_writable
@@ -32,7 +32,7 @@ def sweep_arguments(parser: argparse.ArgumentParser) -> None:
         help="a choice of conf/sweep or a YAML of your own; settings of train, several values make an axis; "
         "name=NAME runs_dir=DIR launcher=local|slurm slurm.partition=P slurm.time=MINUTES ...",
     )
-    parser.add_argument("--jobs", type=int, metavar="N", help="cells at a time (default: the sweep's own, or one)")
+    parser.add_argument("--jobs", type=count, metavar="N", help="cells at a time (default: the sweep's own, or one)")
     parser.add_argument(
         "--timeout",
         type=float,

@@ -25,7 +25,6 @@ from prism_deco.data.records import open_records
 from prism_deco.data.validators import KINDS, Fault, ImageFindings, TextFindings, TextInspector, inspect_image
 from prism_deco.errors import UsageError
 from prism_deco.files import refusals_named, write_json, write_whole
-from prism_deco.machine import cores
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +102,7 @@ class CheckReport:
 
 
 def check_dataset(
-    source: Source, encoder: Encoder, out: Path, *, workers: int | None = None, allow: Sequence[str] = ()
+    source: Source, encoder: Encoder, out: Path, *, workers: int = 2, allow: Sequence[str] = ()
 ) -> CheckReport:
     """Checks the training records of a source with all their images.
 
@@ -111,7 +110,7 @@ def check_dataset(
 
     Args:
         encoder: tokenizer and length limits of the planned training.
-        workers: number of processes; None uses all cores, 1 runs in this process.
+        workers: number of processes, at least 1, which runs in this process.
         allow: kinds of faults (`validators.KINDS`) that are reported but do not fail the check.
     """
     for kind in allow:
@@ -123,7 +122,6 @@ def check_dataset(
     images = source.images(records)
     out.mkdir(parents=True, exist_ok=True)
     log.info("Checking %d records of %s", len(records), source.train)
-    workers = workers or cores()
     entries = records.column("entry").tolist()
     faults = [
         Fault(f["kind"], f["entry"], f["id"], f["detail"]) for f in [*records.refused("refuse"), *records.noted()]

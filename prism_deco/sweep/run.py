@@ -63,8 +63,6 @@ def dry_run(spec: Spec, *, jobs: int | None) -> str:
 
 
 def _launcher(spec: Spec, cells: Sequence[SweepCell], jobs: int | None, *, dry: bool = False) -> Launcher:
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"--jobs {jobs} must be at least 1.")
     if spec.launcher == "slurm":
         return SlurmLauncher(spec.folder, spec.name, cells, spec.slurm, jobs=jobs, dry=dry)
     if spec.slurm:
