@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import sys
@@ -110,9 +111,9 @@ def plan(args: argparse.Namespace) -> None:
     for name, arguments, config in asked:
         stages = {f"{name} {stage.name}".strip(): stage.config for stage in split(arguments)}
         configs |= stages or {name: config or load_config(arguments)}
-    from prism_deco.plan import PlanTable, as_json  # imports torch, so only after the arguments were checked
-
     plans = _estimates(configs, args)
+    from prism_deco.plan import PlanTable, as_json
+
     if args.json:
         args.json.write_text(json.dumps(as_json(plans), indent=2) + "\n", encoding="utf-8")
     show(PlanTable(plans, args.mfu))
@@ -122,19 +123,24 @@ def _estimates(configs: Mapping[str, DictConfig], args: argparse.Namespace) -> l
     """Estimates each run, and shows the progress."""
     from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
-    from prism_deco.plan import estimate_run
-
     console = log_console()
     columns = (TextColumn("Planning {task.description}", markup=False), MofNCompleteColumn())
     plans = []
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(configs))
-        for name, config in configs.items():
-            progress.update(task, description=name or "the run", refresh=True)
-            if not console.is_terminal and len(configs) > 1:
-                log.info("Planning %s (%d of %d)", name, len(plans) + 1, len(configs))
-            plans.append(estimate_run(config, name, accelerator_name=args.accelerator, mfu=args.mfu))
-            progress.advance(task)
+    # Nearly all objects of the imports and of the plans stay: collections would traverse them without freeing much.
+    gc.disable()
+    try:
+        from prism_deco.plan import estimate_run  # imports torch, so only after the arguments were checked
+
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task("", total=len(configs))
+            for name, config in configs.items():
+                progress.update(task, description=name or "the run", refresh=True)
+                if not console.is_terminal and len(configs) > 1:
+                    log.info("Planning %s (%d of %d)", name, len(plans) + 1, len(configs))
+                plans.append(estimate_run(config, name, accelerator_name=args.accelerator, mfu=args.mfu))
+                progress.advance(task)
+    finally:
+        gc.enable()
     return plans
 
 
