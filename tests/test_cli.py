@@ -67,6 +67,7 @@ def test_the_example_of_a_command_is_understood(name):
         (["bench", "train", "--steps", "many"], "prism-deco bench train [-h]", "--steps: 'many' is not a whole number"),
         (["bench", "train", "--batch-size", "0"], "prism-deco bench train [-h]", "argument --batch-size: '0' is not"),
         (["data", "check", "--workers", "0"], "prism-deco data check [-h]", "argument --workers: '0' is not a whole"),
+        (["probe", "runs/x", "--limit", "0"], "prism-deco probe [-h]", "argument --limit: '0' is not a whole number"),
         (["sweep", "mini", "--jobs", "-1"], "prism-deco sweep [-h]", "argument --jobs: '-1' is not a whole number"),
         (["chat", "runs/x", "--max-new-tokens", "1.5"], "prism-deco chat [-h]", "'1.5' is not a whole number above 0"),
         (["export", "runs/x"], "prism-deco export [-h]", "the following arguments are required: --to"),

@@ -189,6 +189,6 @@ def test_the_command_takes_bare_images_and_says_what_is_missing(run, squares, tm
     (run / "manifest.json").write_text(json.dumps({"benchmarks": str(tmp_path)}))
     (run / "model").mkdir()
     save_config(load_config([]), run / "model" / "config.yaml")
-    for arguments in (["--images", str(tmp_path / "empty")], [], ["--limit", "0"]):
+    for arguments in (["--images", str(tmp_path / "empty")], []):
         assert main(["probe", str(run), *arguments]) == 2
     assert "--objects FILE" in capsys.readouterr().err
