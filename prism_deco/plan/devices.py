@@ -43,6 +43,7 @@ def setup_of(config: DictConfig) -> Setup:
     """The devices that the `trainer` group asks for."""
     trainer = config.trainer
     cuda = trainer.accelerator != "cpu" and (trainer.accelerator != "auto" or torch.cuda.is_available())
+    # devices=-1 takes all.
     per_node = trainer.devices if trainer.devices > 0 else torch.cuda.device_count() or NODE
     devices = per_node * trainer.num_nodes
     sharded = trainer.strategy == "fsdp"
@@ -101,11 +102,12 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device).lower()
     known = [kind for kind in ACCELERATORS.values() if kind.mark in name]
+    # Several marks may match, such as "a100" and "a100-sxm4-40gb": the longest is the most specific.
     return max(known, key=lambda kind: len(kind.mark)).flops if known else None
 
 
 def device_memory() -> int:
     """Bytes of this machine's first GPU, or of its main memory without a GPU."""
     if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[1]
+        return torch.cuda.mem_get_info()[1]  # (free, total)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -154,16 +154,18 @@ def _needs(config: DictConfig, setup: Setup, sequences: Sequences, memory_bytes:
     recipe = config.recipe
     backbone, llm, projector = backbone_of(config), llm_of(config), projector_of(config)
     visual, positions = projector.num_tokens, max_positions(config, llm)
+    # Text tokens that fit next to the visual tokens of one image.
     room = min(recipe.max_text_tokens, positions - visual)
     text = np.array([sequences.text]) if sequences.lengths is None else sequences.lengths
-    # float64[records] (or [1] with the mean only): positions after truncation, visual tokens included.
     images = sequences.images / sequences.records
+    # float64[records] (or [1] with the mean only): positions after truncation, visual tokens included.
     lengths = np.minimum(text, room) + visual * images
     shape = _largest_pass(config, setup, sequences, room, projector)
     setup, memory = _least_recomputation(config, setup, shape, memory_bytes)
     trained = count(backbone, projector, llm.model, trained=True)
     steps = math.ceil(sequences.records / recipe.global_batch_size) * recipe.epochs
     steps = min(steps, recipe.max_steps or steps)
+    # Records that pass through the model: an epoch's last batch may be short, and max_steps may end training early.
     seen = min(steps * recipe.global_batch_size, sequences.records * recipe.epochs)
     # A record passes once per scale; `lengths` has the visual tokens of the largest.
     flops = sum(
@@ -199,12 +201,14 @@ def _largest_pass(config: DictConfig, setup: Setup, sequences: Sequences, room: 
     per_device = math.ceil(config.recipe.global_batch_size / setup.devices)
     records = min(config.recipe.micro_batch_size, per_device)
     text = min(sequences.longest_text, room)
+    # Truncation is assumed to remove supervised tokens in proportion.
     supervised = sequences.longest_supervised * text / sequences.longest_text
     return PassShape(
         records=records,
         length=math.ceil(text) + projector.num_tokens,
         visual=projector.num_tokens,
         supervised=math.ceil(records * supervised),
+        # A projector with several scales passes each micro-batch once per scale.
         passes=math.ceil(per_device / records) * len(projector.scales),
         packed=config.recipe.packing,
     )
@@ -216,6 +220,7 @@ def _least_recomputation(
     """The setup with the configured activation checkpointing, and its memory. `auto` becomes the policy with the least
     recomputation that fits, or else `full`."""
     policies = ACTIVATION_CHECKPOINTING if setup.checkpointing == "auto" else (setup.checkpointing,)
+    # From the least recomputation to the most. If nothing fits, the last one stays.
     for policy in policies:
         chosen = replace(setup, checkpointing=policy)
         memory = step_memory(config, chosen, shape)
@@ -226,10 +231,12 @@ def _least_recomputation(
 
 def _flops_per_record(config: DictConfig, sequences: Sequences, lengths: np.ndarray, visual: int) -> float:
     images = sequences.images / sequences.records
+    # The fraction of the text that is left after truncation.
     kept = (float(lengths.mean()) - visual * images) / sequences.text
     return training_flops(config).step(
         images=images,
         positions=float(lengths.mean()),
+        # The mean of the squares: attention grows with each record's own length.
         pairs=float((lengths**2).mean()),
         targets=sequences.supervised * kept,
     )
@@ -237,6 +244,7 @@ def _flops_per_record(config: DictConfig, sequences: Sequences, lengths: np.ndar
 
 def _batch_problems(config: DictConfig, setup: Setup) -> list[str]:
     """Why the sampler refuses this batch size or number of devices."""
+    # Samplers compare the batch size with the number of devices, so one record is enough.
     one = Population(np.ones(1, dtype=int), np.ones(1, dtype=bool))
     try:
         SAMPLERS.get(config.recipe.sampler)(one, config.recipe.global_batch_size, 0, setup.devices)
@@ -252,6 +260,7 @@ def _row_problems(config: DictConfig, needs: Needs) -> list[str]:
     """
     recipe, lm = config.recipe, llm_of(config).model.config
     longest = min(recipe.max_text_tokens + needs.visual_out, needs.positions)
+    # By its configuration, every layer attends to all positions, and no window is shorter than the longest record.
     is_whole = set(getattr(lm, "layer_types", None) or ()) <= {"full_attention"}
     is_whole &= (getattr(lm, "sliding_window", None) or longest) >= longest and lm._attn_implementation != "eager"
     if is_whole or not (recipe.packing or recipe.turn_mask == "block"):

@@ -67,8 +67,9 @@ def walk_tower(tower: VisionBackbone, images: int, setup: Setup) -> tuple[Phases
         with _autocast(setup), TensorMeter(backbone) as meter:
             meter.phase("forward")
             features = backbone(pixels)
-            phases = dict(meter.peaks)
+            phases = dict(meter.peaks)  # a copy, without the phases that follow
             if tower.trained:
+                # The features are left out: the projector's walk counts them if it keeps them.
                 kept = meter.live - features.untyped_storage().nbytes()
                 meter.phase("backward")
                 features.backward(torch.empty_like(features))
@@ -86,7 +87,9 @@ def walk_projector(bare: Projector, shape: torch.Size, dtype: torch.dtype, setup
         meter.phase("forward")
         # The features are not bound to a name: as in `VLM.visual_tokens`, only autograd can keep them alive.
         own = _weights_type(setup) or dtype
+        # A trained tower needs the gradient of its features.
         tokens = projector(torch.empty(shape, dtype=own, device="cpu", requires_grad=tower_trained))
+        # A phase begins by noting what is alive: this one ends at once and has nothing else.
         meter.phase("kept")
         meter.phase("backward")
         tokens.backward(torch.empty_like(tokens))
@@ -113,6 +116,7 @@ def walk_language(
     def extend(low: int, high: int) -> int:
         return low + (depth - 1) * (high - low)
 
+    # Pairs without and with gradients of parameters, see `Phases`.
     return {phase: (extend(one[phase][0], two[phase][0]), extend(one[phase][1], two[phase][1])) for phase in two}
 
 
@@ -175,6 +179,7 @@ def _without_tower(lm: Any, turn_mask: str, max_logits: int | None) -> VLM:
 def _batch(lm: Any, shape: PassShape) -> tuple[Batch, Tensor]:
     """A batch and its visual tokens."""
     size = (1, shape.records * shape.length) if shape.packed else (shape.records, shape.length)
+    # Only shapes and types matter, so one tensor serves as several fields.
     ids, mask = torch.zeros(size, dtype=torch.long), torch.ones(size, dtype=torch.bool)
     lengths = (shape.length,) * shape.records if shape.packed else None
     targets = torch.ones(shape.supervised, dtype=torch.long)
@@ -190,6 +195,8 @@ def _summed_loss(vlm: VLM, batch: Batch, visual: Tensor, meter: TensorMeter) -> 
     meter.phase("kept")
     meter.phase("loss")
     head = cast(nn.Linear, vlm.lm.get_output_embeddings())
+    # `targets` are positions; the one before each predicts it. In place of token ids, which have no values here, the
+    # same tensor gives the loss its shape.
     return summed_cross_entropy(
         hidden[batch.targets - 1], head.weight, head.bias, batch.targets, max_logits=vlm.max_logits
     )

@@ -63,11 +63,13 @@ def training_flops(config: DictConfig) -> TrainingFlops:
     lm = llm_of(config).model
     settings: Any = lm.config
     layers = decoder_layers(lm)
+    weights = [weight for layer in layers for weight in layer.parameters()]
     head: Any = lm.get_output_embeddings()  # type: ignore[operator]  # every causal LM has them
     return TrainingFlops(
         tower=_tower_flops(backbone_of(config)),
         projector=_projector_flops(projector_of(config)),
-        position=sum(_product(weight) for layer in layers for weight in layer.parameters() if weight.ndim == 2),
+        # The matrices of linear layers; norms and biases are vectors.
+        position=sum(_product(weight) for weight in weights if weight.ndim == 2),
         # Scores and weighted sum, each with a forward product and two products for the gradients of its factors.
         pair=3 * 2 * 2 * sum(_attention_width(layer) for layer in settings.per_layer_config),
         target=_product(head.weight),
@@ -94,6 +96,7 @@ def _convolution_backward_flops(
     torch's formula ignores groups in the weight's gradient, so a depthwise convolution would cost as much as a dense
     one.
     """
+    # The gradient has the shape of the convolution's output, which the count is based on.
     wanted: Sequence[bool] = args[-1]  # gradients of input, weight, bias; the last is not counted
     return (wanted[0] + wanted[1]) * conv_flop_count(list(features), list(weight), list(grad))
 
@@ -109,6 +112,8 @@ def _tower_flops(tower: VisionBackbone) -> int:
     backbone, runs = short_backbone(tower)
     with without_data("backbone"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         backbone(backbone.blank(_META))
+    # Keys are module paths that begin with the root's class name. One block of each run of equal blocks has been
+    # counted; the others of the run cost the same.
     per_module = counter.get_flop_counts()
     total = counter.get_total_flops()
     names = {module: name for name, module in backbone.named_modules()}
@@ -119,6 +124,7 @@ def _tower_flops(tower: VisionBackbone) -> int:
 
 @lru_cache(maxsize=64)
 def _projector_flops(bare: Projector) -> int:
+    # A copy, since the shared module must keep its mode and must not collect gradients.
     projector = copy.deepcopy(bare).train()
     height, width = projector.in_grid
     with without_data("projector"):

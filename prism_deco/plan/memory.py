@@ -68,6 +68,9 @@ def step_memory(config: DictConfig, setup: Setup, shape: PassShape) -> Memory:
     moments: dict[str, Moment] = {}
 
     def add(name: str, phase: tuple[int, int], *, kept: int = 0, made: int = 0, loss_from: int | None = None) -> None:
+        # `alone` is without gradients of parameters, `both` with those that this part has computed so far. `kept` is
+        # what earlier parts hold for their backward pass, `made` the gradients of parts whose backward pass is over.
+        # `loss_from` is what is alive before the loss: whatever the loss adds to it counts as logits.
         alone, both = phase
         logits = 0 if loss_from is None else alone - loss_from
         gradients = made + both - alone if earlier is None else earlier
@@ -75,6 +78,7 @@ def step_memory(config: DictConfig, setup: Setup, shape: PassShape) -> Memory:
 
     # Activations outside the LLM and a trained tower are never recomputed.
     outside = replace(setup, checkpointing="none")
+    # In the order of a step. Forward passes pile up what they keep, backward passes release it from the top.
     tower, size, dtype = walk_tower(backbone, shape.records, setup if backbone.trained else outside)
     add("tower", tower["forward"])
     below = tower["kept"][0] if backbone.trained else 0
@@ -90,6 +94,7 @@ def step_memory(config: DictConfig, setup: Setup, shape: PassShape) -> Memory:
     add("backward, last layer", language["last"], kept=kept)
     add("backward, first layer", language["first"], kept=kept)
     add("projector backward", projected["backward"], kept=below, made=FLOAT32 * count(lm, trained=True))
+    # Its phase already includes what the tower itself keeps.
     if backbone.trained:
         add("tower backward", tower["backward"], made=FLOAT32 * count(projector, lm, trained=True))
     # Fused AdamW allocates nothing beyond its moments.
@@ -117,6 +122,7 @@ def _tower(backbone: VisionBackbone, setup: Setup) -> int:
 
 
 def _weights(config: DictConfig, projector: nn.Module, lm: nn.Module) -> int:
+    # A set, so that tied weights count once.
     total = sum(p.numel() * p.element_size() for p in {*projector.parameters(), *lm.parameters()})
     if llm_of(config).spec.quantize is None:
         return total

@@ -60,6 +60,7 @@ _SPEAKS_OF_IT = re.compile(r"\bmeta\b|_meta\b|FakeTensor|tensor subclasses")
 
 def backbone_of(config: DictConfig) -> VisionBackbone:
     """The configured backbone on the meta device with its trained parameters marked. Shared: do not change it."""
+    # The recipe's keys that change the tower. Without them, runs of different recipes share a frozen tower.
     keys = ("tower", "tower_layers", "lora_r", "lora_alpha", "lora_dropout")
     recipe = {key: config.recipe[key] for key in keys} if config.recipe.tower != "frozen" else None
     return _backbone(json.dumps({"backbone": group(config, "backbone"), "recipe": recipe}))
@@ -71,6 +72,7 @@ def short_backbone(backbone: VisionBackbone) -> tuple[VisionBackbone, list[tuple
     counts: list[int] = []
     before = None
     for block in backbone.blocks:
+        # Blocks with parameters of the same shapes count as equal.
         shapes = [parameter.shape for parameter in block.parameters()]
         if shapes == before:
             left_out[id(block)] = _PassThrough()
@@ -105,6 +107,7 @@ def llm_of(config: DictConfig) -> LanguageModel:
 def build_shallow(key: str, depth: int) -> PreTrainedModel:
     """A new LLM of that `llm_key` with `depth` decoder layers."""
     content = json.loads(key)
+    # The architecture's own name for the number of layers.
     name = architecture(_llm(key).spec).attribute_map.get("num_hidden_layers", "num_hidden_layers")
     settings = content["llm"]["architecture"]
     for key, value in settings.items():
@@ -118,6 +121,7 @@ def projector_of(config: DictConfig) -> Projector:
     """The configured projector on the meta device. Shared: do not change it."""
 
     def build(name: str, **options: Any) -> Projector:
+        # JSON, since a cache needs arguments that can be hashed.
         return _projector(json.dumps({"name": name} | options))
 
     return compose_projector(config, backbone_of(config), llm_of(config), bare=True, build=build)

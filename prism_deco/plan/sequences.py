@@ -75,6 +75,7 @@ def _estimate(config: DictConfig) -> Sequences:
     known = config.data.statistics
     images = known.images * known.get("records_per_image", 1)
     records = images + known.get("text_records", 0)
+    # The fraction of the records that data.limit keeps.
     limit = min(1.0, (config.data.limit or records) / records)
     return Sequences(
         records=round(records * limit),
@@ -93,8 +94,10 @@ def _measure(records: Records, llm: LanguageModel, micro_batch_size: int) -> Seq
         source = "measured"
     except UsageError as error:
         log.warning("Estimating lengths from word counts, because records cannot be tokenised: %s", error)
-        per_word, supervised, source = TOKENS_PER_WORD, SUPERVISED, "words"
+        per_word, supervised = TOKENS_PER_WORD, SUPERVISED
+        source = "words"
     lengths = per_word * records.words
+    # The worst case: the longest records meet in one forward pass.
     longest = np.sort(lengths)[-micro_batch_size:]
     return Sequences(
         records=len(records),
@@ -111,10 +114,12 @@ def _measure(records: Records, llm: LanguageModel, micro_batch_size: int) -> Seq
 def _tokens_per_word(records: Records, llm: LanguageModel) -> tuple[float, float]:
     """Tokens per word, chat format included, and the supervised fraction of them."""
     words, tokens, supervised = 0, 0, 0
+    # Evenly spaced, so that every part of the file counts.
     for index in np.linspace(0, len(records) - 1, min(SAMPLE, len(records))).astype(int).tolist():
         record = records[index]
         encoded = llm.encode(record.answered, len(record.images))
         words += int(records.words[index])
         tokens += len(encoded.input_ids)
+        # Positions without a label have a negative one.
         supervised += sum(label >= 0 for label in encoded.labels)
     return tokens / max(words, 1), supervised / max(tokens, 1)

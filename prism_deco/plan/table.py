@@ -45,6 +45,7 @@ class PlanTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
         columns = list(COLUMNS)
+        # Leave out the least important columns until the width that the rest needs fits.
         unlimited = options.update(width=10_000)
         while columns and console.measure(self._table(columns), options=unlimited).maximum > options.max_width:
             columns.pop()
@@ -92,6 +93,7 @@ def _notes(plans: Sequence[RunEstimate]) -> list[str]:
         "Memory is the peak of tensors in a step with the longest record; --json has its parts. Hours are without "
         "validation and scoring. Checkpoints are all that are kept."
     ]
+    # Grouped by text, so that a note about several runs appears once, with their names.
     names: dict[str, list[str]] = {}
     for plan in plans:
         if plan.needs is not None and plan.needs.setup.checkpointing != "none":
@@ -116,6 +118,7 @@ def as_json(plans: Sequence[RunEstimate]) -> list[dict[str, Any]]:
     for plan in plans:
         content: dict[str, Any] = asdict(plan) | {"problems": problems(plan)}
         if plan.needs is not None:
+            # A property, which `asdict` leaves out.
             content["needs"]["memory"]["peak"] = plan.needs.memory.peak
         result.append(content)
     return result

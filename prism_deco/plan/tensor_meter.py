@@ -37,6 +37,7 @@ class TensorMeter(TorchDispatchMode):
         # Weights are not counted, nor are views of them.
         self._known: dict[int, weakref.ref[Any]] = {}
         for tensor in (*module.parameters(), *module.buffers()):
+            # All views of a storage return the same Python object while it lives, so its id identifies it.
             storage = tensor.untyped_storage()
             self._known[id(storage)] = weakref.ref(storage)
         for parameter in module.parameters():
@@ -72,6 +73,7 @@ class TensorMeter(TorchDispatchMode):
         size = storage.nbytes()
         self.live += size
 
+        # Called when the storage is freed.
         def gone(_: Any) -> None:
             self.live -= size
 
