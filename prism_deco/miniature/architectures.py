@@ -45,6 +45,7 @@ def _build(variant: str, pretrained: bool, **options: Any) -> VisionTransformer:
         variant,
         pretrained,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        # The stem's features are the tokens: it halves the side three times and ends at the model's width.
         embed_layer=partial(HybridEmbed, backbone=stem, proj=False),
         patch_size=1,
         **(shape | options),

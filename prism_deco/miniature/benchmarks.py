@@ -54,6 +54,7 @@ def expressions_per_thing(split: Split, task: str) -> Iterator[tuple[int, list[Q
     left = split.items
     for index, first in one_per_image(split, task):
         others = [q for q in split.pools[index].of(template) if q.target == first.target and q != first]
+        # Only one expression if a single item is left.
         questions = [first, *([dice.pick(others)] if others else [])][:left]
         if not questions:
             return
@@ -85,6 +86,7 @@ def _yes_and_no(split: Split, subset: str, absent: Callable[[Scene], Collection[
         replace(base, make=partial(_only, answer=answer, absent=absent), contrast=False) for answer in ("Yes", "No")
     )
     chosen: list[tuple[int, Question]] = []
+    # Three subsets with two questions per image share the items.
     for index in split.shuffled(dice)[: split.items // 6]:
         scene = split.pools[index].scene
         for template in (yes, no):

@@ -21,6 +21,7 @@ _SLACK = 4
 CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."
 _BY_NAME = {template.name: template for template in TEMPLATES}
 _FROM_CAPTION = [_BY_NAME[name] for name in ("count", "count_all", "color", "shape")]
+# Each family as often as its weight says, so that a uniform draw is a weighted one.
 _DRAWS = [template for template in TEMPLATES for _ in range(template.weight)]
 
 
@@ -56,6 +57,7 @@ class Balance:
             drawn = dice.pick([side for side, share in template.sides.items() for _ in range(share)])
             candidates = [question for question in candidates if question.side == drawn]
         elif template.sides:
+            # In the scaled units of `_excess`.
             slack = _SLACK * sum(template.sides.values())
             candidates = [q for q in candidates if self._excess(template, "", q.side) <= slack]
         if not candidates:
@@ -63,6 +65,7 @@ class Balance:
         dice.shuffle(candidates)
         if not template.sides:
             return candidates[0]
+        # After the shuffle, ties are broken at random.
         chosen = min(
             candidates,
             key=lambda q: (self._excess(template, q.text, q.side), self._excess(template, "", q.side)),
@@ -75,6 +78,7 @@ class Balance:
         """A question of one of these families, drawn by weight; None if all fail."""
         draws = [template for template in templates for _ in range(template.weight)]
         dice.shuffle(draws)
+        # Each family at its first place in the shuffled draws: heavy ones tend to come first.
         order = {template.name: template for template in draws}.values()
         for template in order:
             question = self.ask(template, pool, dice)
@@ -96,12 +100,14 @@ def caption(scene: Scene) -> str:
     parts = [f"a {thing.size_word} {thing.category} {_place(thing.box)}" for thing in scene.things]
     if scene.plate is not None:
         parts.append(f"a plate {_place(scene.plate.box)} that says {scene.plate.number}")
+    # "a, b and c"; a single part has nothing before the "and".
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
 def _place(box: Box) -> str:
     """The cell of a 3x3 grid over the image that holds the middle of a box, for example "at the top left"."""
     x1, y1, x2, y2 = box
+    # The third of the side that holds the middle (y1 + y2) / 2, in integers.
     row = ("top", "", "bottom")[(y1 + y2) * 3 // (2 * IMAGE_SIZE)]
     column = ("left", "", "right")[(x1 + x2) * 3 // (2 * IMAGE_SIZE)]
     words = f"{row} {column}".strip()
@@ -113,6 +119,7 @@ def converse(pool: Pool, dice: Dice, balance: Balance) -> list[Question]:
     if dice.chance(_CAPTION_PERCENT):
         return [Question("caption", "caption", CAPTION_REQUEST, caption(pool.scene))]
     draws = [dice.pick(_DRAWS) for _ in range(_TRIES)]
+    # The first five are asked in the order of their stages; the others replace those that find no question.
     draws[:TURNS] = sorted(draws[:TURNS], key=lambda template: template.stage)
     turns: list[Question] = []
     revealed: set[Fact] = set()
@@ -167,6 +174,7 @@ def _read(seed: int, split: str, index: int, balance: Balance) -> list[tuple[str
 def _record(name: str, turns: Sequence[tuple[str, str]], image: str | None = None) -> dict[str, Any]:
     conversations = []
     for prompt, answer in turns:
+        # The image belongs to the first question.
         opening = "<image>\n" if image is not None and not conversations else ""
         conversations += [{"from": "human", "value": opening + prompt}, {"from": "gpt", "value": answer}]
     return {"id": name} | ({} if image is None else {"image": image}) | {"conversations": conversations}

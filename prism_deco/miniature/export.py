@@ -122,6 +122,7 @@ def _refcoco(folder: Path, split: Split, owner: str) -> None:
     annotations, places = _annotations(split)
     refs, sent_id = [], 0
     for index, questions in benchmarks.expressions_per_thing(split, folder.name):
+        # All expressions of an item describe one thing, which its box identifies in the image.
         target = questions[0].target
         assert target is not None
         annotation = annotations[places[index, target.box]]

@@ -53,6 +53,7 @@ def box_text(box: Box) -> str:
 def clearly(relation: str, box: Box, other: Box) -> bool:
     """Whether `box` lies to that side of `other` without sharing a row (or column) with it."""
     axis, first = RELATIONS[relation]
+    # Along an axis a box begins at `axis` and ends at `axis + 2`, exclusive.
     return box[axis + 2] <= other[axis] if first else other[axis + 2] <= box[axis]
 
 
@@ -79,6 +80,7 @@ def refcoco(things: Sequence[Thing], target: Thing) -> Iterator[str]:
         rivals = [thing for thing in matches if thing is not target]
         for word, (axis, first) in _EXTREMES.items():
             own = _middle(target.box, axis)
+            # By how much the target is ahead of each rival, in half pixels, as `_middle` is twice the centre.
             leads = [_middle(r.box, axis) - own if first else own - _middle(r.box, axis) for r in rivals]
             if rivals and min(leads) >= 2 * CLEAR:
                 yield f"the {word} {description}"
@@ -96,6 +98,7 @@ def refcocog(things: Sequence[Thing], target: Thing) -> Iterator[str]:
     for anchor in things:
         if anchor is target:
             continue
+        # The anchor needs a name that fits nothing else: with its size only if necessary, or it is skipped.
         name = Description(color=anchor.color, shape=anchor.shape)
         if len(name.matches(things)) > 1:
             name = Description(anchor.size_word, anchor.color, anchor.shape)
@@ -111,6 +114,7 @@ def refcocog(things: Sequence[Thing], target: Thing) -> Iterator[str]:
 def halves(box: Box) -> Iterator[tuple[str, str]]:
     """The side of the image on which a box clearly lies, per axis, as ("left or right", "left")."""
     for axis, words in enumerate((("left", "right"), ("top", "bottom"))):
+        # Twice the distance from the image's centre.
         offset = _middle(box, axis) - IMAGE_SIZE
         if abs(offset) >= CLEAR:
             yield f"{words[0]} or {words[1]}", words[offset > 0]
@@ -122,6 +126,7 @@ def _middle(box: Box, axis: int) -> int:
 
 
 def _descriptions(thing: Thing, sizes: bool) -> list[Description]:
+    # Every combination of attributes, each left out or named.
     return [
         Description(size, color, shape)
         for size in ((None, thing.size_word) if sizes else (None,))

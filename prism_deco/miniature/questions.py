@@ -16,6 +16,7 @@ PROMPTS = {
     "vqav2": _SHORT,
     "gqa": _SHORT,
     "textvqa": _SHORT,
+    # Formatting it here leaves a placeholder for the question, in front of the additional sentence.
     "vizwiz": _SHORT.format("{}\nWhen the provided information is insufficient, respond with 'Unanswerable'."),
     "refcoco": _BOX,
     "refcoco+": _BOX,

@@ -38,6 +38,8 @@ def render(scene: Scene) -> NDArray[np.uint8]:
     for thing in scene.things:
         x1, y1, x2, y2 = thing.box
         levels = zip(PALETTE[thing.color], thing.tint, strict=True)
+        # A slice is a view: the mask assigns to the image. Levels cannot become negative, since tints start at -10 and
+        # the palette at 40.
         image[y1:y2, x1:x2][mask(thing.shape, thing.size)] = [min(255, level + tint) for level, tint in levels]
     if scene.plate is not None:
         x1, y1, x2, y2 = scene.plate.box
@@ -51,6 +53,7 @@ def mask(shape: str, size: int) -> NDArray[np.bool_]:
     row, column = np.arange(size)[:, None], np.arange(size)[None, :]
     # Twice the distance from the centre, which is an integer for even sizes, too.
     down, right = np.abs(2 * row - (size - 1)), np.abs(2 * column - (size - 1))
+    # The triangle points up; the bars of the cross are about a third of its side.
     inside = {
         "circle": down**2 + right**2 <= size**2,
         "square": (down <= size) & (right <= size),
@@ -75,6 +78,7 @@ def _plate(plate: Plate) -> NDArray[np.uint8]:
     levels = np.full((height, width), 240, np.uint8)
     levels[[0, -1], :] = 30
     levels[:, [0, -1]] = 30
+    # Two digits with a gap of one dot, centred.
     span = _DIGIT_WIDTH * _SCALE
     top = (height - _DIGIT_HEIGHT * _SCALE) // 2
     left = (width - 2 * span - _SCALE) // 2
@@ -88,5 +92,5 @@ def _plate(plate: Plate) -> NDArray[np.uint8]:
 def _digit(value: int) -> NDArray[np.bool_]:
     """bool[14, 10]: a digit of the font, enlarged."""
     rows = np.array(_DIGITS[value])[:, None]
-    dots = (rows >> np.arange(_DIGIT_WIDTH)[::-1] & 1).astype(bool)
+    dots = (rows >> np.arange(_DIGIT_WIDTH)[::-1] & 1).astype(bool)  # bool[7, 5]
     return dots.repeat(_SCALE, axis=0).repeat(_SCALE, axis=1)

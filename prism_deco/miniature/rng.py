@@ -19,6 +19,7 @@ class Dice:
     """
 
     def __init__(self, *key: object):
+        # Python seeds from a string by SHA-512 of its bytes, not by `hash`, which differs between processes.
         self._random = random.Random("/".join(map(str, key))).random
 
     def below(self, n: int) -> int:

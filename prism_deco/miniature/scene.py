@@ -101,6 +101,7 @@ def draw_scene(seed: int, split: str, index: int) -> Scene:
     number = 10 + dice.below(90) if dice.chance(PLATE_PERCENT) else None
     while True:
         sizes = [dice.pick(dice.pick((SMALL_SIZES, LARGE_SIZES))) for _ in kinds]
+        # The plate comes first, if there is one, and is taken off again below.
         boxes = _place([PLATE_SIZE] * (number is not None) + [(size, size) for size in sizes], dice)
         if boxes:
             break
@@ -116,11 +117,13 @@ def draw_scene(seed: int, split: str, index: int) -> Scene:
 def _draw_kinds(dice: Dice) -> list[tuple[str, str]]:
     """Colours and shapes. They often repeat, for things to count and to distinguish."""
     kinds = [(dice.pick(COLORS), dice.pick(SHAPES))]
+    # Further things: none in one of eight scenes, one in three of eight, two in half of them.
     for _ in range(dice.pick((0, 1, 1, 1, 2, 2, 2, 2))):
         color, shape = dice.pick(kinds)
         # Drawn before the choice, so that every branch takes the same number of draws from the stream.
         other_color, other_shape = dice.pick(COLORS), dice.pick(SHAPES)
         repeat = dice.below(10)
+        # Of ten: the colour alone in two, both in two, the shape alone in three, neither in three.
         keep_color, keep_shape = repeat in (0, 1, 2, 3), repeat in (2, 3, 4, 5, 6)
         kinds.append((color if keep_color else other_color, shape if keep_shape else other_shape))
     return kinds
@@ -134,9 +137,10 @@ def _place(sizes: list[tuple[int, int]], dice: Dice) -> list[tuple[int, int]]:
             x = STEP * dice.below((IMAGE_SIZE - width) // STEP + 1)
             y = STEP * dice.below((IMAGE_SIZE - height) // STEP + 1)
             x2, y2 = x + width, y + height
+            # Edges are multiples of STEP, so strict inequality leaves a gap of one bin.
             if all(x > b[2] or y > b[3] or x2 < b[0] or y2 < b[1] for b in placed):
                 placed.append((x, y, x2, y2))
                 break
         else:
-            return []
+            return []  # a box found no place in 20 tries
     return [(x, y) for x, y, _, _ in placed]

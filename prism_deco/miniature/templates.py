@@ -20,6 +20,7 @@ def confusable(scene: Scene) -> set[str]:
     seen = {thing.category for thing in scene.things}
     colors, shapes = {thing.color for thing in scene.things}, {thing.shape for thing in scene.things}
     crossed = {f"{color} {shape}" for color in colors for shape in shapes} - seen
+    # Comparing two booleans by `!=` is an exclusive or.
     return crossed or {c for c in CATEGORIES if (c.split()[0] in colors) != (c.split()[1] in shapes)}
 
 
@@ -28,6 +29,7 @@ def category_exists(template: Template, scene: Scene, absent: Callable[[Scene], 
     seen = {thing.category for thing in scene.things}
     for category in sorted(seen.union(absent(scene))):
         color, shape = category.split()
+        # The number of red things or of circles may give away whether there is a red circle.
         facts = [("category", category), ("count", color), ("count", shape)]
         facts += _what(thing for thing in scene.things if thing.category == category)
         yield template.question(f"Is there a {category} in the image?", "Yes" if category in seen else "No", facts)
@@ -80,6 +82,7 @@ def _plate(template: Template, scene: Scene, texts: Sequence[str]) -> Iterator[Q
 def _relation(template: Template, scene: Scene) -> Iterator[Question]:
     for first, second in _pairs(scene):
         for relation, (axis, _) in expressions.RELATIONS.items():
+            # Asked only if the relation or its reverse clearly holds, so that "No" is as safe as "Yes".
             yes = expressions.clearly(relation, first.box, second.box)
             if yes or expressions.clearly(relation, second.box, first.box):
                 text = f"Is the {first.category} {relation} the {second.category}?"
@@ -95,6 +98,7 @@ def _larger(template: Template, scene: Scene) -> Iterator[Question]:
 
 
 def _compare(template: Template, text: str, yes: bool, first: Thing, second: Thing, by: object) -> Question:
+    # Unordered: comparing the second with the first would give the same fact away.
     pair = ("pair", by, frozenset((first.box, second.box)))
     asks = [pair, ("box", first.box), ("box", second.box)]
     return template.question(text, "Yes" if yes else "No", asks, reveals=[pair, *_what((first, second))])
@@ -162,6 +166,7 @@ _ANSWERABLE = {"answerable": 3, UNANSWERABLE: 2}
 _HALVES = {"left": 1, "right": 1, "top": 1, "bottom": 1}
 _COLOR_SIDES, _SHAPE_SIDES = dict.fromkeys(COLORS, 1), dict.fromkeys(SHAPES, 1)
 
+# In the order of `Template`: name, task, make, sides, contrast, weight, stage.
 TEMPLATES = (
     Template("exists", "pope", partial(category_exists, absent=lambda _: CATEGORIES), YES_NO, True, 10),
     Template("exists_confusable", "pope", partial(category_exists, absent=confusable), YES_NO, True, 20),

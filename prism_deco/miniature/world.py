@@ -52,6 +52,7 @@ def shapes_captions(**options: Any) -> Source:
     for split, path in files.items():
         if not path.is_file():
             count = arguments["images"][split]
+            # Scenes are functions of seed, split and index: drawing them again gives those of the images.
             named = [(f"{split}/{image_name(i)}", draw_scene(arguments["seed"], split, i)) for i in range(count)]
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(list(caption_records(split, named))))
@@ -135,6 +136,7 @@ def _build(root: Path, arguments: Mapping[str, Any]) -> None:
     files = sorted(path for path in root.rglob("*") if path.suffix in (".json", ".p"))
     hashes = {path.relative_to(root).as_posix(): _content_hash(path) for path in files}
     world = {"arguments": arguments, "pixels_sha256": pixels.hexdigest(), "sha256": hashes}
+    # Last, since this file marks a complete world.
     (root / _RECORD).write_text(json.dumps(world, indent=2) + "\n", encoding="utf-8")
 
 
