@@ -91,6 +91,7 @@ def tensor_files(path: Path) -> list[Path]:
         return [path]
     if files := indexed_files(path):
         return files
+    # The first suffix that any file has.
     return next((found for suffix in SUFFIXES if (found := sorted(path.glob(f"*{suffix}")))), [])
 
 
@@ -100,6 +101,7 @@ def indexed_files(path: Path) -> list[Path]:
     Args:
         path: a folder with a `*.index.json`, or the file that was split into shards.
     """
+    # A file has nothing to glob: its index lies next to it.
     index = next(iter(sorted(path.glob("*.index.json"))), path.with_name(f"{path.name}.index.json"))
     if not index.is_file():
         return []
@@ -167,10 +169,11 @@ def write_safetensors(
             file.write(header)
             for name in order:
                 value = read(tensors[name]).detach().to("cpu").contiguous()
+                # The tensor's bytes without a copy; hashing and writing release the GIL and overlap.
                 content = value.reshape(-1).view(torch.uint8).numpy().data
                 hashed = hasher.submit(digest.update, content)
                 file.write(content)
-                hashed.result()
+                hashed.result()  # before the tensor is freed
             file.flush()
             os.fsync(file.fileno())
     except OSError:
@@ -189,6 +192,7 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
             "tensors, which are not unpickled. Fetch or write it again, or save its state dict as safetensors or with "
             "torch.save."
         ) from error
+    # `model` may lie inside `state_dict`.
     for wrapper in _WRAPPERS:
         state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
     if not isinstance(state, dict):
@@ -206,4 +210,5 @@ def _header(order: Iterable[str], tensors: Mapping[str, Tensor], metadata: Mappi
         offset = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # aligns the first tensor
+    # The format: the length of the JSON header, the header, the tensors; `data_offsets` count from its end.
     return len(text).to_bytes(8, "little") + text

@@ -75,11 +75,13 @@ class WindowAttention(_MultiHead):
             float[B, M, D], probabilities float[B, H, M, K].
         """
         query = rearrange(self.query(queries), "b m (heads e) -> b heads m e", heads=self.heads)
+        # Projected before cutting, so that overlapping windows share the work: float[B, N, D] -> float[B, M, K, D].
         key, inside = cut_windows(self.key(keys), *grids)
         value, _ = cut_windows(self.value(values), *grids)
         key, value = (rearrange(cut, "b m k (heads e) -> b heads m k e", heads=self.heads) for cut in (key, value))
         scores = einsum(query, key, "b heads m e, b heads m k e -> b heads m k") * self.scale
         if inside is not None:
+            # Padding of smaller windows. Each window has a patch, so no row is masked as a whole.
             scores = scores.masked_fill(~inside, -math.inf)
         probabilities = scores.softmax(dim=-1)
         mixed = einsum(probabilities, value, "b heads m k, b heads m k e -> b heads m e")
@@ -114,6 +116,7 @@ def sample(values: Tensor, locations: Tensor, weights: Tensor, grid: tuple[int, 
     dtype = torch.promote_types(values.dtype, torch.float32)
     samples = F.grid_sample(
         rearrange(values.to(dtype), "b (h w) heads e -> (b heads) e h w", h=grid[0]),
+        # To -1 .. 1, which are the outer corners with align_corners=False. Heads become part of the batch.
         rearrange(2 * locations.to(dtype) - 1, "b m heads p xy -> (b heads) m p xy"),
         mode="bilinear",
         padding_mode="zeros",
@@ -154,10 +157,12 @@ class DeformableAttention(nn.Module):
     def _init_directional(self, points: int) -> None:
         angle = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        # The larger component becomes 1: point p lies p patches away in rows or in columns.
         direction = direction / direction.abs().amax(dim=-1, keepdim=True)
         distance = torch.arange(1, points + 1, dtype=torch.float32)
         offsets = einsum(direction, distance, "heads xy, p -> heads p xy")
         self.offsets.bias.copy_(rearrange(offsets, "heads p xy -> (heads p xy)"))
+        # Without weights, the biases alone decide where and how much a head samples at first.
         for parameter in (self.offsets.weight, self.weights.weight, self.weights.bias, self.value.bias, self.out.bias):
             nn.init.zeros_(parameter)
         for layer in (self.value, self.out):
@@ -179,6 +184,7 @@ class DeformableAttention(nn.Module):
         offsets = rearrange(self.offsets(queries), "b m (heads p xy) -> b m heads p xy", heads=self.heads, xy=2)
         height, width = self.grid
         x, y = offsets.to(dtype).unbind(dim=-1)
+        # Offsets are in patches, locations in fractions of the grid: float[B, M, H, P, 2].
         locations = reference.to(dtype)[:, :, None, None] + torch.stack([x / width, y / height], dim=-1)
         logits = rearrange(self.weights(queries), "b m (heads p) -> b m heads p", heads=self.heads)
         weights = logits.to(dtype).softmax(dim=-1)

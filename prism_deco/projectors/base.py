@@ -70,6 +70,7 @@ class Projector(nn.Module):
             tokens = self.project(features)
         else:
             tokens = self.project_to(features, num_tokens)
+        # A plug-in may return something other than a tensor: its type is reported instead of a shape.
         made = list(getattr(tokens, "shape", [])) or type(tokens).__name__
         promised = [len(features), num_tokens or self.num_tokens, self.out_dim]
         if made != promised:  # extra tokens would spill into the next image's positions

@@ -65,6 +65,7 @@ class CAbstractor(Projector):
         """float[B, N, in_dim] -> float[B, M, out_dim]."""
         if self.position is not None:
             features = features + self.position
+        # The stages see maps [B, D, h, w]; pooling takes sequences [B, N, D].
         x = self.stage1(rearrange(features, "b (h w) d -> b d h w", h=self.in_grid[0]))
         x = average_pool(rearrange(x, "b d h w -> b (h w) d"), self.in_grid, self.out_grid)
         x = self.stage2(rearrange(x, "b (i j) d -> b d i j", i=self.out_grid[0]))

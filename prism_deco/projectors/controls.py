@@ -55,11 +55,13 @@ class RandomPatches(Pooling):
         """float[B, N, D] -> int64[B, M], increasing: the patches of each image that become visual tokens."""
         patches = features.shape[1]
         # float32 and bfloat16 features give the same bits; only four channels, so that rounding seldom flips one.
+        # The mask makes the sign-extended numbers positive.
         bits = features[:, patches // 2, :4].detach().bfloat16().view(torch.int16).long() & 0xFFFF
         seed = torch.zeros_like(bits[:, 0])
         for channel in bits.unbind(dim=1):
             seed = _hash(seed ^ channel)
         scores = _hash(seed[:, None] ^ _hash(torch.arange(patches, device=features.device)))
+        # The patches with the smallest scores, back in row-major order.
         return scores.argsort(dim=1)[:, : self.num_tokens].sort(dim=1).values
 
     def pool_patches(self, features: Tensor) -> Tensor:
@@ -74,5 +76,6 @@ class RandomPatches(Pooling):
 def _hash(number: Tensor) -> Tensor:
     """A bijective integer hash on 0 .. 2^32-1 (int64). Torch's generators have one seed per batch, not per image."""
     for _ in range(2):
+        # 32 times 27 bits fit into int64.
         number = ((number >> 16) ^ number) * 0x45D9F3B & 0xFFFFFFFF
     return (number >> 16) ^ number

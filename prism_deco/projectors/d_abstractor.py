@@ -35,6 +35,7 @@ class DecoderLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(dim)
         if init == "normal":
             self.apply(init_normal)
+        # After `apply`, since it initialises itself.
         self.cross_attention = DeformableAttention(dim, heads, points, grid, directional)
         self.cross_norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
@@ -111,6 +112,7 @@ class DAbstractor(Projector):
         self.queries = nn.Embedding(self.num_tokens, hidden_dim)
         if init == "normal":
             self.apply(init_normal)
+        # Layers come after `apply`, since they initialise themselves.
         directional = directional_offsets or init == "torch"
         self.layers = nn.ModuleList(
             DecoderLayer(hidden_dim, heads, points, ffn_dim, dropout, in_grid, directional=directional, init=init)
@@ -126,6 +128,7 @@ class DAbstractor(Projector):
             memory = self.input(features.to(self.position.dtype)) + self.position
             pooled = average_pool(memory, self.in_grid, self.out_grid)
             learned = self.queries.weight.expand_as(pooled)
+            # Which of the two is content and which is the position embedding, see `query_mode`.
             x, position = (pooled, learned) if self.pooled_is_content else (learned, pooled)
             for layer in self.layers:
                 x = layer(x, position, memory, self.reference)

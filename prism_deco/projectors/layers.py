@@ -36,6 +36,7 @@ def build_mlp(
         raise UsageError(f"An MLP of depth {depth} has no layers: choose a depth of at least 1.")
     if ratio is not None and depth < 2:
         raise UsageError(f"mlp_ratio={ratio} needs a hidden layer, and an MLP of depth 1 has none: use depth 2 or 3.")
+    # Of the input and of each layer's output.
     widths = [in_dim] + [out_dim] * depth
     if ratio is not None:
         widths[1] = round(ratio * in_dim)

@@ -46,7 +46,7 @@ class Matryoshka(Pooling):
             side = self.out_grid[0]
             coarser = [(side >> halvings) ** 2 for halvings in range(1, side.bit_length())]
         for number in coarser:
-            square_grid(number, in_grid)
+            square_grid(number, in_grid)  # for its checks
         self.scales += tuple(number for number in coarser if number < self.num_tokens)
 
     def project_to(self, features: Tensor, num_tokens: int) -> Tensor:

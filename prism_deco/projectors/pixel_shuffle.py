@@ -43,6 +43,7 @@ class PixelShuffle(Projector):
         super().__init__(in_dim, out_dim, in_grid, square_grid(num_tokens, in_grid))
         if norm not in ("window", "patch", None):
             raise UsageError(f"norm={norm!r} is unknown: choose window, patch or null.")
+        # Patches along each side of the largest window; smaller ones are padded to it.
         rows, columns = (window_patches(*sides).shape[1] for sides in zip(in_grid, self.out_grid, strict=True))
         merged = rows * columns * in_dim
         self.patch_norm = nn.LayerNorm(in_dim, eps=1e-6) if norm == "patch" else nn.Identity()

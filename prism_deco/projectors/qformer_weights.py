@@ -76,6 +76,7 @@ def load_qformer(projector: nn.Module, path: Path) -> dict[str, str]:
     taken = wanted.keys() - reinitialised.keys()
     with torch.no_grad():
         for name in taken:
+            # Tensors of a state dict share memory with the parameters.
             wanted[name].copy_(found[name])
     log.info("%s: %d tensors taken, %d unused", path, len(taken), unused)
     for name, reason in reinitialised.items():

@@ -45,6 +45,7 @@ class TokenPacker(Projector):
                 f"Features of {in_dim} channels are not those of {layers} layers: leave projector.extra_layers as "
                 "backbone.extra_layers."
             )
+        # Features of all layers are concatenated, the last layer's at the end.
         self.last = in_dim // layers
         self.query = nn.Sequential(nn.Linear(self.last, hidden_dim, bias=False), nn.LayerNorm(hidden_dim, eps=1e-6))
         self.key = build_mlp(in_dim, hidden_dim, 2).append(nn.LayerNorm(hidden_dim, eps=1e-6))

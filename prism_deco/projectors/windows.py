@@ -26,7 +26,7 @@ from prism_deco.projectors.layers import without_autocast
 def window_bounds(size: int, out: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Start (inclusive) and end (exclusive) of each window: two int64[out]."""
     index = torch.arange(out, device=device)
-    return index * size // out, -(-(index + 1) * size // out)
+    return index * size // out, -(-(index + 1) * size // out)  # -(-a // b) rounds up
 
 
 def average_matrix(
@@ -43,6 +43,8 @@ def bilinear_matrix(
     size: int, out: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """dtype[out, size]: `torch.nn.functional.interpolate(mode="bilinear")` along one side, without antialiasing."""
+    # Where each output's centre lies among the patches' centres. A patch's weight falls linearly from 1 there to 0 one
+    # patch away.
     centre = (torch.arange(out, device=device, dtype=torch.float32) + 0.5) * (size / out) - 0.5
     patch = torch.arange(size, device=device)
     return (1 - (patch - centre.clamp(0, size - 1)[:, None]).abs()).clamp(min=0).to(dtype)
@@ -71,6 +73,7 @@ def average_pool(
     dtype = torch.promote_types(features.dtype, torch.float32)
     grid = rearrange(features, "b (h w) d -> b h w d", h=h)
     with without_autocast(device):
+        # Along columns [B, h, w, D] -> [B, h, j, D], then along rows -> [B, i, j D].
         pooled = matrix(w, j, device, dtype) @ grid.to(dtype)
         pooled = matrix(h, i, device, dtype) @ rearrange(pooled, "b h j d -> b h (j d)")
     return rearrange(pooled, "b i (j d) -> b (i j) d", j=j).to(features.dtype)
@@ -79,6 +82,7 @@ def average_pool(
 def shares(in_grid: tuple[int, int], out_grid: tuple[int, int], matrix: Mixing = average_matrix) -> Tensor:
     """float32[M, N] on the CPU: the share of each patch in each visual token of `average_pool`."""
     rows, columns = (matrix(size, out, torch.device("cpu")) for size, out in zip(in_grid, out_grid, strict=True))
+    # Row-major on both sides: token (i, j) takes rows[i, h] * columns[j, w] of patch (h, w).
     return torch.kron(rows, columns)
 
 
@@ -103,6 +107,7 @@ def cut_windows(features: Tensor, in_grid: tuple[int, int], out_grid: tuple[int,
         return rearrange(features, "b (i r j c) d -> b (i j) (r c) d", i=i, j=j, r=h // i), None
     grid = rearrange(features, "b (h w) d -> b h w d", h=h)
     rows, columns = window_patches(h, i, device), window_patches(w, j, device)
+    # [B, h, w, D] -> [B, i, r, w, D] -> [B, i, r, j, c, D].
     cut = rearrange(grid[:, rows][:, :, :, columns], "b i r j c d -> b (i j) (r c) d")
     # Padding repeats the patch before it.
     in_row, in_column = (F.pad(side.diff(dim=1) > 0, (1, 0), value=True) for side in (rows, columns))
@@ -133,5 +138,6 @@ class GridMaxPool(nn.Module):
         column = columns[:, 0, None] + offset
         values, offset = values[:, rows].max(dim=2)  # [b, i, K, j, d] over K
         row = rows[:, 0, None, None] + offset
+        # Of the columns that won each row, those of the winning rows.
         winners = row * w + column.gather(1, row)
         return rearrange(values, "b i j d -> b (i j) d"), rearrange(winners, "b i j d -> b (i j) d")
