@@ -82,6 +82,7 @@ def bench_data(
     finally:
         torch.set_num_threads(threads)
     rows = [BenchRow(name, usages, {"images": count}) for name, usages in taken.items()]
+    # The plain loader comes last in `pipelines`.
     plain_speed = statistics.median(_speeds(rows[-1]))
     columns = {
         "images/s per core": lambda row: spread(_speeds(row), 1),
@@ -104,6 +105,7 @@ def photographs(folder: Path, count: int, size: tuple[int, int]) -> Source:
         # A sum of noise at many scales: as in photographs, amplitude falls with frequency.
         pixels = np.zeros((size[1], size[0], 3))
         for scale in (1, 2, 4, 8, 16, 32, 64):
+            # Rounded up, so that the enlarged noise covers the image; the rest is cut off.
             noise = rng.normal(size=(-(-size[1] // scale), -(-size[0] // scale), 3)) * scale**0.8
             pixels += noise.repeat(scale, 0).repeat(scale, 1)[: size[1], : size[0]]
         pixels = np.clip(128 + 4 * pixels, 0, 255).astype(np.uint8)

@@ -117,10 +117,13 @@ def run_parts(
         The result of each part: `name`, `state` (passed, failed, measured, error, or not run), `text`, `seconds`,
         `facts`, `about`.
     """
-    if wrong := next((name for name in names if name not in {part.name for part in parts}), None):
-        raise unknown("part", wrong, [part.name for part in parts])
+    known_names = [part.name for part in parts]
+    for name in names:
+        if name not in known_names:
+            raise unknown("part", name, known_names)
     bench.folder.mkdir(parents=True, exist_ok=True)
-    started, results = time.monotonic(), []
+    started = time.monotonic()
+    results = []
     about = {"hardware": hardware(bench.device), "torch": torch.__version__, "rehearsal": bench.rehearse}
     chosen = [part for part in parts if not names or part.name in names]
     for number, part in enumerate(chosen, start=1):
@@ -144,6 +147,7 @@ def run_parts(
             results.append(_run(bench, part) | {"about": about})
             write_json(path, results[-1])
             log.info("%s: %s, %s", part.name, results[-1]["state"], results[-1]["text"])
+            # Cycles would keep the part's models on the device while the next part allocates.
             gc.collect()
             if bench.device.type == "cuda":
                 # Raises after an illegal access, which breaks the CUDA context: the next call starts after this part.

@@ -24,6 +24,7 @@ class _VisionTower(nn.Module):
         self.backbone = backbone
 
     def forward(self, pixels: Mapping[str, Tensor], **_: Any) -> BaseModelOutputWithPooling:
+        # The single entry is what `vision_feature_layer=0` selects.
         return BaseModelOutputWithPooling(hidden_states=(self.backbone(pixels),))  # type: ignore[arg-type]
 
 
@@ -50,6 +51,7 @@ def build_peer(vlm: VLM) -> LlavaForConditionalGeneration:
         vision_feature_layer=0,
         vision_feature_select_strategy="full",
     )
+    # Takes no memory: every part is replaced below.
     with torch.device("meta"):
         peer = LlavaForConditionalGeneration(config)
     peer.model.vision_tower = _VisionTower(vlm.backbone)

@@ -41,7 +41,7 @@ class Usage:
 def usage(device: torch.device, *, memory: bool = False) -> Iterator[Usage]:
     """Measures the block inside it; the result is complete when the block ends."""
     result = Usage()
-    _wait(device)
+    _wait(device)  # earlier kernels are not part of the block
     before = _start_peak(device) if memory else None
     start, cpu_start = time.perf_counter(), time.process_time()
     yield result
@@ -64,6 +64,7 @@ def activation_bytes(module: nn.Module, features: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        # Until `output` goes, the graph keeps all saved tensors, so no address is used twice.
         output = module(features)
     del output
     return sum(kept.values())

@@ -82,6 +82,7 @@ def draw_rounds(count: int, seed: int = 0) -> list[tuple[str, Rounds]]:
 
 def _rounds(part: MixturePart, rng: np.random.Generator) -> Rounds:
     def words(mean: float) -> int:
+        # exp(mu + sigma^2 / 2) is the mean of a log-normal distribution.
         drawn = rng.lognormal(np.log(mean) - part.spread**2 / 2, part.spread)
         return max(1, round(float(drawn)))
 
@@ -105,6 +106,7 @@ def encode(rounds: Rounds, image: bool, vocabulary: int, rng: np.random.Generato
 
     ids, labels, numbers = tokens(1), [IGNORE], [0]
     for number, (question, answer) in enumerate(rounds, start=1):
+        # All but one of the template's tokens precede the answer; the last one ends it and is supervised.
         asked = question + TEMPLATE_TOKENS - 1
         said = tokens(answer + 1)
         ids += tokens(asked) + said
@@ -132,7 +134,9 @@ def build_batches(vlm: VLM, groups: Sequence[Group], device: torch.device, *, pa
     batches = []
     for members in groups:
         images = [pixels for _, pixels in members if pixels is not None]
-        stacked = {tower: torch.stack([p[tower] for p in images]) for tower in vlm.backbone.towers} if images else None
+        stacked = None  # a group without images
+        if images:
+            stacked = {tower: torch.stack([pixels[tower] for pixels in images]) for tower in vlm.backbone.towers}
         encoded = [e for e, _ in members]
         names = [str(i) for i in range(len(members))]
         batch = build_batch(encoded, vlm.projector.num_tokens, pixels=stacked, pack=pack, ids=names)
@@ -143,7 +147,6 @@ def build_batches(vlm: VLM, groups: Sequence[Group], device: torch.device, *, pa
 def by_length(groups: Sequence[Group], tokens_per_image: int) -> list[Group]:
     """Regroups the records by length, images included, which minimises padding."""
     size = len(groups[0])
-    ordered = sorted(
-        (record for group in groups for record in group), key=lambda r: -sequence_length(r[0], tokens_per_image)
-    )
+    records = [record for group in groups for record in group]
+    ordered = sorted(records, key=lambda record: -sequence_length(record[0], tokens_per_image))
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]

@@ -80,6 +80,7 @@ def interleaved(runs: Mapping[str, Callable[[], Usage]], *, repeats: int, warmup
     if repeats < 2:
         raise UsageError(f"repeats={repeats} shows no spread: use 2 or more.")
     taken: dict[str, list[Usage]] = {name: [] for name in runs}
+    # Negative rounds are the warm-up.
     for repeat in range(-warmup, repeats):
         for name, run in runs.items():
             usage = run()

@@ -104,12 +104,14 @@ def bench_train(
         return taken
 
     log.info("Taking %d steps of %d records in %d ways on %s", rounds * steps, batch_size, len(variants), device)
+    # `steps` steps in a row take every batch once, wherever the warm-up ended.
     takes = {variant.name: partial(take_step, variant, cycle(variant.batches)) for variant in variants}
     # torch.compile may compile for every batch's shape: the warm-up sees all of them.
     taken = interleaved(takes, repeats=rounds * steps, warmup=steps if alone else 1)
     rows = []
     for variant in variants:
         single = taken[variant.name]
+        # Rounds are compared, not steps, since variants may group the records differently.
         by_round = [Usage.total(single[i : i + steps]) for i in range(0, len(single), steps)]
         rows.append(BenchRow(variant.name, by_round, _facts(variant, by_round)))
     about = _about(config, vlm, variants[0], batch_size, steps)
@@ -160,6 +162,7 @@ def compare_steps(vlm: VLM, ours: StepVariant, peer: StepVariant, autocast: bool
         losses.append(float(loss.detach()))
         gradients.append([cast(Tensor, p.grad) for p in _trained(vlm)])
         vlm.zero_grad(set_to_none=True)
+    # The norm of the gradients' difference relative to that of the peer's gradients.
     norm = nn.utils.get_total_norm
     difference = norm([a - b for a, b in zip(*gradients, strict=True)]) / norm(gradients[1])
     agreement = {"loss": abs(losses[0] / losses[1] - 1), "gradient": float(difference)}
@@ -215,7 +218,10 @@ def _about(config: DictConfig, vlm: VLM, ours: StepVariant, batch_size: int, ste
 def _flops(config: DictConfig, vlm: VLM, batches: Sequence[Batch]) -> float:
     """Floating-point operations of a step for each batch, without padding."""
     tokens = vlm.projector.num_tokens
-    lengths = [n for batch in batches for n in batch.lengths or batch.attention_mask.sum(1).tolist()]
+    lengths: list[int] = []
+    for batch in batches:
+        # A packed row has several sequences; a padded row is one.
+        lengths += batch.lengths or batch.attention_mask.sum(1).tolist()
     return training_flops(config).step(
         images=sum(int(batch.visual.sum()) for batch in batches) / tokens,
         positions=sum(lengths),
@@ -236,6 +242,7 @@ def hardware(device: torch.device) -> str:
 def train_result(rows: list[BenchRow], about: dict[str, Any], agreement: dict[str, float]) -> BenchResult:
     """Adds comparisons with transformers' rows to all rows, the first of which is ours, and lays out the table."""
     for row in rows:
+        # A peer's own row includes its ratio to itself, 1.
         for peer in rows[1:]:
             row.facts[f"times {peer.name}"] = _times_faster(row, peer, "seconds")
             row.facts[f"times {peer.name}, processor"] = _times_faster(row, peer, "cpu_seconds")
