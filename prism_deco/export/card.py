@@ -103,7 +103,8 @@ def transformers_card(
     slot = _SLOTS[llm.prompt_format.image_slot].replace("<image>", visual_token)
     if config.recipe.prompt == "plain":
         slot += " A prompt is the image alone, as in training (recipe.prompt=plain): the question is dropped."
-    part, pad, about = '"type": "image", "image": image', "", ""
+    part = '"type": "image", "image": image'
+    pad = about = ""
     if visual_token != "<image>":
         part = '"type": "video", "video": [image]'
         about = "The class compresses videos only: an image is a video of one frame.\n"
@@ -151,6 +152,7 @@ def _header(library: str, config: DictConfig, run: Path | None) -> str:
     results = []
     for name, content in _scores(run).items():
         value = content["metrics"][content["primary"]]
+        # The task; name and type of the data set, which are the benchmark's; then the metric and its value.
         results.append(EvalResult("image-text-to-text", name, name, content["primary"], value))
     parts = [part for group in ("backbone", "llm") for part in _parts(config, group)]
     bases = [str(part["hub"]) for part in parts if _is_of_hub(part)]
@@ -158,6 +160,7 @@ def _header(library: str, config: DictConfig, run: Path | None) -> str:
         library_name=library,
         pipeline_tag="image-text-to-text",
         base_model=bases or None,
+        # Scores require a name.
         model_name=(config.run_id or "A vision-language model") if results else None,
         eval_results=results or None,
     )
@@ -169,6 +172,7 @@ def _parts(config: DictConfig, group: str) -> list[dict[str, Any]]:
     content: Any = OmegaConf.to_container(config[group], resolve=True)
     if sets := content.get("mixture"):
         return [_set(name, part) for name, part in sets.items()]
+    # A tower of an ensemble is the name of a choice or its content.
     towers = content.get("towers") or []
     return [load_choice(group, tower) if isinstance(tower, str) else tower for tower in towers] or [content]
 

@@ -67,6 +67,7 @@ def save_folder(
     }
     with whole_folder(folder, stored_bytes(state)) as building:
         for file, tensors in parts.items():
+            # "model.safetensors" -> "model{suffix}.safetensors": shards get numbers as their suffix.
             pattern = file.replace(".", "{suffix}.", 1)
             save_torch_state_dict(tensors, building, filename_pattern=pattern, max_shard_size=max_shard_size)
         shipped = portable(config)
@@ -91,6 +92,7 @@ def whole_folder(folder: Path, need: int | None = None) -> Iterator[Path]:
     """
     log.info("Writing the model to %s", folder)
     exists = folder.exists()
+    # Inside the folder, so that moving the files to it is a renaming on the same disk.
     building = folder / _BUILDING
     shutil.rmtree(building, ignore_errors=True)  # left by an export that was killed
     building.mkdir(parents=True)

@@ -82,6 +82,8 @@ def chat_template(llm: LanguageModel, kind: str, gap: str) -> str:
         gap: text between the images and the text after them.
     """
     prelude = _PRELUDE.replace("PLACE", _PLACES[llm.prompt_format.image_slot]).replace("GAP", gap)
+    # The word in the token, in the type of a part and in the error message, but not in names of variables. TAG comes
+    # last, as it stays `<image>`.
     prelude = re.sub(r"(?<=<)image(?=>)|(?<=')image(?=')|(?<=and )image", kind, prelude).replace("TAG", IMAGE_TAG)
     # Whitespace between tags would become part of the prompt.
     prelude = "".join(line.strip() for line in prelude.splitlines())
@@ -91,6 +93,7 @@ def chat_template(llm: LanguageModel, kind: str, gap: str) -> str:
     # The images go after the first token, whose text is the same in all prompts.
     first = llm.encode([{"role": "user", "content": "What is it?"}], add_generation_prompt=True).input_ids[:1]
     end = len(str(llm.tokenizer.decode(first)))
+    # The template prints into a variable, which is then cut open after the first token's text.
     place = f"{{{{- prompt[:{end}] ~ talk.images ~ prompt[{end}:] -}}}}"
     return f"{prelude}{{%- set image = '' -%}}{{%- set prompt -%}}{template}{{%- endset -%}}{place}"
 
@@ -129,6 +132,7 @@ def make_processor(
         # With `vision_feature_select_strategy="default"` the processor subtracts one for the class token.
         processor = LlavaProcessor(
             image_processor=LlavaImageProcessor(do_pad=pads, **pixels),
+            # Of a window: the processor counts one visual token per square of this size.
             patch_size=vlm.backbone.patch_size * (vlm.projector.in_grid[0] // vlm.projector.out_grid[0]),
             num_additional_image_tokens=1,
             image_token=IMAGE_TOKEN,

@@ -112,6 +112,7 @@ def save_transformers(
     tokenizer.add_tokens([IMAGE_TOKEN, VIDEO_TOKEN] if as_video else [IMAGE_TOKEN], special_tokens=True)
     visual_token = VIDEO_TOKEN if as_video else IMAGE_TOKEN
     model = to_transformers(vlm, llm, tokenizer)
+    # Before the cast to `dtype`, so that its rounding does not count as a difference.
     difference = compare(model, vlm, llm, int(tokenizer.convert_tokens_to_ids(visual_token)))  # type: ignore[arg-type]
     processor = make_processor(vlm, llm, tokenizer, as_video=as_video)
     notes = [note for note in (preprocessing_note(vlm, as_video), token_ids_note(processor, llm)) if note]
@@ -168,6 +169,7 @@ def to_transformers(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizer
         projector_hidden_act="gelu",
         # The exported tower ends with the block whose output is used.
         vision_feature_layer=-1,
+        # "default" drops the class token, "full" keeps all positions.
         vision_feature_select_strategy="default" if cast(Tower, vlm.backbone).trunk.prefix_positions else "full",
         tie_word_embeddings=text.tie_word_embeddings,
         **{"video_seq_length" if holder.of_video else "image_seq_length": projector.num_tokens},
@@ -188,6 +190,7 @@ def to_transformers(vlm: VLM, llm: LanguageModel, tokenizer: PreTrainedTokenizer
     fill_buffers(model)
     # `_reasons` has checked that a bias of the output layer is zero.
     different = [name for name in unexpected if name != "lm_head.bias"]
+    # A parameter that is still without values was missing from the state.
     different += [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if different:
         raise UsageError(f"{type(model).__name__} and {type(vlm.lm).__name__} differ in {different[0]}.")
@@ -221,10 +224,13 @@ def compare(model: PreTrainedModel, vlm: VLM, llm: LanguageModel, visual_id: int
     log.info("Comparing the logits of both models for %d positions", ids.shape[1])
     expected = vlm.logits(vlm.hidden_states(batch)).float()
     of_video = HOLDERS[type(vlm.projector)].of_video
+    # A video of one frame: float[1, 1, 3, S, S].
     seen = {"pixel_values_videos": pixels[:, None]} if of_video else {"pixel_values": pixels}
+    # Without the rows that were added to the vocabulary.
     found = model(input_ids=ids, **seen).logits[..., : expected.shape[-1]].float()
     difference = float((found - expected).abs().max())
     tolerance = max(TOLERANCE, 4 * torch.finfo(weight.dtype).eps)
+    # Negated, so that NaN fails, too.
     if not difference <= tolerance * float(expected.abs().max()):
         raise UsageError(
             f"{type(model).__name__} computes something else with these weights: its logits differ by up to "
@@ -253,8 +259,10 @@ def _reasons(vlm: VLM, holder: Holder | None) -> list[str]:
 def _projector_reasons(vlm: VLM, holder: Holder) -> list[str]:
     projector: Any = vlm.projector
     reasons = []
-    width, [height, out_height] = projector.out_dim, [grid[0] for grid in (projector.in_grid, projector.out_grid)]
+    width = projector.out_dim
+    height, out_height = projector.in_grid[0], projector.out_grid[0]
     side = height // out_height
+    # Windows of one size, on a square grid.
     if projector.in_grid != (side * out_height,) * 2:
         reasons.append(
             f"its {projector.num_tokens} visual tokens divide {height}x{projector.in_grid[1]} patches into windows of "
@@ -270,6 +278,7 @@ def _projector_reasons(vlm: VLM, holder: Holder) -> list[str]:
     if isinstance(projector, PixelShuffle):
         if not isinstance(projector.window_norm, nn.LayerNorm):
             reasons.append("that class has a norm over the channels of a window (projector.norm=window)")
+        # True unless it is a power of two.
         if side & (side - 1):
             reasons.append(f"its windows have {side}x{side} patches, and that class divides by powers of two only")
         if vlm.feature_mean is not None:
@@ -293,6 +302,7 @@ def _projector(vlm: VLM) -> dict[str, Tensor]:
         weights[0] = weights[0] / vlm.feature_std.double()
         weights[1] = weights[1] - weights[0] @ vlm.feature_mean.double()
     scale = 1.0 if vlm.token_scale is None else vlm.token_scale
+    # The list holds weight and bias of the first layer, then those of the last.
     weights[2:] = [weights[2] * scale, weights[3] * scale]
     names = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
     state = {name: w.to(first.weight.dtype).detach() for name, w in zip(names, weights, strict=True)}
@@ -303,6 +313,7 @@ def _projector(vlm: VLM) -> dict[str, Tensor]:
 
 def _language(lm: PreTrainedModel, rows: int) -> dict[str, Tensor]:
     """Decoder and output layer, with embedding tables zero-padded to `rows` rows."""
+    # With `keep_vars`, the state holds the parameters themselves, which are recognised by their ids.
     tables = {id(lm.get_input_embeddings().weight), id(lm.get_output_embeddings().weight)}  # type: ignore[union-attr]
     decoder = f"{lm.base_model_prefix}."
     state = {}

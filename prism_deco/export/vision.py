@@ -102,13 +102,16 @@ def _to_internvl(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
     """CLIPVisionModel's names -> InternVLVisionModel's, which has LayerScale (ones, where the tower has none)."""
     renamed = {}
     for name, tensor in state.items():
+        # In the order of the table: `self_attn.out_proj` before the rest of `self_attn`.
         for old, new in _INTERNVL.items():
             name = name.replace(old, new)
         renamed[name] = tensor
     ones = torch.ones_like(renamed["encoder.layer.0.layernorm_before.weight"])
     scales = {f"encoder.layer.{k}.lambda_{part}": ones.clone() for k in range(depth) for part in (1, 2)}
     for name in ("embeddings.cls_token", "embeddings.position_embeddings"):
+        # CLIP has float[D] and float[N + 1, D], InternVL float[1, 1, D] and float[1, N + 1, D].
         renamed[name] = renamed[name].reshape(1, -1, len(ones))
+    # The tower's own scales take the place of ones.
     return scales | renamed
 
 

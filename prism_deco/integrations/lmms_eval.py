@@ -138,6 +138,7 @@ class PrismDeco(lmms):
                         f"{request.task}, record {request.record}: a run answers questions about images, not about "
                         f"videos or sounds (found {', '.join(type(item).__name__ for item in found[key])})."
                     )
+        # All images in one call, in the order of `found`: each record takes as many results as it has images.
         encoded = iter(self.model.encode_images([image for images in found.values() for image in images]))
         tokens = {key: [next(encoded) for _ in images] for key, images in found.items()}
         return [tokens[request.task, request.split, request.record] for request in requests]

@@ -46,6 +46,7 @@ def score_tasks(
     from prism_deco.integrations.lmms_eval import PrismDeco
 
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
+    # Tasks in YAML files are found by their folders and asked for by their names.
     manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
     names = [Path(task).stem if task.endswith((".yaml", ".yml")) else task for task in tasks]
     for name in names:
@@ -102,6 +103,7 @@ def summarise(
         None if no metric has a score for each question, so that there is no interval.
     """
     values = {key.partition(",")[0]: value for key, value in metrics.items() if isinstance(value, float | int)}
+    # `else` runs if no metric leaves the loop by `break`.
     for primary in [str(metric["metric"]) for metric in config["metric_list"]]:
         scores = _scores([sample.get(primary) for sample in samples], values.get(primary))
         if scores:
@@ -153,6 +155,7 @@ def _scores(entries: Sequence[Any], value: float | None) -> list[float]:
         return []
     columns = [entries]
     if all(isinstance(entry, dict) for entry in entries):
+        # Per key the entries of all questions, and `score` first: the first usable one counts if no mean matches.
         columns = [[entry.get(key) for entry in entries] for key in entries[0]]
         columns = [[entry.get("score") for entry in entries], *columns]
     columns = [column for column in columns if all(_is_score(score) for score in column)]
