@@ -164,6 +164,7 @@ def _run(bench: Bench, part: Part) -> dict[str, Any]:
         state = {True: "passed", False: "failed", None: "measured"}[found.passed]
     except Exception as error:
         log.exception("%s", part.name)
+        # The first line of the message. chr(10): before Python 3.12, f-strings cannot contain a backslash.
         found, state = Finding(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"), "error"
     return {"name": part.name, "state": state, "seconds": time.monotonic() - start} | asdict(found)
 

@@ -262,7 +262,7 @@ def _projector_reasons(vlm: VLM, holder: Holder) -> list[str]:
     width = projector.out_dim
     height, out_height = projector.in_grid[0], projector.out_grid[0]
     side = height // out_height
-    # Windows of one size, on a square grid.
+    # The class needs windows of one size, on a square grid.
     if projector.in_grid != (side * out_height,) * 2:
         reasons.append(
             f"its {projector.num_tokens} visual tokens divide {height}x{projector.in_grid[1]} patches into windows of "

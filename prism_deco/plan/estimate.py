@@ -244,7 +244,7 @@ def _flops_per_record(config: DictConfig, sequences: Sequences, lengths: np.ndar
 
 def _batch_problems(config: DictConfig, setup: Setup) -> list[str]:
     """Why the sampler refuses this batch size or number of devices."""
-    # Samplers compare the batch size with the number of devices, so one record is enough.
+    # Samplers refuse by batch size and number of devices, whatever the records, so one is enough.
     one = Population(np.ones(1, dtype=int), np.ones(1, dtype=bool))
     try:
         SAMPLERS.get(config.recipe.sampler)(one, config.recipe.global_batch_size, 0, setup.devices)
@@ -260,7 +260,8 @@ def _row_problems(config: DictConfig, needs: Needs) -> list[str]:
     """
     recipe, lm = config.recipe, llm_of(config).model.config
     longest = min(recipe.max_text_tokens + needs.visual_out, needs.positions)
-    # By its configuration, every layer attends to all positions, and no window is shorter than the longest record.
+    # As far as its configuration tells, every layer attends to all positions, without a window shorter than the
+    # longest record.
     is_whole = set(getattr(lm, "layer_types", None) or ()) <= {"full_attention"}
     is_whole &= (getattr(lm, "sliding_window", None) or longest) >= longest and lm._attn_implementation != "eager"
     if is_whole or not (recipe.packing or recipe.turn_mask == "block"):

@@ -162,7 +162,7 @@ class DeformableAttention(nn.Module):
         distance = torch.arange(1, points + 1, dtype=torch.float32)
         offsets = einsum(direction, distance, "heads xy, p -> heads p xy")
         self.offsets.bias.copy_(rearrange(offsets, "heads p xy -> (heads p xy)"))
-        # Without weights, the biases alone decide where and how much a head samples at first.
+        # With zero weights, the biases alone decide where a head samples at first, and all its points count alike.
         for parameter in (self.offsets.weight, self.weights.weight, self.weights.bias, self.value.bias, self.out.bias):
             nn.init.zeros_(parameter)
         for layer in (self.value, self.out):
