@@ -110,9 +110,9 @@ def build_shallow(key: str, depth: int) -> PreTrainedModel:
     # The architecture's own name for the number of layers.
     name = architecture(_llm(key).spec).attribute_map.get("num_hidden_layers", "num_hidden_layers")
     settings = content["llm"]["architecture"]
-    for key, value in settings.items():
-        if "layer" in key and isinstance(value, list) and len(value) == settings.get(name):  # such as `layer_types`
-            settings[key] = value[:depth]
+    for option, value in settings.items():
+        if "layer" in option and isinstance(value, list) and len(value) == settings.get(name):  # such as `layer_types`
+            settings[option] = value[:depth]
     settings[name] = depth
     return _build_llm(content).model
 
