@@ -151,16 +151,16 @@ def _scores(entries: Sequence[Any], value: float | None) -> list[float]:
         entries: per question the score, or a record with it: under the key whose mean is `value`, or `score`.
         value: the task's score.
     """
-    if value is None or not 0 <= value <= 1:
+    if value is None or not entries or not 0 <= value <= 1:
         return []
-    columns = [entries]
+    columns = {"score": entries}
     if all(isinstance(entry, dict) for entry in entries):
-        # Per key the entries of all questions, and `score` first: the first usable one counts if no mean matches.
-        columns = [[entry.get(key) for entry in entries] for key in entries[0]]
-        columns = [[entry.get("score") for entry in entries], *columns]
-    columns = [column for column in columns if all(_is_score(score) for score in column)]
-    means = [column for column in columns if abs(fmean(column) - value) < 1e-6]
-    return [float(score) for score in (means or columns[:1] or [[]])[0]]
+        columns = {key: [entry.get(key) for entry in entries] for key in ("score", *entries[0])}
+    usable = {key: column for key, column in columns.items() if all(map(_is_score, column))}
+    for column in usable.values():
+        if abs(fmean(column) - value) < 1e-6:
+            return [float(score) for score in column]
+    return [float(score) for score in usable.get("score", [])]
 
 
 def _is_score(score: Any) -> bool:

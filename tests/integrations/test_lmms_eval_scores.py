@@ -93,6 +93,14 @@ def test_a_task_without_scores_of_questions_is_left_out(tmp_path, caplog):
     assert "left out of the results" in caplog.text and not (tmp_path / "mme").exists()
 
 
+@pytest.mark.parametrize("count", [0, 300])
+def test_a_flag_that_is_no_score_is_not_taken_for_one(tmp_path, count):
+    """Neither is the metric's mean: the task averages over categories, or has no question."""
+    samples = _samples(lambda k, right: {"accuracy": {"is_hard": k % 2, "answered": right}})[:count]
+    config = {"metric_list": [{"metric": "accuracy"}]}
+    assert summarise("task", config, {"accuracy,none": 0.4}, samples, tmp_path / "task") is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
