@@ -192,3 +192,6 @@ def test_the_command_takes_bare_images_and_says_what_is_missing(run, squares, tm
     for arguments in (["--images", str(tmp_path / "empty")], []):
         assert main(["probe", str(run), *arguments]) == 2
     assert "--objects FILE" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["probe", str(run), "--limit", "0"])
+    assert "--limit: '0' is not a whole number above 0" in capsys.readouterr().err
