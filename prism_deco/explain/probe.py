@@ -28,12 +28,11 @@ from prism_deco.bootstrap import mean_interval
 from prism_deco.data.images import open_image
 from prism_deco.errors import UsageError
 from prism_deco.explain.geometry import PatchFrame
-from prism_deco.explain.objects import LabelledImage
+from prism_deco.explain.objects import POSITION, RECONSTRUCTION, LabelledImage
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
 
-POSITION, RECONSTRUCTION = "position", "reconstruction_r2"
 _LEAST_SEEN = 10
 """Classes with fewer objects to fit on are ignored."""
 _PENALTIES = tuple(10.0**power for power in range(-4, 4))
@@ -131,6 +130,9 @@ def _encode(vlm: VLM, images: Sequence[LabelledImage], what: str) -> _Encoded:
         features = vlm.features({tower: torch.stack([p[tower] for p in pixels]).to(vlm.device) for tower in pixels[0]})
         tokens[part] = vlm.project(features).float()
         patches[part] = features.float()
+    for name, encoded in (("patches", patches), ("visual tokens", tokens)):
+        if not encoded.isfinite().all():
+            raise UsageError(f"The {name} are not all finite: has the run diverged? Probe another one.")
     return _Encoded(tokens, patches, objects)
 
 

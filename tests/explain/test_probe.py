@@ -1,6 +1,7 @@
 """Probes: the linear reader against an explicit solution, both readers on images whose content is known."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -120,6 +121,15 @@ def test_images_without_labels_are_reconstructed(squares):
     assert found["readers"]["tokens"]["linear"]["reconstruction_r2"] > 0.1
 
 
+def test_a_diverged_run_is_an_error_of_the_user(squares):
+    images = [LabelledImage(squares / f"{number}.png") for number in range(8)]
+    diverged = model()
+    with torch.no_grad():
+        next(diverged.projector.parameters()).fill_(math.nan)
+    with pytest.raises(ValueError, match="visual tokens are not all finite"):
+        probe(diverged, images[:6], images[6:])
+
+
 COCO = {
     "images": [{"id": 4, "file_name": "a.jpg"}, {"id": 7, "file_name": "b.jpg"}],
     "annotations": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4], "attributes": {"old": True}}],
@@ -146,6 +156,15 @@ def test_objects_of_a_coco_file(tmp_path):
         ({"annotations": [{"image_id": 7, "category_id": 9, "bbox": [1, 2, 3, 4]}]}, "9"),
         ({"annotations": [{"image_id": 5, "category_id": 2, "bbox": [1, 2, 3, 4]}]}, "5"),
         ({"annotations": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4], "attributes": [1]}]}, "TypeError"),
+        ({"annotations": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, -3, 4]}]}, r"bbox \[1, 2, -3, 4\]"),
+        ({"annotations": [{"image_id": 7, "category_id": 2, "bbox": [1, math.nan, 3, 4]}]}, "bbox"),
+        *(
+            ({"annotations": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4], "attributes": {name: 1}}]}, name)
+            for name in ("category", "position", "reconstruction_r2")
+        ),
+        # A probe would be tested on an image that it was fitted to.
+        ({"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "a.jpg"}]}, "the same file_name"),
+        ({"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 7, "file_name": "b.jpg"}]}, "the same id"),
         ({"categories": None}, "TypeError"),
     ],
 )
