@@ -2,8 +2,13 @@
 
 import csv
 import json
+import os
 import random
 import re
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +19,7 @@ from study import (
     CONTRASTS,
     HERE,
     SCORES,
+    alone,
     arm_of,
     arms_table,
     best_rate,
@@ -21,6 +27,7 @@ from study import (
     claims_table,
     command_of,
     ladder_table,
+    main,
     read_runs,
     report,
     run,
@@ -162,6 +169,106 @@ def test_unfinished_arms_and_different_data_are_errors_of_the_user():
         claim_records(runs)
 
 
+def cut(text):
+    return text[:-30]
+
+
+def repeat_a_line(text):
+    return text + text.splitlines(keepends=True)[3]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (cut, "line 115 is cut"),
+        (lambda text: text[:-1], "line 115 is cut"),
+        (lambda text: text.replace("0.5", "1,5", 1), "line 2 is cut or too long"),
+        (repeat_a_line, "line 116 repeats the cell ladder-avgpool-lr0.0015-seed11"),
+        (lambda text: text.replace("cell,arm", "Cell,arm"), "its columns"),
+        (lambda text: "", "its columns"),
+        (lambda text: text.replace("50.0", "fifty", 1), "mini_refcoco is 'fifty' in line 2"),
+        (lambda text: text.replace("50.0", "nan", 1), "mini_refcoco is 'nan' in line 2"),
+        (lambda text: text.replace(",0.5,", ",,", 1), "val_loss is '' in line 2"),
+    ],
+)
+def test_a_damaged_table_is_named_instead_of_tested(tmp_path, edit, message):
+    table = tmp_path / "runs.csv"
+    runs = {cell.id: line(arm_of(cell), cell.config.seed, code_version="v") | {"cell": cell.id} for cell in CELLS}
+    write(table, runs)
+    text = table.read_text().replace("\r\n", "\n")
+    table.write_text(text)
+    assert len(read_runs(table)) == len(CELLS)
+    table.write_text(edit(text))
+    with pytest.raises(ValueError, match=re.escape(str(table)) + ".*" + message):
+        read_runs(table)
+
+
+def test_a_line_without_what_is_tested_is_named():
+    runs = planted(random.Random(1))
+    runs["steps-avgpool-seed2"]["probe"] = ""
+    with pytest.raises(ValueError, match=r"steps-avgpool-seed2 has no probe"):
+        claim_records(runs)
+
+
+def test_nothing_runs_that_would_lose_lines_or_that_nobody_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "_measured", lambda *_: pytest.fail("a cell was run"))
+    (tmp_path / "tiny.yaml").write_text(SWEEP)
+    table = tmp_path / "runs.csv"
+
+    def refused(*arguments):
+        monkeypatch.setattr(sys, "argv", ["study.py", *arguments, "--folder", str(tmp_path)])
+        assert main() == 2
+        return capsys.readouterr().err
+
+    assert "Unknown arm 'step-avgpool'. Did you mean 'steps-avgpool'" in refused("run", "step-avgpool")
+    assert "steps-avgpool chooses its learning rate by the part ladder" in refused("run", "steps-avgpool")
+    assert "runs.csv has no cells" in refused("report")
+    write(table, planted(random.Random(1)))
+    before = table.read_bytes()
+    assert "runs.csv has 113 cells that the sweep tiny.yaml does not have" in refused("run", "--sweep", "tiny.yaml")
+    assert table.read_bytes() == before
+    assert "neither sets nor chooses recipe.lr" in refused("run", "--sweep", "mini")
+    with alone(tmp_path):
+        assert "Another process runs a study into" in refused("run")
+    monkeypatch.setattr(sys, "argv", ["study.py", "run", "--jobs", "0"])
+    with pytest.raises(SystemExit):
+        main()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["study.py", "run", "--folder", str(tmp_path / "file")])
+    assert main() == 2
+
+
+def test_an_interrupted_study_stops_its_trainings(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(SWEEP)
+    training = tmp_path / "training"
+    training.write_text("#!/bin/sh\necho $$ >> started\nexec sleep 60\n")
+    training.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(training))
+    monkeypatch.setattr(sys, "argv", ["study.py", "run", "--sweep", "tiny.yaml", "--folder", ".", "--jobs", "1"])
+    earlier = signal.getsignal(signal.SIGTERM)
+
+    def stop_when_started():
+        while not (tmp_path / "started").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop_when_started)
+    began = time.monotonic()
+    try:
+        stopper.start()
+        assert main() == 130
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+        stopper.join()
+    assert time.monotonic() - began < 30
+    (started,) = (tmp_path / "started").read_text().split()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started), 0)
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 SWEEP = """
 settings: {trainer.threads: 1, recipe.max_steps: 2, data.train_images: 48, data.val_images: 24, data.test_images: 24,
   data.val_items: 6, data.test_items: 6, trainer.checkpoint_every: 1}
@@ -199,8 +306,16 @@ def test_a_study_goes_on_with_what_its_table_does_not_have(tmp_path, monkeypatch
     write(table, runs)
     run("tiny.yaml", table, 1, ["steps-avgpool"])
     again = read_runs(table)
-    assert again["steps-avgpool-seed1"] | {"cpu_seconds": ""} == last | {"cpu_seconds": ""}
+    # The seconds of a run that another call began are not known.
+    assert again["steps-avgpool-seed1"] == last | {"cpu_seconds": ""}
     assert list(again) == [*runs, "steps-avgpool-seed1"]
+    # A cell that cannot be read counts as failed, and leaves the others.
+    folder = tmp_path / "runs/tiny/steps-avgpool-seed1"
+    write(table, runs)
+    (folder / "eval/mini_gqa-test/metrics.json").write_text("{")
+    with pytest.raises(ValueError, match="steps-avgpool-seed1 failed"):
+        run("tiny.yaml", table, 1)
+    assert read_runs(table) == runs
 
 
 def test_the_committed_pages_state_the_committed_runs():

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -27,8 +31,10 @@ from matplotlib.figure import Figure as Canvas
 from rich.progress import MofNCompleteColumn, Progress
 from scipy import stats
 
+from prism_deco.commands.common import count
+from prism_deco.config.registry import unknown
 from prism_deco.errors import UsageError
-from prism_deco.files import write_whole
+from prism_deco.files import check_writable, write_whole
 from prism_deco.logs import log_console
 from prism_deco.report.cells import VAL_LOSS
 from prism_deco.report.collect import read_cell
@@ -37,6 +43,7 @@ from prism_deco.report.stats import holm, seed_interval
 from prism_deco.report.tabular import comma_separated
 from prism_deco.sweep import parse
 from prism_deco.sweep.expand import SweepCell, expand
+from prism_deco.sweep.spec import Spec
 
 HERE = Path(__file__).parent
 RATE = "recipe.lr"
@@ -48,6 +55,9 @@ COLUMNS = (
     *("cpu_seconds", "data_hash", "code_version"),
 )
 """Of runs.csv: scores, relevance and probe in per cent."""
+
+TEXTS = ("cell", "arm", "data_hash", "code_version")
+"""The columns that are not numbers."""
 
 BLIND = "steps-avgpool-blind"
 """The arm that is trained without its images."""
@@ -108,11 +118,57 @@ def arm_of(cell: SweepCell) -> str:
 
 
 def read_runs(path: Path) -> dict[str, dict[str, str]]:
-    """The lines of a runs.csv by cell; none where there is no file yet."""
+    """The lines of a runs.csv by cell; none where there is no file yet.
+
+    Raises:
+        UsageError: the file was cut or damaged.
+    """
     if not path.is_file():
         return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        return {row["cell"]: row for row in csv.DictReader(file)}
+    try:
+        text = path.read_bytes().decode()
+        lines = list(csv.reader(text.splitlines(keepends=True), strict=True))
+        if not lines or lines.pop(0) != list(COLUMNS):
+            raise ValueError("its columns are not those of this script")
+        runs: dict[str, dict[str, str]] = {}
+        for number, line in enumerate(lines, start=2):
+            row = dict(zip(COLUMNS, line, strict=False))
+            if len(line) != len(COLUMNS) or (number == len(lines) + 1 and not text.endswith("\n")):
+                raise ValueError(f"line {number} is cut or too long")
+            if row["cell"] in runs:
+                raise ValueError(f"line {number} repeats the cell {row['cell']}")
+            wrong = [name for name in COLUMNS if name not in TEXTS and not _is_number(row[name], name != "val_loss")]
+            if wrong:
+                raise ValueError(f"{wrong[0]} is {row[wrong[0]]!r} in line {number}")
+            runs[row["cell"]] = row
+    except (csv.Error, ValueError) as error:
+        raise UsageError(f"{path} is damaged: {error}. Restore it from a copy, or take that line out.") from error
+    return runs
+
+
+def _is_number(text: str, or_empty: bool) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return or_empty and not text
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps the folder's runs.csv to this process; `UsageError` if another one adds lines to it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"Another process runs a study into {folder}: wait for it to end, or give it more --jobs."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def best_rate(arm: str, ladder: Sequence[SweepCell], runs: Mapping[str, Row]) -> str | None:
@@ -144,24 +200,65 @@ def run(name: str, table: Path, jobs: int, only: Sequence[str] = ()) -> None:
         only: arms to run; none is all.
 
     Raises:
-        UsageError: a cell has failed; the others have run.
+        UsageError: the sweep, the arms or the table do not fit, or a cell has failed; the others have run.
     """
     spec = parse([name])
     cells = expand(spec)
-    runs, lock, failed = read_runs(table), Lock(), []
+    arms = {arm_of(cell) for cell in cells}
+    for arm in only:
+        if arm not in arms:
+            raise unknown("arm", arm, arms)
+    unrated = [cell.id for cell in cells if RATE not in cell.settings and RATE not in cell.choose]
+    if unrated:
+        raise UsageError(
+            f"{unrated[0]} of the sweep {name} neither sets nor chooses {RATE}: run it by `prism-deco sweep`."
+        )
+    check_writable(table.parent, "Name another folder with --folder.")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with alone(table.parent):
+        runs = read_runs(table)
+        others = runs.keys() - {cell.id for cell in cells}
+        if others:
+            raise UsageError(
+                f"{table} has {len(others)} cells that the sweep {name} does not have, such as {min(others)}: name "
+                "another folder with --folder."
+            )
+        failed = _train(spec, cells, runs, table, jobs, only)
+    if failed:
+        raise UsageError(f"{', '.join(sorted(failed))} failed: see CELL.log in {spec.folder}, then run this again.")
+    waiting = {
+        arm_of(cell): cell.choose[RATE] for cell in cells if cell.choose and command_of(cell, cells, runs) is None
+    }
+    if waiting and (not only or waiting.keys() & set(only)):
+        arm = min(waiting.keys() & set(only or waiting))
+        raise UsageError(f"{arm} chooses its learning rate by the part {waiting[arm]}: run the arms of that, too.")
+
+
+def _train(
+    spec: Spec, cells: Sequence[SweepCell], runs: dict[str, dict[str, str]], table: Path, jobs: int, only: Sequence[str]
+) -> list[str]:
+    """`run`, with what the table has; returns the cells that failed."""
+    lock, failed, processes = Lock(), [], set[int]()
     progress = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=log_console())
     task = progress.add_task("Cells", total=len(cells), completed=len(runs))
 
     def train(cell: SweepCell, overrides: list[str]) -> None:
+        folder, log = spec.folder / cell.id, spec.folder / f"{cell.id}.log"
+        begun = folder.exists()  # by an earlier call, whose seconds are not known
         place = [f"runs_dir={spec.folder}", f"run_id={cell.id}"]
-        seconds, code = _measured(["train", *overrides, *place], spec.folder / f"{cell.id}.log")
+        seconds, code = _measured(["train", *overrides, *place], log, processes)
         if code == 0 and arm_of(cell) in PROBED:
-            _, code = _measured(["probe", str(spec.folder / cell.id)], spec.folder / f"{cell.id}.log")
+            _, code = _measured(["probe", str(folder)], log, processes)
         with lock:
-            if code:
+            try:
+                row = result_of(cell, overrides, folder, None if begun else seconds) if code == 0 else None
+            except UsageError as error:
+                progress.console.print(f"{cell.id}: {error}")
+                row = None
+            if row is None:
                 failed.append(cell.id)
                 return
-            runs[cell.id] = result_of(cell, overrides, spec.folder / cell.id, seconds)
+            runs[cell.id] = row
             order = [runs[one.id] for one in cells if one.id in runs]
             write_whole(table, comma_separated(order))
             progress.console.print(f"{len(order)} of {len(cells)} cells: {cell.id}, {seconds:.0f} CPU s")
@@ -177,23 +274,37 @@ def run(name: str, table: Path, jobs: int, only: Sequence[str] = ()) -> None:
                 if (overrides := command_of(cell, cells, runs)) is not None
             ]
             with ThreadPoolExecutor(jobs) as pool:
-                list(pool.map(lambda one: train(*one), todo))
-    if failed:
-        raise UsageError(f"{', '.join(sorted(failed))} failed: see CELL.log in {spec.folder}, then run this again.")
+                try:
+                    list(pool.map(lambda one: train(*one), todo))
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    for process in tuple(processes):  # it saves a checkpoint
+                        with suppress(ProcessLookupError):
+                            os.kill(process, signal.SIGTERM)
+                    raise
+    return failed
 
 
-def _measured(arguments: Sequence[str], log: Path) -> tuple[float, int]:
-    """Runs `prism-deco`; its CPU seconds and its exit code."""
+def _measured(arguments: Sequence[str], log: Path, processes: set[int]) -> tuple[float, int]:
+    """Runs `prism-deco`; its CPU seconds and its exit code. Its process is among `processes` while it runs."""
     with log.open("a") as file:
         process = subprocess.Popen([sys.executable, "-m", "prism_deco.cli", *arguments], stdout=file, stderr=file)
+        processes.add(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
+        processes.discard(process.pid)
         process.returncode = os.waitstatus_to_exitcode(status)
     return usage.ru_utime + usage.ru_stime, process.returncode
 
 
-def result_of(cell: SweepCell, overrides: Iterable[str], folder: Path, seconds: float) -> dict[str, str]:
-    """A line of runs.csv, from a finished run folder."""
+def result_of(cell: SweepCell, overrides: Iterable[str], folder: Path, seconds: float | None) -> dict[str, str]:
+    """A line of runs.csv, from a finished run folder.
+
+    Raises:
+        UsageError: the folder cannot be read, or has no validation loss.
+    """
     measured = read_cell(folder)
+    if not measured.manifest or VAL_LOSS not in measured.curves:
+        raise UsageError(f"{folder} has no {VAL_LOSS}. {measured.reason}")
     rate = dict(one.split("=", 1) for one in overrides)[RATE]
     scores = next(iter(measured.scores.values()), {})
     found: dict[str, Any] = {
@@ -202,7 +313,7 @@ def result_of(cell: SweepCell, overrides: Iterable[str], folder: Path, seconds: 
         "seed": cell.config.seed,
         "lr": rate,
         "val_loss": measured.curves[VAL_LOSS][-1][1],
-        "cpu_seconds": round(seconds),
+        "cpu_seconds": "" if seconds is None else round(seconds),
         **{key: measured.manifest[key] for key in ("steps", "samples", "data_hash", "code_version")},
         **{name: score.percent for name, score in scores.items()},
     }
@@ -218,7 +329,11 @@ def result_of(cell: SweepCell, overrides: Iterable[str], folder: Path, seconds: 
 def value(row: Row, measure: str) -> float:
     """Of a run: a mean of its scores, or a column."""
     groups = {"mean": SCORES, "boxes": BOXES, "questions": QUESTIONS}
-    return fmean(float(row[name]) for name in groups.get(measure, (measure,)))
+    names = groups.get(measure, (measure,))
+    missing = [name for name in names if not row[name]]
+    if missing:
+        raise UsageError(f"{row['cell']} has no {missing[0]} in runs.csv: take its line out and run it again.")
+    return fmean(float(row[name]) for name in names)
 
 
 def by_seed(runs: Mapping[str, Row], arm: str, measure: str) -> dict[str, float]:
@@ -300,9 +415,10 @@ def arms_table(runs: Mapping[str, Row]) -> str:
             continue
         losses = [float(row["val_loss"]) for row in own]
         means = " | ".join(f"{fmean(value(row, name) for row in own):.1f}" for name in ("mean", "boxes", "questions"))
-        cost = fmean([float(row["cpu_seconds"]) for row in own if row["cpu_seconds"]])
+        costs = [float(row["cpu_seconds"]) for row in own if row["cpu_seconds"]]
+        cost = f"{fmean(costs):.0f}" if costs else ""
         span = f"{fmean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
-        lines.append(f"| `{arm}` | {own[0]['lr']} | {own[0]['steps']} | {means} | {span} | {cost:.0f} |")
+        lines.append(f"| `{arm}` | {own[0]['lr']} | {own[0]['steps']} | {means} | {span} | {cost} |")
     return "\n".join(lines)
 
 
@@ -344,6 +460,9 @@ def forest(records: Sequence[Mapping[str, Any]]) -> bytes:
 def report(folder: Path) -> str:
     """Writes claims.csv and claims.svg next to a runs.csv; returns the page's tables."""
     runs = read_runs(folder / "runs.csv")
+    if not runs:
+        raise UsageError(f"{folder / 'runs.csv'} has no cells: `study.py run` trains them.")
+    check_writable(folder, "Copy its runs.csv to another folder, and name that with --folder.")
     records = claim_records(runs)
     write_whole(folder / "claims.csv", comma_separated(records))
     write_whole(folder / "claims.svg", forest(records))
@@ -356,11 +475,12 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="train the cells that runs.csv does not have yet")
     running.add_argument("arms", nargs="*", help="only these, for example steps-avgpool (default: all)")
-    running.add_argument("--jobs", type=int, default=2, help="cells at a time (default: %(default)s)")
+    running.add_argument("--jobs", type=count, default=2, help="cells at a time (default: %(default)s)")
     running.add_argument("--sweep", default="study", help="a choice of conf/sweep, or a YAML (default: %(default)s)")
     for command in (running, commands.add_parser("report", help="test the claims")):
         command.add_argument("--folder", type=Path, default=HERE, help="of runs.csv (default: next to this file)")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if arguments.command == "run":
             run(arguments.sweep, arguments.folder / "runs.csv", arguments.jobs, arguments.arms)
@@ -369,6 +489,9 @@ def main() -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on with it", file=sys.stderr)
+        return 130
     return 0
 
 
