@@ -144,6 +144,9 @@ def test_the_tests_by_scipy_and_holm_by_hand(tmp_path):
     assert page.count("\n\n") == 2 and "<svg" in (tmp_path / "claims.svg").read_text()
     assert len((tmp_path / "claims.csv").read_text().splitlines()) == 1 + len(CONTRASTS)
     assert f"{records[0]['effect']:+.1f}" in page.splitlines()[2]
+    # A p is never 0.
+    clear = [{**records[0], "p_holm": p} for p in (0.0004, 0.00099, 0.001)]
+    assert re.findall(r"\| (<?\d\.\d+) \|", claims_table(clear)) == ["<0.001", "<0.001", "0.001"]
 
 
 def test_an_arm_that_has_not_learnt_to_see_is_named_before_the_verdict():

@@ -398,8 +398,9 @@ def claims_table(records: Sequence[Mapping[str, Any]]) -> str:
         null = f" > {one['null']:+g}" if one["null"] else ""
         effect = f"{one['effect']:+.1f} ({one['low95']:+.1f} to {one['high95']:+.1f}){null}"
         name = f"`{one['contrast']}`" + (f", {one['measure']}" if one["measure"] != "mean" else "")
+        p = "<0.001" if one["p_holm"] < 0.001 else f"{one['p_holm']:.3f}"
         before = f"{one['unseeing']} not having learnt to see, " if one["unseeing"] else ""
-        lines.append(f"| {one['claim']} | {name} | {effect} | {one['p_holm']:.3f} | {before}{one['verdict']} |")
+        lines.append(f"| {one['claim']} | {name} | {effect} | {p} | {before}{one['verdict']} |")
     return "\n".join(lines)
 
 
