@@ -105,6 +105,7 @@ class RefCOCO(Benchmark):
         }
 
     def constants(self, targets: Sequence[Mapping[str, Any]]) -> list[str]:
+        # Four columns, one per coordinate: the mean box, the box of medians, and the whole image.
         corners = list(zip(*(target["box"] for target in targets), strict=True))
         mean, middle = ([round(pick(corner), 2) for corner in corners] for pick in (fmean, median))
         return [json.dumps(box) for box in (mean, middle, [0.0, 0.0, 1.0, 1.0])]

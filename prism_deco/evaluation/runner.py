@@ -67,11 +67,13 @@ def evaluate(
     world.barrier()  # no rank writes before all have read the existing answers
     if world.is_main:
         _log_questions(benchmark, items, len(store.done))
+    # This rank's questions, in batches; a window holds the batches whose images are encoded together.
     mine = _shard(items, world.rank, world.size)
     windows = _windows(mine, batch_size, image_cache)
     unfinished = [window for window in windows if not all(store.has_all(batch) for batch in window)]
     bad = bad_images([item for window in unfinished for batch in window for item in batch], benchmark.on_bad_image)
     world.barrier()  # no rank generates before all have checked their images
+    # Questions about bad images are not asked; the batches keep their order and their other questions.
     unfinished = [[_without(batch, bad) for batch in window] for window in unfinished]
     todo = [batch for window in unfinished for batch in window if not store.has_all(batch)]
     store.start({item.question_id for item in mine} - {item.question_id for batch in todo for item in batch})

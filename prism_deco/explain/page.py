@@ -53,10 +53,11 @@ class Section:
 def side_by_side(runs: Sequence[Sequence[Section]]) -> list[Section]:
     """Sections of several runs, merged if image and question are the same, in order."""
     joined: dict[tuple[str, bytes], Section] = {}
-    for section in (section for sections in runs for section in sections):
-        key = (section.prompt, section.image.tobytes())
-        panels = joined[key].panels if key in joined else []
-        joined[key] = Section(section.image, section.prompt, [*panels, *section.panels], section.box)
+    for sections in runs:
+        for section in sections:
+            key = (section.prompt, section.image.tobytes())
+            panels = joined[key].panels if key in joined else []
+            joined[key] = Section(section.image, section.prompt, [*panels, *section.panels], section.box)
     return list(joined.values())
 
 

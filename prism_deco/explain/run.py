@@ -140,6 +140,7 @@ def explain_set(
         "skipped": skipped,
         "steps": steps,
         "seed": seed,
+        # Every row has the same methods, each with its measures.
         "methods": {method: _summary([row["methods"][method] for row in rows], seed) for method in rows[0]["methods"]},
     }
     write_json(out_dir / "metrics.json", summary)

@@ -56,6 +56,7 @@ def collect(folders: Iterable[Path]) -> list[RunCell]:
         log.info("Reading %d runs in %s", len(found), folder)
         runs += [read_cell(run) for run in found]
     cells += _label(runs)
+    # A run that was also scored with other visual tokens is a cell for each number of them.
     cells = [one for cell in cells for one in (cell, *_with_other_tokens(cell))]
     repeated = {name for name, count in Counter(cell.id for cell in cells).items() if count > 1}
     return [replace(cell, id=f"{cell.folder.parent.name}/{cell.id}") if cell.id in repeated else cell for cell in cells]

@@ -72,7 +72,8 @@ def points(table: ScoreTable, cost: Cost = TOKENS_COST) -> list[Point]:
 
 def _distinct(groups: Sequence[SeedGroup]) -> list[SeedGroup]:
     """Each group once, even if it is the reference of several rows."""
-    return list({tuple(cell.id for cell in group.cells): group for group in groups}.values())
+    by_cells = {tuple(cell.id for cell in group.cells): group for group in groups}
+    return list(by_cells.values())
 
 
 def pareto_front(found: Sequence[Point]) -> list[Point]:

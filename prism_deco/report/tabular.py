@@ -129,6 +129,7 @@ class TerminalTable:
         # Row names get the width that the widest other column leaves, but never less than their longest word. rich adds
         # 3 columns per cell for padding and border, and 1 for the last border.
         widths[0] = min(widths[0], max([options.max_width - rest - 7, *map(len, words)]), options.max_width - 4)
+        # Columns that do not fit any more begin another table below, again with the row names.
         blocks: list[list[int]] = [[]]
         for number in range(1, len(widths)):
             used = sum(widths[own] + 3 for own in (0, *blocks[-1], number)) + 1

@@ -44,6 +44,8 @@ def _settle(cell: SweepCell, cells: Sequence[SweepCell], ledger: Ledger) -> Swee
 
 def _choose(cell: SweepCell, key: str, part: Sequence[SweepCell], ledger: Ledger) -> str | None:
     """The best value; None while cells that decide it have not ended."""
+    # Cells that differ from this one only in the chosen key and the seed decide. `varied` are the other keys in which
+    # the cells of the part differ among themselves.
     others = {name for other in part for name in other.settings} - {key, "seed"}
     varied = [name for name in others if len({other.settings.get(name) for other in part}) > 1]
     alike = [other for other in part if all(other.settings.get(n) == cell.settings.get(n) for n in varied)]

@@ -157,7 +157,7 @@ def split_values(text: str) -> list[str]:
         elif char in "'\"":
             quote = char
         else:
-            depth += (char in "[{(") - (char in "]})")
+            depth += (char in "[{(") - (char in "]})")  # one more when a bracket opens, one less when it closes
             if char == "," and depth == 0:
                 values.append("")
                 continue

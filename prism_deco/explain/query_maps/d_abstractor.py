@@ -45,6 +45,7 @@ class DAbstractorMaps(QueryMaps):
         modules = [module for layer in layers for module in (layer.self_attention, layer.cross_attention)]
         with torch.enable_grad(), outputs_of(modules) as outputs:
             self.tokens = project(leaf)
+        # Self- and cross-attention take turns in `modules`.
         self.probabilities: list[Tensor] = [extra for _, extra in outputs[0::2]]
         self.samplings: list[Sampling] = [extra for _, extra in outputs[1::2]]
         self.effective = [effective_attention(sampling, projector.in_grid) for sampling in self.samplings]

@@ -97,6 +97,7 @@ def structural_bound(projector: Projector) -> Tensor:
 def _(projector: CAbstractor) -> Tensor:
     """Pooling windows, widened by one cell per 3x3 convolution after the pooling and by one patch per convolution
     before it. Squeeze-and-excitation reaches further, but only as one scale per channel."""
+    # How many 3x3 convolutions each stage has.
     before, behind = (
         sum(isinstance(part, nn.Conv2d) and part.kernel_size == (3, 3) for part in stage.modules())
         for stage in (cast(nn.Module, projector.stage1), cast(nn.Module, projector.stage2))
