@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import study
@@ -23,6 +24,7 @@ from study import (
     arm_of,
     arms_table,
     best_rate,
+    by_seed,
     claim_records,
     claims_table,
     command_of,
@@ -35,6 +37,7 @@ from study import (
 
 from prism_deco.config import load_config
 from prism_deco.plan.estimate import estimate_run
+from prism_deco.report.stats import seed_interval
 from prism_deco.sweep import parse
 from prism_deco.sweep.expand import expand
 
@@ -334,6 +337,10 @@ def test_the_committed_pages_state_the_committed_runs():
     page = (HERE / "README.md").read_text(encoding="utf-8")
     for table in (claims_table(records), arms_table(runs), ladder_table(runs)):
         assert table in page
+    explored = by_seed(read_runs(HERE / "exploration.csv"), "scratch-qformer", "mean")
+    ahead = [value - explored[seed] for seed, value in by_seed(runs, "scratch-avgpool", "mean").items()]
+    low, high = seed_interval(ahead)
+    assert f"{fmean(ahead):.1f} points ahead ({low:+.1f} to {high:+.1f})" in " ".join(page.split())
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     quoted = re.search(r"\| claim \|.*?\n\n", readme, flags=re.DOTALL)
     assert quoted
