@@ -54,6 +54,7 @@ def write_report(
     _warn_of_plugins(cells)
     chosen, others = choose_split(cells, split)
     score_tables = grid.score_tables(cells, chosen)
+    # Refused before the comparisons are computed and anything is written.
     for table in score_tables:
         if table.disagreements and not mixed:
             raise UsageError(refusal(table.title, table.disagreements))
@@ -108,6 +109,7 @@ def _csv_files(
 
 def _warn_of_plugins(cells: Sequence[RunCell]) -> None:
     """Warns about plug-ins that are not imported: the benchmarks they register cannot be compared."""
+    # One cell for each list of modules, so that each list is warned about once.
     plugins = {tuple(cell.config.get("plugins") or ()): cell for cell in cells if cell.config is not None}
     for modules, cell in plugins.items():
         try:
@@ -118,6 +120,7 @@ def _warn_of_plugins(cells: Sequence[RunCell]) -> None:
 
 def _default_out(folders: Sequence[Path]) -> Path:
     first = folders[0]
+    # A run folder has a config.yaml, a sweep folder has none: the report of runs goes next to the first one.
     is_sweep = len(folders) == 1 and not (first / "config.yaml").is_file()
     return first / "report" if is_sweep else first.resolve().parent / "report"
 
@@ -161,10 +164,12 @@ def _score_section(table: ScoreTable, differences: Sequence[Difference], spannin
     warnings = [f"Not comparable: {line}" for line in table.disagreements]
     if not table.benchmarks:
         return PageSection([tables.losses_table(table)], [curves] if curves else [], warnings)
+    # Pairs with the base projector are shown and the others folded; without a base projector, all are shown.
     with_base = [pair for pair in differences if BASE in (pair.first, pair.second)] or differences
     rest = [pair for pair in differences if pair not in with_base]
     folded = [tables.differences_table(rest, title="Differences of the other pairs")] if rest else []
     if len(with_base) > _LONG:
+        # Too long to be shown: folded too, above the other pairs.
         folded.insert(0, tables.differences_table(with_base))
     shown = [
         tables.scores_table(table, differences),

@@ -56,6 +56,7 @@ def main_predictions(benchmark: Benchmark, path: Path) -> list[Prediction]:
     """The predictions behind the primary metric: those of the benchmark's first variant."""
     asked = [(benchmark.variant_of(prediction), prediction) for prediction in load_predictions(path)]
     used = {variant for variant, _ in asked}
+    # The first of the benchmark's variants that was asked; if none was, a variant that only the file knows.
     first = next(variant for variant in (*benchmark.variants, *used) if variant in used)
     return [prediction for variant, prediction in asked if variant == first]
 
@@ -106,6 +107,7 @@ def settings_key(config: DictConfig) -> str:
     assert isinstance(content, dict) and isinstance(defaults, dict)
     shared = {}
     for group in ("llm", "data", "recipe"):
+        # `...` equals no value, so keys that the schema does not list are kept.
         own = {key: value for key, value in content[group].items() if value != defaults[group].get(key, ...)}
         shared[group] = {key: value for key, value in own.items() if f"{group}.{key}" not in IGNORED}
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]

@@ -20,6 +20,7 @@ def benchmarks_of(cells: Sequence[RunCell], split: str) -> list[str]:
     of their columns, then the others by name."""
     names = {name for cell in cells for name in (*cell.asked, *cell.scores.get(split, {}))}
     order = [*paper.COLUMNS[1], *_members("mini")]
+    # Names outside the order share one place behind it, and are sorted by name there.
     return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 

@@ -24,7 +24,10 @@ _NOT_IN_ROW = ("part", "row", "backbone", "llm", "projector", "seed", "recipe.bl
 """Labels that are not part of a row's name: each part has its own table, and an image-blind run is a baseline for all
 rows."""
 
-TRAIN_LOSS, VAL_LOSS, SPEED = "train/loss", "val/loss", "train/samples_per_s"
+# Names of curves, in metrics.jsonl and TensorBoard.
+TRAIN_LOSS = "train/loss"
+VAL_LOSS = "val/loss"
+SPEED = "train/samples_per_s"
 
 Curve = list[tuple[int, float]]
 """(optimizer step, value)"""
@@ -120,6 +123,7 @@ class RunCell:
     @property
     def variant(self) -> str:
         """The projector, with its settings that are axes of the sweep."""
+        # The number of visual tokens belongs to the row: projectors are compared at equal numbers.
         own = [f"{key}={value}" for key, value in self.labels.items() if key.startswith("projector.")]
         return ", ".join([self.projector, *(text for text in own if not text.startswith("projector.num_tokens="))])
 
@@ -137,6 +141,7 @@ class RunCell:
         models = [self.labels[key] for key in ("backbone", "llm") if key in self.labels]
         base = self.labels.get("row") or " + ".join(models)
         parts = [base] if base else []
+        # `skip` is the last part of a key, so that `num_tokens` covers recipe and projector; "" skips nothing.
         for key, value in self.labels.items():
             of_projector = key.startswith("projector.") and key != "projector.num_tokens"
             if key not in _NOT_IN_ROW and not of_projector and key.rpartition(".")[2] != skip:
@@ -151,6 +156,7 @@ class RunCell:
     @property
     def compressed(self) -> bool:
         """Whether the LLM reads fewer visual tokens than there are patches."""
+        # Assumed while there is no manifest that says otherwise.
         tokens = self.manifest.get("tokens")
         return tokens is None or tokens["visual_out"] < tokens["visual_in"]
 
@@ -158,6 +164,7 @@ class RunCell:
     def step_seconds(self) -> float | None:
         """Median time of an optimizer step without validation; None if it was not logged."""
         rates = [rate for _, rate in self.curves.get(SPEED, []) if math.isfinite(rate) and rate > 0]
+        # The curve holds records per second, and a step takes one global batch.
         records = self.config.recipe.global_batch_size if self.config is not None else None
         return records / median(rates) if rates and records else None
 
@@ -241,6 +248,7 @@ class SeedGroup:
         scores = list(self.scores(benchmark, split).values())
         if not scores:
             return None
+        # `_summary` uses the interval over items only if there is a single seed: the first score's will do.
         values = [score.value for score in scores]
         return _summary(values, scores[0].interval, scores[0].maximum)
 
@@ -262,6 +270,7 @@ class SeedGroup:
         if not means:
             return None
         values = list(means.values())
+        # As above, only the interval of the first seed with all scores is needed.
         complete = [cell.scores[split] for cell in self.cells if cell.scores.get(split, {}).keys() >= set(benchmarks)]
         own = [complete[0][name] for name in benchmarks]
         # The half-widths of independent intervals add in quadrature.
@@ -303,4 +312,5 @@ def seed_groups(cells: Iterable[RunCell]) -> list[SeedGroup]:
 
 def in_order(groups: Iterable[SeedGroup], rows: Sequence[str]) -> list[SeedGroup]:
     """Sorts groups by row, then by projector."""
+    # `projector_rank` is a pair: known projectors by place, then others by name.
     return sorted(groups, key=lambda group: (rows.index(group.row), *projector_rank(group.projector), group.variant))

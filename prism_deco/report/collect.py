@@ -56,8 +56,9 @@ def collect(folders: Iterable[Path]) -> list[RunCell]:
         log.info("Reading %d runs in %s", len(found), folder)
         runs += [read_cell(run) for run in found]
     cells += _label(runs)
-    # A run that was also scored with other visual tokens is a cell for each number of them.
+    # Each cell is followed by those of the same run with other numbers of visual tokens.
     cells = [one for cell in cells for one in (cell, *_with_other_tokens(cell))]
+    # Ids that occur more than once, for example in two sweeps, get the name of the folder around the run.
     repeated = {name for name, count in Counter(cell.id for cell in cells).items() if count > 1}
     return [replace(cell, id=f"{cell.folder.parent.name}/{cell.id}") if cell.id in repeated else cell for cell in cells]
 
@@ -100,6 +101,7 @@ def read_cell(folder: Path, record: Mapping[str, Any] | None = None) -> RunCell:
         config = _read_config(folder, record)
         if config is not None:
             names = {key: str(config[key].name) for key in ("backbone", "llm", "projector")}
+            # The ledger's labels win over those read from the configuration.
             labels = names | {"seed": str(config.seed)} | labels
             cell = replace(cell, config=config, asked=asked_by(config), labels=labels)
         cell = _with_status(cell)
@@ -154,6 +156,7 @@ def _with_other_tokens(cell: RunCell) -> Iterable[RunCell]:
             id=f"{cell.id}/{path.parent.name}",
             labels=labels,
             compressor=name or "",
+            # `RunCell.tokens` and `RunCell.compressed` read the number from here.
             manifest={**cell.manifest, "tokens": {**cell.manifest["tokens"], "visual_out": tokens}},
             scores=read_scores(path.parent, cell.asked),
             relevance={},
@@ -180,10 +183,10 @@ def _label(runs: list[RunCell]) -> list[RunCell]:
     keys = dict.fromkeys(key for values in settings for key in values)
     # A run of an earlier version does not have the keys that were added since; that is not a difference.
     axes = [key for key in keys if len({values[key] for values in settings if key in values}) > 1]
-    labelled = [
-        replace(cell, labels={**cell.labels, **{key: values[key] for key in axes if key in values}})
-        for cell, values in zip(runs, settings, strict=True)
-    ]
+    labelled = []
+    for cell, values in zip(runs, settings, strict=True):
+        own = {key: values[key] for key in axes if key in values}
+        labelled.append(replace(cell, labels={**cell.labels, **own}))
     places = Counter((cell.row, cell.variant, cell.seed, cell.blind) for cell in labelled)
     for number, cell in enumerate(labelled):
         if places[cell.row, cell.variant, cell.seed, cell.blind] > 1:
@@ -193,6 +196,7 @@ def _label(runs: list[RunCell]) -> list[RunCell]:
 
 def _settings(config: DictConfig | None) -> dict[str, str]:
     values = flat(config) if config is not None else {}
+    # A prefix is enough to leave a key out: `data.statistics` has keys of its own below it.
     keys = [key for key in values if key.startswith(("data.", "recipe.")) and not key.startswith(_NO_AXES)]
     return {key: str(values[key]) for key in keys}
 

@@ -47,10 +47,12 @@ def disagreements(groups: Sequence[SeedGroup], split: str) -> list[str]:
     found = [_sentence("training data (data_hash)", ((cell.id, cell.manifest["data_hash"][:12]) for cell in trained))]
     steps = _sentence("steps", [(cell.id, cell.manifest["steps"]) for cell in trained])
     samples = _sentence("samples", [(cell.id, cell.manifest["samples"]) for cell in trained])
+    # Refused too if the compute is unknown (None).
     if (steps or samples) and not same_compute(trained):
         found += [steps, samples]
     for row in dict.fromkeys(cell.row for cell in trained):
         members = [cell for cell in trained if cell.row == row]
+        # Without the uncompressed cells, which are the row's reference.
         tokens = [(cell.id, cell.tokens) for cell in members if cell.compressed]
         found.append(_sentence(f"visual tokens in row {row}", tokens))
         sizes = []
@@ -64,6 +66,7 @@ def disagreements(groups: Sequence[SeedGroup], split: str) -> list[str]:
         for name, read in _SCORE.items():
             values = [(cell.id, read(cell.scores[split][benchmark].content)) for cell in scored]
             found.append(_sentence(f"{benchmark}: {name}", values))
+    # One value per group: the list of its seeds, as text.
     seeds = {group.name: ", ".join(sorted(cell.seed for cell in group.cells)) for group in groups}
     found.append(_sentence("seeds", seeds.items()))
     return [sentence for sentence in found if sentence]
@@ -124,6 +127,7 @@ def _planned_flops(text: str) -> float | None:
     except (UsageError, OmegaConfBaseException) as error:
         log.warning("The compute of a step is not known: %s", error)
         return None
+    # Without `max_steps`, the planned training sees every record `epochs` times.
     return needs.flops / needs.records / config.recipe.epochs if needs is not None else None
 
 

@@ -84,6 +84,8 @@ def pareto_front(found: Sequence[Point]) -> list[Point]:
     """
     front: list[Point] = []
     for point in found:
+        # Costs rise along `found`, and at equal cost the best comes first: only a higher score than the front's last
+        # one adds to it.
         last = front[-1] if front else None
         ties = last is not None and (point.cost, point.score.mean) == (last.cost, last.score.mean)
         if last is None or ties or point.score.mean > last.score.mean:
@@ -97,6 +99,7 @@ def budget_table(table: ScoreTable) -> Table | None:
     if len(found) < 2:
         return None
     rows = []
+    # The front is sorted by cost, as `groupby` needs; a group has several points only if they tie.
     for tokens, tied in groupby(pareto_front(found), key=lambda point: point.cost):
         best = list(tied)
         within = [point for point in found if point.cost <= tokens and point not in best]
@@ -134,6 +137,7 @@ def tokens_figures(table: ScoreTable, more: Sequence[SeedGroup] = ()) -> list[Fi
         numbers: dict[str, set[int | None]] = {}
         for group in members:
             numbers.setdefault(group.variant, set()).add(group.tokens)
+        # Only families in which some projector was run at several numbers have a curve to draw.
         if not any(len(tokens) > 1 for tokens in numbers.values()):
             continue
         with settings():
@@ -200,6 +204,7 @@ def _draw(ax: Axes, found: Sequence[Point], looks: dict[str, dict[str, Any]], sp
         own = [(x, point.score) for x, point in zip(places, found, strict=True) if point.group.variant == variant]
         if own:
             y = np.array([score.mean for _, score in own])
+            # [points, 2] -> two arrays of one bound per point.
             low, high = np.array([score.interval for _, score in own]).T
             # A percentile interval need not contain the score.
             errors = np.clip([y - low, high - y], 0, None)
@@ -211,6 +216,7 @@ def _draw_bands(ax: Axes, controls: Sequence[Point], spread: bool) -> None:
     for tokens in sorted({point.group.tokens or 0 for point in controls}):
         own = [point for point in controls if point.group.tokens == tokens]
         costs, means = [point.cost for point in own], [point.score.mean for point in own]
+        # A factor: the axis of tokens is logarithmic. There the controls have one cost, elsewhere each has its own.
         margin = 1.3 if spread else 1.01
         span = [min(costs) / margin, max(costs) * margin]
         ax.fill_between(span, min(means), max(means), **_BAND)
@@ -224,6 +230,7 @@ def side_by_side(tokens: Sequence[float]) -> list[float]:
         before = tokens[:k].count(number)
         same = tokens.count(number)
         octaves = min(0.09, 0.5 / same)  # between neighbours
+        # Centred: the offsets of points at the same number add up to zero octaves.
         places.append(number * 2 ** (octaves * (before - (same - 1) / 2)))
     return places
 
@@ -261,6 +268,7 @@ def _convergence(ax: Axes, group: SeedGroup, look: dict[str, Any]) -> None:
         for x, y in smooth:
             ax.plot(x, y, color=look["color"], alpha=0.3, linewidth=0.7)
     # The mean ends where the shortest curve does.
+    # Seeds may log different steps: each curve is interpolated at the steps of all, up to the end of the shortest.
     steps = np.array(sorted(set().union(*(x.tolist() for x, _ in smooth))))
     steps = steps[steps <= min(x[-1] for x, _ in smooth)]
     mean = np.mean([np.interp(steps, x, y) for x, y in smooth], axis=0)
@@ -274,6 +282,7 @@ def _loss(cell: RunCell) -> Curve:
 def _smooth(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     """Steps, and the running mean of the values; the window is truncated at both ends."""
     x, y = np.array(curve).T
+    # 1/80 of the curve on each side: 1/40 in all.
     half = len(y) // 80
     means = [y[max(0, k - half) : k + half + 1].mean() for k in range(len(y))]
     return x, np.array(means)

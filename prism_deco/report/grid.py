@@ -80,6 +80,7 @@ class ScoreTable:
 
     def maximum(self, benchmark: str) -> float:
         """The highest possible score."""
+        # All scores of a benchmark have the same maximum. Without scores, its name stands in for its family.
         scores = [score for group in self.groups for score in group.scores(benchmark, self.split).values()]
         return scores[0].maximum if scores else MAXIMA.get(benchmark, 100.0)
 
@@ -110,6 +111,8 @@ def score_tables(cells: Sequence[RunCell], split: str) -> list[ScoreTable]:
     tables: list[ScoreTable] = []
     for part in dict.fromkeys(cell.part for cell in cells):
         groups = _with_references(seed_groups(cell for cell in cells if cell.part == part))
+        # A part without benchmarks, such as one whose results only choose settings, gets no table; a sweep without
+        # parts gets one of losses.
         if groups and (not part or _benchmarks(groups, split)):
             tables += _tables_of(groups, part, blind_cells, split)
     return tables
@@ -120,6 +123,7 @@ def _with_references(groups: Sequence[SeedGroup]) -> list[SeedGroup]:
     families = {group.row: group.family for group in groups}
     found = []
     for group in groups:
+        # A row without a token axis is named like its family; the family's other rows are one number of tokens each.
         own = [row for row, family in families.items() if family == group.family and row != family]
         is_reference = group.row == group.family and not group.cells[0].compressed
         found += [replace(group, row=row) for row in own] if is_reference and own else [group]
@@ -130,6 +134,8 @@ def _tables_of(groups: Sequence[SeedGroup], part: str, blind_cells: Sequence[Run
     suffix = f": {part}" if part else ""
     tables = []
     others = list(groups)
+    # Each table takes the groups that it has a setting for, and leaves the rest. Cells of a group differ only in their
+    # seed, so the first one decides.
     for table in (3, 1):
         settings = [paper.setting(group.cells[0], table) for group in others]
         chosen = [(name, group) for name, group in zip(settings, others, strict=True) if name is not None]
@@ -159,6 +165,7 @@ def _table(
     chances = {}
     for name in benchmarks:
         scores = [score for group in groups for score in group.scores(name, split).values()]
+        # Any score will do: comparable cells were asked the same questions.
         level = chance(scores[0]) if scores else None
         if level is not None:
             chances[name] = level
@@ -192,8 +199,11 @@ def _paper_rows(table: int, groups: Sequence[tuple[str, SeedGroup]]) -> list[Sco
         names = list(dict.fromkeys(group.row for group in own)) or [setting]
         for name in names:
             members = {group.variant: group for group in own if group.row == name}
+            # What the paper printed and what was run, each once. A variant starts with its projector's name.
             for variant in sorted({*scores, *members}, key=lambda variant: projector_rank(variant.partition(",")[0])):
                 group = members.get(variant) or SeedGroup(name, variant, ())
+                # A variant with settings of its own (`qformer, projector.heads=4`) stands beside its projector's
+                # printed numbers.
                 numbers = scores.get(group.projector if group.cells else variant, {})
                 rows.append(ScoreRow(name if len(names) > 1 else setting, variant, group, numbers, about))
     return rows
@@ -244,6 +254,7 @@ def secondary_records(table: ScoreTable) -> list[dict[str, Any]]:
         for name in table.benchmarks:
             summary = row.group.summary(name, table.split)
             scores = list(row.group.scores(name, table.split).values())
+            # A metric of another variant is named `variant/metric`; other ones are of the primary's variant.
             for metric, values in secondary_values(row.group, name, table.split).items():
                 found.append(
                     _place(table, row, name)

@@ -51,12 +51,15 @@ def document(
         for figure in section.figures:
             path = f"figures/{figure.name}.svg"
             if path in figures:
+                # Sections of several parts may draw figures of the same name: the later ones get their section's
+                # number.
                 path = f"figures/{number}-{figure.name}.svg"
             figures[path] = figure.svg
             parts.append(f"![{escape(figure.caption or figure.name)}](<{path}>)\n")
         for table in section.folded:
             parts += [f"#### {escape(table.title)}\n", markdown(table)]
         for name, text in section.logs.items():
+            # Indented by four spaces: a code block, in which no character is markup.
             quoted = "\n".join(f"    {line}" for line in text.splitlines())
             parts.append(f"#### Last log lines of {escape(name)}\n\n{quoted}\n")
     return "\n".join(parts), figures
@@ -71,6 +74,8 @@ def render(text: str, figures: Mapping[str, str | bytes]) -> str:
         figures: SVG by the paths that the Markdown refers to.
     """
     parser = MarkdownIt("commonmark", {"html": False}, renderer_cls=_PageRenderer).enable("table")
+    # markdown-it passes this to each method below as `env`. headings: the title, then the sections'; open: tags still
+    # to be closed, outermost first.
     page: dict[str, Any] = {"figures": figures, "headings": [], "open": []}
     body = parser.render(text, page)
     body += "".join(f"</{tag}>" for tag in reversed(page["open"]))
@@ -86,13 +91,16 @@ class _PageRenderer(RendererHTML):
     def heading_open(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
         tag = tokens[idx].tag
         closing = ""
+        # A heading of level 2 closes all that is open, any other one only an open `<details>`: these never nest.
         while env["open"] and (tag == "h2" or env["open"][-1] == "details"):
             closing += f"</{env['open'].pop()}>"
         if tag in ("h1", "h2"):
+            # The text of a heading is in the inline token that follows it.
             children = tokens[idx + 1].children or []
             env["headings"].append(html.escape("".join(child.content for child in children)))
         if tag == "h2":
             env["open"].append("section")
+            # The title is the first of the headings, so sections count from 1, as in the links of `render`.
             return f'{closing}<section id="section-{len(env["headings"]) - 1}"><h2>'
         if tag == "h4":
             env["open"].append("details")

@@ -86,15 +86,19 @@ def paired_differences(
     found = []
     for row in dict.fromkeys(group.row for group in groups):
         members = [group for group in groups if group.row == row]
+        # The sort is stable: the base projector comes first, the others keep their order.
         members.sort(key=lambda group: group.projector != BASE)
+        # By benchmark and variant: the predictions are read once, not once per pair.
         units = {name: {group.variant: _read_units(group, name, split) for group in members} for name in benchmarks}
         pairs = list(combinations(members, 2))
         if len(members) > _ALL_PAIRS and members[0].projector == BASE:
+            # `combinations` starts with all pairs of the first member.
             pairs = pairs[: len(members) - 1]
         for first, second in pairs:
             pair = Difference(row, MEAN, first.variant, second.variant)
             own = [_compare(replace(pair, benchmark=name), units[name]) for name in benchmarks]
             found += [*own, *([_mean_difference(pair, first, second, split, own)] if mean else [])]
+    # Means have no p-value, so they are not counted as tests.
     adjusted = holm([difference.p for difference in found])
     return [replace(difference, adjusted=p) for difference, p in zip(found, adjusted, strict=True)]
 
@@ -111,9 +115,11 @@ def _mean_difference(
     ours = first.means(names, split)
     theirs = second.means(names, split)
     gains = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
+    # In the benchmarks' units: means are asked for only where all of them are percentages (`ScoreTable.has_mean`).
     halves = [(one.interval[1] - one.interval[0]) / 2 for one in own if one.interval is not None]
     if not gains or len(halves) < len(own):
         return replace(pair, note="not all benchmarks are available")
+    # Of a mean of n independent values: half-widths add in quadrature, divided by n.
     half = math.hypot(*halves) / len(halves)
     value = fmean(gains)
     over_seeds = seed_interval(gains) if len(gains) > 1 else None
@@ -169,6 +175,7 @@ def _units(score: Score) -> _Units:
     else:
         benchmark = benchmark_of(score)
         predictions = main_predictions(benchmark, path)
+        # Sorted, so that equal places in two runs hold the same question: `subtract` compares place by place.
         strata = benchmark.strata(sorted(predictions, key=lambda prediction: prediction.question_id))
         combine = benchmark.combine
     if abs(combine_strata(strata, combine) - score.value) > _ROUNDING:

@@ -149,6 +149,7 @@ def setting(cell: RunCell, table: int) -> str | None:
     free = tokens is None or (not same and not cell.compressed)
     names = (config.backbone.name, config.llm.name)
     for row in same or rows(table):
+        # None is the tower's own size, and the names of towers contain it.
         own_size = config.backbone.image_size in (None, row.resolution)
         if names == (row.backbone, row.llm) and own_size and (free or tokens == row.tokens):
             return row.setting
@@ -156,6 +157,7 @@ def setting(cell: RunCell, table: int) -> str | None:
 
 
 def _row(record: Mapping[str, str]) -> PaperRow:
+    # Only Table 1 has a column `row`, with a short name of each line; only Table 3 has a column `setting`.
     name = record.get("row", "")
     resolution = int(record["resolution"])
     known = set(COLUMNS[1])

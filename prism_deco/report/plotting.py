@@ -82,6 +82,7 @@ def panels(number: int, *, width: float, height: float = 2.6, sharey: bool = Fal
     figure = Canvas(figsize=(width * columns, height * rows + 0.5), layout="constrained")
     axes: list[Axes] = []
     for k in range(number):
+        # With `sharey`, all panels follow the first one's axis.
         axes.append(figure.add_subplot(rows, columns, k + 1, sharey=axes[0] if sharey and axes else None))
     return figure, axes
 
@@ -98,6 +99,7 @@ def legend(figure: Canvas, axes: Sequence[Axes]) -> None:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     longest = max((len(label) for label in found), default=1)
+    # Estimated at 11 characters per inch, with room for 7 more beside each label, for its line and the gaps.
     columns = max(1, min(len(found), int(figure.get_figwidth() * 11 / (longest + 7))))
     place = {"loc": "outside lower center", "ncols": columns, "handlelength": 3.2, "columnspacing": 1.6}
     figure.legend(list(found.values()), list(found), **place)

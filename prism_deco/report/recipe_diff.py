@@ -65,6 +65,7 @@ def departures(cell: RunCell, table: int) -> list[Departure]:
         own_set = f"recipe.prompt_set={value_text('recipe.prompt_set', ours.get('recipe.prompt_set'))}"
         alike, _ = _composed((*authors.overrides, *overrides, own_set))
         theirs = theirs | {key: value for key, value in alike.items() if key.startswith("llm.")}
+    # The type of gradient reduction matters only with FSDP, and the seed only where the authors' is known.
     sharded = config.trainer.get("strategy") == "fsdp"
     others = (*_OTHERS, *(["trainer.reduce_dtype"] if sharded else []), *(["seed"] if authors.seed else []))
     found = []
@@ -72,6 +73,8 @@ def departures(cell: RunCell, table: int) -> list[Departure]:
         compared = key in others or (key.startswith(("recipe.", "backbone.", "projector.", "llm.")))
         if not compared or key in _LEFT_OUT or key not in theirs:
             continue
+        # Where the authors' value is interpolated from another key, it should follow our value of that key: the
+        # difference, if any, is reported at the other key.
         expected = ours.get(references.get(key, ""), theirs[key])
         if value != expected:
             found.append(Departure(key.removesuffix(".name"), _shown(key, value), _shown(key, expected)))
@@ -82,6 +85,7 @@ def departures(cell: RunCell, table: int) -> list[Departure]:
 
 def _passes(cell: RunCell, authors: paper.Authors, micro_batch_size: int) -> list[Departure]:
     assert cell.config is not None
+    # A finished run knows its number of devices; before that, -1 stands for all of the machine's.
     devices = cell.manifest.get("devices") or cell.config.trainer.get("devices", 1)
     ours = f"{cell.config.recipe.micro_batch_size} x {devices if devices > 0 else 'all'}"
     theirs = f"{micro_batch_size} x {authors.devices}"
@@ -107,6 +111,7 @@ def _libraries(cell: RunCell, authors: paper.Authors) -> list[Departure]:
     installed: Mapping[str, str] = cell.manifest.get("packages") or {
         name: importlib.metadata.version(name) for name in authors.packages
     }
+    # Without the local part of a version: 2.1.0+cu121 is 2.1.0.
     versions = {name: installed.get(name, "?").partition("+")[0] for name in authors.packages}
     return [
         Departure(name, versions[name], theirs) for name, theirs in authors.packages.items() if versions[name] != theirs
@@ -170,6 +175,7 @@ def _stage_before(recipe: str) -> str | None:
     for choice in choices("recipe"):
         stages = load_choice("recipe", choice).get("stages") or {}
         for before, stage in pairwise(stages):
+            # A stage is a list of command-line arguments; the one that uses this recipe is the one looked for.
             if f"recipe={recipe}" in stages[stage]:
                 return before
     return None

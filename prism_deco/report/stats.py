@@ -40,6 +40,7 @@ def count_wins(first: Mapping[Any, float | None], second: Mapping[Any, float | N
         other = second.get(place)
         if one is not None and other is not None:
             difference = round(one, 1) - round(other, 1)
+            # The sign of the difference: 1, 0 or -1.
             signs.append((difference > 0) - (difference < 0))
     return Wins(signs.count(1), signs.count(-1), signs.count(0), len(places) - len(signs))
 
@@ -66,6 +67,7 @@ def subtract(first: Strata, second: Strata) -> dict[str, list[float]]:
 
 def average(several: Sequence[Strata]) -> dict[str, list[float]]:
     """Mean over seeds, unit by unit."""
+    # By stratum: [seeds, units] -> [units].
     return {name: np.mean([strata[name] for strata in several], axis=0).tolist() for name in several[0]}
 
 
@@ -77,6 +79,7 @@ def mcnemar(differences: Strata) -> float:
     values = [value for stratum in differences.values() for value in stratum]
     ahead = sum(value > _ROUNDING for value in values)
     behind = sum(value < -_ROUNDING for value in values)
+    # Under the null hypothesis, each unit that differs is as likely ahead as behind: a binomial test of one half.
     return float(stats.binomtest(ahead, ahead + behind).pvalue) if ahead + behind else 1.0
 
 
@@ -85,6 +88,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     tests = sorted((p, number) for number, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     highest = 0.0
+    # From the smallest p on: the k-th of m tests is multiplied by m - k + 1, and is never below the one before it.
     for rank, (p, number) in enumerate(tests):
         highest = max(highest, min(1.0, (len(tests) - rank) * p))
         adjusted[number] = highest

@@ -28,6 +28,7 @@ def about(cells: Sequence[RunCell]) -> list[str]:
     samples = _span([cell.manifest["samples"] for cell in trained])
     versions = ", ".join(dict.fromkeys(str(cell.manifest.get("code_version", "?")) for cell in trained))
     days = sorted({datetime.fromtimestamp(cell.started, UTC).date() for cell in trained if cell.started})
+    # Several days, one, or none, if no cell recorded its start.
     when = f" between {days[0]} and {days[-1]}" if len(days) > 1 else "".join(f" on {day}" for day in days)
     return [
         f"{models} of {params} parameters (vision backbone {names('backbone')}, LLM {names('llm')}), trained{when} "

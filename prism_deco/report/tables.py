@@ -81,7 +81,9 @@ def _leader(
             known.append((summary.mean, row))
     if len(known) < 2:
         return None
+    # By the score alone: on a tie, `ScoreRow` has no order.
     (_, first), *others = sorted(known, key=lambda item: -item[0])
+    # Sets, since either of the two may come first in a pair.
     clear = [{pair.first, pair.second} for pair in differences if pair.is_clear and pair.benchmark == name]
     return first if all({first.variant, other.variant} in clear for _, other in others) else None
 
@@ -109,6 +111,7 @@ def _caption(table: ScoreTable) -> str:
         )
     asked = {}
     for name in table.benchmarks:
+        # The distinct ways in which the groups were asked, without those of versions that did not record it.
         asked[name] = "/".join(filter(None, dict.fromkeys(g.asked_as(name, table.split) for g in table.groups)))
     if any(asked.values()):
         parts.append(f"Asked as: {', '.join(f'{name} {way}' for name, way in asked.items() if way)}.")
@@ -137,7 +140,7 @@ def _caption(table: ScoreTable) -> str:
     parts += [text for name, text in SECONDARY.items() if any(metric.endswith(name) for metric in shown)]
     if any("/" in metric for metric in shown):
         parts.append("Metrics with a slash: the same questions, asked in another variant of the benchmark.")
-    steps = {cell.manifest["steps"] for group in table.groups for cell in group.cells if cell.manifest}
+    steps = {cell.manifest["steps"] for cell in table.cells if cell.manifest}
     if len(steps) > 1 and not table.disagreements:
         parts.append(f"The rows have {min(steps):,} to {max(steps):,} steps, with the same compute.")
     return " ".join(parts)
@@ -171,6 +174,7 @@ def _loss(values: Sequence[float]) -> Field:
 def wins_table(table: ScoreTable) -> Table | None:
     """How often the base projector is ahead of each other projector; None if there is no other."""
     variants = list(dict.fromkeys(row.variant for row in table.rows if not row.cited))
+    # The base projector, with settings of its own if there are any; without it, the first projector stands in.
     bases = [variant for variant in variants if variant.partition(",")[0] == BASE] or variants[:1]
     rows = []
     for other in variants:
@@ -199,6 +203,7 @@ def worth_table(table: ScoreTable, differences: Sequence[Difference]) -> Table |
     rows = []
     for base in [group for group in table.groups if group.variant == BASE and group.cells[0].manifest]:
         members = {group.variant: group for group in table.groups if group.row == base.row and group.cells[0].manifest}
+        # `paired_differences` puts the base projector first in each of its pairs.
         own = [pair for pair in differences if (pair.row, pair.benchmark, pair.first) == (base.row, MEAN, BASE)]
         for pair in sorted(own, key=lambda pair: pair.value or 0.0):  # of the base projector minus the other one
             if pair.value is None or pair.second not in members:
@@ -211,6 +216,7 @@ def worth_table(table: ScoreTable, differences: Sequence[Difference]) -> Table |
                 Field(f"{added:+,}" if added else "none"),
                 Field(format_number(group.training_minutes)),
                 Field(format_number(group.first_token_ms)),
+                # The pair is base minus other, the table shows other minus base.
                 Field(format_number(-pair.value, sign="+"), best=pair.is_clear),
                 Field(format_interval(_negative(pair.interval), sign="+")),
                 Field(format_interval(_negative(pair.over_seeds), sign="+")),
@@ -234,18 +240,19 @@ def _trained(group: SeedGroup) -> int:
 
 
 def _negative(bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+    # Swapped too, so that the lower bound comes first.
     return (-bounds[1], -bounds[0]) if bounds else None
 
 
 def gains_table(table: ScoreTable) -> Table:
     """The relative gains stated in the paper's abstract, from its scores and from ours."""
-    scored = []
-    for variant in (BASE, "c_abstractor"):
-        means = table.ours(variant)  # by row and benchmark; Table 1 has one row
-        scored.append({name: mean for (_, name), mean in means.items() if mean is not None})
+    # The paper's Table 1 has one setting, so a benchmark is enough as a key. Of several rows of ours, the last one that
+    # has a score counts.
+    first = {name: mean for (_, name), mean in table.ours(BASE).items() if mean is not None}
+    second = {name: mean for (_, name), mean in table.ours("c_abstractor").items() if mean is not None}
     printed = paper.scores(1)
     theirs = paper.gains(printed["T1", BASE], printed["T1", "c_abstractor"])
-    ours = paper.gains(*scored)
+    ours = paper.gains(first, second)
     rows = [
         [Field(name), Field(format_number(ours[name], sign="+")), Field(format_number(theirs[name], 2, sign="+"))]
         for name in paper.GAIN_GROUPS
@@ -269,6 +276,7 @@ def spatial_table(table: ScoreTable) -> Table:
         lines = [f"paper {format_number(target)}"] if target is not None else []
         if mean is not None and target is not None:
             lines.append(f"Δ {format_number(mean - target, sign='+')}")
+        # One text for each task, and last the mean, which also has the paper's number below it.
         texts = [row.group.missing if value is None else format_number(value) for value in (*values, mean)]
         rows.append([Field(row.variant), *map(Field, texts[:-1]), Field(texts[-1], tuple(lines))])
     caption = (

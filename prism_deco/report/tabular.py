@@ -94,6 +94,7 @@ def markdown(table: Table) -> str:
     sides = [":--"] + [":--" if table.words else "--:"] * (width - 1)
     lines = ["| " + " | ".join(map(escape, table.columns)) + " |", "|" + "|".join(sides) + "|"]
     for row in table.rows:
+        # A row of one field is a heading: printed in bold, and filled up with empty fields.
         fields = [_markdown(field) for field in row] if len(row) > 1 else [_markdown(row[0], bold=True)]
         lines.append("| " + " | ".join(fields + [""] * (width - len(row))) + " |")
     return "\n".join([*lines, "", *([paragraph(table.caption)] if table.caption else [])])
@@ -132,6 +133,7 @@ class TerminalTable:
         # Columns that do not fit any more begin another table below, again with the row names.
         blocks: list[list[int]] = [[]]
         for number in range(1, len(widths)):
+            # The width of the current block with this column added: every block repeats the first column.
             used = sum(widths[own] + 3 for own in (0, *blocks[-1], number)) + 1
             if blocks[-1] and used > options.max_width:
                 blocks.append([])
@@ -143,6 +145,7 @@ class TerminalTable:
         """The texts of each column and its name; the first column includes the row headings."""
         columns = [[name] for name in self._table.columns]
         for row in self._table.rows:
+            # Not strict: the only field of a heading belongs to the first column.
             for texts, field in zip(columns, row, strict=False):
                 texts.append(field.text)
         return columns
