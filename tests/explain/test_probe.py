@@ -200,6 +200,18 @@ def test_the_command_writes_and_shows_what_was_read(run, squares, capsys):
     assert "shuffled" in shown and f"{value:.3f}" in shown
 
 
+def test_the_command_tests_on_images_that_it_did_not_fit_to(run, squares, tmp_path, monkeypatch):
+    seen = {}
+
+    def measure(_, fit, test):
+        seen["fit"], seen["test"] = [one.path.name for one in fit], [one.path.name for one in test]
+        return {"classes": {}, "readers": {}}
+
+    monkeypatch.setattr("prism_deco.explain.probe.probe", measure)
+    assert main(["probe", str(run), "--objects", str(squares / "objects.json"), "--limit", "80"]) == 0
+    assert seen == {"fit": [f"{k}.png" for k in range(60)], "test": [f"{k}.png" for k in range(60, 80)]}
+
+
 def test_the_command_takes_bare_images_and_says_what_is_missing(run, squares, tmp_path, capsys):
     assert main(["probe", str(run), "--images", str(squares), "--limit", "20", "--out", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "probe.json").read_text())["classes"] == {}

@@ -164,6 +164,16 @@ def test_an_arm_that_has_not_learnt_to_see_is_named_before_the_verdict():
     assert "| steps-c_abstractor not having learnt to see, holds |" in claims_table(records)
 
 
+def test_a_loss_clearly_within_the_margin_reverses_the_claim_of_a_larger_one():
+    runs = planted(random.Random(3))
+    for seed in SEEDS:  # 4 tokens lose 1 point
+        first = runs[f"steps-avgpool-seed{seed}"]
+        less = {name: str(float(first[name]) - 1 - int(seed) / 1000) for name in SCORES}
+        runs[f"tokens-avgpool-4-seed{seed}"] |= less
+    record = next(one for one in claim_records(runs) if one["null"] == 2.5)
+    assert 0 < record["effect"] < 2.5 and record["verdict"] == "reversed"
+
+
 def test_unfinished_arms_and_different_data_are_errors_of_the_user():
     runs = planted(random.Random(1))
     del runs["steps-linear-seed4"]
