@@ -112,8 +112,13 @@ def recognise(keys: Iterable[str]) -> Layout | None:
 
 def to_timm(state: dict[str, Tensor], layout: Layout, tap: int, depth: int) -> dict[str, Tensor]:
     """Weights under timm's names, without those after block `tap` of `depth` blocks."""
-    renamed = {_rename(key, layout.names): value for key, value in state.items()}
-    result = {key: value for key, value in renamed.items() if not _is_after(key, tap, depth)}
+    result = {}
+    for key, value in state.items():
+        name = _rename(key, layout.names)
+        block = re.match(r"^blocks\.(\d+)\.", name)
+        is_after = tap < int(block[1]) < depth if block else _AFTER.match(name)
+        if not is_after:
+            result[name] = value
     for name in [key for key in result if re.search(r"\.attn\.q\.(weight|bias)$", key)]:
         parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         if all(part in result for part in parts):
@@ -158,8 +163,3 @@ def _rename(key: str, names: Mapping[str, str]) -> str:
     for old, new in names.items():
         key = key.replace(old, new)
     return key.strip(".")
-
-
-def _is_after(key: str, tap: int, depth: int) -> bool:
-    block = re.match(r"^blocks\.(\d+)\.", key)
-    return tap < int(block[1]) < depth if block else bool(_AFTER.match(key))

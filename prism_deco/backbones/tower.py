@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,8 @@ Channels = tuple[float, float, float]
 
 
 class Tower(VisionBackbone):
-    """One vision transformer; a family (subclass) defines its trunk and the normalisation of pixels.
+    """One vision transformer; a family (subclass) defines its trunk and the normalisation of pixels: `mean` and `std`
+    per colour, for values in 0..1, as class attributes or set by `build_trunk`.
 
     Args:
         name: the choice's name, the key of its pixels.
@@ -37,8 +37,8 @@ class Tower(VisionBackbone):
         device: where the weights live; None is the CPU.
     """
 
-    mean: ClassVar[Channels]
-    std: ClassVar[Channels]
+    mean: Channels
+    std: Channels
 
     def __init__(
         self,
@@ -63,12 +63,11 @@ class Tower(VisionBackbone):
         with torch.device("meta" if path else device):
             self.trunk = self.build_trunk(model, image_size, (*extra_layers, layer))
         self.towers = (name,)
-        self.image_size = image_size or self.native_size(model)
+        self.image_size = self.trunk.image_size
         self.grid = self.trunk.grid
         self.patch_size = self.trunk.patch_size
         self.embed_dim = self.trunk.embed_dim
-        mean, std = self.normalisation(model)
-        self.transform = BackboneTransform({name: TowerTransform(self.image_size, resize, mean, std)})
+        self.transform = BackboneTransform({name: TowerTransform(self.image_size, resize, self.mean, self.std)})
         unread = self.image_size - self.grid[0] * self.patch_size
         if unread:
             log.info(
@@ -79,20 +78,9 @@ class Tower(VisionBackbone):
             load_trunk(self.trunk, path, name, device)
         self.requires_grad_(False).eval()
 
-    @classmethod
-    def build_trunk(cls, model: str, image_size: int | None, layers: Sequence[int]) -> Trunk:
-        """The architecture with untrained weights, on the current default device."""
+    def build_trunk(self, model: str, image_size: int | None, layers: Sequence[int]) -> Trunk:
+        """The architecture with untrained weights, on the current default device; `image_size` None is its own."""
         raise NotImplementedError
-
-    @classmethod
-    def native_size(cls, model: str) -> int:
-        """The architecture's default input side in pixels."""
-        raise NotImplementedError
-
-    @classmethod
-    def normalisation(cls, model: str) -> tuple[Channels, Channels]:
-        """Mean and standard deviation per colour, for values in 0..1; by default the family's."""
-        return cls.mean, cls.std
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import open_clip.transformer
 import torch
@@ -22,20 +22,37 @@ class Trunk(nn.Module):
         vit: the library's own module.
         depth: number of blocks before truncation.
         taps: 0-based indices of the blocks whose outputs are used, increasing; the last one is the last block kept.
+        image_size: side of the square input in pixels.
         grid: patch grid (height, width).
         patch_size: side of a patch in pixels.
         embed_dim: channels of a token, of all taps together.
         prefix_positions: rows of the position table before those of the patches (class token, registers).
+
+    Args:
+        model: the name of `vit`, for messages.
+        layers: indices of the blocks to tap; negative ones count from the end.
+
+    Raises:
+        UsageError: `vit` is of another class than `kinds`, or has no such layers.
     """
 
+    kinds: ClassVar[tuple[type[nn.Module], ...]]
+    """Classes of `vit`; the features of others may not form a patch grid."""
+
     vit: Any
+    image_size: int
     grid: tuple[int, int]
     patch_size: int
     embed_dim: int
     prefix_positions: int
 
-    def __init__(self, vit: nn.Module, layers: Sequence[int]):
+    def __init__(self, vit: nn.Module, model: str, layers: Sequence[int]):
         super().__init__()
+        if not isinstance(vit, self.kinds):
+            raise UsageError(
+                f"backbone.model={model} is a {type(vit).__name__}, whose features cannot be read as a grid of "
+                f"patches. Choose a model that is a {' or '.join(kind.__name__ for kind in self.kinds)}."
+            )
         self.vit = vit
         self.depth = len(self.blocks)
         for layer in layers:
@@ -65,13 +82,21 @@ class Trunk(nn.Module):
 
 
 class TimmTrunk(Trunk):
-    """timm's VisionTransformer (SigLIP, DINOv2) or Eva (DINOv3, EVA-02, Perception Encoder)."""
+    """timm's VisionTransformer (SigLIP, DINOv2) or Eva (DINOv3, EVA-02, Perception Encoder).
 
+    Args:
+        vit: resized to `image_size`, which must be at least that of a patch.
+    """
+
+    kinds = (VisionTransformer, Eva)
     vit: VisionTransformer | Eva
 
-    def __init__(self, vit: nn.Module, layers: Sequence[int]):
-        super().__init__(vit, layers)
+    def __init__(self, vit: nn.Module, model: str, image_size: int, layers: Sequence[int]):
+        super().__init__(vit, model, layers)
         embed = cast(Any, self.vit.patch_embed)
+        check_image_size(image_size, embed.feat_ratio())
+        self.vit.set_input_size((image_size, image_size))
+        self.image_size = image_size
         self.grid = embed.grid_size
         self.patch_size = embed.feat_ratio()
         self.embed_dim = self.vit.embed_dim * len(self.taps)
@@ -97,10 +122,12 @@ def _fill_buffers(vit: nn.Module, _: Any) -> None:
 class OpenClipTrunk(Trunk):
     """open_clip's VisionTransformer (CLIP)."""
 
+    kinds = (open_clip.transformer.VisionTransformer,)
     vit: open_clip.transformer.VisionTransformer
 
-    def __init__(self, vit: nn.Module, layers: Sequence[int]):
-        super().__init__(vit, layers)
+    def __init__(self, vit: nn.Module, model: str, layers: Sequence[int]):
+        super().__init__(vit, model, layers)
+        self.image_size = self.vit.image_size[0]
         self.grid = self.vit.grid_size
         self.patch_size = cast(tuple[int, int], self.vit.patch_size)[0]
         self.embed_dim = self.vit.class_embedding.shape[0] * len(self.taps)
@@ -109,27 +136,6 @@ class OpenClipTrunk(Trunk):
     @property
     def blocks(self) -> list[nn.Module]:
         return list(self.vit.transformer.resblocks)
-
-
-def timm_trunk(vit: Any, model: str, image_size: int, layers: Sequence[int]) -> TimmTrunk:
-    """timm's VisionTransformer or Eva, resized to `image_size` and truncated after its last tap.
-
-    Raises:
-        UsageError: `vit` is of another class, or `image_size` is smaller than a patch.
-    """
-    check_class(vit, model, VisionTransformer, Eva)
-    check_image_size(image_size, vit.patch_embed.feat_ratio())
-    vit.set_input_size((image_size, image_size))
-    return TimmTrunk(vit, layers)
-
-
-def check_class(vit: nn.Module, model: str, *known: type[nn.Module]) -> None:
-    """`UsageError` for a model of another class, whose features may not form a patch grid."""
-    if not isinstance(vit, known):
-        raise UsageError(
-            f"backbone.model={model} is a {type(vit).__name__}, whose features cannot be read as a grid of patches. "
-            f"Choose a model that is a {' or '.join(kind.__name__ for kind in known)}."
-        )
 
 
 def check_image_size(image_size: int, patch_size: int) -> None:

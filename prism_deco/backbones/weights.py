@@ -94,9 +94,13 @@ def load_trunk(trunk: Trunk, path: Path, name: str, device: torch.device) -> Non
     The position table is resampled to the trunk's grid (bicubic, antialiased).
 
     Raises:
-        UsageError: the file cannot be read, its layout is unknown, keys are missing or unexpected, or shapes differ.
+        UsageError: the file cannot be read, a folder holds several models, the layout is unknown, keys are missing or
+            unexpected, or shapes differ.
     """
-    files = _files(path)
+    files = tensor_files(path)
+    if not files or (len(files) > 1 and not indexed_files(path)):
+        names = ", ".join(file.name for file in files) or "none"
+        raise UsageError(f"{path}: expected one weight file in the folder and found {names}. Name the file itself.")
     where = {key: file for file in files for key in open_tensors(file)}
     vision, stray = split_vision(where)
     layout = recognise(vision)
@@ -151,12 +155,3 @@ def _check(state: dict[str, Tensor], trunk: Trunk, stray: list[str], message: st
     found = [f"{kind}: {', '.join(names[:8])}{' ...' * (len(names) > 8)}" for kind, names in problems.items() if names]
     if found:
         raise UsageError(f"{message}. Weights {'; '.join(found)}. Is it the file of another model?")
-
-
-def _files(path: Path) -> list[Path]:
-    """The weight files behind a path: one file, or the shards of a folder."""
-    found = tensor_files(path)
-    if not found or (len(found) > 1 and not indexed_files(path)):
-        names = ", ".join(p.name for p in found) or "none"
-        raise UsageError(f"{path}: expected one weight file in the folder and found {names}. Name the file itself.")
-    return found
