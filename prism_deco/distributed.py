@@ -54,7 +54,8 @@ class World:
 
     @classmethod
     def of(cls, trainer: DictConfig) -> World:
-        """The world that the `trainer` group of a configuration describes.
+        """The world that the `trainer` group of a configuration describes. `trainer.devices=-1` means as many processes
+        per node as a launcher started, or one per GPU.
 
         Raises:
             UsageError: the machine lacks the devices, or a launcher started another number of processes.
@@ -63,7 +64,14 @@ class World:
             hint = "Use trainer.accelerator=cpu, or auto, which takes a GPU where there is one."
             check_gpus(f"trainer.accelerator={trainer.accelerator}", 1, hint)
         gpu = local_device(trainer.accelerator).type == "cuda"
-        devices = _local_devices(trainer, gpu)
+        devices = trainer.devices
+        if devices < 1 and devices != -1:
+            raise UsageError(f"trainer.devices={devices} must be at least 1, or -1 for all GPUs.")
+        if devices == -1:
+            devices = _started_here() or (torch.cuda.device_count() if gpu else 1)
+        elif gpu and not _started_here():  # a launcher may let each process see only its own GPU
+            hint = "Use at most as many devices, or trainer.accelerator=cpu."
+            check_gpus(f"trainer.devices={devices}", devices, hint)
         size = devices * trainer.num_nodes
         environment = _environment(size, devices)
         if environment.world_size() != size:
@@ -234,19 +242,6 @@ def check_gpus(asked: str, count: int, hint: str) -> None:
     if found < count:
         has = f"this machine has {found}" if found else "this machine has no GPU that torch can use"
         raise UsageError(f"{asked}: {has}. {hint}")
-
-
-def _local_devices(trainer: DictConfig, gpu: bool) -> int:
-    """Processes on this node: `trainer.devices`, where -1 means as many as a launcher started, or one per GPU."""
-    devices = trainer.devices
-    if devices < 1 and devices != -1:
-        raise UsageError(f"trainer.devices={devices} must be at least 1, or -1 for all GPUs.")
-    if devices == -1:
-        return _started_here() or (torch.cuda.device_count() if gpu else 1)
-    # A launcher may let each process see only its own GPU.
-    if gpu and not _started_here():
-        check_gpus(f"trainer.devices={devices}", devices, "Use at most as many devices, or trainer.accelerator=cpu.")
-    return devices
 
 
 def _started_here() -> int:

@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+_LEAST = torch.float32
+"""The lowest precision of logits: half precision is too coarse for the normaliser."""
+
 
 def summed_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, max_logits: int | None = None
@@ -33,7 +36,8 @@ def summed_cross_entropy(
     """
     rows = len(hidden) if max_logits is None else max(1, max_logits // len(weight))
     if len(hidden) <= rows:
-        return F.cross_entropy(_upcast(F.linear(hidden, weight, bias)), targets, reduction="sum")
+        logits = F.linear(hidden, weight, bias)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, _LEAST)), targets, reduction="sum")
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         # Autocast does not apply inside a custom function: cast here, where autograd records the casts.
@@ -47,13 +51,14 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        total = _upcast(hidden.new_zeros(()))
+        dtype = torch.promote_types(hidden.dtype, _LEAST)
+        total = hidden.new_zeros((), dtype=dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
         grad_bias = None if bias is None or not need_bias else torch.zeros_like(bias)
         for at in range(0, len(hidden), rows):
             part, wanted = hidden[at : at + rows], targets[at : at + rows, None]
-            logits = _upcast(F.linear(part, weight, bias))
+            logits = F.linear(part, weight, bias).to(dtype)
             largest = logits.amax(dim=1, keepdim=True)
             reached = logits.gather(1, wanted) - largest
             # In place from here on, so that no second tensor of this size exists.
@@ -81,8 +86,3 @@ class _Chunked(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "a chunked loss supports only one backward pass"
         return *(None if g is None else g.mul_(grad) for g in gradients), None, None
-
-
-def _upcast(logits: Tensor) -> Tensor:
-    """float64 stays; anything else becomes float32, since half precision is too coarse for the normaliser."""
-    return logits if logits.dtype == torch.float64 else logits.float()

@@ -54,8 +54,10 @@ class Batch:
             rows, positions = (self.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
             self.targets = rows * self.labels.shape[1] + positions + 1
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
-        """The same batch on another device."""
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device (Lightning calls this). Page-locked memory is copied to a GPU in the
+        background."""
+        non_blocking = device.type == "cuda"
         return Batch(**tree_map_only(Tensor, lambda value: value.to(device, non_blocking=non_blocking), vars(self)))
 
     def pin_memory(self) -> Batch:
@@ -115,7 +117,9 @@ def build_batch(
         text_rounds = torch.tensor(example.rounds)
         before = (torch.searchsorted(text, torch.arange(n), right=True) - 1).clamp(min=0)
         rounds[row, start : start + n] = text_rounds[before]
-        position_ids[row, start : start + n] = _positions(rounds[row, start : start + n], restart_rounds)
+        position_ids[row, start : start + n] = torch.arange(n)
+        if restart_rounds:
+            position_ids[row, start : start + n] = _restarted(rounds[row, start : start + n])
     shared = lengths if pack else None
     return Batch(
         *(input_ids, labels, visual, attention_mask, position_ids, rounds),
@@ -135,11 +139,9 @@ def _text_positions(encoded: Encoded, tokens_per_image: int) -> Tensor:
     return index + images_before * tokens_per_image
 
 
-def _positions(rounds: Tensor, restart: bool) -> Tensor:
-    """int64[n]: position ids of one sequence whose rounds are int64[n]."""
+def _restarted(rounds: Tensor) -> Tensor:
+    """int64[n]: position ids of one sequence whose rounds are int64[n], each numbered from the end of the prefix."""
     positions = torch.arange(len(rounds))
-    if not restart:
-        return positions
     shared = int((rounds == 0).sum())
     first = torch.searchsorted(rounds, rounds)  # rounds never decrease: index of a round's first token
     return torch.where(rounds == 0, positions, positions - first + shared)

@@ -12,7 +12,7 @@ from prism_deco.config import cache_dir, load_config
 from prism_deco.data import build_source
 from prism_deco.data.records import open_parts
 
-FUNCTIONS = 365
+FUNCTIONS = 330
 FILES = 65
 
 WORLD = ["data.train_images=40", "data.val_images=4", "data.test_images=4", "data.val_items=4", "data.test_items=4"]

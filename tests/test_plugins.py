@@ -13,7 +13,7 @@ from prism_deco.api import Model
 from prism_deco.build import build_model
 from prism_deco.cli import main
 from prism_deco.config import load_config, read_config, save_config
-from prism_deco.training.model_folder import trained_sha256
+from prism_deco.training.model_folder import read_sums, trained_sha256
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def run(tmp_path, monkeypatch):
     stored.plugins = ["stranger"]
     for path in (tmp_path / "run/model/config.yaml", tmp_path / "run/config.yaml"):
         save_config(stored, path)
-    manifest = {"benchmarks": None, "model_sha256": trained_sha256(tmp_path / "run/model")}
+    manifest = {"benchmarks": None, "model_sha256": trained_sha256(read_sums(tmp_path / "run/model"))}
     (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))

@@ -8,7 +8,8 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -32,21 +33,21 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
     return UsageError(f"Unknown {kind} {name!r}.{hint} Choices: {listed}{more}.")
 
 
+@dataclass(eq=False)
 class Registry(Generic[T]):
     """Maps exact names to components of one kind.
 
-    Args:
+    Attributes:
         kind: what the components are, for error messages ("projector").
         package: its modules are imported when a name is looked up, so a new component only needs a file there.
             Components outside the package register when their module is imported (`plugins` in the configuration).
         also: further modules to import.
     """
 
-    def __init__(self, kind: str, package: str | None = None, also: Iterable[str] = ()):
-        self.kind = kind
-        self._package = package
-        self._also = tuple(also)
-        self._entries: dict[str, T] = {}
+    kind: str
+    package: str | None = None
+    also: Sequence[str] = ()
+    _entries: dict[str, T] = field(default_factory=dict, init=False, repr=False)
 
     def register(self, name: str) -> Callable[[Own], Own]:
         """Decorator that registers its target under `name`, which must be new."""
@@ -61,9 +62,9 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T:
         """The component of that exact name; raises `UsageError` with the choices if there is none."""
-        module = f"{self._package}.{name}"
+        module = f"{self.package}.{name}"
         # Most components are in a module of their name: try it before importing the whole package.
-        if name not in self._entries and name.isidentifier() and self._package and importlib.util.find_spec(module):
+        if name not in self._entries and name.isidentifier() and self.package and importlib.util.find_spec(module):
             importlib.import_module(module)
         if name not in self._entries:
             self._discover()
@@ -91,11 +92,11 @@ class Registry(Generic[T]):
         return sorted(self._entries)
 
     def _discover(self) -> None:
-        if self._package is not None:
-            package = importlib.import_module(self._package)
-            for module in pkgutil.iter_modules(package.__path__, prefix=f"{self._package}."):
+        if self.package is not None:
+            package = importlib.import_module(self.package)
+            for module in pkgutil.iter_modules(package.__path__, prefix=f"{self.package}."):
                 importlib.import_module(module.name)
-        for name in self._also:
+        for name in self.also:
             importlib.import_module(name)
 
 

@@ -114,15 +114,11 @@ def parse_value(key: str, text: str, *, is_text: bool | None = None) -> Any:
     Args:
         is_text: whether the key takes text; None asks the schema.
     """
-    if is_text_key(key) if is_text is None else is_text:
-        return _parse_text(text)
-    try:
-        return _from_yaml(text)
-    except _NOT_YAML as error:
-        raise UsageError(f"{key}={text}: the value of {key} is not valid YAML ({_problem(error)}).") from error
-
-
-def _parse_text(text: str) -> str | None:
+    if not (is_text_key(key) if is_text is None else is_text):
+        try:
+            return _from_yaml(text)
+        except _NOT_YAML as error:
+            raise UsageError(f"{key}={text}: the value of {key} is not valid YAML ({_problem(error)}).") from error
     if text in ("", "null"):
         return None
     if text[0] in "'\"" and text[0] == text[-1]:

@@ -7,8 +7,9 @@ import os
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from PIL import Image, UnidentifiedImageError
 
@@ -47,11 +48,11 @@ class ImageSource(ABC):
         return True
 
 
+@dataclass(eq=False)
 class ImageFolder(ImageSource):
     """Image files under a root folder; names are paths relative to it."""
 
-    def __init__(self, root: Path):
-        self.root = root
+    root: Path
 
     def __str__(self) -> str:
         return str(self.root)
@@ -130,18 +131,14 @@ def path_below(root: Path | None, name: str) -> str:
         for base in _spellings(root) if root is not None else ():
             if Path(short).is_relative_to(base):
                 return str(Path(short).relative_to(base))
-    elif ".." not in _parts(name):
+    elif ".." not in PureWindowsPath(name).parts:  # which splits at both / and \
         return name
-    elif ".." not in _parts(short):
+    elif ".." not in PureWindowsPath(short).parts:
         return short
     raise UsageError(
         f"The image path {name!r} leads out of the image root {root}: name a root above it (/ allows any absolute "
         "path), or link its folder into this one."
     )
-
-
-def _parts(name: str) -> list[str]:
-    return name.replace("\\", "/").split("/")
 
 
 @lru_cache(maxsize=8)

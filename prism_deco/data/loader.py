@@ -109,21 +109,18 @@ class Examples(Dataset[Example]):
         return Example(record.id, encoded, pixels, cut, bad_images, bad_record=ignored, row=item)
 
     def read_image(self, record: str, name: str) -> tuple[dict[str, Tensor], bool]:
-        """The model's input for an image of a record, tower -> float[3, S, S], and whether the image is bad."""
-        image = self.open_image(record, name)
-        return (self.transform(image), False) if image is not None else (blank_pixels(self.transform), True)
-
-    def open_image(self, record: str, name: str) -> Image.Image | None:
-        """An image of a record. If it cannot be read: `UsageError` for `on_bad_image="fail"`, None otherwise."""
+        """The model's input for an image of a record, tower -> float[3, S, S], and whether the image is bad: then the
+        input is blank, or for `on_bad_image="fail"` a `UsageError`."""
         try:
-            return load_image(self.images, name)
+            image = load_image(self.images, name)
         except OSError as error:
             if self._on_bad_image == "fail":
                 raise UsageError(
                     f"Record {record}: {error} Fix the file, or skip such records with data.on_bad_image=skip."
                 ) from error
             log.warning("Record %s: %s (data.on_bad_image=%s)", record, error, self._on_bad_image)
-            return None
+            return blank_pixels(self.transform), True
+        return self.transform(image), False
 
 
 def blank_pixels(transform: Transform) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import shutil
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,7 @@ class PackedImages(ImageSource):
         return row if row < len(self._names) and self._names[row] == key else None
 
 
+@dataclass
 class PartialReader:
     """Reads byte ranges of a file. Can be pickled to other processes.
 
@@ -204,14 +206,13 @@ class PartialReader:
     whole file. The system's page cache serves all processes just as well.
     """
 
-    def __init__(self, path: Path):
-        self._path = path
-        self._descriptor: int | None = None
+    path: Path
+    _descriptor: int | None = field(default=None, init=False)
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes start..end of the file."""
         if self._descriptor is None:
-            self._descriptor = os.open(self._path, os.O_RDONLY)
+            self._descriptor = os.open(self.path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._descriptor)
         # Not seek and read, since forked processes share the file's position.
         return os.pread(self._descriptor, end - start, start)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prism_deco.config.schema import AS_TRAINED
+from prism_deco.config.registry import unknown
+from prism_deco.config.schema import AS_TRAINED, PROMPT
 from prism_deco.errors import UsageError
 from prism_deco.llms.encoding import Encoded, encode_segments, prompt_of
 from prism_deco.llms.hub import load_tokenizer
 from prism_deco.llms.own_template import OwnTemplate, own_template
-from prism_deco.llms.prompts import Message, PromptFormat, Segment, ask_segments, build_format
+from prism_deco.llms.prompts import PLAIN_TEMPLATE, Message, PlainFormat, PromptFormat, Segment, ask_segments
 from prism_deco.llms.spec import LLMSpec, check_ask
 
 _TRIAL = [{"role": "user", "content": "Is it red?"}, {"role": "assistant", "content": "Yes."}]
@@ -38,15 +39,28 @@ class LanguageModel:
         """The tokenizer; loaded on first use, so that planning a model needs no files.
 
         Raises:
-            UsageError: it cannot be found, or has more tokens than the model has embeddings.
+            UsageError: it cannot be found, lacks a special token of the YAML, or has more tokens than the model has
+                embeddings.
         """
-        tokenizer = load_tokenizer(self.spec)
-        _add_special_tokens(tokenizer, self.spec)
-        tokenizer.chat_template = self.spec.chat_template or own_template(tokenizer, self.spec.name)
+        spec = self.spec
+        tokenizer = load_tokenizer(spec)
+        known = tokenizer.get_vocab()
+        tokens: dict[str, Any] = dict(spec.special_tokens)
+        if not spec.added_tokens and tokens["pad_token"] not in known:
+            if tokenizer.unk_token is None:
+                raise UsageError(
+                    f"{spec.name}'s tokenizer has no unknown token to pad with: set recipe.added_tokens=true."
+                )
+            tokens["pad_token"] = tokenizer.unk_token
+        for role, token in tokens.items():
+            if token not in known and role != "pad_token":
+                raise UsageError(f"The tokenizer of {spec.name} has no {role} {token!r}. Is it the right tokenizer?")
+        tokenizer.add_special_tokens(tokens)
+        tokenizer.chat_template = spec.chat_template or own_template(tokenizer, spec.name)
         rows = self.embedding_rows
         if len(tokenizer) > rows:
             raise UsageError(
-                f"The tokenizer of {self.spec.name} has {len(tokenizer)} tokens, the model only {rows} embeddings: "
+                f"The tokenizer of {spec.name} has {len(tokenizer)} tokens, the model only {rows} embeddings: "
                 f"set llm.tokenizer_size={len(tokenizer)}, or use the tokenizer that belongs to the weights."
             )
         return tokenizer
@@ -88,14 +102,23 @@ class LanguageModel:
 
     @cached_property
     def prompt_format(self) -> PromptFormat:
-        """The format that `spec.prompt` names; `UsageError` if it cannot render an image, a question and an answer."""
+        """The format that `spec.prompt` names: "chat" (the LLM's template) or "plain" (LLaVA's alignment stage).
+
+        Raises:
+            UsageError: there is no such format, or it cannot render an image, a question and an answer.
+        """
         spec = self.spec
         options = (spec.special_tokens, spec.tokenize, spec.image_slot)
         chosen: PromptFormat
-        if not spec.chat_template and spec.prompt == "chat":
-            chosen = OwnTemplate(str(self.tokenizer.chat_template), *options, self.stop_tokens)
+        if spec.prompt not in PROMPT:
+            raise unknown("recipe.prompt", spec.prompt, PROMPT)
+        if spec.prompt == "plain":
+            # No text precedes the image, so every image slot is the one after BOS.
+            chosen = replace(PlainFormat(PLAIN_TEMPLATE, *options), image_slot="after_bos")
+        elif spec.chat_template:
+            chosen = PromptFormat(spec.chat_template, *options)
         else:
-            chosen = build_format(spec.prompt, spec.chat_template or "", *options)
+            chosen = OwnTemplate(str(self.tokenizer.chat_template), *options, self.stop_tokens)
         chosen.render(_TRIAL, num_images=1)
         return chosen
 
@@ -127,16 +150,3 @@ class LanguageModel:
             return self.encode([{"role": "user", "content": question}], num_images, add_generation_prompt=True)
         slot = self.prompt_format.image_slot
         return encode_segments(ask_segments(text, question, num_images, slot), self.tokenizer, "whole", slot)
-
-
-def _add_special_tokens(tokenizer: PreTrainedTokenizerBase, spec: LLMSpec) -> None:
-    known = tokenizer.get_vocab()
-    tokens: dict[str, Any] = dict(spec.special_tokens)
-    if not spec.added_tokens and tokens["pad_token"] not in known:
-        if tokenizer.unk_token is None:
-            raise UsageError(f"{spec.name}'s tokenizer has no unknown token to pad with: set recipe.added_tokens=true.")
-        tokens["pad_token"] = tokenizer.unk_token
-    for role, token in tokens.items():
-        if token not in known and role != "pad_token":
-            raise UsageError(f"The tokenizer of {spec.name} has no {role} {token!r}. Is it the right tokenizer?")
-    tokenizer.add_special_tokens(tokens)

@@ -49,7 +49,15 @@ def encode_segments(
         if chunk[0].image:
             encoded.image_slots.append(len(encoded.input_ids))
             continue
-        for token, segment in _tokens(chunk, tokenizer):
+        text = "".join(segment.text for segment in chunk)
+        # The template already contains the special tokens. `verbose` would warn about long texts, truncated later.
+        tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=len(chunk) > 1, verbose=False)
+        if len(chunk) == 1:
+            owners = chunk * len(tokens["input_ids"])
+        else:
+            of_characters = [segment for segment in chunk for _ in segment.text]
+            owners = [of_characters[max(end - 1, begin)] for begin, end in tokens["offset_mapping"]]
+        for token, segment in zip(tokens["input_ids"], owners, strict=True):
             if segment.header:
                 headers.append(len(encoded.input_ids))
             encoded.input_ids.append(token)
@@ -126,20 +134,6 @@ def _chunks(segments: Sequence[Segment], tokenize: str) -> Iterator[list[Segment
             continue
         for slot in chunk:
             yield [slot]
-
-
-def _tokens(chunk: Sequence[Segment], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, Segment]]:
-    """The token ids of one chunk, each with its segment."""
-    text = "".join(s.text for s in chunk)
-    # The template already contains the special tokens. `verbose` would warn about long texts, truncated later.
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=len(chunk) > 1, verbose=False)
-    if len(chunk) == 1:
-        for token in tokens["input_ids"]:
-            yield token, chunk[0]
-        return
-    owners = [segment for segment in chunk for _ in segment.text]
-    for token, (begin, end) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
-        yield token, owners[max(end - 1, begin)]
 
 
 def _keep(encoded: Encoded, kept: Sequence[int]) -> Encoded:

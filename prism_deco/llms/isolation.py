@@ -9,6 +9,7 @@ up embeddings, but visual tokens have no ids.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -51,15 +52,15 @@ def check_isolation(lm: PreTrainedModel, *, packing: bool, turn_mask: str, longe
     small, limit = _first_layers(lm, longest)
     if limit is not None:
         chosen = "chooses its rotary frequencies by the longest record of a batch"
-        _compare(small, _right_padded, chosen, f"Set recipe.max_positions={limit}")
+        _compare(small, partial(_padded, "right"), chosen, f"Set recipe.max_positions={limit}")
     apart = "does not compute the records or rounds of one row independently"
     if turn_mask == "block":
         _compare(small, _block_masked, apart, "Set recipe.turn_mask=causal")
     if packing:
         _compare(small, _packed, apart, "Set recipe.packing=false")
     _compare(small, _embedded, "uses token ids for more than their embeddings, and images have no token ids")
-    _compare(small, _right_padded, "gives different results for records padded on the right")
-    _compare(small, _left_padded, "gives different results for records padded on the left")
+    _compare(small, partial(_padded, "right"), "gives different results for records padded on the right")
+    _compare(small, partial(_padded, "left"), "gives different results for records padded on the left")
     _compare(small, _cached, "gives different results with a cache than without")
 
 
@@ -89,17 +90,17 @@ def _embedded(lm: PreTrainedModel, _: list[Tensor]) -> tuple[Tensor, Tensor]:
     return _hidden(lm, inputs_embeds=lm.get_input_embeddings()(tokens)), _hidden(lm, input_ids=tokens)
 
 
-def _right_padded(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """float[1, L, E] of the records, padded as in training, and of each alone."""
-    rows = pad_sequence([record[0] for record in records], batch_first=True)
-    together = zip(_hidden(lm, inputs_embeds=rows), _LENGTHS, strict=True)
-    return torch.cat([row[:length] for row, length in together])[None], _alone(lm, records)
-
-
-def _left_padded(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """float[1, L, E] of the records, padded as in evaluation, and of each alone."""
-    together = zip(_hidden(lm, **_on_the_left(records)), _LENGTHS, strict=True)
-    return torch.cat([row[-length:] for row, length in together])[None], _alone(lm, records)
+def _padded(side: str, lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """float[1, L, E] of the records, padded on the right as in training or on the left as in evaluation, and of each
+    alone."""
+    if side == "right":
+        inputs: dict[str, Any] = {"inputs_embeds": pad_sequence([record[0] for record in records], batch_first=True)}
+    else:
+        inputs = _on_the_left(records)
+    kept = []
+    for row, length in zip(_hidden(lm, **inputs), _LENGTHS, strict=True):
+        kept.append(row[:length] if side == "right" else row[-length:])
+    return torch.cat(kept)[None], _alone(lm, records)
 
 
 def _cached(lm: PreTrainedModel, records: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -162,20 +162,6 @@ class PlainFormat(PromptFormat):
         return [{"role": m["role"], "content": _neutral(m["content"]).replace(IMAGE_TAG, "")} for m in messages]
 
 
-def build_format(
-    prompt: str, template: str, special_tokens: Mapping[str, str], tokenize: str, image_slot: str
-) -> PromptFormat:
-    """The format called `prompt`: "chat" (the LLM's template) or "plain" (LLaVA's alignment stage)."""
-    formats = {
-        "chat": PromptFormat(template, special_tokens, tokenize, image_slot),
-        # No text precedes the image, so every image slot is the one after BOS.
-        "plain": PlainFormat(PLAIN_TEMPLATE, special_tokens, tokenize, "after_bos"),
-    }
-    if prompt not in formats:
-        raise unknown("recipe.prompt", prompt, formats)
-    return formats[prompt]
-
-
 def ask_segments(ask: str, question: str, num_images: int, image_slot: str) -> list[Segment]:
     """The segments of a prompt that differs from training.
 

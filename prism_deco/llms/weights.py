@@ -43,18 +43,30 @@ def load_lm(path: Path, config: PretrainedConfig | None, **options: Any) -> PreT
     if not path.exists():
         raise UsageError(f"llm.weights={path}: there is no such file or folder.")
     log.info("Loading the language model's weights from %s", path)
+    loader: Any = AutoModelForCausalLM
     if path.suffix == ".gguf":
-        return _from_pretrained(path, AutoModelForCausalLM, path.parent, gguf_file=path.name, **options)
-    if path.is_file():
+        folder = path.parent
+        options["gguf_file"] = path.name
+    elif path.is_file():
         if config is None:
             raise UsageError(
                 f"{path} does not hold its architecture: set llm.architecture, or give a folder with config.json."
             )
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        return _from_pretrained(path, model_class, None, config=config, state_dict=open_tensors(path), **options)
-    check_folder(path)
-    safe = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
-    return _from_pretrained(path, AutoModelForCausalLM, as_safetensors(path), **safe, **options)
+        loader, folder = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], None
+        options |= {"config": config, "state_dict": open_tensors(path)}
+    else:
+        check_folder(path)
+        folder = as_safetensors(path)
+        options |= {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+    try:
+        model, report = loader.from_pretrained(folder, output_loading_info=True, **options)
+    except _UNREADABLE as error:
+        raise UsageError(f"{path} cannot be loaded as a language model: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers would fill them with random numbers.
+        raise UsageError(f"{path} is missing {len(missing)} weights of the architecture, for example {missing[0]}.")
+    return model
 
 
 def check_folder(path: Path) -> None:
@@ -107,15 +119,3 @@ def _convert(folder: Path, shards: Sequence[Path], target: Path) -> None:
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
     for file in folder.glob("*config.json"):
         shutil.copy(file, target / file.name)
-
-
-def _from_pretrained(source: Path, loader: Any, folder: Path | None, **options: Any) -> PreTrainedModel:
-    try:
-        model, report = loader.from_pretrained(folder, output_loading_info=True, **options)
-    except _UNREADABLE as error:
-        raise UsageError(f"{source} cannot be loaded as a language model: {error}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        # transformers would fill them with random numbers.
-        raise UsageError(f"{source} is missing {len(missing)} weights of the architecture, for example {missing[0]}.")
-    return model

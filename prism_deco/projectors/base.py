@@ -24,6 +24,7 @@ class Projector(nn.Module):
         out_grid: grid of the visual tokens (height, width), row-major.
 
     Attributes:
+        num_tokens: number M of visual tokens handed to the LLM.
         scales: the numbers of visual tokens it is trained for, `num_tokens` first; usually no others.
     """
 
@@ -39,12 +40,8 @@ class Projector(nn.Module):
         self.out_dim = out_dim
         self.in_grid = in_grid
         self.out_grid = out_grid
-        self.scales: tuple[int, ...] = (out_grid[0] * out_grid[1],)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number M of visual tokens handed to the LLM."""
-        return self.out_grid[0] * self.out_grid[1]
+        self.num_tokens = out_grid[0] * out_grid[1]
+        self.scales: tuple[int, ...] = (self.num_tokens,)
 
     def project(self, features: Tensor) -> Tensor:
         """float[B, N, in_dim] -> float[B, M, out_dim]."""

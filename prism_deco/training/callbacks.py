@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import sys
+from dataclasses import dataclass, field
 from datetime import timedelta
 from time import monotonic, perf_counter
 from typing import Any
@@ -38,6 +39,7 @@ MAX_NEW_TOKENS = 32
 """Length limit of a sample answer, in tokens."""
 
 
+@dataclass(eq=False)
 class Recorder(Callback):
     """Records the metrics of each step and validation, and shows progress. Only rank 0 has one.
 
@@ -46,13 +48,10 @@ class Recorder(Callback):
     one terminal would overwrite each other's lines.
     """
 
-    def __init__(self, metrics: Metrics, loggers: Loggers, log_every: int):
-        self._metrics = metrics
-        self._loggers = loggers
-        self._log_every = log_every
-        self._bar: Progress | None = None
-        self._first_step = 0
-        self._started = self._logged = 0.0
+    metrics: Metrics
+    loggers: Loggers
+    log_every: int
+    _bar: Progress | None = field(default=None, init=False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._first_step = trainer.global_step
@@ -80,21 +79,21 @@ class Recorder(Callback):
             seconds = (now - self._started) / (step - self._first_step)
             left = timedelta(seconds=round(seconds * (total - step)))
             log.info("Step %d of %d: loss %.4f, %.2f s per step, %s left", step, total, loss, seconds, left)
-        if step % self._log_every == 0:
+        if step % self.log_every == 0:
             counts = {f"train/{name}": count for name, count in pl_module.counts.items() if count}
-            self._loggers.scalars(pl_module.last_step | pl_module.last_norms | counts, step)
-        self._metrics.append(step, pl_module.last_step)
+            self.loggers.scalars(pl_module.last_step | pl_module.last_norms | counts, step)
+        self.metrics.append(step, pl_module.last_step)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         log.info("Step %d of %d: val/loss %.4f", trainer.global_step, pl_module.total_steps, pl_module.val_loss)
         # metrics.jsonl comes last: a resumed run does not repeat a validation that is recorded there.
-        self._loggers.scalars({VAL_LOSS: pl_module.val_loss}, trainer.global_step)
-        self._metrics.append(trainer.global_step, {VAL_LOSS: pl_module.val_loss})
+        self.loggers.scalars({VAL_LOSS: pl_module.val_loss}, trainer.global_step)
+        self.metrics.append(trainer.global_step, {VAL_LOSS: pl_module.val_loss})
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any, status: str = "success") -> None:
         if self._bar:
             self._bar.stop()
-        self._loggers.close(status)
+        self.loggers.close(status)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module, "failed")
@@ -138,6 +137,7 @@ class SampleAnswers(Callback):
                 self._loggers.sample(f"val/sample_{row}", image, texts, trainer.global_step)
 
 
+@dataclass(eq=False)
 class SpeedMonitor(Callback):
     """Logs the following every `log_every` optimizer steps, averaged over these steps and summed over devices:
 
@@ -149,21 +149,20 @@ class SpeedMonitor(Callback):
 
     Validation time is excluded.
 
-    Args:
+    Attributes:
         flops: costs of the model (`plan.flops.training_flops`); None leaves out the utilisation.
         loggers: None on all ranks but 0.
     """
 
-    def __init__(self, flops: TrainingFlops | None, log_every: int, loggers: Loggers | None):
-        self._flops = flops
-        self._log_every = log_every
-        self._loggers = loggers
-        self._start = self._last_end = self._paused = 0.0
-        self._waited = 0.0
-        self._counts = torch.zeros(5, dtype=torch.float64)  # records, images, positions, squared lengths, targets
+    flops: TrainingFlops | None
+    log_every: int
+    loggers: Loggers | None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restart()
+        """Begins to measure `log_every` steps."""
+        self._start = self._last_end = perf_counter()
+        self._waited = 0.0
+        self._counts = torch.zeros(5, dtype=torch.float64)  # records, images, positions, squared lengths, targets
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -177,9 +176,9 @@ class SpeedMonitor(Callback):
         pairs = sum(length**2 for length in batch.lengths)
         counts = [batch.records, images, sum(batch.lengths), pairs, batch.num_targets]
         self._counts += torch.tensor(counts, dtype=torch.float64)
-        if trainer.global_step % self._log_every == 0:
+        if trainer.global_step % self.log_every == 0:
             self._log(trainer, pl_module.device)
-            self._restart()
+            self.on_train_start(trainer, pl_module)
         self._last_end = perf_counter()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -189,11 +188,6 @@ class SpeedMonitor(Callback):
         pause = perf_counter() - self._paused
         self._start += pause
         self._last_end += pause
-
-    def _restart(self) -> None:
-        self._start = self._last_end = perf_counter()
-        self._waited = 0.0
-        self._counts = torch.zeros_like(self._counts)
 
     def _log(self, trainer: pl.Trainer, device: torch.device) -> None:
         seconds = max(perf_counter() - self._start, 1e-9)
@@ -207,11 +201,11 @@ class SpeedMonitor(Callback):
             "train/memory_gib": _memory(device) / GIB,
         }
         peak = peak_flops(device)
-        if peak is not None and self._flops is not None:
-            done = self._flops.step(images=images, positions=positions, pairs=pairs, targets=targets)
+        if peak is not None and self.flops is not None:
+            done = self.flops.step(images=images, positions=positions, pairs=pairs, targets=targets)
             values["train/mfu"] = done / (seconds * peak * trainer.world_size)
-        if self._loggers:
-            self._loggers.scalars(values, trainer.global_step)
+        if self.loggers:
+            self.loggers.scalars(values, trainer.global_step)
 
 
 def _distinct_images(records: Records, count: int) -> list[int]:

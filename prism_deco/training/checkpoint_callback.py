@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch.optim import Optimizer
 from prism_deco.errors import UsageError
 from prism_deco.exits import Interrupted, Preempted, Preemption
 from prism_deco.training.checkpoints import (
-    CHECKPOINTS,
     MODEL,
     Checkpoint,
     checkpoint_name,
@@ -35,41 +35,33 @@ log = logging.getLogger(__name__)
 OPTIMIZER = "optimizer."
 
 
+@dataclass(eq=False)
 class Checkpointing(Callback):
     """Saves every `trainer.checkpoint_every` steps, after the best validation, at the end, and when asked to stop.
 
-    Args:
-        folder: the run's folder.
+    Attributes:
+        folder: the run's `checkpoints`.
         resume: the checkpoint to resume from, if any.
         metrics: the run's metrics so far; None on all ranks but 0.
         settings: the `trainer` group of the configuration.
         about: description of the run, stored in each checkpoint (`manifest.provenance`).
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        resume: Checkpoint | None,
-        metrics: Metrics | None,
-        settings: DictConfig,
-        about: Mapping[str, Any],
-        preemption: Preemption,
-    ):
-        self._folder = folder / CHECKPOINTS
-        self._resume = resume
-        self._metrics = metrics
-        self._settings = settings
-        self._about = about
-        self._preemption = preemption
+    folder: Path
+    resume: Checkpoint | None
+    metrics: Metrics | None
+    settings: DictConfig
+    about: Mapping[str, Any]
+    preemption: Preemption
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self._resume is None:
+        if self.resume is None:
             return
         module: TrainingModule = pl_module
-        step = self._resume.step
-        optimizer, schedule = _optimization(trainer)
-        restore_tensors(self._resume, module.vlm, optimizer)
-        saved = self._resume.content
+        step = self.resume.step
+        optimizer, schedule = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
+        restore_tensors(self.resume, module.vlm, optimizer)
+        saved = self.resume.content
         schedule.load_state_dict(saved["schedule"]["scheduler"])
         for group, rate in zip(optimizer.param_groups, saved["schedule"]["lr"], strict=True):
             group["lr"] = rate
@@ -79,19 +71,19 @@ class Checkpointing(Callback):
         # The process may have ended between this step and its validation: run that now. A later hook is too late: after
         # the last step Lightning has nothing left to train and calls none.
         validates = trainer.limit_val_batches and step % int(trainer.val_check_interval or 1) == 0
-        missing = self._metrics is not None and step not in self._metrics.validated
+        missing = self.metrics is not None and step not in self.metrics.validated
         if validates and trainer.strategy.broadcast(missing):
             run_validation(trainer)
         # It may also have ended before it removed superseded checkpoints.
         self._prune()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._preemption.claim()  # Lightning installs its signal handlers after `on_fit_start`
+        self.preemption.claim()  # Lightning installs its signal handlers after `on_fit_start`
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         module: TrainingModule = pl_module
         step = trainer.global_step
-        every = self._settings.checkpoint_every
+        every = self.settings.checkpoint_every
         interval = max(1, round(every * module.total_steps)) if every < 1 else int(every)
         if step % interval == 0 or step == module.total_steps or module.stop:
             self._save(trainer, module)
@@ -104,46 +96,42 @@ class Checkpointing(Callback):
         """Stops a validation when asked to, since it may outlast a scheduler's grace period. The resumed run repeats
         it."""
         module: TrainingModule = pl_module
-        asked = self._preemption.requested
+        asked = self.preemption.requested
         flags = torch.tensor([asked is not None, asked is Interrupted], dtype=torch.float64, device=module.device)
-        preempted, interrupted = module.all_reduce_sum(flags).tolist()
+        total: Any = trainer.strategy.reduce(flags, reduce_op="sum")
+        preempted, interrupted = total.tolist()
         if preempted:
             module.stop = Interrupted if interrupted else Preempted
             self.on_train_batch_end(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        is_best = self._metrics is not None and self._metrics.best == trainer.global_step
+        is_best = self.metrics is not None and self.metrics.best == trainer.global_step
         if trainer.strategy.broadcast(is_best):
             self._save(trainer, pl_module)
 
     def _save(self, trainer: pl.Trainer, module: TrainingModule) -> None:
-        optimizer, schedule = _optimization(trainer)
+        optimizer = trainer.optimizers[0]
         step = trainer.global_step
         content = {
             "schedule": {
-                "scheduler": schedule.state_dict(),
+                "scheduler": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
                 "lr": [group["lr"] for group in optimizer.param_groups],
             },
             "counts": module.counts,
             "bad_rows": sorted(module.bad_rows),
-            **self._about,
+            **self.about,
         }
-        if not (self._folder / checkpoint_name(step)).is_dir():
+        if not (self.folder / checkpoint_name(step)).is_dir():
             log.info("Saving %s", checkpoint_name(step))
-        if self._metrics:
-            self._metrics.sync()
+        if self.metrics:
+            self.metrics.sync()
         reshard(module.vlm)
-        save_checkpoint(self._folder, step, checkpoint_tensors(module.vlm, optimizer), content)
+        save_checkpoint(self.folder, step, checkpoint_tensors(module.vlm, optimizer), content)
         self._prune()
 
     def _prune(self) -> None:
-        if self._metrics:
-            prune_checkpoints(self._folder, self._settings.keep_checkpoints, self._metrics.best)
-
-
-def _optimization(trainer: pl.Trainer) -> tuple[Optimizer, Any]:
-    """The optimizer and its learning-rate scheduler."""
-    return trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
+        if self.metrics:
+            prune_checkpoints(self.folder, self.settings.keep_checkpoints, self.metrics.best)
 
 
 def model_tensors(vlm: VLM) -> dict[str, Tensor]:

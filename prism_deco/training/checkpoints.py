@@ -41,7 +41,7 @@ _HINT = (
 )
 _FILE = "rank_{:05d}.safetensors"
 _BUILDING, _REMOVING = ".building-", ".removing-"
-_NAME = re.compile(r"step_(\d{6,})")
+_NAME = re.compile(r"step_\d{6,}")
 
 
 def checkpoint_name(step: int) -> str:
@@ -49,22 +49,15 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def step_of(folder: Path) -> int:
-    """Optimizer steps taken when a checkpoint was saved, from the folder's name."""
-    match = _NAME.fullmatch(folder.name)
-    assert match, folder
-    return int(match[1])
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and (path / INDEX).is_file()]
-    return sorted(found, key=step_of)
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the most steps."""
-    return max(list_checkpoints(folder), key=step_of, default=None)
+    return next(reversed(list_checkpoints(folder)), None)
 
 
 def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Path:
@@ -188,8 +181,9 @@ class Checkpoint:
 
 def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
     """Removes all but the newest `keep` checkpoints and the one after `best` steps."""
+    kept = None if best is None else checkpoint_name(best)
     for path in list_checkpoints(folder)[:-keep]:
-        if step_of(path) != best:
+        if path.name != kept:
             # Renamed first, so that a partly removed folder has no valid name.
             removing = path.with_name(f"{_REMOVING}{path.name}")
             path.rename(removing)

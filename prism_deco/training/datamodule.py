@@ -6,7 +6,6 @@ import logging
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -32,6 +31,10 @@ class Conversations(pl.LightningDataModule):
     Args:
         vlm, llm: the model for which images and text are prepared; may be on the meta device.
 
+    Attributes:
+        available_steps: optimizer steps of all epochs.
+        total_steps: optimizer steps of the whole run, at most `recipe.max_steps`.
+
     Raises:
         UsageError: a record is malformed and `data.on_bad_record` is "fail", or no record is left to train on.
     """
@@ -55,6 +58,7 @@ class Conversations(pl.LightningDataModule):
         )
         self.population = Population(self.train_records.words, self.train_records.has_image)
         self.available_steps = len(self._sampler())
+        self.total_steps = min(self.available_steps, config.recipe.max_steps or self.available_steps)
         self._workers = 0
 
     def check(self) -> None:
@@ -84,12 +88,6 @@ class Conversations(pl.LightningDataModule):
                 self.available_steps,
             )
 
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        most = self._config.recipe.max_steps
-        return self.available_steps if most is None else min(self.available_steps, most)
-
     def train_dataloader(self) -> DataLoader[Step]:
         trainer = self.trainer
         assert trainer is not None
@@ -104,10 +102,6 @@ class Conversations(pl.LightningDataModule):
         size = self.collate.micro_batch_size
         batches = in_order(len(self.val_records), size, trainer.global_rank, trainer.world_size)
         return build_loader(self.val_examples, self.collate, batches, num_workers=self._workers)
-
-    def transfer_batch_to_device(self, batch: Step, device: torch.device, dataloader_idx: int) -> Step:
-        batch.batches = [b.to(device, non_blocking=True) for b in batch.batches]
-        return batch
 
     def sample_pixels(self, count: int) -> dict[str, Tensor]:
         """Per tower float[I, 3, S, S]: the images of up to `count` training records, evenly spaced."""

@@ -61,13 +61,16 @@ def _run(config: Any, scoring: Scoring | None, overwrite: bool, force: bool) -> 
     # Handle signals only once the process group exists: joining it does not react to them.
     with world.joined(), preemption.watched(), ExitStack() as held:
         import_plugins(config.plugins)
-        target, data = _prepare(config, scoring, world, held, overwrite=overwrite, force=force)
+        opened: list[Conversations] = []
+        target, config.trainer.activation_checkpointing = world.decide(
+            lambda: _prepare(config, scoring, world, held, opened, overwrite=overwrite, force=force)
+        )
         if target.state == "done":
             scoring = world.decide(lambda: _added(config, target, scoring))
             if scoring is None:
                 return 0
         if target.state == "train":
-            train(config, data, target, world, preemption)
+            train(config, opened[0] if opened else None, target, world, preemption)
         if preemption.requested:
             raise preemption.requested("stopped before scoring")
         if scoring is not None:
@@ -81,23 +84,30 @@ def _run(config: Any, scoring: Scoring | None, overwrite: bool, force: bool) -> 
 
 
 def _prepare(
-    config: DictConfig, scoring: Scoring | None, world: World, held: ExitStack, *, overwrite: bool, force: bool
-) -> tuple[RunTarget, Conversations | None]:
-    """Checks all preconditions, then creates or opens the run's folder, on rank 0 for all. Returns the folder, and on
-    rank 0 the data that the checks opened."""
-    data: Conversations | None = None
+    config: DictConfig,
+    scoring: Scoring | None,
+    world: World,
+    held: ExitStack,
+    opened: list[Conversations],
+    *,
+    overwrite: bool,
+    force: bool,
+) -> tuple[RunTarget, str]:
+    """Checks all preconditions, then creates or opens the run's folder; called on rank 0, for all.
 
-    def prepare() -> tuple[RunTarget, str]:
-        nonlocal data
-        found = find_run(config, overwrite=overwrite)
-        if found.state == "train":
-            data = check_all(config, world, scoring=scoring, resume=found.checkpoint, force=force)
-        target = open_run(config, found, held)
-        clear_failures(target.folder)
-        return target, config.trainer.activation_checkpointing
+    Args:
+        held: keeps the lock of the folder until it is closed.
+        opened: receives the data that the checks opened, which stay on rank 0.
 
-    target, config.trainer.activation_checkpointing = world.decide(prepare)
-    return target, data
+    Returns:
+        The folder, and the value of `trainer.activation_checkpointing`.
+    """
+    found = find_run(config, overwrite=overwrite)
+    if found.state == "train":
+        opened.append(check_all(config, world, scoring=scoring, resume=found.checkpoint, force=force))
+    target = open_run(config, found, held)
+    clear_failures(target.folder)
+    return target, config.trainer.activation_checkpointing
 
 
 def _added(config: DictConfig, target: RunTarget, scoring: Scoring | None) -> Scoring | None:

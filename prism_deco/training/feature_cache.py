@@ -41,7 +41,7 @@ class CachedExamples(Examples):
     def read_image(self, record: str, name: str) -> tuple[dict[str, Tensor], bool]:
         unreadable = name in self._unreadable
         if unreadable:
-            self.open_image(record, name)  # fails again, and so applies `data.on_bad_image`
+            super().read_image(record, name)  # fails again, and so applies `data.on_bad_image`
         return {TOWER: self.features(name)}, unreadable
 
     def features(self, name: str) -> Tensor:

@@ -58,7 +58,7 @@ def model_folder(run: Path) -> Path:
 
 def save_model(
     folder: Path, config: DictConfig, vlm: VLM, llm: LanguageModel, *, read: Callable[[Tensor], Tensor] = full
-) -> None:
+) -> str:
     """Writes the model, the tokenizer and the configuration.
 
     Of frozen pretrained weights (tower or LLM, also under adapters) only the SHA-256 is written. Adapters go to folders
@@ -68,6 +68,9 @@ def save_model(
 
     Args:
         read: returns the values to write for a tensor of the model.
+
+    Returns:
+        `trained_sha256` of the folder; empty on other ranks than 0.
     """
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     names_llm = config.llm.pretrained and not tuning(config.recipe.lm).base
@@ -75,7 +78,11 @@ def save_model(
     weights: dict[str, Tensor] = {}
     tower: dict[str, Tensor] = {}
     adapters: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _distinct(vlm).items():
+    state = vlm.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in reversed(state.items())}
+    for name, tensor in state.items():
+        if first[id(tensor)] != name:
+            continue  # tied tensors are written once, under the first of their names
         if is_adapter(name):
             part, _, own = name.partition(".")
             adapters.setdefault(part, {})[own] = read(tensor).to(adapter_dtype(config))
@@ -91,15 +98,15 @@ def save_model(
     digests = {}
     for name, tensors in parts.items():
         digests[name] = write_safetensors(folder / name if is_main else None, tensors, read=read)
-    if is_main:
-        describe_parts(folder, config, vlm, llm)
-        if names_llm:
-            write_json(folder / BASE_RECORD, weights_record(llm.spec))
-        for part, tensors in adapters.items():
-            save_lora(vlm.get_submodule(part), folder / ADAPTERS[part], tensors)
-        write_sums(folder, digests)
-    else:
+    if not is_main:
         vlm.backbone.sha256()  # takes part in gathering what rank 0 hashes in `describe_parts`
+        return ""
+    describe_parts(folder, config, vlm, llm)
+    if names_llm:
+        write_json(folder / BASE_RECORD, weights_record(llm.spec))
+    for part, tensors in adapters.items():
+        save_lora(vlm.get_submodule(part), folder / ADAPTERS[part], tensors)
+    return trained_sha256(write_sums(folder, digests))
 
 
 def adapter_dtype(config: DictConfig) -> torch.dtype:
@@ -256,8 +263,8 @@ def load_weights(
                 fill_buffers(part)
 
 
-def write_sums(folder: Path, known: Mapping[str, str]) -> None:
-    """Writes `SHA256SUMS`; call this after the other files are written.
+def write_sums(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
+    """Writes `SHA256SUMS` and returns its content; call this after the other files are written.
 
     Args:
         known: checksums that are known already, by file name.
@@ -268,6 +275,7 @@ def write_sums(folder: Path, known: Mapping[str, str]) -> None:
         if path.suffix in _SUFFIXES and name not in digests:
             digests[name] = file_sha256(path)
     write_whole(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())))
+    return digests
 
 
 def verify_model(folder: Path) -> None:
@@ -279,17 +287,18 @@ def verify_model(folder: Path) -> None:
     if not (folder / SUMS).is_file():
         log.info("%s has no checksums and is not verified", folder)
         return
-    digests = _read_sums(folder)
+    digests = read_sums(folder)
     hint = "Restore the folder from a copy, or write the model again from a checkpoint (prism-deco export)."
     verify_sha256(folder, digests, folder / SUMS, hint)
     manifest = folder.parent / "manifest.json"
     if folder.name == "model" and manifest.is_file():
         trained = read_json(manifest).get("model_sha256")
-        if trained not in (None, trained_sha256(folder)):
+        if trained not in (None, trained_sha256(digests)):
             raise UsageError(f"{folder} is not the model that the run trained: {manifest} names another. {hint}")
 
 
-def _read_sums(folder: Path) -> dict[str, str]:
+def read_sums(folder: Path) -> dict[str, str]:
+    """The checksums in `SHA256SUMS`, by file name."""
     digests = {}
     for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
         digest, _, name = line.partition("  ")
@@ -297,9 +306,9 @@ def _read_sums(folder: Path) -> dict[str, str]:
     return digests
 
 
-def trained_sha256(folder: Path) -> str:
-    """SHA-256 of the weights that `save_model` wrote; with adapters, the SHA-256 of both files' hashes."""
-    digests = _read_sums(folder)
+def trained_sha256(digests: Mapping[str, str]) -> str:
+    """SHA-256 of the weights that `save_model` wrote, from a folder's checksums by file name; with adapters, the
+    SHA-256 of both files' hashes."""
     hashes = [digests[name] for name in _TRAINED if name in digests]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
@@ -308,10 +317,3 @@ def _transform(vlm: VLM) -> dict[str, Any]:
     """How an image is prepared for each tower, as JSON."""
     towers = {name: asdict(tower) for name, tower in vlm.backbone.transform.towers.items()}
     return json.loads(json.dumps(towers))
-
-
-def _distinct(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; tied ones once, under the first of their names."""
-    state = module.state_dict(keep_vars=True)
-    first = {id(tensor): name for name, tensor in reversed(state.items())}
-    return {name: tensor for name, tensor in state.items() if first[id(tensor)] == name}

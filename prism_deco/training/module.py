@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from prism_deco.data.loader import Step
@@ -19,7 +19,7 @@ from prism_deco.distributed import gather_objects
 from prism_deco.exits import Interrupted, NonFinite, Preempted
 from prism_deco.training.lightning_internals import count_skipped_step
 from prism_deco.training.nonfinite import diagnose
-from prism_deco.training.optim import adamw, clip_gradients, grad_norm, warmup_cosine
+from prism_deco.training.optim import adamw, grad_norm, warmup_cosine
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,8 @@ class TrainingModule(pl.LightningModule):
         }
         if math.isfinite(step_loss + step_norm):
             # Not clipped earlier: a NaN norm would make all gradients NaN, and `diagnose` looks at them.
-            clip_gradients(self.vlm.parameters(), self.recipe.grad_clip, norm)
+            if self.recipe.grad_clip > 0:
+                nn.utils.clip_grads_with_norm_(self.vlm.parameters(), self.recipe.grad_clip, norm)
             optimizer.step()
         else:
             self._handle_nonfinite(batch)
@@ -162,7 +163,7 @@ class TrainingModule(pl.LightningModule):
             interrupted=asked is Interrupted,
         )
         counted = torch.tensor(counts, dtype=torch.float64).to(self.device, non_blocking=True)
-        return _Totals(*self.all_reduce_sum(counted))
+        return _Totals(*self.trainer.strategy.reduce(counted, reduce_op="sum"))
 
     def _accumulate(self, step: Step, totals: _Totals) -> Tensor:
         """Runs the forward and backward passes; returns the loss of the step over all ranks, float[]."""
@@ -181,7 +182,7 @@ class TrainingModule(pl.LightningModule):
             self.manual_backward(share)
             total += share.detach()
         # Like the gradients, the ranks' losses were scaled such that their mean is the loss over all ranks.
-        return self.all_reduce_sum(total) / size
+        return self.trainer.strategy.reduce(total, reduce_op="sum") / size
 
     def _seed_step(self) -> None:
         """Makes dropout a function of seed, step and rank, so that checkpoints need no generator state."""
@@ -199,10 +200,6 @@ class TrainingModule(pl.LightningModule):
         self.counts["steps_skipped"] += 1
         log.warning("Skipped %s", message)
 
-    def all_reduce_sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks."""
-        return cast(Tensor, self.trainer.strategy.reduce(value, reduce_op="sum"))
-
     def on_validation_epoch_start(self) -> None:
         self._validation = torch.zeros(2, dtype=torch.float64, device=self.device)
 
@@ -213,5 +210,6 @@ class TrainingModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         # Every rank takes part, even one with filler batches only: the mean is over the tokens of all ranks.
-        total, count = self.all_reduce_sum(self._validation)
+        sums: Any = self.trainer.strategy.reduce(self._validation, reduce_op="sum")
+        total, count = sums
         self.val_loss = (total / count.clamp(min=1)).float().item()

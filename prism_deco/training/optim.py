@@ -79,9 +79,3 @@ def warmup_cosine(optimizer: AdamW, total_steps: int, warmup_ratio: float, round
 def grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     """The global L2 norm of the gradients, float[]; of sharded ones over all processes."""
     return full(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: torch.Tensor) -> None:
-    """Scales gradients, whose `grad_norm` is `norm`, down to `max_norm`; 0 does not clip."""
-    if max_norm > 0:
-        nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], max_norm, norm)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from pytorch_lightning.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 
 from prism_deco.data.loader import Example
 from prism_deco.data.records import Record
@@ -32,7 +32,7 @@ from prism_deco.sequence import Batch
 from prism_deco.tensors import is_adapter
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.model_folder import adapter_dtype, load_model, save_model
-from prism_deco.training.optim import adamw, clip_gradients, grad_norm
+from prism_deco.training.optim import adamw, grad_norm
 from prism_deco.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,8 @@ class _Checks:
                     loss.backward()
             if step == 0:
                 self._check_gradients()
-            clip_gradients(vlm.parameters(), recipe.grad_clip, grad_norm(vlm.parameters()))
+            if recipe.grad_clip > 0:
+                nn.utils.clip_grad_norm_(vlm.parameters(), recipe.grad_clip)
             optimizer.step()
         after = sum(self._losses(batches)) / targets
         found = f"{STEPS} steps at recipe.lr={recipe.lr} change the loss of {len(self.examples)} records"

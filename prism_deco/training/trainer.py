@@ -34,14 +34,14 @@ from prism_deco.processes import clear_failures, failure_recorded
 from prism_deco.training.board import Loggers
 from prism_deco.training.callbacks import Recorder, SampleAnswers, SpeedMonitor
 from prism_deco.training.checkpoint_callback import Checkpointing
-from prism_deco.training.checkpoints import Checkpoint
+from prism_deco.training.checkpoints import CHECKPOINTS, Checkpoint
 from prism_deco.training.compiling import compile_layers
 from prism_deco.training.datamodule import Conversations
 from prism_deco.training.feature_cache import build_caches, cached
 from prism_deco.training.init_from import find_start, start_from, takes_llm
 from prism_deco.training.lightning_internals import fit
 from prism_deco.training.manifest import build_manifest, check_owner, provenance
-from prism_deco.training.model_folder import save_model, trained_sha256, verify_model
+from prism_deco.training.model_folder import save_model, verify_model
 from prism_deco.training.module import TrainingModule
 from prism_deco.training.preflight import preflight
 from prism_deco.training.progress import Metrics, read_status, set_status
@@ -129,13 +129,13 @@ def _train(
         callbacks.append(SampleAnswers(llm, data, config.trainer.samples, loggers))
     if metrics and loggers:
         callbacks.append(Recorder(metrics, loggers, config.trainer.log_every))
-    callbacks.append(Checkpointing(target.folder, resume, metrics, config.trainer, about, preemption))
+    callbacks.append(Checkpointing(target.folder / CHECKPOINTS, resume, metrics, config.trainer, about, preemption))
     trainer = _lightning_trainer(config, world, data, callbacks)
     with preemption.at_boundaries():
         with cached(vlm, data, caches) if caches else nullcontext(), half_precision_tower(vlm, config.trainer):
             fit(trainer, module, data)
             reshard(vlm)
-        save_model(target.folder / "model", config, vlm, llm)
+        model_sha256 = save_model(target.folder / "model", config, vlm, llm)
         if world.is_main:
             manifest = build_manifest(
                 config,
@@ -146,7 +146,7 @@ def _train(
                 input_changes=about["input_changes"],
                 devices=world.size,
                 feature_caches=[cache.digest for cache in caches if cache.names],
-                model_sha256=trained_sha256(target.folder / "model"),
+                model_sha256=model_sha256,
             )
             write_json(target.folder / "manifest.json", manifest)
 

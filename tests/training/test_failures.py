@@ -222,7 +222,7 @@ def test_what_an_earlier_start_said_is_forgotten_before_this_one_listens(start, 
     assert "loss or gradient not finite" in (told / "failure.json").read_text()
     config = read_config(tmp_path / "run" / "config.yaml")
     with ExitStack() as held:
-        target, _ = _prepare(config, None, World(), held, overwrite=False, force=False)
+        target, _ = _prepare(config, None, World(), held, [], overwrite=False, force=False)
         assert target.state == "train"
     assert not told.exists()
 
