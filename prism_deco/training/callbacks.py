@@ -52,6 +52,9 @@ class Recorder(Callback):
     loggers: Loggers
     log_every: int
     _bar: Progress | None = field(default=None, init=False)
+    _first_step: int = field(default=0, init=False)
+    _started: float = field(default=0.0, init=False)
+    _logged: float = field(default=0.0, init=False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._first_step = trainer.global_step
@@ -157,12 +160,19 @@ class SpeedMonitor(Callback):
     flops: TrainingFlops | None
     log_every: int
     loggers: Loggers | None
+    # A resumed run may validate before it starts to train.
+    _start: float = field(default=0.0, init=False)
+    _last_end: float = field(default=0.0, init=False)
+    _paused: float = field(default=0.0, init=False)
+    _waited: float = field(default=0.0, init=False)
+    _counts: torch.Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.float64), init=False)
+    """Records, images, positions, squared lengths and targets."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins to measure `log_every` steps."""
         self._start = self._last_end = perf_counter()
         self._waited = 0.0
-        self._counts = torch.zeros(5, dtype=torch.float64)  # records, images, positions, squared lengths, targets
+        self._counts = torch.zeros_like(self._counts)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
