@@ -54,10 +54,10 @@ class Batch:
             rows, positions = (self.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
             self.targets = rows * self.labels.shape[1] + positions + 1
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device (Lightning calls this). Page-locked memory is copied to a GPU in the
         background."""
-        non_blocking = device.type == "cuda"
+        non_blocking = torch.device(device).type == "cuda"
         return Batch(**tree_map_only(Tensor, lambda value: value.to(device, non_blocking=non_blocking), vars(self)))
 
     def pin_memory(self) -> Batch:

@@ -127,7 +127,7 @@ class OpenClipTrunk(Trunk):
 
     def __init__(self, vit: nn.Module, model: str, layers: Sequence[int]):
         super().__init__(vit, model, layers)
-        self.image_size = self.vit.image_size[0]
+        self.image_size = cast(tuple[int, int], self.vit.image_size)[0]
         self.grid = self.vit.grid_size
         self.patch_size = cast(tuple[int, int], self.vit.patch_size)[0]
         self.embed_dim = self.vit.class_embedding.shape[0] * len(self.taps)
