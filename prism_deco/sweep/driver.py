@@ -89,6 +89,7 @@ class Driver:
         for cell in self.cells.values():
             self._resume(cell)
         with self._interruptible():
+            # After an interrupt nothing is started, but the cells that run are waited for.
             while self.active or (self.queue and not self.interrupts):
                 self._start()
                 self._heed_interrupts()
@@ -97,6 +98,7 @@ class Driver:
                     self.live.update(render(self.ledger, self.cells), refresh=True)
                 time.sleep(POLL)
         if self.interrupts:
+            # Only here, after all cells have ended and the former signal handlers are back.
             raise KeyboardInterrupt
         return all(self.ledger.entries[name].state == "done" for name in self.cells)
 
@@ -108,6 +110,7 @@ class Driver:
             if handle is not None:
                 self.active.append(_Attempt(cell, handle, Heartbeat(*self._places(cell)), None, entry.seconds))
                 return
+        # It may have finished without a driver. All other states are tried again.
         if read_status(self.ledger.folder / cell.id).get("state") == "done":
             if entry.state != "done":
                 self._record(entry, "done", reason=None, log_tail="", job=None)
@@ -134,6 +137,7 @@ class Driver:
     def _heed_interrupts(self) -> None:
         if self.interrupts > self._heeded:
             self._heeded = self.interrupts
+            # The first interrupt lets the cells save, the next one kills them.
             once = self.interrupts == 1
             log.warning("Stopping %d cells%s", len(self.active), "; interrupt again to kill them" if once else " now")
             for attempt in self.active:
@@ -165,6 +169,7 @@ class Driver:
         if attempt.hung and outcome.state != "done":
             outcome = Outcome("failed", f"hung: no activity for {self.timeout:.0f} s")
         elif self.interrupts and code > 128:
+            # Killed by the second interrupt, or at the end of its grace period: stopped by the user, not failed.
             outcome = Outcome("preempted", None)
         entry.seconds = round(attempt.spent + time.monotonic() - attempt.began, 1)
         entry.log_tail = tail(log_file) if outcome.state in ("failed", "out_of_memory") else ""
@@ -184,6 +189,7 @@ class Driver:
         If the loss is a mean over micro-batches, this changes its weights; the report then refuses to put the cell into
         one table with others, unless asked.
         """
+        # The size of the attempt that has just ended.
         size = OmegaConf.merge(cell.config, OmegaConf.from_dotlist(entry.adjusted)).recipe.micro_batch_size
         if entry.adjusted or self.interrupts or size == 1:
             reason = f"at {MICRO_BATCH}={size}: {outcome.reason or 'out of memory'}"
@@ -225,5 +231,6 @@ class Driver:
 
         with contextlib.ExitStack() as stack:
             for number in (signal.SIGINT, signal.SIGTERM):
+                # The inner call installs the handler and returns the former one, which the stack puts back at the end.
                 stack.callback(signal.signal, number, signal.signal(number, interrupt))
             yield

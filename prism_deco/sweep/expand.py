@@ -91,12 +91,14 @@ def expand(spec: Spec) -> list[SweepCell]:
 
 def cell_id(row: SweepRow, values: Mapping[str, str]) -> str:
     """A short, readable, stable folder name: `B1-avgpool-seed7`."""
+    # A label that is only a switch (`true`) is shown by its key.
     parts = [key.rpartition(".")[2] if label is True else _slug(str(label)) for key, label in row.labels.items()]
     for key, value in values.items():
         # A choice speaks for itself (`avgpool`); another value needs its key (`seed7`).
         parts.append(_slug(value) if key in GROUPS else key.rpartition(".")[2] + _slug(value))
     name = "-".join(part for part in parts if part)
     if len(name) > LONGEST_ID:
+        # 9 characters for the hyphen and the digest, which keeps cut names distinct.
         name = f"{name[: LONGEST_ID - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return name
 
@@ -106,10 +108,12 @@ def _slug(text: str) -> str:
 
 
 def _settings(spec: Spec, grid: RunGrid, row: SweepRow, values: Mapping[str, str]) -> dict[str, str]:
+    # From general to specific, so that the specific ones win.
     settings = {**grid.settings, **row.settings, **values}
     for choice, more in spec.choices.items():
         key, _, value = choice.partition("=")
         if settings.get(key) == value:
+            # Settings that go with a choice are only defaults: what the sweep sets itself wins.
             settings = more | settings
     return settings
 
@@ -121,4 +125,5 @@ def _label(key: str, value: str, config: DictConfig) -> Any:
     composed = OmegaConf.select(config, key)
     # Keys of a single stage (align.recipe.lr) are not in the configuration of the last one.
     label = parse_value(key, value) if composed is None else composed
+    # A list or a mapping is shown as it was written.
     return value if OmegaConf.is_config(label) or isinstance(label, dict | list | tuple) else label

@@ -32,6 +32,7 @@ RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "G
 
 def train_command(folder: Path, entry: LedgerEntry) -> list[str]:
     """The command line of a cell."""
+    # Of two values for one key, `train` takes the last: a retry's settings replace the cell's own.
     settings = [*entry.overrides, *entry.adjusted, f"runs_dir={folder}", f"run_id={entry.id}"]
     return [sys.executable, "-m", "prism_deco.cli", "train", *DEFAULTS, *settings]
 
@@ -61,6 +62,8 @@ def start_supervised(
 ) -> subprocess.Popen[bytes]:
     """Starts a command under `supervisor.py`; closing the supervisor's standard input stops the command."""
     # Isolated mode (-I): neither the script's folder nor PYTHON* variables affect the supervisor's imports.
+    # A session of its own keeps the terminal's Ctrl-C away from it. The pipe is unbuffered: each word is one byte, sent
+    # at once.
     return subprocess.Popen(
         [sys.executable, "-I", supervisor.__file__, str(grace), str(lock or ""), *command],
         stdin=subprocess.PIPE,
@@ -111,6 +114,7 @@ class LocalLauncher:
                     f"Cell {cell.id} asks for {self._devices(cell)} GPUs, this machine shows {len(self.gpus)}: set "
                     "trainer.devices, or use launcher=slurm."
                 )
+        # By default, as many cells at a time as the GPUs hold of the largest one.
         most = max((self._devices(cell) for cell in cells), default=0)
         self.jobs = jobs or (max(1, len(self.gpus) // most) if most and self.gpus else 1)
 
@@ -125,6 +129,7 @@ class LocalLauncher:
         with open(log, "a", encoding="utf-8") as file:
             file.write(f"--- attempt {entry.attempts}, {time.strftime('%F %T')}: {shlex.join(command)}\n")
             file.flush()
+            # The supervisor inherits the log's descriptor, so it may be closed here.
             process = start_supervised(
                 command,
                 log=file,
@@ -146,6 +151,7 @@ class LocalLauncher:
 
     def _environment(self, cell: SweepCell, gpus: Sequence[str]) -> dict[str, str]:
         """Variables for the GPUs and CPU threads of a cell; the user's OMP_NUM_THREADS counts if it is smaller."""
+        # On a CPU, `_devices` is 0 and `trainer.devices` is the number of processes.
         processes = max(1, self._devices(cell), cell.config.trainer.devices)
         share = max(1, cores() // (self.jobs * processes))
         threads = cell.config.trainer.threads or share
@@ -165,6 +171,7 @@ class LocalLauncher:
 
     def _release(self, gpus: list[str]) -> None:
         self.running -= 1
+        # Filtered from all GPUs, which keeps them in the machine's order.
         self.free = [gpu for gpu in self.gpus if gpu in (*self.free, *gpus)]
 
 
@@ -185,6 +192,7 @@ class Process:
         self._release()
         assert self._supervisor.stdin is not None
         self._supervisor.stdin.close()
+        # Popen reports a signal as a negative number; here, as in a shell, it is 128 plus the signal.
         return code if code >= 0 else 128 - code
 
     def stop(self) -> None:
@@ -195,6 +203,7 @@ class Process:
 
     def _say(self, word: bytes) -> None:
         assert self._supervisor.stdin is not None
+        # It may have ended since the last poll.
         with contextlib.suppress(BrokenPipeError):
             self._supervisor.stdin.write(word)
 

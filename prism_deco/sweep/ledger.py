@@ -84,8 +84,10 @@ class Ledger:
         if (folder / "config.yaml").exists():
             raise UsageError(f"{folder} is a run folder: give the sweep another name, name=NAME.")
         ledger = cls.read(folder) if (folder / "ledger.json").exists() else cls(folder, name)
+        # Labels are compared by name and order only: new values of known axes add cells.
         known_axes = {tuple(entry.labels) for entry in ledger.entries.values()}
         for cell in cells:
+            # Parts are exempt: each may have axes of its own.
             if known_axes and not cell.part and tuple(cell.labels) not in known_axes:
                 before = " or ".join(sorted(", ".join(axes) for axes in known_axes))
                 raise UsageError(
@@ -128,6 +130,7 @@ def _update_definition(entry: LedgerEntry, cell: SweepCell, folder: Path) -> Non
     if changed and entry.state == "done":
         log.warning("%s is done: it keeps its %s", cell.id, ", ".join(changed))
     elif changed and not cell.waits:
+        # The new settings count from the next attempt on, which does not inherit a retry's smaller micro-batch.
         entry.overrides, entry.adjusted = list(cell.overrides), []
 
 
@@ -136,6 +139,7 @@ def lock(folder: Path) -> Iterator[None]:
     """Locks the sweep for one driver; `UsageError` if another driver holds the lock. It ends with the process, so a
     killed driver leaves none behind."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Not opened with `w`: a refused driver must not erase the name of the one that holds the lock.
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -60,6 +60,7 @@ def seconds_left(entries: list[LedgerEntry]) -> float | None:
     if not done or not running:
         return None
     mean = fmean(done)
+    # A running cell that takes longer than the mean is about to end: it counts as nothing, not as negative time.
     rest = sum(max(0.0, mean - elapsed) for elapsed in running)
     return (rest + waiting * mean) / len(running)
 

@@ -54,6 +54,7 @@ def judge(code: int, run: Path, log: Path, before: object = None) -> Outcome:
         return Outcome("failed", f"killed by {name}{hint}")
     end = tail(log)
     said = f": {end.splitlines()[-1].strip()}" if end else ""
+    # Python exits with 1 after an uncaught exception: only then can the log end with its traceback.
     return Outcome("failed", f"exit code {code}{said}{_location(end) if code == 1 else ''}")
 
 
@@ -73,6 +74,7 @@ def tail(log: Path) -> str:
             text = file.read().decode("utf-8", errors="replace")
     except OSError:
         return ""
+    # A progress bar redraws its line after each `\r`: only what follows the last one is kept.
     lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
     return "\n".join([line for line in lines if line][-TAIL_LINES:])
 
@@ -109,9 +111,13 @@ class Heartbeat:
         log, run = self._places
         # Earlier stages of a recipe have their own folders next to it.
         runs = [run, *run.parent.glob(f"{run.name}-*")]
+        paths = [log]
+        for top in runs:
+            # os.walk, because unlike rglob it does not fail where a folder vanishes meanwhile.
+            for place, _, names in os.walk(top):
+                paths += [Path(place, name) for name in names]
         newest = size = 0
-        # os.walk, because unlike rglob it does not fail where a folder vanishes meanwhile.
-        for path in [log, *(Path(place, name) for top in runs for place, _, names in os.walk(top) for name in names)]:
+        for path in paths:
             try:
                 stat = path.stat()
             except OSError:

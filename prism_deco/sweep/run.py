@@ -56,6 +56,7 @@ def dry_run(spec: Spec, *, jobs: int | None) -> str:
     """What `run` would start, as shell text."""
     cells = expand(spec)
     launcher = _launcher(spec, cells, jobs, dry=True)
+    # Merged in memory: a dry run writes nothing.
     ledger = Ledger.merge(spec.folder, spec.name, cells)
     cells = settle(cells, ledger)
     entries = [(cell, ledger.entries[cell.id]) for cell in cells]
@@ -81,6 +82,7 @@ def _asked(spec: Spec) -> dict[str, object]:
         | ({"choose": grid.choose} if grid.choose else {})
         for grid in spec.grids
     }
+    # A sweep without parts has one grid, whose name is empty.
     asked = grids.get("", {"parts": grids, "one_table": spec.one_table})
     return asked | {"with": spec.choices, "jobs": spec.jobs, "controls": spec.controls}
 

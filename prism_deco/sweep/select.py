@@ -35,6 +35,7 @@ def _settle(cell: SweepCell, cells: Sequence[SweepCell], ledger: Ledger) -> Swee
     before = settings_of(ledger.entries[cell.id].overrides)
     overrides = cell.overrides
     for key, part in cell.choose.items():
+        # A value in the ledger was chosen before, by this or an earlier driver.
         value = before.get(key) or _choose(cell, key, [other for other in cells if other.part == part], ledger)
         if value is None:
             return cell
@@ -44,8 +45,7 @@ def _settle(cell: SweepCell, cells: Sequence[SweepCell], ledger: Ledger) -> Swee
 
 def _choose(cell: SweepCell, key: str, part: Sequence[SweepCell], ledger: Ledger) -> str | None:
     """The best value; None while cells that decide it have not ended."""
-    # Cells that differ from this one only in the chosen key and the seed decide. `varied` are the other keys in which
-    # the cells of the part differ among themselves.
+    # What varies within the source part, besides the value to choose and the seed: the choosing cell must agree in it.
     others = {name for other in part for name in other.settings} - {key, "seed"}
     varied = [name for name in others if len({other.settings.get(name) for other in part}) > 1]
     alike = [other for other in part if all(other.settings.get(n) == cell.settings.get(n) for n in varied)]
@@ -63,6 +63,7 @@ def _choose(cell: SweepCell, key: str, part: Sequence[SweepCell], ledger: Ledger
     if not losses:
         names = ", ".join(other.id for other in alike)
         raise UsageError(f"{cell.id} cannot choose {key}: none of {names} has succeeded. Fix them, then continue.")
+    # The value with the lowest mean over the cells that are done, one per seed.
     return min(losses, key=lambda value: fmean(losses[value]))
 
 

@@ -89,6 +89,7 @@ class SlurmLauncher:
                 raise UsageError(
                     f"Cell {cell.id} would be requeued twice, by itself and by the sweep: set trainer.requeue=false."
                 )
+            # Only to have wrong parameters refused before the first job is submitted.
             self._executor(cell)
 
     def fits(self, cell: SweepCell) -> bool:
@@ -117,6 +118,7 @@ class SlurmLauncher:
 
     def describe(self, cell: SweepCell, entry: LedgerEntry) -> str:
         executor = self._executor(cell)
+        # Private methods of submitit, which give the script that `submit` would write.
         script = executor._make_submission_file_text(executor._submitit_command_str, cell.id)
         return f"{script}\n# which runs, in every task:\n# {shlex.join(self._task(entry).command)}"
 
@@ -136,6 +138,7 @@ class SlurmLauncher:
             "nodes": settings.num_nodes,
             # One task per device: srun starts the ranks, and Lightning finds them in SLURM's variables.
             "ntasks_per_node": settings.devices,
+            # The processes of the data loader, and the threads of the rank itself.
             "cpus_per_task": workers + (settings.threads or 1),
             "srun_args": ["--kill-on-bad-exit=1"],
         }
@@ -146,6 +149,7 @@ class SlurmLauncher:
             executor_class = type("SlurmExecutor", (executor_class,), {"affinity": classmethod(lambda cls: 2)})
         try:
             executor = executor_class(self.folder / "jobs")
+            # The user's parameters replace those derived from the cell.
             executor.update_parameters(**own | self.parameters)
         except RuntimeError as error:
             raise UsageError(f"launcher=slurm: {error} --dry-run shows the jobs without a cluster.") from error
@@ -176,6 +180,7 @@ class Task:
             if rank == 0:
                 file.write(f"--- job {job}, {time.strftime('%F %T')}: {shlex.join(self.command)}\n")
                 file.flush()
+            # One log and one lock per cell: with the same lock, the ranks of a job would wait for each other.
             supervisor = start_supervised(
                 self.command,
                 log=file if rank == 0 else None,  # the other tasks' output goes to the job's own files
@@ -188,6 +193,7 @@ class Task:
             signal.signal(number, lambda *_, pipe=supervisor.stdin: pipe.close())
         code = supervisor.wait()
         write_whole(self.codes / f"{job}_{rank}.code", str(code if code >= 0 else 128 - code))
+        # A preempted rank ends without an error, so that srun does not kill ranks that are still saving.
         if code not in (0, PREEMPTED):
             raise CellFailed(f"exit code {code}")
 
@@ -222,16 +228,19 @@ class SlurmJob:
         if codes:
             self.ended = True
             return max(codes, key=_severity)
+        # The first word: SLURM says who cancelled a job (`CANCELLED by 1000`).
         state = (self._job.get_info(mode="force").get("State") or "UNKNOWN").split()[0]
         self._codeless_since = self._codeless_since or time.monotonic()
         # Every task of a completed job has written its code, but a shared file system may show it late.
         if state == "COMPLETED" and time.monotonic() - self._codeless_since < CHECK_EVERY:
             return None
         self.ended = True
+        # A job that the driver stopped while it was pending has no code either: it counts as stopped by a signal.
         return CODES.get(state, 128 + signal.SIGTERM if self._stopping else 1)
 
     def stop(self) -> None:
         self._stopping = True
+        # The first call cancels the job if it is still pending, the second one tells it to save if it is running.
         for option in ("--state=PENDING", "--signal=USR2"):
             subprocess.run(["scancel", option, self.job], capture_output=True, check=False)
 

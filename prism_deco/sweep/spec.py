@@ -150,14 +150,17 @@ def _is_configuration(path: Path) -> bool:
 
 def split_values(text: str) -> list[str]:
     """Splits at the commas that stand outside brackets and quotes: `a,[1,2]` -> `a`, `[1,2]`."""
-    values, depth, quote = [""], 0, ""
+    values = [""]
+    depth = 0  # of open brackets
+    quote = ""  # the one that is open
     for char in text:
         if quote:
             quote = "" if char == quote else quote
         elif char in "'\"":
             quote = char
         else:
-            depth += (char in "[{(") - (char in "]})")  # one more when a bracket opens, one less when it closes
+            # 1 more after an opening bracket, 1 less after a closing one.
+            depth += (char in "[{(") - (char in "]})")
             if char == "," and depth == 0:
                 values.append("")
                 continue
@@ -173,6 +176,7 @@ def _set(spec: Spec, key: str, text: str) -> None:
     if "" in values and len(values) > 1:
         raise UsageError(f"{key}={text} has an empty value between commas.")
     rows = [row for grid in spec.grids for row in grid.rows]
+    # A key without a dot is a field of the configuration, or a label of the rows.
     if "." not in key and key not in Config.__dataclass_fields__ and not any(key in row.labels for row in rows):
         own = {label for row in rows for label in row.labels}
         raise unknown("key of a sweep", key, {*Config.__dataclass_fields__, "name", "launcher", *own})
@@ -190,9 +194,11 @@ def _set(spec: Spec, key: str, text: str) -> None:
             raise unknown(key, others[0], known)
         for grid in spec.grids:
             if grid in swept:
+                # In the given order, the values that this axis has, and new ones, which no row is named by.
                 grid.axes[key] = [value for value in values if value in grid.axes[key] or value in others]
             else:
                 grid.rows = [row for row in grid.rows if str(row.labels.get(key)) in values]
+        # A part from which nothing was selected is dropped.
         spec.grids = [grid for grid in spec.grids if grid.rows and all(grid.axes.values())]
         return
     if any(key in row.settings for row in rows):
@@ -212,6 +218,7 @@ def _set(spec: Spec, key: str, text: str) -> None:
 def _load(name: str) -> Spec:
     content = load_choice("sweep", name)
     own = content.keys() - {"name"}
+    # It has only keys of a run's configuration: probably meant for `train`.
     if own and own <= Config.__dataclass_fields__.keys():
         raise UsageError(
             f"{name} configures one run, which `prism-deco train {name}` trains. The YAML of a sweep has `axes` or "
@@ -231,6 +238,7 @@ def _load(name: str) -> Spec:
     for part, its in parts.items():
         _check_keys(f"key of the part {part} of the sweep {name}", its, PART_KEYS)
         for key, source in (its.get("choose") or {}).items():
+            # Only earlier parts, so that parts cannot wait for each other.
             if source not in earlier:
                 raise UsageError(
                     f"The part {part} of the sweep {name} chooses {key} from {source}, which is not an earlier part."
@@ -243,6 +251,7 @@ def _load(name: str) -> Spec:
     one_table = bool(content.get("one_table"))
     return Spec(
         name=content["name"],
+        # Without parts, the sweep itself is the only grid, and its settings are not shared with any other.
         grids=[_grid(its, shared, part, one_table) for part, its in parts.items()] or [_grid(content, {}, "")],
         choices={choice: _texts(settings) for choice, settings in (content.get("with") or {}).items()},
         one_table=one_table,

@@ -54,12 +54,14 @@ class Supervisor:
     def wait(self) -> None:
         """Sleeps until the starter writes something, but at most for a moment."""
         if not self._pipe_open:
+            # After its end, the input is always ready to be read: `select` would not wait.
             time.sleep(POLL)
         elif select.select([0], [], [], POLL)[0]:
             said = os.read(0, 16)
             self._pipe_open = bool(said)
             self.stop()
             if b"k" in said:
+                # A time in the past: no grace.
                 self.deadline = 0.0
 
     def acquire(self, path: str) -> int | None:
@@ -80,8 +82,10 @@ class Supervisor:
         )
         asked = False
         while True:
+            # Any child, since orphans of the command become children of the supervisor and are reaped here too.
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == leader.pid:
+                # Popen did not see the exit, and has to be told.
                 leader.returncode = os.waitstatus_to_exitcode(status)
                 break
             if self.deadline is not None and time.monotonic() > self.deadline:
@@ -93,6 +97,7 @@ class Supervisor:
                 os.kill(leader.pid, signal.SIGTERM)
             if pid == 0:
                 self.wait()
+        # Whatever is left of the command: first its process group, then orphans in other sessions.
         _signal_group(leader.pid, signal.SIGKILL)
         _bury_children()
         return leader.returncode if leader.returncode >= 0 else 128 - leader.returncode
@@ -118,6 +123,7 @@ def _tie(supervisor: int):
         if libc is None:
             return
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        # The supervisor may have died before the line above, which then has no effect.
         if os.getppid() != supervisor:
             os._exit(128 + signal.SIGKILL)
         with contextlib.suppress(OSError):
