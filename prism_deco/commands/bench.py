@@ -94,6 +94,7 @@ def bench_projectors(args: argparse.Namespace) -> None:
 def bench_data(args: argparse.Namespace) -> None:
     """Count the images per second of the input pipeline, compared with PIL and torchvision alone."""
     config = load_config(args.arguments)
+    # Heavy imports only after the arguments were checked.
     import tempfile
 
     from prism_deco.backbones import build_backbone
@@ -101,6 +102,7 @@ def bench_data(args: argparse.Namespace) -> None:
     from prism_deco.build import group
     from prism_deco.llms import build_llm
 
+    # Without weights: the input pipeline needs only the image transform and the tokenizer.
     backbone = build_backbone(group(config, "backbone"), pretrained=False, device="meta")
     llm = build_llm(group(config, "llm"), pretrained=False, device="meta")
     name, side = config.backbone.name, backbone.image_size

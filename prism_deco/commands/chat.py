@@ -54,6 +54,7 @@ def chat(args: argparse.Namespace) -> None:
     talk = Chat(model, max_new_tokens=args.max_new_tokens, relevance=relevance, name=args.run.name)
     if args.image:
         talk.show(args.image)
+    # No prompt for input from a pipe, which would only clutter the output.
     converse(talk, lambda: input("> " if sys.stdin.isatty() else ""))
 
 
@@ -103,6 +104,7 @@ class Chat:
             max_new_tokens=self._max_new_tokens,
             streamer=TextStreamer(model.llm.tokenizer, skip_special_tokens=True),  # type: ignore[arg-type]
         )
+        # Only after the answer: a question that was refused leaves the conversation as it was.
         self.messages = [*self.messages, asked, {"role": "assistant", "content": answer}]
         self._answers += 1
         if self._relevance and len(self._images) == 1 and answer:

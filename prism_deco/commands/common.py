@@ -64,6 +64,7 @@ def asked_of(arguments: Iterable[str], others: Iterable[str] = ()) -> Asked:
         elif key == "benchmark":
             asked.benchmarks = text
         elif group == "benchmark":
+            # Split at the last dot: a benchmark's name may contain dots, a key contains none.
             name, _, leaf = rest.rpartition(".")
             if not name or not leaf:
                 raise UsageError(f"{argument}: write benchmark.NAME.KEY=VALUE, for example benchmark.pope.root=DIR.")

@@ -35,6 +35,7 @@ def data_check(args: argparse.Namespace) -> int:
     check_writable(out, "Name a folder for the results with --out.")
     import_plugins(config.plugins)
     source = build_source(group(config, "data"))  # report a wrong path before a tokenizer is downloaded
+    # Without weights: the encoder needs only the tokenizer and the number of visual tokens.
     vlm, llm = build_model(config, device="meta")
     encoder = build_encoder(config, llm, vlm.projector.num_tokens)
     report = check_dataset(source, encoder, out, workers=args.workers, allow=args.allow)

@@ -96,6 +96,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def _count(given: Mapping[str, str], key: str, default: int | None = None) -> Any:
     """The value of a key, a whole number above 0."""
     value = parse_value(key, given[key]) if key in given else default
+    # `type`, since True is an int; a default (also None) is not checked.
     if value is not default and (type(value) is not int or value < 1):
         raise UsageError(f"{key}={value} must be a whole number above 0.")
     return value
@@ -152,10 +153,12 @@ def _score_file(path: Path, asked: Asked) -> None:
 
     if asked.benchmarks is None:
         raise UsageError("Name the benchmark of the predictions, for example: benchmark=pope")
+    # A file has the predictions of one benchmark, so keys of single benchmarks can only be its own.
     keys = asked.options | next(iter(asked.own.values()), {})
     benchmark = build_benchmark(asked.benchmarks, **keys)
     result = score_file(path, benchmark, chosen="variants" in keys)
     name, folder = benchmark.name, path.absolute().parent  # eval/<benchmark> or eval/<benchmark>-<split> of a run
+    # That of the run, two folders up. Files elsewhere, such as those of other numbers of tokens, get no blind score.
     config = folder.parents[1] / "config.yaml"
     blind = {}
     if config.is_file():

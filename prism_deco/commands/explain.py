@@ -78,6 +78,7 @@ def _explain_question(args: argparse.Namespace, runs: list[Path], place: dict[st
         model = load(run, **place)
         folder = _out(args, run, len(runs)) or run / "explain" / "images" / _question_name(args)
         section = explain_image(model.vlm, model.llm, example, folder, run=run.name)
+        # All maps of a panel explain the same answer.
         answer = next(iter(section.panels[0].maps.values())).answer
         sys.stdout.write(f"{run.name}: {answer}\n{folder / 'index.html'}\n")
         sections.append([section])
@@ -97,6 +98,7 @@ def _explain_benchmark(
     for run in asked.runs:  # check all runs before the first one starts
         finished_run(run)
         stored = stored_keys(run, choice_name(name), leave_out=["limit"])
+        # The later ones win: keys of the run, then KEY=, then benchmark.NAME.KEY= of the only benchmark.
         options[run] = stored | asked.options | next(iter(asked.own.values()), {})
         prepare_one(name, options[run], root=own_benchmarks(run))
     results = []
@@ -194,6 +196,7 @@ def _examples(benchmark: Any) -> list[Any]:
     first = benchmark.variants[0]
     examples = []
     for item in benchmark.items():
+        # Other variants ask the same questions again.
         if item.target.get("variant", first) == first:
             if len(item.paths) != 1:
                 raise UsageError(f"Question {item.question_id} has {len(item.paths)} images: relevance needs one.")

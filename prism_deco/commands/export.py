@@ -36,6 +36,7 @@ def export(args: argparse.Namespace) -> None:
     import_plugins_only(args.settings)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     check_writable(args.to, "Name another folder with --to.")
+    # All checks come before the model is loaded.
     check_empty(args.to)
     check_folder(args.run)
     if args.checkpoint:

@@ -31,6 +31,7 @@ def keys(args: argparse.Namespace) -> None:
         sys.stdout.write(reference_page())
         return
     group, is_choice, choice = (args.group or "").partition("=")
+    # The argument is a key, a group, or GROUP=CHOICE. A name that is both counts as a group.
     if group in reference() and group not in _groups():
         sys.stdout.write("\n".join(_meaning(reference()[group], _width())) + "\n")
         return
@@ -42,6 +43,7 @@ def keys(args: argparse.Namespace) -> None:
         path = choice_path(group, choice)
         sys.stdout.write(f"# {path}\n{path.read_text(encoding='utf-8')}")
         return
+    # The group "" holds the keys of the run itself, without a dot.
     for name in [group] if group else [*_groups(), ""]:
         sys.stdout.write(_explained(name))
 
@@ -90,6 +92,7 @@ def _as_yaml(arguments: Sequence[str]) -> str:
     lines: list[tuple[str, str]] = []
     opened: list[str] = []
     for key, value in flat(load_config(arguments)).items():
+        # Close the mappings that the key is not in, then open those that it is in.
         *parents, leaf = key.split(".")
         while opened != parents[: len(opened)]:
             opened.pop()
@@ -97,5 +100,6 @@ def _as_yaml(arguments: Sequence[str]) -> str:
             lines.append((f"{'  ' * len(opened)}{parent}:", ""))
             opened.append(parent)
         lines.append((f"{'  ' * len(opened)}{leaf}: {value_text(key, value, is_text=False)}", origins[key]))
+    # Origins stand in one column, as far right as the longest value needs, but not beyond column 60.
     width = min(max(len(text) for text, origin in lines if origin), 60)
     return "".join(f"{text:{width}}  # {origin}\n" if origin else f"{text}\n" for text, origin in lines)

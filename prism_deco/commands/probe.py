@@ -45,6 +45,7 @@ def probe(args: argparse.Namespace) -> None:
     from prism_deco.explain.probe import probe_table
 
     model = load(args.run, device=args.device)
+    # The last quarter, at least one image, is for testing.
     test = max(len(images) // 4, 1)
     found = {
         "run": args.run.name,

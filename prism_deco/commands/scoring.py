@@ -56,6 +56,7 @@ class Tokens:
 
         vlm, _ = build_model(config, device="meta")
         if self.compressor is not None and self.num_tokens is not None:
+            # Tried on a model without weights: it refuses what does not fit.
             compress(vlm, self.compressor, self.num_tokens, **self.options)
             return
         if self.num_tokens not in vlm.projector.scales:
@@ -64,6 +65,7 @@ class Tokens:
         chosen = config.copy()
         chosen.projector.num_tokens = self.num_tokens
         other = build_model(chosen, device="meta")[0].projector.state_dict()
+        # If the weights have the same shapes for both numbers, they can be loaded for the other one.
         if {k: v.shape for k, v in other.items()} != {k: v.shape for k, v in vlm.projector.state_dict().items()}:
             raise UsageError(
                 f"num_tokens={self.num_tokens}: the weights of projector={config.projector.name} depend on the number "
@@ -114,6 +116,7 @@ def score_run(
         dtype: float32 | bfloat16; None is bfloat16 after training in `bf16-mixed`, else that of the weights.
     """
     manifest = finished_run(folder)
+    # The training's own number without a compressor is no change: its results belong in `eval` itself.
     if tokens.num_tokens is not None and tokens == Tokens(manifest["tokens"]["visual_out"]):
         tokens = Tokens()
     import torch
@@ -129,6 +132,7 @@ def score_run(
     benchmarks = prepare(names, options, own, root=own_benchmarks(folder))
     spec = read_spec(group(read_config(folder / "model" / "config.yaml"), "llm"))
     results_root = out or folder / "eval" / tokens.folder
+    # By results folder: how to ask, and what.
     todo: dict[Path, tuple[str, Benchmark]] = {}
     for ask in asks:
         check_ask(spec, ask)
@@ -145,6 +149,7 @@ def score_run(
     computed_in = str(next(model.vlm.lm.parameters()).dtype).removeprefix("torch.")
     model_id = " ".join(filter(None, [manifest["model_sha256"], tokens.folder]))
     about = {"batch_size": batch_size, "model_id": model_id, "dtype": computed_in}
+    # Read before they are replaced: only scores that change are logged below.
     known = {results_folder: _score(results_folder) for results_folder in todo}
     results = []
     constant = {}
@@ -153,6 +158,7 @@ def score_run(
         results.append(evaluate(model, benchmark, results_folder, **about, ask=ask, world=world))
         if world.is_main:
             constant[benchmark.name] = chance(benchmark, load_predictions(results_folder / FILE))
+    # All ranks answered questions; one prints and writes the rest.
     if not world.is_main:
         return
     write_json(results_root / TOKENS, asdict(tokens) | {"first_token_seconds": _first_token_seconds(model)})

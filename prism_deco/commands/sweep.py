@@ -74,6 +74,7 @@ def sweep(args: argparse.Namespace) -> int:
 
     from prism_deco.sweep import Ledger, dry_run, parse, render, run
 
+    # Not `< 0`, which nan would pass.
     if not args.timeout >= 0:
         raise UsageError(f"--timeout {args.timeout:g}: give minutes, or 0 for no limit.")
     spec = parse(args.arguments)
@@ -87,6 +88,7 @@ def sweep(args: argparse.Namespace) -> int:
     try:
         done = run(spec, jobs=args.jobs, timeout=args.timeout * 60 or None, console=console)
     finally:
+        # In a terminal, the live table stays on the screen.
         if not console.is_terminal and (spec.folder / "ledger.json").exists():
             show(render(Ledger.read(spec.folder)))
     log.info("The sweep is in %s; the same command continues cells that are not done", spec.folder)
@@ -109,6 +111,7 @@ def plan(args: argparse.Namespace) -> None:
         asked = [("", args.arguments, None)]
     configs = {}
     for name, arguments, config in asked:
+        # A recipe with stages counts as one run per stage; without stages, `split` gives none.
         stages = {f"{name} {stage.name}".strip(): stage.config for stage in split(arguments)}
         configs |= stages or {name: config or load_config(arguments)}
     plans = _estimates(configs, args)

@@ -41,6 +41,7 @@ def train(args: argparse.Namespace) -> int:
     if args.print:
         print_config(stages, args.arguments)
         return 0
+    # Of a recipe with stages, only the last one is scored.
     config = stages[-1].config if stages else load_config(args.arguments)
     scoring = _scoring(config)
     flags = {"--overwrite": args.overwrite, "--force": args.force, "--debug": args.debug}
@@ -99,6 +100,7 @@ class _Scoring:
         benchmarks = []
         for name in self.benchmarks:
             names = [results_name(name, self._split(name), ask) for ask in self._asks]
+            # A benchmark is complete with every way to ask, at every number of visual tokens.
             wanted = {root / own for root in roots for own in names}
             if not wanted <= scored:
                 benchmarks.append(name)
@@ -114,15 +116,18 @@ class _Scoring:
         from prism_deco.evaluation.choose import prepare_one
 
         if self.relevance:
+            # A fault in these questions shows before the time that the scores take.
             prepare_one(self.relevance, self._relevance_options(), root=own_benchmarks(folder), boxes=True)
         with world.patient():
             if self.benchmarks:
                 more = {"asks": self._asks, "batch_size": self.keys["batch_size"]}
+                # First as in training, then with each other number of tokens. Each loads the model anew.
                 for tokens in (Tokens(), *self.fewer_tokens):
                     score_run(folder, self.benchmarks, self._options, self.own, world=world, tokens=tokens, **more)
             if self.relevance and world.is_main:  # one process writes its files
                 device = local_device(self.accelerator)
                 measure_relevance(folder, self.relevance, self._relevance_options(), device=device)
+            # The other ranks wait until the maps are written.
             world.barrier()
 
     @property
@@ -132,6 +137,7 @@ class _Scoring:
     @property
     def fewer_tokens(self) -> list[Tokens]:
         """Other visual tokens to score with, besides those of the training."""
+        # No compressor (None) leaves the number to the projector.
         compressors = self.keys["compressors"] or {None: {}}
         return [Tokens(n, name, own) for n in self.keys["num_tokens"] for name, own in compressors.items()]
 
@@ -142,6 +148,7 @@ class _Scoring:
 
     def _relevance_options(self) -> dict[str, Any]:
         own = self.own.get(choice_name(self.relevance or ""), {})
+        # The maps have a limit of their own, which replaces that of the scores.
         return {**self._options, **own, "limit": self.keys["relevance_limit"]}
 
     def _split(self, choice: str) -> str | None:
@@ -156,6 +163,7 @@ def _scoring(config: DictConfig) -> _Scoring | None:
     keys: Any = OmegaConf.to_container(config.evaluate)
     of_groups = group_keys(config.evaluate.benchmarks or "")
     chosen: Any = OmegaConf.to_container(config.benchmark)
+    # The configuration's keys of a benchmark win over those of its group.
     own = {name: of_groups.get(name, {}) | chosen.get(name, {}) for name in of_groups | chosen}
     llm: Any = OmegaConf.to_container(config.llm, resolve=True)
     scoring = _Scoring(benchmarks, keys["relevance"], keys, own, llm, config.trainer.accelerator)
@@ -169,6 +177,8 @@ def _check(stages: Sequence[Stage], config: DictConfig, *, overwrite: bool, forc
     from prism_deco.training.preconditions import check_all
     from prism_deco.training.run_dir import find_run, run_folder
 
+    # Earlier stages by run folder: a stage that starts from one is checked against its configuration, since the folder
+    # may not exist yet.
     before: dict[str, DictConfig] = {}
     for name, its in [(f"Stage {stage.name}: ", stage.config) for stage in stages] or [("", config)]:
         after = before.get(its.recipe.start_from)
