@@ -200,7 +200,8 @@ def _paper_rows(table: int, groups: Sequence[tuple[str, SeedGroup]]) -> list[Sco
         for name in names:
             members = {group.variant: group for group in own if group.row == name}
             # What the paper printed and what was run, each once. A variant starts with its projector's name.
-            for variant in sorted({*scores, *members}, key=lambda variant: projector_rank(variant.partition(",")[0])):
+            variants = sorted({*scores, *members})  # variants of one projector by name
+            for variant in sorted(variants, key=lambda variant: projector_rank(variant.partition(",")[0])):
                 group = members.get(variant) or SeedGroup(name, variant, ())
                 # A variant with settings of its own (`qformer, projector.heads=4`) stands beside its projector's
                 # printed numbers.

@@ -41,7 +41,7 @@ class Difference:
         value: in the benchmark's unit, mean over the seeds that both have; None if not available.
         interval: 95 %, paired bootstrap over the questions.
         over_seeds: 95 % interval over seeds, seed by seed; None with one seed.
-        p, adjusted: exact McNemar test, and adjusted for the number of tests of the report.
+        p, adjusted: exact McNemar test, and adjusted for the number of tests of the table.
         note: why there is no value.
     """
 

@@ -19,7 +19,7 @@ from prism_deco.report.baselines import chance
 from prism_deco.report.cells import SeedGroup, Summary
 from prism_deco.report.collect import collect
 from prism_deco.report.figures import Point, budget_table, pareto_front, points
-from prism_deco.report.grid import score_records, score_tables
+from prism_deco.report.grid import _paper_rows, score_records, score_tables
 from prism_deco.report.paired_tests import paired_differences
 from prism_deco.report.tabular import Field, Table, comma_separated, markdown
 
@@ -430,3 +430,10 @@ def test_a_lead_is_bold_where_the_paper_names_the_row(make, tmp_path):
     grid = next(one for one in score_tables(collect([tmp_path]), "") if one.table == 3)
     assert {row.row for row in grid.rows if row.group.cells} == {"B2"}
     assert _bold(grid, "gqa") == ["avgpool"]
+
+
+def test_variants_of_one_projector_stand_in_the_order_of_their_names():
+    variants = [f"qformer, projector.heads={heads}" for heads in range(9)]
+    groups = [("T1", SeedGroup("T1", variant, ())) for variant in variants[::-1]]
+    shown = [row.variant for row in _paper_rows(1, groups) if "heads" in row.variant]
+    assert shown == variants
