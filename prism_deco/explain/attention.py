@@ -23,6 +23,7 @@ from prism_deco.vlm import VLM
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients for the weights, within the context."""
+    # Only what changes is remembered: some parts may be frozen, or in evaluation mode, already.
     training = [part for part in module.modules() if part.training]
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     module.eval()
@@ -31,6 +32,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for part in training:
+            # Not `train()`, which would also switch the part's children.
             part.training = True
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -44,6 +46,7 @@ def float32_weights(module: nn.Module) -> Iterator[None]:
     halves = [tensor for tensor in tensors if tensor.dtype.itemsize < 4]
     before = [tensor.data for tensor in halves]
     for tensor in halves:
+        # Through `data`: modules keep the same parameters, and later get back the original bits.
         tensor.data = tensor.data.float()
     try:
         yield
@@ -88,6 +91,7 @@ def record(vlm: VLM, batch: Batch, visual: Tensor, targets: int) -> Recording:
         targets: the first `targets` supervised tokens are the targets.
     """
     assert len(batch.input_ids) == 1
+    # Labels are not shifted: position p predicts the label at p + 1.
     positions = (batch.labels[0, 1:] != IGNORE).nonzero()[:targets, 0]
     tokens = batch.labels[0, positions + 1]
     embeddings = vlm.embed(batch, visual).detach().requires_grad_()
@@ -102,6 +106,7 @@ def record(vlm: VLM, batch: Batch, visual: Tensor, targets: int) -> Recording:
             output_attentions=True,
             output_hidden_states=True,
         )
+        # Logits of the predicting positions, [T, V] -> that of each target alone, [T].
         logits = vlm.logits(output.last_hidden_state[0, positions]).gather(1, tokens[:, None])[:, 0]
     # The first hidden state is not the leaf in models that scale their embeddings; the last is the model's output.
     inputs = (embeddings, *output.hidden_states[1 : len(output.attentions)])
@@ -119,6 +124,7 @@ def batched_gradients(outputs: Tensor, inputs: Sequence[Tensor], gradients: Tens
     Returns:
         float[T, ...] for each input; zeros if the outputs do not depend on it.
     """
+    # The graph is retained, since callers traverse it again for other layers and other targets.
     taken: Any = torch.autograd.grad(
         outputs, list(inputs), gradients, retain_graph=True, is_grads_batched=True, allow_unused=True
     )

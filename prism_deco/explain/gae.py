@@ -81,11 +81,12 @@ class Relevance:
         for number, (word, values) in enumerate(zip(self.words, self.by_word(self.text_to_patch), strict=True), 1):
             maps[f"{number}: {word.text}"] = values
         columns = min(4, len(maps))
-        rows = -(-len(maps) // columns)
+        rows = -(-len(maps) // columns)  # rounded up
         figure = Figure(figsize=(3 * columns, 3 * rows), layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for ax in axes:
             ax.set_axis_off()
+        # The last row of axes may have more places than there are maps.
         for ax, (title, values) in zip(axes, maps.items(), strict=False):
             ax.imshow(overlay(self.image, values, self.patches))
             ax.set_title(title, fontsize="medium", parse_math=False, wrap=True)
@@ -143,12 +144,15 @@ def relevance(
     with frozen(vlm), float32_weights(vlm.projector):
         features = vlm.features(pixels)
         dtype = features.dtype
+        # At least float32, as the projector's weights are within this context.
         maps = trace(vlm.projector, vlm.project, features.to(torch.promote_types(dtype, torch.float32)))
         if answer is None:
+            # One question with one image: a list of one list of float[M, E].
             visual = [list(maps.tokens.detach())]
             answer = generate_answer(vlm, llm, visual, [prompt], max_new_tokens=max_new_tokens)[0]
         encoded, ids = encode_answer(llm, prompt, answer, vlm.projector.num_tokens)
         batch = build_batch([encoded], vlm.projector.num_tokens).to(vlm.device)
+        # Before `record`, which allocates: this refuses a call that does not fit in memory.
         chunk = tokens_at_once(vlm.lm.config, batch.input_ids.shape[1], len(ids), dtype, vlm.device)
         with eager_attention(vlm.lm):
             recording = record(vlm, batch, maps.tokens.detach(), targets=len(ids))
@@ -188,6 +192,8 @@ def _raw_attention(recording: Recording, visual: Tensor, maps: QueryMaps, chunk:
 
 
 DEFAULT_METHOD = "r-gae"
+# Called with the recording, bool[n] of the visual positions, the projector's maps, and the number of targets in one
+# backward pass; returns Text-to-Query and Query-to-Patch. The default, which needs the most memory, comes first.
 METHODS: Mapping[str, Callable[[Recording, Tensor, QueryMaps, int], tuple[Tensor, Tensor]]] = {
     DEFAULT_METHOD: _gae,
     "attention": _raw_attention,

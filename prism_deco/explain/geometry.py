@@ -48,6 +48,7 @@ class PatchFrame:
     def coverage(self, box: Box) -> Tensor:
         """float[N]: the fraction of each patch's area inside a box given in pixels of the image."""
         x1, y1, x2, y2 = self.to_grid(box)
+        # The fraction of an area is the product of those of its sides.
         rows, columns = _overlap(y1, y2, self.grid[0]), _overlap(x1, x2, self.grid[1])
         return rearrange(rows[:, None] * columns, "h w -> (h w)")
 
@@ -65,14 +66,18 @@ class PatchFrame:
         """
         image_width, image_height = self.frame.image_size
         width, height = size
+        # Centres of the result's pixels: in pixels of the image, then in those of the tower's input.
         x, y = self.frame.to_model(
             (torch.arange(width) + 0.5) * (image_width / width), (torch.arange(height) + 0.5) * (image_height / height)
         )
         # grid_sample counts from -1 to 1 between the outer corners of the grid.
-        x, y = (2 * at / (self.patch_size * cells) - 1 for at, cells in ((x, self.grid[1]), (y, self.grid[0])))
-        places = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+        x = 2 * x / (self.patch_size * self.grid[1]) - 1
+        y = 2 * y / (self.patch_size * self.grid[0]) - 1
+        places = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [height, width, 2], (x, y) last
         grid = rearrange(values.to(torch.float32), "(h w) -> 1 1 h w", h=self.grid[0])
+        # Between the outer patches' centres and the grid's edge, their values are repeated.
         sampled = F.grid_sample(grid, places[None], padding_mode="border", align_corners=False)[0, 0]
+        # The tolerance absorbs rounding at the grid's edge.
         seen = (places.abs() <= 1 + 1e-6).all(dim=-1)
         return torch.where(seen, sampled, torch.zeros_like(sampled))
 

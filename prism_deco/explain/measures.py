@@ -70,6 +70,7 @@ def redundancy(query_to_patch: Tensor) -> float:
     rows = F.normalize(query_to_patch, dim=1)
     cosines = rows @ rows.T
     count = len(rows)
+    # Over all ordered pairs of different tokens: the diagonal compares each with itself.
     return float((cosines.sum() - cosines.diagonal().sum()) / max(count * (count - 1), 1))
 
 
@@ -84,7 +85,9 @@ def spread(query_to_patch: Tensor, grid: tuple[int, int]) -> float:
     y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
     places = rearrange(torch.stack([y, x]), "yx h w -> (h w) yx").to(query_to_patch)
     mass = query_to_patch.sum(dim=1, keepdim=True)
+    # Rows of zeros become NaN by the division, and are dropped.
     shares = (query_to_patch / mass)[mass[:, 0] > 0]
+    # E[x^2] - E[x]^2 for both axes, [M, 2]; rounding can make it slightly negative.
     variance = shares @ places.square() - (shares @ places).square()
     return float(variance.sum(dim=1).clamp(min=0).sqrt().mean())
 
@@ -116,10 +119,12 @@ def curves(
     Returns:
         Probability 0..1 of the answer with 0, 1/steps .. 1 of the patches deleted, and inserted: float[steps + 1] each.
     """
+    # The inverse of the sorting permutation: rank[n] is patch n's place in the order, 0 for the most relevant.
     rank = torch.empty(len(scores), dtype=torch.long)
     rank[scores.argsort(descending=True, stable=True).cpu()] = torch.arange(len(scores))
     # Row k marks the k / steps most relevant patches.
     gone = rank < torch.round(torch.linspace(0, 1, steps + 1) * len(scores))[:, None]
+    # Both curves go through the model as one stack of 2 * (steps + 1) images.
     kept = torch.cat([~gone, gone])
     parts = [_probabilities(vlm, encoded, targets, pixels, part) for part in kept.split(batch_size)]
     deletion, insertion = torch.cat(parts).split(steps + 1)
@@ -134,10 +139,12 @@ def area(curve: Tensor) -> float:
 @torch.no_grad()
 def _probabilities(vlm: VLM, encoded: Encoded, targets: int, pixels: Mapping[str, Tensor], kept: Tensor) -> Tensor:
     """float[K]: the mean probability of the answer's tokens if only the patches `kept`, bool[K, N], are visible."""
+    # Pixels are normalised, so that zero is the tower's mean colour.
     masked = {
         tower: values * _mask(kept.to(values), values.shape[-1], vlm.backbone.grid) for tower, values in pixels.items()
     }
     batch = build_batch([encoded] * len(kept), vlm.projector.num_tokens, pixels=masked).to(vlm.device)
+    # All rows have the same text, so the first row's positions are those of all; p predicts the label at p + 1.
     positions = (batch.labels[0, 1:] != IGNORE).nonzero()[:targets, 0]
     answer = batch.labels[:, positions + 1]
     logits = vlm.logits(vlm.hidden_states(batch)[:, positions]).float()

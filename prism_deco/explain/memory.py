@@ -50,6 +50,7 @@ def tokens_at_once(config: PretrainedConfig, length: int, tokens: int, dtype: to
     if free is None:
         return tokens
     graph, per_token = estimate(config, length, dtype)
+    # Refused only if it cannot fit at all; the margin `_USABLE` limits the tokens that share a pass.
     if free < graph + per_token:
         raise UsageError(
             f"Relevance over {length} positions needs about {(graph + per_token) / 2**30:.2f} GiB on top of the "
@@ -63,6 +64,7 @@ def tokens_at_once(config: PretrainedConfig, length: int, tokens: int, dtype: to
 def free_memory(device: torch.device) -> int | None:
     """Free bytes on a device; None where the system does not report them."""
     if device.type == "cuda":
+        # Memory that torch's allocator holds without a tensor in it is available, too.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     memory = Path("/proc/meminfo")

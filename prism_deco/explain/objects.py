@@ -40,6 +40,7 @@ def read_objects(path: Path, root: Path, limit: int | None = None) -> list[Label
     content = read_json(path, ["images", "annotations", "categories"])
     try:
         names = {category["id"]: category["name"] for category in content["categories"]}
+        # All images, whatever the limit: annotations of an image that is not listed are a damaged file.
         found: dict[object, list[tuple[Box, dict[str, str]]]] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
             x, y, width, height = map(float, annotation["bbox"])

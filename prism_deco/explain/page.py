@@ -55,6 +55,7 @@ def side_by_side(runs: Sequence[Sequence[Section]]) -> list[Section]:
     joined: dict[tuple[str, bytes], Section] = {}
     for sections in runs:
         for section in sections:
+            # By its pixels, as each run has opened the image anew.
             key = (section.prompt, section.image.tobytes())
             panels = joined[key].panels if key in joined else []
             joined[key] = Section(section.image, section.prompt, [*panels, *section.panels], section.box)
@@ -86,6 +87,7 @@ def _section(section: Section) -> dict[str, Any]:
 
 
 def _panel(panel: Panel) -> dict[str, Any]:
+    # Words and grids are the same for all methods.
     first = next(iter(panel.maps.values()))
     return {
         "run": panel.run,
@@ -104,11 +106,13 @@ def _maps(result: Relevance) -> dict[str, Any]:
     words = result.by_word(result.text_to_patch)
     # To compare words at a patch: maps differ in total strength, so each is normalised to sum to one.
     shares = words / words.sum(dim=1, keepdim=True).clamp(min=torch.finfo(words.dtype).tiny)
+    # The page looks up `padding` by this order: 0 is the whole answer, k + 1 is word k.
     rows = [result.sentence_text_to_patch, *words]
     return {
         "padding": [padding_fraction(row, result.patches) for row in rows],
         "sentence": _bytes(result.sentence_text_to_patch[None]),
         "words": _bytes(words),
+        # One scale for all words, while `_bytes` scales each map by itself.
         "shares": _encode(shares / shares.max().clamp(min=torch.finfo(words.dtype).tiny)),
         "sentenceQueries": _bytes(result.sentence_text_to_query[None]),
         "wordQueries": _bytes(result.by_word(result.text_to_query)),
@@ -130,5 +134,5 @@ def _data_uri(image: Image.Image) -> str:
     shown.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS)
     kind = "png" if max(shown.size) <= 256 else "jpeg"
     buffer = io.BytesIO()
-    shown.save(buffer, kind, quality=88)
+    shown.save(buffer, kind, quality=88)  # PNG has no quality and ignores it
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -57,6 +57,8 @@ class Ridge:
     def __init__(self, inputs: Tensor):
         self._mean, self._std = inputs.mean(dim=0), inputs.std(dim=0).clamp(min=1e-6)
         self._inputs = (inputs - self._mean) / self._std
+        # With K = V diag(values) V^T, a penalty only changes the eigenvalues: one decomposition serves all penalties
+        # and all targets.
         values, self._vectors = torch.linalg.eigh((self._inputs @ self._inputs.T).double())
         self._values = values.clamp(min=0)
 
@@ -69,10 +71,12 @@ class Ridge:
         offset = targets.double().mean(dim=0)
         centred = targets.double() - offset
         rotated = self._vectors.T @ centred
+        # Every k-th output, so that about `_CHOSEN_ON` of them choose the penalty.
         some = slice(None, None, max(1, targets.shape[1] // _CHOSEN_ON))
         penalties = [penalty * self._values.mean().clamp(min=1e-9) for penalty in _PENALTIES]
         errors = [self._left_out_error(centred[:, some], rotated[:, some], penalty) for penalty in penalties]
         penalty = penalties[int(torch.stack(errors).argmin())]
+        # The dual solution: gram @ (K + penalty I)^-1 @ targets, in the eigenbasis.
         return gram @ (self._vectors @ (rotated / (self._values + penalty)[:, None])) + offset
 
     def _left_out_error(self, centred: Tensor, rotated: Tensor, penalty: Tensor) -> Tensor:
@@ -81,6 +85,7 @@ class Ridge:
         # The diagonal of the hat matrix; 1/n is the intercept's share.
         leverage = 1 / len(centred) + self._vectors.square() @ kept
         residual = centred - self._vectors @ (kept[:, None] * rotated)
+        # An image's error when left out is its residual in the fit to all, divided by 1 - leverage.
         return (residual / (1 - leverage).clamp(min=1e-6)[:, None]).square().mean()
 
 
@@ -103,6 +108,7 @@ class _Encoded:
         for row, x, y, labels in self.objects:
             value = labels.get(label)
             if value in classes:
+                # The row-major index of the cell that contains the object's centre.
                 made[row, int(y * side) * side + int(x * side), classes.index(value)] = 1.0
         return made
 
@@ -126,8 +132,11 @@ def _encode(vlm: VLM, images: Sequence[LabelledImage], what: str) -> _Encoded:
                 (x1, y1, x2, y2), (height, width) = frame.to_grid(box), frame.grid
                 x, y = (x1 + x2) / (2 * width), (y1 + y2) / (2 * height)
                 if 0 <= x < 1 and 0 <= y < 1:  # not cropped away
+                    # Every object also has the label `POSITION`, whose only class marks all occupied cells.
                     objects.append((row, x, y, labels | {POSITION: POSITION}))
-        features = vlm.features({tower: torch.stack([p[tower] for p in pixels]).to(vlm.device) for tower in pixels[0]})
+        # A list of {tower: float32[3, S, S]} -> {tower: float32[images, 3, S, S]}.
+        stacked = {tower: torch.stack([image[tower] for image in pixels]).to(vlm.device) for tower in pixels[0]}
+        features = vlm.features(stacked)
         tokens[part] = vlm.project(features).float()
         patches[part] = features.float()
     for name, encoded in (("patches", patches), ("visual tokens", tokens)):
@@ -154,9 +163,11 @@ class _Task:
         """Accuracy of float[m, cells, classes] over the cells with objects; for positions, the fraction of an image's k
         cells with objects that are among its k highest scores."""
         if self.label == POSITION:
+            # Sorting twice gives each cell's rank among those of its image, 0 for the highest score.
             ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             hits = (ranks < self.test.sum(dim=1, keepdim=True))[self.test > 0]
         else:
+            # 1 if the highest score is that of a class in the cell; only cells with objects are kept.
             hits = self.test.gather(2, scores.argmax(dim=2, keepdim=True))[self.test.sum(dim=2) > 0]
         return mean_interval(hits.double().flatten().tolist())
 
@@ -164,7 +175,7 @@ class _Task:
 def _tasks(train: _Encoded, test: _Encoded, classes: Mapping[str, Sequence[str]], cells: int, fine: int) -> list[_Task]:
     sides = {label: fine if label == POSITION else cells for label in classes}
     return [
-        _Task(label, *(part.targets(label, own, sides[label]) for part in (train, test)))
+        _Task(label, train.targets(label, own, sides[label]), test.targets(label, own, sides[label]))
         for label, own in classes.items()
     ]
 
@@ -204,14 +215,17 @@ def probe(
     classes = _classes(train, held_out)
     # Ridge regression has separate weights for every cell; coarser cells give each more examples.
     coarse, fine = (_tasks(train, held_out, classes, side, 2 * cells) for side in (cells, 2 * cells))
+    # Input i is fitted to the targets of image rows[i]: its own, or in the control those of a permutation.
     own, other = torch.arange(len(fit)), torch.randperm(len(fit), generator=torch.Generator().manual_seed(seed))
     patches, true = train.patches.flatten(1), held_out.patches.flatten(1)
     mean = patches.mean(dim=0)
     readers: dict[str, dict[str, dict[str, Any]]] = {}
     for inputs, fits in (("patches", {"patches": own}), ("tokens", {"tokens": own, "shuffled": other})):
+        # Without classes only the reconstruction is left, which is not measured from the patches themselves.
         if not classes and inputs == "patches":
             continue
         seen, unseen = getattr(train, inputs), getattr(held_out, inputs)
+        # Shuffling changes only the targets, so that one decomposition serves both fits.
         ridge = Ridge(seen.flatten(1))
         gram = ridge.gram(unseen.flatten(1))
         for name, rows in fits.items():
@@ -243,6 +257,7 @@ class _MLP(nn.Module):
     def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """float32[n, M, E] -> per task float32[n, cells, classes]."""
         seen = self.inward(inputs) + self.places
+        # A cell's query is the sum of its row's and its column's embedding: [n, side * side, width].
         cells = (self.down[:, None] + self.right).flatten(0, 1).expand(len(inputs), -1, -1)
         return self.hidden(self.look(cells, seen, seen, need_weights=False)[0]).split(self.classes, dim=2)
 
@@ -251,6 +266,7 @@ def _mlp(inputs: Tensor, test: Tensor, tasks: Sequence[_Task], order: Tensor, si
     """Trains on `inputs`, float32[n, M, E], with the targets of image `order[i]` for input i; returns the scores of
     `test`, float32[m, M, E], for every task."""
     mean, std = inputs.mean(dim=(0, 1)), inputs.std(dim=(0, 1)).clamp(min=1e-6)
+    # The fit runs on the CPU, and leaves the caller's CPU random state as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _MLP(inputs, side, [task.fit.shape[2] for task in tasks])
@@ -267,6 +283,7 @@ def _mlp(inputs: Tensor, test: Tensor, tasks: Sequence[_Task], order: Tensor, si
                 schedule.step()
     with torch.no_grad():
         parts = [model((rows - mean) / std) for rows in test.split(_BATCH)]
+    # A tuple over tasks for each batch -> for each task, the scores of all batches.
     return [torch.cat(scores) for scores in zip(*parts, strict=True)]
 
 

@@ -42,6 +42,7 @@ def propagate_row(row: Tensor, weighed: Tensor) -> Tensor:
     Returns:
         float[T, n].
     """
+    # row + row @ weighed for each target, as [T, 1, n] @ [T, n, n].
     return torch.baddbmm(row[:, None], row[:, None], weighed)[:, 0]
 
 
@@ -81,7 +82,9 @@ def query_to_patch(steps: Iterable[tuple[str, Tensor]], start: Tensor) -> Tensor
     queries = torch.eye(start.shape[1], dtype=start.dtype, device=start.device).expand(len(start), -1, -1)
     for kind, weighed in steps:
         if kind == "self":
+            # Both updates read the relevance from before the layer.
             queries, patches = queries + weighed @ queries, patches + weighed @ patches
         else:
+            # The rule's last factor, the patches' own relevance, is the identity.
             patches = patches + normalise(queries).transpose(1, 2) @ weighed
     return patches

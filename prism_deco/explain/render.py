@@ -42,6 +42,7 @@ def overlay(image: Image.Image, values: Tensor, patches: PatchFrame, *, max_side
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     heat = patches.upsample(scaled(values), size)
     grey = np.asarray(image.convert("L").resize(size, Image.Resampling.BICUBIC), dtype=np.float64)
+    # Opacity of the map per pixel, [height, width, 1], from 0.25 to 0.85.
     weight = (0.25 + 0.6 * heat.double().numpy())[..., None]
     mixed = (1 - weight) * grey[..., None] * 0.85 + weight * _colors(heat.numpy())
     return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
@@ -65,6 +66,7 @@ def mosaic(
     """
     rows, columns = (_spaced(size, most=8) for size in query_grid)
     gap = 4
+    # The visual token at row i and column j of the grid has the number i * columns of the grid + j.
     tiles = [
         [overlay(image, query_to_patch[i * query_grid[1] + j], patches, max_side=side) for j in columns] for i in rows
     ]
@@ -78,4 +80,5 @@ def mosaic(
 
 def _spaced(size: int, most: int) -> list[int]:
     count = min(size, most)
+    # The middles of `count` equal parts of 0 .. size.
     return [int((k + 0.5) * size / count) for k in range(count)]

@@ -117,11 +117,14 @@ def explain_set(
                 log.info("%s: explaining %d of %d examples", run, number, len(examples))
             image = open_image(example.image)
             answer = example.answer or _own_answer(vlm, llm, image, example.prompt)
+            # Counted as skipped in the summary.
             if not answer.strip():
                 continue
             maps = _by_method(vlm, llm, image, example.prompt, answer)
+            # All maps of an example are measured on the same answer and box; only the scores differ.
             measure = partial(_measure, vlm, llm, image, example, maps[DEFAULT_METHOD], steps)
             values = {m: measure(r.sentence_text_to_patch) | _diversity(r) for m, r in maps.items()}
+            # Random maps have no visual tokens, so no diversity.
             values[RANDOM] = measure(torch.rand(vlm.backbone.num_patches, generator=generator))
             rows.append({"id": example.id, "prompt": example.prompt, "answer": answer, "methods": values})
             lines.write(json.dumps(rows[-1]) + "\n")
@@ -155,6 +158,7 @@ def _by_method(
     maps: dict[str, Relevance] = {}
     for method in METHODS:
         maps[method] = relevance(vlm, llm, image, prompt, answer, method=method)
+        # The model answers only once: all further methods explain the same text.
         answer = maps[method].answer
     return maps
 
@@ -189,6 +193,7 @@ def _diversity(result: Relevance) -> dict[str, float]:
 
 def _summary(rows: Sequence[Mapping[str, float]], seed: int) -> dict[str, Any]:
     """Mean and interval of each measure, over the examples that have it."""
+    # The distinct names in order of appearance; measures of the box are missing where none is known.
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: mean_interval([row[name] for row in rows if name in row], seed=seed) for name in names}
 

@@ -36,6 +36,7 @@ def propagated_rows(recording: Recording, visual: Tensor, chunk: int) -> tuple[T
         except torch.OutOfMemoryError:
             if chunk == 1:
                 raise
+            # The same targets again, fewer at a time; the finished rows stay.
             chunk //= 2
             log.warning("Out of memory: continuing with %d tokens at a time", chunk)
             continue
@@ -56,14 +57,17 @@ def _rows(recording: Recording, chosen: slice) -> tuple[Tensor, Tensor]:
     layer's gradients, float[T, H, n, n], are in memory at a time.
     """
     outputs = recording.logits
+    # One-hot vectors [targets, T]: each selects the logit of one chosen target.
     gradients = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)[chosen]
     length = recording.inputs[0].shape[1]
     dtype = torch.promote_types(outputs.dtype, torch.float32)
     start = torch.eye(length, dtype=dtype, device=outputs.device)[recording.positions[chosen]]
     row = start
     for layer_input, attention in zip(recording.inputs[::-1], recording.attentions[::-1], strict=True):
+        # From the layer's output to its input, [targets, 1, n, E], and to its map, [targets, 1, H, n, n].
         gradients, by_attention = batched_gradients(outputs, (layer_input, attention), gradients)
         row = propagate_row(row, weigh(attention.detach()[0], by_attention[:, 0]))
+        # The next layer's backward pass starts where this one ended.
         outputs = layer_input
     return row - start, gradients[:, 0]
 
@@ -71,5 +75,6 @@ def _rows(recording: Recording, chosen: slice) -> tuple[Tensor, Tensor]:
 def attention_rows(recording: Recording, visual: Tensor) -> Tensor:
     """float[T, M]: the attention from the predicting positions, averaged over heads and layers."""
     dtype = torch.promote_types(recording.logits.dtype, torch.float32)
+    # Per layer float[H, T, M].
     layers = [attention.detach()[0][:, recording.positions][..., visual] for attention in recording.attentions]
     return torch.stack([layer.mean(dim=0, dtype=dtype) for layer in layers]).mean(dim=0)

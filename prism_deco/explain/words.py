@@ -58,6 +58,7 @@ def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
     for end in range(1, len(ids) + 1):
         # Spaces before punctuation stay: cleaning them up would make a prefix differ from the whole.
         text = str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))
+        # The character is counted with the token that completes it. Nothing can complete the last token.
         if end < len(ids) and text.endswith(_INCOMPLETE):
             texts.append("")
             continue
@@ -77,6 +78,7 @@ def merge_words(texts: Sequence[str]) -> list[Word]:
     for text in texts:
         position += len(text)
         ends.append(position)
+    # Token k covers the characters starts[k] to ends[k] of the joined text; none if both are equal.
     starts = [0, *ends[:-1]]
     words = []
     for match in re.finditer(r"\S+", "".join(texts)):

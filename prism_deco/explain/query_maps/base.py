@@ -29,6 +29,7 @@ def trace(projector: Projector, project: Project, features: Tensor) -> QueryMaps
         project: float[1, N, D] -> float[1, M, E]: the projector, including the model's post-processing of its output.
         features: float[1, N, D], one image's patch features.
     """
+    # None if the map depends on the image, or is unknown.
     fixed = projector.query_to_patch()
     if fixed is not None:
         with torch.no_grad():

@@ -13,6 +13,7 @@ from prism_deco.projectors.controls import RandomPatches
 
 @trace.register
 def _(projector: RandomPatches, project: Project, features: Tensor) -> Fixed:
+    # int64[M] -> int64[M, N], one 1 in each row.
     chosen = F.one_hot(projector.chosen(features)[0], features.shape[1])
     with torch.no_grad():
         return Fixed(project(features), chosen.to(features))

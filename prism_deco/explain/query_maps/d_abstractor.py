@@ -30,7 +30,7 @@ def effective_attention(sampling: Sampling, grid: tuple[int, int]) -> Tensor:
     patches, heads = grid[0] * grid[1], sampling.weights.shape[2]
     # Sampling one-hot codes of the patches yields their weights.
     codes = torch.eye(patches, dtype=sampling.weights.dtype, device=sampling.weights.device)
-    codes = codes[None, :, None].expand(1, patches, heads, patches)
+    codes = codes[None, :, None].expand(1, patches, heads, patches)  # [1, N, H, N]: the same codes for every head
     return rearrange(sample(codes, sampling.locations, sampling.weights, grid), "1 m heads n -> heads m n").detach()
 
 
@@ -45,7 +45,7 @@ class DAbstractorMaps(QueryMaps):
         modules = [module for layer in layers for module in (layer.self_attention, layer.cross_attention)]
         with torch.enable_grad(), outputs_of(modules) as outputs:
             self.tokens = project(leaf)
-        # Self- and cross-attention take turns in `modules`.
+        # In each layer self-attention runs before cross-attention, so their outputs alternate.
         self.probabilities: list[Tensor] = [extra for _, extra in outputs[0::2]]
         self.samplings: list[Sampling] = [extra for _, extra in outputs[1::2]]
         self.effective = [effective_attention(sampling, projector.in_grid) for sampling in self.samplings]
@@ -58,11 +58,13 @@ class DAbstractorMaps(QueryMaps):
 
     def _relevance(self, gradients: Tensor) -> Tensor:
         nodes = [*self.probabilities, *(sampling.sampled for sampling in self.samplings)]
+        # Gradients in the order of the nodes: first of all self-attentions, then of all samples.
         taken = batched_gradients(self.tokens, nodes, gradients[:, None])
         steps: list[tuple[str, Tensor]] = []
         for k, (probabilities, sampling) in enumerate(zip(self.probabilities, self.samplings, strict=True)):
             steps.append(("self", weigh(probabilities.detach()[0], taken[k][:, 0])))
             by_sample = taken[len(self.probabilities) + k][:, 0]
+            # dy/dA from dy/do, as in the module's docstring.
             by_effective = einsum(by_sample, sampling.values.detach()[0], "t m heads e, n heads e -> t heads m n")
             steps.append(("cross", weigh(self.effective[k], by_effective)))
         return query_to_patch(steps, start=self.start.expand(len(gradients), -1, -1))

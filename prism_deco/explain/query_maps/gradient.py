@@ -56,6 +56,7 @@ class InputGradient(QueryMaps):
         own = torch.eye(self.features.shape[1], dtype=self.features.dtype, device=self.features.device)
         parts = []
         for chosen in own.split(self._chunk):
+            # Tangents [patches, 1, N, D]: a patch's own features in its row, zero elsewhere. Result [patches, 1, M, E].
             along = torch.func.vmap(self._along)(chosen[:, None, :, None] * self.features)
             parts.append(einsum(along[:, 0], gradients, "n m e, t m e -> t m n"))
         return torch.cat(parts, dim=-1)
@@ -65,12 +66,14 @@ class InputGradient(QueryMaps):
         wanted = list(product(range(gradients.shape[0]), range(gradients.shape[1])))
         rows = []
         for start in range(0, len(wanted), self._chunk):
+            # Each pair of a target and a visual token gets its own copy of the features, so that one backward pass
+            # keeps the pairs' gradients apart.
             targets, queries = torch.tensor(wanted[start : start + self._chunk], device=gradients.device).T
             copies = self.features.expand(len(targets), -1, -1).clone().requires_grad_()
             with torch.enable_grad():
-                chosen = self.project(copies)[torch.arange(len(queries), device=queries.device), queries]
+                chosen = self.project(copies)[torch.arange(len(queries), device=queries.device), queries]  # [pairs, E]
             (slopes,) = torch.autograd.grad(chosen, copies, gradients[targets, queries])
-            rows.append((slopes * self.features).sum(dim=-1))
+            rows.append((slopes * self.features).sum(dim=-1))  # [pairs, N]
         return rearrange(torch.cat(rows), "(t m) n -> t m n", t=len(gradients))
 
     @property
@@ -97,7 +100,7 @@ def structural_bound(projector: Projector) -> Tensor:
 def _(projector: CAbstractor) -> Tensor:
     """Pooling windows, widened by one cell per 3x3 convolution after the pooling and by one patch per convolution
     before it. Squeeze-and-excitation reaches further, but only as one scale per channel."""
-    # How many 3x3 convolutions each stage has.
+    # The numbers of 3x3 convolutions before and after the pooling.
     before, behind = (
         sum(isinstance(part, nn.Conv2d) and part.kernel_size == (3, 3) for part in stage.modules())
         for stage in (cast(nn.Module, projector.stage1), cast(nn.Module, projector.stage2))
@@ -110,6 +113,7 @@ def _(projector: CAbstractor) -> Tensor:
 
 def _reach(size: int, out: int, before: int, behind: int) -> Tensor:
     """float[out, size]: 1 for the patches along one side that reach each cell."""
+    # Bands: 1 where two cells (or patches) are at most `steps` apart, as far as that many 3x3 convolutions reach.
     cells, patches = (
         ((torch.arange(n)[:, None] - torch.arange(n)).abs() <= steps).float()
         for n, steps in ((out, behind), (size, before))

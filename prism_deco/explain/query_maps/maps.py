@@ -53,4 +53,5 @@ class Fixed(QueryMaps):
 
 def in_parts(relevance: Callable[[Tensor], Tensor], gradients: Tensor, per_target: int) -> Tensor:
     """`relevance`, float[T, M, E] -> float[T, M, N], of as many targets at a time as fit `FLOATS`."""
+    # `per_target` counts the elements of one target's intermediate results.
     return torch.cat([relevance(part) for part in gradients.split(max(1, FLOATS // per_target))])

@@ -25,6 +25,7 @@ class MaxPoolMaps(QueryMaps):
         leaf = features.detach().requires_grad_()
         with torch.enable_grad(), outputs_of([cast(nn.Module, projector.pool)]) as outputs:
             self.tokens = project(leaf)
+        # float[1, M, D], and int64[1, M, D], the patch that won each channel.
         ((self.values, self.winners),) = outputs
         self.patches = features.shape[1]
 
@@ -39,4 +40,5 @@ class MaxPoolMaps(QueryMaps):
         """float[T, M, D] -> float[T, M, N]."""
         dtype = torch.promote_types(weights.dtype, torch.float32)
         shares = weights.new_zeros(*weights.shape[:2], self.patches, dtype=dtype)
+        # Adds each channel's weight to the patch that won it.
         return normalise_rows(shares.scatter_add_(2, self.winners.expand_as(weights), weights.to(dtype)))

@@ -40,6 +40,7 @@ class QFormerMaps(QueryMaps):
     def _relevance(self, gradients: Tensor) -> Tensor:
         taken = batched_gradients(self.tokens, self.probabilities, gradients[:, None])
         weighed = [weigh(p.detach()[0], g[:, 0]) for p, g in zip(self.probabilities, taken, strict=True)]
+        # Only its shape is needed: [T, M, N].
         cross = weighed[self.kinds.index("cross")]
         return query_to_patch(zip(self.kinds, weighed, strict=True), start=torch.zeros_like(cross))
 

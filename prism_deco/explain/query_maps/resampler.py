@@ -36,6 +36,7 @@ class ResamplerMaps(QueryMaps):
         relevance = gradients.new_zeros(*gradients.shape[:2], self.patches, dtype=torch.float32)
         for probabilities, gradient in zip(self.probabilities, taken, strict=True):
             weighed = weigh(probabilities.detach()[0], gradient[:, 0])
+            # Keys are the patches, then the latents.
             of_patches, of_latents = weighed[..., : self.patches], weighed[..., self.patches :]
             relevance = relevance + of_latents @ relevance.to(weighed) + of_patches
         return relevance

@@ -25,6 +25,7 @@ class WindowAttentionMaps(QueryMaps):
             self.tokens = project(leaf)
         ((_, self.probabilities),) = outputs
         self.patches = features.shape[1]
+        # The patches' numbers, cut like their features, tell which patch each key of a window is: int64[M, K].
         numbers = torch.arange(self.patches, dtype=torch.float64, device=features.device)[None, :, None]
         # Padding has zero weight, so its number does not matter.
         cut, _ = cut_windows(numbers, projector.in_grid, projector.out_grid)
