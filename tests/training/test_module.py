@@ -82,6 +82,17 @@ def test_a_step_for_several_numbers_of_visual_tokens_is_the_mean_over_them(tiny,
     assert any(not torch.allclose(fine[name], coarse[name]) for name in fine)
 
 
+def test_a_step_scales_its_gradients_down_to_the_clipping_norm_and_records_the_norm_before(tiny, examples):
+    step = Collate(4, 2)([examples[i] for i in range(4)])
+    whole = _gradients(tiny, step)  # 0 does not clip
+    norm = sum(float(gradient.double().square().sum()) for gradient in whole.values()) ** 0.5
+    vlm, _ = tiny()
+    module = _fit(vlm, step, grad_clip=norm / 4)
+    assert module.last_step["train/grad_norm"] == pytest.approx(norm, rel=1e-5)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(vlm.get_parameter(name).grad, gradient / 4, atol=1e-9, rtol=1e-4)
+
+
 def test_the_gradient_that_went_bad_is_named_before_clipping_spreads_it(tiny, examples):
     vlm, _ = tiny()
     name = "lm.model.layers.0.mlp.up_proj.weight"
