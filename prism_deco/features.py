@@ -89,6 +89,7 @@ class FeatureCache:
         self.compute = compute
         self.dtype = COMPUTE[compute]
         self.examples = examples
+        # Every image once, in an order that does not depend on that of the records.
         self.names = sorted({name for record in examples.records for name in record.images})
         self.key = {
             "format": FORMAT,
@@ -98,12 +99,13 @@ class FeatureCache:
             "compute": compute,
             "data": examples.records.data_hash,
             "images": os.path.realpath(str(examples.images)),
-            "names": hashlib.sha256("\0".join(self.names).encode()).hexdigest(),
+            "names": hashlib.sha256("\0".join(self.names).encode()).hexdigest(),  # no file name contains NUL
             "least_side": examples.images.least_side,
         }
         self.digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = root / self.digest
         self.image_bytes = backbone.num_patches * backbone.embed_dim * self.dtype.itemsize
+        # Rounded down to whole batches, but at least one (see `BATCH`).
         self.shard_images = max(BATCH, min(SHARD_IMAGES, SHARD_BYTES // self.image_bytes) // BATCH * BATCH)
         starts = range(0, len(self.names), self.shard_images)
         self.shards = [self.names[start : start + self.shard_images] for start in starts]
@@ -132,6 +134,8 @@ class FeatureCache:
         if not self.shards:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        # One lock per rank, so that the ranks of a run do not wait for each other. Shards are checked under the lock:
+        # another run may have written them while this one waited.
         with _lock(self.folder / f".lock{rank}"):
             wanted = []
             for shard in range(rank, len(self.shards), ranks):
@@ -158,6 +162,7 @@ class FeatureCache:
             if record["sha256"] != file_sha256(path):
                 return "does not have the content that was written"
             self._write_record(shard, record | {"stamp": _stamp(path)})
+        # The shard has a blank image for each of these: if one can be read by now, the shard is out of date.
         for name in record["unreadable"]:
             _, still_unreadable = _Pixels(self.examples, [name])[0]
             if not still_unreadable:
@@ -179,6 +184,7 @@ class FeatureCache:
             generator=torch.Generator(),  # else the seed of workers is drawn from the global one, which the run uses
         )
         batches = iter(loader)
+        # A copy, since the run's own towers keep their device and dtype.
         towers = copy.deepcopy(self.backbone).to(device, torch.bfloat16 if self.compute == "bfloat16" else None)
         start = reported = time.monotonic()
         done = 0
@@ -207,6 +213,7 @@ class FeatureCache:
         path = self.path(shard)
         building = path.with_name(f".{path.name}.tmp")
         sha256 = write_safetensors(building, {"features": features})
+        # If the process dies between these two, the file has no record, or an older one, whose hash it must match.
         os.replace(building, path)
         self._write_record(shard, {"sha256": sha256, "stamp": _stamp(path), "unreadable": unreadable})
 
@@ -262,6 +269,7 @@ def _lock(path: Path) -> Iterator[None]:
         try:
             # Not flock, whose lock forked loader processes would inherit.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Systems report a lock that another process holds by either error.
         except (BlockingIOError, PermissionError):
             log.info("Feature cache: waiting for another process that writes to %s", path.parent)
             fcntl.lockf(file, fcntl.LOCK_EX)

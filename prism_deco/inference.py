@@ -110,8 +110,10 @@ def first_token_probabilities(
     if not prompts:
         return torch.empty(0, len(choices))
     counts = [len(images) for images in visual]
+    # int64[questions, choices].
     candidates = torch.tensor([_first_ids(llm, p, n, choices) for p, n in zip(prompts, counts, strict=True)])
     batch = _prompt_batch(vlm, llm, [llm.ask(p, n, ask) for p, n in zip(prompts, counts, strict=True)])
+    # Left padding puts the last token of every prompt at the last position: [questions, E].
     hidden = vlm.hidden_states(batch, _stack(visual, vlm))[:, -1]
     logits = vlm.logits(hidden).float().gather(1, candidates.to(hidden.device))
     return logits.softmax(dim=1).cpu()
@@ -143,10 +145,13 @@ def answer_losses(
             f"Question, answer and image take {batch.input_ids.shape[1]} positions, the LLM has {llm.max_positions}: "
             "shorten the text."
         )
+    # Position p predicts the label at p + 1: from here on, labels[:, p] is what the hidden state at p predicts.
     labels = batch.labels[:, 1:]
     counted = torch.zeros_like(labels, dtype=torch.bool)
     for row, example in enumerate(encoded):
+        # An answer's tokens are the first supervised ones; what `answer_ids` cuts off at the end is not counted.
         counted[row, (labels[row] != IGNORE).nonzero()[: len(answer_ids(llm, example)), 0]] = True
+    # Only at counted positions, all questions in one row after another: [counted tokens, vocabulary].
     logits = vlm.logits(vlm.hidden_states(batch, _stack(visual, vlm))[:, :-1][counted]).float()
     by_token = F.cross_entropy(logits, labels[counted], reduction="none")
     lengths = counted.sum(dim=1).tolist()
@@ -168,6 +173,7 @@ def answer_ids(llm: LanguageModel, encoded: Encoded) -> list[int]:
 
 
 def _first_ids(llm: LanguageModel, prompt: str, images: int, choices: Sequence[str]) -> list[int]:
+    # The conversation with an answer begins with the prompt's tokens; the answer's first token follows them.
     start = len(llm.ask(prompt, images).input_ids)
     ids = []
     for choice in choices:
@@ -183,5 +189,6 @@ def _prompt_batch(vlm: VLM, llm: LanguageModel, encoded: Sequence[Encoded]) -> B
 
 
 def _stack(visual: Sequence[Sequence[Tensor]], vlm: VLM) -> Tensor | None:
+    # In the order of the batch's visual positions: question by question, image by image.
     tokens = [image for images in visual for image in images]
     return torch.stack(tokens).to(vlm.device) if tokens else None

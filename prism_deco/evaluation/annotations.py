@@ -61,6 +61,7 @@ def load_data_pickle(path: Path) -> Any:
     execute, are refused."""
     try:
         with path.open("rb") as file:
+            # The encoding is for the byte strings of pickles written by Python 2.
             return _DataUnpickler(file, encoding="utf-8").load()
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist.") from error
@@ -83,6 +84,7 @@ def checked(value: Any, fields: Mapping[str, Kind], where: str, what: str) -> di
     for field, kind in fields.items():
         if field not in value:
             raise UsageError(f"{where} is not a {what} record: it has no {field!r} (it has {_some(value)}).")
+        # Bools are refused by themselves, as they are ints to isinstance.
         if not isinstance(value[field], kind) or isinstance(value[field], bool):
             raise UsageError(f"{where} is not a {what} record: {field!r} is {_short(value[field])}.")
     return value
@@ -105,6 +107,7 @@ def index_unique(records: Iterable[dict[str, Any]], key: str, path: Path) -> dic
     """Records by the value of `key`; `UsageError` if a value occurs twice."""
     index: dict[Any, dict[str, Any]] = {}
     for number, record in enumerate(records, start=1):
+        # `setdefault` returns the earlier record if there is one.
         if index.setdefault(record[key], record) is not record:
             raise UsageError(f"{path}, record {number}: {key} {record[key]!r} occurs twice.")
     return index
@@ -148,6 +151,7 @@ class AnnotatorBenchmark(Benchmark):
         for name, score in self.conventions.items():
             if name != self.primary:
                 scores = [score(p.text, p.target["answers"]) for p in predictions if p.output is not None]
+                # Missing outputs add nothing to the sum, but count: they are wrong.
                 metrics[name] = 100 * sum(scores) / len(predictions)
         if all("type" in p.target for p in predictions):
             parts = by_part(predictions, "type")

@@ -171,9 +171,11 @@ class Benchmark(ABC):
         self.check_parts(Counter(question.stratum for question in questions), f"the files in {self.root}")
         for question in questions:
             _check_encoding(question, f"{self.name}, in {self.root}")
+        # If any id is repeated, so is the most common one.
         question_id, count = Counter(question.question_id for question in questions).most_common(1)[0]
         if count > 1:
             raise UsageError(f"{self.name}: the question id {question_id} occurs twice in {self.root}.")
+        # After the checks, which concern the files as a whole and not only what the limit keeps.
         questions = cut(questions, self.limit)
         self.check_parts(Counter(question.stratum for question in questions), f"what limit={self.limit} keeps")
         return questions
@@ -244,6 +246,7 @@ class Benchmark(ABC):
 
     def _ask(self, question: Question, name: str) -> Item:
         variant = self.VARIANTS[name]
+        # Only if a question is asked in several ways does its id, and its target, name the variant.
         several = len(self.variants) > 1
         return Item(
             question_id=f"{question.question_id}/{name}" if several else question.question_id,

@@ -40,5 +40,6 @@ class GQA(Benchmark):
 
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
         answered = [p for p in predictions if p.output is not None]
+        # Missing outputs are not in this list, but in the number of predictions: they are wrong.
         llava = [strip_trailing_period(p.text) == p.target["answer"] for p in answered]
         return {"accuracy": mean_score(predictions), "accuracy_llava": 100 * sum(llava) / len(predictions)}

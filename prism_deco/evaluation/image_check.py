@@ -34,6 +34,7 @@ def bad_images(items: Sequence[Item], on_bad_image: str) -> set[str]:
         problems = pool.map(_problem, (path for path, _ in first_use.values()))
         for (name, (path, question_id)), problem in zip(first_use.items(), problems, strict=True):
             if problem is not None and on_bad_image == "fail":
+                # Leaving the context would otherwise wait until all other images are decoded.
                 pool.shutdown(cancel_futures=True)
                 raise UsageError(
                     f"Question {question_id}: the image {path} is missing or unreadable ({problem}). "

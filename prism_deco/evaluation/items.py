@@ -82,10 +82,12 @@ def cut(questions: Sequence[Question], limit: int | None) -> list[Question]:
     """At least `limit` questions, since groups are kept whole, taken in turn from the strata; in the given order."""
     if limit is None or limit >= len(questions):
         return list(questions)
+    # By stratum, by group: the indices of the questions. A question without a group gets one of its own.
     strata: dict[str, dict[str, list[int]]] = {}
     for index, question in enumerate(questions):
         groups = strata.setdefault(question.stratum, {})
         groups.setdefault(question.group or f"#{index}", []).append(index)
+    # Reversed, so that `pop` takes the groups in their order.
     queues = [list(groups.values())[::-1] for groups in strata.values()]
     chosen: list[int] = []
     while len(chosen) < limit:

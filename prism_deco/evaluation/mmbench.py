@@ -75,6 +75,7 @@ def _question(record: Mapping[str, str], where: str, folder: Path) -> Question:
         raise UsageError(f"{where} is not an MMBench record: its index or answer is unknown.")
     rotation, number = divmod(int(record["index"]), _ROTATION)
     image = folder / f"{number}.jpg"
+    # The rotations of a question share its image.
     if not image.exists():
         try:
             image.write_bytes(base64.b64decode(record["image"], validate=True))
@@ -104,6 +105,7 @@ def _question(record: Mapping[str, str], where: str, folder: Path) -> Question:
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
+    # The limit is global to the csv module: it is restored at the end.
     limit = csv.field_size_limit(_LARGEST_CELL)
     try:
         with path.open(encoding="utf-8", newline="") as file:

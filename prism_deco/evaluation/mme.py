@@ -97,6 +97,7 @@ def _correct(predictions: Sequence[Prediction]) -> tuple[list[bool], list[str]]:
 
 def _image_name(folder: Path, stem: str) -> str:
     """The name of a text file's image; if there is none, a name that does not exist."""
+    # The missing file is then handled like any other missing image (`on_bad_image`).
     return next((stem + suffix for suffix in _IMAGES if (folder / (stem + suffix)).is_file()), stem + _IMAGES[0])
 
 

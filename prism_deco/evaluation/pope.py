@@ -55,6 +55,7 @@ class POPE(Benchmark):
         return questions
 
     def parse(self, text: str, target: Mapping[str, Any]) -> str:
+        # The likelihood variant's text is one of the choices, in whatever words; other text is parsed.
         return {self.choices[0]: "yes", self.choices[1]: "no"}.get(text) or parse_pope(text)
 
     def is_invalid(self, prediction: Prediction) -> bool:

@@ -64,6 +64,7 @@ class PredictionStore:
         self._files = [folder / name for name in names]
         self._own = self._files[rank]
         self.done: dict[str, Prediction] = {}
+        # The final file and those of ranks, as the earlier evaluation may have had another number of processes.
         for path in sorted(folder.glob("predictions*.jsonl")):
             predictions = _read(path, drop_torn=True)
             for prediction in predictions:
@@ -145,6 +146,7 @@ def _read(path: Path, drop_torn: bool) -> list[Prediction]:
     with refusals_named(path, "Name a predictions.jsonl."):
         content = path.read_bytes()
     if drop_torn:
+        # Up to the last newline; nothing if there is none.
         content = content[: content.rfind(b"\n") + 1]
     predictions = []
     for number, line in enumerate(content.split(b"\n"), start=1):

@@ -97,6 +97,7 @@ def chance(benchmark: Benchmark, predictions: Sequence[Prediction]) -> float:
     scores = []
     for output in benchmark.constants([prediction.target for prediction in asked]):
         if benchmark.VARIANTS[first].likelihood:
+            # A likelihood variant's output is probabilities by choice: here, all of it on one.
             output = json.dumps({choice: float(choice == output) for choice in benchmark.choices})
         graded = [benchmark.grade(replace(prediction, output=output)) for prediction in asked]
         scores.append(combine_strata(benchmark.strata(graded), benchmark.combine))

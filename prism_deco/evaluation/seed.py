@@ -42,6 +42,7 @@ class SEED(Benchmark):
         path = self.annotation_path()
         content = checked(read_json(path), {"questions": list, "question_type": dict}, str(path), _WHAT)
         types = content["question_type"]
+        # Inverts {name: id}, after a check that every id is a whole number.
         names = {number: name for name, number in checked(types, dict.fromkeys(types, int), str(path), _WHAT).items()}
         questions = []
         for number, record in enumerate(checked_list(content["questions"], _RECORD, path, _WHAT), start=1):

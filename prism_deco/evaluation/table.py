@@ -38,6 +38,7 @@ def table(
         asked = "" if ask == AS_TRAINED else f", {ask}"
         compared = [f"{low:.1f} to {high:.1f}", _cell(chance, name), _cell(blind, name)]
         for number, variant in enumerate(result["variants"]):
+            # The first variant's metrics have plain names; only it has an interval and references to compare with.
             prefix = f"{variant}/" if number else ""
             grid.add_row(
                 Text("" if number else name),

@@ -74,6 +74,7 @@ def read_ocr(path: Path) -> dict[str, str]:
     if path.suffix == ".jsonl":
         records = checked_list(read_json_lines(path), {"question_id": str, "text": str}, path, "TextVQA prompt")
         texts = {record["question_id"]: record["text"] for record in records}
+        # What follows `_OCR_LINE` on its line of the prompt.
         return {image_id: text.partition(_OCR_LINE)[2].partition("\n")[0].strip() for image_id, text in texts.items()}
     records = read_records(path, "data", {"image_id": str, "ocr_tokens": list}, "TextVQA OCR")
     return {record["image_id"]: ", ".join(map(str, record["ocr_tokens"])) for record in records}

@@ -64,6 +64,7 @@ class TowerCompressor(Projector):
 
     def __init__(self, vlm: VLM, num_tokens: int):
         inner, backbone = vlm.projector, vlm.backbone
+        # The tokens no longer form a grid, so they count as a single row.
         super().__init__(inner.in_dim, inner.out_dim, inner.in_grid, (1, num_tokens))
         if num_tokens < self.least:
             raise UsageError(f"num_tokens={num_tokens} is too few: name at least {self.least}.")
@@ -105,6 +106,7 @@ class TowerCompressor(Projector):
         """float32[B, H, N]: the attention of the class token to each patch; without a class token, the mean attention
         of all positions."""
         paid = (queries @ keys.mT * keys.shape[-1] ** -0.5).softmax(dim=-1)
+        # [B, H, L, L] with queries as rows -> [B, H, L]; position 0 is the class token.
         row = paid[:, :, 0] if self.has_class_token else paid.mean(dim=2)
         return self.patches(row[..., None])[..., 0]
 
@@ -119,8 +121,10 @@ class TowerCompressor(Projector):
             both = F.linear(inputs[0], module.in_proj_weight, module.in_proj_bias)
         else:
             both = module.qkv(inputs[0])
+        # The projection yields queries, keys and values in this order; values are not needed.
         queries, keys, _ = rearrange(both, "b l (three h d) -> three b h l d", three=3, h=self.heads)
         if isinstance(module, Attention):
+            # Identities, unless the tower normalises queries and keys.
             queries, keys = module.q_norm(queries), module.k_norm(keys)
         self._seen = queries.float(), keys.float()
 
@@ -133,4 +137,5 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 def rest_of(index: Tensor, size: int) -> Tensor:
     """int64[B, K] -> int64[B, size - K]: the indices below `size` that are not in `index`, in increasing order."""
     free = torch.ones(len(index), size, dtype=torch.bool, device=index.device).scatter(1, index, False)
+    # Each row has size - K free indices, and `nonzero` lists them row by row in increasing order.
     return free.nonzero()[:, 1].reshape(len(index), -1)

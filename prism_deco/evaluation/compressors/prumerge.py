@@ -30,13 +30,15 @@ class PruMerge(TowerCompressor):
         """float[B, N, D] -> float[B, M, D]."""
         one_head = "b h l d -> b 1 l (h d)"
         queries, keys = rearrange(queries, one_head), rearrange(keys, one_head)
+        # [B, N]: the attention to each patch.
         weights = self.attention(queries, keys)[:, 0]
         weighted = features * weights[..., None].to(features.dtype)
         kept = weights.topk(self.num_tokens - 1, dim=1).indices
         directions = F.normalize(self.patches(keys)[:, 0], dim=-1)
+        # [B, kept, N]: cosine similarity of keys.
         similar = take(directions, kept) @ directions.mT
         similar = similar.scatter(2, kept[..., None], -torch.inf)  # a patch is no neighbour of its own
         nearest = similar.topk(min(self.neighbours, features.shape[1] - 1), dim=2).indices
-        neighbours = torch.zeros_like(similar, dtype=features.dtype).scatter(2, nearest, 1.0)
+        neighbours = torch.zeros_like(similar, dtype=features.dtype).scatter(2, nearest, 1.0)  # [B, kept, N], 0 or 1
         left_out = take(weighted, rest_of(kept, features.shape[1])).sum(dim=1, keepdim=True)
         return torch.cat([take(features, kept) + neighbours @ weighted, left_out], dim=1)

@@ -39,6 +39,7 @@ class VisionZip(TowerCompressor):
         scores = self.attention(queries, keys).sum(dim=1)
         dominant = scores.topk(self.num_tokens - self.contextual, dim=1).indices.sort(dim=1).values
         others = rest_of(dominant, patches)
+        # Keys averaged over heads, of the others only: [B, others, d].
         metric = F.normalize(take(self.patches(keys).mean(dim=1), others), dim=-1)
         features_of_others = take(features, others)
         # Every step-th of the others is a target; the rest are merged into the most similar target.
@@ -47,6 +48,7 @@ class VisionZip(TowerCompressor):
         merged = rest_of(chosen[None], others.shape[1])[0]
         target = (metric[:, merged] @ metric[:, chosen].mT).argmax(dim=-1)
         share = F.one_hot(target, self.contextual).to(features.dtype)
+        # Each column sums to one, so that a target gets the mean of its patches; without any, it gets zero.
         share = share / share.sum(dim=1, keepdim=True).clamp(min=1)
         contextual = features_of_others[:, chosen] + share.mT @ features_of_others[:, merged]
         return torch.cat([take(features, dominant), contextual], dim=1)

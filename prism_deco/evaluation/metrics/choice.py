@@ -44,6 +44,7 @@ def infer_option(output: str, options: Mapping[str, str]) -> str | None:
     words = set(output.split())
     for before, after in (("", ""), *_FRAMES):
         found = [letter for letter in "ABCDE" if f"{before}{letter}{after}" in words]
+        # Only a bare A can be the article; A with punctuation is always a letter.
         article = not before and not after and "A" in found and len(output.split()) > 3
         if len(found) == 1 and not article:
             return found[0]

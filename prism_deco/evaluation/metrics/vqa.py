@@ -121,6 +121,7 @@ def agreement(prediction: str, answers: Sequence[str]) -> float:
     With ten annotators, 1, 2, 3 and 4 matches give 0.3, 0.6, 0.9 and 1.
     """
     matches = sum(answer == prediction for answer in answers)
+    # Leaving out an annotator who gave this answer leaves one match fewer.
     left_out = (matches - (answer == prediction) for answer in answers)
     return sum(min(1.0, others / 3) for others in left_out) / len(answers)
 

@@ -33,6 +33,7 @@ def yes_no_rates(answers: Iterable[str | None], labels: Iterable[str]) -> dict[s
 
     A missing answer (None) counts as the wrong one. Undefined ratios are 0, where the scripts would divide by zero.
     """
+    # (answer, label), where a missing answer is the opposite of the label.
     pairs = [
         (answer if answer is not None else ("no" if label == "yes" else "yes"), label)
         for answer, label in zip(answers, labels, strict=True)
