@@ -65,8 +65,10 @@ def check_keys(
     """
     choices = resolve_benchmarks(names)
     names_of_families = [load_choice("benchmark", choice)["family"] for choice in choices] or BENCHMARKS.names()
-    families = map(BENCHMARKS.get, names_of_families)
-    known = {*also, *(key for family in families for key in _keys_of(family) if key != "name")}
+    known = set(also)
+    for family in names_of_families:
+        # A benchmark's name comes from its YAML and is no key of a command line.
+        known.update(key for key in _keys_of(BENCHMARKS.get(family)) if key != "name")
     for key in options:
         if key not in known:
             raise unknown("key", key, known)
@@ -150,6 +152,7 @@ def _counted(questions: Sequence[Question]) -> str:
 def _keys_of(family: type[Benchmark]) -> dict[str, inspect.Parameter]:
     """Keyword arguments of a family and its bases, with their annotations resolved."""
     keys: dict[str, inspect.Parameter] = {}
+    # Subclasses pass their `**common` on to their bases; where both have a key, the subclass's counts.
     for base in family.__mro__:
         if "__init__" in vars(base) and issubclass(base, Benchmark):
             for name, parameter in _parameters(base).items():
@@ -168,6 +171,7 @@ def _parameters(base: type) -> Mapping[str, inspect.Parameter]:
 def _typed(key: str, value: Any, parameter: inspect.Parameter) -> Any:
     """Checks a value against the type of its key, and parses text; values of other types are returned unchanged."""
     annotation = parameter.annotation
+    # `int | None` -> (int, NoneType); any other annotation is its only kind.
     kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     if NoneType in kinds and value in (None, "null"):
         return None
@@ -182,6 +186,7 @@ def _typed(key: str, value: Any, parameter: inspect.Parameter) -> Any:
         return texts
     if isinstance(value, str):
         value = parse_value(key, value)
+    # Not isinstance, which accepts true and false.
     if int in kinds and type(value) is not int:
         raise UsageError(f"{key}={value} must be a whole number.")
     return value

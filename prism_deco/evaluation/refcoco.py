@@ -105,9 +105,10 @@ class RefCOCO(Benchmark):
         }
 
     def constants(self, targets: Sequence[Mapping[str, Any]]) -> list[str]:
-        # Four columns, one per coordinate: the mean box, the box of medians, and the whole image.
+        # Four sequences: x1 of all boxes, y1 of all, x2, y2.
         corners = list(zip(*(target["box"] for target in targets), strict=True))
         mean, middle = ([round(pick(corner), 2) for corner in corners] for pick in (fmean, median))
+        # The candidates: the mean box, the median box and the whole image.
         return [json.dumps(box) for box in (mean, middle, [0.0, 0.0, 1.0, 1.0])]
 
 

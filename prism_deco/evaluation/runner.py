@@ -67,16 +67,19 @@ def evaluate(
     world.barrier()  # no rank writes before all have read the existing answers
     if world.is_main:
         _log_questions(benchmark, items, len(store.done))
-    # This rank's questions, in batches; a window holds the batches whose images are encoded together.
+    # This rank's items, in windows of batches. Both follow from the questions alone, not from what is answered.
     mine = _shard(items, world.rank, world.size)
     windows = _windows(mine, batch_size, image_cache)
     unfinished = [window for window in windows if not all(store.has_all(batch) for batch in window)]
     bad = bad_images([item for window in unfinished for batch in window for item in batch], benchmark.on_bad_image)
     world.barrier()  # no rank generates before all have checked their images
-    # Questions about bad images are not asked; the batches keep their order and their other questions.
+    # Bad images leave the batches after these are formed, so that all other batches stay as they are.
     unfinished = [[_without(batch, bad) for batch in window] for window in unfinished]
     todo = [batch for window in unfinished for batch in window if not store.has_all(batch)]
-    store.start({item.question_id for item in mine} - {item.question_id for batch in todo for item in batch})
+    # A batch with a missing answer is asked again as a whole: the answers that it already has are dropped.
+    asked_again = {item.question_id for batch in todo for item in batch}
+    store.start({item.question_id for item in mine} - asked_again)
+    # Their predictions have no output, and count as wrong.
     unanswerable = [item for item in mine if bad.intersection(item.images) and not store.has_all([item])]
     store.append(benchmark.grade(predict(item, None)) for item in unanswerable)
     with _bar(enabled=progress and world.is_main) as bar:
@@ -136,6 +139,7 @@ def _windows(items: Sequence[Item], batch_size: int, image_cache: int) -> list[l
 def _batches(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
     """Batches of items with the same choices and prompts of similar length, longest first."""
     batches = []
+    # The distinct choices, in order of appearance.
     for choices in dict.fromkeys(item.choices for item in items):
         alike = [item for item in items if item.choices == choices]
         alike.sort(key=lambda item: len(item.prompt), reverse=True)
@@ -160,6 +164,7 @@ def _answer_window(
     for batch in window:
         for item in batch:
             paths |= zip(item.images, item.paths, strict=True)
+    # All images of the window, in order of first use, whether or not they are needed now.
     names = list(paths)
     tokens: dict[str, Tensor] = {}
     for k in range(0, len(names), batch_size):

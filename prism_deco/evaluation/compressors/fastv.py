@@ -58,6 +58,7 @@ class FastV:
         self._keys = 0
         embed = vlm.embed
 
+        # The layers' hooks do not see the batch. Every prompt passes through `embed`, so it keeps the visual positions.
         def seen(batch: Batch, visual: Tensor | None = None) -> Tensor:
             self._visual = batch.visual
             return embed(batch, visual)
@@ -78,32 +79,40 @@ class FastV:
     def _rank(self, module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
         """Chooses the positions of a prompt to keep, int64[B, K], and bool[B, K], False where a row has fewer."""
         attention = output[1]
-        self._keys = attention.shape[-1]
+        self._keys = attention.shape[-1]  # of the prompt and the answer so far
         if attention.shape[2] == 1:
             return  # not the prompt but a token of the answer
+        # The last position's attention, averaged over heads: [B, H, n, n] -> [B, n].
         scores = attention[:, :, -1].float().mean(dim=1)
         keep = ~self._visual
         for row, own in enumerate(self._visual):
             places = own.nonzero()[:, 0]
+            # The tokens to keep of all images of this prompt together.
             number = len(places) // self._per_image * self.num_tokens
             keep[row, places[scores[row, places].topk(number).indices]] = True
+        # A stable sort moves the kept positions to the end without changing their order.
         # Rows that keep fewer positions are filled up with dropped ones, which `_valid` masks.
         self._kept = keep.int().argsort(dim=1, stable=True)[:, -int(keep.sum(dim=1).max()) :]
         self._valid = keep.gather(1, self._kept)
 
     def _drop(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Restricts a layer to the kept positions of a prompt, and to their keys for the tokens that follow it."""
-        hidden, mask, length = args[0], kwargs["attention_mask"], self._visual.shape[1]
+        hidden, mask = args[0], kwargs["attention_mask"]
+        length = self._visual.shape[1]  # of the prompts, before any position is dropped
         kept, valid = self._kept, self._valid
         if hidden.shape[1] > 1:
+            # Later layers get the hidden states of the layer before, which are shorter already; their mask and position
+            # embeddings are always those of the full prompt.
             hidden = take(hidden, kept) if module is self._first else hidden
             cos_and_sin = (part.expand(len(kept), -1, -1) for part in kwargs["position_embeddings"])
             kwargs = kwargs | {"position_embeddings": tuple(take(part, kept) for part in cos_and_sin)}
             allowed = take(_allowed(mask, hidden, length)[:, 0], kept)
         else:
+            # Keys in these layers' cache: what was kept of the prompt, and all tokens of the answer so far.
             answered = torch.arange(length, self._keys, device=kept.device).expand(len(kept), -1)
             kept, valid = torch.cat([kept, answered], dim=1), F.pad(valid, (0, answered.shape[1]), value=True)
             allowed = _allowed(mask, hidden, self._keys)[:, 0]
+        # The rows are the queries' already; this chooses the columns, the keys.
         allowed = take(allowed.mT, kept).mT & valid[:, None]
         return (hidden, *args[1:]), kwargs | {"attention_mask": _additive(allowed[:, None], hidden.dtype)}
 
