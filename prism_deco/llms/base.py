@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
@@ -114,7 +114,7 @@ class LanguageModel:
             raise unknown("recipe.prompt", spec.prompt, PROMPT)
         if spec.prompt == "plain":
             # No text precedes the image, so every image slot is the one after BOS.
-            chosen = replace(PlainFormat(PLAIN_TEMPLATE, *options), image_slot="after_bos")
+            chosen = PlainFormat(PLAIN_TEMPLATE, spec.special_tokens, spec.tokenize, "after_bos")
         elif spec.chat_template:
             chosen = PromptFormat(spec.chat_template, *options)
         else:

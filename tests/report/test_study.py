@@ -282,7 +282,7 @@ def test_an_interrupted_study_stops_its_trainings(tmp_path, monkeypatch, capsys)
     (started,) = (tmp_path / "started").read_text().split()
     with pytest.raises(ProcessLookupError):
         os.kill(int(started), 0)
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
 
 
 SWEEP = """

@@ -253,7 +253,7 @@ def _train(
             try:
                 row = result_of(cell, overrides, folder, None if begun else seconds) if code == 0 else None
             except UsageError as error:
-                progress.console.print(f"{cell.id}: {error}")
+                progress.console.print(f"{cell.id}: {error}", markup=False)
                 row = None
             if row is None:
                 failed.append(cell.id)
@@ -491,7 +491,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on with it", file=sys.stderr)
+        print("interrupted: the same command continues", file=sys.stderr)
         return 130
     return 0
 
